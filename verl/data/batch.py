@@ -1,0 +1,251 @@
+"""Trajectories and batches of them: ragged columns without padding, and the packed and padded views of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from verl.utils.rollout import Prompt
+
+
+@dataclass
+class Trajectory:
+    """One answer with all its turns.
+
+    Attributes:
+        prompt: the question.
+        prompt_ids: its tokens.
+        response_ids: every token after the prompt, those of the environment included.
+        response_mask: True where the policy sampled the token; only those are trained on.
+        rollout_logprobs: of the sampling distribution, 0 where masked; None when the answer came as text from outside.
+        versions: policy version that sampled each token.
+        group: number of its prompt within the step; siblings share it.
+        truncated: cut off at the length limit.
+        text: the answer decoded, for rewards and people; never tokenized again.
+        reward: weighted sum of the scores; None until rewarded.
+        scores: value of each reward function, and `accuracy` where it has one.
+        outcome: "ok", or why there is no reward, e.g. "reward_timeout".
+        detail: more about a bad outcome, for people.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response_mask: list[bool]
+    rollout_logprobs: list[float] | None
+    versions: list[int]
+    group: int
+    truncated: bool = False
+    text: str = ""
+    reward: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    outcome: str = "ok"
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths end to end: values [sum(lengths), ...], lengths [B] int64."""
+
+    values: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.shape[0] != int(self.lengths.sum()):
+            raise ValueError(f"need one value per position, got {self.values.shape[0]} values and lengths that sum to {int(self.lengths.sum())}")
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int | float | bool]], dtype: torch.dtype) -> Ragged:
+        """Joins rows end to end."""
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        return cls(torch.tensor([value for row in rows for value in row], dtype=dtype), lengths)
+
+    def select(self, rows: Tensor) -> Ragged:
+        """The given rows, in the given order."""
+        chunks = self.values.split(self.lengths.tolist())
+        picked = [chunks[i] for i in rows.tolist()]
+        return Ragged(torch.cat(picked) if picked else self.values[:0], self.lengths[rows])
+
+    def padded(self, fill: float = 0) -> Tensor:
+        """[B, max(lengths)], right-padded with `fill`."""
+        present = present_mask(self.lengths)
+        out = self.values.new_full(present.shape, fill)
+        out[present] = self.values
+        return out
+
+    def row(self, i: int) -> Tensor:
+        """Values of one row."""
+        start = int(self.lengths[:i].sum())
+        return self.values[start : start + int(self.lengths[i])]
+
+
+def present_mask(lengths: Tensor) -> Tensor:
+    """[B, max(lengths)] bool, True where a right-padded row has a value."""
+    width = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+class Batch:
+    """B rows with named columns: a tensor [B, ...] per row, or a `Ragged` over prompt or response tokens.
+
+    Always there: `prompt_ids` and `response_ids` (Ragged int64), `mask` (Ragged bool over the response), `group_ids`,
+    `truncated`. From rewards: `rewards`. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers add
+    others (`ref_logprobs`, `values`, `advantages`, ...), all over the response, fp32.
+    """
+
+    def __init__(self, columns: dict[str, Tensor | Ragged]) -> None:
+        sizes = {name: len(c.lengths) if isinstance(c, Ragged) else len(c) for name, c in columns.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"need the same number of rows in every column, got {sizes}")
+        self._columns = dict(columns)
+        self.num_rows = next(iter(sizes.values()))
+
+    @classmethod
+    def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> Batch:
+        """Columns of rewarded trajectories; rollout logprobs only if every one of them has some."""
+        if not trajectories:
+            raise ValueError("need at least one trajectory")
+        columns: dict[str, Tensor | Ragged] = {
+            "prompt_ids": Ragged.from_rows([t.prompt_ids for t in trajectories], torch.int64),
+            "response_ids": Ragged.from_rows([t.response_ids for t in trajectories], torch.int64),
+            "mask": Ragged.from_rows([t.response_mask for t in trajectories], torch.bool),
+            "versions": Ragged.from_rows([t.versions for t in trajectories], torch.int64),
+            "group_ids": torch.tensor([t.group for t in trajectories]),
+            "truncated": torch.tensor([t.truncated for t in trajectories]),
+        }
+        rewards = [t.reward for t in trajectories if t.reward is not None]
+        if len(rewards) == len(trajectories):
+            columns["rewards"] = torch.tensor(rewards, dtype=torch.float32)
+        logprobs = [t.rollout_logprobs for t in trajectories if t.rollout_logprobs is not None]
+        if len(logprobs) == len(trajectories):
+            columns["rollout_logprobs"] = Ragged.from_rows(logprobs, torch.float32)
+        return cls(columns)
+
+    @staticmethod
+    def concat(batches: Sequence[Batch]) -> Batch:
+        """Rows of all batches, in order; the columns must be the same."""
+        names = set(batches[0].names)
+        if any(set(b.names) != names for b in batches):
+            raise ValueError(f"need the same columns in every batch, got {[sorted(b.names) for b in batches]}")
+        joined: dict[str, Tensor | Ragged] = {}
+        for name, first in batches[0]._columns.items():
+            parts = [b._columns[name] for b in batches]
+            if isinstance(first, Ragged):
+                joined[name] = Ragged(torch.cat([p.values for p in parts]), torch.cat([p.lengths for p in parts]))
+            else:
+                joined[name] = torch.cat(parts)
+        return Batch(joined)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._columns)
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B] int64, tokens after the prompt."""
+        return self.ragged("response_ids").lengths
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """[B] int64, tokens of prompt and response."""
+        return self.ragged("prompt_ids").lengths + self.response_lengths
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The column as a tensor: [B, ...] per row, or padded [B, T] over the response (or the prompt)."""
+        column = self._column(name)
+        return column.padded() if isinstance(column, Ragged) else column
+
+    def ragged(self, name: str) -> Ragged:
+        """A column over tokens, unpadded."""
+        column = self._column(name)
+        if not isinstance(column, Ragged):
+            raise ValueError(f"column {name!r} has one value per row, not per token")
+        return column
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Adds or replaces a column: [B] per row, or [B, T] over the response, whose padding is dropped."""
+        if values.shape[0] != self.num_rows:
+            raise ValueError(f"need {self.num_rows} rows for column {name!r}, got shape {tuple(values.shape)}")
+        if values.ndim == 1:
+            self._columns[name] = values
+            return
+        present = present_mask(self.response_lengths)
+        if values.shape != present.shape:
+            raise ValueError(f"need shape {tuple(present.shape)} for column {name!r}, got {tuple(values.shape)}")
+        self._columns[name] = Ragged(values[present], self.response_lengths)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Batch:
+        """The given rows, in the given order."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return Batch({name: c.select(index) if isinstance(c, Ragged) else c[index] for name, c in self._columns.items()})
+
+    def split(self, sizes: Sequence[int]) -> list[Batch]:
+        """Consecutive batches of the given numbers of rows."""
+        if sum(sizes) != self.num_rows:
+            raise ValueError(f"need sizes that sum to {self.num_rows} rows, got {list(sizes)}")
+        return [self.select(index) for index in torch.arange(self.num_rows).split(list(sizes))]
+
+    def _column(self, name: str) -> Tensor | Ragged:
+        if name not in self._columns:
+            raise KeyError(f"no column {name!r}; there are {sorted(self._columns)}")
+        return self._columns[name]
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Rows as a model reads them, either packed (one line, no padding) or padded (one line per row).
+
+    Attributes:
+        input_ids: [1, N] packed or [B, S] padded, int64.
+        position_ids: like input_ids, restarting at 0 in each row.
+        lengths: tokens of each row, B of them.
+        packed: which of the two.
+        predictors: [M] int64, flat positions whose hidden state predicts a response token, row after row.
+        targets: [M] int64, those response tokens.
+        response_lengths: [B] int64, M in sum.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: list[int]
+    packed: bool
+    predictors: Tensor
+    targets: Tensor
+    response_lengths: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: Batch, *, packed: bool, device: torch.device) -> ModelInput:
+        """Joins prompt and response of every row."""
+        prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
+        if int(prompts.lengths.min()) < 1:
+            raise ValueError(f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token before the answer")
+        lengths = batch.num_tokens
+        present = present_mask(lengths)
+        positions = torch.arange(present.shape[1]).expand(present.shape)
+        in_response = present & (positions >= prompts.lengths[:, None])
+        ids = torch.zeros(present.shape, dtype=torch.int64)
+        ids[present & ~in_response] = prompts.values
+        ids[in_response] = responses.values
+        # The state at position t - 1 predicts token t, so the predictor lies one to the left of its response token.
+        predicts = torch.zeros_like(in_response)
+        predicts[:, :-1] = in_response[:, 1:]
+        if packed:
+            input_ids, position_ids, predicts = ids[present][None], positions[present][None], predicts[present]
+        else:
+            input_ids, position_ids = ids, positions.contiguous()
+        return cls(
+            input_ids.to(device),
+            position_ids.to(device),
+            lengths.tolist(),
+            packed,
+            predicts.flatten().nonzero().squeeze(1).to(device),
+            responses.values.to(device),
+            responses.lengths,
+        )

@@ -1,0 +1,209 @@
+"""Every setting, typed and bounded; loading and overriding them is `verl.config`'s work."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **bounds: Any) -> Any:
+    """A pydantic field that also carries its unit and the source of its default, for `verl config`."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source}, **bounds)
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and a key that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """One function of a table by name (or as "package.module:function") with options, `{name: gae, lam: 0.95}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments for the chosen function."""
+        return dict(self.model_extra or {})
+
+
+class WeightedChoice(Choice):
+    """A reward function with its weight in the sum."""
+
+    weight: float = 1.0
+
+
+class KLSchedule(Section):
+    """A coefficient that moves linearly with the step."""
+
+    start: float = setting(0.01, "Coefficient at the first step.", ge=0)
+    end: float = setting(0.1, "Coefficient from the last step on.", ge=0)
+    steps: int = setting(1000, "Steps from start to end.", unit="steps", ge=1)
+
+
+class KLAdaptive(Section):
+    """A coefficient that is steered towards a target KL (https://arxiv.org/abs/1909.08593, section 2.2)."""
+
+    initial: float = setting(0.001, "Coefficient at the first step.", gt=0)
+    target: float = setting(0.1, "Wanted KL per token.", unit="nats", source="verl", gt=0)
+    horizon: int = setting(10_000, "Trajectories over which a unit error is corrected.", unit="trajectories", ge=1)
+
+
+class KLConfig(Section):
+    """Distance to the reference policy."""
+
+    where: Literal["off", "loss", "reward"] = setting("off", "Add it to the loss, subtract it from the reward, or neither.", source="DAPO, 2503.14476, 2.3")
+    estimator: Choice = setting(Choice(name="k3"), "Estimator of the KL per token: k1, k2, k3.", source="GRPO, 2402.03300, 4.1.1")
+    coef: float | KLSchedule | KLAdaptive = setting(0.001, "Coefficient: a number, {start, end, steps} or {initial, target, horizon}.", source="verl")
+
+
+class AlgorithmConfig(Section):
+    """Five independent choices (advantage, policy loss, aggregation, KL, correction) and what belongs to them."""
+
+    advantage: Choice = setting(Choice(name="grpo"), "Credit of each token, `verl.algorithms.advantages`.", source="GRPO, 2402.03300")
+    policy_loss: Choice = setting(Choice(name="ppo_clip"), "Loss per token, `verl.algorithms.losses`.", source="PPO, 1707.06347")
+    aggregation: Choice = setting(Choice(name="token_mean"), "Weight of each token in the loss, `verl.algorithms.losses`.", source="DAPO, 2503.14476, 3.3")
+    kl: KLConfig = setting(KLConfig(), "Distance to the reference policy.")
+    correction: Choice = setting(Choice(name="bypass"), "Difference of sampler and trainer, `verl.algorithms.correction`.", source="HybridFlow, 2409.19256, table 4")
+    value_loss: Choice = setting(Choice(name="value_clip"), "Loss of the critic per token, `verl.algorithms.losses`.", source="PPO, 1707.06347")
+    entropy_coef: float = setting(0.0, "Weight of the entropy bonus in the policy loss.", source="DAPO, 2503.14476")
+    epochs: int = setting(1, "Passes over the trajectories of a step.", unit="passes", ge=1)
+    minibatches: int = setting(1, "Optimizer updates per pass; the trajectories are split evenly.", unit="updates", ge=1)
+    dynamic_sampling: bool = setting(False, "Replace groups whose rewards are all equal by fresh prompts.", source="DAPO, 2503.14476, 3.2")
+    max_resamples: int = setting(10, "Fresh draws per step before dynamic sampling goes on with what it has.", unit="draws", source="verl", ge=1)
+    overlong_buffer_tokens: int = setting(0, "Answers that enter the last so many tokens lose reward linearly; 0: off.", unit="tokens", source="DAPO, 2503.14476, 3.4", ge=0)
+    overlong_penalty: float = setting(1.0, "Reward lost at the full length.", unit="reward", source="DAPO, 2503.14476, 3.4", ge=0)
+    mask_truncated: bool = setting(False, "Leave answers cut at the length limit out of the loss.", source="DAPO, 2503.14476, 3.4")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw"] = setting("adamw", "Optimizer.")
+    lr: float = setting(1e-6, "Peak learning rate.", source="GRPO, 2402.03300, 4.2", gt=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay of the first and second moment.", source="Adam, 1412.6980")
+    eps: float = setting(1e-8, "Added to the root of the second moment.", source="Adam, 1412.6980", gt=0)
+    weight_decay: float = setting(0.0, "Decoupled decay of matrices; vectors are not decayed.", ge=0)
+    max_grad_norm: float = setting(1.0, "Global gradient norm above which gradients are scaled down.", source="verl", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Learning rate after the warm-up.")
+    warmup_steps: int = setting(0, "Optimizer updates from 0 to the peak rate.", unit="updates", ge=0)
+    min_lr_ratio: float = setting(0.0, "Learning rate at the end of a linear or cosine schedule, as a share of the peak.", ge=0, le=1)
+
+
+class RoleConfig(Section):
+    """A trained model: its weights, its memory, its optimizer."""
+
+    path: str | None = setting(None, "Folder or hub name of a Hugging Face causal language model.")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Arithmetic of forward and backward; weights and optimizer stay fp32.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more arithmetic.", source="1604.06174")
+    packing: bool = setting(True, "Forward rows back to back without padding; off: padded to the longest row.")
+    micro_batch_tokens: int = setting(16_384, "Most tokens of one forward and backward pass.", unit="tokens", ge=1)
+    micro_batch_rows: int | None = setting(None, "Most rows of one forward and backward pass; none: only the tokens count.", unit="rows", ge=1)
+    logits_chunk_tokens: int = setting(4096, "Positions whose logits are in memory at once.", unit="tokens", ge=1)
+    max_bad_updates: int = setting(3, "Updates in a row with a loss or gradient that is not finite before the run stops.", unit="updates", ge=1)
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "Optimizer.")
+
+
+class CriticConfig(RoleConfig):
+    """The value model; it exists if and only if a chosen function reads `values`."""
+
+    vf_coef: float = setting(1.0, "Weight of the value loss.", gt=0)
+    warmup_steps: int = setting(0, "First steps in which only the critic learns.", unit="steps", source="VAPO, 2504.05118", ge=0)
+    optimizer: OptimizerConfig = setting(OptimizerConfig(lr=1e-5), "Optimizer.", source="verl")
+
+
+class SamplingConfig(Section):
+    """How answers are drawn."""
+
+    temperature: float = setting(1.0, "Logits are divided by it; 0: the most likely token.", ge=0)
+    top_p: float = setting(1.0, "Smallest set of tokens with this mass is kept.", source="1904.09751", gt=0, le=1)
+    top_k: int = setting(0, "Tokens kept; 0: all.", unit="tokens", ge=0)
+    min_p: float = setting(0.0, "Tokens below this share of the largest probability are dropped.", source="2407.01082", ge=0, le=1)
+    max_tokens: int = setting(128, "Longest answer.", unit="tokens", ge=1)
+    stop: tuple[str, ...] = setting((), "Texts that end an answer.")
+    stop_ids: tuple[int, ...] = setting((), "Token ids that end an answer, besides the tokenizer's own.")
+
+
+class RolloutConfig(Section):
+    """The engine that answers prompts."""
+
+    engine: str = setting("embedded", 'Engine by name, `verl.rollout`, or as "package.module:Class".')
+    max_slots: int = setting(256, "Answers generated at the same time by the embedded engine.", unit="answers", ge=1)
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    train: str | None = setting(None, "JSONL, Parquet or Arrow file, saved `datasets` folder, or task:NAME.")
+    test: str | None = setting(None, "The same for evaluation; task:NAME takes that task's held-out prompts.")
+    prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
+    answer_key: str = setting("answer", "Column with the reference answer, for the rewards; for fine-tuning, the answer.")
+    system_prompt: str | None = setting(None, "Put in front of chat prompts that have no system message.")
+    max_prompt_tokens: int = setting(1024, "Longer prompts are dropped and counted.", unit="tokens", ge=1)
+    on_malformed: Literal["stop", "skip"] = setting("stop", "A row that cannot be read stops the start, or is skipped and counted.")
+    shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
+
+
+class RewardsConfig(Section):
+    """What an answer is worth: the weighted sum of functions."""
+
+    functions: tuple[WeightedChoice, ...] = setting((), 'Functions by name, `verl.rewards`, or as "package.module:function".')
+    timeout_s: float = setting(30.0, "Time limit of one call.", unit="s", gt=0)
+    max_failed_share: float = setting(0.5, "Share of a step's answers without a reward above which the run stops.", ge=0, le=1)
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, answered by the current policy."""
+
+    every_steps: int = setting(0, "Steps between evaluations; 0: never.", unit="steps", ge=0)
+    at_start: bool = setting(True, "Also before the first step.")
+    prompts: int | None = setting(None, "Prompts used, from the first on; none: all.", unit="prompts", ge=1)
+    samples: int = setting(1, "Answers per prompt, k of mean@k and pass@k.", unit="answers", ge=1)
+    temperature: float = setting(1.0, "Temperature of these answers.", ge=0)
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk to go on from."""
+
+    every_steps: int = setting(0, "Steps between checkpoints; 0: only at the end.", unit="steps", ge=0)
+    keep: int = setting(2, "Newest checkpoints kept.", unit="checkpoints", ge=1)
+    resume: str = setting("auto", "auto: from the newest complete one in output_dir; never; or the folder of one.")
+
+
+class TrackingConfig(Section):
+    """Where metrics and samples go."""
+
+    sinks: tuple[str, ...] = setting(("console", "jsonl", "tensorboard"), "console, jsonl, tensorboard, wandb, mlflow.")
+    project: str = setting("verl", "Project name for W&B and MLflow.")
+    samples_every_steps: int = setting(10, "Steps between tables of sampled answers on disk; 0: never.", unit="steps", ge=0)
+    num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
+
+
+class TrainerConfig(Section):
+    """A whole run."""
+
+    seed: int = setting(0, "Seed of the data order, the sampling and new weights.", ge=0)
+    output_dir: str = setting("outputs/run", "Folder of metrics, samples, checkpoints and the trained model.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where there is one.")
+    steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
+    prompts_per_step: int = setting(32, "Prompts of a step.", unit="prompts", ge=1)
+    samples_per_prompt: int = setting(8, "Answers per prompt, the size of a group.", unit="answers", source="GRPO takes 64, 2402.03300", ge=1)
+    algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
+    policy: RoleConfig = setting(RoleConfig(), "The model that learns to answer.")
+    critic: CriticConfig = setting(CriticConfig(), "The value model.")
+    reference: str | None = setting(None, "Model of the reference policy; none: the policy as it was at the start.")
+    sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
+    rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
+    data: DataConfig = setting(DataConfig(), "Where prompts come from.")
+    rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "What is kept to go on from.")
+    tracking: TrackingConfig = setting(TrackingConfig(), "Where metrics and samples go.")

@@ -1,0 +1,107 @@
+"""The contract of generation: what is asked of an engine and what it answers, and the base class of users' own workers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is answered.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_p: the smallest set of tokens with at least this mass is kept, in (0, 1].
+        top_k: number of most likely tokens kept; 0 keeps all.
+        min_p: tokens less likely than min_p times the most likely one are dropped, in [0, 1].
+        max_tokens: longest answer in tokens, the stop token included.
+        n: answers per prompt.
+        stop: texts that end an answer; the token that completes one is the last of the answer.
+        stop_ids: token ids that end an answer, and are its last token.
+        seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being generated.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 128
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got {self}")
+        if self.max_tokens < 1 or self.n < 1:
+            raise ValueError(f"need max_tokens >= 1 and n >= 1, got max_tokens={self.max_tokens} and n={self.n}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens of the model's distribution can never be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass
+class Completion:
+    """One answer, as it was sampled.
+
+    Attributes:
+        token_ids: sampled ids, the stop token included.
+        logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation applied;
+            with temperature 0, of the model's own distribution); None if the engine gave text only.
+        finish_reason: stop, length (max_tokens reached) or abort.
+        version: of the policy weights that sampled it.
+        text: the answer as the engine spelled it, for engines that give text only; else None.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    version: int = 0
+    text: str | None = None
+
+
+class RolloutEngine(ABC):
+    """Token ids in, token ids and logprobs out."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """Answers every prompt; one list of `params[i].n` completions per prompt, in order."""
+
+
+class BaseRolloutWorker:
+    """Base of users' own workers over any server: texts in, texts out.
+
+    A subclass defines `generate(prompts, max_tokens=128)`, as a plain method or as a coroutine. The collector tokenizes
+    the texts once, flags the trajectories, and lets the trainer compute their logprobs.
+    """
+
+    def generate(self, prompts: Sequence[str], max_tokens: int = 128) -> Any:
+        """One text per prompt, in order, or a coroutine of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define generate(prompts, max_tokens=128) -> list of texts")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of a data set.
+
+    Attributes:
+        content: text, or chat messages as `[{"role": ..., "content": ...}]`.
+        answer: reference answer for the rewards, None if there is none.
+        source: name of the data set that it is from, for metrics by source.
+        index: its number in the data set.
+        columns: all other columns of its row, handed to the reward functions by name.
+    """
+
+    content: str | list[dict[str, Any]]
+    answer: Any = None
+    source: str = ""
+    index: int = 0
+    columns: dict[str, Any] = field(default_factory=dict)
