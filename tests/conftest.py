@@ -1,0 +1,12 @@
+"""What every test shares: one thread, and no model hub."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Read by Hugging Face libraries at import; a test that reaches for the network fails at once instead of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Small products on two threads cost more than on one, and their sums depend on the split.
+torch.set_num_threads(1)
