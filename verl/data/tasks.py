@@ -1,0 +1,121 @@
+"""Small tasks of our own whose floor and optimum are known exactly, as ordinary data sets of prompts and answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LETTERS = "abcdefgh"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A numbered family of questions with one right answer each, split into training and held-out prompts.
+
+    Attributes:
+        name: in `TASKS`, and after `task:` in the settings.
+        meaning: what is asked, in one sentence.
+        question: prompt and answer of a number in [0, num_questions); a different prompt for each.
+        num_questions: how many there are.
+        num_train: prompts of the training split, drawn without repetition from those not held out.
+        reward: name of the reward function that suits it.
+        max_tokens: longest answer in characters and an end token.
+        num_test: held-out prompts.
+    """
+
+    name: str
+    meaning: str
+    question: Callable[[int], tuple[str, str]]
+    num_questions: int
+    num_train: int
+    reward: Literal["exact", "position_share", "prefix_share"]
+    max_tokens: int
+    num_test: int = 512
+
+    def rows(self, split: Literal["train", "test"], seed: int = 0) -> list[dict[str, Any]]:
+        """Rows {prompt, answer}: `num_test` held-out ones whatever the seed, or `num_train` others that the seed draws."""
+        held_out = _draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
+        drawn = held_out if split == "test" else _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(held_out))
+        return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in drawn]
+
+
+def write_jsonl(task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0) -> int:
+    """Writes a split as a JSONL file, one row per line, and returns the number of rows."""
+    rows = task.rows(split, seed)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
+def _draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
+    """The first `count` different numbers below `stop`, none of them taken, in the random order that the key fixes."""
+    # Of the random module only random() under a given seed is promised to stay the same in later Pythons.
+    uniform = random.Random(key).random
+    numbers: dict[int, None] = {}
+    while len(numbers) < count:
+        number = int(uniform() * stop)
+        if number not in taken:
+            numbers[number] = None
+    return list(numbers)
+
+
+def _digits(number: int, bases: list[int]) -> Iterator[int]:
+    """Digits of a number in a mixed base, the last one first."""
+    for base in bases:
+        yield number % base
+        number //= base
+
+
+def _letters(number: int) -> str:
+    return "".join(LETTERS[digit] for digit in _digits(number, [len(LETTERS)] * 8))
+
+
+def _copy(number: int) -> tuple[str, str]:
+    return f"{_letters(number)}=", _letters(number)
+
+
+def _reverse(number: int) -> tuple[str, str]:
+    return f"{_letters(number)}=", _letters(number)[::-1]
+
+
+def _sort(number: int) -> tuple[str, str]:
+    return f"{number:06}=", "".join(sorted(f"{number:06}"))
+
+
+def _add(number: int) -> tuple[str, str]:
+    left, right = (10 + digit for digit in _digits(number, [90, 90]))
+    return f"{left}+{right}=", str(left + right)
+
+
+def _continue_sequence(number: int) -> tuple[str, str]:
+    modulus = 9
+    first, second, count = _digits(number, [modulus + 1, modulus, 9])
+    step = second - first
+    answer = ",".join(str((second + step * i) % modulus) for i in range(1, count + 2))
+    return f"{first},{second}:{modulus},{count + 1}", answer
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("copy-8", "Repeat 8 letters from a to h.", _copy, 8**8, 8192, "position_share", max_tokens=9),
+        Task("reverse-8", "Write 8 letters from a to h in reverse order.", _reverse, 8**8, 8192, "position_share", max_tokens=9),
+        Task("sort-6", "Write 6 digits in ascending order.", _sort, 10**6, 8192, "exact", max_tokens=7),
+        Task("add-2", "Add two numbers of two digits.", _add, 90 * 90, 7500, "exact", max_tokens=4),
+        # The sizes of verl's digit completion: modulus 9, first number to 9, 1 to 9 numbers wanted; 810 prompts in all.
+        # Wanting none is left out, since no answer could earn a reward there.
+        Task(
+            "digits",
+            "Continue an arithmetic sequence modulo a number: `first,second:modulus,count` asks for so many more.",
+            _continue_sequence,
+            810,
+            610,
+            "prefix_share",
+            max_tokens=18,
+            num_test=200,
+        ),
+    )
+}
