@@ -1,0 +1,128 @@
+"""Which rows go to which minibatch, rank and micro-batch, decided on lengths alone; nothing here moves data."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Row indices as minibatches[minibatch][rank][micro_batch], every row once.
+
+    In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives. Empty ones come
+    last, and only where a rank has fewer rows than that: with fewer rows than ranks, or rows so long that hardly two fit together.
+    """
+
+    minibatches: list[list[list[list[int]]]]
+
+
+def balance(
+    num_tokens: Tensor,
+    *,
+    num_ranks: int,
+    micro_batch_tokens: int,
+    micro_batch_rows: int | None = None,
+    num_minibatches: int = 1,
+    cost: Tensor | None = None,
+) -> Plan:
+    """The plan that gives ranks equal work and as few micro-batches as first-fit decreasing finds.
+
+    Minibatches are consecutive rows, their sizes differ by at most one: the order stays the caller's. Within one, the costliest
+    row that is left goes to the rank with the least cost so far, so that the costs of two ranks never differ by more than the
+    costliest row (longest processing time first, https://doi.org/10.1137/0117039). Where that would leave a rank with fewer
+    rows than micro-batches, it goes to the rank with the fewest rows instead, of these to the one with the least cost.
+
+    Args:
+        num_tokens: [B] int, tokens of each row.
+        num_ranks: ranks that share each minibatch.
+        micro_batch_tokens: most tokens of a micro-batch; a row that is longer gets one of its own.
+        micro_batch_rows: most rows of a micro-batch; None: only the tokens count.
+        num_minibatches: optimizer updates that the rows are for.
+        cost: [B], work that each row is, in any unit; None: its tokens. `compute_cost` adds the work of attention.
+
+    Raises:
+        ValueError: a shape, count or cost that cannot be, or fewer rows than minibatches.
+    """
+    if num_tokens.ndim != 1 or num_tokens.is_floating_point() or (num_tokens < 0).any():
+        raise ValueError(f"need the tokens of each row as [B] integers from 0, got {num_tokens.dtype} of shape {tuple(num_tokens.shape)}")
+    if num_ranks < 1 or micro_batch_tokens < 1 or (micro_batch_rows is not None and micro_batch_rows < 1):
+        given = f"num_ranks={num_ranks}, micro_batch_tokens={micro_batch_tokens}, micro_batch_rows={micro_batch_rows}"
+        raise ValueError(f"need at least 1 of each, got {given}")
+    if not 1 <= num_minibatches <= len(num_tokens):
+        raise ValueError(f"need a row for each minibatch, got {len(num_tokens)} rows for {num_minibatches}; lower algorithm.minibatches")
+    work = num_tokens.double() if cost is None else cost.double()
+    if work.shape != num_tokens.shape or not work.isfinite().all() or (work < 0).any():
+        raise ValueError(f"need a finite cost from 0 for each of {len(num_tokens)} rows, got {cost}")
+    lengths, costs = num_tokens.tolist(), work.tolist()
+    minibatches = []
+    for rows in torch.arange(len(lengths)).tensor_split(num_minibatches):
+        for equal_counts in (False, True):
+            shares = _deal(rows.tolist(), costs, num_ranks, equal_counts=equal_counts)
+            packed = [_pack(share, lengths, micro_batch_tokens, micro_batch_rows or len(lengths)) for share in shares]
+            most = max(len(micro_batches) for micro_batches in packed)
+            if min(len(share) for share in shares) >= most:
+                break
+        minibatches.append([_split_up_to(most, micro_batches, lengths) for micro_batches in packed])
+    return Plan(minibatches)
+
+
+def compute_cost(num_tokens: Tensor, hidden_dim: int) -> Tensor:
+    """Work of a row in a decoder, n (1 + n / (12 h)), in units of one token's matrix products.
+
+    A layer takes 24 h^2 operations per token in matrix products and 4 n h in full attention, half of that under a causal mask
+    (https://arxiv.org/abs/2104.04473, appendix).
+
+    Args:
+        num_tokens: [B] int, n.
+        hidden_dim: width h of the model.
+
+    Returns:
+        [B] float64.
+    """
+    tokens = num_tokens.double()
+    return tokens * (1 + tokens / (12 * hidden_dim))
+
+
+def _deal(rows: list[int], costs: list[float], num_ranks: int, *, equal_counts: bool) -> list[list[int]]:
+    """Rows of each rank, the costliest dealt first, to the least cost so far or to the fewest rows so far."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    # Whose turn it is: (what counts first, what breaks a tie, rank).
+    turns: list[tuple[float, float, int]] = [(0, 0, rank) for rank in range(num_ranks)]
+    for row in sorted(rows, key=lambda row: (-costs[row], row)):
+        first, second, rank = turns[0]
+        shares[rank].append(row)
+        added = (1, costs[row]) if equal_counts else (costs[row], 1)
+        heapq.heapreplace(turns, (first + added[0], second + added[1], rank))
+    return shares
+
+
+def _pack(rows: list[int], lengths: list[int], max_tokens: int, max_rows: int) -> list[list[int]]:
+    """First-fit decreasing: each row, the longest first, into the first micro-batch with room for it."""
+    micro_batches: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        fits = (i for i, free in enumerate(room) if lengths[row] <= free and len(micro_batches[i]) < max_rows)
+        i = next(fits, len(room))
+        if i == len(room):
+            micro_batches.append([])
+            room.append(max_tokens)
+        micro_batches[i].append(row)
+        room[i] -= lengths[row]
+    return micro_batches
+
+
+def _split_up_to(count: int, micro_batches: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    """The same rows in `count` micro-batches: the fullest of several rows is halved until there are so many, or empty ones follow."""
+    split = list(micro_batches)
+    while len(split) < count:
+        several = [i for i, rows in enumerate(split) if len(rows) > 1]
+        if not several:
+            return split + [[] for _ in range(count - len(split))]
+        i = max(several, key=lambda i: sum(lengths[row] for row in split[i]))
+        # Every other row of the sorted ones, so that both halves are about as long.
+        split[i : i + 1] = [split[i][::2], split[i][1::2]]
+    return split
