@@ -87,6 +87,12 @@ def test_rows_are_dealt_evenly_where_a_rank_would_lack_rows_for_its_micro_batche
     assert plan.minibatches == [[[[0], [3]], [[1], [2]]]]
 
 
+def test_a_rank_that_needs_fewer_micro_batches_halves_its_own():
+    costs = torch.tensor([3.9, 3.8, 4.0, 3.0, 0.5, 0.1])  # the first two rows to one rank, the others, 100 tokens, to the other
+    plan = balance(torch.tensor([60, 50, 40, 30, 20, 10]), num_ranks=2, micro_batch_tokens=100, cost=costs)
+    assert plan.minibatches == [[[[2, 4], [3, 5]], [[0], [1]]]]
+
+
 def test_with_fewer_rows_than_ranks_some_ranks_have_empty_micro_batches():
     plan = balance(torch.tensor([5, 6]), num_ranks=3, micro_batch_tokens=10)
     assert plan.minibatches == [[[[1]], [[0]], [[]]]]
