@@ -1,15 +1,22 @@
-"""Every setting, typed and bounded; loading and overriding them is `verl.config`'s work."""
+"""Every setting, typed and bounded, and what must hold between them; loading them is `verl.config`'s work."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **bounds: Any) -> Any:
-    """A pydantic field that also carries its unit and the source of its default, for `verl config`."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source}, **bounds)
+    """A pydantic field that also carries its unit, its bounds as text and the source of its default, for `verl config`."""
+    extra: dict[str, Any] = {"unit": unit, "source": source, "bounds": " and ".join(f"{_SIGNS[sign]} {bound}" for sign, bound in bounds.items())}
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
 class Section(BaseModel):
@@ -57,12 +64,25 @@ class KLAdaptive(Section):
     horizon: int = setting(10_000, "Trajectories over which a unit error is corrected.", unit="trajectories", ge=1)
 
 
+def _kind_of_coef(value: Any) -> str:
+    """Which of the three forms of a KL coefficient is meant, so that an error is told about that one alone."""
+    if isinstance(value, KLAdaptive) or (isinstance(value, dict) and value.keys() & KLAdaptive.model_fields.keys()):
+        return "adaptive"
+    return "schedule" if isinstance(value, dict | KLSchedule) else "number"
+
+
+NumberCoef = Annotated[float, Field(ge=0), Tag("number")]
+Coef = Annotated[
+    NumberCoef | Annotated[KLSchedule, Tag("schedule")] | Annotated[KLAdaptive, Tag("adaptive")], Discriminator(_kind_of_coef)
+]
+
+
 class KLConfig(Section):
     """Distance to the reference policy."""
 
     where: Literal["off", "loss", "reward"] = setting("off", "Add it to the loss, subtract it from the reward, or neither.", source="DAPO, 2503.14476, 2.3")
     estimator: Choice = setting(Choice(name="k3"), "Estimator of the KL per token: k1, k2, k3.", source="GRPO, 2402.03300, 4.1.1")
-    coef: float | KLSchedule | KLAdaptive = setting(0.001, "Coefficient: a number, {start, end, steps} or {initial, target, horizon}.", source="verl")
+    coef: Coef = setting(0.001, "Coefficient: a number, {start, end, steps} or {initial, target, horizon}.", source="verl")
 
 
 class AlgorithmConfig(Section):
@@ -96,6 +116,13 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Learning rate after the warm-up.")
     warmup_steps: int = setting(0, "Optimizer updates from 0 to the peak rate.", unit="updates", ge=0)
     min_lr_ratio: float = setting(0.0, "Learning rate at the end of a linear or cosine schedule, as a share of the peak.", ge=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"need two numbers in [0, 1), got {list(betas)}")
+        return betas
 
 
 class RoleConfig(Section):
@@ -187,23 +214,175 @@ class TrackingConfig(Section):
     num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
 
 
-class TrainerConfig(Section):
-    """A whole run."""
+class RunConfig(Section):
+    """What every run has, whatever it learns from."""
 
     seed: int = setting(0, "Seed of the data order, the sampling and new weights.", ge=0)
     output_dir: str = setting("outputs/run", "Folder of metrics, samples, checkpoints and the trained model.")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where there is one.")
     steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
+    policy: RoleConfig = setting(RoleConfig(), "The model that learns to answer.")
+    data: DataConfig = setting(DataConfig(), "Where prompts come from.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "What is kept to go on from.")
+    tracking: TrackingConfig = setting(TrackingConfig(), "Where metrics and samples go.")
+
+
+class SFTConfig(RunConfig):
+    """A run of supervised fine-tuning."""
+
+    rows_per_step: int = setting(64, "Examples of a step.", unit="examples", ge=1)
+
+
+class TrainerConfig(RunConfig):
+    """A run of reinforcement learning."""
+
     prompts_per_step: int = setting(32, "Prompts of a step.", unit="prompts", ge=1)
     samples_per_prompt: int = setting(8, "Answers per prompt, the size of a group.", unit="answers", source="GRPO takes 64, 2402.03300", ge=1)
     algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
-    policy: RoleConfig = setting(RoleConfig(), "The model that learns to answer.")
     critic: CriticConfig = setting(CriticConfig(), "The value model.")
     reference: str | None = setting(None, "Model of the reference policy; none: the policy as it was at the start.")
     sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
-    data: DataConfig = setting(DataConfig(), "Where prompts come from.")
     rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
-    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "What is kept to go on from.")
-    tracking: TrackingConfig = setting(TrackingConfig(), "Where metrics and samples go.")
+
+
+_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def is_a(annotation: Any, base: type[BaseModel]) -> bool:
+    """Whether an annotation is that class, or a subclass of it, and not a union."""
+    return isinstance(annotation, type) and issubclass(annotation, base)
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union; of an annotation without one, itself."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for member in get_args(annotation) for inner in alternatives(member)]
+    return [annotation]
+
+
+def type_text(annotation: Any) -> str:
+    """The type of a setting in words."""
+    members, parts = alternatives(annotation), get_args(annotation)
+    if len(members) > 1:
+        return " or ".join(type_text(member) for member in members)
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(parts)
+    if get_origin(annotation) is tuple:
+        return ("a list" if parts[1] is Ellipsis else f"a list of {len(parts)}") + f", each {type_text(parts[0])}"
+    if is_a(annotation, Choice):
+        return "a name or {" + ", ".join([*annotation.model_fields, "options"]) + "}"
+    if is_a(annotation, Section):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+    return _TYPES[members[0]]
+
+
+@cache
+def places(kind: type[Section] = TrainerConfig) -> dict[str, FieldInfo]:
+    """Every dotted key of a kind of run, sections and the parts of a KL coefficient too, in the order of this file."""
+
+    def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+        for name, field in model.model_fields.items():
+            yield prefix + name, field
+            for member in alternatives(field.annotation):
+                if is_a(member, Section):
+                    yield from walk(member, f"{prefix}{name}.")
+
+    return dict(walk(kind, ""))
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether a field holds other settings and has no value of its own."""
+    return is_a(field.annotation, Section)
+
+
+def merged(base: Any, over: Any, annotation: Any) -> Any:
+    """Settings `over` on top of `base`, both nested mappings, at a place with this annotation.
+
+    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds its options.
+    """
+    if is_a(annotation, Choice) and isinstance(over, str):
+        over = {"name": over}
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return over
+    if is_a(annotation, Choice):
+        return over if over.get("name", base.get("name")) != base.get("name") else {**base, **over}
+    sections = [member for member in alternatives(annotation) if is_a(member, Section)]
+    if len(sections) > 1 and not any({*base, *over} <= section.model_fields.keys() for section in sections):
+        return over  # Another form of the same setting.
+    fields = {name: field.annotation for section in sections for name, field in section.model_fields.items()}
+    return {**base, **{name: merged(base.get(name), value, fields.get(name)) for name, value in over.items()}}
+
+
+# Advantages that compare siblings and read no `values`: with them a group needs siblings, and there is no critic.
+SIBLING_ADVANTAGES = ("grpo", "rloo")
+
+Claim = Callable[[Any], bool]
+
+# Settings (or whole sections) | the one that decides | ignored when | why, and what to do.
+IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
+    ("algorithm.kl.coef", "algorithm.kl.where", lambda c: c.algorithm.kl.where == "off", "algorithm.kl.where is off; set it to loss or reward"),
+    ("algorithm.kl.estimator", "algorithm.kl.where", lambda c: c.algorithm.kl.where == "off", "algorithm.kl.where is off; set it to loss or reward"),
+    ("algorithm.overlong_penalty", "algorithm.overlong_buffer_tokens", lambda c: c.algorithm.overlong_buffer_tokens == 0, "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over"),
+    ("algorithm.max_resamples", "algorithm.dynamic_sampling", lambda c: not c.algorithm.dynamic_sampling, "algorithm.dynamic_sampling is false; set it to true"),
+    ("critic", "algorithm.advantage", lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES, "this algorithm.advantage needs no critic; take gae"),
+    ("algorithm.value_loss", "algorithm.advantage", lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES, "this algorithm.advantage needs no critic; take gae"),
+    ("policy.optimizer.min_lr_ratio", "policy.optimizer.schedule", lambda c: c.policy.optimizer.schedule == "constant", "policy.optimizer.schedule is constant; set it to linear or cosine"),
+    ("critic.optimizer.min_lr_ratio", "critic.optimizer.schedule", lambda c: c.critic.optimizer.schedule == "constant", "critic.optimizer.schedule is constant; set it to linear or cosine"),
+    ("sampling.top_p", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
+    ("sampling.top_k", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
+    ("sampling.min_p", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
+    ("evaluation.at_start", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0, "evaluation.every_steps is 0; set how often to evaluate"),
+    ("evaluation.prompts", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
+    ("evaluation.samples", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
+    ("evaluation.temperature", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
+    ("tracking.num_samples", "tracking.samples_every_steps", lambda c: c.tracking.samples_every_steps == 0, "tracking.samples_every_steps is 0; set how often to write samples"),
+    ("tracking.project", "tracking.sinks", lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks), "no sink of tracking.sinks has projects; add wandb or mlflow"),
+)
+
+# Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole configuration.
+WRONG: tuple[tuple[Claim, str], ...] = (
+    (
+        lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
+        "need prompts_per_step * samples_per_prompt divisible by algorithm.minibatches, got {c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}; change one of the three",
+    ),
+    (
+        lambda c: c.algorithm.correction.name == "bypass" and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
+        "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction bypass; set algorithm.correction=recompute",
+    ),
+    (
+        lambda c: c.algorithm.correction.name == "bypass" and c.sampling.temperature == 0,
+        "need logprobs of the distribution that was sampled, got sampling.temperature 0 with algorithm.correction bypass; set algorithm.correction=recompute or a temperature above 0",
+    ),
+    (
+        lambda c: c.samples_per_prompt > 1 and c.sampling.temperature == 0,
+        "need different answers in a group, got samples_per_prompt {c.samples_per_prompt} with sampling.temperature 0; set a temperature above 0",
+    ),
+    (
+        lambda c: c.samples_per_prompt == 1 and c.algorithm.advantage.name in SIBLING_ADVANTAGES,
+        "need siblings to compare with, got samples_per_prompt 1 with algorithm.advantage {c.algorithm.advantage.name}, which would learn nothing; set samples_per_prompt above 1",
+    ),
+    (
+        lambda c: c.samples_per_prompt == 1 and c.algorithm.dynamic_sampling,
+        "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1, whose rewards are always equal; set samples_per_prompt above 1 or dynamic_sampling to false",
+    ),
+    (
+        lambda c: c.algorithm.overlong_buffer_tokens >= c.sampling.max_tokens,
+        "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got {c.algorithm.overlong_buffer_tokens} and {c.sampling.max_tokens}; a fifth of it is usual (DAPO, 2503.14476)",
+    ),
+    (
+        lambda c: c.algorithm.kl.where == "loss" and c.algorithm.kl.estimator.name == "k1",
+        "need a KL estimator whose gradient is not zero on average for algorithm.kl.where loss, got k1; set algorithm.kl.estimator to k2 or k3",
+    ),
+    (
+        lambda c: c.critic.warmup_steps >= c.steps and c.algorithm.advantage.name not in SIBLING_ADVANTAGES,
+        "need critic.warmup_steps below steps, got {c.critic.warmup_steps} and {c.steps}: the policy would never learn; lower it",
+    ),
+    (
+        lambda c: c.evaluation.samples > 1 and c.evaluation.temperature == 0,
+        "need different answers to a prompt, got evaluation.samples {c.evaluation.samples} with evaluation.temperature 0; set one answer or a temperature above 0",
+    ),
+)
