@@ -18,6 +18,7 @@ quickstart: $(STAMP)  ## train a tiny model on this machine and show that it lea
 	@$(BIN)/verl quickstart
 
 install: $(STAMP)  ## make .venv with the pinned dependencies and verl itself
+	@echo "verl is installed in $(VENV)"
 
 test: $(STAMP)  ## run the unit tests
 	@$(BIN)/python -m pytest tests -q -n 2
@@ -27,7 +28,7 @@ lint: $(STAMP)  ## check style and types
 	@$(BIN)/mypy
 
 docs: $(STAMP)  ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "documentation: site/index.html"
 
 clean:  ## delete .venv and everything that was built or cached
@@ -43,7 +44,7 @@ $(BIN)/python:
 # Without a GPU the CPU build of PyTorch goes first: the default Linux build brings gigabytes of CUDA libraries. It is looked for
 # where pip looks anyway, then at PyTorch's own index; without either, the default build works too.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV), about 3 minutes the first time"
+	@echo "installing into $(VENV), about 4 minutes the first time"
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "  no NVIDIA GPU: the CPU build of PyTorch $(TORCH)"; \
 		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import verl
+from verl.config import load_config
 from verl.settings import Section, TrainerConfig
 
 ROOT = Path(verl.__file__).parent
@@ -169,8 +169,7 @@ def test_every_module_class_and_public_function_says_what_it_is():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid(recipe):
-    config = importlib.import_module("verl.config").load_config(recipe)
-    assert isinstance(config, TrainerConfig)
+    assert isinstance(load_config(recipe), TrainerConfig)
 
 
 def test_there_are_recipes():

@@ -1,0 +1,102 @@
+"""Every command and program of the README and the documentation runs as printed.
+
+A page is run from top to bottom in one folder of its own, so a block finds the files of the blocks before it. The language decides:
+bash and python blocks run, a yaml block is a valid configuration; one with a title is a file, written under that name. A comment in
+front of a block takes it out: `<!-- no-run: why -->`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from verl.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- no-run: (?P<reason>[^\n]+) -->\n\s*)?"
+    r"^(?P<indent> *)```(?P<language>[^\s`]*)(?: title=\"(?P<title>[^\"\n]+)\")?(?P<rest>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+TIMEOUT_S = 300
+RUN = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it stands, what it says, and how it is to be run."""
+
+    line: int
+    language: str
+    title: str | None
+    reason: str | None
+    rest: str
+    code: str
+
+
+def blocks(text: str) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+        found.append(Block(line, match["language"], match["title"], match["reason"], match["rest"], code))
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The reader's shell: the installed package first on the path, no hub, one thread."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(block: Block, folder: Path) -> None:
+    if block.title:
+        (folder / block.title).write_text(block.code, encoding="utf-8")
+    if block.language == "yaml":
+        path = folder / (block.title or "block.yaml")
+        path.write_text(block.code, encoding="utf-8")
+        load_config(path)
+    elif not block.title:
+        command = [*RUN[block.language], block.code]
+        result = subprocess.run(
+            command, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert result.returncode == 0, f"line {block.line} ended with {result.returncode}\n{block.code}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_of_a_page_runs(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    for block in blocks(text):
+        if block.language in {*RUN, "yaml"} and block.reason is None:
+            run(block, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_fence_is_understood(page):
+    text = page.read_text(encoding="utf-8")
+    found = blocks(text)
+    assert 2 * len(found) == len(re.findall(r"^ *```", text, re.MULTILINE))
+    assert [(b.line, b.language, b.rest) for b in found if b.language not in {*RUN, "yaml", "text"} or b.rest] == []
+
+
+def test_the_first_commands_of_the_readme_start_and_check_the_project():
+    first = next(block for block in blocks(PAGES[0].read_text(encoding="utf-8")) if block.language == "bash")
+    assert [line.split("#")[0].strip() for line in first.code.splitlines()] == ["make quickstart", "make test"]
+
+
+def test_a_block_that_fails_is_reported(tmp_path):
+    text = "<!-- no-run: why -->\n```bash\nexit 3\n```\n\n- x\n\n  ```bash\n  exit 3\n  ```\n\n```bash\necho 1 > a\n```\n"
+    marked, broken, good = blocks(text)
+    assert marked.reason == "why" and broken.reason is None and broken.line == 8
+    with pytest.raises(AssertionError, match="line 8 ended with 3"):
+        run(broken, tmp_path)
+    run(good, tmp_path)
+    assert (tmp_path / "a").read_text() == "1\n"
