@@ -55,7 +55,9 @@ class Ragged:
 
     def __post_init__(self) -> None:
         if self.values.shape[0] != int(self.lengths.sum()):
-            raise ValueError(f"need one value per position, got {self.values.shape[0]} values and lengths that sum to {int(self.lengths.sum())}")
+            raise ValueError(
+                f"need one value per position, got {self.values.shape[0]} values and lengths that sum to {int(self.lengths.sum())}"
+            )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int | float | bool]], dtype: torch.dtype) -> Ragged:
@@ -131,12 +133,12 @@ class Batch:
         if any(set(b.names) != names for b in batches):
             raise ValueError(f"need the same columns in every batch, got {[sorted(b.names) for b in batches]}")
         joined: dict[str, Tensor | Ragged] = {}
-        for name, first in batches[0]._columns.items():
-            parts = [b._columns[name] for b in batches]
-            if isinstance(first, Ragged):
-                joined[name] = Ragged(torch.cat([p.values for p in parts]), torch.cat([p.lengths for p in parts]))
+        for name in batches[0].names:
+            ragged = [c for c in (b._columns[name] for b in batches) if isinstance(c, Ragged)]
+            if ragged:
+                joined[name] = Ragged(torch.cat([c.values for c in ragged]), torch.cat([c.lengths for c in ragged]))
             else:
-                joined[name] = torch.cat(parts)
+                joined[name] = torch.cat([b[name] for b in batches])
         return Batch(joined)
 
     @property

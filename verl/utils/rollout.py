@@ -69,7 +69,17 @@ class Completion:
 
 
 class RolloutEngine(ABC):
-    """Token ids in, token ids and logprobs out."""
+    """Token ids in, token ids and logprobs out.
+
+    Attributes:
+        version: of the policy weights that it samples with.
+    """
+
+    version: int = 0
+
+    def publish(self, version: int) -> None:
+        """Takes over the trainer's weights under a new version; an engine that shares their storage only notes it."""
+        self.version = version
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:

@@ -1,0 +1,130 @@
+"""The command line: train, sft, eval, config, quickstart, make-model and make-data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl import __version__
+from verl.config import RECIPES, describe_settings, load_config, load_sft_config, to_yaml
+
+# Loaded only by the commands that need them: `verl config` and `--help` answer at once.
+_COMMANDS_WITH_MODELS = "verl.trainer.commands"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; exit code 0, 1 if the run failed, 2 if what was given cannot be used."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; a run goes on from its newest checkpoint when started again", file=sys.stderr)
+        return 130
+    except Exception as error:  # the process border: one clear message, the stack on request
+        if args.debug:
+            traceback.print_exc()
+        given = isinstance(error, ValueError | FileNotFoundError)
+        shown = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+        print(f"verl: {shown}" + ("" if given or args.debug else "\n(--debug shows where)"), file=sys.stderr)
+        return 2 if given else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="verl", description="Reinforcement-learning post-training of language models.")
+    parser.add_argument("--version", action="version", version=f"verl {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    recipe = f"a recipe ({', '.join(RECIPES)}) or a YAML file"
+
+    train = _command(commands, "train", _train, "train a policy on rewards")
+    train.add_argument("recipe", metavar="RECIPE_OR_YAML", help=recipe)
+    _overridable(train)
+    train.add_argument("--dry-run", action="store_true", help="check settings, data, rewards and model, print the configuration, and stop")
+
+    sft = _command(commands, "sft", _sft, "fine-tune a model on reference answers")
+    sft.add_argument("recipe", metavar="YAML", nargs="?", help="a YAML file; none: the defaults")
+    _overridable(sft)
+    sft.add_argument("--dry-run", action="store_true", help="check settings, data and model, print the configuration, and stop")
+
+    evaluate = _command(commands, "eval", _eval, "measure a policy on held-out prompts")
+    evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=recipe)
+    _overridable(evaluate)
+
+    config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
+    config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")
+    config.add_argument("--recipe", default=None, help=f"show the values of {recipe}")
+
+    quickstart = _command(commands, "quickstart", _with_models("quickstart"), "watch a small model learn two-digit addition")
+    quickstart.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    quickstart.add_argument("--algo", choices=("grpo", "ppo"), default="grpo", help="algorithm (grpo)")
+    quickstart.add_argument("--output", default="outputs/quickstart", help="folder (outputs/quickstart)")
+
+    model = _command(commands, "make-model", _with_models("make_model"), "write a small random model with a character tokenizer")
+    model.add_argument("folder", help="where to")
+    model.add_argument("--hidden", type=int, default=64, help="width, a multiple of 32 (64)")
+    model.add_argument("--layers", type=int, default=2, help="depth (2)")
+    model.add_argument("--seed", type=int, default=0, help="of the weights (0)")
+    model.add_argument("--characters", default=None, help="of its vocabulary (printable ASCII and newline)")
+
+    data = _command(commands, "make-data", _with_models("make_data"), "write one of our tasks as a data set")
+    data.add_argument("task", help="copy-8, sort-6, add-2, reverse-8 or digits")
+    data.add_argument("path", help="a .jsonl file")
+    data.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
+    data.add_argument("--seed", type=int, default=0, help="of the training prompts (0)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], meaning: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=meaning, description=meaning[0].upper() + meaning[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the whole stack of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _overridable(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, such as policy.optimizer.lr=1e-4 (verl config lists all)"
+    )
+
+
+def _with_models(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command that loads PyTorch, looked up when it runs."""
+    return lambda args: getattr(importlib.import_module(_COMMANDS_WITH_MODELS), name)(args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load_config(args.recipe, args.overrides)
+    importlib.import_module(_COMMANDS_WITH_MODELS).train(config, dry_run=args.dry_run)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    importlib.import_module(_COMMANDS_WITH_MODELS).evaluate(load_config(args.recipe, args.overrides))
+
+
+def _sft(args: argparse.Namespace) -> None:
+    # A first argument with "=" is an override: the YAML file was left out.
+    is_override = args.recipe is not None and "=" in args.recipe and not Path(args.recipe).exists()
+    overrides = [args.recipe, *args.overrides] if is_override else args.overrides
+    config = load_sft_config(None if is_override else args.recipe, overrides)
+    importlib.import_module(_COMMANDS_WITH_MODELS).fine_tune(config, dry_run=args.dry_run)
+
+
+def _config(args: argparse.Namespace) -> None:
+    config = load_config(args.recipe) if args.recipe else None
+    if not args.key and config:
+        print(to_yaml(config), end="")
+        return
+    for doc in describe_settings(config, args.key):
+        print(f"{doc.key} = {doc.value}")
+        facts = [f"type: {doc.type}", f"default: {doc.default}"]
+        facts += [f"{name}: {fact}" for name, fact in (("unit", doc.unit), ("bounds", doc.bounds), ("source", doc.source)) if fact]
+        print(f"    {doc.meaning}\n    {'; '.join(facts)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.engines.base import TrainEngine
+
+_STATE = "state.pt"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    A checkpoint is a folder `step-00000010` with one folder per engine (`policy`, `critic`: the weights as a Hugging Face
+    model, the optimizer beside them) and `state.pt` (everything else: plain tensors, numbers and texts). The rename from
+    its temporary name is what completes it.
+
+    Args:
+        root: folder of the checkpoints.
+        keep: how many of the newest ones stay.
+    """
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        self._root = root
+        self._keep = keep
+
+    def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint and removes the oldest ones beyond `keep`."""
+        final = self._root / f"step-{step:08d}"
+        aside = self._root / f".writing-{final.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, engine in engines.items():
+            (aside / name).mkdir()
+            engine.save(aside / name)
+        torch.save(dict(state), aside / _STATE)
+        for path in aside.rglob("*"):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        _flush(self._root)
+        for old in self._complete()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, if there is one."""
+        complete = self._complete()
+        return complete[-1] if complete else None
+
+    def _complete(self) -> list[Path]:
+        folders = self._root.glob("step-*") if self._root.exists() else []
+        return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / _STATE).exists())
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `CheckpointStore.save` was given as `state`.
+
+    Raises:
+        ValueError: the folder is not a complete checkpoint.
+    """
+    if not (folder / _STATE).exists():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir")
+    return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+
+
+def _flush(path: Path) -> None:
+    """Makes sure that a file or folder is on the disk before the rename says so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,236 @@
+"""Hugging Face models in and out: the policy as hidden states and logits, the value model, and small models of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from verl.data.batch import ModelInput
+from verl.engines.attention import DecodeLayout, RowLayout, row_attention
+from verl.utils.device import autocast
+from verl.utils.tokens import CHARACTERS, character_tokenizer
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_VALUE_HEAD = "value_head.safetensors"
+
+
+class Backbone(nn.Module):
+    """A causal transformer that reads rows; one forward function for training, prefill and decoding.
+
+    Attributes:
+        transformer: the Hugging Face model; its weights are fp32 and shared by everyone who holds this object.
+        precision: arithmetic of the forward pass.
+    """
+
+    def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.precision: Precision = precision
+        # Dropout would make the sampler and the trainer two different policies.
+        for module in transformer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
+            if name in transformer.config.to_dict():
+                setattr(transformer.config, name, 0.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside the block the forward pass attends by rows and runs in its precision.
+
+        Weights that the precision casts are cast once per block, so generation enters it once for all tokens.
+        """
+        with row_attention(self.transformer), autocast(self.device, self.precision):
+            yield
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout) -> Tensor:
+        """Final hidden states, [..., hidden], of ids and positions [...] in the given layout; needs `ready`."""
+        base = self.transformer.base_model
+        return base(input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout).last_hidden_state
+
+    def predictor_states(self, inputs: ModelInput) -> Tensor:
+        """[M, hidden]: the states that predict the response tokens of all rows; needs `ready`."""
+        states = self.hidden(inputs.input_ids, inputs.position_ids, RowLayout.of(inputs))
+        return states.flatten(0, 1).index_select(0, inputs.predictors)
+
+    def recompute_activations(self) -> None:
+        """Gradient checkpointing: activations of a layer are recomputed in the backward pass."""
+        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class PolicyModel(Backbone):
+    """A causal language model as a policy: hidden states, logits, logprobs."""
+
+    def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
+        super().__init__(transformer, precision)
+        self._softcap: float | None = transformer.config.to_dict().get("final_logit_softcapping")
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[M, V] fp32 from states [M, hidden]."""
+        logits = self.transformer.get_output_embeddings()(states).float()
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    def token_logprobs(self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Logprobs of the response tokens and entropies of their distributions, [M] fp32 each, at a temperature > 0.
+
+        The logits of `chunk` positions are in memory at a time; with more positions they are recomputed backward.
+        """
+        states = self.predictor_states(inputs)
+
+        def of_chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            log_probs = torch.log_softmax(self.logits(states) / temperature, -1)
+            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+                entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(1, targets[:, None]).squeeze(1), entropy
+
+        if len(states) <= chunk:
+            return of_chunk(states, inputs.targets)
+        parts = [
+            checkpoint(of_chunk, s, t, use_reentrant=False) for s, t in zip(states.split(chunk), inputs.targets.split(chunk), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """Compares our forward pass with the model's own on a few tokens.
+
+        Raises:
+            ValueError: they differ, so the family does something that this forward pass does not know.
+        """
+        ids = torch.arange(4, 12, device=self.device)[None] % self.transformer.config.get_text_config().vocab_size
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        own = self.transformer(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        packed = torch.cat([ids, ids], 1)
+        layout = RowLayout([ids.shape[1]] * 2, True, self.device)
+        with row_attention(self.transformer):
+            ours = self.logits(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
+        error = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
+        if not error <= 1e-3 * max(1.0, float(own.abs().max())):
+            family = self.transformer.config.model_type
+            raise ValueError(
+                f"model family {family!r} cannot be run by rows: its logits differ by {error:.2g} from its own forward pass; "
+                "use a family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, Mistral or Gemma"
+            )
+
+
+class ValueModel(Backbone):
+    """A transformer with a scalar head: the value of the state before each response token."""
+
+    def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
+        super().__init__(transformer, precision)
+        # Zero: the first values are those of a critic that knows nothing, whatever the size of the states.
+        self.head = nn.Linear(transformer.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def token_values(self, inputs: ModelInput) -> Tensor:
+        """[M] fp32, one value per response token."""
+        return self.head(self.predictor_states(inputs)).squeeze(-1).float()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A model of one shard needs no bar; Transformers draws one for each load and save."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_language_model(path: str) -> PreTrainedModel:
+    """A causal language model in fp32 from a folder or hub name, without code from the folder.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        with _without_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"cannot load a causal language model from {path!r}: {cause}") from error
+
+
+def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:
+    """A value model on the transformer of a causal language model (or on a bare transformer)."""
+    transformer = source.base_model
+    assert isinstance(transformer, PreTrainedModel)
+    return ValueModel(transformer, precision)
+
+
+def save_model(model: Backbone, folder: Path) -> None:
+    """Writes the weights as safetensors in Hugging Face layout; the head of a value model into a file beside them."""
+    with _without_progress_bars():
+        model.transformer.save_pretrained(folder)
+    if isinstance(model, ValueModel):
+        save_file({name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()}, folder / _VALUE_HEAD)
+
+
+@torch.no_grad()
+def restore_weights(model: Backbone, folder: Path) -> None:
+    """Copies saved weights into an existing model, in place: whoever shares its storage sees them.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    with _without_progress_bars():
+        saved = type(model.transformer).from_pretrained(folder, dtype=torch.float32).state_dict()
+    own = model.transformer.state_dict()
+    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
+        raise ValueError(f"the checkpoint in {folder} is of another model; start with `checkpoint.resume=never` or another output_dir")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+    if isinstance(model, ValueModel):
+        model.head.load_state_dict(load_file(folder / _VALUE_HEAD))
+
+
+def make_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS) -> None:
+    """Writes a random Qwen2-style model with the character tokenizer: 64 x 2 has 0.1M parameters, 128 x 4 has 0.8M.
+
+    Args:
+        folder: where to.
+        hidden: width.
+        layers: depth.
+        seed: of the weights.
+        characters: of the vocabulary; the fewer, the easier it is to find a reward by chance.
+
+    Raises:
+        ValueError: `hidden` is not a multiple of 32.
+    """
+    if hidden % 32 or hidden < 32 or layers < 1:
+        raise ValueError(f"need hidden as a multiple of 32 and at least one layer, got hidden={hidden} and layers={layers}")
+    tokenizer = character_tokenizer(characters)
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 4) * 4,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=max(1, hidden // 64),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]), _without_progress_bars():
+        torch.manual_seed(seed)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,88 @@
+"""What the commands do that need models; the command line itself loads none."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from verl.config import to_yaml
+from verl.data.tasks import TASKS, write_jsonl
+from verl.engines.models import make_tiny_model
+from verl.settings import SFTConfig, TrainerConfig
+from verl.trainer.evaluation import answer_all, summarize
+from verl.trainer.ppo import Trainer, sample_row
+from verl.trainer.quickstart import run_quickstart
+from verl.trainer.sft import SFTTrainer
+from verl.utils.tokens import CHARACTERS
+from verl.utils.tracking import samples_table
+
+
+def train(config: TrainerConfig, *, dry_run: bool) -> None:
+    """`verl train`."""
+    console = Console()
+    trainer = Trainer(config, console=console)
+    if dry_run:
+        report = trainer.load_train_data()
+        console.print(to_yaml(config), end="", highlight=False, markup=False)
+        console.print(
+            f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
+        )
+        return
+    if not trainer.fit():
+        console.print(f"{config.output_dir} is already at step {config.steps}; raise steps, or take another output_dir")
+    console.print(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+
+
+def fine_tune(config: SFTConfig, *, dry_run: bool) -> None:
+    """`verl sft`."""
+    console = Console()
+    trainer = SFTTrainer(config, console=console)
+    if dry_run:
+        report = trainer.load_train_data()
+        console.print(to_yaml(config), end="", highlight=False, markup=False)
+        console.print(
+            f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
+        )
+        return
+    trainer.fit()
+    console.print(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+
+
+def evaluate(config: TrainerConfig) -> None:
+    """`verl eval`: prints metrics and sample answers."""
+    console = Console()
+    trainer = Trainer(config, console=console)
+    groups = answer_all(trainer.collector, trainer.test_prompts, config)
+    console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))
+    print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})
+
+
+def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
+    """One metric per line."""
+    for name, value in metrics.items():
+        console.print(f"{name:24} {value:.4g}", highlight=False)
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    """`verl quickstart`."""
+    run_quickstart(Path(args.output), seed=args.seed, algo=args.algo)
+
+
+def make_model(args: argparse.Namespace) -> None:
+    """`verl make-model`."""
+    characters = args.characters or CHARACTERS
+    make_tiny_model(Path(args.folder), hidden=args.hidden, layers=args.layers, seed=args.seed, characters=characters)
+    Console().print(f"model: {args.folder}", highlight=False)
+
+
+def make_data(args: argparse.Namespace) -> None:
+    """`verl make-data`."""
+    if args.task not in TASKS:
+        near = difflib.get_close_matches(args.task, TASKS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"need a task of {', '.join(TASKS)}, got {args.task!r}; did you mean {near!r}?")
+    rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed)
+    Console().print(f"{rows} rows: {args.path}", highlight=False)

@@ -1,0 +1,52 @@
+"""How good a policy is on held-out prompts: mean@k and pass@k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from verl.agents.collector import DataCollector, sampling_params
+from verl.data.batch import Trajectory
+from verl.settings import TrainerConfig
+from verl.utils.rollout import Prompt
+
+# Seeds of evaluation lie beyond those of training, which count prompts from 0.
+_FIRST_SEED = 1 << 62
+
+
+def answer_all(collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig) -> list[list[Trajectory]]:
+    """`config.evaluation.samples` rewarded answers to every prompt; the same for the same weights, whenever it is asked."""
+    sampling = replace(sampling_params(config, config.evaluation.samples), temperature=config.evaluation.temperature)
+    return collector.answer(prompts, [replace(sampling, seed=_FIRST_SEED + i) for i in range(len(prompts))])
+
+
+def evaluate(collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig) -> dict[str, float]:
+    """Metrics with the prefix `eval/`; see `summarize`."""
+    return summarize(answer_all(collector, prompts, config))
+
+
+def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
+    """Metrics of answered groups of k answers each.
+
+    Returns:
+        eval/reward: mean reward of the answers that have one.
+        eval/accuracy: mean@k, the share of right answers, an answer without a reward counting as wrong.
+        eval/pass@k: share of prompts with at least one right answer (only with k > 1).
+        eval/response_tokens, eval/truncated_share, eval/failed_share: means over answers.
+        The accuracies only if a reward function gives `accuracy`.
+    """
+    answers = [t for group in groups for t in group]
+    rewards = [t.reward for t in answers if t.reward is not None]
+    metrics = {
+        "eval/reward": sum(rewards) / len(rewards) if rewards else float("nan"),
+        "eval/response_tokens": sum(len(t.response_ids) for t in answers) / len(answers),
+        "eval/truncated_share": sum(t.truncated for t in answers) / len(answers),
+        "eval/failed_share": 1 - len(rewards) / len(answers),
+    }
+    if any("accuracy" in t.scores for t in answers):
+        right = [[t.scores.get("accuracy", 0.0) for t in group] for group in groups]
+        metrics["eval/accuracy"] = sum(map(sum, right)) / len(answers)
+        k = max(len(group) for group in groups)
+        if k > 1:
+            metrics[f"eval/pass@{k}"] = sum(max(group) >= 1 for group in right) / len(groups)
+    return metrics

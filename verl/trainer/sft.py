@@ -1,0 +1,69 @@
+"""Supervised fine-tuning on the same engine: the loss is on answers only, rows are packed, accumulation is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from verl.algorithms.losses import token_mean
+from verl.data.batch import Batch, ModelInput, Ragged, Trajectory
+from verl.data.dataset import LoadReport, PromptLoader, load_examples
+from verl.data.packing import balance
+from verl.engines.models import PolicyModel
+from verl.settings import SFTConfig
+from verl.trainer.base import BaseTrainer, Metrics
+from verl.utils.rollout import Prompt
+
+
+class SFTTrainer(BaseTrainer):
+    """Teaches a model to repeat reference answers.
+
+    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is closed with the
+    end token, and the mean negative log-likelihood of its tokens is minimised.
+    """
+
+    config: SFTConfig
+
+    def step(self) -> Metrics:
+        """See `BaseTrainer.step`."""
+        assert self.loader is not None
+        return self.learn(self.loader.take(self.config.rows_per_step))
+
+    def learn(self, examples: list[Prompt]) -> Metrics:
+        """One update on examples with answers; returns loss (nats per token), entropy and sizes."""
+        rows = Batch.from_trajectories([self._trajectory(example, i) for i, example in enumerate(examples)])
+        rows.write("weights", token_mean(rows["mask"]))
+        role = self.config.policy
+        plan = balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=role.micro_batch_rows)
+        with self.clock.phase("update_policy"):
+            metrics = self.policy_engine.update(rows, plan.minibatches[0][0], self._objective)
+        self.version += 1
+        answer_tokens = float(rows.response_lengths.sum())
+        if "entropy" in metrics:
+            metrics["entropy"] /= answer_tokens
+        return metrics | {"response_tokens": answer_tokens / rows.num_rows, "tokens": float(rows.num_tokens.sum())}
+
+    def load_train_data(self) -> LoadReport:
+        """See `BaseTrainer.load_train_data`."""
+        source = self.config.data.train
+        if source is None:
+            raise ValueError("need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, or task:NAME")
+        examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
+        self.loader = PromptLoader(examples, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        return report
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Nothing is sampled in fine-tuning."""
+        return []
+
+    def _objective(self, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+        model = self.policy_engine.model
+        assert isinstance(model, PolicyModel)
+        logprobs, entropy = model.token_logprobs(inputs, temperature=1.0, chunk=self.config.policy.logits_chunk_tokens)
+        padded = Ragged(logprobs, inputs.response_lengths.to(logprobs.device)).padded()
+        return -(padded * rows["weights"].to(padded.device)).sum(), {"entropy": entropy.detach().sum()}
+
+    def _trajectory(self, example: Prompt, index: int) -> Trajectory:
+        answer = self.codec.encode_answer(str(example.answer))
+        return Trajectory(example, self.codec.encode_prompt(example), answer, [True] * len(answer), None, [0] * len(answer), index)

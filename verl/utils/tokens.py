@@ -1,0 +1,128 @@
+"""Messages to token ids and back: chat templates, stop ids, stop texts, and a character-level tokenizer of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from verl.utils.rollout import Prompt
+
+CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+class TextCodec:
+    """A tokenizer with what training needs of it: prompts to ids once, sampled ids to text, and what ends an answer.
+
+    Sampled ids are decoded for people and rewards only; nothing that was sampled is ever tokenized again.
+
+    Attributes:
+        tokenizer: the model's own.
+        stop_ids: ids that end an answer: the tokenizer's end of sequence and those of the model's generation settings.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int] = (), system_prompt: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.stop_ids = tuple(dict.fromkeys([*own, *stop_ids]))
+        self._system_prompt = system_prompt
+
+    @classmethod
+    def load(cls, path: str, *, stop_ids: Sequence[int] = (), system_prompt: str | None = None) -> TextCodec:
+        """The tokenizer saved with a model, with the end ids of its generation settings.
+
+        Raises:
+            ValueError: no tokenizer can be read there.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {_first_line(error)}") from error
+        try:
+            configured = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:  # a model without generation_config.json ends at the tokenizer's own token
+            configured = None
+        ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        return cls(tokenizer, stop_ids=[*ends, *stop_ids], system_prompt=system_prompt)
+
+    def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The chat messages of a prompt, the system prompt first if it has none of its own."""
+        if isinstance(prompt.content, str):
+            raise ValueError("a text prompt has no messages; give the prompt as [{'role': 'user', 'content': ...}]")
+        own_system = any(m["role"] == "system" for m in prompt.content)
+        system = [] if own_system or not self._system_prompt else [{"role": "system", "content": self._system_prompt}]
+        return [*system, *prompt.content]
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """What the model reads: the text as it is, or the messages in the chat template with the answer opened.
+
+        Raises:
+            ValueError: chat messages, but the tokenizer has no chat template.
+        """
+        if isinstance(prompt.content, str):
+            return prompt.content
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template; use text prompts or an instruct model"
+            )
+        text = self.tokenizer.apply_chat_template(self.messages(prompt), tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, never empty."""
+        # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts in front.
+        ids = self.encode(self.prompt_text(prompt), special_tokens=isinstance(prompt.content, str))
+        if not ids:
+            raise ValueError(f"prompt {prompt.index} of {prompt.source or 'the data'} has no tokens: {prompt.content!r}")
+        return ids
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        ids = list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+        # A tokenizer that closes texts with its end token would close the prompt before the answer.
+        while special_tokens and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def answer_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text of an answer, up to the first stop text if one is in it."""
+        text = self.decode(ids)
+        cuts = [text.find(s) for s in stop if s in text]
+        return text[: min(cuts)] if cuts else text
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer that came as text, closed with the end token; for fine-tuning and text-only engines."""
+        ids = self.encode(text)
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token per character (by default printable ASCII and newline), with pad 0, end 1, start 2, unknown 3, and a chat template."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *dict.fromkeys(characters)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
