@@ -12,7 +12,7 @@ import pytest
 
 import verl
 from verl.config import load_config
-from verl.settings import Section, TrainerConfig
+from verl.settings import Section, SFTConfig, TrainerConfig
 
 ROOT = Path(verl.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
@@ -21,6 +21,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 # A module imports from its own floor or a lower one.
 FLOORS = {
+    "__version__": 0,
     "settings": 0,
     "config": 0,
     "utils": 1,
@@ -153,7 +154,8 @@ def test_only_the_command_line_prints():
 
 
 def test_there_are_at_most_150_settings():
-    assert num_settings(TrainerConfig) <= MAX_SETTINGS
+    only_fine_tuning = SFTConfig.model_fields.keys() - TrainerConfig.model_fields.keys()
+    assert num_settings(TrainerConfig) + len(only_fine_tuning) <= MAX_SETTINGS
 
 
 def test_every_module_class_and_public_function_says_what_it_is():
