@@ -95,6 +95,11 @@ def test_on_policy_ppo_has_the_gradient_of_the_policy_gradient():
     torch.testing.assert_close(clipped, plain)
 
 
+def test_ppo_reports_the_ratio_and_how_far_the_policy_moved():
+    monitors = scalar_ppo(1.5, 2.0)[1]
+    assert monitors == {"ratio": 1.5, "clip_share": 1.0, "approx_kl": round(0.5 - math.log(1.5), 5)}
+
+
 def test_policy_gradient_is_minus_advantage_times_logprob():
     loss, monitors = policy_gradient(torch.tensor([[-2.0]]), torch.tensor([[3.0]]))
     assert (loss.item(), monitors) == (6.0, {})
