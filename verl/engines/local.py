@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.data.batch import Batch, ModelInput, present_mask
+from verl.engines.attention import row_attention
 from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine
 from verl.engines.models import Backbone, restore_weights, save_model
 from verl.settings import OptimizerConfig, RoleConfig
@@ -102,15 +103,18 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
                 loss, monitors = objective(micro, self._inputs(micro))
             if not torch.isfinite(loss):
                 return self._skipped("loss", self._culprits(batch, rows, objective))
-            self._scaler.scale(loss).backward()
+            # Gradient checkpointing runs the layers again from within the backward pass.
+            with row_attention(self.model.transformer):
+                self._scaler.scale(loss).backward()
             for name, value in {"loss": loss.detach(), **monitors}.items():
                 totals[name] = totals[name] + value if name in totals else value
+        lr = float(self._schedule.get_last_lr()[0])  # of this update; the step moves it on
         grad_norm = self._step()
         metrics = {name: float(value) for name, value in totals.items()}
         if not math.isfinite(grad_norm):
             return metrics | self._skipped("gradient", [row for rows in micro_batches for row in rows])
         self._bad_updates = 0
-        return metrics | {"grad_norm": grad_norm, "lr": float(self._schedule.get_last_lr()[0]), "skipped_updates": 0.0}
+        return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
 
     def save(self, folder: Path) -> None:
         """See `TrainEngine.save`: weights as a Hugging Face model, the rest as plain tensors and numbers."""
