@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.advantages import ADVANTAGES
-from verl.algorithms.binding import Bound, bind
+from verl.algorithms.binding import COLUMNS, Bound, bind
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
@@ -45,16 +45,16 @@ class Algorithm:
         Raises:
             ValueError: an unknown function or option.
         """
-        advantage = bind(config.advantage, ADVANTAGES)
-        policy_loss = bind(config.policy_loss, POLICY_LOSSES)
-        correction = bind(config.correction, CORRECTIONS)
-        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS)
+        advantage = bind(config.advantage, ADVANTAGES, columns=COLUMNS)
+        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=COLUMNS)
+        correction = bind(config.correction, CORRECTIONS, columns=COLUMNS)
+        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=COLUMNS)
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         return cls(
             advantage,
             policy_loss,
-            bind(config.value_loss, VALUE_LOSSES),
-            bind(config.aggregation, AGGREGATIONS),
+            bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS),
+            bind(config.aggregation, AGGREGATIONS, columns=COLUMNS),
             correction,
             kl,
             config.kl.where == "reward",
@@ -114,13 +114,14 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float) -> dict
     batch.write("old_logprobs", columns["old_logprobs"])
     if weights is not None:
         batch.write("correction_weights", weights)
-    token_rewards = at_last_sampled_token(batch["rewards"], mask)
+    rewards, token_rewards = batch["rewards"].float(), at_last_sampled_token(batch["rewards"], mask)
     if algorithm.kl and algorithm.kl_in_reward:
         kl = algorithm.kl({"logprobs": columns["old_logprobs"], "ref_logprobs": columns["ref_logprobs"]})
-        token_rewards = token_rewards - kl_coef * torch.where(mask, kl, 0)
+        penalties = kl_coef * torch.where(mask, kl, 0)
+        rewards, token_rewards = rewards - penalties.sum(1), token_rewards - penalties
         metrics["kl"] = float(masked_mean(kl, mask))
-    columns["token_rewards"] = token_rewards
-    columns["rewards"] = token_rewards.sum(1)
+    # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the reward that it got.
+    columns |= {"rewards": rewards, "token_rewards": token_rewards}
     result = algorithm.advantage(columns)
     advantages, returns = result if isinstance(result, tuple) else (result, None)
     if advantages.ndim == 1:
@@ -128,6 +129,7 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float) -> dict
     batch.write("advantages", torch.where(mask, advantages, 0))
     if returns is not None:
         batch.write("returns", returns)
+    if returns is not None and "values" in columns:
         metrics["explained_variance"] = _explained_variance(columns["values"][mask], returns[mask])
     return metrics
 
