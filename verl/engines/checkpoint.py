@@ -34,7 +34,7 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint and removes the oldest ones beyond `keep`."""
+        """Writes a checkpoint and removes the oldest ones beyond `keep`; later steps are of a run that this one replaces, and go too."""
         final = self._root / f"step-{step:08d}"
         aside = self._root / f".writing-{final.name}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -49,8 +49,11 @@ class CheckpointStore:
             shutil.rmtree(final)
         aside.rename(final)
         _flush(self._root)
-        for old in self._complete()[: -self._keep]:
-            shutil.rmtree(old)
+        complete = self._complete()
+        kept = [folder for folder in complete if folder.name <= final.name][-self._keep :]
+        for folder in complete:
+            if folder not in kept:
+                shutil.rmtree(folder)
         return final
 
     def newest(self) -> Path | None:
