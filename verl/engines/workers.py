@@ -66,7 +66,7 @@ class PolicyWorker:
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs, entropy = self.model.token_logprobs(
-                inputs, temperature=self._temperature, chunk=self._chunk, entropy_grad=self._algorithm.entropy_coef > 0
+                inputs, temperature=self._temperature, chunk=self._chunk, entropy_grad=self._algorithm.entropy_coef != 0
             )
             columns = _columns(rows, self._reads, logprobs.device) | {"logprobs": _padded(logprobs, inputs)}
             return self._algorithm.policy_objective(columns, _padded(entropy, inputs), self.kl_coef)
