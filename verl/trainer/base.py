@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from verl.engines.checkpoint import CheckpointStore, load_state
 from verl.engines.local import LocalEngine
 from verl.engines.models import PolicyModel, load_language_model, save_model
 from verl.settings import RunConfig
-from verl.utils.device import memory_bytes, pick_device, rng_state, seed_everything, set_rng_state
+from verl.utils.device import memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
 from verl.utils.tokens import TextCodec
 from verl.utils.tracking import Clock, Tracker
@@ -52,7 +53,7 @@ class BaseTrainer(ABC):
         self.config = config
         self.device = pick_device(config.device)
         self.version = 0
-        self.clock = Clock()
+        self.clock = Clock(partial(synchronize, self.device))
         self._console = console
         transformer = self._transformer(actor_model)
         path = config.policy.path or str(transformer.config.name_or_path)
@@ -123,13 +124,11 @@ class BaseTrainer(ABC):
         history = []
         try:
             if self.version == 0 and self.eval_at_start:
-                tracker.log(0, self.evaluate())
+                tracker.log(0, self._timed_evaluation())
             while self.version < config.steps:
                 history.append(self._tracked_step(tracker))
-                if config.checkpoint.every_steps and self.version % config.checkpoint.every_steps == 0:
+                if self._due(config.checkpoint.every_steps) or self.version == config.steps:
                     tracker.event(f"checkpoint: {store.save(self.version, self.engines, self.state())}")
-            if history:
-                store.save(self.version, self.engines, self.state())
         finally:
             tracker.close()
         self.save_model(folder / "model")
@@ -167,11 +166,14 @@ class BaseTrainer(ABC):
         metrics |= self.clock.take() | self.step_limit(seconds)
         metrics |= {f"memory/{name}_bytes": value for name, value in memory_bytes(self.device).items()}
         if self._due(self.eval_every) or (self.eval_every and self.version == config.steps):
-            metrics |= self.evaluate() | {"time/evaluate_s": sum(self.clock.take().values())}
+            metrics |= self._timed_evaluation()
         tracker.log(self.version, metrics)
         if self._due(config.tracking.samples_every_steps):
             tracker.samples(self.version, self.samples())
         return metrics
+
+    def _timed_evaluation(self) -> Metrics:
+        return self.evaluate() | {"time/evaluate_s": sum(self.clock.take().values())}
 
     def step_limit(self, seconds: float) -> Metrics:
         """How near the step came to what the machine can do; none if it is not known."""
