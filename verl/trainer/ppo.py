@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -273,21 +274,23 @@ class PPOTrainer:
         lr: learning rate of the policy.
         kl_coef: weight of the KL to the starting policy, in the reward.
         clip_range: of the probability ratio.
-        options: further flat keywords of `make_trainer_config`.
+        options: further keywords of `make_trainer_config`.
     """
 
     def __init__(
         self, model_name: str, optimizer: str = "adamw", lr: float = 1e-6, kl_coef: float = 0.1, clip_range: float = 0.2, **options: Any
     ) -> None:
-        overrides = [f"policy.path={model_name}", f"policy.optimizer.name={optimizer}", "algorithm.correction=recompute"]
-        config = make_trainer_config("ppo", lr=lr, kl_coef=kl_coef, clip_eps=clip_range, overrides=overrides, **options)
+        overrides = [f"policy.optimizer.name={optimizer}", "algorithm.correction=recompute", *options.pop("overrides", ())]
+        config = make_trainer_config(
+            "ppo", model_name=model_name, lr=lr, kl_coef=kl_coef, clip_eps=clip_range, overrides=overrides, **options
+        )
         self.trainer = Trainer(config)
 
     def update(self, batch: Sequence[Mapping[str, Any]]) -> Metrics:
         """One step on records with `prompt` (text or chat messages), `response` (text) and `reward` (number).
 
         Raises:
-            ValueError: no record, or one without these keys.
+            ValueError: no record, one without these keys, or a reward that is not finite.
         """
         if not batch:
             raise ValueError("need at least one record with prompt, response and reward, got none")
@@ -304,6 +307,9 @@ class PPOTrainer:
         missing = [key for key in ("prompt", "response", "reward") if key not in record]
         if missing:
             raise ValueError(f"need prompt, response and reward in each record, but record {index} has no {', '.join(missing)}")
+        reward = float(record["reward"])
+        if not math.isfinite(reward):
+            raise ValueError(f"need a finite reward in each record, got {reward} in record {index}; leave such records out")
         prompt, codec = as_prompt(record["prompt"], index), self.trainer.codec
         ids = codec.encode_answer(record["response"])
         return Trajectory(
@@ -315,7 +321,7 @@ class PPOTrainer:
             [self.trainer.version] * len(ids),
             index,
             text=record["response"],
-            reward=float(record["reward"]),
+            reward=reward,
         )
 
 
@@ -335,7 +341,7 @@ def sample_row(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "response": t.text,
-        "answer": t.prompt.answer,
+        "reference": t.prompt.answer,
         "reward": t.reward,
         "scores": t.scores,
         "truncated": t.truncated,
