@@ -1,0 +1,97 @@
+"""Small random models of several families, with the character tokenizer, for tests that run a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.engines.models import PolicyModel, Precision
+from verl.utils.rollout import Prompt
+from verl.utils.tokens import TextCodec, character_tokenizer
+
+WINDOW = 5  # Shorter than the rows of the tests, so that it decides what they see.
+
+_GEMMA = {"num_key_value_heads": 2, "head_dim": 16}
+_WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+# Name -> model type of Transformers and what differs from the common sizes: grouped heads and tied ones unless said.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2_untied_mha": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_one_kv_head": ("llama", {"num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": WINDOW, "tie_word_embeddings": False}),
+    "gemma": ("gemma", _GEMMA),
+    "gemma2": (
+        "gemma2",
+        {**_GEMMA, **_WINDOWED, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3": ("gemma3_text", {**_GEMMA, **_WINDOWED, "query_pre_attn_scalar": 32}),
+}
+
+
+def tiny_transformer(family: str = "qwen2", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A fresh random model of a family of `FAMILIES` (or any model type of Transformers), hidden 32, 2 layers."""
+    model_type, own = FAMILIES.get(family, (family, {}))
+    tokenizer = character_tokenizer()
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # Ten times the usual spread: with it distributions are far from uniform and attention is far from a mean.
+        "initializer_range": 0.2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **own, **changes})).float().eval()
+
+
+def tiny_policy(family: str = "qwen2", precision: Precision = "fp32", *, seed: int = 0, **changes: Any) -> PolicyModel:
+    """A fresh policy on `tiny_transformer`."""
+    return PolicyModel(tiny_transformer(family, seed=seed, **changes), precision)
+
+
+@cache
+def shared_policy(family: str = "qwen2") -> PolicyModel:
+    """A policy in fp32 made once for all tests, which must leave its weights as they are."""
+    return tiny_policy(family)
+
+
+def tiny_codec() -> TextCodec:
+    """The character tokenizer behind a codec; token 1 ends an answer."""
+    return TextCodec(character_tokenizer())
+
+
+def random_prompts(lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
+    """Prompts of printable characters, one for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 99, (length,), generator=generator).tolist() for length in lengths]
+
+
+def batch_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
+    """Rows of given ids, all sampled, without rewards or logprobs."""
+    return Batch.from_trajectories(
+        [
+            Trajectory(Prompt(""), list(p), list(r), [True] * len(r), None, [0] * len(r), i)
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+    )
+
+
+def model_input(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, packed: bool = True) -> ModelInput:
+    """The same rows as a model reads them, on the CPU."""
+    return ModelInput.from_batch(batch_of(prompts, responses), packed=packed, device=torch.device("cpu"))
