@@ -74,7 +74,7 @@ class Algorithm:
         Returns:
             A scalar, and scalars by name.
         """
-        mask = columns["mask"]
+        mask, columns = columns["mask"], _sampled_only(columns)
         loss, monitors = self.policy_loss(columns)
         if "correction_weights" in columns:
             loss = loss * columns["correction_weights"]
@@ -91,8 +91,8 @@ class Algorithm:
 
     def value_objective(self, columns: Mapping[str, Tensor], vf_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the critic on some rows and sums of monitors, from columns [b, T] with `new_values` and `weights`."""
+        mask, columns = columns["mask"], _sampled_only(columns)
         loss, monitors = self.value_loss(columns)
-        mask = columns["mask"]
         return vf_coef * _weighted_sum(loss, columns["weights"], mask), {name: _masked_sum(m, mask) for name, m in monitors.items()}
 
 
@@ -147,6 +147,12 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
     variance = returns.var(correction=0)
     return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else 0.0
+
+
+def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns with 0 at masked positions, as at padding: a NaN there would reach the gradient as 0 * NaN."""
+    mask = columns["mask"]
+    return {n: torch.where(mask, c, 0) if c.shape == mask.shape and c.is_floating_point() else c for n, c in columns.items()}
 
 
 def _weighted_sum(loss: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
