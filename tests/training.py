@@ -1,0 +1,106 @@
+"""Builders of small runs: every recipe at toy size, a file of prompts, rows with all that a loss reads."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.tiny import batch_of, random_prompts, tiny_policy
+from verl.config import load_config
+from verl.data.batch import Batch
+from verl.data.packing import Plan
+from verl.engines.local import LocalEngine
+from verl.engines.workers import policy_logprobs
+from verl.settings import OptimizerConfig, RoleConfig, TrainerConfig
+from verl.trainer.ppo import Trainer
+
+CHARACTERS = "abcdefgh="
+
+# What makes a recipe small; nothing here changes the method.
+_TOY = {
+    "grpo": ["samples_per_prompt=4", "prompts_per_step=4"],
+    "ppo": ["prompts_per_step=8", "critic.optimizer.lr=1e-3"],
+    "dapo": ["samples_per_prompt=4", "prompts_per_step=4", "algorithm.minibatches=2", "algorithm.overlong_buffer_tokens=3"],
+}
+_RUN = [
+    "device=cpu",
+    "steps=3",
+    "sampling.max_tokens=9",
+    "policy.optimizer.lr=1e-3",
+    "policy.optimizer.warmup_steps=0",
+    "tracking.sinks=[jsonl]",
+]
+
+
+def toy_config(recipe: str, model: Path, folder: Path, *overrides: str) -> TrainerConfig:
+    """A recipe at toy size on the model, over 12 prompts to copy; `folder` takes the prompts and the run."""
+    prompts = write_prompts(folder / "prompts.jsonl")
+    paths = [f"policy.path={model}", f"data.train={prompts}", f"data.test={prompts}", f"output_dir={folder / 'run'}"]
+    return load_config({"recipe": recipe, "rewards": {"functions": ["position_share"]}}, [*_TOY[recipe], *_RUN, *paths, *overrides])
+
+
+def toy_trainer(recipe: str, model: Path, folder: Path, *overrides: str, **given: Any) -> Trainer:
+    """A trainer of `toy_config` that writes to no screen, ready to step."""
+    trainer = Trainer(toy_config(recipe, model, folder, *overrides), console=Console(file=io.StringIO()), **given)
+    trainer.load_train_data()
+    return trainer
+
+
+def write_prompts(path: Path, count: int = 12) -> Path:
+    """A JSONL file of prompts such as "abc=" whose answer is "abc"."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [CHARACTERS[i % 8] + CHARACTERS[i // 8] + "c" for i in range(count)]
+        path.write_text("".join(json.dumps({"prompt": f"{text}=", "answer": text}) + "\n" for text in texts))
+    return path
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def local_engine(*, seed: int = 0, **settings: Any) -> LocalEngine:
+    """An engine on a fresh tiny policy; `optimizer` is a mapping, without clipping unless it says so."""
+    optimizer = OptimizerConfig(**{"lr": 1e-3, "max_grad_norm": 1e9, **settings.pop("optimizer", {})})
+    config = RoleConfig(optimizer=optimizer, **settings)
+    return LocalEngine(
+        tiny_policy(precision=config.precision, seed=seed, initializer_range=0.05), config, device=torch.device("cpu"), total_updates=10
+    )
+
+
+def rows_to_learn() -> Batch:
+    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to learn."""
+    batch = batch_of(random_prompts([3, 1, 5, 2, 4, 2]), random_prompts([4, 1, 7, 3, 2, 5], seed=1))
+    mask = batch["mask"]
+    mask[2, 2:5] = False
+    mask[4] = False
+    batch.write("mask", mask)
+    generator = torch.Generator().manual_seed(2)
+    for name in ("advantages", "values", "returns"):
+        batch.write(name, torch.randn(mask.shape, generator=generator))
+    # Near the policy of `local_engine`: some ratios are clipped, none is beyond all reason.
+    own = policy_logprobs(local_engine(), batch, one_update(list(range(6))), temperature=1.0, chunk=100)
+    for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs"):
+        batch.write(name, own + 0.3 * torch.randn(mask.shape, generator=generator))
+    return batch
+
+
+def one_update(*micro_batches: list[int]) -> Plan:
+    """A plan of a single minibatch on one rank."""
+    return Plan([[list(micro_batches)]])
+
+
+def gradient(engine: LocalEngine) -> torch.Tensor:
+    """All gradients of the last update, in one line."""
+    return torch.cat([p.grad.flatten() for p in engine.model.parameters()])
+
+
+def weights(engine: LocalEngine) -> torch.Tensor:
+    """All parameters, in one line."""
+    return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
