@@ -45,9 +45,11 @@ class CheckpointStore:
         torch.save(dict(state), aside / _STATE)
         for path in aside.rglob("*"):
             _flush(path)
+        replaced = self._root / f".replaced-{final.name}"
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush(self._root)
         complete = self._complete()
         kept = [folder for folder in complete if folder.name <= final.name][-self._keep :]
