@@ -1,0 +1,156 @@
+"""From prompts to rewarded groups: every form of a prompt, failures, dead groups, length shaping, numbers and seeds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.tiny import tiny_codec
+from verl.agents.collector import DataCollector, is_dead
+from verl.config import load_config
+from verl.rewards.functions import build_rewards
+from verl.utils.rollout import Completion, Prompt, RolloutEngine
+
+
+class Scripted(RolloutEngine):
+    """Answers with the texts of a list, over and over; notes what it was asked."""
+
+    def __init__(self, *texts):
+        self.codec, self.texts, self.calls = tiny_codec(), texts, []
+        self.given = 0
+
+    def generate(self, prompts, params):
+        self.calls.append((prompts, params))
+        return [[self._answer(p.max_tokens) for _ in range(p.n)] for p in params]
+
+    def _answer(self, max_tokens):
+        ids = self.codec.encode_answer(self.texts[self.given % len(self.texts)])
+        self.given += 1
+        reason = "length" if len(ids) > max_tokens else "stop"
+        return Completion(ids[:max_tokens], [-1.0] * min(len(ids), max_tokens), reason, self.version)
+
+
+def number(prompt, response):
+    """The answer as a number; one that is none has no reward."""
+    return float(response)
+
+
+def collector(engine, *overrides):
+    config = load_config("grpo", ["sampling.max_tokens=8", *overrides])
+    return DataCollector(engine, tiny_codec(), build_rewards(config.rewards, number), config)
+
+
+def fresh(count):
+    """As many new prompts as are wanted."""
+    return [Prompt("more", index=100 + i) for i in range(count)]
+
+
+def test_texts_chats_and_prompts_are_asked_as_the_model_reads_them():
+    engine = Scripted("1", "2")
+    chat = [{"role": "user", "content": "hi"}]
+    collected = collector(engine).collect(["hi", chat, Prompt("ho", index=7)], samples=2)
+    assert [engine.codec.decode(ids) for ids in engine.calls[0][0]] == ["hi", "u:hi\na:", "ho"]
+    assert [t.prompt.content for t in collected.trajectories[::2]] == ["hi", chat, "ho"]
+    assert [t.prompt.index for t in collected.trajectories[::2]] == [0, 1, 7]
+
+
+def test_groups_are_numbered_and_answers_carry_what_was_sampled():
+    engine = Scripted("1", "22")
+    engine.publish(5)
+    collected = collector(engine).collect(["a", "b"], samples=2)
+    assert [t.group for t in collected.trajectories] == [0, 0, 1, 1]
+    assert collected.rows["group_ids"].tolist() == [0, 0, 1, 1]
+    assert collected.rows["rewards"].tolist() == [1, 22, 1, 22]
+    assert collected.rows["versions"].unique().tolist() == [0, 5]  # 0 is padding
+    assert collected.rows.response_lengths.tolist() == [2, 3, 2, 3]
+    assert collected.metrics["reward"] == 11.5
+    assert collected.metrics["response_tokens"] == 2.5
+
+
+def test_an_answer_without_a_reward_is_dropped_and_counted_and_never_zero():
+    collected = collector(Scripted("4", "oops", "6", "nan")).collect(["a", "b"], samples=4)
+    assert [t.reward for t in collected.trajectories] == [4, 6, 4, 6]
+    assert collected.rows["rewards"].tolist() == [4, 6, 4, 6]
+    assert collected.metrics["reward"] == 5
+    assert collected.metrics["failed_share"] == 0.5
+    assert (collected.metrics["outcome/reward_error"], collected.metrics["outcome/reward_not_finite"]) == (2, 2)
+
+
+def test_a_step_without_any_reward_stops():
+    with pytest.raises(RuntimeError, match="no answer of this step has a reward"):
+        collector(Scripted("oops"), "rewards.max_failed_share=1.0").collect(["a"], samples=2)
+
+
+def test_a_group_is_dead_if_its_rewards_are_all_equal():
+    groups = collector(Scripted("1", "1", "1", "2", "oops", "3"))._groups(["a", "b", "c"], 2, first=0)
+    assert [is_dead(group) for group in groups] == [True, False, True]
+
+
+def test_dynamic_sampling_replaces_dead_groups_by_fresh_prompts():
+    engine = Scripted("1", "1", "1", "2", "3", "3", "4", "5")
+    collected = collector(engine, "algorithm.dynamic_sampling=true").collect(["dead", "alive"], samples=2, refill=fresh)
+    assert [len(prompts) for prompts, _ in engine.calls] == [2, 1, 1]
+    assert [t.reward for t in collected.trajectories] == [1, 2, 4, 5]
+    assert [t.group for t in collected.trajectories] == [1, 1, 3, 3]
+    assert collected.metrics["resample_draws"] == 2
+    assert collected.metrics["dead_groups_share"] == 0.5
+    assert collected.metrics["reward"] == 20 / 8
+
+
+@pytest.mark.parametrize(("texts", "rewards"), [(("1",), [1] * 8), (("1", "2", "1", "1", "1", "1"), [1, 2])])
+def test_dynamic_sampling_goes_on_with_what_it_has_after_so_many_draws(texts, rewards):
+    engine = Scripted(*texts)
+    limits = ["algorithm.dynamic_sampling=true", "algorithm.max_resamples=1"]
+    collected = collector(engine, *limits).collect(["a", "b"], samples=2, refill=fresh)
+    assert len(engine.calls) == 2
+    assert [t.reward for t in collected.trajectories] == rewards
+
+
+def test_without_fresh_prompts_or_dynamic_sampling_dead_groups_stay():
+    for overrides, refill in (([], fresh), (["algorithm.dynamic_sampling=true"], None)):
+        engine = Scripted("1")
+        assert len(collector(engine, *overrides).collect(["a"], samples=2, refill=refill).trajectories) == 2
+        assert len(engine.calls) == 1
+
+
+def test_long_answers_lose_reward_linearly_over_the_buffer():
+    shaping = ["algorithm.overlong_buffer_tokens=4", "algorithm.overlong_penalty=2.0"]
+    collected = collector(Scripted("100", "10000", "1000000000"), *shaping).collect(["a"], samples=3)
+    # 4, 6 and 8 tokens of at most 8, of which the last 4 cost.
+    assert [t.scores["overlong"] for t in collected.trajectories] == [0, -1, -2]
+    assert collected.rows["rewards"].tolist() == [100, 9999, 9_999_998]
+    assert collected.metrics["score/overlong"] == -1
+
+
+def test_answers_cut_at_the_limit_are_left_out_of_the_loss_if_asked():
+    for override, counted in (("true", [[True] * 2, [False] * 8]), ("false", [[True] * 2, [True] * 8])):
+        collected = collector(Scripted("1", "100000000000"), f"algorithm.mask_truncated={override}").collect(["a"], samples=2)
+        assert [t.response_mask for t in collected.trajectories] == counted
+        assert [t.truncated for t in collected.trajectories] == [False, True]
+        assert collected.metrics["truncated_share"] == 0.5
+
+
+def test_no_two_prompts_of_a_run_share_a_seed_and_no_two_runs_do():
+    engine = Scripted("1", "1", "1", "2")
+    collecting = collector(engine, "algorithm.dynamic_sampling=true")
+    for _ in range(2):
+        collecting.collect(["same", "same"], samples=2, refill=fresh)
+    collector(engine, "seed=1").collect(["same"], samples=2)
+    seeds = [wanted.seed for _, params in engine.calls for wanted in params]
+    assert len(seeds) == len(set(seeds)) == collecting.dispatched + 1
+
+
+def test_sampling_settings_reach_the_engine():
+    engine = Scripted("1", "2")
+    collector(engine, "sampling.temperature=0.7", "sampling.stop=[x]", "sampling.stop_ids=[9]").collect(["a"], samples=3)
+    wanted = engine.calls[0][1][0]
+    assert (wanted.temperature, wanted.max_tokens, wanted.n, wanted.stop, wanted.stop_ids) == (0.7, 8, 3, ("x",), (9,))
+
+
+def test_the_time_of_generation_and_of_rewards_is_taken_apart():
+    collecting = collector(Scripted("1", "2"))
+    collecting.collect(["a"], samples=2)
+    taken = collecting._clock.take()
+    assert taken.keys() == {"time/generate_s", "time/reward_s"}
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in taken.values())

@@ -1,0 +1,219 @@
+"""The step of every recipe: which roles exist, what each setting moves, and the two ways to hold the loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.training import toy_trainer, weights
+from verl.config import make_trainer_config
+from verl.data.buffer import SharedMemoryBuffer
+from verl.trainer.ppo import PPOTrainer, Trainer
+from verl.utils.rollout import BaseRolloutWorker
+
+QUESTIONS = ["abc=", "bad=", "cab=", "dab=", "fed=", "egg=", "had=", "gab="]
+
+
+def columns_of(trainer, data):
+    """The columns that the writers add to collected rows."""
+    before = set(data.rows.names)
+    for write in trainer.writers:
+        write(data.rows)
+    return set(data.rows.names) - before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "written"),
+    [
+        ("ppo", [], {"values", "ref_logprobs"}),
+        ("ppo", ["algorithm.kl.where=off", "algorithm.correction=recompute"], {"values", "trainer_logprobs"}),
+        ("grpo", [], {"ref_logprobs"}),
+        ("grpo", ["algorithm.correction=token_tis"], {"ref_logprobs", "trainer_logprobs"}),
+        ("dapo", [], set()),
+    ],
+)
+def test_a_role_exists_if_and_only_if_its_column_is_read(recipe, overrides, written, letters, tmp_path):
+    trainer = toy_trainer(recipe, letters, tmp_path, *overrides)
+    assert (trainer.critic is not None) == ("values" in written) == ("critic" in trainer.engines)
+    assert (trainer.reference is not None) == ("ref_logprobs" in written)
+    assert columns_of(trainer, trainer.collect_data(trainer.loader.take(4))) == written
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "grpo", "dapo"])
+def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
+    trainer = toy_trainer(recipe, letters, tmp_path)
+    before = weights(trainer.policy_engine)
+    metrics = trainer.step()
+    assert trainer.version == trainer.rollout.version == 1
+    assert {"reward", "loss", "grad_norm", "entropy", "kl_sampler", "response_tokens", "failed_share"} <= metrics.keys()
+    assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
+    assert metrics["skipped_updates"] == 0
+    assert not torch.equal(weights(trainer.policy_engine), before)
+    assert ("critic/loss" in metrics) == ("explained_variance" in metrics) == (recipe == "ppo")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_embedded_sampler_and_the_trainer_are_one_policy(precision, letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, f"policy.precision={precision}")
+    for _ in range(3):
+        assert trainer.step()["kl_sampler"] < {"fp32": 1e-9, "bf16": 1e-4}[precision]
+
+
+@pytest.mark.parametrize(("recipe", "updates"), [("grpo", 2 * 1), ("ppo", 2 * 4)])
+def test_a_step_makes_epochs_times_minibatches_updates(recipe, updates, letters, tmp_path):
+    trainer = toy_trainer(recipe, letters, tmp_path, "algorithm.epochs=2")
+    trainer.step()
+    for engine in trainer.engines.values():
+        assert {float(state["step"]) for state in engine._optimizer.state.values()} == {float(updates)}
+
+
+def test_two_trainers_of_one_seed_take_the_same_way_and_of_another_seed_not(letters, tmp_path):
+    runs = [toy_trainer("grpo", letters, tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1))]
+    rewards = [[trainer.step()["reward"] for _ in range(3)] for trainer in runs]
+    assert rewards[0] == rewards[1] != rewards[2]
+    assert torch.equal(weights(runs[0].policy_engine), weights(runs[1].policy_engine))
+
+
+def test_a_policy_that_cannot_move_has_no_kl_and_one_that_moves_has_some(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "policy.optimizer.lr=0.01")
+    kls = [trainer.step()["kl"] for _ in range(3)]
+    assert kls[0] == pytest.approx(0, abs=1e-8)
+    assert kls[2] > 1e-4
+
+
+def test_kl_in_the_loss_pulls_the_policy_back(letters, tmp_path):
+    def final_kl(coef):
+        trainer = toy_trainer("grpo", letters, tmp_path / str(coef), "policy.optimizer.lr=0.01", f"algorithm.kl.coef={coef}")
+        return [trainer.step()["kl"] for _ in range(6)][-1]
+
+    assert final_kl(10) < final_kl(0) / 3
+
+
+def test_kl_in_the_reward_is_taken_from_what_the_critic_learns(letters, tmp_path):
+    # With lam 1 the first return is the sum of all that is paid for the answer.
+    settings = ["algorithm.kl.coef=2.0", "algorithm.advantage.lam=1.0", "policy.optimizer.lr=0.01"]
+    trainer = toy_trainer("ppo", letters, tmp_path, *settings)
+    trainer.step()
+    data = trainer.collect_data(trainer.loader.take(8))
+    metrics = trainer.update_policy(data)
+    kl = (data.rows["old_logprobs"] - data.rows["ref_logprobs"]).sum(1)
+    assert kl.abs().min() > 1e-3
+    torch.testing.assert_close(data.rows["returns"][:, 0], data.rows["rewards"] - 2 * kl, rtol=1e-4, atol=1e-4)
+    assert metrics["kl"] == pytest.approx(float(kl.sum() / data.rows["mask"].sum()), rel=1e-4)
+
+
+def test_the_kl_coefficient_follows_its_schedule(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "algorithm.kl.coef={start: 0.4, end: 0.0, steps: 4}")
+    assert [trainer.step()["kl_coef"] for _ in range(6)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+
+
+def test_the_adaptive_kl_coefficient_falls_below_its_target_and_rises_above(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}")
+    assert trainer.step()["kl_coef"] == 0.5
+    assert trainer.policy.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
+    high = trainer._next_kl_coef({"kl": 0.11}, 16)
+    assert high == pytest.approx(trainer.policy.kl_coef * (1 + 0.1 * 16 / 160))
+
+
+def test_in_the_critics_warm_up_the_policy_stays(letters, tmp_path):
+    trainer = toy_trainer("ppo", letters, tmp_path, "critic.warmup_steps=2")
+    before = weights(trainer.policy_engine)
+    early = [trainer.step() for _ in range(2)]
+    assert torch.equal(weights(trainer.policy_engine), before)
+    assert all("critic/loss" in metrics and "loss" not in metrics for metrics in early)
+    assert "loss" in trainer.step()
+    assert not torch.equal(weights(trainer.policy_engine), before)
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
+def test_a_policy_learns_to_earn(recipe, letters, tmp_path):
+    def share_of_a(prompt, response):
+        return response.count("a") / 9
+
+    settings = ["policy.optimizer.lr=0.01", "sampling.max_tokens=8"]
+    size = ["prompts_per_step=8"] if recipe == "grpo" else ["prompts_per_step=32"]
+    trainer = toy_trainer(recipe, letters, tmp_path, *settings, *size, reward_fn=share_of_a)
+    rewards = [trainer.step()["score/share_of_a"] for _ in range(15)]
+    assert rewards[-1] > 2 * rewards[0]
+
+
+def test_the_loop_may_be_the_users(letters, tmp_path):
+    config = make_trainer_config("ppo", rollouts_per_device=8, max_tokens=6, device="cpu")
+    actor, critic = (AutoModelForCausalLM.from_pretrained(letters) for _ in range(2))
+    trainer = Trainer(config, actor_model=actor, critic_model=critic, reward_fn=lambda prompt, response: len(response))
+    data = trainer.collect_data(QUESTIONS)
+    assert [t.reward for t in data.trajectories] == [len(t.text) for t in data.trajectories]
+    metrics = trainer.update_policy(data)
+    assert metrics["reward"] == pytest.approx(sum(len(t.text) for t in data.trajectories) / 8)
+    assert all(map(math.isfinite, metrics.values()))
+
+
+class Echo(BaseRolloutWorker):
+    """Answers with the prompt's letters."""
+
+    def generate(self, prompts, max_tokens=128):
+        return [prompt.rstrip("=")[:max_tokens] for prompt in prompts]
+
+
+class AsyncEcho(BaseRolloutWorker):
+    """The same as a coroutine."""
+
+    async def generate(self, prompts, max_tokens=128):
+        return [prompt.rstrip("=")[:max_tokens] for prompt in prompts]
+
+
+@pytest.mark.parametrize("worker", [Echo, AsyncEcho])
+def test_a_worker_that_answers_in_text_trains_the_policy(worker, letters, tmp_path):
+    recompute = "algorithm.correction=recompute"
+    trainer = toy_trainer("ppo", letters, tmp_path, recompute, "policy.optimizer.lr=0.01", rollout=worker())
+    first, *_, last = [trainer.step() for _ in range(4)]
+    assert first["reward"] == 1
+    assert "kl_sampler" not in first
+    assert first["response_tokens"] == 4  # three letters and the end
+    assert all(map(math.isfinite, last.values()))
+
+
+def test_a_worker_that_answers_in_text_cannot_bypass_the_trainers_logprobs(letters, tmp_path):
+    with pytest.raises(ValueError, match="gives no logprobs; set algorithm.correction=recompute"):
+        toy_trainer("ppo", letters, tmp_path, rollout=Echo())
+
+
+def test_records_of_text_train_through_the_buffer(letters):
+    buffer = SharedMemoryBuffer(capacity=100)
+    trainer = PPOTrainer(model_name=str(letters), lr=0.01, kl_coef=0.1, clip_range=0.2)
+    before = weights(trainer.trainer.policy_engine)
+    for prompt, response, reward in (("abc=", "abc", 1.0), ("bad=", "dab", 0.5), ("cab=", "", 0.0)):
+        buffer.push({"prompt": prompt, "response": response, "reward": reward})
+    metrics = trainer.update(buffer.sample(batch_size=3))
+    assert metrics["reward"] == pytest.approx(0.5)
+    assert all(map(math.isfinite, metrics.values()))
+    assert not torch.equal(weights(trainer.trainer.policy_engine), before)
+    assert trainer.update([{"prompt": [{"role": "user", "content": "abc"}], "response": "abc", "reward": 1}])["reward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "need at least one record"),
+        ([{"prompt": "abc=", "reward": 1.0}], "record 0 has no response"),
+        ([{"prompt": "abc=", "response": "a", "reward": math.nan}], "need a finite reward in each record, got nan in record 0"),
+    ],
+)
+def test_records_that_cannot_be_learned_from_are_refused(records, message, letters):
+    with pytest.raises(ValueError, match=message):
+        PPOTrainer(model_name=str(letters)).update(records)
+
+
+def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tmp_path):
+    trainer = PPOTrainer(model_name=str(letters), kl_coef=0, seed=3, overrides=["algorithm.minibatches=2"])
+    assert (trainer.trainer.reference, trainer.trainer.config.seed, trainer.trainer.config.algorithm.minibatches) == (None, 3, 2)
+    trainer.save_model(tmp_path / "model")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
+
+
+def test_an_engine_that_is_not_here_is_refused_at_the_start(letters, tmp_path):
+    with pytest.raises(ValueError, match="need a rollout engine that is here, got 'vllm'"):
+        toy_trainer("grpo", letters, tmp_path, use_vllm=True)
