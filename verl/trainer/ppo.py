@@ -136,6 +136,7 @@ class Trainer(BaseTrainer):
     def load_train_data(self) -> LoadReport:
         """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail early."""
         prompts, report = self.read_prompts(self.config.data.train, "train")
+        self._check_context(min(report.longest, self.config.data.max_prompt_tokens))
         self.loader = PromptLoader(prompts, seed=self.config.seed, shuffle=self.config.data.shuffle)
         if self.eval_every:
             self.test_prompts  # noqa: B018  # read now, so that a mistake is found before the first step
@@ -257,6 +258,18 @@ class Trainer(BaseTrainer):
                 self.policy.kl_coef, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories
             )
         return self.policy.kl_coef
+
+    def _check_context(self, prompt_tokens: int) -> None:
+        """Refuses answers that the policy could not write to their end."""
+        context, answer_tokens = (
+            self.policy.model.transformer.config.get_text_config().max_position_embeddings,
+            self.config.sampling.max_tokens,
+        )
+        if prompt_tokens + answer_tokens > context:
+            raise ValueError(
+                f"need prompt and answer within the policy's context of {context} tokens, got prompts of up to {prompt_tokens} and "
+                f"sampling.max_tokens {answer_tokens}; lower sampling.max_tokens or data.max_prompt_tokens"
+            )
 
     def _total_updates(self) -> int:
         return self.config.steps * self.config.algorithm.epochs * self.config.algorithm.minibatches
