@@ -41,11 +41,13 @@ class KVCache:
         for layer, (keys, values) in self._layers.items():
             self._layers[layer] = (self._grown(keys), self._grown(values))
 
-    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [slots, K, L, D] each; made in dtype and on device of `like` [., K, ., D]."""
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [slots, K, L, D] each, where `key` and `value` [., K, ., D] fit in."""
         if layer not in self._layers:
-            shape = (self.num_slots, like.shape[1], self._length, like.shape[3])
-            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+            # In the dtype of the values, which come straight from a matrix product: rotated keys are fp32 in bf16 runs,
+            # too, but a product would cast them again, and the whole cache in every step.
+            keys, values = (value.new_zeros(self.num_slots, t.shape[1], self._length, t.shape[3]) for t in (key, value))
+            self._layers[layer] = (keys, values)
         return self._layers[layer]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
@@ -160,8 +162,8 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *
         query, key, value = (_padded(t, layout) for t in (query, key, value))
     width = max(layout.lengths)
     if layout.cache is not None and layout.slots is not None:
-        keys, values = layout.cache.layer(layer, key)
-        keys[layout.slots, :, :width] = key
+        keys, values = layout.cache.layer(layer, key, value)
+        keys[layout.slots, :, :width] = key.to(keys.dtype)
         values[layout.slots, :, :width] = value
     mask = None
     if score.window is not None and score.window < width:
@@ -183,15 +185,15 @@ def _padded(packed: Tensor, layout: RowLayout) -> Tensor:
 
 def _attend_cached(query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayout, *, layer: int, score: _Score) -> Tensor:
     """One token per row, [A, H, 1, D] in, [A, 1, H, D] out; its key and value are put into the cache."""
-    keys, values = layout.cache.layer(layer, key)
-    keys[layout.rows, :, layout.positions] = key[:, :, 0]
+    keys, values = layout.cache.layer(layer, key, value)
+    keys[layout.rows, :, layout.positions] = key[:, :, 0].to(keys.dtype)
     values[layout.rows, :, layout.positions] = value[:, :, 0]
     num_rows, kv_heads = key.shape[:2]
     mask = layout.all_visible if score.window is None or score.window >= layout.length else layout.visible(score.window)
     # The query heads that share a key-value head stand in the place of query positions: nothing is repeated.
     grouped = query.reshape(num_rows, kv_heads, -1, query.shape[-1])
     out = score.attend(grouped, keys[:num_rows, :, : layout.length], values[:num_rows, :, : layout.length], mask)
-    return out.reshape(num_rows, 1, -1, query.shape[-1])
+    return out.reshape(num_rows, 1, -1, out.shape[-1])
 
 
 def rows_attention(
