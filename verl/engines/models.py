@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -68,8 +68,9 @@ class Backbone(nn.Module):
         return states.flatten(0, 1).index_select(0, inputs.predictors)
 
     def recompute_activations(self) -> None:
-        """Gradient checkpointing: activations of a layer are recomputed in the backward pass."""
-        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Gradient checkpointing: activations of a layer are recomputed in the backward pass, inside or outside `ready`."""
+        kwargs = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), row_attention(self.transformer))}
+        self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 class PolicyModel(Backbone):
