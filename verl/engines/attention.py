@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -72,6 +72,7 @@ class RowLayout:
         device: where index tensors are made.
         cache: filled with keys and values of row i at slots[i], if given.
         slots: [B] int64.
+        windows: the window that each layer was told, filled by the forward pass.
     """
 
     lengths: list[int]
@@ -79,6 +80,7 @@ class RowLayout:
     device: torch.device
     cache: KVCache | None = None
     slots: Tensor | None = None
+    windows: dict[int, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: ModelInput) -> RowLayout:
@@ -160,6 +162,7 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *
     """Each row attends to itself. Packed [1, H, N, D] or padded [B, H, S, D] in, [1, N, H, D] or [B, S, H, D] out."""
     if layout.packed:
         query, key, value = (_padded(t, layout) for t in (query, key, value))
+    layout.windows[layer] = score.window
     width = max(layout.lengths)
     if layout.cache is not None and layout.slots is not None:
         keys, values = layout.cache.layer(layer, key, value)
@@ -221,12 +224,12 @@ AttentionInterface.register(IMPLEMENTATION, rows_attention)
 
 
 @contextmanager
-def row_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Makes the model attend by `layout=` inside the block; outside, it is the user's model as it was."""
+def row_attention(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
+    """Makes the model attend by `layout=` (or as Transformers names it) inside the block; outside, it is as it was."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before: list[tuple[PretrainedConfig, str]] = [(c, c._attn_implementation) for c in configs.values()]
     for config in configs.values():
-        config._attn_implementation = IMPLEMENTATION
+        config._attn_implementation = implementation
     try:
         yield
     finally:

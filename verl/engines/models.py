@@ -107,25 +107,43 @@ class PolicyModel(Backbone):
 
     @torch.no_grad()
     def check_forward(self) -> None:
-        """Compares our forward pass with the model's own on a few tokens.
+        """Compares our forward pass with the model's own on a few tokens, and our windows with its configuration.
 
         Raises:
             ValueError: they differ, so the family does something that this forward pass does not know.
         """
         ids = torch.arange(4, 12, device=self.device)[None] % self.transformer.config.get_text_config().vocab_size
         positions = torch.arange(ids.shape[1], device=self.device)[None]
-        own = self.transformer(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        # Eager is the family's definition; PyTorch's attention leaves out Gemma 2's cap.
+        with row_attention(self.transformer, "eager"):
+            own = self.transformer(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
         packed = torch.cat([ids, ids], 1)
         layout = RowLayout([ids.shape[1]] * 2, True, self.device)
-        with row_attention(self.transformer):
-            ours = self.logits(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
-        error = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
-        if not error <= 1e-3 * max(1.0, float(own.abs().max())):
-            family = self.transformer.config.model_type
-            raise ValueError(
-                f"model family {family!r} cannot be run by rows: its logits differ by {error:.2g} from its own forward pass; "
-                "use a family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, Mistral or Gemma"
-            )
+        try:
+            with row_attention(self.transformer):
+                ours = self.logits(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
+        except (AttributeError, TypeError, ValueError) as error:  # its code does not expect to be called like this
+            raise self._not_by_rows(f"{type(error).__name__}: {error}") from error
+        difference = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
+        if not difference <= 1e-3 * max(1.0, float(own.abs().max())):
+            raise self._not_by_rows(f"its logits differ by {difference:.2g} from its own forward pass")
+        # The few tokens above are shorter than most windows.
+        if untold := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
+            raise self._not_by_rows(f"the attention of layer {untold[0]} is not told its window")
+
+    def _windowed_layers(self) -> list[int]:
+        """Layers that, as configured, do not see the whole row."""
+        config = self.transformer.config.get_text_config().to_dict()
+        if config.get("layer_types"):
+            return [layer for layer, kind in enumerate(config["layer_types"]) if kind != "full_attention"]
+        short = 0 < (config.get("sliding_window") or 0) < config["max_position_embeddings"]
+        return list(range(config["num_hidden_layers"])) if short else []
+
+    def _not_by_rows(self, why: str) -> ValueError:
+        return ValueError(
+            f"model family {self.transformer.config.model_type!r} cannot be run by rows: {why}; "
+            "use a family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, Mistral or Gemma"
+        )
 
 
 class ValueModel(Backbone):
