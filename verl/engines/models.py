@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from verl.data.batch import ModelInput
@@ -207,11 +207,14 @@ def restore_weights(model: Backbone, folder: Path) -> None:
     """Copies saved weights into an existing model, in place: whoever shares its storage sees them.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: family, names or shapes differ, or there is no value head for a value model.
     """
-    with _without_progress_bars():
-        saved = type(model.transformer).from_pretrained(folder, dtype=torch.float32).state_dict()
-    own = model.transformer.state_dict()
+    own, saved = model.transformer.state_dict(), {}
+    has_heads = not isinstance(model, ValueModel) or (folder / _VALUE_HEAD).exists()
+    # Of another family Transformers would load what has the same name, and fill up with random weights.
+    if has_heads and AutoConfig.from_pretrained(folder).model_type == model.transformer.config.model_type:
+        with _without_progress_bars():
+            saved = type(model.transformer).from_pretrained(folder, dtype=torch.float32).state_dict()
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
         raise ValueError(f"the checkpoint in {folder} is of another model; start with `checkpoint.resume=never` or another output_dir")
     for name, tensor in own.items():
