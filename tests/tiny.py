@@ -18,6 +18,21 @@ WINDOW = 5  # Shorter than the rows of the tests, so that it decides what they s
 
 _GEMMA = {"num_key_value_heads": 2, "head_dim": 16}
 _WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+# Latent attention, whose values are smaller than its keys, and experts in the second layer.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 
 # Name -> model type of Transformers and what differs from the common sizes: grouped heads and tied ones unless said.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +48,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GEMMA, **_WINDOWED, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 32},
     ),
     "gemma3": ("gemma3_text", {**_GEMMA, **_WINDOWED, "query_pre_attn_scalar": 32}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
 }
 
 
