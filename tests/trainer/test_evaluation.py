@@ -1,0 +1,59 @@
+"""mean@k and pass@k by hand, and that they are the same whenever they are asked for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.training import toy_trainer
+from verl.data.batch import Trajectory
+from verl.trainer.evaluation import answer_all, summarize
+from verl.utils.rollout import Prompt
+
+
+def answer(reward, accuracy=None, *, tokens=1, truncated=False):
+    scores = {} if accuracy is None else {"accuracy": accuracy}
+    return Trajectory(Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, reward=reward, scores=scores)
+
+
+def test_mean_and_pass_at_k_are_taken_over_answers_and_over_prompts():
+    groups = [[answer(1.0, 1.0), answer(0.0, 0.0)], [answer(0.5, 0.0, tokens=3), answer(0.5, 0.0, truncated=True)]]
+    assert summarize(groups) == {
+        "eval/reward": 0.5,
+        "eval/accuracy": 0.25,
+        "eval/pass@2": 0.5,
+        "eval/response_tokens": 1.5,
+        "eval/truncated_share": 0.25,
+        "eval/failed_share": 0.0,
+    }
+
+
+def test_an_answer_without_a_reward_has_none_and_is_not_right():
+    metrics = summarize([[answer(1.0, 1.0)], [answer(None)]])
+    assert (metrics["eval/reward"], metrics["eval/accuracy"], metrics["eval/failed_share"]) == (1.0, 0.5, 0.5)
+    assert "eval/pass@1" not in metrics
+
+
+def test_rewards_without_accuracy_have_no_accuracy():
+    assert summarize([[answer(0.5)]]).keys() & {"eval/accuracy", "eval/pass@1"} == set()
+    assert math.isnan(summarize([[answer(None)]])["eval/reward"])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_same_weights_are_measured_the_same_at_any_time(samples, letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "evaluation.every_steps=1", f"evaluation.samples={samples}", "evaluation.prompts=4")
+    first = trainer.evaluate()
+    trainer.collect_data(trainer.loader.take(4))
+    assert trainer.evaluate() == first
+    groups = answer_all(trainer.collector, trainer.test_prompts, trainer.config)
+    assert [len(group) for group in groups] == [samples] * 4
+    assert [t.prompt.index for group in groups for t in group[:1]] == [0, 1, 2, 3]
+
+
+def test_evaluation_has_a_temperature_of_its_own_and_no_length_shaping(letters, tmp_path):
+    trainer = toy_trainer("dapo", letters, tmp_path, "evaluation.every_steps=1", "evaluation.temperature=0")
+    (first,), *_ = answer_all(trainer.collector, trainer.test_prompts, trainer.config)
+    (second,), *_ = answer_all(trainer.collector, trainer.test_prompts[:1], trainer.config)
+    assert first.response_ids == second.response_ids
+    assert "overlong" not in first.scores
