@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from verl.utils.rollout import Prompt
 
@@ -40,7 +41,10 @@ class TextCodec:
             ValueError: no tokenizer can be read there.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            # A tokenizer without a class of its own is all in its file; by the family of the model beside it, AutoTokenizer may
+            # take another class, which splits texts in another way (Qwen2's loses the spaces of a character tokenizer).
+            generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+            tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {_first_line(error)}") from error
         try:
