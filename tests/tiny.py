@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.engines.models import PolicyModel, Precision
@@ -91,6 +92,13 @@ def shared_policy(family: str = "qwen2") -> PolicyModel:
 def tiny_codec() -> TextCodec:
     """The character tokenizer behind a codec; token 1 ends an answer."""
     return TextCodec(character_tokenizer())
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of 4 tokens, <eos> 0, a 1, b 2, ab 3, that never writes "ab" as two."""
+    tokenizer = Tokenizer(models.BPE({"<eos>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def random_prompts(lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
