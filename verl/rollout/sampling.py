@@ -85,15 +85,16 @@ def truncated(logits: Tensor, params: RowParams) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
     probs = ordered.softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    # A token is in the nucleus if the mass before it is still short of top_p.
-    before = probs.cumsum(-1) - probs
-    keep = (rank < params.top_k[:, None]) & (before < params.top_p[:, None]) & (probs >= params.min_p[:, None] * probs[:, :1])
+    # A token is in the nucleus if the mass before it is still short of top_p; the sum may round to 1 long before the last token.
+    top_p = params.top_p[:, None]
+    nucleus = (probs.cumsum(-1) - probs < top_p) | (top_p >= 1)
+    keep = (rank < params.top_k[:, None]) & nucleus & (probs >= params.min_p[:, None] * probs[:, :1])
     keep[:, 0] = True
     return logits.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), float("-inf"))
 
 
 def draw(logits: Tensor, params: RowParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from.
+    """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from; NaN for NaN logits.
 
     Args:
         logits: [A, V] fp32.
@@ -108,7 +109,10 @@ def draw(logits: Tensor, params: RowParams, uniform: Tensor) -> tuple[Tensor, Te
     total = cumulative[:, -1]
     # Strictly below the total, so that rounding never picks a token of probability 0 behind the last possible one.
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
+    # A threshold of NaN lies behind the last token.
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
     if not params.plain:
-        tokens = torch.where(params.greedy, scaled.argmax(-1), tokens)
+        # A sum in parallel, as on a GPU, may round up at a token of probability 0, too.
+        dropped = logprobs.gather(1, tokens[:, None]).squeeze(1).isneginf()
+        tokens = torch.where(params.greedy | dropped, scaled.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
