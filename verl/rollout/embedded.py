@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class EmbeddedEngine(RolloutEngine):
 
         Raises:
             ValueError: an empty prompt, or prompt and answer longer than the model's context.
+            RuntimeError: the model's logits are not finite.
         """
         if len(prompts) != len(params):
             raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
@@ -161,6 +163,11 @@ class _Generation:
         self.tokens[start:] = tokens
         self.positions[start:] += 1
         for row, token, logprob in zip(self.rows[start:], tokens.tolist(), logprobs.tolist(), strict=True):
+            if math.isnan(logprob):
+                raise RuntimeError(
+                    f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt {row.request}; "
+                    f"it computes in {self.model.precision}: use policy.precision=bf16 or fp32, and look at the last updates"
+                )
             row.tokens.append(token)
             row.logprobs.append(logprob)
 
@@ -192,8 +199,8 @@ class _Generation:
         return "length" if len(row.tokens) == row.params.max_tokens else None
 
     def _spells_stop(self, row: _Row) -> bool:
-        # Every token but a broken piece of a character spells at least one, so this many tokens hold the longest stop text.
-        tail = self.codec.decode(row.tokens[-(max(map(len, row.params.stop)) + 8) :])
+        # A token spells at least a byte, so this many tokens hold the longest stop text, and some special tokens between.
+        tail = self.codec.decode(row.tokens[-(max(len(stop.encode()) for stop in row.params.stop) + 8) :])
         return any(stop in tail for stop in row.params.stop)
 
     def _row(self, request: int, sample: int) -> _Row:

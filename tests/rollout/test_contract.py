@@ -1,0 +1,164 @@
+"""The contract of generation, run over every engine that samples tokens from a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import random_prompts, shared_policy, tiny_codec
+from verl.engines.models import PolicyModel
+from verl.rollout.embedded import EmbeddedEngine
+from verl.utils.rollout import Completion, RolloutEngine, SamplingParams
+from verl.utils.tokens import TextCodec
+
+# Name -> an engine that samples from the policy as it is, with at most 4 answers at a time.
+ENGINES: dict[str, Callable[[PolicyModel, TextCodec], RolloutEngine]] = {
+    "embedded": lambda policy, codec: EmbeddedEngine(policy, codec, max_slots=4),
+}
+FAMILY = "llama"
+PROMPTS = random_prompts([3, 11, 1, 6])
+ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> RolloutEngine:
+    return ENGINES[request.param](shared_policy(FAMILY), tiny_codec())
+
+
+def answer(engine: RolloutEngine, prompt: list[int], **options) -> list[Completion]:
+    return engine.generate([prompt], [SamplingParams(**options)])[0]
+
+
+def next_logits(ids: list[int]) -> Tensor:
+    """[V] by the model's own forward."""
+    with torch.no_grad():
+        return shared_policy(FAMILY).transformer(torch.tensor([ids])).logits[0, -1]
+
+
+def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
+    """Tokens that survive the truncation, one rule after the other."""
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])
+    kept, mass = set(order[: params.top_k or None]), 0.0
+    for token in order:
+        if mass >= params.top_p or probs[token] < params.min_p * max(probs):
+            kept.discard(token)
+        mass += probs[token]
+    return kept
+
+
+def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine):
+    params = [SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)]
+    together = engine.generate(PROMPTS, params)
+    reverse = engine.generate(PROMPTS[::-1], params[::-1])[::-1]
+    alone = [engine.generate([prompt], [wanted])[0] for prompt, wanted in zip(PROMPTS, params, strict=True)]
+    ids = [[c.token_ids for c in group] for group in together]
+    assert [len(group) for group in ids] == [2, 3, 1, 5]
+    assert ids == [[c.token_ids for c in group] for group in reverse] == [[c.token_ids for c in group] for group in alone]
+
+
+def test_a_group_begins_with_the_answers_of_a_smaller_one(engine):
+    few, many = (answer(engine, PROMPTS[0], max_tokens=10, n=n, seed=3) for n in (2, 6))
+    assert [c.token_ids for c in few] == [c.token_ids for c in many[:2]]
+
+
+def test_answers_of_a_group_and_of_other_seeds_differ(engine):
+    groups = [answer(engine, PROMPTS[1], max_tokens=10, n=4, seed=seed) for seed in (0, 1)]
+    assert len({tuple(c.token_ids) for group in groups for c in group}) == 8
+
+
+def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(engine):
+    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, [SamplingParams(0, max_tokens=10)] * 4), strict=True):
+        ids = list(prompt)
+        for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
+            logits = next_logits(ids)
+            assert token == int(logits.argmax())
+            assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-5)
+            ids.append(token)
+
+
+def test_a_stop_id_ends_an_answer_and_belongs_to_it(engine):
+    completions = [c for group in engine.generate(PROMPTS, [SamplingParams(max_tokens=40, n=4, stop_ids=ENDS)] * 4) for c in group]
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert len(stopped) > 8
+    assert all(c.token_ids[-1] in (*ENDS, 1) and not {*ENDS, 1} & {*c.token_ids[:-1]} for c in stopped)
+
+
+def test_the_end_of_the_tokenizer_ends_an_answer(engine):
+    # The policy draws it once in a hundred tokens.
+    completions = answer(engine, PROMPTS[2], max_tokens=120, n=8, seed=1)
+    stopped = [c.token_ids for c in completions if c.finish_reason == "stop"]
+    assert stopped and all(ids.index(1) == len(ids) - 1 for ids in stopped)
+
+
+def test_an_answer_without_an_end_has_max_tokens(engine):
+    groups = engine.generate(PROMPTS, [SamplingParams(max_tokens=n, stop_ids=ENDS, n=3) for n in (1, 2, 7, 20)])
+    for limit, group in zip((1, 2, 7, 20), groups, strict=True):
+        for c in group:
+            ends = c.token_ids[-1] in (*ENDS, 1)
+            assert c.finish_reason == ("stop" if ends else "length") and len(c.logprobs) == len(c.token_ids)
+            assert len(c.token_ids) <= limit and (ends or len(c.token_ids) == limit)
+
+
+def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine):
+    codec = tiny_codec()
+    free = answer(engine, PROMPTS[0], max_tokens=30, n=3, seed=2)
+    text = codec.decode(free[1].token_ids)
+    stop = (text[4:7], "never such a text")
+    ended = answer(engine, PROMPTS[0], max_tokens=30, n=3, seed=2, stop=stop)
+    ids = ended[1].token_ids
+    assert ended[1].finish_reason == "stop" and ids == free[1].token_ids[: len(ids)]
+    assert codec.decode(ids).endswith(stop[0]) and stop[0] not in codec.decode(ids[:-1])
+    assert codec.answer_text(ids, stop) == text[: text.index(stop[0])]
+    assert ended[0].token_ids == free[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(top_p=0.8),
+        SamplingParams(temperature=1.5, min_p=0.2),
+        SamplingParams(temperature=1.3, top_k=10, top_p=0.9, min_p=0.05),
+        SamplingParams(temperature=0.6),
+    ],
+    ids=["top_k", "top_p", "min_p", "all", "none"],
+)
+def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, params):
+    (completion,) = engine.generate([PROMPTS[1]], [params])
+    ids = list(PROMPTS[1])
+    for token, logprob in zip(completion[0].token_ids[:30], completion[0].logprobs, strict=False):
+        probs = (next_logits(ids) / params.temperature).softmax(-1).tolist()
+        kept = kept_by_hand(probs, params)
+        assert token in kept
+        assert torch.tensor(logprob).exp() == pytest.approx(probs[token] / sum(probs[t] for t in kept), rel=1e-4)
+        ids.append(token)
+
+
+def test_answers_carry_the_version_that_was_published(engine):
+    assert answer(engine, PROMPTS[0], max_tokens=2)[0].version == 0
+    engine.publish(3)
+    assert engine.version == 3
+    assert [c.version for c in answer(engine, PROMPTS[0], max_tokens=2, n=2)] == [3, 3]
+
+
+def test_nothing_asked_is_nothing_answered(engine):
+    assert engine.generate([], []) == []
+
+
+def test_an_empty_prompt_is_an_error(engine):
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens and may get 128 more; need at least one"):
+        engine.generate([[5], []], [SamplingParams()] * 2)
+
+
+def test_a_prompt_whose_answer_may_not_fit_the_context_is_an_error(engine):
+    assert len(answer(engine, [5] * 250, max_tokens=6, temperature=0)) == 1
+    with pytest.raises(ValueError, match="prompt 0 has 250 tokens and may get 7 more; need at least one, and at most 256 in all"):
+        answer(engine, [5] * 250, max_tokens=7)
+
+
+def test_every_prompt_needs_its_parameters(engine):
+    with pytest.raises(ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"):
+        engine.generate(PROMPTS[:2], [SamplingParams()])
