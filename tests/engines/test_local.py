@@ -183,8 +183,10 @@ def test_an_engine_that_was_saved_goes_on_as_if_it_never_stopped(precision, tmp_
     shared = next(second.model.parameters()).data_ptr()
     for _ in range(3):
         first.update(rows_to_learn(), WHOLE, objective_of(first, lambda logprobs: -logprobs.mean()))
+    first.update(rows_to_learn(), WHOLE, objective_of(first, gradient_is_nan))
     first.save(tmp_path)
     second.load(tmp_path)
+    assert (second._bad_updates, second._scaler.get_scale()) == {"fp32": (1, 1.0), "fp16": (0, 2.0**15)}[precision]
     assert next(second.model.parameters()).data_ptr() == shared
     results = [e.update(rows_to_learn(), WHOLE, objective_of(e, lambda logprobs: -logprobs.mean())) for e in (first, second)]
     assert results[0] == results[1]
