@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from verl.data.batch import Batch, ModelInput, present_mask
-from verl.engines.attention import row_attention
 from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine
 from verl.engines.models import Backbone, restore_weights, save_model
 from verl.settings import OptimizerConfig, RoleConfig
@@ -103,9 +102,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
                 loss, monitors = objective(micro, self._inputs(micro))
             if not torch.isfinite(loss):
                 return self._skipped("loss", self._culprits(batch, rows, objective))
-            # Gradient checkpointing runs the layers again from within the backward pass.
-            with row_attention(self.model.transformer):
-                self._scaler.scale(loss).backward()
+            self._scaler.scale(loss).backward()
             for name, value in {"loss": loss.detach(), **monitors}.items():
                 totals[name] = totals[name] + value if name in totals else value
         lr = float(self._schedule.get_last_lr()[0])  # of this update; the step moves it on
