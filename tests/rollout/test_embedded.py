@@ -20,7 +20,7 @@ from verl.rollout.embedded import EmbeddedEngine
 from verl.utils.rollout import Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 
-PROMPTS = random_prompts([3, 17, 1, 9, 9, 2])
+PROMPTS = random_prompts([3, 50, 1, 9, 9, 2])  # with its answer the longest outgrows the first block of the cache
 ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths, and waiting ones take their slots
 
 
