@@ -159,19 +159,27 @@ def test_a_column_per_row_is_not_ragged():
 
 def test_packed_rows_lie_end_to_end_with_positions_from_0():
     packed = inputs(packed=True)
-    assert packed.input_ids.tolist() == [[11, 12, 13, 14, 15, 21, 31, 32, 33, 34]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3]]
-    assert packed.lengths == [5, 1, 4] and packed.response_lengths.tolist() == [3, 0, 1]
-    # Token 13 at place 2 is predicted at place 1, and token 34, the last of all, at the place before it.
-    assert packed.predictors.tolist() == [1, 2, 3, 8] and packed.targets.tolist() == [13, 14, 15, 34]
+    assert packed.input_ids.tolist() == [[11, 12, 13, 14, 21, 31, 32, 33]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    assert packed.lengths == [4, 1, 3] and packed.response_lengths.tolist() == [3, 0, 1]
+    # Token 13 at place 2 is predicted at place 1; the last token of an answer predicts nothing and is not there.
+    assert packed.predictors.tolist() == [1, 2, 3, 7] and packed.targets.tolist() == [13, 14, 15, 34]
 
 
 def test_padded_rows_have_a_line_each():
     padded = inputs(packed=False)
-    assert padded.input_ids.tolist() == [[11, 12, 13, 14, 15], [21, 0, 0, 0, 0], [31, 32, 33, 34, 0]]
-    assert padded.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
-    assert padded.lengths == [5, 1, 4]
-    assert padded.predictors.tolist() == [1, 2, 3, 12] and padded.targets.tolist() == [13, 14, 15, 34]
+    assert padded.input_ids.tolist() == [[11, 12, 13, 14], [21, 0, 0, 0], [31, 32, 33, 0]]
+    assert padded.position_ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert padded.lengths == [4, 1, 3] and padded.index is None
+    assert padded.predictors.tolist() == [1, 2, 3, 10] and padded.targets.tolist() == [13, 14, 15, 34]
+
+
+def test_packed_rows_with_one_prompt_share_it():
+    shared = inputs(packed=True, rows=[trajectory([1, 2], [3, 4]), trajectory([1, 2], [5]), trajectory([1, 2], [6, 7, 8])])
+    assert shared.input_ids.tolist() == [[1, 2, 3, 6, 7]] and shared.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+    assert shared.predictors.tolist() == [1, 2, 1, 1, 3, 4] and shared.targets.tolist() == [3, 4, 5, 6, 7, 8]
+    to_padded, to_packed = shared.index
+    assert to_padded.view(3, 4).tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 3, 4]] and to_packed.tolist() == [0, 1, 2, 10, 11]
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -204,14 +204,19 @@ class Batch:
 class ModelInput:
     """Rows as a model reads them, either packed (one line, no padding) or padded (one line per row).
 
+    The last token of an answer predicts nothing and is left out. Packed rows with the same prompt share it: it stands
+    once in the line, and is computed once.
+
     Attributes:
         input_ids: [1, N] packed or [B, S] padded, int64.
         position_ids: like input_ids, restarting at 0 in each row.
-        lengths: tokens of each row, B of them.
+        lengths: tokens of each row, B of them, a shared prompt counted in each.
         packed: which of the two.
         predictors: [M] int64, flat positions whose hidden state predicts a response token, row after row.
         targets: [M] int64, those response tokens.
         response_lengths: [B] int64, M in sum.
+        index: if packed rows share prompts, the place in the line of each padded position ([B * S] int64, 0 where there
+            is none), and the padded position of each place ([N] int64).
     """
 
     input_ids: Tensor
@@ -221,6 +226,7 @@ class ModelInput:
     predictors: Tensor
     targets: Tensor
     response_lengths: Tensor
+    index: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_batch(cls, batch: Batch, *, packed: bool, device: torch.device) -> ModelInput:
@@ -228,26 +234,38 @@ class ModelInput:
         prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
         if int(prompts.lengths.min()) < 1:
             raise ValueError(f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token before the answer")
-        lengths = batch.num_tokens
-        present = present_mask(lengths)
+        joined = batch.num_tokens
+        present = present_mask(joined)
         positions = torch.arange(present.shape[1]).expand(present.shape)
-        in_response = present & (positions >= prompts.lengths[:, None])
+        in_prompt = positions < prompts.lengths[:, None]
         ids = torch.zeros(present.shape, dtype=torch.int64)
-        ids[present & ~in_response] = prompts.values
-        ids[in_response] = responses.values
-        # The state at position t - 1 predicts token t, so the predictor lies one to the left of its response token.
-        predicts = torch.zeros_like(in_response)
-        predicts[:, :-1] = in_response[:, 1:]
-        if packed:
-            input_ids, position_ids, predicts = ids[present][None], positions[present][None], predicts[present]
-        else:
-            input_ids, position_ids = ids, positions.contiguous()
-        return cls(
-            input_ids.to(device),
-            position_ids.to(device),
-            lengths.tolist(),
-            packed,
-            predicts.flatten().nonzero().squeeze(1).to(device),
-            responses.values.to(device),
-            responses.lengths,
-        )
+        ids[present & in_prompt] = prompts.values
+        ids[present & ~in_prompt] = responses.values
+        lengths = joined - (responses.lengths > 0).long()
+        width = int(lengths.max())
+        ids, positions, in_prompt = ids[:, :width], positions[:, :width], in_prompt[:, :width]
+        present = present_mask(lengths)
+        ids = torch.where(present, ids, 0)
+        # The state at position t - 1 predicts token t.
+        predicts = present & (positions >= prompts.lengths[:, None] - 1) & (responses.lengths > 0)[:, None]
+        common = (lengths.tolist(), packed)
+        targets = (responses.values.to(device), responses.lengths)
+        if not packed:
+            predictors = predicts.flatten().nonzero().squeeze(1)
+            return cls(ids.to(device), positions.contiguous().to(device), *common, predictors.to(device), *targets)
+        owners = _first_with_same_prompt(prompts)
+        own = present & (~in_prompt | (owners == torch.arange(batch.num_rows))[:, None])
+        places = torch.zeros(own.shape, dtype=torch.int64)
+        places[own] = torch.arange(int(own.sum()))
+        places = torch.where(in_prompt & present, places[owners], places)
+        index = None
+        if int(own.sum()) < int(present.sum()):
+            index = (places.flatten().to(device), own.flatten().nonzero().squeeze(1).to(device))
+        return cls(ids[own][None].to(device), positions[own][None].to(device), *common, places[predicts].to(device), *targets, index)
+
+
+def _first_with_same_prompt(prompts: Ragged) -> Tensor:
+    """[B] int64, for each row the first one with the same prompt."""
+    first: dict[bytes, int] = {}
+    rows = prompts.values.split(prompts.lengths.tolist())
+    return torch.tensor([first.setdefault(row.numpy().tobytes(), i) for i, row in enumerate(rows)])

@@ -72,6 +72,7 @@ class RowLayout:
         device: where index tensors are made.
         cache: filled with keys and values of row i at slots[i], if given.
         slots: [B] int64.
+        index: as in `ModelInput`, where packed rows share their prompts; none: the rows lie end to end.
         windows: the window that each layer was told, filled by the forward pass.
     """
 
@@ -80,21 +81,24 @@ class RowLayout:
     device: torch.device
     cache: KVCache | None = None
     slots: Tensor | None = None
+    index: tuple[Tensor, Tensor] | None = None
     windows: dict[int, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: ModelInput) -> RowLayout:
         """Layout of rows to train on."""
-        return cls(inputs.lengths, inputs.packed, inputs.input_ids.device)
+        return cls(inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index)
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows have one length, so that packed and padded are the same memory."""
-        return min(self.lengths) == max(self.lengths)
+        """Whether all rows have one length and lie end to end, so that packed and padded are the same memory."""
+        return self.index is None and min(self.lengths) == max(self.lengths)
 
     @cached_property
     def padded_index(self) -> tuple[Tensor, Tensor]:
         """For each padded position its packed one ([B * S], padding reads position 0), and the reverse ([N])."""
+        if self.index is not None:
+            return self.index
         lengths = torch.tensor(self.lengths, device=self.device)
         positions = torch.arange(max(self.lengths), device=self.device)
         present = positions < lengths[:, None]
@@ -111,6 +115,7 @@ class DecodeLayout:
         cache: holds the earlier tokens, takes the new one.
         positions: [A] int64, position of each new token in its row.
         length: 1 + the largest position.
+        masks: see `mask`.
     """
 
     cache: KVCache
@@ -122,15 +127,17 @@ class DecodeLayout:
         """[A] int64, the slots in use."""
         return torch.arange(len(self.positions), device=self.positions.device)
 
-    def visible(self, window: int | None) -> Tensor:
-        """[A, 1, 1, length] bool, True where a new token may look."""
-        age = self.positions[:, None] - torch.arange(self.length, device=self.positions.device)
-        return ((age >= 0) if window is None else (age >= 0) & (age < window))[:, None, None]
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def all_visible(self) -> Tensor:
-        """`visible` without a window, made once for all layers."""
-        return self.visible(None)
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[A, 1, 1, length], 0 where a new token may look and -inf elsewhere; made once for all layers that are alike."""
+        window = None if window is None or window >= self.length else window
+        if (window, dtype) not in self.masks:
+            age = self.positions[:, None] - torch.arange(self.length, device=self.positions.device)
+            hidden = (age < 0) if window is None else (age < 0) | (age >= window)
+            # As numbers to add: from booleans PyTorch would make these again in each layer.
+            self.masks[window, dtype] = _added_mask(hidden, dtype)[:, None, None]
+        return self.masks[window, dtype]
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,8 @@ class _Score:
         scale = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
         scores = torch.tanh(query @ key.transpose(2, 3) * scale / self.softcap) * self.softcap
         if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        weights = torch.softmax(scores.float().masked_fill(~mask, float("-inf")), -1)
+            mask = torch.full(scores.shape[2:], float("-inf"), device=query.device).triu(1)
+        weights = torch.softmax(scores.float() + mask, -1)
         return weights.to(value.dtype) @ value
 
 
@@ -171,7 +178,7 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *
     mask = None
     if score.window is not None and score.window < width:
         age = torch.arange(width, device=query.device)[:, None] - torch.arange(width, device=query.device)
-        mask = (age >= 0) & (age < score.window)
+        mask = _added_mask((age < 0) | (age >= score.window), query.dtype)
     # Rows are right-padded, so no real token can see padding: the causal mask is enough.
     out = score.attend(query, key, value, mask).transpose(1, 2)
     if not layout.packed:
@@ -180,10 +187,17 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *
     return (flat if layout.uniform else flat.index_select(0, layout.padded_index[1]))[None]
 
 
+def _added_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where `hidden` is True, else 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
 def _padded(packed: Tensor, layout: RowLayout) -> Tensor:
     """[1, H, N, D] to [B, H, S, D]."""
-    rows = packed[0] if layout.uniform else packed[0].index_select(1, layout.padded_index[0])
-    return rows.unflatten(1, (len(layout.lengths), -1)).transpose(0, 1)
+    rows = packed[0].transpose(0, 1)
+    if not layout.uniform:
+        rows = rows.index_select(0, layout.padded_index[0])
+    return rows.unflatten(0, (len(layout.lengths), -1)).transpose(1, 2)
 
 
 def _attend_cached(query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayout, *, layer: int, score: _Score) -> Tensor:
@@ -192,9 +206,9 @@ def _attend_cached(query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayo
     keys[layout.rows, :, layout.positions] = key[:, :, 0].to(keys.dtype)
     values[layout.rows, :, layout.positions] = value[:, :, 0]
     num_rows, kv_heads = key.shape[:2]
-    mask = layout.all_visible if score.window is None or score.window >= layout.length else layout.visible(score.window)
     # The query heads that share a key-value head stand in the place of query positions: nothing is repeated.
     grouped = query.reshape(num_rows, kv_heads, -1, query.shape[-1])
+    mask = layout.mask(score.window, grouped.dtype)
     out = score.attend(grouped, keys[:num_rows, :, : layout.length], values[:num_rows, :, : layout.length], mask)
     return out.reshape(num_rows, 1, -1, out.shape[-1])
 

@@ -20,7 +20,7 @@ from verl.engines.checkpoint import CheckpointStore, load_state
 from verl.engines.local import LocalEngine
 from verl.engines.models import PolicyModel, load_language_model, save_model
 from verl.settings import RunConfig
-from verl.utils.device import memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
+from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
 from verl.utils.tokens import TextCodec
 from verl.utils.tracking import Clock, Tracker
@@ -52,6 +52,7 @@ class BaseTrainer(ABC):
         seed_everything(config.seed)
         self.config = config
         self.device = pick_device(config.device)
+        keep_freed_memory()
         self.version = 0
         self.clock = Clock(partial(synchronize, self.device))
         self._console = console
