@@ -46,7 +46,6 @@ class ConfigError(ValueError):
 
 
 # YAML -------------------------------------------------------------------------------------------------------------------
-
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 
 
@@ -250,7 +249,7 @@ def _source_layers(source: Source) -> list[_Layer]:
         return _file_layers(tree, dict.fromkeys(_paths(tree), ""))
     path = Path(source)
     if isinstance(source, str) and (source in RECIPES or path.name == source and not path.suffix and not path.exists()):
-        return [_recipe_layer(source)]
+        return _recipe_layers(source)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -262,11 +261,12 @@ def _source_layers(source: Source) -> list[_Layer]:
     return _file_layers(_plain(tree or {}), origins)
 
 
-def _recipe_layer(name: str, where: str = "") -> _Layer:
+def _recipe_layers(name: str, where: str = "") -> list[_Layer]:
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name}{where}; the nearest is {_nearest(name, RECIPES)}, and there are {', '.join(RECIPES)}")
     tree, origins = _parsed((_RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
-    return _Layer(_plain(tree), origins, 0)
+    own = _plain(tree)
+    return [*(_recipe_layers(base) if (base := own.pop("recipe", "")) else ()), _Layer(own, origins, 0)]
 
 
 def _file_layers(tree: dict[str, Any], origins: dict[str, str]) -> list[_Layer]:
@@ -278,7 +278,7 @@ def _file_layers(tree: dict[str, Any], origins: dict[str, str]) -> list[_Layer]:
     if "recipe" not in head:
         return [layer]
     name = head["recipe"] if isinstance(head["recipe"], str) else _shown(head["recipe"])
-    return [_recipe_layer(name, _in_brackets(origins["recipe"])), layer]
+    return [*_recipe_layers(name, _in_brackets(origins["recipe"])), layer]
 
 
 def _override_layers(overrides: Sequence[str], *, stage: int) -> list[_Layer]:

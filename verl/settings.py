@@ -15,7 +15,11 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **bounds: Any) -> Any:
     """A pydantic field that also carries its unit, its bounds as text and the source of its default, for `verl config`."""
-    extra: dict[str, Any] = {"unit": unit, "source": source, "bounds": " and ".join(f"{_SIGNS[sign]} {bound}" for sign, bound in bounds.items())}
+    extra: dict[str, Any] = {
+        "unit": unit,
+        "source": source,
+        "bounds": " and ".join(f"{_SIGNS[sign]} {bound}" for sign, bound in bounds.items()),
+    }
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
@@ -72,15 +76,15 @@ def _kind_of_coef(value: Any) -> str:
 
 
 NumberCoef = Annotated[float, Field(ge=0), Tag("number")]
-Coef = Annotated[
-    NumberCoef | Annotated[KLSchedule, Tag("schedule")] | Annotated[KLAdaptive, Tag("adaptive")], Discriminator(_kind_of_coef)
-]
+Coef = Annotated[NumberCoef | Annotated[KLSchedule, Tag("schedule")] | Annotated[KLAdaptive, Tag("adaptive")], Discriminator(_kind_of_coef)]
 
 
 class KLConfig(Section):
     """Distance to the reference policy."""
 
-    where: Literal["off", "loss", "reward"] = setting("off", "Add it to the loss, subtract it from the reward, or neither.", source="DAPO, 2503.14476, 2.3")
+    where: Literal["off", "loss", "reward"] = setting(
+        "off", "Add it to the loss, subtract it from the reward, or neither.", source="DAPO, 2503.14476, 2.3"
+    )
     estimator: Choice = setting(Choice(name="k3"), "Estimator of the KL per token: k1, k2, k3.", source="GRPO, 2402.03300, 4.1.1")
     coef: Coef = setting(0.001, "Coefficient: a number, {start, end, steps} or {initial, target, horizon}.", source="verl")
 
@@ -90,16 +94,26 @@ class AlgorithmConfig(Section):
 
     advantage: Choice = setting(Choice(name="grpo"), "Credit of each token, `verl.algorithms.advantages`.", source="GRPO, 2402.03300")
     policy_loss: Choice = setting(Choice(name="ppo_clip"), "Loss per token, `verl.algorithms.losses`.", source="PPO, 1707.06347")
-    aggregation: Choice = setting(Choice(name="token_mean"), "Weight of each token in the loss, `verl.algorithms.losses`.", source="DAPO, 2503.14476, 3.3")
+    aggregation: Choice = setting(
+        Choice(name="token_mean"), "Weight of each token in the loss, `verl.algorithms.losses`.", source="DAPO, 2503.14476, 3.3"
+    )
     kl: KLConfig = setting(KLConfig(), "Distance to the reference policy.")
-    correction: Choice = setting(Choice(name="bypass"), "Difference of sampler and trainer, `verl.algorithms.correction`.", source="HybridFlow, 2409.19256, table 4")
-    value_loss: Choice = setting(Choice(name="value_clip"), "Loss of the critic per token, `verl.algorithms.losses`.", source="PPO, 1707.06347")
+    correction: Choice = setting(
+        Choice(name="bypass"), "Difference of sampler and trainer, `verl.algorithms.correction`.", source="HybridFlow, 2409.19256, table 4"
+    )
+    value_loss: Choice = setting(
+        Choice(name="value_clip"), "Loss of the critic per token, `verl.algorithms.losses`.", source="PPO, 1707.06347"
+    )
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus in the policy loss.", source="DAPO, 2503.14476")
     epochs: int = setting(1, "Passes over the trajectories of a step.", unit="passes", ge=1)
     minibatches: int = setting(1, "Optimizer updates per pass; the trajectories are split evenly.", unit="updates", ge=1)
     dynamic_sampling: bool = setting(False, "Replace groups whose rewards are all equal by fresh prompts.", source="DAPO, 2503.14476, 3.2")
-    max_resamples: int = setting(10, "Fresh draws per step before dynamic sampling goes on with what it has.", unit="draws", source="verl", ge=1)
-    overlong_buffer_tokens: int = setting(0, "Answers that enter the last so many tokens lose reward linearly; 0: off.", unit="tokens", source="DAPO, 2503.14476, 3.4", ge=0)
+    max_resamples: int = setting(
+        10, "Fresh draws per step before dynamic sampling goes on with what it has.", unit="draws", source="verl", ge=1
+    )
+    overlong_buffer_tokens: int = setting(
+        0, "Answers that enter the last so many tokens lose reward linearly; 0: off.", unit="tokens", source="DAPO, 2503.14476, 3.4", ge=0
+    )
     overlong_penalty: float = setting(1.0, "Reward lost at the full length.", unit="reward", source="DAPO, 2503.14476, 3.4", ge=0)
     mask_truncated: bool = setting(False, "Leave answers cut at the length limit out of the loss.", source="DAPO, 2503.14476, 3.4")
 
@@ -130,12 +144,18 @@ class RoleConfig(Section):
 
     path: str | None = setting(None, "Folder or hub name of a Hugging Face causal language model.")
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Arithmetic of forward and backward; weights and optimizer stay fp32.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, a third more arithmetic.", source="1604.06174")
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, a third more arithmetic.", source="1604.06174"
+    )
     packing: bool = setting(True, "Forward rows back to back without padding; off: padded to the longest row.")
     micro_batch_tokens: int = setting(16_384, "Most tokens of one forward and backward pass.", unit="tokens", ge=1)
-    micro_batch_rows: int | None = setting(None, "Most rows of one forward and backward pass; none: only the tokens count.", unit="rows", ge=1)
+    micro_batch_rows: int | None = setting(
+        None, "Most rows of one forward and backward pass; none: only the tokens count.", unit="rows", ge=1
+    )
     logits_chunk_tokens: int = setting(4096, "Positions whose logits are in memory at once.", unit="tokens", ge=1)
-    max_bad_updates: int = setting(3, "Updates in a row with a loss or gradient that is not finite before the run stops.", unit="updates", ge=1)
+    max_bad_updates: int = setting(
+        3, "Updates in a row with a loss or gradient that is not finite before the run stops.", unit="updates", ge=1
+    )
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "Optimizer.")
 
 
@@ -237,7 +257,9 @@ class TrainerConfig(RunConfig):
     """A run of reinforcement learning."""
 
     prompts_per_step: int = setting(32, "Prompts of a step.", unit="prompts", ge=1)
-    samples_per_prompt: int = setting(8, "Answers per prompt, the size of a group.", unit="answers", source="GRPO takes 64, 2402.03300", ge=1)
+    samples_per_prompt: int = setting(
+        8, "Answers per prompt, the size of a group.", unit="answers", source="GRPO takes 64, 2402.03300", ge=1
+    )
     algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
     critic: CriticConfig = setting(CriticConfig(), "The value model.")
     reference: str | None = setting(None, "Model of the reference policy; none: the policy as it was at the start.")
@@ -324,23 +346,108 @@ Claim = Callable[[Any], bool]
 
 # Settings (or whole sections) | the one that decides | ignored when | why, and what to do.
 IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
-    ("algorithm.kl.coef", "algorithm.kl.where", lambda c: c.algorithm.kl.where == "off", "algorithm.kl.where is off; set it to loss or reward"),
-    ("algorithm.kl.estimator", "algorithm.kl.where", lambda c: c.algorithm.kl.where == "off", "algorithm.kl.where is off; set it to loss or reward"),
-    ("algorithm.overlong_penalty", "algorithm.overlong_buffer_tokens", lambda c: c.algorithm.overlong_buffer_tokens == 0, "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over"),
-    ("algorithm.max_resamples", "algorithm.dynamic_sampling", lambda c: not c.algorithm.dynamic_sampling, "algorithm.dynamic_sampling is false; set it to true"),
-    ("critic", "algorithm.advantage", lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES, "this algorithm.advantage needs no critic; take gae"),
-    ("algorithm.value_loss", "algorithm.advantage", lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES, "this algorithm.advantage needs no critic; take gae"),
-    ("policy.optimizer.min_lr_ratio", "policy.optimizer.schedule", lambda c: c.policy.optimizer.schedule == "constant", "policy.optimizer.schedule is constant; set it to linear or cosine"),
-    ("critic.optimizer.min_lr_ratio", "critic.optimizer.schedule", lambda c: c.critic.optimizer.schedule == "constant", "critic.optimizer.schedule is constant; set it to linear or cosine"),
-    ("sampling.top_p", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
-    ("sampling.top_k", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
-    ("sampling.min_p", "sampling.temperature", lambda c: c.sampling.temperature == 0, "sampling.temperature 0 always takes the most likely token"),
-    ("evaluation.at_start", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0, "evaluation.every_steps is 0; set how often to evaluate"),
-    ("evaluation.prompts", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
-    ("evaluation.samples", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
-    ("evaluation.temperature", "evaluation.every_steps", lambda c: c.evaluation.every_steps == 0 and c.data.test is None, "nothing is evaluated; set evaluation.every_steps and data.test"),
-    ("tracking.num_samples", "tracking.samples_every_steps", lambda c: c.tracking.samples_every_steps == 0, "tracking.samples_every_steps is 0; set how often to write samples"),
-    ("tracking.project", "tracking.sinks", lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks), "no sink of tracking.sinks has projects; add wandb or mlflow"),
+    (
+        "algorithm.kl.coef",
+        "algorithm.kl.where",
+        lambda c: c.algorithm.kl.where == "off",
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    (
+        "algorithm.kl.estimator",
+        "algorithm.kl.where",
+        lambda c: c.algorithm.kl.where == "off",
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    (
+        "algorithm.overlong_penalty",
+        "algorithm.overlong_buffer_tokens",
+        lambda c: c.algorithm.overlong_buffer_tokens == 0,
+        "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over",
+    ),
+    (
+        "algorithm.max_resamples",
+        "algorithm.dynamic_sampling",
+        lambda c: not c.algorithm.dynamic_sampling,
+        "algorithm.dynamic_sampling is false; set it to true",
+    ),
+    (
+        "critic",
+        "algorithm.advantage",
+        lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES,
+        "this algorithm.advantage needs no critic; take gae",
+    ),
+    (
+        "algorithm.value_loss",
+        "algorithm.advantage",
+        lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES,
+        "this algorithm.advantage needs no critic; take gae",
+    ),
+    (
+        "policy.optimizer.min_lr_ratio",
+        "policy.optimizer.schedule",
+        lambda c: c.policy.optimizer.schedule == "constant",
+        "policy.optimizer.schedule is constant; set it to linear or cosine",
+    ),
+    (
+        "critic.optimizer.min_lr_ratio",
+        "critic.optimizer.schedule",
+        lambda c: c.critic.optimizer.schedule == "constant",
+        "critic.optimizer.schedule is constant; set it to linear or cosine",
+    ),
+    (
+        "sampling.top_p",
+        "sampling.temperature",
+        lambda c: c.sampling.temperature == 0,
+        "sampling.temperature 0 always takes the most likely token",
+    ),
+    (
+        "sampling.top_k",
+        "sampling.temperature",
+        lambda c: c.sampling.temperature == 0,
+        "sampling.temperature 0 always takes the most likely token",
+    ),
+    (
+        "sampling.min_p",
+        "sampling.temperature",
+        lambda c: c.sampling.temperature == 0,
+        "sampling.temperature 0 always takes the most likely token",
+    ),
+    (
+        "evaluation.at_start",
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0,
+        "evaluation.every_steps is 0; set how often to evaluate",
+    ),
+    (
+        "evaluation.prompts",
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
+        "nothing is evaluated; set evaluation.every_steps and data.test",
+    ),
+    (
+        "evaluation.samples",
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
+        "nothing is evaluated; set evaluation.every_steps and data.test",
+    ),
+    (
+        "evaluation.temperature",
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
+        "nothing is evaluated; set evaluation.every_steps and data.test",
+    ),
+    (
+        "tracking.num_samples",
+        "tracking.samples_every_steps",
+        lambda c: c.tracking.samples_every_steps == 0,
+        "tracking.samples_every_steps is 0; set how often to write samples",
+    ),
+    (
+        "tracking.project",
+        "tracking.sinks",
+        lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
+        "no sink of tracking.sinks has projects; add wandb or mlflow",
+    ),
 )
 
 # Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole configuration.

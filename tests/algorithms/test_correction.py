@@ -59,7 +59,11 @@ def test_a_sampler_that_agrees_and_an_empty_batch_show_no_mismatch(sampled):
     logprobs = torch.full((2, 3), -1.5)
     monitors = mismatch(logprobs, logprobs, torch.full((2, 3), sampled))
     assert {name: value.item() for name, value in monitors.items()} == {
-        "kl_k1": 0.0, "kl_k3": 0.0, "chi2_token": 0.0, "max_abs_difference": 0.0, "ess_share": 1.0
+        "kl_k1": 0.0,
+        "kl_k3": 0.0,
+        "chi2_token": 0.0,
+        "max_abs_difference": 0.0,
+        "ess_share": 1.0,
     }
 
 
