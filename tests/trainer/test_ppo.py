@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import tiny_transformer
 from tests.training import toy_trainer, weights
 from verl.config import make_trainer_config
 from verl.data.buffer import SharedMemoryBuffer
@@ -53,6 +54,20 @@ def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     assert metrics["skipped_updates"] == 0
     assert not torch.equal(weights(trainer.policy_engine), before)
     assert ("critic/loss" in metrics) == ("explained_variance" in metrics) == (recipe == "ppo")
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "mixtral"])
+def test_a_model_whose_limit_is_not_known_trains_all_the_same(family, letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "steps=1", actor_model=tiny_transformer(family))
+    (metrics,) = trainer.fit()
+    assert "limit_share" not in metrics
+    assert metrics["skipped_updates"] == 0
+
+
+def test_without_a_kl_no_coefficient_is_shown_and_without_siblings_no_dead_groups(letters, tmp_path):
+    assert "kl_coef" not in toy_trainer("dapo", letters, tmp_path).step()
+    assert "dead_groups_share" not in toy_trainer("ppo", letters, tmp_path).step()
+    assert {"kl_coef", "dead_groups_share"} <= toy_trainer("grpo", letters, tmp_path).step().keys()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

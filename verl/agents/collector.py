@@ -163,9 +163,10 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, floa
         "prompt_tokens": _mean([len(t.prompt_ids) for t in answers]),
         "tokens": float(sum(len(t.prompt_ids) + len(t.response_ids) for t in answers)),
         "truncated_share": _mean([t.truncated for t in answers]),
-        "dead_groups_share": _mean([is_dead(g) for g in groups]),
         "failed_share": 1 - len(rewarded) / len(answers),
     }
+    if any(len(g) > 1 for g in groups):  # a single answer has no siblings to differ from
+        metrics["dead_groups_share"] = _mean([is_dead(g) for g in groups])
     for name in sorted({name for t in rewarded for name in t.scores}):
         key = name if name == "accuracy" else f"score/{name}"
         metrics[key] = _mean([t.scores[name] for t in rewarded if name in t.scores])

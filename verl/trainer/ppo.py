@@ -99,7 +99,8 @@ class Trainer(BaseTrainer):
             metrics |= learn(rows)
         self.version += 1
         self.rollout.publish(self.version)
-        metrics["kl_coef"] = self.policy.kl_coef
+        if self.algorithm.kl:
+            metrics["kl_coef"] = self.policy.kl_coef
         self.policy.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
         return metrics
 
@@ -178,7 +179,9 @@ class Trainer(BaseTrainer):
         self.rollout.publish(self.version)
 
     def step_limit(self, seconds: float) -> Metrics:
-        """`limit_share`: the least time that this machine needs for such a step, over the time that it took."""
+        """`limit_share`: the least time that this machine needs for such a step, over the time that it took; of dense models alone."""
+        if self._shape is None:
+            return {}
         rows = Batch.from_trajectories(self.last)
         work = StepWork(
             rows.ragged("prompt_ids").lengths,
@@ -189,8 +192,15 @@ class Trainer(BaseTrainer):
             bytes_per_weight=4 if self.config.policy.precision == "fp32" else 2,
             epochs=self.config.algorithm.epochs,
         )
-        shape = ModelShape.from_hf_config(self.policy.model.transformer.config)
-        return {"limit_share": step_limit(shape, work, self._speed).total_s / seconds}
+        return {"limit_share": step_limit(self._shape, work, self._speed).total_s / seconds}
+
+    @cached_property
+    def _shape(self) -> ModelShape | None:
+        """None for a model that the formulas of the limit do not cover: it trains all the same."""
+        try:
+            return ModelShape.from_hf_config(self.policy.model.transformer.config)
+        except ValueError:
+            return None
 
     @cached_property
     def _speed(self) -> MachineSpeed:
