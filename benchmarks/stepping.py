@@ -22,6 +22,7 @@ class Workload:
         num_samples: answers per prompt.
         answer_tokens: tokens of every answer; nothing ends one earlier.
         lr: learning rate, constant.
+        trl_checkpointing: let TRL recompute activations, as it does by default; this project does so only when asked.
     """
 
     folder: str
@@ -30,6 +31,7 @@ class Workload:
     num_samples: int = 8
     answer_tokens: int = 16
     lr: float = 3e-5
+    trl_checkpointing: bool = False
 
     @classmethod
     def from_command_line(cls) -> Workload:

@@ -132,7 +132,11 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     def _step(self) -> float:
         """Clips, steps if the gradient is finite, and returns its norm before clipping."""
         self._scaler.unscale_(self._optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.max_grad_norm))
+        parameters, limit = list(self.model.parameters()), self._config.optimizer.max_grad_norm
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, total)
         if math.isfinite(norm):
             self._scaler.step(self._optimizer)
             self._schedule.step()

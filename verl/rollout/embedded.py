@@ -55,7 +55,7 @@ class EmbeddedEngine(RolloutEngine):
         self._codec = codec
         self._max_slots = max_slots
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
