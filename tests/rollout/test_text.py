@@ -9,7 +9,8 @@ import pytest
 
 from tests.tiny import tiny_codec
 from verl.rollout.text import TextWorkerEngine
-from verl.utils.rollout import BaseRolloutWorker, SamplingParams
+from verl.utils.rollout import BaseRolloutWorker, Prompt, SamplingParams
+from verl.utils.tokens import TextCodec, character_tokenizer
 
 CODEC = tiny_codec()
 PROMPTS = [CODEC.encode("1+1="), CODEC.encode("2+2=")]
@@ -45,6 +46,16 @@ def test_every_prompt_is_asked_n_times_and_the_texts_are_tokenized_once(kind):
     assert [[c.text for c in group] for group in groups] == [["1+1=0", "1+1=1"], ["2+2=2"]]
     assert groups[1][0].token_ids == [*CODEC.encode("2+2=2"), 1]
     assert all(c.logprobs is None and c.finish_reason == "stop" for group in groups for c in group)
+
+
+def test_a_worker_reads_the_marks_of_the_chat_template_but_no_start_token():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+    codec, worker = TextCodec(tokenizer), Worker(numbered)
+    ids = codec.encode_prompt(Prompt([{"role": "user", "content": "1+1="}]))
+    assert ids == [2, *codec.encode("1+1="), 3]
+    TextWorkerEngine(worker, codec).generate([ids], [SamplingParams()])
+    assert worker.asked[0][0] == ["1+1=<unk>"]
 
 
 def test_a_text_longer_than_its_own_limit_is_cut():

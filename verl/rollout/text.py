@@ -28,7 +28,7 @@ class TextWorkerEngine(RolloutEngine):
         Raises:
             ValueError: the worker gave something else than a list with one text per prompt.
         """
-        asked = [self._codec.decode(p) for p, wanted in zip(prompts, params, strict=True) for _ in range(wanted.n)]
+        asked = [self._codec.read_text(list(p)) for p, wanted in zip(prompts, params, strict=True) for _ in range(wanted.n)]
         if not asked:
             return []
         texts = self._worker.generate(asked, max_tokens=max(p.max_tokens for p in params))
