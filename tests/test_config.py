@@ -154,7 +154,7 @@ def test_a_wrong_file_says_what_must_hold_and_what_came(text, message, write):
 
 def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
     assert problems("gppo") == "unknown recipe gppo; the nearest is ppo, and there are dapo, grpo, ppo, quickstart"
-    assert "need a recipe (dapo, grpo, ppo) or a YAML file of settings, got missing.yaml: No such file" in problems("missing.yaml")
+    assert "need a recipe (dapo, grpo, ppo, quickstart) or a YAML file of settings, got missing.yaml: No such file" in problems("missing.yaml")
     assert "Is a directory" in problems(tmp_path)
     assert "steps: need a text, number, list or mapping, got object" in problems({"steps": object()})
 
@@ -204,10 +204,22 @@ def test_truncated_sampling_is_fine_when_the_logprobs_are_recomputed():
         ("grpo", ["evaluation.samples=4"], "evaluation.samples"),
         ("grpo", ["tracking.samples_every_steps=0", "tracking.num_samples=3"], "tracking.num_samples"),
         ("grpo", ["tracking.project=mine"], "tracking.project"),
+        ("dapo", ["reference=other"], "reference"),
+        ("ppo", ["critic.logits_chunk_tokens=64"], "critic.logits_chunk_tokens"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_that_names_it(recipe, overrides, key):
     assert problems(recipe, *overrides).startswith(f"{key} (override) would be ignored: ")
+
+
+def test_a_reference_may_be_set_where_a_function_of_the_users_may_read_it():
+    assert load_config("dapo", ["reference=other", "algorithm.policy_loss=mine:loss"]).reference == "other"
+
+
+def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
+    for key, value in (("data.test", "x.jsonl"), ("tracking.num_samples", 3)):
+        with pytest.raises(ConfigError, match=f"{key} .override. would be ignored: fine-tuning"):
+            load_sft_config(None, [f"{key}={value}"])
 
 
 def test_the_advantages_without_a_critic_are_those_that_read_no_values():

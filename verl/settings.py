@@ -182,7 +182,7 @@ class SamplingConfig(Section):
 class RolloutConfig(Section):
     """The engine that answers prompts."""
 
-    engine: str = setting("embedded", 'Engine by name, `verl.rollout`, or as "package.module:Class".')
+    engine: str = setting("embedded", 'Engine by name: embedded.')
     max_slots: int = setting(256, "Answers generated at the same time by the embedded engine.", unit="answers", ge=1)
 
 
@@ -344,20 +344,27 @@ SIBLING_ADVANTAGES = ("grpo", "rloo")
 
 Claim = Callable[[Any], bool]
 
+Ignored = tuple[str, str, Claim, str]
+
+
+def _each(keys: tuple[str, ...], switch: str, claim: Claim, reason: str) -> tuple[Ignored, ...]:
+    return tuple((key, switch, claim, reason) for key in keys)
+
+
+def _no_reference(c: Any) -> bool:
+    a = c.algorithm
+    return a.kl.where == "off" and not any(":" in choice.name for choice in (a.advantage, a.policy_loss, a.correction))
+
+
 # Settings (or whole sections) | the one that decides | ignored when | why, and what to do.
-IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
-    (
-        "algorithm.kl.coef",
+IGNORED: tuple[Ignored, ...] = (
+    *_each(
+        ("algorithm.kl.coef", "algorithm.kl.estimator"),
         "algorithm.kl.where",
         lambda c: c.algorithm.kl.where == "off",
         "algorithm.kl.where is off; set it to loss or reward",
     ),
-    (
-        "algorithm.kl.estimator",
-        "algorithm.kl.where",
-        lambda c: c.algorithm.kl.where == "off",
-        "algorithm.kl.where is off; set it to loss or reward",
-    ),
+    ("reference", "algorithm.kl.where", _no_reference, "algorithm.kl.where is off; set it to loss or reward"),
     (
         "algorithm.overlong_penalty",
         "algorithm.overlong_buffer_tokens",
@@ -370,17 +377,17 @@ IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
         lambda c: not c.algorithm.dynamic_sampling,
         "algorithm.dynamic_sampling is false; set it to true",
     ),
-    (
-        "critic",
+    *_each(
+        ("critic", "algorithm.value_loss"),
         "algorithm.advantage",
         lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES,
         "this algorithm.advantage needs no critic; take gae",
     ),
     (
-        "algorithm.value_loss",
-        "algorithm.advantage",
-        lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES,
-        "this algorithm.advantage needs no critic; take gae",
+        "critic.logits_chunk_tokens",
+        "critic.logits_chunk_tokens",
+        lambda c: c.algorithm.advantage.name not in SIBLING_ADVANTAGES,
+        "a critic has values instead of logits; set policy.logits_chunk_tokens",
     ),
     (
         "policy.optimizer.min_lr_ratio",
@@ -394,20 +401,8 @@ IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
         lambda c: c.critic.optimizer.schedule == "constant",
         "critic.optimizer.schedule is constant; set it to linear or cosine",
     ),
-    (
-        "sampling.top_p",
-        "sampling.temperature",
-        lambda c: c.sampling.temperature == 0,
-        "sampling.temperature 0 always takes the most likely token",
-    ),
-    (
-        "sampling.top_k",
-        "sampling.temperature",
-        lambda c: c.sampling.temperature == 0,
-        "sampling.temperature 0 always takes the most likely token",
-    ),
-    (
-        "sampling.min_p",
+    *_each(
+        ("sampling.top_p", "sampling.top_k", "sampling.min_p"),
         "sampling.temperature",
         lambda c: c.sampling.temperature == 0,
         "sampling.temperature 0 always takes the most likely token",
@@ -418,20 +413,8 @@ IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
         lambda c: c.evaluation.every_steps == 0,
         "evaluation.every_steps is 0; set how often to evaluate",
     ),
-    (
-        "evaluation.prompts",
-        "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
-        "nothing is evaluated; set evaluation.every_steps and data.test",
-    ),
-    (
-        "evaluation.samples",
-        "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
-        "nothing is evaluated; set evaluation.every_steps and data.test",
-    ),
-    (
-        "evaluation.temperature",
+    *_each(
+        ("evaluation.prompts", "evaluation.samples", "evaluation.temperature"),
         "evaluation.every_steps",
         lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
         "nothing is evaluated; set evaluation.every_steps and data.test",
@@ -447,6 +430,12 @@ IGNORED: tuple[tuple[str, str, Claim, str], ...] = (
         "tracking.sinks",
         lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
         "no sink of tracking.sinks has projects; add wandb or mlflow",
+    ),
+    *_each(
+        ("data.test", "tracking.samples_every_steps", "tracking.num_samples"),
+        "data.test",
+        lambda c: isinstance(c, SFTConfig),
+        "fine-tuning samples and evaluates nothing; use verl eval",
     ),
 )
 
