@@ -58,6 +58,7 @@ def test_the_loss_falls_and_a_model_is_left(letters, tmp_path):
     losses = [metrics["loss"] for metrics in trainer.fit()]
     assert losses[-1] < 0.6 * losses[0]
     assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 31))
+    assert not (tmp_path / "run" / "samples").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert torch.equal(torch.cat([p.flatten() for p in model.parameters()]), weights(trainer.policy_engine))
 

@@ -169,8 +169,8 @@ class BaseTrainer(ABC):
         if self._due(self.eval_every) or (self.eval_every and self.version == config.steps):
             metrics |= self._timed_evaluation()
         tracker.log(self.version, metrics)
-        if self._due(config.tracking.samples_every_steps):
-            tracker.samples(self.version, self.samples())
+        if self._due(config.tracking.samples_every_steps) and (rows := self.samples()):
+            tracker.samples(self.version, rows)
         return metrics
 
     def _timed_evaluation(self) -> Metrics:
