@@ -31,7 +31,7 @@ class Workload:
     num_samples: int = 8
     answer_tokens: int = 16
     lr: float = 3e-5
-    trl_checkpointing: bool = False
+    trl_checkpointing: bool = True
 
     @classmethod
     def from_command_line(cls) -> Workload:

@@ -202,12 +202,12 @@ def main() -> int:
     parser.add_argument("--env", type=Path, default=ROOT / ".bench/trl", help="folder of TRL's environment")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each side")
     parser.add_argument("--most", type=float, default=0.7, help="largest ratio of medians that is a success")
-    parser.add_argument("--trl-checkpointing", action="store_true", help="let TRL recompute activations, its default")
+    parser.add_argument("--trl-keeps-activations", action="store_true", help="turn TRL's default off that recomputes activations")
     parser.add_argument("--json", type=Path, help="file for all figures, each step's too")
     options = parser.parse_args()
     python = trl_python(options.env.resolve())
     with tempfile.TemporaryDirectory() as folder:
-        work = Workload(folder, steps=WARMUP_STEPS + options.rounds, trl_checkpointing=options.trl_checkpointing)
+        work = Workload(folder, steps=WARMUP_STEPS + options.rounds, trl_checkpointing=not options.trl_keeps_activations)
         parameters = write_workload(work)
         measured = measure(python, work)
     machine = f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"
