@@ -86,16 +86,21 @@ def run_quickstart(folder: Path, *, seed: int = 0, algo: str = "grpo", console: 
     return {**accuracy, "seconds": seconds}
 
 
-def quickstart_config(folder: Path, *, seed: int, algo: str) -> TrainerConfig:
-    """The recipe `quickstart`, or its form with a critic."""
-    overrides = [f"seed={seed}", *(_PPO if algo == "ppo" else ())]
-    config = load_config("quickstart", overrides)
+def quickstart_config(folder: Path, *, seed: int, algo: str, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """The recipe `quickstart`, or its form with a critic, and what differs from it."""
+    config = load_config("quickstart", [f"seed={seed}", *(_PPO if algo == "ppo" else ()), *overrides])
     policy = config.policy.model_copy(update={"path": str(folder / "warm")})
     return config.model_copy(update={"policy": policy, "output_dir": str(folder / "run")})
 
 
-def warm_up(folder: Path, config: TrainerConfig, console: Console) -> int:
+def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: float = _WARM_ACCURACY) -> int:
     """Fine-tunes `folder/start` on reference answers until it is right now and then; writes `folder/warm`.
+
+    Args:
+        folder: of both models.
+        config: of the run to come: its prompts are shown, and its way of sampling is judged.
+        console: for people.
+        enough: sampled accuracy on 256 held-out prompts at which to stop.
 
     Returns:
         The number of steps.
@@ -103,7 +108,7 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console) -> int:
     Raises:
         RuntimeError: it does not get there.
     """
-    overrides = ["data.train=task:add-2", f"seed={config.seed}", "rows_per_step=128"]
+    overrides = [f"data.train={config.data.train}", f"seed={config.seed}", "rows_per_step=128"]
     optimizer = ["policy.optimizer.lr=6e-3", "policy.optimizer.warmup_steps=10", "policy.optimizer.betas=[0.9, 0.95]"]
     settings = load_sft_config(None, [*overrides, *optimizer])
     policy = settings.policy.model_copy(update={"path": str(folder / "start")})
@@ -116,12 +121,12 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console) -> int:
         if teacher.version % _WARM_CHECK_STEPS:
             continue
         accuracy = accuracy_of(answer_all(judge.collector, judge.test_prompts[:256], config))
-        if teacher.version % (4 * _WARM_CHECK_STEPS) == 0 or accuracy >= _WARM_ACCURACY:
+        if teacher.version % (4 * _WARM_CHECK_STEPS) == 0 or accuracy >= enough:
             say(console, f"   step {teacher.version:3}   loss {loss:.3f}   sampled accuracy {accuracy:.3f}")
-        if accuracy >= _WARM_ACCURACY:
+        if accuracy >= enough:
             teacher.save_model(folder / "warm")
             return teacher.version
-    raise RuntimeError(f"the warm-up did not reach an accuracy of {_WARM_ACCURACY} in {_WARM_MAX_STEPS} steps; try another --seed")
+    raise RuntimeError(f"the warm-up did not reach an accuracy of {enough} in {_WARM_MAX_STEPS} steps; try another --seed")
 
 
 def accuracy_of(groups: Sequence[Sequence[Trajectory]]) -> float:
