@@ -191,3 +191,15 @@ def test_an_engine_that_was_saved_goes_on_as_if_it_never_stopped(precision, tmp_
     results = [e.update(rows_to_learn(), WHOLE, objective_of(e, lambda logprobs: -logprobs.mean())) for e in (first, second)]
     assert results[0] == results[1]
     assert torch.equal(weights(first), weights(second))
+
+
+def test_an_engine_that_goes_on_under_other_settings_obeys_them(tmp_path):
+    first = local_engine(optimizer={"lr": 1e-3, "warmup_steps": 4})
+    other = local_engine(optimizer={"lr": 1e-2, "warmup_steps": 4, "weight_decay": 0.1, "betas": (0.8, 0.9)})
+    first.update(rows_to_learn(), WHOLE, objective_of(first, lambda logprobs: -logprobs.mean()))
+    first.save(tmp_path)
+    other.load(tmp_path)
+    group = other._optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.9))
+    update = other.update(rows_to_learn(), WHOLE, objective_of(other, lambda logprobs: -logprobs.mean()))
+    assert update["lr"] == pytest.approx(1e-2 * 2 / 5)

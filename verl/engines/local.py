@@ -123,9 +123,14 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         """See `TrainEngine.load`."""
         restore_weights(self.model, folder)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        # PyTorch would also take over the rates and decays of the run that was saved; those of the settings hold.
+        options = [{name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.last_epoch = state["schedule"]
-        self._schedule._last_lr = [group["lr"] for group in self._optimizer.param_groups]
+        factors = [factor(self._schedule.last_epoch) for factor in self._schedule.lr_lambdas]
+        self._schedule._last_lr = [base * factor for base, factor in zip(self._schedule.base_lrs, factors, strict=True)]
+        for group, own, lr in zip(self._optimizer.param_groups, options, self._schedule._last_lr, strict=True):
+            group.update(own, lr=lr)
         self._scaler.load_state_dict(state["scaler"])
         self._bad_updates = state["bad_updates"]
 
