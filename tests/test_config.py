@@ -154,7 +154,8 @@ def test_a_wrong_file_says_what_must_hold_and_what_came(text, message, write):
 
 def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
     assert problems("gppo") == "unknown recipe gppo; the nearest is ppo, and there are dapo, grpo, ppo, quickstart"
-    assert "need a recipe (dapo, grpo, ppo, quickstart) or a YAML file of settings, got missing.yaml: No such file" in problems("missing.yaml")
+    wanted = "need a recipe (dapo, grpo, ppo, quickstart) or a YAML file of settings"
+    assert f"{wanted}, got missing.yaml: No such file" in problems("missing.yaml")
     assert "Is a directory" in problems(tmp_path)
     assert "steps: need a text, number, list or mapping, got object" in problems({"steps": object()})
 
