@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from verl.engines.base import TrainEngine
-from verl.engines.checkpoint import CheckpointStore, load_state
+from verl.engines.checkpoint import CheckpointStore, load_state, only_run_in
 
 
 class FileEngine(TrainEngine):
@@ -88,3 +90,13 @@ def test_a_run_that_starts_anew_replaces_the_later_steps_of_the_old_one(tmp_path
     new = store.save(1, {"policy": FileEngine()}, {"run": "new"})
     assert store.newest() == new
     assert load_state(new) == {"run": "new"}
+
+
+def test_a_folder_takes_one_run_at_a_time_and_is_free_after_it(tmp_path):
+    with only_run_in(tmp_path / "run"):
+        with pytest.raises(RuntimeError, match=f"but process {os.getpid()} writes its run there"), only_run_in(tmp_path / "run"):
+            pass
+        with only_run_in(tmp_path / "other"):
+            pass
+    with only_run_in(tmp_path / "run"):
+        pass

@@ -1,11 +1,13 @@
-"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins."""
+"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins, and one run writes them at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,31 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not (folder / _STATE).exists():
         raise ValueError(f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir")
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Inside the block no other process writes a run into the folder, which is made if absent; the system frees it at a process's death.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise RuntimeError(
+                f"need {folder} for one run at a time, but process {lock.read() or 'unknown'} writes its run there; "
+                "wait for it, end it, or take another output_dir"
+            ) from error
+        except OSError:
+            pass  # A file system without locks.
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _flush(path: Path) -> None:
