@@ -136,6 +136,14 @@ def test_metrics_that_are_absent_are_a_dash_and_a_step_without_any_is_silent(tmp
     assert len(shown(console)) == 2
 
 
+def test_fine_tuning_shows_its_loss_in_place_of_rewards(tmp_path):
+    console = screen()
+    tracker(tmp_path, "console", console=console).log(1, {"loss": 2.5, "response_tokens": 3.0, "entropy": 1.0, "seconds": 0.5})
+    header, first = shown(console)
+    assert header.split() == ["step", "loss", "length", "entropy", "tokens/s", "seconds", "left"]
+    assert first.split() == ["1/100", "2.500", "3.000", "1.000", "-", "0.500", "0:50"]
+
+
 def test_the_header_is_repeated_rarely_and_the_time_left_follows_the_recent_pace(tmp_path):
     console = screen()
     out = tracker(tmp_path, "console", console=console, total_steps=60)

@@ -103,6 +103,7 @@ class ConsoleSink(Sink):
         _Column("tokens/s", "tokens_per_s", 9),
         _Column("seconds", "seconds", 8),
     )
+    tuning_columns = (_Column("loss", "loss", 8), columns[2], *columns[4:])
     lines_per_header = 25
 
     def __init__(self, run: Run) -> None:
@@ -112,17 +113,19 @@ class ConsoleSink(Sink):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Prints the columns that there are, `-` for the others; nothing if there are none."""
-        if not any(column.metric in metrics for column in self.columns):
+        # Fine-tuning has no rewards, and its loss is what people look for.
+        columns = self.tuning_columns if "loss" in metrics and "reward" not in metrics else self.columns
+        if not any(column.metric in metrics for column in columns):
             return
         total = self.run.total_steps
         width = max(2 * len(str(total)) + 1, len("step"))
         if self._num_lines % self.lines_per_header == 0:
-            titles = "".join(f"{column.title:>{column.width}}" for column in self.columns)
+            titles = "".join(f"{column.title:>{column.width}}" for column in columns)
             self.run.console.out(f"{'step':>{width}}{titles}{'left':>9}", style="bold", highlight=False)
         self._num_lines += 1
         if "seconds" in metrics:
             self._recent_s.append(metrics["seconds"])
-        cells = "".join(f"{_cell(metrics, column.metric):>{column.width}}" for column in self.columns)
+        cells = "".join(f"{_cell(metrics, column.metric):>{column.width}}" for column in columns)
         self.run.console.out(f"{f'{step}/{total}':>{width}}{cells}{self._left(step):>9}", highlight=False)
 
     def _left(self, step: int) -> str:
@@ -220,6 +223,20 @@ SINKS: dict[str, type[Sink]] = {
 }
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """Finds a sink that cannot be before anything is loaded or written.
+
+    Raises:
+        ValueError: there is no such sink, or its package is not installed.
+    """
+    for name in names:
+        if name not in SINKS:
+            near = difflib.get_close_matches(name, SINKS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"need tracking.sinks of {', '.join(SINKS)}, got {name!r}; did you mean {near!r}?")
+        if name in ("wandb", "mlflow"):
+            _load(name, install=f"verl[{name}]")
+
+
 class Tracker:
     """Hands metrics to every chosen sink; one that fails while the run goes on is reported once and counted, never raised.
 
@@ -238,10 +255,7 @@ class Tracker:
     def __init__(
         self, config: TrackingConfig, output_dir: Path, *, total_steps: int, first_step: int = 0, console: Console | None = None
     ) -> None:
-        for name in config.sinks:
-            if name not in SINKS:
-                near = difflib.get_close_matches(name, SINKS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"need tracking.sinks of {', '.join(SINKS)}, got {name!r}; did you mean {near!r}?")
+        check_sinks(config.sinks)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.failures: Counter[str] = Counter()
         self._closed = False
