@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training import logged, toy_config, toy_trainer, weights
 from verl.config import load_config
+from verl.engines.checkpoint import only_run_in
 from verl.rewards.tasks import position_share
+from verl.trainer.ppo import Trainer
 
 # What a run learned, but not how long it took.
 LEARNED = ("step", "reward", "loss", "kl", "kl_coef", "entropy", "grad_norm", "lr", "critic/loss", "explained_variance")
@@ -77,6 +81,23 @@ def test_a_run_evaluates_at_the_start_at_the_interval_and_at_the_end(letters, tm
     assert all(line["time/evaluate_s"] > 0 for line in lines if "eval/reward" in line)
     # The time of an evaluation is not that of a step.
     assert lines[1]["time/generate_s"] + lines[1]["time/reward_s"] <= lines[1]["seconds"]
+
+
+def test_evaluations_are_lines_for_people(letters, tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    config = toy_config("grpo", letters, tmp_path, "evaluation.every_steps=2", "steps=2", "tracking.sinks=[console]")
+    Trainer(config, console=console).fit()
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("evaluation after step")]
+    assert [line.split(":")[0] for line in lines] == ["evaluation after step 0", "evaluation after step 2"]
+    assert "accuracy" in lines[1] and "reward" in lines[1]
+
+
+def test_two_runs_do_not_write_into_one_folder(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path)
+    with only_run_in(tmp_path / "run"), pytest.raises(RuntimeError, match="for one run at a time"):
+        trainer.fit()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert len(trainer.fit()) == 3
 
 
 def test_the_first_evaluation_can_be_left_out(letters, tmp_path):

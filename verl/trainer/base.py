@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,14 @@ from transformers import PreTrainedModel
 from verl.config import to_yaml
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.engines.base import TrainEngine
-from verl.engines.checkpoint import CheckpointStore, load_state
+from verl.engines.checkpoint import CheckpointStore, load_state, only_run_in
 from verl.engines.local import LocalEngine
 from verl.engines.models import PolicyModel, load_language_model, save_model
 from verl.settings import RunConfig
 from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
 from verl.utils.tokens import TextCodec
-from verl.utils.tracking import Clock, Tracker
+from verl.utils.tracking import Clock, Tracker, check_sinks
 
 Metrics = dict[str, float]
 
@@ -111,28 +112,34 @@ class BaseTrainer(ABC):
 
         Raises:
             ValueError: data or checkpoint do not fit the settings.
+            RuntimeError: another process writes its run into `config.output_dir`.
             NotFiniteError: see `LocalEngine.update`.
         """
         config, folder = self.config, Path(self.config.output_dir)
+        check_sinks(config.tracking.sinks)
         report = self.load_train_data()
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         resumed = self._resume(store)
-        tracker = Tracker(config.tracking, folder, total_steps=config.steps, first_step=self.version + 1, console=self._console)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        tracker.event(_summary(report))
-        if resumed:
-            tracker.event(f"resumed from {resumed}, after step {self.version}")
+        with only_run_in(folder):
+            tracker = Tracker(config.tracking, folder, total_steps=config.steps, first_step=self.version + 1, console=self._console)
+            (folder / "config.yaml").write_text(to_yaml(config))
+            tracker.event(_summary(report))
+            if resumed:
+                tracker.event(f"resumed from {resumed}, after step {self.version}")
+            with closing(tracker):
+                history = self._steps(tracker, store)
+            self.save_model(folder / "model")
+        return history
+
+    def _steps(self, tracker: Tracker, store: CheckpointStore) -> list[Metrics]:
+        """All steps that are left, with their evaluations and checkpoints."""
         history = []
-        try:
-            if self.version == 0 and self.eval_at_start:
-                tracker.log(0, self._timed_evaluation())
-            while self.version < config.steps:
-                history.append(self._tracked_step(tracker))
-                if self._due(config.checkpoint.every_steps) or self.version == config.steps:
-                    tracker.event(f"checkpoint: {store.save(self.version, self.engines, self.state())}")
-        finally:
-            tracker.close()
-        self.save_model(folder / "model")
+        if self.version == 0 and self.eval_at_start:
+            _log(tracker, 0, self._timed_evaluation())
+        while self.version < self.config.steps:
+            history.append(self._tracked_step(tracker))
+            if self._due(self.config.checkpoint.every_steps) or self.version == self.config.steps:
+                tracker.event(f"checkpoint: {store.save(self.version, self.engines, self.state())}")
         return history
 
     def save_model(self, folder: Path) -> None:
@@ -168,7 +175,7 @@ class BaseTrainer(ABC):
         metrics |= {f"memory/{name}_bytes": value for name, value in memory_bytes(self.device).items()}
         if self._due(self.eval_every) or (self.eval_every and self.version == config.steps):
             metrics |= self._timed_evaluation()
-        tracker.log(self.version, metrics)
+        _log(tracker, self.version, metrics)
         if self._due(config.tracking.samples_every_steps) and (rows := self.samples()):
             tracker.samples(self.version, rows)
         return metrics
@@ -216,6 +223,14 @@ class BaseTrainer(ABC):
 
     def _total_updates(self) -> int:
         return self.config.steps
+
+
+def _log(tracker: Tracker, step: int, metrics: Metrics) -> None:
+    """Metrics to every sink, and those of an evaluation, which the table of steps has no room for, as a line for people."""
+    tracker.log(step, metrics)
+    shown = [f"{name.removeprefix('eval/')} {metrics[name]:.4g}" for name in metrics if name.startswith("eval/")]
+    if shown:
+        tracker.event(f"evaluation after step {step}: {', '.join(shown)}")
 
 
 def _summary(report: LoadReport) -> str:
