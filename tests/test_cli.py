@@ -101,6 +101,11 @@ def test_eval_prints_metrics_and_answers_and_trains_nothing(toy, capsys):
     assert not Path("outputs").exists()
 
 
+def test_eval_takes_the_reward_of_the_task_that_it_measures(model, tmp_path, capsys):
+    assert main(["eval", "grpo", f"policy.path={model}", "data.test=task:copy-8", "sampling.max_tokens=9", "evaluation.prompts=2"]) == 0
+    assert "eval/accuracy" in capsys.readouterr().out
+
+
 def test_config_lists_all_settings_one_of_them_or_those_of_a_recipe(capsys):
     assert main(["config"]) == 0
     everything = capsys.readouterr().out
@@ -159,6 +164,7 @@ MISTAKES = {
     "sink": (["train", "grpo", "tracking.sinks=[jsnl]"], ["got 'jsnl'; did you mean 'jsonl'"]),
     "resume": (["train", "grpo", "checkpoint.resume=nowhere"], ["nowhere is not a checkpoint"]),
     "too long": (["train", "grpo", "sampling.max_tokens=5000"], ["the policy's context of 1024 tokens"]),
+    "dry sink": (["train", "grpo", "tracking.sinks=[jsnl]", "--dry-run"], ["did you mean 'jsonl'"]),
     "dry run": (["train", "grpo", "data.train=missing.jsonl", "--dry-run"], ["missing.jsonl"]),
     "eval": (["eval", "grpo", "data.test=null"], ["need data.test"]),
     "sft key": (["sft", "prompts_per_step=3"], ["unknown setting prompts_per_step"]),

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("interrupted; a run goes on from its newest checkpoint when started again", file=sys.stderr)
+        print("interrupted; started again, a run goes on from its newest checkpoint, or anew without one", file=sys.stderr)
         return 130
     except Exception as error:  # the process border: one clear message, the stack on request
         if args.debug:

@@ -13,43 +13,42 @@ from verl.config import to_yaml
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.models import make_tiny_model
 from verl.settings import SFTConfig, TrainerConfig
+from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.ppo import Trainer, sample_row
 from verl.trainer.quickstart import run_quickstart
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
-from verl.utils.tracking import samples_table
+from verl.utils.tracking import check_sinks, samples_table
 
 
 def train(config: TrainerConfig, *, dry_run: bool) -> None:
     """`verl train`."""
+    check_sinks(config.tracking.sinks)
     console = Console()
-    trainer = Trainer(config, console=console)
-    if dry_run:
-        report = trainer.load_train_data()
-        console.print(to_yaml(config), end="", highlight=False, markup=False)
-        console.print(
-            f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
-        )
-        return
-    if not trainer.fit():
-        console.print(f"{config.output_dir} is already at step {config.steps}; raise steps, or take another output_dir")
-    console.print(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+    _fit(Trainer(config, console=console), console, dry_run=dry_run)
 
 
 def fine_tune(config: SFTConfig, *, dry_run: bool) -> None:
     """`verl sft`."""
+    check_sinks(config.tracking.sinks)
     console = Console()
-    trainer = SFTTrainer(config, console=console)
+    _fit(SFTTrainer(config, console=console), console, dry_run=dry_run)
+
+
+def _fit(trainer: BaseTrainer, console: Console, *, dry_run: bool) -> None:
+    """Runs everything; a dry run reads the data as well, shows the settings, and stops."""
+    config = trainer.config
     if dry_run:
         report = trainer.load_train_data()
-        console.print(to_yaml(config), end="", highlight=False, markup=False)
-        console.print(
+        console.out(to_yaml(config), end="", highlight=False)
+        console.out(
             f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
         )
         return
-    trainer.fit()
-    console.print(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+    if not trainer.fit():
+        console.out(f"{config.output_dir} is already at step {trainer.version}; raise steps, or take another output_dir", highlight=False)
+    console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
 
 
 def evaluate(config: TrainerConfig) -> None:

@@ -128,7 +128,7 @@ class Trainer(BaseTrainer):
     @cached_property
     def rewards(self) -> RewardFunctions:
         """The reward functions: those given, those configured, or the task's own."""
-        config, source = self.config.rewards, self.config.data.train or ""
+        config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
         task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
         if self._reward_fn is None and not config.functions and task:
             config = config.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
