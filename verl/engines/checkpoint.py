@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from verl.engines.base import TrainEngine
 
@@ -36,17 +37,23 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint and removes the oldest ones beyond `keep`; later steps are of a run that this one replaces, and go too."""
+        """Writes a checkpoint and removes the oldest ones beyond `keep`; later steps are of a run that this one replaces, and go too.
+
+        Raises:
+            RuntimeError: it cannot be written, as on a full disk; those before it stay.
+        """
         final = self._root / f"step-{step:08d}"
         aside = self._root / f".writing-{final.name}"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, engine in engines.items():
-            (aside / name).mkdir()
-            engine.save(aside / name)
-        torch.save(dict(state), aside / _STATE)
-        for path in aside.rglob("*"):
-            _flush(path)
+        try:
+            _write(aside, engines, state)
+        except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own for a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            free = shutil.disk_usage(self._root).free / 2**20
+            raise RuntimeError(
+                f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; make room and start again, "
+                "the checkpoints before it are whole"
+            ) from error
         replaced = self._root / f".replaced-{final.name}"
         if final.exists():
             final.rename(replaced)
@@ -79,6 +86,17 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not (folder / _STATE).exists():
         raise ValueError(f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir")
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+
+
+def _write(folder: Path, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
+    folder.mkdir(parents=True)
+    for name, engine in engines.items():
+        (folder / name).mkdir()
+        engine.save(folder / name)
+    torch.save(dict(state), folder / _STATE)
+    for path in folder.rglob("*"):
+        _flush(path)
 
 
 @contextmanager
