@@ -20,6 +20,8 @@ _COMMANDS_WITH_MODELS = "verl.trainer.commands"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; exit code 0, 1 if the run failed, 2 if what was given cannot be used."""
     args = _parser().parse_args(argv)
+    # As with `python -m`: "my_module:function" in the settings is found in the folder where the command runs.
+    sys.path.insert(0, "")
     try:
         args.run(args)
     except KeyboardInterrupt:

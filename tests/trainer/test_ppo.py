@@ -232,3 +232,10 @@ def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tm
 def test_an_engine_that_is_not_here_is_refused_at_the_start(letters, tmp_path):
     with pytest.raises(ValueError, match="need a rollout engine that is here, got 'vllm'"):
         toy_trainer("grpo", letters, tmp_path, use_vllm=True)
+
+
+def test_models_may_be_given_as_folders(letters, tmp_path):
+    given = {"actor_model": str(letters), "critic_model": str(letters)}
+    trainer = toy_trainer("ppo", letters, tmp_path, "policy.path=null", reward_fn=lambda prompt, response: len(response), **given)
+    data = trainer.collect_data(["abc=", "bca="] * 4)
+    assert torch.isfinite(torch.tensor(trainer.update_policy(data)["loss"]))

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.training import toy_config, toy_trainer
+from tests.training import toy_trainer
 
 ROOT = Path(__file__).parents[2]
 

@@ -184,6 +184,9 @@ def load_language_model(path: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        # Hub names have at most one slash; whatever else is not there was meant as a folder.
+        if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+            cause = "there is no such folder"
         raise ValueError(f"cannot load a causal language model from {path!r}: {cause}") from error
 
 

@@ -74,9 +74,8 @@ class PolicyWorker:
         write_weights(batch, plan, self._algorithm)
         updates = _run_updates(self.engine, batch, plan, objective, self._epochs)
         metrics = _mean(updates)
-        if "kl_sampler" in updates[0]:  # later updates have moved away from the sampler by learning
-            metrics["kl_sampler"] = updates[0]["kl_sampler"]
-        return metrics
+        # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
+        return metrics | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]}
 
 
 class CriticWorker:

@@ -37,7 +37,7 @@ class BaseTrainer(ABC):
 
     Args:
         config: of the run.
-        actor_model: the policy as a loaded model; none: from `config.policy.path`.
+        actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
         codec: its tokenizer; none: the one saved with the model.
         console: for people; none: standard output.
     """
@@ -45,7 +45,7 @@ class BaseTrainer(ABC):
     def __init__(
         self,
         config: RunConfig,
-        actor_model: PreTrainedModel | None = None,
+        actor_model: PreTrainedModel | str | None = None,
         *,
         codec: TextCodec | None = None,
         console: Console | None = None,
@@ -211,7 +211,9 @@ class BaseTrainer(ABC):
     def _frozen_settings(self) -> dict[str, Any]:
         return {k: v for k, v in self.config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
 
-    def _transformer(self, actor_model: PreTrainedModel | None) -> PreTrainedModel:
+    def _transformer(self, actor_model: PreTrainedModel | str | None) -> PreTrainedModel:
+        if isinstance(actor_model, str):
+            return load_language_model(actor_model)
         if actor_model is not None:
             return actor_model.float()  # the optimizer's small steps are lost in 16-bit weights
         if self.config.policy.path is None:

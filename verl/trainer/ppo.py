@@ -47,8 +47,8 @@ class Trainer(BaseTrainer):
 
     Args:
         config: of the run, from `make_trainer_config` or `load_config`.
-        actor_model: the policy as a loaded model; none: from `config.policy.path`.
-        critic_model: start of the value model, if the algorithm has one; none: from `config.critic.path`, else a copy of the policy.
+        actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
+        critic_model: start of the value model, if there is one, likewise; none: `config.critic.path`, else a copy of the policy.
         reward_fn: a function, or several, instead of `config.rewards.functions`; see `verl.rewards.functions`.
         use_vllm: generate with vLLM instead of `config.rollout.engine`.
         rollout: an engine or a worker of your own instead.
@@ -64,8 +64,8 @@ class Trainer(BaseTrainer):
     def __init__(
         self,
         config: TrainerConfig,
-        actor_model: PreTrainedModel | None = None,
-        critic_model: PreTrainedModel | None = None,
+        actor_model: PreTrainedModel | str | None = None,
+        critic_model: PreTrainedModel | str | None = None,
         reward_fn: RewardFn | Sequence[RewardFn] | None = None,
         *,
         use_vllm: bool = False,
@@ -207,7 +207,7 @@ class Trainer(BaseTrainer):
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return measure_speed(self.device, dtypes[self.config.policy.precision])
 
-    def _build_roles(self, critic_model: PreTrainedModel | None) -> None:
+    def _build_roles(self, critic_model: PreTrainedModel | str | None) -> None:
         """The policy, and the critic and the reference if some chosen function reads their columns."""
         config, algorithm = self.config, self.algorithm
         temperature, chunk = config.sampling.temperature, config.policy.logits_chunk_tokens
@@ -228,8 +228,10 @@ class Trainer(BaseTrainer):
         model = PolicyModel(transformer.requires_grad_(False), self.config.policy.precision)
         return LocalForwardEngine(model, self.config.policy, device=self.device)
 
-    def _critic_engine(self, config: CriticConfig, given: PreTrainedModel | None) -> LocalEngine:
-        source = given or (load_language_model(config.path) if config.path else copy.deepcopy(self.policy.model.transformer))
+    def _critic_engine(self, config: CriticConfig, given: PreTrainedModel | str | None) -> LocalEngine:
+        source = given or config.path or copy.deepcopy(self.policy.model.transformer)
+        if isinstance(source, str):
+            source = load_language_model(source)
         return LocalEngine(value_model(source.float(), config.precision), config, device=self.device, total_updates=self._total_updates())
 
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
