@@ -236,6 +236,7 @@ def test_an_engine_that_is_not_here_is_refused_at_the_start(letters, tmp_path):
 
 def test_models_may_be_given_as_folders(letters, tmp_path):
     given = {"actor_model": str(letters), "critic_model": str(letters)}
-    trainer = toy_trainer("ppo", letters, tmp_path, "policy.path=null", reward_fn=lambda prompt, response: len(response), **given)
+    overrides = ("policy.path=null", "rewards.functions=[]")
+    trainer = toy_trainer("ppo", letters, tmp_path, *overrides, reward_fn=lambda prompt, response: len(response), **given)
     data = trainer.collect_data(["abc=", "bca="] * 4)
     assert torch.isfinite(torch.tensor(trainer.update_policy(data)["loss"]))

@@ -49,7 +49,7 @@ class Trainer(BaseTrainer):
         config: of the run, from `make_trainer_config` or `load_config`.
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
         critic_model: start of the value model, if there is one, likewise; none: `config.critic.path`, else a copy of the policy.
-        reward_fn: a function, or several, instead of `config.rewards.functions`; see `verl.rewards.functions`.
+        reward_fn: a function, or several, added to those of `config.rewards.functions`; see `verl.rewards.functions`.
         use_vllm: generate with vLLM instead of `config.rollout.engine`.
         rollout: an engine or a worker of your own instead.
         codec: tokenizer of the policy; none: the one saved with it.
