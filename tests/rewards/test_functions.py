@@ -80,7 +80,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("function", FORMS, ids=str)
+@pytest.mark.parametrize("function", FORMS)
 def test_every_form_scores_every_row(function):
     trajectories = scored(rows("", "ab", "abc"), function)
     assert [t.reward for t in trajectories] == [0.0, 2.0, 3.0]
@@ -190,7 +190,6 @@ def test_a_call_that_raises_names_the_function_the_cause_and_the_line(function):
         ({"score": 1.0}, "reward_wrong_type"),
         (torch.ones(2), "reward_wrong_type"),
     ],
-    ids=str,
 )
 def test_what_is_no_finite_number_is_never_a_reward(value, outcome):
     failed, good = scored(rows("bad", "good"), lambda p, r: value if r == "bad" else 1.0)
@@ -209,7 +208,6 @@ def test_what_is_no_finite_number_is_never_a_reward(value, outcome):
         ((x for x in "ab"), "reward_wrong_type"),
         (torch.tensor(1.0), "reward_wrong_type"),
     ],
-    ids=str,
 )
 def test_a_batched_call_without_one_value_per_row_fails_all_rows(values, outcome):
     assert [(t.reward, t.outcome) for t in scored(rows("x", "y"), lambda completions: values)] == [(None, outcome)] * 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -16,6 +18,8 @@ from typing import Any, Final
 
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep
 _MAX_DETAIL_CHARS = 300
+# Beyond twice the limit of a call: time for a busy machine to come back to the thread that waits.
+_GUARD_MARGIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,9 @@ class CallPool:
     def run(self, calls: Sequence[Call]) -> None:
         """Settles every call: its `result` is then the value or a `Failure`.
 
+        A function that keeps the interpreter to itself for more than twice the limit ends the process, with exit code 1
+        and its stack on standard error: nothing else can stop it.
+
         Raises:
             RuntimeError: too many threads are stuck in calls that never return.
             KeyboardInterrupt, SystemExit: user code raised it.
@@ -218,9 +225,12 @@ class CallPool:
         try:
             self._check_abandoned(calls[0].name)
             self._submit(calls)
+            self._guard()
             while not current.over.wait(self._patience_s(calls)):
+                self._guard()
                 self._expire(calls)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             current.over.set()
         if current.interrupt is not None:
             raise current.interrupt
@@ -233,6 +243,12 @@ class CallPool:
             if self._loop is not None:
                 self._loop.abandon()
             self._threads, self._loop, self._inbox = [], None, queue.SimpleQueue()
+
+    def _guard(self) -> None:
+        # A regular expression without end, or C code, may never give the interpreter back: then no Python runs that could
+        # count the time. Only ending the process helps, with the stack of the function that does it.
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(2 * self._timeout_s + _GUARD_MARGIN_S, exit=True, file=sys.__stderr__)
 
     def _submit(self, calls: Sequence[Call]) -> None:
         plain = [call for call in calls if not call.is_async]
