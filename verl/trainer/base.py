@@ -164,7 +164,12 @@ class BaseTrainer(ABC):
         """The prompts of at most `data.max_prompt_tokens`, and the report with what was dropped."""
         lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
         kept, dropped = drop_long_prompts(prompts, lengths, self.config.data.max_prompt_tokens)
+        self.check_context(max(n for n in lengths if n <= self.config.data.max_prompt_tokens))
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
+
+    def check_context(self, prompt_tokens: int) -> None:
+        """Refuses prompts of so many tokens, if the policy could not answer them."""
+        return
 
     def _tracked_step(self, tracker: Tracker) -> Metrics:
         config, start = self.config, time.perf_counter()

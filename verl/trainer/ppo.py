@@ -137,7 +137,6 @@ class Trainer(BaseTrainer):
     def load_train_data(self) -> LoadReport:
         """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail early."""
         prompts, report = self.read_prompts(self.config.data.train, "train")
-        self._check_context(min(report.longest, self.config.data.max_prompt_tokens))
         self.loader = PromptLoader(prompts, seed=self.config.seed, shuffle=self.config.data.shuffle)
         if self.eval_every:
             self.test_prompts  # noqa: B018  # read now, so that a mistake is found before the first step
@@ -271,8 +270,8 @@ class Trainer(BaseTrainer):
             )
         return self.policy.kl_coef
 
-    def _check_context(self, prompt_tokens: int) -> None:
-        """Refuses answers that the policy could not write to their end."""
+    def check_context(self, prompt_tokens: int) -> None:
+        """See `BaseTrainer.check_context`: answers must find their end within the policy's context."""
         context, answer_tokens = (
             self.policy.model.transformer.config.get_text_config().max_position_embeddings,
             self.config.sampling.max_tokens,
