@@ -63,7 +63,7 @@ def evaluate(config: TrainerConfig) -> None:
 def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
     """One metric per line."""
     for name, value in metrics.items():
-        console.print(f"{name:24} {value:.4g}", highlight=False)
+        console.out(f"{name:24} {value:.4g}", highlight=False)
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def make_model(args: argparse.Namespace) -> None:
     """`verl make-model`."""
     characters = args.characters or CHARACTERS
     make_tiny_model(Path(args.folder), hidden=args.hidden, layers=args.layers, seed=args.seed, characters=characters)
-    Console().print(f"model: {args.folder}", highlight=False)
+    Console().out(f"model: {args.folder}", highlight=False)
 
 
 def make_data(args: argparse.Namespace) -> None:
@@ -84,4 +84,4 @@ def make_data(args: argparse.Namespace) -> None:
         near = difflib.get_close_matches(args.task, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"need a task of {', '.join(TASKS)}, got {args.task!r}; did you mean {near!r}?")
     rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed)
-    Console().print(f"{rows} rows: {args.path}", highlight=False)
+    Console().out(f"{rows} rows: {args.path}", highlight=False)
