@@ -12,7 +12,7 @@ from rich.console import Console
 from verl.config import to_yaml
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.models import make_tiny_model
-from verl.settings import SFTConfig, TrainerConfig
+from verl.settings import AlgorithmConfig, SFTConfig, TrainerConfig
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.ppo import Trainer, sample_row
@@ -54,6 +54,8 @@ def _fit(trainer: BaseTrainer, console: Console, *, dry_run: bool) -> None:
 def evaluate(config: TrainerConfig) -> None:
     """`verl eval`: prints metrics and sample answers."""
     console = Console()
+    # The default algorithm has neither a critic nor a reference: answers need no second and third model.
+    config = config.model_copy(update={"algorithm": AlgorithmConfig()})
     trainer = Trainer(config, console=console)
     groups = answer_all(trainer.collector, trainer.test_prompts, config)
     console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))

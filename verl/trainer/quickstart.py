@@ -117,7 +117,7 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: fl
     # Generates with the weights that are being fine-tuned: both trainers hold the same model.
     judge = Trainer(config, actor_model=teacher.policy_engine.model.transformer, codec=teacher.codec)
     while teacher.version < _WARM_MAX_STEPS:
-        loss = teacher.step()["loss"]
+        loss = teacher.step().get("loss", float("nan"))  # absent if the update was skipped
         if teacher.version % _WARM_CHECK_STEPS:
             continue
         accuracy = accuracy_of(answer_all(judge.collector, judge.test_prompts[:256], config))
