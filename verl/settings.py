@@ -95,14 +95,14 @@ class AlgorithmConfig(Section):
     advantage: Choice = setting(Choice(name="grpo"), "Credit of each token, `verl.algorithms.advantages`.", source="GRPO, 2402.03300")
     policy_loss: Choice = setting(Choice(name="ppo_clip"), "Loss per token, `verl.algorithms.losses`.", source="PPO, 1707.06347")
     aggregation: Choice = setting(
-        Choice(name="token_mean"), "Weight of each token in the loss, `verl.algorithms.losses`.", source="DAPO, 2503.14476, 3.3"
+        Choice(name="token_mean"), "Weight of each token in the loss, `verl.algorithms.aggregations`.", source="DAPO, 2503.14476, 3.3"
     )
     kl: KLConfig = setting(KLConfig(), "Distance to the reference policy.")
     correction: Choice = setting(
         Choice(name="bypass"), "Difference of sampler and trainer, `verl.algorithms.correction`.", source="HybridFlow, 2409.19256, table 4"
     )
     value_loss: Choice = setting(
-        Choice(name="value_clip"), "Loss of the critic per token, `verl.algorithms.losses`.", source="PPO, 1707.06347"
+        Choice(name="value_clip"), "Loss of the critic per token, `verl.algorithms.value_losses`.", source="PPO, 1707.06347"
     )
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus in the policy loss.", source="DAPO, 2503.14476")
     epochs: int = setting(1, "Passes over the trajectories of a step.", unit="passes", ge=1)
@@ -182,7 +182,7 @@ class SamplingConfig(Section):
 class RolloutConfig(Section):
     """The engine that answers prompts."""
 
-    engine: str = setting("embedded", 'Engine by name: embedded.')
+    engine: str = setting("embedded", "Engine by name: embedded.")
     max_slots: int = setting(256, "Answers generated at the same time by the embedded engine.", unit="answers", ge=1)
 
 

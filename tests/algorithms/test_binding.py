@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from verl.algorithms.advantages import ADVANTAGES
+from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.binding import COLUMNS, bind
-from verl.algorithms.losses import AGGREGATIONS, POLICY_LOSSES
+from verl.algorithms.losses import POLICY_LOSSES
 from verl.settings import Choice
 
 

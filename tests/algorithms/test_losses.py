@@ -11,18 +11,10 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
+from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_sum_norm, token_mean
 from verl.algorithms.binding import bind
-from verl.algorithms.losses import (
-    AGGREGATIONS,
-    POLICY_LOSSES,
-    VALUE_LOSSES,
-    policy_gradient,
-    ppo_clip,
-    seq_mean_token_sum_norm,
-    token_mean,
-    value_clip,
-    value_mse,
-)
+from verl.algorithms.losses import POLICY_LOSSES, policy_gradient, ppo_clip
+from verl.algorithms.value_losses import VALUE_LOSSES, value_clip, value_mse
 from verl.settings import Choice
 
 SEEDS = st.integers(0, 10_000)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.training import gradient, local_engine, one_update, rows_to_learn, weights
+from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.compose import Algorithm
-from verl.algorithms.losses import AGGREGATIONS, POLICY_LOSSES
+from verl.algorithms.losses import POLICY_LOSSES
 from verl.engines.base import NotFiniteError
 from verl.engines.local import lr_factor
 from verl.engines.workers import PolicyWorker

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.advantages import ADVANTAGES
+from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.binding import COLUMNS, Bound, bind
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
-from verl.algorithms.losses import AGGREGATIONS, POLICY_LOSSES, VALUE_LOSSES
+from verl.algorithms.losses import POLICY_LOSSES
+from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.data.batch import Batch
 from verl.settings import AlgorithmConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from verl.algorithms.losses import token_mean
+from verl.algorithms.aggregations import token_mean
 from verl.data.batch import Batch, ModelInput, Ragged, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance

@@ -1,0 +1,82 @@
+"""The weight of each token in the loss of an optimizer batch; losses of any split of it then add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def token_mean(mask: Tensor) -> Tensor:
+    """1 / (sampled tokens of the optimizer batch): each token counts the same.
+
+    DAPO, https://arxiv.org/abs/2503.14476, section 3.3.
+
+    Args:
+        mask: [B, T] bool of the whole optimizer batch, not of a micro-batch.
+
+    Returns:
+        [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
+    """
+    return mask.float() / mask.sum().clamp(min=1)
+
+
+def seq_mean_token_mean(mask: Tensor) -> Tensor:
+    """1 / (rows x sampled tokens of the row): each row counts the same, however long it is.
+
+    GRPO, https://arxiv.org/abs/2402.03300, equation 3.
+
+    Args:
+        mask: [B, T] bool of the whole optimizer batch; a row without a sampled token is no row.
+
+    Returns:
+        [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
+    """
+    return mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1) / _num_rows(mask)
+
+
+def seq_mean_token_sum(mask: Tensor) -> Tensor:
+    """1 / rows: the tokens of a row are summed, as in the logprob of the whole answer.
+
+    RLOO, https://arxiv.org/abs/2402.14740.
+
+    Args:
+        mask: [B, T] bool of the whole optimizer batch; a row without a sampled token is no row.
+
+    Returns:
+        [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
+    """
+    return mask.float() / _num_rows(mask)
+
+
+def seq_mean_token_sum_norm(mask: Tensor, *, length: int) -> Tensor:
+    """1 / (rows x length) with a constant length: unlike 1 / tokens it does not favour short wins and long losses.
+
+    Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.
+
+    Args:
+        mask: [B, T] bool of the whole optimizer batch; a row without a sampled token is no row.
+        length: tokens, at least 1; the longest answer that sampling allows, so that the weight is the same in every step.
+
+    Returns:
+        [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
+
+    Raises:
+        ValueError: length below 1.
+    """
+    if length < 1:
+        raise ValueError(f"need length >= 1 token, got {length}; set it to the longest answer")
+    return mask.float() / _num_rows(mask) / length
+
+
+def _num_rows(mask: Tensor) -> Tensor:
+    """[] int64, rows with at least one sampled token, or 1 if there are none, so that no weight is NaN."""
+    return mask.any(dim=1).sum().clamp(min=1)
+
+
+AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
+    "token_mean": token_mean,
+    "seq_mean_token_mean": seq_mean_token_mean,
+    "seq_mean_token_sum": seq_mean_token_sum,
+    "seq_mean_token_sum_norm": seq_mean_token_sum_norm,
+}
