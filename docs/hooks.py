@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from verl.config import settings_markdown
+from verl.describe import settings_markdown
 
 PACKAGE = Path(__file__).parent.parent / "verl"
 FLOORS = ("utils", "data", "algorithms", "controller", "engines", "rollout", "rewards", "agents", "trainer")

@@ -9,17 +9,19 @@ import sys
 import pytest
 
 from verl.algorithms.advantages import ADVANTAGES
+from verl.algorithms.correction import CORRECTIONS
+from verl.algorithms.losses import POLICY_LOSSES
 from verl.config import (
     RECIPES,
     ConfigError,
-    describe_settings,
     load_config,
     load_sft_config,
     make_trainer_config,
-    settings_markdown,
     to_yaml,
 )
-from verl.settings import IGNORED, SIBLING_ADVANTAGES, KLAdaptive, KLSchedule, TrainerConfig, places
+from verl.describe import describe_settings, settings_markdown
+from verl.relations import IGNORED, READERS
+from verl.settings import KLAdaptive, KLSchedule, PreferenceConfig, RewardModelConfig, TrainerConfig, places
 
 CASE_STUDY = {"actor_micro_batch_size": 4, "critic_micro_batch_size": 4, "rollouts_per_device": 64, "vf_coef": 0.1, "clip_eps": 0.2}
 
@@ -223,14 +225,16 @@ def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
             load_sft_config(None, [f"{key}={value}"])
 
 
-def test_the_advantages_without_a_critic_are_those_that_read_no_values():
-    assert {name for name, function in ADVANTAGES.items() if "values" not in inspect.signature(function).parameters} == set(
-        SIBLING_ADVANTAGES
-    )
+def test_the_readers_of_a_column_are_those_whose_signature_names_it():
+    functions = {**ADVANTAGES, **POLICY_LOSSES, **CORRECTIONS}
+    for column, readers in READERS.items():
+        assert {name for name, function in functions.items() if column in inspect.signature(function).parameters} == set(readers)
 
 
 def test_the_rules_name_settings_that_exist():
-    assert {key for place, switch, _, _ in IGNORED for key in (place, switch)} <= places().keys()
+    assert {key for place, switch, _, _ in IGNORED for key in (place, switch)} <= {
+        key for kind in (TrainerConfig, PreferenceConfig, RewardModelConfig) for key in places(kind)
+    }
 
 
 def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(write):

@@ -23,7 +23,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FLOORS = {
     "__version__": 0,
     "settings": 0,
+    "relations": 0,
+    "yaml_text": 0,
     "config": 0,
+    "describe": 0,
     "utils": 1,
     "data": 2,
     "algorithms": 3,

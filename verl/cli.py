@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from verl import __version__
-from verl.config import RECIPES, describe_settings, load_config, load_sft_config, to_yaml
+from verl.config import RECIPES, load_config, load_sft_config, to_yaml
+from verl.describe import describe_settings
 
 # Loaded only by the commands that need them: `verl config` and `--help` answer at once.
 _COMMANDS_WITH_MODELS = "verl.trainer.commands"

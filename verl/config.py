@@ -1,32 +1,20 @@
-"""Loading, checking, describing and writing settings; what each one is, and what must hold between them, `verl.settings` says."""
+"""Loading, checking and writing settings; what each one is, `verl.settings` says, what must hold between them, `verl.relations`."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from verl.settings import (
-    IGNORED,
-    SIBLING_ADVANTAGES,
-    WRONG,
-    KLAdaptive,
-    RunConfig,
-    SFTConfig,
-    TrainerConfig,
-    is_section,
-    merged,
-    places,
-    type_text,
-)
+from verl.relations import IGNORED, WRONG, may_read, reads
+from verl.settings import KLAdaptive, RunConfig, SFTConfig, TrainerConfig, is_section, merged, notes_of, places, type_text
+from verl.yaml_text import ConfigError, dumped, parsed
 
 _RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -37,94 +25,7 @@ Source = str | Path | Mapping[str, Any] | RunConfig
 Run = TypeVar("Run", bound=RunConfig)
 
 
-class ConfigError(ValueError):
-    """Settings that cannot be used; the message names every problem, for people."""
-
-    def __init__(self, *problems: str) -> None:
-        unique = list(dict.fromkeys(problems))
-        super().__init__(unique[0] if len(unique) == 1 else f"{len(unique)} problems in the settings:\n  - " + "\n  - ".join(unique))
-
-
-# YAML -------------------------------------------------------------------------------------------------------------------
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Scalars of YAML 1.2: 1e-6 is a number, and off, 1:30 and 2025-01-01 are texts; PyYAML's 1.1 reads all four otherwise."""
-
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*)$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that a reader of YAML 1.1 or 1.2 would take for something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
-
-
-def _parsed(text: str, name: str) -> tuple[Any, dict[str, str]]:
-    """The value of a YAML text, and "name:line" of each dotted key in it."""
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        origins: dict[str, str] = {}
-        for key, line in _lines(node):
-            if key in origins:
-                raise ConfigError(f"{name}:{line}: {key} is given twice, first in {origins[key]}; remove one")
-            origins[key] = f"{name}:{line}"
-        return (None if node is None else loader.construct_document(node)), origins
-    except yaml.MarkedYAMLError as error:
-        place = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
-        raise ConfigError(f"{place}: need valid YAML, got an error: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: need valid YAML, got an error: {error}") from None
-    finally:
-        loader.dispose()
-
-
-def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key and line of every key of a YAML node."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        yield f"{prefix}{key.value}", key.start_mark.line + 1
-        yield from _lines(value, f"{prefix}{key.value}.")
-
-
-def to_yaml(config: RunConfig) -> str:
-    """Every setting as YAML that `load_config` (or `load_sft_config`) reads back to an equal configuration.
-
-    `resolved: true` says that the file was written whole: a value in it without effect is not an error then.
-    """
-    tree = {"resolved": True, **config.model_dump(mode="json")}
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
-
-
-# Description -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SettingDoc:
-    """All there is to know about one setting; `value` is None for a form of a setting that is not in use."""
-
-    key: str
-    value: Any
-    default: Any
-    type: str
-    unit: str
-    source: str
-    bounds: str
-    meaning: str
-
-
-def _nearest(key: str, candidates: Sequence[str]) -> str:
+def nearest(key: str, candidates: Sequence[str]) -> str:
     """The candidate most alike as a whole and in its last part, or its initials: `lr` and `learning_rate` mean `policy.optimizer.lr`."""
     last = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in last.split("_"))
@@ -137,7 +38,7 @@ def _nearest(key: str, candidates: Sequence[str]) -> str:
     return max(candidates, key=likeness)
 
 
-def _at(tree: Any, key: str) -> Any:
+def at(tree: Any, key: str) -> Any:
     """The value at a dotted key (a number counts into a list); None where there is none."""
     for part in key.split("."):
         if isinstance(tree, Mapping) and part in tree:
@@ -147,51 +48,6 @@ def _at(tree: Any, key: str) -> Any:
         else:
             return None
     return tree
-
-
-def describe_settings(config: RunConfig | None = None, prefix: str = "") -> list[SettingDoc]:
-    """Each setting at or below a dotted prefix, with its value in `config` (none: the defaults).
-
-    Raises:
-        ConfigError: nothing has that prefix.
-    """
-    kind = TrainerConfig if config is None else type(config)
-    fields, defaults = places(kind), _plain(kind())
-    if prefix and prefix not in fields:
-        raise ConfigError(f"unknown setting {prefix}; the nearest is {_nearest(prefix, list(fields))}")
-    values = defaults if config is None else _plain(config)
-    docs = []
-    for key, field in fields.items():
-        if is_section(field) or not f"{key}.".startswith(f"{prefix}." if prefix else ""):
-            continue
-        extra, own = _extra(field), _plain(field.default)
-        default = own if _at(defaults, key) is None else _at(defaults, key)
-        # A section that changes a default of the settings in it says itself where the new one is from.
-        source = extra["source"] if default == own else _extra(fields[key.rpartition(".")[0]])["source"]
-        type_ = type_text(field.annotation)
-        docs.append(SettingDoc(key, _at(values, key), default, type_, extra["unit"], source, extra["bounds"], field.description or ""))
-    return docs
-
-
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
-def settings_markdown() -> str:
-    """The reference page of all settings, one table per section."""
-    sections: dict[str, list[str]] = {}
-    of_training, of_tuning = places(), describe_settings(SFTConfig())
-    for doc in [*describe_settings(), *(doc for doc in of_tuning if doc.key not in of_training)]:
-        parent = doc.key.rpartition(".")[0] if doc.key in of_training else "sft"
-        cells = [f"`{doc.key}`", f"`{json.dumps(doc.default)}`", f"{doc.type} {doc.bounds}".strip(), doc.unit, doc.meaning, doc.source]
-        sections.setdefault(parent, []).append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    head = "| setting | default | type | unit | meaning | source of the default |\n|---|---|---|---|---|---|"
-    pages = ["# Settings\n"]
-    for parent, rows in sections.items():
-        titles = {"": "The run", "sft": "Fine-tuning\n\nIn place of the settings of reinforcement learning."}
-        title = titles[parent] if parent in titles else f"`{parent}`\n\n{of_training[parent].description}"
-        pages.append("\n".join([f"## {title}\n", head, *rows, ""]))
-    return "\n".join(pages)
 
 
 # Layers: settings of different origins, later over earlier -----------------------------------------------------------------
@@ -212,14 +68,14 @@ class _Layer:
     stage: int
 
 
-def _plain(value: Any, key: str = "") -> Any:
+def plain(value: Any, key: str = "") -> Any:
     """`value` as JSON has it: dicts with text keys, lists, texts, numbers, true, false and null."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
+        return {str(name): plain(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner, key) for inner in value]
+        return [plain(inner, key) for inner in value]
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Path):
@@ -235,7 +91,7 @@ def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
 
 def _key_layer(key: str, value: Any, *, origin: str, stage: int) -> _Layer:
     """One dotted key with its value."""
-    tree = _plain(value, key)
+    tree = plain(value, key)
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return _Layer(tree, dict.fromkeys(_paths(tree), origin), stage)
@@ -243,9 +99,9 @@ def _key_layer(key: str, value: Any, *, origin: str, stage: int) -> _Layer:
 
 def _source_layers(source: Source) -> list[_Layer]:
     if isinstance(source, RunConfig):
-        return [_Layer(_plain(source), {}, 0)]
+        return [_Layer(plain(source), {}, 0)]
     if isinstance(source, Mapping):
-        tree = _plain(source)
+        tree = plain(source)
         return _file_layers(tree, dict.fromkeys(_paths(tree), ""))
     path = Path(source)
     if isinstance(source, str) and (source in RECIPES or path.name == source and not path.suffix and not path.exists()):
@@ -255,17 +111,17 @@ def _source_layers(source: Source) -> list[_Layer]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
         raise ConfigError(f"need a recipe ({', '.join(RECIPES)}) or a YAML file of settings, got {path}: {reason}") from None
-    tree, origins = _parsed(text, path.name)
+    tree, origins = parsed(text, path.name)
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path.name}: need settings at its top, `key: value`, got {_shown(tree)}")
-    return _file_layers(_plain(tree or {}), origins)
+    return _file_layers(plain(tree or {}), origins)
 
 
 def _recipe_layers(name: str, where: str = "") -> list[_Layer]:
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name}{where}; the nearest is {_nearest(name, RECIPES)}, and there are {', '.join(RECIPES)}")
-    tree, origins = _parsed((_RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
-    own = _plain(tree)
+        raise ConfigError(f"unknown recipe {name}{where}; the nearest is {nearest(name, RECIPES)}, and there are {', '.join(RECIPES)}")
+    tree, origins = parsed((_RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+    own = plain(tree)
     return [*(_recipe_layers(base) if (base := own.pop("recipe", "")) else ()), _Layer(own, origins, 0)]
 
 
@@ -291,7 +147,7 @@ def _override_layers(overrides: Sequence[str], *, stage: int) -> list[_Layer]:
             problems.append(f'need overrides like key=value, got "{override}"')
             continue
         try:
-            value, _ = _parsed(text, f'override "{override}"')
+            value, _ = parsed(text, f'override "{override}"')
             layers.append(_key_layer(key.strip(), value, origin="override", stage=stage))
         except ConfigError as error:
             problems.append(str(error))
@@ -324,21 +180,21 @@ def _problem(error: Mapping[str, Any], tree: dict[str, Any], origins: dict[str, 
     for part in map(str, error["loc"]):
         inner = f"{key}.{part}".lstrip(".")
         # pydantic also names which form of a setting it tried: no key of the user's.
-        if _at(tree, inner) is not None or isinstance(value, Mapping) and (part in value or error["type"] == "missing"):
-            key, value = inner, _at(tree, inner)
+        if at(tree, inner) is not None or isinstance(value, Mapping) and (part in value or error["type"] == "missing"):
+            key, value = inner, at(tree, inner)
     where = _in_brackets(next((origins[upper] for upper in _upwards(key) if upper in origins), ""))
     if error["type"] == "extra_forbidden":
         if key in fields:
             return f"need nested keys, got {key} in one{where}; put {' under '.join(reversed(key.split('.')))}"
-        return f"unknown setting {key}{where}; the nearest is {_nearest(key, list(fields))}"
+        return f"unknown setting {key}{where}; the nearest is {nearest(key, list(fields))}"
     if error["type"] == "value_error":
         return f"{key}{where}: {error['ctx']['error']}"
     place = next(upper for upper in _upwards(key) if upper in fields)
     field = fields[place]
-    need = "`key: value` settings" if is_section(field) else f"{type_text(field.annotation)} {_extra(field)['bounds']}".strip()
-    if "ge" in error.get("ctx", {}) and not _extra(field)["bounds"]:
+    need = "`key: value` settings" if is_section(field) else f"{type_text(field.annotation)} {notes_of(field)['bounds']}".strip()
+    if "ge" in error.get("ctx", {}) and not notes_of(field)["bounds"]:
         need = f"a number >= {error['ctx']['ge']:g}"  # One form of several.
-    return f"{place}{where}: need {need}, got {_shown(_at(tree, place))}"
+    return f"{place}{where}: need {need}, got {_shown(at(tree, place))}"
 
 
 def _relation_problems(config: RunConfig, stages: dict[str, int], origins: dict[str, str]) -> Iterator[str]:
@@ -354,12 +210,21 @@ def _relation_problems(config: RunConfig, stages: dict[str, int], origins: dict[
                 yield f"{key}{_in_brackets(origins[key])} would be ignored: {reason}, or leave {key} out"
 
 
+def to_yaml(config: RunConfig) -> str:
+    """Every setting as YAML that `load_config` (or `load_sft_config`) reads back to an equal configuration.
+
+    `resolved: true` says that the file was written whole: a value in it without effect is not an error then.
+    """
+    tree = {"resolved": True, **config.model_dump(mode="json")}
+    return dumped(tree)
+
+
 # Loading -----------------------------------------------------------------------------------------------------------------
 
 
 def _built(kind: type[Run], layers: Sequence[_Layer], *, check_relations: bool = True) -> Run:
     # The base is every default written out, so that `critic.optimizer: {eps: 1e-6}` keeps the critic's learning rate.
-    tree: dict[str, Any] = _plain(kind())
+    tree: dict[str, Any] = plain(kind())
     origins: dict[str, str] = {}
     stages: dict[str, int] = {}
     for layer in layers:
@@ -395,9 +260,14 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainerConfig:
     return _built(TrainerConfig, [*_source_layers(source), *_override_layers(overrides, stage=2)])
 
 
+def load_run(kind: type[Run], source: Source | None = None, overrides: Sequence[str] = ()) -> Run:
+    """The configuration of any kind of run, as `load_config`; no source: the defaults of that kind."""
+    return _built(kind, [*_source_layers({} if source is None else source), *_override_layers(overrides, stage=2)])
+
+
 def load_sft_config(source: Source | None = None, overrides: Sequence[str] = ()) -> SFTConfig:
-    """The configuration of a fine-tuning run: of a YAML file, mapping or other configuration (none: the defaults), as `load_config`."""
-    return _built(SFTConfig, [*_source_layers({} if source is None else source), *_override_layers(overrides, stage=2)])
+    """The configuration of a fine-tuning run, see `load_run`."""
+    return load_run(SFTConfig, source, overrides)
 
 
 # The flat call -----------------------------------------------------------------------------------------------------------
@@ -428,7 +298,7 @@ def _rollouts(value: Any, config: TrainerConfig) -> dict[str, Any]:
 
 
 def _precision(value: Any, config: TrainerConfig) -> dict[str, Any]:
-    has_critic = config.algorithm.advantage.name not in SIBLING_ADVANTAGES
+    has_critic = may_read(config, "values", "prm_logprobs")
     return {"policy.precision": value} | ({"critic.precision": value} if has_critic else {})
 
 
@@ -436,7 +306,7 @@ def _option(place: str, name: str, *options: str) -> Callable[[Any, TrainerConfi
     """A keyword for options of one function, which must be the chosen one."""
 
     def settings(value: Any, config: TrainerConfig) -> dict[str, Any]:
-        chosen = _at(_plain(config), f"{place}.name")
+        chosen = at(plain(config), f"{place}.name")
         if chosen != name:
             raise ConfigError(f"need {place} {name}, got {chosen}, which has no {' and '.join(options)}; leave the keyword out")
         return {f"{place}.{option}": value for option in options}
@@ -452,12 +322,12 @@ def _kl_coef(value: Any, config: TrainerConfig) -> dict[str, Any]:
         value = KLAdaptive()
     elif isinstance(value, list | tuple):
         if len(value) != 2:
-            raise ConfigError(f"need kl_coef as (start, end), got {_shown(_plain(value))}; give two numbers")
+            raise ConfigError(f"need kl_coef as (start, end), got {_shown(plain(value))}; give two numbers")
         value = {"start": value[0], "end": value[1], "steps": config.steps}
     if config.algorithm.kl.where != "off":
         return {"algorithm.kl.coef": value}
     # The method of the siblings has the KL in its loss, PPO with a critic in its reward.
-    where = "loss" if config.algorithm.advantage.name in SIBLING_ADVANTAGES else "reward"
+    where = "loss" if reads(config, "group_ids") else "reward"
     return {"algorithm.kl.where": where, "algorithm.kl.coef": value}
 
 
@@ -483,8 +353,9 @@ def make_trainer_config(algo: str = "ppo", *, overrides: Sequence[str] = (), **k
     """
     known = [*FLAT, *FLAT_DERIVED]
     if unknown := [name for name in keywords if name not in known]:
-        nearest = (f"unknown keyword {name}; the nearest is {_nearest(name, known)}" for name in unknown)
-        raise ConfigError(*(f"{text}; there are {', '.join(known)}" for text in nearest))
+        raise ConfigError(
+            *(f"unknown keyword {name}; the nearest is {nearest(name, known)}; there are {', '.join(known)}" for name in unknown)
+        )
     start, end = _source_layers(algo), _override_layers(overrides, stage=1)
     given = [(name, FLAT[name], value) for name, value in keywords.items() if name in FLAT]
     direct = [_key_layer(key, value, origin=f"keyword {name}", stage=1) for name, key, value in given]

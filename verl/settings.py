@@ -1,8 +1,8 @@
-"""Every setting, typed and bounded, and what must hold between them; loading them is `verl.config`'s work."""
+"""Every setting, typed and bounded; what must hold between them is in `verl.relations`, loading them `verl.config`'s work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -116,6 +116,17 @@ class AlgorithmConfig(Section):
     )
     overlong_penalty: float = setting(1.0, "Reward lost at the full length.", unit="reward", source="DAPO, 2503.14476, 3.4", ge=0)
     mask_truncated: bool = setting(False, "Leave answers cut at the length limit out of the loss.", source="DAPO, 2503.14476, 3.4")
+    length_penalty: Choice = setting(
+        Choice(name="off"), "What the length of an answer among its siblings adds to its reward, `verl.rewards.shaping`."
+    )
+    likelihood_coef: float = setting(
+        0.0, "Weight of the likelihood of answers with a reward above 0 in the policy loss.", source="VAPO, 2504.05118, 4.3", ge=0
+    )
+    skip_zero_advantages: bool = setting(
+        False,
+        "Leave rows whose advantages are all 0 out of forward and backward; they still count in every denominator.",
+        source="2510.13786",
+    )
 
 
 class OptimizerConfig(Section):
@@ -160,11 +171,18 @@ class RoleConfig(Section):
 
 
 class CriticConfig(RoleConfig):
-    """The value model; it exists if and only if a chosen function reads `values`."""
+    """The learned judge of tokens: a value model if a chosen function reads `values`, an implicit process reward model if `prm_logprobs`."""
 
     vf_coef: float = setting(1.0, "Weight of the value loss.", gt=0)
     warmup_steps: int = setting(0, "First steps in which only the critic learns.", unit="steps", source="VAPO, 2504.05118", ge=0)
     optimizer: OptimizerConfig = setting(OptimizerConfig(lr=1e-5), "Optimizer.", source="verl")
+
+
+class TeacherConfig(Section):
+    """The model that a policy is distilled from; it exists if and only if a chosen function reads a column of it."""
+
+    path: str | None = setting(None, "Folder or hub name of a causal language model with the policy's vocabulary.")
+    top_k: int = setting(16, "Most likely tokens whose logprobs a loss may read.", unit="tokens", ge=1)
 
 
 class SamplingConfig(Section):
@@ -193,6 +211,8 @@ class DataConfig(Section):
     test: str | None = setting(None, "The same for evaluation; task:NAME takes that task's held-out prompts.")
     prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
     answer_key: str = setting("answer", "Column with the reference answer, for the rewards; for fine-tuning, the answer.")
+    chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
+    rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
     system_prompt: str | None = setting(None, "Put in front of chat prompts that have no system message.")
     max_prompt_tokens: int = setting(1024, "Longer prompts are dropped and counted.", unit="tokens", ge=1)
     on_malformed: Literal["stop", "skip"] = setting("stop", "A row that cannot be read stops the start, or is skipped and counted.")
@@ -253,6 +273,26 @@ class SFTConfig(RunConfig):
     rows_per_step: int = setting(64, "Examples of a step.", unit="examples", ge=1)
 
 
+class PairsConfig(RunConfig):
+    """A run on pairs of a better and a worse answer."""
+
+    pairs_per_step: int = setting(64, "Pairs of a step.", unit="pairs", source="DPO, 2305.18290, appendix B", ge=1)
+    eval_every_steps: int = setting(0, "Steps between evaluations on data.test; 0: only before the first and after the last.", ge=0)
+
+
+class PreferenceConfig(PairsConfig):
+    """A run that optimizes the policy on preferences directly."""
+
+    loss: Choice = setting(Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference`.", source="DPO, 2305.18290")
+    reference: str | None = setting(None, "Model of the reference policy; none: the policy as it was at the start.")
+
+
+class RewardModelConfig(PairsConfig):
+    """A run that teaches a model with a scalar head which answers are better."""
+
+    loss: Choice = setting(Choice(name="bradley_terry"), "Loss of a pair, `verl.algorithms.preference`.", source="InstructGPT, 2203.02155")
+
+
 class TrainerConfig(RunConfig):
     """A run of reinforcement learning."""
 
@@ -261,8 +301,9 @@ class TrainerConfig(RunConfig):
         8, "Answers per prompt, the size of a group.", unit="answers", source="GRPO takes 64, 2402.03300", ge=1
     )
     algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
-    critic: CriticConfig = setting(CriticConfig(), "The value model.")
+    critic: CriticConfig = setting(CriticConfig(), "The learned judge of tokens.")
     reference: str | None = setting(None, "Model of the reference policy; none: the policy as it was at the start.")
+    teacher: TeacherConfig = setting(TeacherConfig(), "The model to distil from.")
     sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
     rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
@@ -321,6 +362,11 @@ def is_section(field: FieldInfo) -> bool:
     return is_a(field.annotation, Section)
 
 
+def notes_of(field: FieldInfo) -> dict[str, Any]:
+    """Unit, bounds and source of a field that `setting` made."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
 def merged(base: Any, over: Any, annotation: Any) -> Any:
     """Settings `over` on top of `base`, both nested mappings, at a place with this annotation.
 
@@ -337,148 +383,3 @@ def merged(base: Any, over: Any, annotation: Any) -> Any:
         return over  # Another form of the same setting.
     fields = {name: field.annotation for section in sections for name, field in section.model_fields.items()}
     return {**base, **{name: merged(base.get(name), value, fields.get(name)) for name, value in over.items()}}
-
-
-# Advantages that compare siblings and read no `values`: with them a group needs siblings, and there is no critic.
-SIBLING_ADVANTAGES = ("grpo", "rloo")
-
-Claim = Callable[[Any], bool]
-
-Ignored = tuple[str, str, Claim, str]
-
-
-def _each(keys: tuple[str, ...], switch: str, claim: Claim, reason: str) -> tuple[Ignored, ...]:
-    return tuple((key, switch, claim, reason) for key in keys)
-
-
-def _no_reference(c: Any) -> bool:
-    a = c.algorithm
-    return a.kl.where == "off" and not any(":" in choice.name for choice in (a.advantage, a.policy_loss, a.correction))
-
-
-# Settings (or whole sections) | the one that decides | ignored when | why, and what to do.
-IGNORED: tuple[Ignored, ...] = (
-    *_each(
-        ("algorithm.kl.coef", "algorithm.kl.estimator"),
-        "algorithm.kl.where",
-        lambda c: c.algorithm.kl.where == "off",
-        "algorithm.kl.where is off; set it to loss or reward",
-    ),
-    ("reference", "algorithm.kl.where", _no_reference, "algorithm.kl.where is off; set it to loss or reward"),
-    (
-        "algorithm.overlong_penalty",
-        "algorithm.overlong_buffer_tokens",
-        lambda c: c.algorithm.overlong_buffer_tokens == 0,
-        "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over",
-    ),
-    (
-        "algorithm.max_resamples",
-        "algorithm.dynamic_sampling",
-        lambda c: not c.algorithm.dynamic_sampling,
-        "algorithm.dynamic_sampling is false; set it to true",
-    ),
-    *_each(
-        ("critic", "algorithm.value_loss"),
-        "algorithm.advantage",
-        lambda c: c.algorithm.advantage.name in SIBLING_ADVANTAGES,
-        "this algorithm.advantage needs no critic; take gae",
-    ),
-    (
-        "critic.logits_chunk_tokens",
-        "critic.logits_chunk_tokens",
-        lambda c: c.algorithm.advantage.name not in SIBLING_ADVANTAGES,
-        "a critic has values instead of logits; set policy.logits_chunk_tokens",
-    ),
-    (
-        "policy.optimizer.min_lr_ratio",
-        "policy.optimizer.schedule",
-        lambda c: c.policy.optimizer.schedule == "constant",
-        "policy.optimizer.schedule is constant; set it to linear or cosine",
-    ),
-    (
-        "critic.optimizer.min_lr_ratio",
-        "critic.optimizer.schedule",
-        lambda c: c.critic.optimizer.schedule == "constant",
-        "critic.optimizer.schedule is constant; set it to linear or cosine",
-    ),
-    *_each(
-        ("sampling.top_p", "sampling.top_k", "sampling.min_p"),
-        "sampling.temperature",
-        lambda c: c.sampling.temperature == 0,
-        "sampling.temperature 0 always takes the most likely token",
-    ),
-    (
-        "evaluation.at_start",
-        "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0,
-        "evaluation.every_steps is 0; set how often to evaluate",
-    ),
-    *_each(
-        ("evaluation.prompts", "evaluation.samples", "evaluation.temperature"),
-        "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
-        "nothing is evaluated; set evaluation.every_steps and data.test",
-    ),
-    (
-        "tracking.num_samples",
-        "tracking.samples_every_steps",
-        lambda c: c.tracking.samples_every_steps == 0,
-        "tracking.samples_every_steps is 0; set how often to write samples",
-    ),
-    (
-        "tracking.project",
-        "tracking.sinks",
-        lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
-        "no sink of tracking.sinks has projects; add wandb or mlflow",
-    ),
-    *_each(
-        ("data.test", "tracking.samples_every_steps", "tracking.num_samples"),
-        "data.test",
-        lambda c: isinstance(c, SFTConfig),
-        "fine-tuning samples and evaluates nothing; use verl eval",
-    ),
-)
-
-# Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole configuration.
-WRONG: tuple[tuple[Claim, str], ...] = (
-    (
-        lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
-        "need prompts_per_step * samples_per_prompt divisible by algorithm.minibatches, got {c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}; change one of the three",
-    ),
-    (
-        lambda c: c.algorithm.correction.name == "bypass" and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
-        "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction bypass; set algorithm.correction=recompute",
-    ),
-    (
-        lambda c: c.algorithm.correction.name == "bypass" and c.sampling.temperature == 0,
-        "need logprobs of the distribution that was sampled, got sampling.temperature 0 with algorithm.correction bypass; set algorithm.correction=recompute or a temperature above 0",
-    ),
-    (
-        lambda c: c.samples_per_prompt > 1 and c.sampling.temperature == 0,
-        "need different answers in a group, got samples_per_prompt {c.samples_per_prompt} with sampling.temperature 0; set a temperature above 0",
-    ),
-    (
-        lambda c: c.samples_per_prompt == 1 and c.algorithm.advantage.name in SIBLING_ADVANTAGES,
-        "need siblings to compare with, got samples_per_prompt 1 with algorithm.advantage {c.algorithm.advantage.name}, which would learn nothing; set samples_per_prompt above 1",
-    ),
-    (
-        lambda c: c.samples_per_prompt == 1 and c.algorithm.dynamic_sampling,
-        "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1, whose rewards are always equal; set samples_per_prompt above 1 or dynamic_sampling to false",
-    ),
-    (
-        lambda c: c.algorithm.overlong_buffer_tokens >= c.sampling.max_tokens,
-        "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got {c.algorithm.overlong_buffer_tokens} and {c.sampling.max_tokens}; a fifth of it is usual (DAPO, 2503.14476)",
-    ),
-    (
-        lambda c: c.algorithm.kl.where == "loss" and c.algorithm.kl.estimator.name == "k1",
-        "need a KL estimator whose gradient is not zero on average for algorithm.kl.where loss, got k1; set algorithm.kl.estimator to k2 or k3",
-    ),
-    (
-        lambda c: c.critic.warmup_steps >= c.steps and c.algorithm.advantage.name not in SIBLING_ADVANTAGES,
-        "need critic.warmup_steps below steps, got {c.critic.warmup_steps} and {c.steps}: the policy would never learn; lower it",
-    ),
-    (
-        lambda c: c.evaluation.samples > 1 and c.evaluation.temperature == 0,
-        "need different answers to a prompt, got evaluation.samples {c.evaluation.samples} with evaluation.temperature 0; set one answer or a temperature above 0",
-    ),
-)

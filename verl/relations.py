@@ -1,0 +1,245 @@
+"""What must hold between settings: which would be ignored, and which contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from verl.settings import Choice, PairsConfig, PreferenceConfig, SFTConfig, TrainerConfig
+
+# Columns that decide what exists -> the built-in functions that read them. Settings load without PyTorch, so the functions
+# themselves cannot be asked here; a test compares.
+READERS: dict[str, tuple[str, ...]] = {
+    "group_ids": (
+        "grpo",
+        "rloo",
+        "opo",
+        "gpg",
+        "maxrl",
+        "grpo_passk",
+        "gdpo",
+        "reinforce_pp_baseline",
+        "optimal_token_baseline",
+        "grpo_turns",
+        "prime",
+        "online_dpo",
+    ),
+    "values": ("gae", "vapo_gae"),
+    "ref_logprobs": ("prime", "online_dpo"),
+    "prm_logprobs": ("prime",),
+    "teacher_logprobs": ("reverse_kl",),
+    "teacher_top_logprobs": ("forward_kl_topk",),
+}
+
+
+def may_read(config: TrainerConfig, *columns: str) -> bool:
+    """Whether the advantage, the policy loss or the correction reads one of the columns, as far as can be known: a user's function may."""
+    a = config.algorithm
+    chosen = [choice.name for choice in (a.advantage, a.policy_loss, a.correction)]
+    return any(":" in name for name in chosen) or reads(config, *columns)
+
+
+def reads(config: TrainerConfig, *columns: str) -> bool:
+    """Whether a built-in advantage, policy loss or correction that was chosen reads one of the columns."""
+    a = config.algorithm
+    chosen = {choice.name for choice in (a.advantage, a.policy_loss, a.correction)}
+    return any(chosen & set(READERS[column]) for column in columns)
+
+
+def _has_critic(config: TrainerConfig) -> bool:
+    return may_read(config, "values", "prm_logprobs")
+
+
+def _is_off(choice: Choice) -> bool:
+    return choice.name == "off"
+
+
+Claim = Callable[[Any], bool]
+
+Ignored = tuple[str, str, Claim, str]
+
+
+def _each(keys: tuple[str, ...], switch: str, claim: Claim, reason: str) -> tuple[Ignored, ...]:
+    return tuple((key, switch, claim, reason) for key in keys)
+
+
+# Settings (or whole sections) | the one that decides | ignored when | why, and what to do.
+IGNORED: tuple[Ignored, ...] = (
+    *_each(
+        ("algorithm.kl.coef", "algorithm.kl.estimator"),
+        "algorithm.kl.where",
+        lambda c: c.algorithm.kl.where == "off",
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    (
+        "reference",
+        "algorithm.kl.where",
+        lambda c: isinstance(c, TrainerConfig) and c.algorithm.kl.where == "off" and not may_read(c, "ref_logprobs"),
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    (
+        "reference",
+        "loss",
+        lambda c: isinstance(c, PreferenceConfig) and c.loss.name == "simpo",
+        "this loss has no reference; take dpo or ipo",
+    ),
+    (
+        "teacher",
+        "algorithm.policy_loss",
+        lambda c: not may_read(c, "teacher_logprobs", "teacher_top_logprobs"),
+        "no chosen function reads a teacher; take the recipe distillation",
+    ),
+    (
+        "teacher.top_k",
+        "algorithm.policy_loss",
+        lambda c: not may_read(c, "teacher_top_logprobs"),
+        "no chosen function reads the teacher's most likely tokens; take algorithm.policy_loss=forward_kl_topk",
+    ),
+    (
+        "algorithm.overlong_penalty",
+        "algorithm.overlong_buffer_tokens",
+        lambda c: c.algorithm.overlong_buffer_tokens == 0,
+        "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over",
+    ),
+    (
+        "algorithm.max_resamples",
+        "algorithm.dynamic_sampling",
+        lambda c: not c.algorithm.dynamic_sampling,
+        "algorithm.dynamic_sampling is false; set it to true",
+    ),
+    ("critic", "algorithm.advantage", lambda c: not _has_critic(c), "this algorithm.advantage needs no critic; take gae"),
+    *_each(
+        ("algorithm.value_loss", "critic.vf_coef", "critic.warmup_steps"),
+        "algorithm.advantage",
+        lambda c: not may_read(c, "values"),
+        "this algorithm.advantage needs no values; take gae",
+    ),
+    (
+        "critic.logits_chunk_tokens",
+        "critic.logits_chunk_tokens",
+        lambda c: reads(c, "values"),
+        "a critic has values instead of logits; set policy.logits_chunk_tokens",
+    ),
+    (
+        "policy.optimizer.min_lr_ratio",
+        "policy.optimizer.schedule",
+        lambda c: c.policy.optimizer.schedule == "constant",
+        "policy.optimizer.schedule is constant; set it to linear or cosine",
+    ),
+    (
+        "critic.optimizer.min_lr_ratio",
+        "critic.optimizer.schedule",
+        lambda c: c.critic.optimizer.schedule == "constant",
+        "critic.optimizer.schedule is constant; set it to linear or cosine",
+    ),
+    *_each(
+        ("sampling.top_p", "sampling.top_k", "sampling.min_p"),
+        "sampling.temperature",
+        lambda c: c.sampling.temperature == 0,
+        "sampling.temperature 0 always takes the most likely token",
+    ),
+    (
+        "evaluation.at_start",
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0,
+        "evaluation.every_steps is 0; set how often to evaluate",
+    ),
+    *_each(
+        ("evaluation.prompts", "evaluation.samples", "evaluation.temperature"),
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
+        "nothing is evaluated; set evaluation.every_steps and data.test",
+    ),
+    (
+        "tracking.num_samples",
+        "tracking.samples_every_steps",
+        lambda c: c.tracking.samples_every_steps == 0,
+        "tracking.samples_every_steps is 0; set how often to write samples",
+    ),
+    (
+        "tracking.project",
+        "tracking.sinks",
+        lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
+        "no sink of tracking.sinks has projects; add wandb or mlflow",
+    ),
+    *_each(
+        ("data.test", "tracking.samples_every_steps", "tracking.num_samples"),
+        "data.test",
+        lambda c: isinstance(c, SFTConfig),
+        "fine-tuning samples and evaluates nothing; use verl eval",
+    ),
+    *_each(
+        ("tracking.samples_every_steps", "tracking.num_samples", "data.answer_key"),
+        "data.train",
+        lambda c: isinstance(c, PairsConfig),
+        "a run on pairs samples no answers; its columns are data.chosen_key and data.rejected_key",
+    ),
+    *_each(
+        ("data.chosen_key", "data.rejected_key"),
+        "data.train",
+        lambda c: not isinstance(c, PairsConfig),
+        "only verl preference and verl reward-model read pairs",
+    ),
+)
+
+# Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole configuration.
+WRONG: tuple[tuple[Claim, str], ...] = (
+    (
+        lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
+        "need prompts_per_step * samples_per_prompt divisible by algorithm.minibatches, got {c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}; change one of the three",
+    ),
+    (
+        lambda c: c.algorithm.correction.name == "bypass" and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
+        "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction bypass; set algorithm.correction=recompute",
+    ),
+    (
+        lambda c: c.algorithm.correction.name == "bypass" and c.sampling.temperature == 0,
+        "need logprobs of the distribution that was sampled, got sampling.temperature 0 with algorithm.correction bypass; set algorithm.correction=recompute or a temperature above 0",
+    ),
+    (
+        lambda c: c.samples_per_prompt > 1 and c.sampling.temperature == 0,
+        "need different answers in a group, got samples_per_prompt {c.samples_per_prompt} with sampling.temperature 0; set a temperature above 0",
+    ),
+    (
+        lambda c: c.samples_per_prompt == 1 and reads(c, "group_ids"),
+        "need siblings to compare with, got samples_per_prompt 1 with algorithm.policy_loss {c.algorithm.policy_loss.name} and algorithm.advantage {c.algorithm.advantage.name}, which would learn nothing; set samples_per_prompt above 1",
+    ),
+    (
+        lambda c: c.samples_per_prompt == 1 and c.algorithm.dynamic_sampling,
+        "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1, whose rewards are always equal; set samples_per_prompt above 1 or dynamic_sampling to false",
+    ),
+    (
+        lambda c: c.algorithm.overlong_buffer_tokens >= c.sampling.max_tokens,
+        "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got {c.algorithm.overlong_buffer_tokens} and {c.sampling.max_tokens}; a fifth of it is usual (DAPO, 2503.14476)",
+    ),
+    (
+        lambda c: c.algorithm.kl.where == "loss" and c.algorithm.kl.estimator.name == "k1",
+        "need a KL estimator whose gradient is not zero on average for algorithm.kl.where loss, got k1; set algorithm.kl.estimator to k2 or k3",
+    ),
+    (
+        lambda c: c.critic.warmup_steps >= c.steps and may_read(c, "values"),
+        "need critic.warmup_steps below steps, got {c.critic.warmup_steps} and {c.steps}: the policy would never learn; lower it",
+    ),
+    (
+        lambda c: c.evaluation.samples > 1 and c.evaluation.temperature == 0,
+        "need different answers to a prompt, got evaluation.samples {c.evaluation.samples} with evaluation.temperature 0; set one answer or a temperature above 0",
+    ),
+    (
+        lambda c: (
+            c.algorithm.skip_zero_advantages and (c.algorithm.kl.where == "loss" or c.algorithm.entropy_coef or c.algorithm.likelihood_coef)
+        ),
+        "need a loss that is the policy loss alone for algorithm.skip_zero_advantages, got algorithm.kl.where {c.algorithm.kl.where}, entropy_coef {c.algorithm.entropy_coef} and likelihood_coef {c.algorithm.likelihood_coef}, which also act on rows without advantage; turn them off, or skip_zero_advantages",
+    ),
+    (
+        lambda c: c.teacher.path is None and reads(c, "teacher_logprobs", "teacher_top_logprobs"),
+        "need teacher.path: the folder or hub name of the model to distil from",
+    ),
+    (
+        lambda c: c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0,
+        "need whole groups in each update for algorithm.policy_loss online_dpo, got prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}; make the first divisible by the second",
+    ),
+    (
+        lambda c: c.samples_per_prompt == 1 and not _is_off(c.algorithm.length_penalty),
+        "need siblings to compare lengths with, got samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}; set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
+    ),
+)

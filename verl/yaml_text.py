@@ -1,0 +1,74 @@
+"""YAML as the settings are written in it: scalars of version 1.2, the line of every key, one clear error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message names every problem, for people."""
+
+    def __init__(self, *problems: str) -> None:
+        unique = list(dict.fromkeys(problems))
+        super().__init__(unique[0] if len(unique) == 1 else f"{len(unique)} problems in the settings:\n  - " + "\n  - ".join(unique))
+
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars of YAML 1.2: 1e-6 is a number, and off, 1:30 and 2025-01-01 are texts; PyYAML's 1.1 reads all four otherwise."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*)$"), None)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that a reader of YAML 1.1 or 1.2 would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+
+
+def parsed(text: str, name: str) -> tuple[Any, dict[str, str]]:
+    """The value of a YAML text, and "name:line" of each dotted key in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        origins: dict[str, str] = {}
+        for key, line in _lines(node):
+            if key in origins:
+                raise ConfigError(f"{name}:{line}: {key} is given twice, first in {origins[key]}; remove one")
+            origins[key] = f"{name}:{line}"
+        return (None if node is None else loader.construct_document(node)), origins
+    except yaml.MarkedYAMLError as error:
+        place = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
+        raise ConfigError(f"{place}: need valid YAML, got an error: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: need valid YAML, got an error: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key and line of every key of a YAML node."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        yield from _lines(value, f"{prefix}{key.value}.")
+
+
+def dumped(tree: Mapping[str, Any]) -> str:
+    """The YAML text of a tree, in its order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
