@@ -204,6 +204,19 @@ def test_a_sampler_that_agrees_has_weight_1_and_loses_nothing(name, seed):
     assert torch.equal(weights, c["mask"].double()) and torch.equal(old_logprobs, c["rollout_logprobs"])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, {"threshold": 0.0}) for name in ("k3_rs", "off_policy_mask")],
+        *[(name, {"low": 1.0, "high": 1.0}) for name in ("token_mis", "seq_mis", "geometric_rs")],
+    ],
+)
+def test_the_tightest_bound_keeps_a_sampler_that_agrees(name, options):
+    c = random_columns(1)
+    c |= dict.fromkeys(("logprobs", "trainer_logprobs"), c["rollout_logprobs"])
+    assert torch.equal(bind(Choice(name=name, **options), CORRECTIONS)(c)[1], c["mask"].double())
+
+
 @EVERY_WEIGHT
 @SEEDS
 def test_the_order_of_rows_padding_and_masked_positions_do_not_matter(name, seed):

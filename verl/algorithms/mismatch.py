@@ -46,7 +46,7 @@ def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[s
 def weight_monitors(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """What the weights of a correction leave of the sampled tokens.
 
-    Effective sample size of importance weights, https://arxiv.org/abs/1809.04129, section 2.
+    Effective sample size of importance weights, https://arxiv.org/abs/1809.04129.
 
     Args:
         weights: [B, T] float, from a correction.
