@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from verl.algorithms.compose import Algorithm, at_last_sampled_token, write_advantages
+from verl.algorithms.compose import Algorithm, at_last_sampled_token, token_rewards, write_advantages
 from verl.config import load_config
 from verl.data.batch import Batch, Trajectory
 from verl.settings import AlgorithmConfig, Choice, KLConfig
@@ -38,6 +38,23 @@ def centred(rewards, mask):
     """A user's advantage that also returns what a critic would learn, though there is none."""
     advantages = (rewards - rewards.mean())[:, None].expand(mask.shape)
     return advantages, advantages
+
+
+def as_it_comes(token_rewards):
+    """An advantage that is the reward of the token."""
+    return token_rewards
+
+
+def reads_noise(logprobs, noise, staleness):
+    return noise * staleness * logprobs, {}
+
+
+def halfway(logprobs, rollout_logprobs):
+    return (logprobs + rollout_logprobs) / 2, torch.full_like(logprobs, 3.0)
+
+
+def broken(rewards):
+    return rewards * (1 // 0)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +126,90 @@ def test_returns_without_a_critic_explain_no_variance():
     batch = rows([1.0, 3.0], ["x", "x"])
     assert write_advantages(batch, bound(advantage=Choice(name=f"{__name__}:centred")), 0.0) == {}
     assert batch["returns"].tolist() == [[-1], [1]]
+
+
+def test_rewards_of_turns_stand_at_their_ends_and_the_rest_at_the_last_token():
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    turns = torch.tensor([[0.0, 0.5, 0, 0.25, 0], [0, 0, 0, 0, 0]])
+    assert token_rewards(torch.tensor([2.0, 1.0]), mask, turns).tolist() == [[0, 0.5, 0, 1.5, 0], [1, 0, 0, 0, 0]]
+
+
+def test_turn_rewards_of_trajectories_reach_the_advantage():
+    prompt = Prompt("")
+    turns = Trajectory(prompt, [1], [2] * 4, [True, False, True, True], [-1.0] * 4, [0] * 4, 0, reward=3.0, turn_rewards=[1.0, 0.5])
+    other = Trajectory(prompt, [1], [2], [True], [-1.0], [0], 0, reward=0.0)
+    batch = Batch.from_trajectories([turns, other])
+    write_advantages(batch, bound(advantage=Choice(name=f"{__name__}:as_it_comes")), 0.0)
+    assert batch["advantages"].tolist() == [[1, 0, 0, 2], [0, 0, 0, 0]]
+
+
+def test_staleness_and_noise_are_written_only_if_they_are_read():
+    batch = rows([1.0, 0.0], ["xx", "x"])
+    write_advantages(batch, bound(), 0.0, version=3)
+    assert not {"staleness", "noise"} & set(batch.names)
+    noise = []
+    for seed, version in ((0, 3), (0, 3), (0, 4), (1, 3)):
+        write_advantages(batch, bound(policy_loss=Choice(name=f"{__name__}:reads_noise")), 0.0, version=version, seed=seed)
+        noise.append(batch["noise"])
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[3])
+    assert batch["staleness"].tolist() == [[3, 3], [3, 0]]
+
+
+def test_the_step_reports_how_far_trainer_and_sampler_are_apart():
+    batch = rows([1.0, 0.0], ["xx", "x"])
+    batch.write("trainer_logprobs", batch["rollout_logprobs"] + math.log(4))
+    metrics = write_advantages(batch, bound(correction=Choice(name="token_mis", high=2.0)), 0.0)
+    assert metrics["mismatch/kl_k1"] == pytest.approx(-math.log(4))
+    assert metrics["correction/rejected_share"] == 1
+    assert not batch["correction_weights"].any()
+
+
+def test_a_correction_that_reads_logprobs_is_made_anew_in_every_update():
+    algorithm = bound(correction=Choice(name=f"{__name__}:halfway"), policy_loss=Choice(name="ppo_clip"))
+    assert algorithm.corrects_in_update
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    columns = {"logprobs": logprobs, "rollout_logprobs": torch.tensor([[-3.0]]), "advantages": torch.ones(1, 1)}
+    columns |= {"mask": torch.ones(1, 1, dtype=torch.bool), "weights": torch.ones(1, 1)}
+    loss, sums = algorithm.policy_objective(columns, torch.zeros(1, 1), 0.0)
+    # The ratio is e, clipped to 1.2, times the weight of 3; what the correction gives has no gradient.
+    assert loss.item() == pytest.approx(-3.6) and float(sums["ratio"]) == pytest.approx(math.e)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        halfway(logprobs, columns["rollout_logprobs"])[0].detach().sum().backward()
+
+
+def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
+    algorithm = bound(policy_loss=Choice(name="policy_gradient"), likelihood_coef=0.5)
+    columns = {"logprobs": torch.tensor([[-1.0, -2.0]], requires_grad=True), "advantages": torch.zeros(1, 2)}
+    columns |= {"mask": torch.ones(1, 2, dtype=torch.bool), "weights": torch.ones(1, 2), "likelihood_weights": torch.tensor([[0.5, 0.25]])}
+    loss, _ = algorithm.policy_objective(columns, torch.zeros(1, 2), 0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.5 + 0.5))
+    assert columns["logprobs"].grad.tolist() == [[-0.25, -0.125]]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"policy_loss": Choice(name="ppo_clip", dual_clip=0.5)}, "ppo_clip: need dual_clip > 1, got 0.5"),
+        ({"advantage": Choice(name="gae", lam=2.0)}, "gae: need .* got .*2.0"),
+        ({"correction": Choice(name="token_tis", cap=-1.0)}, "token_tis: need cap > 0, got -1.0"),
+        ({"advantage": Choice(name=f"{__name__}:broken")}, "broken fails on 4 rows of small columns: ZeroDivisionError"),
+        ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
+        ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
+        (
+            {"policy_loss": Choice(name="kl_cov"), "skip_zero_advantages": True},
+            "leave alone for algorithm.skip_zero_advantages, got kl_cov",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(config, message):
+    with pytest.raises(ValueError, match=message):
+        bound(**config)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "policy_gradient", "gspo", "cispo", "sapo", "gmpo", "dppo"])
+def test_losses_that_leave_rows_without_advantage_alone_may_skip_them(name):
+    assert bound(policy_loss=Choice(name=name), skip_zero_advantages=True).skip_zero_advantages
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():

@@ -10,10 +10,11 @@ import torch
 from tests.tiny import tiny_transformer
 from tests.training import gradient, local_engine, one_update, rows_to_learn, weights
 from verl.algorithms.compose import Algorithm
+from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import Plan
 from verl.engines.local import LocalEngine
 from verl.engines.models import value_model
-from verl.engines.workers import CriticWorker, PolicyWorker, ReferenceWorker
+from verl.engines.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.settings import AlgorithmConfig, Choice, CriticConfig, OptimizerConfig
 
 WHOLE = one_update([0, 1, 2, 3, 4, 5])
@@ -145,3 +146,124 @@ def test_the_critic_begins_with_no_opinion_and_learns_the_returns():
     assert first["critic/loss"] == pytest.approx(0.25 * float(batch["returns"][batch["mask"]].square().mean()), rel=1e-5)
     losses = [worker.update(batch, WHOLE)["critic/loss"] for _ in range(20)]
     assert losses[-1] < 0.7 * first["critic/loss"]
+
+
+def spread_loss(logprobs, advantages, minibatch_mask):
+    """A loss that exists only over the whole minibatch: each token's distance from the mean logprob of all of them."""
+    mean = (logprobs * minibatch_mask).sum() / minibatch_mask.sum()
+    return advantages * (logprobs - mean).square(), {"distance": (logprobs - mean).detach().abs()}
+
+
+SPREAD = Choice(name=f"{__name__}:spread_loss")
+
+
+def test_a_loss_over_the_whole_minibatch_has_the_same_gradient_for_every_split():
+    workers = [policy(policy_loss=SPREAD, entropy_coef=0.01) for _ in range(3)]
+    splits = [WHOLE, ONE_BY_ONE, one_update([5, 0], [3], [2, 1, 4])]
+    metrics = [worker.update(rows_to_learn(), split) for worker, split in zip(workers, splits, strict=True)]
+    whole = gradient(workers[0].engine)
+    for worker, of_parts in zip(workers[1:], metrics[1:], strict=True):
+        assert float((gradient(worker.engine) - whole).norm() / whole.norm()) < 2e-6
+        assert of_parts == pytest.approx(metrics[0], rel=1e-5, abs=1e-7)
+
+
+def test_its_gradient_is_that_of_the_loss_itself():
+    worker, batch = policy(policy_loss=SPREAD), rows_to_learn()
+    worker.update(batch, ONE_BY_ONE)
+    other = policy(policy_loss=SPREAD)
+    inputs = ModelInput.from_batch(batch, packed=True, device=torch.device("cpu"))
+    with other.model.ready():
+        logprobs = Ragged(other.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0], inputs.response_lengths).padded()
+        loss, _ = spread_loss(logprobs, batch["advantages"], batch["mask"])
+        (loss * batch["mask"]).sum().div(batch["mask"].sum()).backward()
+    torch.testing.assert_close(gradient(worker.engine), gradient(other.engine), rtol=1e-4, atol=1e-7)
+
+
+def test_the_statistics_are_those_of_each_minibatch_and_of_the_policy_as_it_is():
+    worker, batch = policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD, epochs=2), rows_to_learn()
+    worker.update(batch, Plan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
+    one, two = (policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD) for _ in range(2))
+    for _ in range(2):
+        for rows in ([0, 1], [2, 3, 4, 5]):
+            one.update(rows_to_learn().select(rows), one_update(list(range(len(rows)))))
+    assert float((weights(worker.engine) - weights(one.engine)).norm()) < 1e-3 * float((weights(one.engine) - weights(two.engine)).norm())
+
+
+def test_skipped_rows_change_neither_gradient_nor_denominator():
+    batch = rows_to_learn()
+    advantages = batch["advantages"]
+    advantages[[0, 2, 5]] = 0
+    batch.write("advantages", advantages)
+    full, short = policy(), policy(skip_zero_advantages=True)
+    metrics = [worker.update(batch, ONE_BY_ONE) for worker in (full, short)]
+    torch.testing.assert_close(gradient(short.engine), gradient(full.engine), rtol=1e-5, atol=1e-8)
+    assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"]) and metrics[1]["skipped_rows_share"] == 0.5
+
+
+def test_a_minibatch_of_rows_to_skip_still_moves_the_optimizer_as_a_gradient_of_zero():
+    batch = rows_to_learn()
+    full, short = policy(), policy(skip_zero_advantages=True)
+    for worker in (full, short):
+        worker.update(batch, WHOLE)
+    batch.write("advantages", torch.zeros(batch["mask"].shape))
+    for worker in (full, short):
+        worker.update(batch, WHOLE)
+    torch.testing.assert_close(weights(short.engine), weights(full.engine), rtol=1e-6, atol=1e-8)
+
+
+def test_likelihood_counts_the_good_answers_of_the_whole_minibatch_alone():
+    batch = rows_to_learn()
+    batch.write("rewards", torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0]))
+    batch.write("advantages", torch.zeros(batch["mask"].shape))
+    whole, parts = (policy(likelihood_coef=0.1) for _ in range(2))
+    metrics = whole.update(batch, WHOLE)
+    parts.update(batch, ONE_BY_ONE)
+    torch.testing.assert_close(gradient(parts.engine), gradient(whole.engine), rtol=1e-4, atol=1e-8)
+    own = policy()
+    own.write(batch, WHOLE)
+    good = batch["mask"] & (batch["rewards"] > 0)[:, None]
+    assert metrics["loss"] == pytest.approx(-0.1 * float(batch["trainer_logprobs"][good].mean()), rel=1e-5)
+
+
+def test_the_teacher_writes_its_most_likely_tokens_and_what_it_thinks_of_the_sampled_ones():
+    batch, model = rows_to_learn(), local_engine(seed=1)
+    TeacherWorker(model, temperature=1.0, chunk=3, top_k=4).write(batch, ONE_BY_ONE)
+    prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
+    with torch.no_grad():
+        logits = model.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+    top, ids = logits.log_softmax(-1).topk(4, -1)
+    torch.testing.assert_close(batch.ragged("teacher_top_logprobs").row(3), top, rtol=1e-5, atol=1e-5)
+    assert torch.equal(batch.ragged("teacher_top_ids").row(3), ids)
+    own = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+    torch.testing.assert_close(batch.ragged("teacher_logprobs").row(3), own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_not_comes_nearer():
+    loss = Choice(name="forward_kl_topk")
+    for seed, expected in ((0, pytest.approx(0, abs=1e-6)), (1, pytest.approx(1, abs=1))):
+        batch, worker = rows_to_learn(), policy(policy_loss=loss)
+        TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE)
+        losses = [worker.update(batch, ONE_BY_ONE)["loss"] for _ in range(5)]
+        assert losses[0] == expected and losses[-1] <= losses[0] + 1e-4
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_sum_of_squared_probabilities_is_that_of_the_whole_distribution():
+    batch = rows_to_learn()
+    worker = policy(advantage=Choice(name="optimal_token_baseline"))
+    worker.write(batch, ONE_BY_ONE)
+    prompt, response = batch.ragged("prompt_ids").row(0), batch.ragged("response_ids").row(0)
+    with torch.no_grad():
+        logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+    torch.testing.assert_close(batch.ragged("sum_squared_probs").row(0), logits.softmax(-1).square().sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_process_reward_model_learns_which_answers_were_right():
+    algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="prime"), value_loss=Choice(name="outcome_cross_entropy", beta=1.0)))
+    worker, batch = ProcessRewardWorker(local_engine(), algorithm, epochs=1, chunk=100), rows_to_learn()
+    batch.write("rewards", torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
+    worker.write(batch, ONE_BY_ONE)
+    batch.write("ref_logprobs", batch["prm_logprobs"])
+    losses = [worker.update(batch, ONE_BY_ONE)["critic/loss"] for _ in range(10)]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # like the reference, it knows nothing yet
+    assert losses[-1] < 0.7 * losses[0]

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from verl.algorithms.binding import Bound
 from verl.data.batch import Batch, Trajectory
 from verl.rewards.functions import RewardFunctions, overlong_penalty
 from verl.settings import TrainerConfig
@@ -38,19 +41,31 @@ class DataCollector:
     Args:
         engine: answers prompts.
         codec: of the policy.
-        rewards: scores answers.
+        rewards: scores answers; None: nothing reads a reward.
         config: sampling, algorithm and seed are read.
+        greedy_baseline: answer each prompt once more with its most likely answer, for `greedy_rewards`.
+        length_penalty: adds to the rewards of a group what its answers' lengths are worth.
         clock: takes the seconds of `generate` and `reward`.
     """
 
     def __init__(
-        self, engine: RolloutEngine, codec: TextCodec, rewards: RewardFunctions, config: TrainerConfig, *, clock: Clock | None = None
+        self,
+        engine: RolloutEngine,
+        codec: TextCodec,
+        rewards: RewardFunctions | None,
+        config: TrainerConfig,
+        *,
+        greedy_baseline: bool = False,
+        length_penalty: Bound | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.engine = engine
         self.dispatched = 0  # prompts ever sent out; the seed of an answer hangs on it, so it belongs into a checkpoint
         self._codec = codec
         self._rewards = rewards
         self._config = config
+        self._greedy_baseline = greedy_baseline
+        self._length_penalty = length_penalty
         self._clock = clock or Clock()
 
     def collect(
@@ -91,12 +106,13 @@ class DataCollector:
             [self._trajectory(prompt, prompt_ids, answer, wanted, group) for answer in completions]
             for group, (prompt, prompt_ids, completions, wanted) in enumerate(zip(prompts, ids, answers, params, strict=True))
         ]
-        with self._clock.phase("reward"):
-            self._rewards.score([t for group in groups for t in group])
+        if self._rewards:
+            with self._clock.phase("reward"):
+                self._rewards.score([t for group in groups for t in group])
         return groups
 
     def _groups(self, prompts: Sequence[PromptLike], samples: int, *, first: int) -> list[list[Trajectory]]:
-        """Rewarded groups for training, numbered from `first`, with length shaping."""
+        """Rewarded groups for training, numbered from `first`, with length shaping and greedy baselines."""
         asked = [as_prompt(p, i) for i, p in enumerate(prompts)]
         sampling = sampling_params(self._config, samples)
         params = [replace(sampling, seed=(self._config.seed << 32) + self.dispatched + i) for i in range(len(asked))]
@@ -106,7 +122,31 @@ class DataCollector:
             for trajectory in group:
                 trajectory.group = number
                 self._shape_length(trajectory)
+            self._compare_lengths(group)
+        if self._greedy_baseline:
+            self._write_greedy(asked, params, groups)
         return groups
+
+    def _compare_lengths(self, group: Sequence[Trajectory]) -> None:
+        rewarded = [t for t in group if t.reward is not None]
+        if not self._length_penalty or not rewarded:
+            return
+        columns = {
+            "rewards": torch.tensor([t.reward for t in rewarded], dtype=torch.float64),
+            "num_tokens": torch.tensor([len(t.response_ids) for t in rewarded]),
+        }
+        for trajectory, added in zip(rewarded, self._length_penalty(columns).tolist(), strict=True):
+            _add_reward(trajectory, "length", added)
+
+    def _write_greedy(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], groups: Sequence[Sequence[Trajectory]]) -> None:
+        """Notes the reward of the most likely answer to each prompt; without it, its group cannot be used."""
+        greedy = self.answer(prompts, [replace(p, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1) for p in params])
+        for (baseline,), group in zip(greedy, groups, strict=True):
+            self._shape_length(baseline)
+            for trajectory in group:
+                trajectory.greedy_reward = baseline.reward
+                if baseline.reward is None and trajectory.outcome == "ok":
+                    trajectory.outcome, trajectory.detail = "no_baseline", f"the greedy answer has no reward: {baseline.detail}"
 
     def _shape_length(self, trajectory: Trajectory) -> None:
         algorithm = self._config.algorithm
@@ -114,13 +154,13 @@ class DataCollector:
             trajectory.response_mask = [False] * len(trajectory.response_mask)
         if not algorithm.overlong_buffer_tokens or trajectory.reward is None:
             return
-        trajectory.scores["overlong"] = overlong_penalty(
+        added = overlong_penalty(
             len(trajectory.response_ids),
             max_tokens=self._config.sampling.max_tokens,
             buffer_tokens=algorithm.overlong_buffer_tokens,
             penalty=algorithm.overlong_penalty,
         )
-        trajectory.reward += trajectory.scores["overlong"]
+        _add_reward(trajectory, "overlong", added)
 
     def _trajectory(self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams, group: int) -> Trajectory:
         length = len(answer.token_ids)
@@ -135,6 +175,14 @@ class DataCollector:
             truncated=answer.finish_reason == "length",
             text=self._codec.answer_text(answer.token_ids, params.stop) if answer.text is None else answer.text,
         )
+
+
+def _add_reward(trajectory: Trajectory, name: str, value: float) -> None:
+    """Adds to a reward, as a reward function of weight 1 would."""
+    assert trajectory.reward is not None
+    trajectory.reward += value
+    trajectory.scores[name] = value
+    trajectory.parts.append((1.0, value))
 
 
 def as_prompt(prompt: PromptLike, index: int) -> Prompt:
@@ -158,14 +206,14 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, floa
     answers = [t for group in groups for t in group]
     rewarded = [t for t in answers if t.reward is not None]
     metrics = {
-        "reward": _mean([t.reward for t in rewarded if t.reward is not None]),
+        **({"reward": _mean([t.reward for t in rewarded if t.reward is not None])} if rewarded else {}),
         "response_tokens": _mean([len(t.response_ids) for t in answers]),
         "prompt_tokens": _mean([len(t.prompt_ids) for t in answers]),
         "tokens": float(sum(len(t.prompt_ids) + len(t.response_ids) for t in answers)),
         "truncated_share": _mean([t.truncated for t in answers]),
-        "failed_share": 1 - len(rewarded) / len(answers),
+        "failed_share": _mean([t.outcome != "ok" for t in answers]),
     }
-    if any(len(g) > 1 for g in groups):  # a single answer has no siblings to differ from
+    if rewarded and any(len(g) > 1 for g in groups):  # a single answer has no siblings to differ from
         metrics["dead_groups_share"] = _mean([is_dead(g) for g in groups])
     for name in sorted({name for t in rewarded for name in t.scores}):
         key = name if name == "accuracy" else f"score/{name}"

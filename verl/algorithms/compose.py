@@ -15,9 +15,17 @@ from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
 from verl.algorithms.losses import POLICY_LOSSES
+from verl.algorithms.mismatch import mismatch, weight_monitors
+from verl.algorithms.probe import learns_from_zero_advantages, try_out
 from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.data.batch import Batch
 from verl.settings import AlgorithmConfig
+
+# Columns of ids, which no function reads.
+_IDS = ("prompt_ids", "response_ids", "teacher_top_ids")
+
+Columns = Mapping[str, Tensor]
+Monitors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Algorithm:
     Attributes:
         kl: None if KL is off.
         kl_in_reward: subtract it from the reward instead of adding it to the loss.
+        likelihood_coef: weight of the likelihood of answers with a reward above 0.
         reads: all columns that some chosen function reads.
     """
 
@@ -38,38 +47,58 @@ class Algorithm:
     kl: Bound | None
     kl_in_reward: bool
     entropy_coef: float
+    likelihood_coef: float
+    skip_zero_advantages: bool
     reads: frozenset[str]
 
     @classmethod
     def bind(cls, config: AlgorithmConfig) -> Algorithm:
-        """Looks every choice up and checks its options.
+        """Looks every choice up, checks its options, and calls each function once on small columns.
 
         Raises:
-            ValueError: an unknown function or option.
+            ValueError: an unknown function or option, an option out of its bounds, or choices that do not go together.
         """
         advantage = bind(config.advantage, ADVANTAGES, columns=COLUMNS)
         policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=COLUMNS)
         correction = bind(config.correction, CORRECTIONS, columns=COLUMNS)
+        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS)
+        aggregation = bind(config.aggregation, AGGREGATIONS, columns=COLUMNS)
         kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=COLUMNS)
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
+        try_out([*chosen, value_loss, aggregation])
+        reads = frozenset(column for bound in chosen for column in bound.columns)
+        _check_together(config, policy_loss, value_loss, reads)
         return cls(
             advantage,
             policy_loss,
-            bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS),
-            bind(config.aggregation, AGGREGATIONS, columns=COLUMNS),
+            value_loss,
+            aggregation,
             correction,
             kl,
             config.kl.where == "reward",
             config.entropy_coef,
-            frozenset(column for bound in chosen for column in bound.columns),
+            config.likelihood_coef,
+            config.skip_zero_advantages,
+            reads,
         )
 
-    def policy_objective(self, columns: Mapping[str, Tensor], entropy: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def corrects_in_update(self) -> bool:
+        """Whether the correction compares with the policy as it is in each update, not as it was before the first."""
+        return "logprobs" in self.correction.columns
+
+    @property
+    def needs_whole_minibatch(self) -> bool:
+        """Whether the policy loss has statistics over all rows of an update."""
+        return "minibatch_mask" in self.policy_loss.columns
+
+    def policy_objective(self, columns: Columns, entropy: Tensor, kl_coef: float) -> tuple[Tensor, Monitors]:
         """Loss of some rows and sums of monitors over their sampled tokens.
 
         Args:
             columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and `weights` (the
-                share of each token in the loss of the whole minibatch, so that losses of parts add up).
+                share of each token in the loss of the whole minibatch, so that losses of parts add up); with
+                `loss_gradients`, from `minibatch_gradients`, the policy loss is not called again.
             entropy: [b, T], with gradient if the entropy bonus is on.
             kl_coef: weight of the KL in the loss.
 
@@ -77,53 +106,107 @@ class Algorithm:
             A scalar, and scalars by name.
         """
         mask, columns = columns["mask"], _sampled_only(columns)
-        loss, monitors = self.policy_loss(columns)
-        if "correction_weights" in columns:
-            loss = loss * columns["correction_weights"]
-        monitors = {**monitors, "entropy": entropy.detach()}
+        logprobs, monitors = columns["logprobs"], {"entropy": entropy.detach()}
+        if "loss_gradients" in columns:
+            weighted = columns["weighted_losses"] + columns["loss_gradients"] * (logprobs - logprobs.detach())
+        else:
+            loss, own = self._policy_loss(columns)
+            weighted, monitors = loss * columns["weights"], own | monitors
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy
+            weighted = weighted - self.entropy_coef * entropy * columns["weights"]
+        if self.likelihood_coef:
+            weighted = weighted - self.likelihood_coef * logprobs * columns["likelihood_weights"]
         if self.kl and not self.kl_in_reward:
             kl = self.kl(columns)
-            loss = loss + kl_coef * kl
+            weighted = weighted + kl_coef * kl * columns["weights"]
             monitors["kl"] = kl.detach()
         if "rollout_logprobs" in columns:
-            monitors["kl_sampler"] = k3(columns["rollout_logprobs"], columns["logprobs"].detach())
-        return _weighted_sum(loss, columns["weights"], mask), {name: _masked_sum(m, mask) for name, m in monitors.items()}
+            monitors["kl_sampler"] = k3(columns["rollout_logprobs"], logprobs.detach())
+        return _masked_sum(weighted, mask), _masked_sums(monitors, mask)
 
-    def value_objective(self, columns: Mapping[str, Tensor], vf_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the critic on some rows and sums of monitors, from columns [b, T] with `new_values` and `weights`."""
+    def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
+        """The policy loss of all rows of an update, for a loss whose statistics are over all of them.
+
+        The gradient with respect to the logprobs is all that the backward pass of a part needs (gradient caching,
+        https://arxiv.org/abs/2101.06983), so the update is the same for every split.
+
+        Args:
+            columns: as for `policy_objective`, of the whole minibatch.
+
+        Returns:
+            Gradients of the weighted loss [B, T], the weighted losses [B, T], both constant and 0 at masked positions, and sums of
+            monitors.
+        """
+        mask, columns = columns["mask"], _sampled_only(columns)
+        leaf = columns["logprobs"].detach().requires_grad_()
+        with torch.enable_grad():
+            loss, monitors = self._policy_loss({**columns, "logprobs": leaf})
+            weighted = torch.where(mask, loss * columns["weights"], 0)
+            # A loss without any pair or eligible token may not depend on the policy at all.
+            (gradients,) = torch.autograd.grad(weighted.sum() + 0 * leaf.sum(), leaf)
+        return gradients, weighted.detach(), _masked_sums(monitors, mask)
+
+    def value_objective(self, columns: Columns, vf_coef: float) -> tuple[Tensor, Monitors]:
+        """Loss of the critic on some rows and sums of monitors over their sampled tokens.
+
+        Args:
+            columns: [b, T] each, with `new_values` (or `prm_logprobs`) with gradient, `mask`, `weights` and `row_weights` [b].
+            vf_coef: weight of the loss.
+        """
         mask, columns = columns["mask"], _sampled_only(columns)
         loss, monitors = self.value_loss(columns)
-        return vf_coef * _weighted_sum(loss, columns["weights"], mask), {name: _masked_sum(m, mask) for name, m in monitors.items()}
+        if loss.ndim == 1:
+            tokens = mask.sum(1)
+            return vf_coef * (loss * columns["row_weights"]).sum(), {name: (m.float() * tokens).sum() for name, m in monitors.items()}
+        return vf_coef * _masked_sum(loss * columns["weights"], mask), _masked_sums(monitors, mask)
+
+    def _policy_loss(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Monitors]:
+        """Loss per token with the correction's weights, and monitors."""
+        columns = {**columns, "minibatch_mask": columns["mask"]}
+        if self.corrects_in_update:
+            with torch.no_grad():
+                columns["old_logprobs"], weights = self.correction({**columns, "logprobs": columns["logprobs"].detach()})
+            if weights is not None:
+                columns["correction_weights"] = weights
+        loss, monitors = self.policy_loss(columns)
+        if "correction_weights" not in columns:
+            return loss, monitors
+        return loss * columns["correction_weights"], monitors
 
 
-def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float) -> dict[str, float]:
+def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0) -> dict[str, float]:
     """Adds the columns that the losses read (old_logprobs, advantages, returns, ...) to a rewarded batch.
 
     Args:
-        batch: with `rewards` and whatever the chosen functions read.
+        batch: with whatever the chosen functions read.
         algorithm: the choices.
         kl_coef: weight of the KL in the reward.
+        version: of the policy that is about to learn.
+        seed: of the run, for `noise`.
 
     Returns:
-        Metrics: kl (if it is in the reward), explained_variance (if there is a critic).
+        Metrics: kl (if it is in the reward), explained_variance (if there is a critic), mismatch/* (if the trainer's logprobs
+        are there beside the sampler's), correction/* (if the correction has weights).
     """
     mask = batch["mask"]
-    metrics: dict[str, float] = {}
-    columns = {name: batch[name] for name in batch.names if name not in ("prompt_ids", "response_ids")}
-    columns["old_logprobs"], weights = algorithm.correction(columns)
-    batch.write("old_logprobs", columns["old_logprobs"])
-    if weights is not None:
-        batch.write("correction_weights", weights)
-    rewards, token_rewards = batch["rewards"].float(), at_last_sampled_token(batch["rewards"], mask)
+    if "staleness" in algorithm.reads:
+        batch.write("staleness", (version - batch["versions"]).clamp(min=0))
+    if "noise" in algorithm.reads:
+        # The generator takes 32 bits: runs of neighbouring seeds meet only after a million steps.
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + version) % 2**32)
+        batch.write("noise", torch.rand(mask.shape, generator=generator))
+    columns = {name: batch[name] for name in batch.names if name not in _IDS}
+    metrics = _write_correction(batch, columns, algorithm)
+    if "rewards" in columns:
+        columns["rewards"] = columns["rewards"].float()
+        columns["token_rewards"] = token_rewards(columns["rewards"], mask, columns.get("turn_rewards"))
     if algorithm.kl and algorithm.kl_in_reward:
-        kl = algorithm.kl({"logprobs": columns["old_logprobs"], "ref_logprobs": columns["ref_logprobs"]})
+        kl = algorithm.kl({**columns, "logprobs": columns["old_logprobs"]})
         penalties = kl_coef * torch.where(mask, kl, 0)
-        rewards, token_rewards = rewards - penalties.sum(1), token_rewards - penalties
+        # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the reward that it got.
+        columns["rewards"] = columns["rewards"] - penalties.sum(1)
+        columns["token_rewards"] = columns["token_rewards"] - penalties
         metrics["kl"] = float(masked_mean(kl, mask))
-    # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the reward that it got.
-    columns |= {"rewards": rewards, "token_rewards": token_rewards}
     result = algorithm.advantage(columns)
     advantages, returns = result if isinstance(result, tuple) else (result, None)
     if advantages.ndim == 1:
@@ -136,6 +219,13 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float) -> dict
     return metrics
 
 
+def token_rewards(rewards: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
+    """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last True of `mask` [B, T]."""
+    if turn_rewards is None:
+        return at_last_sampled_token(rewards, mask)
+    return turn_rewards + at_last_sampled_token(rewards - turn_rewards.sum(1), mask)
+
+
 def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """[B, T] with the reward [B] of each row at its last True of `mask` [B, T]; a row without any gets none."""
     last = torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1)
@@ -145,6 +235,41 @@ def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]) -> None:
+    if "prm_logprobs" in reads and ("prm_logprobs" not in value_loss.columns or "values" in reads):
+        raise ValueError(
+            f"need a loss of the process reward model for algorithm.advantage {config.advantage.name}, got algorithm.value_loss "
+            f"{value_loss.name}; set algorithm.value_loss=outcome_cross_entropy, and read `values` nowhere"
+        )
+    if "prm_logprobs" not in reads and "prm_logprobs" in value_loss.columns:
+        raise ValueError(f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime")
+    if {"minibatch_mask", "top_logprobs"} <= set(policy_loss.columns):
+        raise ValueError(f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone")
+    if config.skip_zero_advantages and learns_from_zero_advantages(policy_loss):
+        raise ValueError(
+            f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
+            "set skip_zero_advantages to false"
+        )
+
+
+def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algorithm) -> dict[str, float]:
+    """Adds old_logprobs and the correction's weights to both; returns what there is to say of sampler and trainer."""
+    metrics: dict[str, float] = {}
+    mask = columns["mask"]
+    if {"trainer_logprobs", "rollout_logprobs"} <= columns.keys():
+        monitors = mismatch(columns["trainer_logprobs"], columns["rollout_logprobs"], mask)
+        metrics |= {f"mismatch/{name}": float(value) for name, value in monitors.items()}
+    if algorithm.corrects_in_update:  # until then, what the sampler says
+        columns["old_logprobs"], weights = columns["rollout_logprobs"], None
+    else:
+        columns["old_logprobs"], weights = algorithm.correction(columns)
+    batch.write("old_logprobs", columns["old_logprobs"])
+    if weights is not None:
+        batch.write("correction_weights", weights)
+        metrics |= {f"correction/{name}": float(value) for name, value in weight_monitors(weights, mask).items()}
+    return metrics
+
+
 def _explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
     variance = returns.var(correction=0)
@@ -152,15 +277,21 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The columns with 0 at masked positions, as at padding: a NaN there would reach the gradient as 0 * NaN."""
+    """The columns over tokens with 0 at masked positions, as at padding: a NaN there would reach the gradient as 0 * NaN."""
     mask = columns["mask"]
-    return {n: torch.where(mask, c, 0) if c.shape == mask.shape and c.is_floating_point() else c for n, c in columns.items()}
 
+    def clean(column: Tensor) -> Tensor:
+        if not column.is_floating_point() or column.ndim < 2 or column.shape[:2] != mask.shape:
+            return column
+        return torch.where(mask.view(*mask.shape, *[1] * (column.ndim - 2)), column, 0)
 
-def _weighted_sum(loss: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    # Not a product alone: at masked positions the loss may be anything, and 0 * inf is no number.
-    return torch.where(mask, loss * weights, 0).sum()
+    return {name: clean(column) for name, column in columns.items()}
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    # Not a product: at masked positions a value may be anything, and 0 * inf is no number.
     return torch.where(mask, values.float(), 0).sum()
+
+
+def _masked_sums(monitors: Monitors, mask: Tensor) -> Monitors:
+    return {name: _masked_sum(values, mask) for name, values in monitors.items()}

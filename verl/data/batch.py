@@ -27,6 +27,9 @@ class Trajectory:
         text: the answer decoded, for rewards and people; never tokenized again.
         reward: weighted sum of the scores; None until rewarded.
         scores: value of each reward function, and `accuracy` where it has one.
+        turn_rewards: part of the reward that was given for each turn, in order; a turn is a run of sampled tokens.
+        parts: weight and value of each reward function, in the order of the settings; (0, 0) for one that does not apply.
+        greedy_reward: of the most likely answer to the same prompt, if an advantage reads it.
         outcome: "ok", or why there is no reward, e.g. "reward_timeout".
         detail: more about a bad outcome, for people.
     """
@@ -42,6 +45,9 @@ class Trajectory:
     text: str = ""
     reward: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    turn_rewards: list[float] = field(default_factory=list)
+    parts: list[tuple[float, float]] = field(default_factory=list)
+    greedy_reward: float | None = None
     outcome: str = "ok"
     detail: str = ""
 
@@ -72,9 +78,9 @@ class Ragged:
         return Ragged(torch.cat(picked) if picked else self.values[:0], self.lengths[rows])
 
     def padded(self, fill: float = 0) -> Tensor:
-        """[B, max(lengths)], right-padded with `fill`."""
+        """[B, max(lengths), ...], right-padded with `fill`."""
         present = present_mask(self.lengths)
-        out = self.values.new_full(present.shape, fill)
+        out = self.values.new_full((*present.shape, *self.values.shape[1:]), fill)
         out[present] = self.values
         return out
 
@@ -94,8 +100,9 @@ class Batch:
     """B rows with named columns: a tensor [B, ...] per row, or a `Ragged` over prompt or response tokens.
 
     Always there: `prompt_ids` and `response_ids` (Ragged int64), `mask` (Ragged bool over the response), `group_ids`,
-    `truncated`. From rewards: `rewards`. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers add
-    others (`ref_logprobs`, `values`, `advantages`, ...), all over the response, fp32.
+    `truncated`. From rewards: `rewards`, and `turn_rewards`, `reward_parts`, `reward_weights`, `greedy_rewards` where they
+    are. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers add others (`ref_logprobs`, `values`,
+    `advantages`, ...), all over the response, fp32.
     """
 
     def __init__(self, columns: dict[str, Tensor | Ragged]) -> None:
@@ -124,6 +131,14 @@ class Batch:
         logprobs = [t.rollout_logprobs for t in trajectories if t.rollout_logprobs is not None]
         if len(logprobs) == len(trajectories):
             columns["rollout_logprobs"] = Ragged.from_rows(logprobs, torch.float32)
+        if any(t.turn_rewards for t in trajectories):
+            columns["turn_rewards"] = Ragged.from_rows([at_turn_ends(t) for t in trajectories], torch.float32)
+        if len({len(t.parts) for t in trajectories}) == 1 and trajectories[0].parts:
+            parts = torch.tensor([t.parts for t in trajectories], dtype=torch.float32)
+            columns |= {"reward_weights": parts[..., 0], "reward_parts": parts[..., 1]}
+        greedy = [t.greedy_reward for t in trajectories if t.greedy_reward is not None]
+        if len(greedy) == len(trajectories):
+            columns["greedy_rewards"] = torch.tensor(greedy, dtype=torch.float32)
         return cls(columns)
 
     @staticmethod
@@ -172,14 +187,14 @@ class Batch:
         return column
 
     def write(self, name: str, values: Tensor) -> None:
-        """Adds or replaces a column: [B] per row, or [B, T] over the response, whose padding is dropped."""
+        """Adds or replaces a column: [B] per row, or [B, T, ...] over the response, whose padding is dropped."""
         if values.shape[0] != self.num_rows:
             raise ValueError(f"need {self.num_rows} rows for column {name!r}, got shape {tuple(values.shape)}")
         if values.ndim == 1:
             self._columns[name] = values
             return
         present = present_mask(self.response_lengths)
-        if values.shape != present.shape:
+        if values.shape[:2] != present.shape:
             raise ValueError(f"need shape {tuple(present.shape)} for column {name!r}, got {tuple(values.shape)}")
         self._columns[name] = Ragged(values[present], self.response_lengths)
 
@@ -198,6 +213,30 @@ class Batch:
         if name not in self._columns:
             raise KeyError(f"no column {name!r}; there are {sorted(self._columns)}")
         return self._columns[name]
+
+
+def turn_ends(trajectory: Trajectory) -> list[int]:
+    """Place of the last token of each turn; a turn is a run of sampled tokens."""
+    mask = trajectory.response_mask
+    return [i for i, sampled in enumerate(mask) if sampled and (i + 1 == len(mask) or not mask[i + 1])]
+
+
+def at_turn_ends(trajectory: Trajectory) -> list[float]:
+    """The reward of each turn at the last token of it, 0 at the other tokens of the response.
+
+    A trajectory that is masked as a whole has no turn that could learn from them.
+
+    Raises:
+        ValueError: more or fewer rewards than turns.
+    """
+    mask, ends = trajectory.response_mask, turn_ends(trajectory)
+    rewards = trajectory.turn_rewards or [0.0] * len(ends)
+    if ends and len(rewards) != len(ends):
+        raise ValueError(f"need a reward for each of {len(ends)} turns, got {len(rewards)}; give 0 to a turn without one")
+    placed = [0.0] * len(mask)
+    for end, reward in zip(ends, rewards, strict=False):
+        placed[end] = reward
+    return placed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from verl.data.batch import Batch, ModelInput
 from verl.engines.models import Backbone
 
-# One forward pass over some rows: a value per response token, [M] fp32.
+# One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]
 # The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of monitors over tokens.
 Objective = Callable[[Batch, ModelInput], tuple[Tensor, dict[str, Tensor]]]
@@ -32,7 +32,7 @@ class ForwardEngine(ABC):
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        """[B, T] fp32, `outputs` of every response token of the rows in the micro-batches, without gradient, 0 elsewhere."""
+        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without gradient, 0 elsewhere."""
 
 
 class TrainEngine(ForwardEngine):

@@ -62,7 +62,9 @@ class LocalForwardEngine(ForwardEngine):
             inputs = self._inputs(batch.select(rows))
             with self.model.ready():
                 values = outputs(inputs).cpu()
-            block = torch.zeros(len(rows), present.shape[1])
+            if values.ndim >= result.ndim:
+                result = result.new_zeros(*present.shape, *values.shape[1:])
+            block = result.new_zeros(len(rows), *result.shape[1:])
             block[present[list(rows)]] = values
             result[list(rows)] = block
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,20 @@ class Backbone(nn.Module):
         self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
+Reduce = Callable[..., tuple[Tensor, ...]]
+
+
+def at_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """[m] of [m, V], at the ids [m]."""
+    return log_probs.gather(1, targets[:, None]).squeeze(1)
+
+
+def entropies(log_probs: Tensor, *, with_grad: bool) -> Tensor:
+    """[m] of [m, V], nats."""
+    with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+
 class PolicyModel(Backbone):
     """A causal language model as a policy: hidden states, logits, logprobs."""
 
@@ -85,25 +99,40 @@ class PolicyModel(Backbone):
         logits = self.transformer.get_output_embeddings()(states).float()
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
-    def token_logprobs(self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Logprobs of the response tokens and entropies of their distributions, [M] fp32 each, at a temperature > 0.
+    def reduced(self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int) -> tuple[Tensor, ...]:
+        """What `reduce` makes of the distribution at the place of every response token, at a temperature > 0.
 
         The logits of `chunk` positions are in memory at a time; with more positions they are recomputed backward.
+
+        Args:
+            inputs: rows with M response tokens.
+            reduce: takes logprobs of the whole vocabulary [m, V], sampled ids [m] and the columns' parts [m, ...].
+            columns: [M, ...] for `reduce`.
+            temperature: logits are divided by it.
+            chunk: largest m.
+
+        Returns:
+            Each result of `reduce` for all M places.
         """
-        states = self.predictor_states(inputs)
+        rows = (self.predictor_states(inputs), inputs.targets, *columns)
 
-        def of_chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            log_probs = torch.log_softmax(self.logits(states) / temperature, -1)
-            with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-                entropy = -(log_probs.exp() * log_probs).sum(-1)
-            return log_probs.gather(1, targets[:, None]).squeeze(1), entropy
+        def of_chunk(states: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            return reduce(torch.log_softmax(self.logits(states) / temperature, -1), *others)
 
-        if len(states) <= chunk:
-            return of_chunk(states, inputs.targets)
-        parts = [
-            checkpoint(of_chunk, s, t, use_reentrant=False) for s, t in zip(states.split(chunk), inputs.targets.split(chunk), strict=True)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        if len(inputs.targets) <= chunk:
+            return of_chunk(*rows)
+        chunks = zip(*(row.split(chunk) for row in rows), strict=True)
+        parts = [checkpoint(of_chunk, *part, use_reentrant=False) for part in chunks]
+        return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+
+    def token_logprobs(self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Logprobs of the response tokens and entropies of their distributions, [M] fp32 each; see `reduced`."""
+
+        def of_sampled(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return at_targets(log_probs, targets), entropies(log_probs, with_grad=entropy_grad)
+
+        logprobs, entropy = self.reduced(inputs, of_sampled, temperature=temperature, chunk=chunk)
+        return logprobs, entropy
 
     @torch.no_grad()
     def check_forward(self) -> None:

@@ -1,8 +1,8 @@
-"""What each role does with its engine: the policy, the critic and the reference, over the rows of a plan."""
+"""What each role does with its engine: the policy, those that judge its tokens, and those that are only read, over the rows of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,9 @@ from verl.algorithms.compose import Algorithm
 from verl.data.batch import Batch, ModelInput, Ragged
 from verl.data.packing import Plan
 from verl.engines.base import ForwardEngine, Objective, TrainEngine
-from verl.engines.models import PolicyModel, ValueModel
+from verl.engines.models import PolicyModel, ValueModel, at_targets, entropies
+
+MicroBatches = Sequence[Sequence[int]]
 
 
 class Writer(Protocol):
@@ -49,7 +51,10 @@ class PolicyWorker:
         self._epochs = epochs
         self._chunk = chunk
         kl = algorithm.kl.columns if algorithm.kl and not algorithm.kl_in_reward else ()
-        self._reads = {*algorithm.policy_loss.columns, *kl, "correction_weights", "rollout_logprobs"} - {"logprobs"}
+        correction = algorithm.correction.columns if algorithm.corrects_in_update else ()
+        of_minibatch = ("correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
+        self._reads = {*algorithm.policy_loss.columns, *kl, *correction, *of_minibatch, "rollout_logprobs"} - {"logprobs"}
+        self._reads_top = "top_logprobs" in algorithm.policy_loss.columns
 
     @property
     def model(self) -> PolicyModel:
@@ -58,24 +63,59 @@ class PolicyWorker:
         return self.engine.model
 
     def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `trainer_logprobs`: under the weights as they are now."""
-        batch.write("trainer_logprobs", policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk))
+        """Adds `trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are now."""
+        squares = "sum_squared_probs" in self._algorithm.reads
+
+        def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            columns = [at_targets(log_probs, targets), *([log_probs.mul(2).exp().sum(-1)] if squares else [])]
+            return (torch.stack(columns, 1),)
+
+        written = self.engine.infer(batch, plan_rows(plan), lambda inputs: self._reduced(inputs, outputs)[0])
+        batch.write("trainer_logprobs", written[..., 0])
+        if squares:
+            batch.write("sum_squared_probs", written[..., 1])
 
     def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
         """Minimises the policy loss; the metrics are means over sampled tokens and over updates."""
+        algorithm = self._algorithm
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropy = self.model.token_logprobs(
-                inputs, temperature=self._temperature, chunk=self._chunk, entropy_grad=self._algorithm.entropy_coef != 0
-            )
+            top_ids = [rows.ragged("teacher_top_ids").values.to(self.model.device)] if self._reads_top else []
+            logprobs, entropy, *top = self._reduced(inputs, self._outputs, *top_ids)
             columns = _columns(rows, self._reads, logprobs.device) | {"logprobs": _padded(logprobs, inputs)}
-            return self._algorithm.policy_objective(columns, _padded(entropy, inputs), self.kl_coef)
+            if top:
+                columns["top_logprobs"] = _padded(top[0], inputs)
+            return algorithm.policy_objective(columns, _padded(entropy, inputs), self.kl_coef)
 
-        write_weights(batch, plan, self._algorithm)
-        updates = _run_updates(self.engine, batch, plan, objective, self._epochs)
-        metrics = _mean(updates)
+        write_weights(batch, plan, algorithm)
+        plan, skipped = _with_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
+        before = self._write_gradients if algorithm.needs_whole_minibatch else None
+        updates = _run_updates(self.engine, batch, plan, objective, self._epochs, before)
         # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
-        return metrics | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]}
+        return _mean(updates) | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]} | skipped
+
+    def _reduced(self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> tuple[Tensor, ...]:
+        return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
+
+    def _outputs(self, log_probs: Tensor, targets: Tensor, *top_ids: Tensor) -> tuple[Tensor, ...]:
+        entropy = entropies(log_probs, with_grad=self._algorithm.entropy_coef != 0)
+        return (at_targets(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
+
+    def _write_gradients(self, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
+        """Adds the gradients of a loss over the whole minibatch, from logprobs under the weights as they are now."""
+
+        def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            return (at_targets(log_probs, targets),)
+
+        current = self.engine.infer(batch, micro_batches, lambda inputs: self._reduced(inputs, outputs)[0])
+        rows = sorted(row for micro in micro_batches for row in micro)
+        columns = _columns(batch, self._reads - {"loss_gradients", "weighted_losses"}, current.device) | {"logprobs": current}
+        gradients, losses, monitors = self._algorithm.minibatch_gradients({name: column[rows] for name, column in columns.items()})
+        for name, values in (("loss_gradients", gradients), ("weighted_losses", losses)):
+            column = torch.zeros_like(current)
+            column[rows] = values
+            batch.write(name, column)
+        return {name: float(value) for name, value in monitors.items()}
 
 
 class CriticWorker:
@@ -111,6 +151,35 @@ class CriticWorker:
         return {f"critic/{name}": value for name, value in metrics.items()}
 
 
+class ProcessRewardWorker:
+    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes."""
+
+    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, epochs: int, chunk: int) -> None:
+        self.engine = engine
+        self._algorithm = algorithm
+        self._epochs = epochs
+        self._chunk = chunk
+        self._reads = {*algorithm.value_loss.columns} - {"prm_logprobs"}
+
+    def write(self, batch: Batch, plan: Plan) -> None:
+        """Adds `prm_logprobs`."""
+        batch.write("prm_logprobs", policy_logprobs(self.engine, batch, plan, temperature=1.0, chunk=self._chunk))
+
+    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+        """Minimises the loss of the outcomes; metrics are prefixed `critic/`."""
+        model = self.engine.model
+        assert isinstance(model, PolicyModel)
+
+        def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs = _padded(model.token_logprobs(inputs, temperature=1.0, chunk=self._chunk)[0], inputs)
+            columns = _columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
+            return self._algorithm.value_objective(columns, 1.0)
+
+        write_weights(batch, plan, self._algorithm)
+        metrics = _mean(_run_updates(self.engine, batch, plan, objective, self._epochs))
+        return {f"critic/{name}": value for name, value in metrics.items()}
+
+
 class ReferenceWorker:
     """The policy that must not be left: writes `ref_logprobs`; never trained."""
 
@@ -122,6 +191,35 @@ class ReferenceWorker:
     def write(self, batch: Batch, plan: Plan) -> None:
         """Adds `ref_logprobs`."""
         batch.write("ref_logprobs", policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk))
+
+
+class TeacherWorker:
+    """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never trained."""
+
+    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
+        self.engine = engine
+        self._temperature = temperature or 1.0
+        self._chunk = chunk
+        self._top_k = top_k
+
+    def write(self, batch: Batch, plan: Plan) -> None:
+        """Adds `teacher_logprobs`, and its `teacher_top_logprobs` and `teacher_top_ids`."""
+        model, k = self.engine.model, self._top_k
+        assert isinstance(model, PolicyModel)
+
+        def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            top, ids = log_probs.topk(k, -1)
+            # One tensor: fp32 holds every id below 2^24 exactly, more than any vocabulary has.
+            return (torch.cat([at_targets(log_probs, targets)[:, None], top, ids.float()], 1),)
+
+        written = self.engine.infer(
+            batch,
+            plan_rows(plan),
+            lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[0],
+        )
+        batch.write("teacher_logprobs", written[..., 0])
+        batch.write("teacher_top_logprobs", written[..., 1 : k + 1])
+        batch.write("teacher_top_ids", written[..., k + 1 :].long())
 
 
 def policy_logprobs(engine: ForwardEngine, batch: Batch, plan: Plan, *, temperature: float, chunk: int) -> Tensor:
@@ -137,24 +235,63 @@ def plan_rows(plan: Plan) -> list[list[int]]:
 
 
 def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
-    """Adds `weights`: the share of each token in the loss of its minibatch, whatever the micro-batches are."""
+    """Adds what each token and row counts in the loss of its minibatch, whatever the micro-batches are.
+
+    `weights` [B, T] of the aggregation, `row_weights` [B] of the mean over rows, and `likelihood_weights` [B, T] of the
+    aggregation over the answers with a reward above 0, if the likelihood counts.
+    """
     mask = batch["mask"]
-    weights = torch.zeros(mask.shape)
+    weights, of_likelihood, of_rows = torch.zeros(mask.shape), torch.zeros(mask.shape), torch.zeros(batch.num_rows)
     for minibatch in plan.minibatches:
         rows = [row for micro in minibatch[0] for row in micro]
         weights[rows] = algorithm.aggregation({"mask": mask[rows]})
+        of_rows[rows] = mask[rows].any(1) / mask[rows].any(1).sum().clamp(min=1)
+        if algorithm.likelihood_coef:
+            of_likelihood[rows] = algorithm.aggregation({"mask": mask[rows] & (batch["rewards"][rows] > 0)[:, None]})
     batch.write("weights", weights)
+    batch.write("row_weights", of_rows)
+    if algorithm.likelihood_coef:
+        batch.write("likelihood_weights", of_likelihood)
 
 
-def _run_updates(engine: TrainEngine, batch: Batch, plan: Plan, objective: Objective, epochs: int) -> list[dict[str, float]]:
-    """Every update of a step; sums of monitors become means over the sampled tokens of their minibatch."""
+def _with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
+    """The plan without the rows whose advantages are all 0, whose gradient is 0, and their share.
+
+    Of a minibatch of such rows alone the shortest stays: the optimizer must see its gradient of 0.
+    """
+    alive = (batch["advantages"] != 0).any(1).tolist()
+    lengths = batch.num_tokens.tolist()
+
+    def kept(micro_batches: MicroBatches) -> list[list[int]]:
+        rows = [row for micro in micro_batches for row in micro]
+        shortest = min(rows, key=lambda row: lengths[row])
+        stays = {row for row in rows if alive[row]} or {shortest}
+        return [[row for row in micro if row in stays] for micro in micro_batches]
+
+    short = Plan([[kept(micro_batches) for micro_batches in minibatch] for minibatch in plan.minibatches])
+    return short, {"skipped_rows_share": 1 - sum(map(len, plan_rows(short))) / batch.num_rows}
+
+
+def _run_updates(
+    engine: TrainEngine,
+    batch: Batch,
+    plan: Plan,
+    objective: Objective,
+    epochs: int,
+    before: Callable[[Batch, MicroBatches], dict[str, float]] | None = None,
+) -> list[dict[str, float]]:
+    """Every update of a step; sums of monitors become means over the sampled tokens of their minibatch.
+
+    `before` each update may add columns to the batch, and returns sums of monitors.
+    """
     tokens = batch["mask"].sum(1)
     results = []
     for _ in range(epochs):
         for minibatch in plan.minibatches:
             micro_batches = minibatch[0]
             count = max(1, int(tokens[[row for micro in micro_batches for row in micro]].sum()))
-            update = engine.update(batch, micro_batches, objective)
+            sums = before(batch, micro_batches) if before else {}
+            update = sums | engine.update(batch, micro_batches, objective)
             own = ("loss", "grad_norm", "lr", "skipped_updates")
             results.append({name: value if name in own else value / count for name, value in update.items()})
     return results
@@ -174,9 +311,9 @@ def _mean_of(values: list[float]) -> float:
 
 def _columns(batch: Batch, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
     """The named columns that the batch has, with mask and weights, padded, on the device."""
-    return {name: batch[name].to(device) for name in (*names, "mask", "weights") if name in batch}
+    return {name: batch[name].to(device) for name in (*names, "mask", "weights", "row_weights") if name in batch}
 
 
 def _padded(values: Tensor, inputs: ModelInput) -> Tensor:
-    """[b, T] from [M] response tokens; keeps the gradient."""
+    """[b, T, ...] from [M, ...] response tokens; keeps the gradient."""
     return Ragged(values, inputs.response_lengths.to(values.device)).padded()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, SupportsFloat
 
-from verl.data.batch import Trajectory
+from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import Call, CallPool, Failure
 from verl.rewards.tasks import exact, position_share, prefix_share
 from verl.settings import RewardsConfig
@@ -39,7 +39,8 @@ _NOT_ALONE = _NOT_FIRST | {"prompt"}
 _MISSING: Final = object()
 
 Form = Literal["answer", "trajectory", "batched"]
-Score = dict[str, float]
+# Numbers by name; `turn_rewards` alone is a list of them.
+Score = dict[str, Any]
 
 
 class RewardFunction:
@@ -55,7 +56,8 @@ class RewardFunction:
             lists over the rows; so do `answer` and `completion_ids` (token ids). It returns one value per row; None
             says that the function does not apply to that row, and adds nothing there.
 
-    A value is a number, or a mapping with `reward` and further named scores, such as `accuracy`.
+    A value is a number, or a mapping with `reward` and further named scores, such as `accuracy`. Its `turn_rewards`, a
+    number for each turn of the trajectory, are added to the reward, and each is credited to the end of its turn.
 
     Args:
         function: the function.
@@ -198,12 +200,21 @@ class RewardFunctions:
     def _write(self, trajectory: Trajectory, results: Mapping[str, Score | Failure | None]) -> None:
         scored = {name: result for name, result in results.items() if isinstance(result, dict)}
         failures = {name: result for name, result in results.items() if isinstance(result, Failure)}
+        turns = {name: score.pop("turn_rewards") for name, score in scored.items() if "turn_rewards" in score}
+        failures |= _wrong_turns(trajectory, turns)
+        for name, values in turns.items():
+            scored[name]["reward"] += sum(values)
         reward = sum(self._functions[name].weight * score["reward"] for name, score in scored.items())
         if not scored and not failures:
             failures = {", ".join(results): Failure("reward_not_applicable", "no function applies to this prompt")}
         elif not math.isfinite(reward):
             failures = failures or {", ".join(results): Failure("reward_not_finite", f"the weighted sum is {reward}")}
         trajectory.scores.update(_named_scores(scored))
+        # In the order of the functions, whichever apply: the parts of siblings are compared one by one.
+        weights = {name: function.weight for name, function in self._functions.items()}
+        weighted = [[weights[name] * value for value in values] for name, values in turns.items() if not failures]
+        trajectory.turn_rewards = [sum(of_turn) for of_turn in zip(*weighted, strict=True)]
+        trajectory.parts = [(weights[name], scored[name]["reward"]) if name in scored else (0.0, 0.0) for name in weights]
         trajectory.reward = None if failures else reward
         for name, failure in list(failures.items())[:1]:
             trajectory.outcome, trajectory.detail = failure.outcome, f"{name}: {failure.detail}"
@@ -388,8 +399,14 @@ def _score(value: Any) -> Score | Failure:
     named = value if isinstance(value, Mapping) else {"reward": value}
     if "reward" not in named:
         return Failure("reward_wrong_type", f"need a number or a mapping with 'reward', got a mapping with {sorted(map(str, named))}")
-    score = {}
+    score: Score = {}
     for name, entry in named.items():
+        if name == "turn_rewards":
+            numbers = [_number(value) for value in entry] if isinstance(entry, list | tuple) else [None]
+            if any(number is None or not math.isfinite(number) for number in numbers):
+                return Failure("reward_wrong_type", f"need a list of finite numbers for 'turn_rewards', got {entry}")
+            score[name] = numbers
+            continue
         number = _number(entry)
         if number is None:
             hint = "; it did not return a value" if entry is None else ""
@@ -407,6 +424,16 @@ def _number(value: Any) -> float | None:
         return float(value) if isinstance(value, SupportsFloat) else None
     except Exception:  # User code or a tensor of several numbers: the caller records it as a wrong type.
         return None
+
+
+def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> dict[str, Failure]:
+    """A failure for each function whose turn rewards are not one per turn."""
+    count = len(turn_ends(trajectory)) if turns else 0
+    return {
+        name: Failure("reward_wrong_count", f"need a turn reward for each of {count} turns, got {len(values)}")
+        for name, values in turns.items()
+        if len(values) != count
+    }
 
 
 def _named_scores(scored: Mapping[str, Score]) -> Score:

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from verl.agents.collector import Collected, DataCollector, PromptLike, as_prompt, collection_metrics
+from verl.algorithms.binding import bind
 from verl.algorithms.compose import Algorithm, write_advantages
 from verl.algorithms.kl import adapted_coef, scheduled_coef
 from verl.config import make_trainer_config
@@ -24,8 +25,9 @@ from verl.data.packing import Plan, balance
 from verl.data.tasks import TASKS
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.models import PolicyModel, load_language_model, value_model
-from verl.engines.workers import CriticWorker, PolicyWorker, ReferenceWorker
+from verl.engines.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.rewards.functions import RewardFunctions, build_rewards
+from verl.rewards.shaping import LENGTH_PENALTIES
 from verl.rollout.embedded import EmbeddedEngine
 from verl.rollout.text import TextWorkerEngine
 from verl.settings import CriticConfig, KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
@@ -36,6 +38,7 @@ from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
 
 RewardFn = Callable[..., Any]
+_REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
 T = TypeVar("T")
 
 
@@ -94,7 +97,7 @@ class Trainer(BaseTrainer):
         rows, self.last = data.rows, data.trajectories
         for write in self.writers:
             write(rows)
-        metrics = data.metrics | write_advantages(rows, self.algorithm, self.policy.kl_coef)
+        metrics = data.metrics | write_advantages(rows, self.algorithm, self.policy.kl_coef, version=self.version, seed=self.config.seed)
         for learn in self.learners:
             metrics |= learn(rows)
         self.version += 1
@@ -107,10 +110,17 @@ class Trainer(BaseTrainer):
     @property
     def writers(self) -> list[Callable[[Batch], None]]:
         """Those whose column a chosen function reads."""
-        config, reads = self.config, self.algorithm.reads
-        policy = [self._planned("trainer_logprobs", self.policy.write, config.policy)] if "trainer_logprobs" in reads else []
-        reference = [self._planned("ref_logprobs", self.reference.write, config.policy)] if self.reference else []
-        return policy + reference + ([self._planned("values", self.critic.write, config.critic)] if self.critic else [])
+        policy, critic = self.config.policy, self.config.critic
+        own = {"trainer_logprobs", "sum_squared_probs"} & self.algorithm.reads
+        writers = [self._planned("trainer_logprobs", self.policy.write, policy)] if own else []
+        if self.reference:
+            writers.append(self._planned("ref_logprobs", self.reference.write, policy))
+        if self.teacher:
+            writers.append(self._planned("teacher_logprobs", self.teacher.write, policy))
+        if self.critic:
+            name = "values" if isinstance(self.critic, CriticWorker) else "prm_logprobs"
+            writers.append(self._planned(name, self.critic.write, critic))
+        return writers
 
     @property
     def learners(self) -> list[Callable[[Batch], Metrics]]:
@@ -123,15 +133,26 @@ class Trainer(BaseTrainer):
     @cached_property
     def collector(self) -> DataCollector:
         """Turns prompts into rewarded groups."""
-        return DataCollector(self.rollout, self.codec, self.rewards, self.config, clock=self.clock)
+        penalty = self.config.algorithm.length_penalty
+        return DataCollector(
+            self.rollout,
+            self.codec,
+            self.rewards,
+            self.config,
+            greedy_baseline="greedy_rewards" in self.algorithm.reads,
+            length_penalty=None if penalty.name == "off" else bind(penalty, LENGTH_PENALTIES),
+            clock=self.clock,
+        )
 
     @cached_property
-    def rewards(self) -> RewardFunctions:
-        """The reward functions: those given, those configured, or the task's own."""
+    def rewards(self) -> RewardFunctions | None:
+        """The reward functions: those given, those configured, or the task's own; None if there are none, and nothing reads a reward."""
         config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
         task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
         if self._reward_fn is None and not config.functions and task:
             config = config.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
+        if self._reward_fn is None and not config.functions and not self.algorithm.reads & _REWARD_COLUMNS:
+            return None
         return build_rewards(config, self._reward_fn)
 
     def load_train_data(self) -> LoadReport:
@@ -213,25 +234,44 @@ class Trainer(BaseTrainer):
         self.policy = PolicyWorker(self.policy_engine, algorithm, temperature=temperature, epochs=config.algorithm.epochs, chunk=chunk)
         self.policy.kl_coef = first_kl_coef(config)
         self.reference: ReferenceWorker | None = None
-        self.critic: CriticWorker | None = None
+        self.teacher: TeacherWorker | None = None
+        self.critic: CriticWorker | ProcessRewardWorker | None = None
         if "ref_logprobs" in algorithm.reads:
             self.reference = ReferenceWorker(self._frozen_engine(config.reference), temperature=temperature, chunk=chunk)
-        if "values" in algorithm.reads:
-            engine = self._critic_engine(config.critic, critic_model)
-            self.engines["critic"] = engine
-            self.critic = CriticWorker(engine, algorithm, vf_coef=config.critic.vf_coef, epochs=config.algorithm.epochs)
+        if {"teacher_logprobs", "teacher_top_logprobs"} & algorithm.reads:
+            engine = self._frozen_engine(config.teacher.path, need="teacher.path")
+            self.teacher = TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=config.teacher.top_k)
+        if {"values", "prm_logprobs"} & algorithm.reads:
+            self.critic = self._build_critic(config.critic, critic_model)
 
-    def _frozen_engine(self, path: str | None) -> LocalForwardEngine:
-        own = self.policy.model.transformer
-        transformer = load_language_model(path) if path else copy.deepcopy(own)
-        model = PolicyModel(transformer.requires_grad_(False), self.config.policy.precision)
-        return LocalForwardEngine(model, self.config.policy, device=self.device)
-
-    def _critic_engine(self, config: CriticConfig, given: PreTrainedModel | str | None) -> LocalEngine:
+    def _build_critic(self, config: CriticConfig, given: PreTrainedModel | str | None) -> CriticWorker | ProcessRewardWorker:
         source = given or config.path or copy.deepcopy(self.policy.model.transformer)
         if isinstance(source, str):
             source = load_language_model(source)
-        return LocalEngine(value_model(source.float(), config.precision), config, device=self.device, total_updates=self._total_updates())
+        epochs, is_prm = self.config.algorithm.epochs, "prm_logprobs" in self.algorithm.reads
+        model = PolicyModel(source.float(), config.precision) if is_prm else value_model(source.float(), config.precision)
+        engine = LocalEngine(model, config, device=self.device, total_updates=self._total_updates())
+        self.engines["critic"] = engine
+        if is_prm:
+            self._check_vocabulary(source, "critic.path")
+            return ProcessRewardWorker(engine, self.algorithm, epochs=epochs, chunk=config.logits_chunk_tokens)
+        return CriticWorker(engine, self.algorithm, vf_coef=config.vf_coef, epochs=epochs)
+
+    def _frozen_engine(self, path: str | None, *, need: str = "") -> LocalForwardEngine:
+        """A model that is only read; none given: a copy of the policy, unless a path is needed."""
+        if need and path is None:
+            raise ValueError(f"need {need}: a chosen function reads a column of that model; give its folder or hub name")
+        own = self.policy.model.transformer
+        transformer = load_language_model(path) if path else copy.deepcopy(own)
+        self._check_vocabulary(transformer, need or "reference")
+        model = PolicyModel(transformer.requires_grad_(False), self.config.policy.precision)
+        return LocalForwardEngine(model, self.config.policy, device=self.device)
+
+    def _check_vocabulary(self, other: PreTrainedModel, setting: str) -> None:
+        """Refuses a model for whom the policy's tokens mean something else, as far as sizes tell."""
+        sizes = [model.config.get_text_config().vocab_size for model in (self.policy.model.transformer, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"need the policy's vocabulary of {sizes[0]} tokens in {setting}, got {sizes[1]}; take a model of its family")
 
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
         if isinstance(given, BaseRolloutWorker):

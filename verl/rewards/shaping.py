@@ -1,0 +1,71 @@
+"""What the length of an answer adds to its reward, compared with its siblings; the overlong penalty needs none and is in `functions`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight lambda for right answers and weight min(0, lambda) for wrong ones, lambda = 1/2 - (n - n_min) / (n_max - n_min).
+
+    Kimi k1.5, https://arxiv.org/abs/2501.12599, section 2.3.3. Answers of one length all get 0. An answer is right if its
+    reward is above 0.
+
+    Args:
+        rewards: [n] float, of the siblings of one group.
+        num_tokens: [n] int, lengths of their answers.
+        weight: factor, unit of the rewards.
+
+    Returns:
+        [n], what to add to each reward, in [-weight / 2, weight / 2].
+
+    Raises:
+        ValueError: weight is negative.
+    """
+    _check_weight(weight)
+    lengths = num_tokens.to(rewards.dtype)
+    spread = lengths.max() - lengths.min()
+    if spread == 0:
+        return torch.zeros_like(rewards)
+    share = 0.5 - (lengths - lengths.min()) / spread
+    return weight * torch.where(rewards > 0, share, share.clamp(max=0))
+
+
+def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1) -> Tensor:
+    """-weight sigmoid((n - mean) / std) for right answers, with mean and deviation over the right answers of the group; 0 for wrong ones.
+
+    Training language models to reason efficiently, https://arxiv.org/abs/2502.04463, section 3. An answer is right if its
+    reward is above 0.
+
+    Args:
+        rewards: [n] float, of the siblings of one group.
+        num_tokens: [n] int, lengths of their answers.
+        weight: most that can be lost, unit of the rewards.
+
+    Returns:
+        [n], what to add to each reward, in [-weight, 0].
+
+    Raises:
+        ValueError: weight is negative.
+    """
+    _check_weight(weight)
+    right = rewards > 0
+    if not right.any():
+        return torch.zeros_like(rewards)
+    lengths = num_tokens.to(rewards.dtype)
+    own = lengths[right]
+    deviation = own.std(correction=0)
+    score = torch.zeros_like(lengths) if deviation == 0 else (lengths - own.mean()) / deviation
+    return torch.where(right, -weight * score.sigmoid(), 0)
+
+
+def _check_weight(weight: float) -> None:
+    if weight < 0:
+        raise ValueError(f"need weight >= 0, got {weight}; a negative one would reward length")
+
+
+# Each takes the rewards and lengths of one group; "off" stands for none.
+LENGTH_PENALTIES: dict[str, Callable[..., Tensor]] = {"kimi_length": kimi_length, "relative_length": relative_length}
