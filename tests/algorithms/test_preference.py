@@ -233,7 +233,7 @@ def test_a_row_without_a_token_teaches_the_process_reward_nothing():
     loss, monitors = outcome_cross_entropy(prm_logprobs, torch.ones(1, 2), torch.tensor([1.0]), torch.zeros(1, 2, dtype=torch.bool))
     loss.sum().backward()
     assert loss.item() == pytest.approx(math.log(2)) and monitors["prm_accuracy"].item() == 0
-    assert prm_logprobs.grad.tolist() == [[0.0, 0.0]]
+    assert prm_logprobs.grad.tolist() == [[0.0, 0.0]] and not any(monitor.requires_grad for monitor in monitors.values())
 
 
 def test_the_process_reward_refuses_what_does_not_fit():
@@ -249,6 +249,11 @@ def test_calibration_by_hand():
     scores = calibration(probabilities, labels, bins=2)
     assert scores["expected_calibration_error"] == pytest.approx((0.7 + 0.4) / 4)
     assert scores["brier_score"] == pytest.approx((0.01 + 0.64 + 0.09 + 0.01) / 4)
+
+
+def test_a_bin_ends_with_its_upper_bound():
+    scores = calibration(torch.tensor([0.5, 0.25]), torch.tensor([True, False]), bins=2)
+    assert scores["expected_calibration_error"] == pytest.approx(0.25 / 2)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]) | st.floats(0, 1), st.booleans()), min_size=1), st.integers(1, 15))

@@ -237,7 +237,7 @@ def loglinear(
     """
     check_same_shape(rollout_logprobs=rollout_logprobs, staleness=staleness)
     log_rho = sampled_log_ratio(logprobs, rollout_logprobs, mask)
-    steps = torch.where(mask, staleness, 0).to(log_rho.dtype)
+    steps = staleness.to(log_rho.dtype)
     log_weights = steps / (steps + 1) * log_rho
     return rollout_logprobs.detach() + log_weights, torch.where(mask, _truncated(log_weights, cap), 0.0)
 
