@@ -15,7 +15,7 @@ from verl.config import load_config
 from verl.data.batch import Batch
 from verl.data.packing import Plan
 from verl.engines.local import LocalEngine
-from verl.engines.workers import policy_logprobs
+from verl.engines.workers import TeacherWorker, policy_logprobs
 from verl.settings import OptimizerConfig, RoleConfig, TrainerConfig
 from verl.trainer.ppo import Trainer
 
@@ -88,6 +88,10 @@ def rows_to_learn() -> Batch:
     own = policy_logprobs(local_engine(), batch, one_update(list(range(6))), temperature=1.0, chunk=100)
     for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs"):
         batch.write(name, own + 0.3 * torch.randn(mask.shape, generator=generator))
+    batch.write("noise", torch.rand(mask.shape, generator=generator))
+    batch.write("rewards", torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.25]))
+    batch.write("group_ids", torch.tensor([0, 1, 0, 1, 2, 2]))
+    TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(batch, one_update(list(range(6))))
     return batch
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.functional import check_same_shape
+from verl.algorithms.preference import outcome_cross_entropy
 
 
 def value_clip(new_values: Tensor, values: Tensor, returns: Tensor, *, clip: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,4 +56,9 @@ def value_mse(new_values: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Te
     return 0.5 * (new_values - returns).square(), {}
 
 
-VALUE_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {"value_clip": value_clip, "value_mse": value_mse}
+# A loss [B] is one of whole rows, and is averaged over them; outcome_cross_entropy is that of an implicit process reward model.
+VALUE_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
+    "value_clip": value_clip,
+    "value_mse": value_mse,
+    "outcome_cross_entropy": outcome_cross_entropy,
+}
