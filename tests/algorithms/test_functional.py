@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import advantages as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.functional import check_same_shape, log_ratio, masked_mean, masked_whiten
+from verl.algorithms.functional import Siblings, check_same_rows, check_same_shape, log_ratio, masked_mean, masked_whiten
 
 
 def test_mean_is_over_sampled_tokens_and_ignores_garbage_elsewhere():
@@ -47,3 +47,22 @@ def test_log_ratio_is_clamped_where_exp_would_overflow():
 def test_columns_that_would_broadcast_are_refused_by_name():
     with pytest.raises(ValueError, match=r"advantages \(3,\)"):
         check_same_shape(logprobs=torch.zeros(3, 3), advantages=torch.zeros(3))
+
+
+def test_each_row_is_given_the_statistics_of_its_group():
+    siblings = Siblings.of(torch.tensor([5, -1, 5, 5]))
+    values = torch.tensor([1.0, 8.0, 2.0, 6.0])
+    assert siblings.sum(values).tolist() == [9.0, 8.0, 9.0, 9.0]
+    assert siblings.mean(torch.stack([values, -values], 1)).tolist() == [[3.0, -3.0], [8.0, -8.0], [3.0, -3.0], [3.0, -3.0]]
+    assert siblings.max(-values).tolist() == [-1.0, -8.0, -1.0, -1.0]
+    assert siblings.leave_one_out(values).tolist() == [-3.0, 0.0, -1.5, 4.5]
+
+
+def test_nothing_over_no_deviation_is_nothing():
+    siblings, values = Siblings.of(torch.tensor([0, 0, 1])), torch.tensor([0.1, 0.1, 7.0])
+    assert siblings.over_std(siblings.deviation(values), values, eps=0.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_columns_with_other_rows_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"rewards \(3,\), mask \(2, 4\)"):
+        check_same_rows(rewards=torch.zeros(3), mask=torch.zeros(2, 4))

@@ -1,4 +1,4 @@
-"""Credit of each trajectory or token, from rewards to advantages; placing the rewards is left to the trainer."""
+"""Credit of whole answers, compared with their siblings, and the table of all advantages; credit of tokens is in returns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from verl.algorithms.functional import check_same_shape, masked_whiten
+from verl.algorithms.functional import (
+    Siblings,
+    check_not_negative,
+    check_same_rows,
+    check_same_shape,
+    masked_whiten,
+    siblings_of,
+)
+from verl.algorithms.returns import gae, grpo_turns, optimal_token_baseline, prime, reinforce_pp, reverse_kl, vapo_gae
 
 
 def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
@@ -20,19 +28,20 @@ def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps:
         rewards: [B] float, one per trajectory, unit of the reward function.
         group_ids: [B] int, equal for the trajectories of one prompt, in any order.
         normalize_std: divide by the sample standard deviation (n - 1) of the group.
-        eps: added to that deviation, same unit as the rewards.
+        eps: added to that deviation, same unit as the rewards, at least 0.
 
     Returns:
         [B], dtype of the rewards, mean 0 within each group.
 
     Raises:
-        ValueError: shapes differ, or the rewards are not floating point.
+        ValueError: shapes differ, the rewards are not floating point, or eps is negative.
     """
-    deviation, group, sizes = _group_deviation(rewards, group_ids)
+    siblings = siblings_of(rewards, group_ids)
+    check_not_negative(eps=eps)
+    advantages = siblings.deviation(rewards)
     if normalize_std:
-        squares = torch.zeros_like(sizes).index_add(0, group, deviation.square())
-        deviation = deviation / ((squares / (sizes - 1).clamp(min=1)).sqrt() + eps)[group]
-    return deviation.to(rewards.dtype)
+        advantages = siblings.over_std(advantages, rewards, eps=eps)
+    return advantages.to(rewards.dtype)
 
 
 def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -50,67 +59,202 @@ def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
     Raises:
         ValueError: shapes differ, or the rewards are not floating point.
     """
-    deviation, group, sizes = _group_deviation(rewards, group_ids)
-    return (deviation * (sizes / (sizes - 1).clamp(min=1))[group]).to(rewards.dtype)
+    return siblings_of(rewards, group_ids).leave_one_out(rewards).to(rewards.dtype)
 
 
-def gae(
-    token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True
-) -> tuple[Tensor, Tensor]:
-    """A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t, over the sampled tokens alone.
+def opo(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    """Advantage over the mean reward per token, A_i = r_i - sum_j(l_j r_j) / sum_j(l_j), l the number of sampled tokens.
 
-    GAE, https://arxiv.org/abs/1506.02438, equation 16. Tokens that the environment wrote are no actions: they are stepped over
-    without discount, so t + 1 is the next sampled token. Behind the last one the value is 0.
+    OPO, https://arxiv.org/abs/2505.23585: the baseline of least variance if the squared norm of an answer's gradient grows with
+    its length. It assumes one update per batch with the policy that sampled. A trajectory without siblings gets 0, and so does a
+    group without sampled tokens.
 
     Args:
-        token_rewards: [B, T] float, not read at masked positions.
-        values: [B, T] float, unit of the rewards, not read at masked positions.
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
         mask: [B, T] bool, True where the policy sampled the token.
-        gamma: discount per sampled token, in [0, 1].
-        lam: decay of the multi-step errors, in [0, 1]; 1 is the whole return, 0 one step.
-        whiten: bring the advantages (never the returns) to mean 0 and deviation 1 over all sampled tokens of the batch.
 
     Returns:
-        advantages [B, T] and returns [B, T] (advantages before whitening + values), 0 at masked positions.
+        [B], dtype and unit of the rewards, mean 0 over the sampled tokens of each group.
 
     Raises:
-        ValueError: shapes differ, or gamma or lam is outside [0, 1].
+        ValueError: shapes differ, or the rewards are not floating point.
     """
-    check_same_shape(token_rewards=token_rewards, values=values, mask=mask)
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f"need gamma and lam in [0, 1], got gamma={gamma} and lam={lam}")
-    # Time first, so that each turn of the loop reads its positions from adjacent memory.
-    rewards_first, values_first, mask_first = (column.T.contiguous() for column in (token_rewards, values, mask))
-    advantages_first = torch.zeros_like(values_first)
-    advantage = next_value = values.new_zeros(values.shape[0])
-    for t in reversed(range(values.shape[1])):
-        sampled, value = mask_first[t], values_first[t]
-        delta = rewards_first[t] + gamma * next_value - value
-        advantage = torch.where(sampled, delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(sampled, value, next_value)
-        advantages_first[t] = advantage
-    advantages = torch.where(mask, advantages_first.T, 0.0)
-    returns = torch.where(mask, advantages + values, 0.0)
-    return (masked_whiten(advantages, mask) if whiten else advantages), returns
+    siblings = siblings_of(rewards, group_ids)
+    check_same_rows(rewards=rewards, mask=mask)
+    lengths = mask.sum(1).double()
+    tokens = siblings.sum(lengths)
+    # From deviations, so that equal rewards give exactly 0.
+    deviation = siblings.deviation(rewards)
+    baseline = siblings.sum(lengths * deviation) / tokens.clamp(min=1)
+    return torch.where(tokens > 0, deviation - baseline, 0.0).to(rewards.dtype)
 
 
-def _group_deviation(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """r_i - mean of its group [B], the group's number [B] int64, and the groups' sizes [G], both floats in fp64."""
-    if rewards.ndim != 1 or rewards.shape != group_ids.shape:
-        raise ValueError(
-            f"need one group id per reward, got rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}; "
-            "pass per-trajectory sums, not per-token rewards"
-        )
-    if not rewards.is_floating_point():
-        raise ValueError(f"need floating point rewards, got {rewards.dtype}; integers would round the advantages away")
-    # In fp64 the mean of equal fp32 rewards is that reward: a group without a winner gets exactly 0, not rounding noise
-    # divided by eps.
-    precise = rewards.double()
-    _, group, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    sizes = counts.double()
-    means = torch.zeros_like(sizes).index_add(0, group, precise) / sizes
-    return precise - means[group], group, sizes
+def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Distance to the group mean, scaled up by the groups that teach nothing, A_i = B / B' (r_i - mean(r)) / scale.
+
+    GPG, https://arxiv.org/abs/2504.02546: B rows, B' of them in groups whose rewards are not all equal, so that the
+    mean over the batch is one over the groups with a gradient. https://github.com/volcengine/verl counts as B' the rows with a
+    reward other than 0 instead. A trajectory without siblings gets 0 and does not count in B'.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        scale: what the paper calls F_norm, above 0, unit of the rewards.
+
+    Returns:
+        [B], dtype of the rewards, mean 0 within each group.
+
+    Raises:
+        ValueError: shapes differ, the rewards are not floating point, or scale is not above 0.
+    """
+    siblings = siblings_of(rewards, group_ids)
+    if not scale > 0:
+        raise ValueError(f"need scale above 0, got scale={scale}; 1 leaves the rewards as they are")
+    num_useful = (siblings.max(rewards) > -siblings.max(-rewards)).sum()
+    return (len(rewards) / num_useful.clamp(min=1) * siblings.deviation(rewards) / scale).to(rewards.dtype)
+
+
+def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Distance to the group mean in units of that mean, A_i = (r_i - mean(r)) / (mean(r) + eps): rare success counts more.
+
+    MaxRL, https://arxiv.org/abs/2602.02710. It is meant for rewards of 0 or more, where the mean is the rate of success: for
+    binary ones its expectation is the gradient of a truncated series of the log-likelihood of success. A group whose mean is 0
+    or below gets 0 as a whole, which is the paper's rule for groups without success; take another advantage for rewards that may
+    be negative, a KL penalty or a length penalty among them. A trajectory without siblings gets 0.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        eps: added to the mean, same unit as the rewards, at least 0.
+
+    Returns:
+        [B], dtype of the rewards, mean 0 within each group, at most n - 1 for rewards of 0 or more.
+
+    Raises:
+        ValueError: shapes differ, the rewards are not floating point, or eps is negative.
+    """
+    siblings = siblings_of(rewards, group_ids)
+    check_not_negative(eps=eps)
+    means = siblings.mean(rewards)
+    return torch.where(means > 0, siblings.deviation(rewards) / (means + eps), 0.0).to(rewards.dtype)
+
+
+def grpo_passk(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """Only the best of a group gets credit, A = (r_max - r_second) / (std(r) + eps): what the best of n loses without it.
+
+    Leave-one-out advantage of the best of n, https://arxiv.org/abs/2503.19595; the division is GRPO's. Two best ones make each
+    other superfluous: all get 0. A trajectory without siblings gets 0.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        normalize_std: divide by the sample standard deviation (n - 1) of the group.
+        eps: added to that deviation, same unit as the rewards, at least 0.
+
+    Returns:
+        [B], dtype of the rewards, at least 0, at most one other than 0 in each group: not centered.
+
+    Raises:
+        ValueError: shapes differ, the rewards are not floating point, or eps is negative.
+    """
+    siblings = siblings_of(rewards, group_ids)
+    check_not_negative(eps=eps)
+    best = rewards == siblings.max(rewards)
+    second = siblings.max(torch.where(best, -torch.inf, rewards))
+    wins = best & (siblings.sum(best) == 1) & (siblings.sizes > 1)
+    advantages = torch.where(wins, rewards - second, 0.0)
+    if normalize_std:
+        advantages = siblings.over_std(advantages, rewards, eps=eps)
+    return advantages.to(rewards.dtype)
+
+
+def gdpo(reward_parts: Tensor, reward_weights: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Sum over reward functions of weight times GRPO's advantage for that function alone, then normalized over the batch.
+
+    GDPO, https://arxiv.org/abs/2601.05242: A_ik = (r_ik - mean(r_k)) / (std(r_k) + eps) in the group, S_i = sum_k w_ik A_ik,
+    A_i = (S_i - mean(S)) / (std(S) + eps) over all trajectories of the batch, each counted once. https://github.com/volcengine/verl
+    counts each sampled token once instead, which makes long answers weigh more. KL in the reward is not seen here. A trajectory
+    without siblings has S = 0.
+
+    Args:
+        reward_parts: [B, K] float, value of each reward function before its weight.
+        reward_weights: [B, K] float, weight of each reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        eps: added to both deviations (n - 1), at least 0.
+
+    Returns:
+        [B], dtype of the parts, mean 0 and deviation 1 over the batch, mean 0 in groups with one weight per function.
+
+    Raises:
+        ValueError: shapes differ, or eps is negative.
+    """
+    check_same_shape(reward_parts=reward_parts, reward_weights=reward_weights)
+    check_same_rows(reward_parts=reward_parts, group_ids=group_ids)
+    check_not_negative(eps=eps)
+    siblings, batch = Siblings.of(group_ids), Siblings.of(torch.zeros_like(group_ids))
+    sums = (reward_weights * siblings.over_std(siblings.deviation(reward_parts), reward_parts, eps=eps)).sum(1)
+    return batch.over_std(batch.deviation(sums), sums, eps=eps).to(reward_parts.dtype)
+
+
+def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
+    """Advantage over the most likely answer, A_i = r_i - r(greedy answer to the same prompt).
+
+    ReMax, https://arxiv.org/abs/2310.10505, algorithm 1. One trajectory per prompt is enough: siblings are not compared. A KL
+    penalty in the reward is taken from r_i alone.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        greedy_rewards: [B] float, same unit.
+
+    Returns:
+        [B], dtype and unit of the rewards.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_same_shape(rewards=rewards, greedy_rewards=greedy_rewards)
+    return rewards - greedy_rewards
+
+
+def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
+    """Distance to the group mean, A_i = r_i - mean(r), at each sampled token, whitened over the sampled tokens of the batch.
+
+    REINFORCE++-baseline, https://arxiv.org/abs/2501.03262: the scale comes from the whole batch, not from the few siblings. A
+    trajectory without siblings enters with a distance of 0; the whitening moves it as all others.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        mask: [B, T] bool, True where the policy sampled the token.
+
+    Returns:
+        [B, T], dtype of the rewards, mean 0 and deviation 1 over the sampled tokens, 0 at masked positions.
+
+    Raises:
+        ValueError: shapes differ, or the rewards are not floating point.
+    """
+    siblings = siblings_of(rewards, group_ids)
+    check_same_rows(rewards=rewards, mask=mask)
+    return masked_whiten(siblings.deviation(rewards)[:, None].expand(mask.shape), mask).to(rewards.dtype)
 
 
 # Each returns [B] (spread over the row's sampled tokens by the caller), [B, T], or (advantages [B, T], returns [B, T]).
-ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {"grpo": grpo, "rloo": rloo, "gae": gae}
+ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
+    "grpo": grpo,
+    "rloo": rloo,
+    "opo": opo,
+    "gpg": gpg,
+    "maxrl": maxrl,
+    "grpo_passk": grpo_passk,
+    "gdpo": gdpo,
+    "remax": remax,
+    "gae": gae,
+    "vapo_gae": vapo_gae,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "optimal_token_baseline": optimal_token_baseline,
+    "grpo_turns": grpo_turns,
+    "prime": prime,
+    "reverse_kl": reverse_kl,
+}
