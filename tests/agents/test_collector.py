@@ -8,8 +8,11 @@ import pytest
 
 from tests.tiny import tiny_codec
 from verl.agents.collector import DataCollector, is_dead
+from verl.algorithms.binding import bind
 from verl.config import load_config
 from verl.rewards.functions import build_rewards
+from verl.rewards.shaping import LENGTH_PENALTIES
+from verl.settings import Choice
 from verl.utils.rollout import Completion, Prompt, RolloutEngine
 
 
@@ -154,3 +157,43 @@ def test_the_time_of_generation_and_of_rewards_is_taken_apart():
     taken = collecting._clock.take()
     assert taken.keys() == {"time/generate_s", "time/reward_s"}
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in taken.values())
+
+
+def collector_with(engine, *overrides, **parts):
+    config = load_config("grpo", ["sampling.max_tokens=8", *overrides])
+    return DataCollector(engine, tiny_codec(), build_rewards(config.rewards, number), config, **parts)
+
+
+def test_a_greedy_baseline_is_one_more_answer_per_prompt_that_is_not_trained_on():
+    engine = Scripted("1", "2", "3", "4", "7", "oops")
+    collected = collector_with(engine, greedy_baseline=True).collect(["a", "b"], samples=2)
+    assert collected.rows["rewards"].tolist() == [1, 2]
+    assert collected.rows["greedy_rewards"].tolist() == [7, 7]
+    (greedy,) = {(p.temperature, p.n) for p in engine.calls[1][1]}
+    assert greedy == (0.0, 1)
+    assert collected.metrics["outcome/no_baseline"] == 2  # the second greedy answer has no reward, so its group cannot be used
+
+
+def test_a_length_penalty_compares_the_answers_of_a_group():
+    penalty = bind(Choice(name="kimi_length"), LENGTH_PENALTIES)
+    collected = collector_with(Scripted("1", "100", "-5", "-500"), length_penalty=penalty).collect(["a"], samples=4)
+    # Lengths 2, 4, 3 and 5: lambda 1/2, -1/6, 1/6 and -1/2, and a wrong answer earns nothing by being short.
+    assert [t.scores["length"] for t in collected.trajectories] == pytest.approx([0.5, -1 / 6, 0, -0.5])
+    assert collected.rows["rewards"].tolist() == pytest.approx([1.5, 100 - 1 / 6, -5, -500.5])
+
+
+def test_each_reward_function_and_what_shapes_the_reward_are_parts_of_it():
+    overrides = ["algorithm.overlong_buffer_tokens=4", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: 0.5}]']
+    collected = collector_with(Scripted("1", "1234567"), *overrides).collect(["a"], samples=2)
+    assert collected.rows["reward_weights"].tolist() == [[0.5, 1, 1]] * 2
+    assert collected.rows["reward_parts"].tolist() == [[1, 1, 0], [7, 1234567, -1]]
+
+
+def long(prompt, response):
+    return len(response)
+
+
+def test_without_rewards_answers_are_kept_as_they_are():
+    collected = DataCollector(Scripted("1", "x"), tiny_codec(), None, load_config("grpo")).collect(["a"], samples=2)
+    assert "rewards" not in collected.rows and "reward" not in collected.metrics
+    assert (collected.rows.num_rows, collected.metrics["failed_share"]) == (2, 0)

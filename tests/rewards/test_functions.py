@@ -466,3 +466,32 @@ def test_an_overlong_buffer_of_nothing_punishes_nothing_and_one_too_long_is_refu
     assert overlong_penalty(100, max_tokens=100, buffer_tokens=0, penalty=1.0) == 0.0
     with pytest.raises(ValueError, match="buffer_tokens=101"):
         overlong_penalty(100, max_tokens=100, buffer_tokens=101, penalty=1.0)
+
+
+def two_turns(**changes):
+    """A trajectory of two turns with an answer of the environment between them."""
+    return Trajectory(Prompt("q"), [1], [2, 3, 4], [True, False, True], [-1.0] * 3, [0] * 3, 0, text="a", **changes)
+
+
+def test_rewards_of_turns_are_part_of_the_reward_and_weighted_like_it():
+    def by_turn(trajectory):
+        return {"reward": 1.0, "turn_rewards": [0.5, 0.25]}
+
+    def plain(trajectory):
+        return 3.0
+
+    functions = RewardFunctions([RewardFunction(by_turn, weight=2.0), RewardFunction(plain)], timeout_s=5, max_failed_share=1)
+    trajectory = two_turns()
+    functions.score([trajectory])
+    assert (trajectory.reward, trajectory.turn_rewards) == (6.5, [1.0, 0.5])
+    assert trajectory.scores == {"by_turn": 1.75, "plain": 3.0} and trajectory.parts == [(2.0, 1.75), (1.0, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"), [([1.0], "reward_wrong_count"), ([1.0, math.nan], "reward_wrong_type"), (0.5, "reward_wrong_type")]
+)
+def test_turn_rewards_that_are_not_a_number_for_each_turn_are_a_failure(values, outcome):
+    functions = RewardFunctions([RewardFunction(lambda t: {"reward": 1.0, "turn_rewards": values})], timeout_s=5, max_failed_share=1)
+    trajectory = two_turns()
+    functions.score([trajectory])
+    assert (trajectory.reward, trajectory.outcome, trajectory.turn_rewards) == (None, outcome, [])
