@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LETTERS = "abcdefgh"
+DIGITS = "0123456789"
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,30 @@ class Task:
         return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in drawn]
 
 
-def write_jsonl(task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0) -> int:
-    """Writes a split as a JSONL file, one row per line, and returns the number of rows."""
+def write_jsonl(task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0, pairs: bool = False) -> int:
+    """Writes a split as a JSONL file, one row per line, and returns the number of rows; with `pairs` as {prompt, chosen, rejected}."""
     rows = task.rows(split, seed)
+    if pairs:
+        rows = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": near_miss(r["answer"], key=r["prompt"])} for r in rows]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
+
+
+def near_miss(answer: str, *, key: str) -> str:
+    """A wrong answer that looks like the right one: one or two characters changed, two swapped, or one missing.
+
+    Args:
+        answer: the right one, with a digit or a letter from a to h in it.
+        key: fixes which of all; digits become other digits, and letters other letters.
+
+    Returns:
+        A text that is not empty and never the right answer.
+    """
+    uniform = random.Random(f"{key} near miss").random
+    wrong = answer
+    while wrong in ("", answer):
+        wrong = _MISSES[int(uniform() * len(_MISSES))](answer, uniform)
+    return wrong
 
 
 def _draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
@@ -97,6 +117,35 @@ def _continue_sequence(number: int) -> tuple[str, str]:
     answer = ",".join(str((second + step * i) % modulus) for i in range(1, count + 2))
     return f"{first},{second}:{modulus},{count + 1}", answer
 
+
+def _changed(answer: str, uniform: Callable[[], float]) -> str:
+    """One digit or letter replaced by another."""
+    places = [i for i, character in enumerate(answer) if character.isalnum()]
+    i = places[int(uniform() * len(places))]
+    others = (DIGITS if answer[i] in DIGITS else LETTERS).replace(answer[i], "")
+    return answer[:i] + others[int(uniform() * len(others))] + answer[i + 1 :]
+
+
+def _changed_twice(answer: str, uniform: Callable[[], float]) -> str:
+    return _changed(_changed(answer, uniform), uniform)
+
+
+def _swapped(answer: str, uniform: Callable[[], float]) -> str:
+    """Two neighbours among the digits and letters in each other's place; the answer itself if they are alike or it has no two."""
+    places = [i for i, character in enumerate(answer) if character.isalnum()]
+    if len(places) < 2:
+        return answer
+    first = int(uniform() * (len(places) - 1))
+    i, j = places[first : first + 2]
+    return answer[:i] + answer[j] + answer[i + 1 : j] + answer[i] + answer[j + 1 :]
+
+
+def _shortened(answer: str, uniform: Callable[[], float]) -> str:
+    i = int(uniform() * len(answer))
+    return answer[:i] + answer[i + 1 :]
+
+
+_MISSES = (_changed, _changed_twice, _swapped, _shortened)
 
 TASKS: dict[str, Task] = {
     task.name: task
