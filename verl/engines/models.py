@@ -1,17 +1,25 @@
-"""Hugging Face models in and out: the policy as hidden states and logits, the value model, and small models of our own."""
+"""Hugging Face models in and out: the policy as hidden states and logits, value and reward models, and small models of our own."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 from verl.data.batch import ModelInput
@@ -30,6 +38,8 @@ class Backbone(nn.Module):
         transformer: the Hugging Face model; its weights are fp32 and shared by everyone who holds this object.
         precision: arithmetic of the forward pass.
     """
+
+    _compared = "states"
 
     def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
         super().__init__()
@@ -72,6 +82,53 @@ class Backbone(nn.Module):
         kwargs = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), row_attention(self.transformer))}
         self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """Compares our forward pass with the model's own on a few tokens, and our windows with its configuration.
+
+        Raises:
+            ValueError: they differ, so the family does something that this forward pass does not know.
+        """
+        ids = torch.arange(4, 12, device=self.device)[None] % self.transformer.config.get_text_config().vocab_size
+        positions = torch.arange(ids.shape[1], device=self.device)[None]
+        # Eager is the family's definition; PyTorch's attention leaves out Gemma 2's cap.
+        with row_attention(self.transformer, "eager"):
+            own = self._own_outputs(ids, positions)[0].float()
+        packed = torch.cat([ids, ids], 1)
+        layout = RowLayout([ids.shape[1]] * 2, True, self.device)
+        try:
+            with row_attention(self.transformer):
+                ours = self._outputs(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
+        except (AttributeError, TypeError, ValueError) as error:  # its code does not expect to be called like this
+            raise self._not_by_rows(f"{type(error).__name__}: {error}") from error
+        difference = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
+        if not difference <= 1e-3 * max(1.0, float(own.abs().max())):
+            raise self._not_by_rows(f"its {self._compared} differ by {difference:.2g} from its own forward pass")
+        # The few tokens above are shorter than most windows.
+        if untold := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
+            raise self._not_by_rows(f"the attention of layer {untold[0]} is not told its window")
+
+    def _windowed_layers(self) -> list[int]:
+        """Layers that, as configured, do not see the whole row."""
+        config = self.transformer.config.get_text_config().to_dict()
+        if config.get("layer_types"):
+            return [layer for layer, kind in enumerate(config["layer_types"]) if kind != "full_attention"]
+        short = 0 < (config.get("sliding_window") or 0) < config["max_position_embeddings"]
+        return list(range(config["num_hidden_layers"])) if short else []
+
+    def _own_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """What the family's own forward pass makes of them, to be compared with `_outputs`."""
+        return self.transformer.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def _outputs(self, states: Tensor) -> Tensor:
+        return states.float()
+
+    def _not_by_rows(self, why: str) -> ValueError:
+        return ValueError(
+            f"model family {self.transformer.config.model_type!r} cannot be run by rows: {why}; "
+            "use a family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, Mistral or Gemma"
+        )
+
 
 Reduce = Callable[..., tuple[Tensor, ...]]
 
@@ -89,6 +146,8 @@ def entropies(log_probs: Tensor, *, with_grad: bool) -> Tensor:
 
 class PolicyModel(Backbone):
     """A causal language model as a policy: hidden states, logits, logprobs."""
+
+    _compared = "logits"
 
     def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
         super().__init__(transformer, precision)
@@ -134,45 +193,11 @@ class PolicyModel(Backbone):
         logprobs, entropy = self.reduced(inputs, of_sampled, temperature=temperature, chunk=chunk)
         return logprobs, entropy
 
-    @torch.no_grad()
-    def check_forward(self) -> None:
-        """Compares our forward pass with the model's own on a few tokens, and our windows with its configuration.
+    def _own_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
-        Raises:
-            ValueError: they differ, so the family does something that this forward pass does not know.
-        """
-        ids = torch.arange(4, 12, device=self.device)[None] % self.transformer.config.get_text_config().vocab_size
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
-        # Eager is the family's definition; PyTorch's attention leaves out Gemma 2's cap.
-        with row_attention(self.transformer, "eager"):
-            own = self.transformer(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-        packed = torch.cat([ids, ids], 1)
-        layout = RowLayout([ids.shape[1]] * 2, True, self.device)
-        try:
-            with row_attention(self.transformer):
-                ours = self.logits(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
-        except (AttributeError, TypeError, ValueError) as error:  # its code does not expect to be called like this
-            raise self._not_by_rows(f"{type(error).__name__}: {error}") from error
-        difference = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
-        if not difference <= 1e-3 * max(1.0, float(own.abs().max())):
-            raise self._not_by_rows(f"its logits differ by {difference:.2g} from its own forward pass")
-        # The few tokens above are shorter than most windows.
-        if untold := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
-            raise self._not_by_rows(f"the attention of layer {untold[0]} is not told its window")
-
-    def _windowed_layers(self) -> list[int]:
-        """Layers that, as configured, do not see the whole row."""
-        config = self.transformer.config.get_text_config().to_dict()
-        if config.get("layer_types"):
-            return [layer for layer, kind in enumerate(config["layer_types"]) if kind != "full_attention"]
-        short = 0 < (config.get("sliding_window") or 0) < config["max_position_embeddings"]
-        return list(range(config["num_hidden_layers"])) if short else []
-
-    def _not_by_rows(self, why: str) -> ValueError:
-        return ValueError(
-            f"model family {self.transformer.config.model_type!r} cannot be run by rows: {why}; "
-            "use a family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, Mistral or Gemma"
-        )
+    def _outputs(self, states: Tensor) -> Tensor:
+        return self.logits(states)
 
 
 class ValueModel(Backbone):
@@ -188,6 +213,20 @@ class ValueModel(Backbone):
     def token_values(self, inputs: ModelInput) -> Tensor:
         """[M] fp32, one value per response token."""
         return self.head(self.predictor_states(inputs)).squeeze(-1).float()
+
+
+class RewardModel(Backbone):
+    """A model of Transformers for sequence classification with one label: what an answer is worth, read at its last token.
+
+    An answer must be followed by one token of any kind: the last token of a row is not read, see `ModelInput`.
+    """
+
+    def token_scores(self, inputs: ModelInput) -> Tensor:
+        """[M] fp32: of each row up to the token before each response token."""
+        states = self.predictor_states(inputs)
+        # In fp32: the difference of two scores of 5 would have two digits in bf16.
+        with torch.autocast(states.device.type, enabled=False):
+            return self.transformer.get_submodule("score")(states.float()).squeeze(-1)
 
 
 @contextmanager
@@ -212,11 +251,71 @@ def load_language_model(path: str) -> PreTrainedModel:
         with _without_progress_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        # Hub names have at most one slash; whatever else is not there was meant as a folder.
-        if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-            cause = "there is no such folder"
-        raise ValueError(f"cannot load a causal language model from {path!r}: {cause}") from error
+        raise ValueError(f"cannot load a causal language model from {path!r}: {_cause(path, error)}") from error
+
+
+def _cause(path: str, error: Exception) -> str:
+    """Why nothing was loaded, in one line."""
+    # Hub names have at most one slash; whatever else is not there was meant as a folder.
+    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        return "there is no such folder"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
+    """A reward model in fp32 from a folder or hub name, without code from the folder.
+
+    Args:
+        path: of a model for sequence classification with one label and a head named `score`, or of a causal language model.
+        new_head: give a model without the weights of a head one of zeros, to be trained; else refuse it.
+
+    Raises:
+        ValueError: there is no such model, or it cannot score.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # It would report a missing head, which is dealt with here.
+    try:
+        with _without_progress_bars():
+            options = {"dtype": torch.float32, "num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, loading = AutoModelForSequenceClassification.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a reward model from {path!r}: {_cause(path, error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing, others = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]
+    if missing - {"score.weight"} or others or not isinstance(dict(model.named_modules()).get("score"), nn.Linear):
+        unfit = [*sorted(missing), *others]
+        raise ValueError(
+            f"need a model that scores by a linear head named score with one label, got {type(model).__name__} in {path!r}"
+            + (f", whose weights do not fit in {', '.join(unfit[:3])}" if unfit else "")
+        )
+    if missing and not new_head:
+        raise ValueError(
+            f"need a trained reward model, but the weights in {path!r} have no head (score.weight), so its scores would be random; "
+            f"train one with `verl reward-model policy.path={path}` and give the folder `model` of that run"
+        )
+    if missing:
+        nn.init.zeros_(model.score.weight)
+    return model
+
+
+def as_reward_model(source: PreTrainedModel) -> PreTrainedModel:
+    """A model for sequence classification as it is; one with a head of zeros on the transformer of a causal language model.
+
+    Raises:
+        ValueError: its family has no such model.
+    """
+    if isinstance(dict(source.named_modules()).get("score"), nn.Linear):
+        return source.float()
+    config = copy.deepcopy(source.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(config).float()
+    except ValueError as error:
+        raise ValueError(f"there is no reward model on the family {config.model_type!r}; take another one") from error
+    model.base_model.load_state_dict(source.base_model.state_dict())
+    nn.init.zeros_(model.score.weight)
+    return model
 
 
 def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:
@@ -241,12 +340,16 @@ def restore_weights(model: Backbone, folder: Path) -> None:
     Raises:
         ValueError: family, names or shapes differ, or there is no value head for a value model.
     """
-    own, saved = model.transformer.state_dict(), {}
+    own: dict[str, Tensor] = model.transformer.state_dict()
+    saved: dict[str, Tensor] = {}
     has_heads = not isinstance(model, ValueModel) or (folder / _VALUE_HEAD).exists()
     # Of another family Transformers would load what has the same name, and fill up with random weights.
     if has_heads and AutoConfig.from_pretrained(folder).model_type == model.transformer.config.model_type:
         with _without_progress_bars():
-            saved = type(model.transformer).from_pretrained(folder, dtype=torch.float32).state_dict()
+            kind: Any = type(model.transformer)
+            loaded, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        # A head that the folder lacks would come with random weights.
+        saved = {} if loading["missing_keys"] else loaded.state_dict()
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
         raise ValueError(f"the checkpoint in {folder} is of another model; start with `checkpoint.resume=never` or another output_dir")
     for name, tensor in own.items():

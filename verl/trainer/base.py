@@ -19,7 +19,7 @@ from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_
 from verl.engines.base import TrainEngine
 from verl.engines.checkpoint import CheckpointStore, load_state, only_run_in
 from verl.engines.local import LocalEngine
-from verl.engines.models import PolicyModel, load_language_model, save_model
+from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
 from verl.settings import RunConfig
 from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
@@ -29,7 +29,7 @@ from verl.utils.tracking import Clock, Tracker, check_sinks
 Metrics = dict[str, float]
 
 # What may change between a run and its continuation; everything else would make it another run.
-_MAY_CHANGE = ("steps", "output_dir", "evaluation", "checkpoint", "tracking")
+_MAY_CHANGE = ("steps", "output_dir", "evaluation", "eval_every_steps", "checkpoint", "tracking")
 
 
 class BaseTrainer(ABC):
@@ -57,11 +57,10 @@ class BaseTrainer(ABC):
         self.version = 0
         self.clock = Clock(partial(synchronize, self.device))
         self._console = console
-        transformer = self._transformer(actor_model)
-        path = config.policy.path or str(transformer.config.name_or_path)
+        model = self._model(actor_model)
+        path = config.policy.path or str(model.transformer.config.name_or_path)
         self.codec = codec or TextCodec.load(path, stop_ids=self._stop_ids(), system_prompt=config.data.system_prompt)
-        model = PolicyModel(transformer, config.policy.precision).to(self.device)
-        model.check_forward()
+        model.to(self.device).check_forward()
         self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=self._total_updates())
         self.engines: dict[str, TrainEngine] = {"policy": self.policy_engine}
         self.loader: PromptLoader | None = None
@@ -215,6 +214,10 @@ class BaseTrainer(ABC):
 
     def _frozen_settings(self) -> dict[str, Any]:
         return {k: v for k, v in self.config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
+
+    def _model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
+        """What learns, in fp32, from what was given or from `config.policy.path`."""
+        return PolicyModel(self._transformer(actor_model), self.config.policy.precision)
 
     def _transformer(self, actor_model: PreTrainedModel | str | None) -> PreTrainedModel:
         if isinstance(actor_model, str):
