@@ -1,15 +1,20 @@
-"""What every test shares: one thread, and no model hub."""
+"""What every test shares: one thread, no model hub, and properties that are tried on the same examples in every run."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from hypothesis import settings
 
 # Read by Hugging Face libraries at import; a test that reaches for the network fails at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small products on two threads cost more than on one, and their sums depend on the split.
 torch.set_num_threads(1)
+# A busy machine fails no property.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("repeatable")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
