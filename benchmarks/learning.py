@@ -269,7 +269,10 @@ def _read(path: Path | None) -> list[Curve]:
 def _write(path: Path | None, curves: Sequence[Curve]) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"date": date.today().isoformat(), "runs": [asdict(c) for c in curves]}, indent=1))
+        rows = [asdict(c) | {"cpu_s": round(c.cpu_s, 1), "accuracies": [round(a, 3) for a in c.accuracies]} for c in curves]
+        rows.sort(key=lambda row: (row["recipe"], row["task"], row["seed"]))
+        text = ",\n".join(json.dumps(row) for row in rows)
+        path.write_text(f'{{"date": "{date.today().isoformat()}", "runs": [\n{text}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
-"""Pages of the documentation that are made from the code: every setting, and every public function of every module."""
+"""What the documentation takes from the code and the benchmarks: settings, the reference of every module, learning curves."""
 
 from __future__ import annotations
 
+import json
+import re
+import statistics
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from verl.describe import settings_markdown
 
 PACKAGE = Path(__file__).parent.parent / "verl"
+# Written by benchmarks/learning.py --json.
+CURVES = Path(__file__).parent / "assets" / "learning.json"
 FLOORS = ("utils", "data", "algorithms", "controller", "engines", "rollout", "rewards", "agents", "trainer")
 
 
@@ -39,3 +46,43 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`."""
+    return re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
+
+
+@cache
+def runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(recipe, task) -> its measured runs."""
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in json.loads(CURVES.read_text())["runs"]:
+        measured.setdefault((row["recipe"], row["task"]), []).append(row)
+    return measured
+
+
+def curve(recipe: str) -> str:
+    """A drawing per task and a table of what was measured, as Markdown."""
+    tasks = sorted({task for _, task in runs()})
+    lines = ["| task | accuracy before | after, mean (min to max) of the seeds | |", "| --- | --- | --- | --- |"]
+    for task in tasks:
+        if measured := runs().get((recipe, task)):
+            before, after = ([row[name] for row in measured] for name in ("before", "after"))
+            figures = f"{statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
+            lines.append(f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |")
+    link = "[What was run](../benchmarks.md#every-recipe)"
+    return "\n".join(lines) + f"\n\nThe accuracy of the sampled answers over the run, `{recipe}` in blue before `grpo` in grey. {link}."
+
+
+def drawing(recipe: str, task: str) -> str:
+    """An inline SVG of the mean curve before GRPO's, both from 0 to 1."""
+    paths = []
+    for name, color in (("grpo", "#aaa"), (recipe, "#3f6ad8")):
+        curves = [row["accuracies"] for row in runs().get((name, task), [])]
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        smooth = [statistics.fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
+        points = " ".join(f"{200 * i / max(1, len(smooth) - 1):.0f},{60 - 58 * value:.1f}" for i, value in enumerate(smooth))
+        paths.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+    frame = '<rect x="0" y="0" width="200" height="61" fill="none" stroke="#8884"/>'
+    return f'<svg width="200" height="62" role="img" aria-label="learning curve">{frame}{"".join(paths)}</svg>'

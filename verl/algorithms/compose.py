@@ -245,7 +245,8 @@ def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bou
         raise ValueError(f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime")
     if {"minibatch_mask", "top_logprobs"} <= set(policy_loss.columns):
         raise ValueError(f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone")
-    if config.skip_zero_advantages and learns_from_zero_advantages(policy_loss):
+    # The statistics of a whole minibatch are also over its rows without advantage.
+    if config.skip_zero_advantages and ("minibatch_mask" in policy_loss.columns or learns_from_zero_advantages(policy_loss)):
         raise ValueError(
             f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
             "set skip_zero_advantages to false"

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from verl.algorithms.functional import check_same_shape, masked_mean
-from verl.algorithms.mismatch import row_mean, row_sum, sampled_log_ratio
+from verl.algorithms.functional import check_same_shape, masked_mean, row_mean
+from verl.algorithms.mismatch import row_sum, sampled_log_ratio
 
 
 def bypass(rollout_logprobs: Tensor) -> tuple[Tensor, None]:

@@ -59,6 +59,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def row_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[B] mean over the sampled tokens of each row of [B, T]; 0 for a row without any."""
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def masked_whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the sampled tokens, with the population variance.
 

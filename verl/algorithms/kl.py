@@ -71,6 +71,67 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
+def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The value of k1 with the gradient of k2, k2 - sg(k2) + sg(k1), sg: stop-gradient: unbiased in value and, on-policy, in gradient.
+
+    http://joschu.net/blog/kl-approx.html and https://verl.readthedocs.io/en/latest/algo/ppo.html (`k1+`).
+
+    Args:
+        logprobs: [B, T] float with gradient, nats, of the policy that sampled.
+        ref_logprobs: [B, T] float, nats.
+
+    Returns:
+        [B, T] nats, masked positions included.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    return _with_gradient_of_k2(k1(logprobs, ref_logprobs), logprobs, ref_logprobs)
+
+
+def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: never negative, and unbiased as above.
+
+    http://joschu.net/blog/kl-approx.html and https://verl.readthedocs.io/en/latest/algo/ppo.html (`k3+`).
+
+    Args:
+        logprobs: [B, T] float with gradient, nats, of the policy that sampled.
+        ref_logprobs: [B, T] float, nats.
+
+    Returns:
+        [B, T] nats, masked positions included.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    return _with_gradient_of_k2(k3(logprobs, ref_logprobs), logprobs, ref_logprobs)
+
+
+def k3_importance(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """r k3 with r = exp(logprobs - old_logprobs), the gradient through both: unbiased in value and gradient off-policy.
+
+    DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, equation 7.
+
+    Args:
+        logprobs: [B, T] float with gradient, nats.
+        old_logprobs: [B, T] float, nats, of the policy that sampled.
+        ref_logprobs: [B, T] float, nats.
+
+    Returns:
+        [B, T] nats, masked positions included.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    return log_ratio(logprobs, old_logprobs).exp() * k3(logprobs, ref_logprobs)
+
+
+def _with_gradient_of_k2(value: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    carrier = k2(logprobs, ref_logprobs)
+    return carrier - carrier.detach() + value.detach()
+
+
 def scheduled_coef(step: int, *, start: float, end: float, steps: int) -> float:
     """start + (end - start) min(step / steps, 1).
 
@@ -117,4 +178,11 @@ def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, num_tra
     return coef * (1 + error * num_trajectories / horizon)
 
 
-KL_ESTIMATORS: dict[str, Callable[..., Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "k1_straight_through": k1_straight_through,
+    "k3_straight_through": k3_straight_through,
+    "k3_importance": k3_importance,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verl.algorithms.functional import LOG_RATIO_LIMIT, check_same_shape, log_ratio, masked_mean
+from verl.algorithms.functional import LOG_RATIO_LIMIT, check_same_shape, log_ratio, masked_mean, row_mean
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -78,11 +78,6 @@ def sampled_log_ratio(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) 
 def row_sum(log_rho: Tensor) -> Tensor:
     """[B] log of the product of each row, clamped."""
     return log_rho.sum(1).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def row_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[B] mean over the sampled tokens of each row, of values that are 0 elsewhere; 0 for a row without any."""
-    return values.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _ess_share(weights: Tensor, mask: Tensor) -> Tensor:

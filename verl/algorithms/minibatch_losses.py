@@ -1,0 +1,186 @@
+"""Losses with statistics over all rows of an optimizer update: they read `minibatch_mask`, and are called once per update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from verl.algorithms.functional import check_same_rows, check_same_shape, log_ratio, masked_mean
+
+
+def clip_cov(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    minibatch_mask: Tensor,
+    noise: Tensor,
+    *,
+    share: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    clip_low: float = 1.0,
+    clip_high: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss, without gradient for a random share of the tokens whose covariance lies between two bounds.
+
+    Clip-Cov, https://arxiv.org/abs/2505.22617, equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens
+    of the minibatch; the bounds and the wide PPO clip are those of the authors' recipes. At least one token is chosen if there is an
+    eligible one (the paper rounds its number, and the authors' code takes at least one).
+
+    Args:
+        logprobs: [B, T] float with gradient, nats.
+        old_logprobs: [B, T] float, nats.
+        advantages: [B, T] float.
+        minibatch_mask: [B, T] bool, of all rows of the update.
+        noise: [B, T] float in [0, 1); the eligible tokens with the smallest are chosen.
+        share: of the sampled tokens, in [0, 1].
+        cov_low: lower bound of the covariance, unit of the advantages times nats.
+        cov_high: upper bound, above the lower one.
+        clip_low: how far the ratio may fall below 1, in [0, 1].
+        clip_high: how far the ratio may rise above 1, at least 0.
+
+    Returns:
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where the PPO clip removed
+        the gradient; `cov_share`, 1 for a chosen token; `approx_kl`, the k3 estimate of KL(old || current) in nats.
+
+    Raises:
+        ValueError: shapes differ or an option is out of its bounds.
+    """
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask, noise=noise)
+    _check_share(share)
+    if not (cov_low < cov_high and 0 <= clip_low <= 1 and clip_high >= 0):
+        bounds = f"cov_low={cov_low}, cov_high={cov_high}, clip_low={clip_low} and clip_high={clip_high}"
+        raise ValueError(f"need cov_low < cov_high, 0 <= clip_low <= 1 and clip_high >= 0, got {bounds}")
+    covariance = _covariance(logprobs, advantages, minibatch_mask)
+    eligible = minibatch_mask & (covariance > cov_low) & (covariance < cov_high)
+    chosen = _first(noise, eligible, _count(share, minibatch_mask))
+    ratio, monitors = _ratio(logprobs, old_logprobs)
+    unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = torch.maximum(unclipped, clipped)
+    monitors |= {"clip_share": (clipped > unclipped).to(loss.dtype), "cov_share": chosen.to(loss.dtype)}
+    return torch.where(chosen, loss.detach(), loss), monitors
+
+
+def kl_cov(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, minibatch_mask: Tensor, *, share: float = 2e-3, kl_coef: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-r A, plus kl_coef |log r| for the share of tokens with the largest covariance.
+
+    KL-Cov, https://arxiv.org/abs/2505.22617, equations 12 and 13, with the covariance of `clip_cov`; |log r| stands for the KL in
+    the authors' code. Share and coefficient are those of the 7B model in section 4.3. At least one token is chosen.
+
+    Args:
+        logprobs: [B, T] float with gradient, nats.
+        old_logprobs: [B, T] float, nats.
+        advantages: [B, T] float.
+        minibatch_mask: [B, T] bool, of all rows of the update.
+        share: of the sampled tokens, in [0, 1].
+        kl_coef: weight of the distance, at least 0.
+
+    Returns:
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `cov_share`, 1 for a chosen token; `approx_kl`,
+        the k3 estimate of KL(old || current) in nats.
+
+    Raises:
+        ValueError: shapes differ or an option is out of its bounds.
+    """
+    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask)
+    _check_share(share)
+    if kl_coef < 0:
+        raise ValueError(f"need kl_coef >= 0, got {kl_coef}; the paper takes 1")
+    covariance = _covariance(logprobs, advantages, minibatch_mask)
+    chosen = _first(-covariance, minibatch_mask, _count(share, minibatch_mask))
+    ratio, monitors = _ratio(logprobs, old_logprobs)
+    penalty = torch.where(chosen, kl_coef * log_ratio(logprobs, old_logprobs).abs(), 0.0)
+    return -ratio * advantages + penalty, monitors | {"cov_share": chosen.to(ratio.dtype)}
+
+
+def online_dpo(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    minibatch_mask: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-log sigmoid(beta (h_best - h_worst)), h the sum over a row's sampled tokens of log p/p_ref, for the best and worst row of a group.
+
+    Online DPO, https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290, equation 7. Both rows
+    carry the loss of their pair at each of their tokens, and other rows nothing, so under `seq_mean_token_mean` with two answers per
+    prompt the whole is the mean over the pairs; a group whose rewards are all equal is no pair and counts 0. Of equal rewards the
+    first row is taken.
+
+    Args:
+        logprobs: [B, T] float with gradient, nats.
+        ref_logprobs: [B, T] float, nats.
+        rewards: [B] float.
+        group_ids: [B] int.
+        minibatch_mask: [B, T] bool, of all rows of the update; a row without sampled tokens is in no pair.
+        beta: strength of the pull to the reference, above 0.
+        label_smoothing: probability that a preference is wrong, in [0, 0.5].
+
+    Returns:
+        loss [B, T], equal for the tokens of a pair, and detached monitors [B, T]: `pair_share`, 1 for rows of a pair; `pair_margin`,
+        beta (h_best - h_worst), 0 elsewhere.
+
+    Raises:
+        ValueError: shapes differ or an option is out of its bounds.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, minibatch_mask=minibatch_mask)
+    check_same_rows(rewards=rewards, group_ids=group_ids, minibatch_mask=minibatch_mask)
+    if beta <= 0 or not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"need beta > 0 and label_smoothing in [0, 0.5], got beta={beta} and label_smoothing={label_smoothing}")
+    best, worst = _pairs(rewards, group_ids, minibatch_mask.any(1))
+    distance = torch.where(minibatch_mask, logprobs - ref_logprobs, 0).sum(1)
+    margin = beta * (distance[best] - distance[worst])
+    pair_loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    rows, of_pair = torch.cat([best, worst]), torch.arange(len(best), device=best.device).repeat(2)
+    loss = torch.zeros_like(distance).index_add(0, rows, pair_loss[of_pair])
+    monitors = torch.zeros_like(distance).index_add(0, rows, margin.detach()[of_pair])
+    paired = torch.zeros_like(distance).index_fill(0, rows, 1.0)
+    shape = minibatch_mask.shape
+    return loss[:, None].expand(shape), {"pair_share": paired[:, None].expand(shape), "pair_margin": monitors[:, None].expand(shape)}
+
+
+def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [P] of the best and of the worst usable answer of each group whose rewards differ."""
+    best, worst = [], []
+    for group in group_ids.unique().tolist():
+        rows = ((group_ids == group) & usable).nonzero().squeeze(1)
+        if len(rows) and rewards[rows].min() < rewards[rows].max():
+            best.append(rows[rewards[rows].argmax()])
+            worst.append(rows[rewards[rows].argmin()])
+    return tuple(torch.stack(rows) if rows else group_ids.new_empty(0) for rows in (best, worst))  # type: ignore[return-value]
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    difference = log_ratio(logprobs, old_logprobs)
+    return difference.exp(), {"ratio": difference.exp().detach(), "approx_kl": (torch.expm1(difference) - difference).detach()}
+
+
+def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B, T], (A - mean A)(log p - mean log p), means over the sampled tokens, in fp64: the order of rows must not move a rank."""
+    a, p = advantages.double(), logprobs.detach().double()
+    return (a - masked_mean(a, mask)) * (p - masked_mean(p, mask))
+
+
+def _count(share: float, mask: Tensor) -> int:
+    """At least one token, as in the authors' code."""
+    return max(1, int(share * int(mask.sum())))
+
+
+def _first(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """[B, T] bool, the `count` eligible places with the smallest keys, or all of them if there are fewer."""
+    chosen = torch.zeros_like(eligible).flatten()
+    places = eligible.flatten().nonzero().squeeze(1)
+    order = keys.flatten()[places].argsort(stable=True)[:count]
+    chosen[places[order]] = True
+    return chosen.view_as(eligible)
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"need share in [0, 1], got {share}; the paper takes 2e-4 to 2e-3")
