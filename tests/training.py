@@ -89,7 +89,7 @@ def rows_to_learn() -> Batch:
     for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs"):
         batch.write(name, own + 0.3 * torch.randn(mask.shape, generator=generator))
     batch.write("noise", torch.rand(mask.shape, generator=generator))
-    batch.write("rewards", torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.25]))
+    batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25]))
     batch.write("group_ids", torch.tensor([0, 1, 0, 1, 2, 2]))
     TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(batch, one_update(list(range(6))))
     return batch
