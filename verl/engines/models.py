@@ -221,6 +221,17 @@ class RewardModel(Backbone):
     An answer must be followed by one token of any kind: the last token of a row is not read, see `ModelInput`.
     """
 
+    @property
+    def pad_id(self) -> int | None:
+        """The token that Transformers takes for padding; it reads a score at the last token that is another."""
+        pad_id: int | None = self.transformer.config.get_text_config().pad_token_id
+        return pad_id
+
+    def use_pad_id(self, pad_id: int | None) -> None:
+        """Sets it where the configuration has none."""
+        if self.pad_id is None:
+            self.transformer.config.get_text_config().pad_token_id = pad_id
+
     def token_scores(self, inputs: ModelInput) -> Tensor:
         """[M] fp32: of each row up to the token before each response token."""
         states = self.predictor_states(inputs)

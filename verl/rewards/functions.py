@@ -25,6 +25,7 @@ REWARDS: dict[str, Callable[..., Any] | str] = {
     "exact": exact,
     "position_share": position_share,
     "prefix_share": prefix_share,
+    "model": "verl.rewards.model:model",
 }
 
 FORMS: Final = (

@@ -1,0 +1,126 @@
+"""A reward model as a reward function: loads it with its own tokenizer, and scores texts by it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from torch import Tensor
+
+from verl.data.batch import Batch, Trajectory
+from verl.data.packing import balance
+from verl.engines.local import LocalForwardEngine
+from verl.engines.models import RewardModel, load_reward_model
+from verl.settings import RoleConfig
+from verl.utils.device import pick_device
+from verl.utils.rollout import Prompt
+from verl.utils.tokens import TextCodec
+
+# Takes the last place of a row, which a model does not read; any token would do.
+_UNREAD = 0
+
+
+def model(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    path: str | None = None,
+    system_prompt: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    micro_batch_tokens: int = 16_384,
+) -> list[float]:
+    """What a trained reward model says of answers: its head at the last token, which is the end token.
+
+    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded at the first call.
+
+    Args:
+        prompts: B texts or lists of chat messages.
+        completions: B texts, or lists that end with the assistant's message.
+        path: folder or hub name of the reward model, with its tokenizer.
+        system_prompt: put in front of chats without one, as in the training of the reward model.
+        precision: arithmetic of the forward pass.
+        micro_batch_tokens: most tokens of a forward pass.
+
+    Returns:
+        B numbers.
+
+    Raises:
+        ValueError: no path, or no trained reward model there, or a completion without a text.
+    """
+    if not path:
+        raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
+    if not prompts:
+        return []
+    judge = _judge(path, system_prompt, precision)
+    return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
+
+
+def rows_to_score(prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None) -> Batch:
+    """A row for each answer: closed with the end token, and followed by one token that the model does not read.
+
+    Args:
+        prompts: B prompts.
+        answers: B texts.
+        codec: tokenizer of the reward model.
+        pad_id: of its configuration. Transformers reads a score at the last token that is not this one; where it is the end
+            token too, as in some models of others, the answer is left open, so that the score is the same.
+    """
+    trajectories = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = codec.encode_answer(answer)
+        while ids and ids[-1] == pad_id:
+            ids.pop()
+        row = [*ids, _UNREAD]
+        trajectories.append(Trajectory(prompt, codec.encode_prompt(prompt), row, [True] * len(row), None, [0] * len(row), i))
+    return Batch.from_trajectories(trajectories)
+
+
+def last_scores(scores: Tensor, lengths: Tensor) -> Tensor:
+    """[B] at the last place of each row of [B, T], for lengths [B]."""
+    return scores.gather(1, lengths.to(scores.device)[:, None] - 1).squeeze(1)
+
+
+@dataclass
+class _Judge:
+    """A reward model with its tokenizer; one call at a time."""
+
+    engine: LocalForwardEngine
+    codec: TextCodec
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int) -> list[float]:
+        reward_model = self.engine.model
+        assert isinstance(reward_model, RewardModel)
+        rows = rows_to_score(prompts, answers, codec=self.codec, pad_id=reward_model.pad_id)
+        plan = balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=micro_batch_tokens)
+        with self.lock:
+            scores = self.engine.infer(rows, plan.minibatches[0][0], reward_model.token_scores)
+        numbers: list[float] = last_scores(scores, rows.response_lengths).tolist()
+        return numbers
+
+
+_LOADING = threading.Lock()
+
+
+def _judge(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+    with _LOADING:  # Two calls at once must not load it twice.
+        return _loaded(path, system_prompt, precision)
+
+
+@cache
+def _loaded(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+    transformer = load_reward_model(path, new_head=False).requires_grad_(False)
+    codec = TextCodec.load(path, system_prompt=system_prompt)
+    reward_model = RewardModel(transformer, precision).to(pick_device("auto"))
+    reward_model.check_forward()
+    return _Judge(LocalForwardEngine(reward_model, RoleConfig(precision=precision), device=reward_model.device), codec)
+
+
+def _text(completion: Any) -> str:
+    text = completion[-1].get("content") if isinstance(completion, list) and completion else completion
+    if not isinstance(text, str):
+        raise ValueError(f"need completions that are texts or end with a message's text, got {type(completion).__name__}")
+    return text
