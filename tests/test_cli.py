@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import verl
 from tests.training import CHARACTERS, logged, write_prompts
 from verl.cli import main
-from verl.config import load_config, load_sft_config
+from verl.config import load_config, load_run, load_sft_config
+from verl.settings import PreferenceConfig, RewardModelConfig
 
-COMMANDS = ("train", "sft", "eval", "config", "quickstart", "make-model", "make-data")
+COMMANDS = ("train", "sft", "preference", "reward-model", "eval", "config", "quickstart", "make-model", "make-data")
 TOY = ["device=cpu", "steps=2", "prompts_per_step=2", "samples_per_prompt=2", "sampling.max_tokens=5", "tracking.sinks=[jsonl]"]
 
 
@@ -90,6 +91,24 @@ def test_sft_learns_from_a_file_of_settings_or_without_one(toy, capsys):
     assert [line["loss"] for line in logged(Path("outputs/run"))] == [line["loss"] for line in logged(Path("outputs/two"))]
 
 
+PAIRS = ["device=cpu", "steps=2", "pairs_per_step=3", "data.train=pairs.jsonl", "tracking.sinks=[jsonl]"]
+
+
+@pytest.mark.parametrize(("command", "kind"), [("preference", PreferenceConfig), ("reward-model", RewardModelConfig)])
+def test_pairs_are_learned_from_a_file_of_settings_or_without_one(command, kind, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("".join(json.dumps({"prompt": f"{c}=", "chosen": c, "rejected": c * 2}) + "\n" for c in "abcd"))
+    settings = [*PAIRS, f"policy.path={model}"]
+    assert main([command, *settings, "--dry-run"]) == 0
+    shown, _, last = capsys.readouterr().out.partition("everything fits: ")
+    assert "4 rows from pairs.jsonl, 2 steps; nothing was trained" in last and load_run(kind, yaml.safe_load(shown)).pairs_per_step == 3
+    assert [path.name for path in Path().iterdir()] == ["pairs.jsonl"]
+    Path("mine.yaml").write_text("output_dir: outputs/two\n")
+    assert main([command, *settings]) == main([command, "mine.yaml", *settings]) == 0
+    assert "trained model: outputs/two/model" in capsys.readouterr().out
+    assert [line["loss"] for line in logged(Path("outputs/run"))] == [line["loss"] for line in logged(Path("outputs/two"))]
+
+
 def test_eval_prints_metrics_and_answers_and_trains_nothing(toy, capsys):
     assert main(["eval", "grpo", *toy, "evaluation.prompts=3", "evaluation.samples=2"]) == 0
     shown = capsys.readouterr().out
@@ -140,6 +159,13 @@ def test_make_data_writes_a_task(tmp_path, capsys):
     assert sum(map(int, row["prompt"].rstrip("=").split("+"))) == int(row["answer"])
 
 
+def test_make_data_writes_pairs_of_a_task(tmp_path):
+    assert main(["make-data", "add-2", str(tmp_path / "test.jsonl"), "--split", "test", "--pairs"]) == 0
+    row = json.loads((tmp_path / "test.jsonl").read_text().splitlines()[0])
+    assert sum(map(int, row["prompt"].rstrip("=").split("+"))) == int(row["chosen"])
+    assert row["rejected"] != row["chosen"]
+
+
 MISTAKES = {
     "recipe": (["train", "grop"], ["unknown recipe grop", "the nearest is grpo"]),
     "file": (["train", "missing.yaml"], ["got missing.yaml: No such file"]),
@@ -168,6 +194,11 @@ MISTAKES = {
     "dry run": (["train", "grpo", "data.train=missing.jsonl", "--dry-run"], ["missing.jsonl"]),
     "eval": (["eval", "grpo", "data.test=null"], ["need data.test"]),
     "sft key": (["sft", "prompts_per_step=3"], ["unknown setting prompts_per_step"]),
+    "preference key": (["preference", "rows_per_step=3"], ["unknown setting rows_per_step"]),
+    "preference loss": (["preference", "loss=dop"], ["need one of dpo, ipo, simpo", "did you mean 'dpo'"]),
+    "preference reference": (["preference", "loss=simpo", "reference=x"], ["reference (override) would be ignored"]),
+    "reward-model loss": (["reward-model", "loss.margin=-1"], ["need margin >= 0, got -1"]),
+    "reward-model model": (["reward-model", "policy.path=./nowhere"], ["cannot load a reward model from './nowhere'"]),
     "sft file": (["sft", "missing.yaml"], ["missing.yaml"]),
     "config key": (["config", "algorithm.klx"], ["algorithm.kl"]),
     "make-model": (["make-model", "m", "--hidden", "33"], ["need hidden as a multiple of 32", "hidden=33"]),

@@ -1,4 +1,4 @@
-"""The command line: train, sft, eval, config, quickstart, make-model and make-data."""
+"""The command line: train, sft, preference, reward-model, eval, config, quickstart, make-model and make-data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from verl import __version__
-from verl.config import RECIPES, load_config, load_sft_config, to_yaml
+from verl.config import RECIPES, load_config, load_run, to_yaml
 from verl.describe import describe_settings
+from verl.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
 
 # Loaded only by the commands that need them: `verl config` and `--help` answer at once.
 _COMMANDS_WITH_MODELS = "verl.trainer.commands"
@@ -49,10 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _overridable(train)
     train.add_argument("--dry-run", action="store_true", help="check settings, data, rewards and model, print the configuration, and stop")
 
-    sft = _command(commands, "sft", _sft, "fine-tune a model on reference answers")
-    sft.add_argument("recipe", metavar="YAML", nargs="?", help="a YAML file; none: the defaults")
-    _overridable(sft)
-    sft.add_argument("--dry-run", action="store_true", help="check settings, data and model, print the configuration, and stop")
+    _from_data(commands, "sft", SFTConfig, "fine_tune", "fine-tune a model on reference answers")
+    _from_data(commands, "preference", PreferenceConfig, "prefer", "train a policy on pairs of a better and a worse answer")
+    _from_data(commands, "reward-model", RewardModelConfig, "train_reward_model", "train a reward model on such pairs")
 
     evaluate = _command(commands, "eval", _eval, "measure a policy on held-out prompts")
     evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=recipe)
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("path", help="a .jsonl file")
     data.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
     data.add_argument("--seed", type=int, default=0, help="of the training prompts (0)")
+    data.add_argument("--pairs", action="store_true", help="write pairs: the right answer and a near miss")
     return parser
 
 
@@ -87,6 +88,22 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
     parser.add_argument("--debug", action="store_true", help="show the whole stack of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _from_data(commands: Any, name: str, kind: type[RunConfig], function: str, meaning: str) -> None:
+    """A command that trains on what data says, without a recipe."""
+
+    def run(args: argparse.Namespace) -> None:
+        # A first argument with "=" is an override: the YAML file was left out.
+        is_override = args.recipe is not None and "=" in args.recipe and not Path(args.recipe).exists()
+        overrides = [args.recipe, *args.overrides] if is_override else args.overrides
+        config = load_run(kind, None if is_override else args.recipe, overrides)
+        getattr(importlib.import_module(_COMMANDS_WITH_MODELS), function)(config, dry_run=args.dry_run)
+
+    parser = _command(commands, name, run, meaning)
+    parser.add_argument("recipe", metavar="YAML", nargs="?", help="a YAML file; none: the defaults")
+    _overridable(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check settings, data and model, print the configuration, and stop")
 
 
 def _overridable(parser: argparse.ArgumentParser) -> None:
@@ -107,14 +124,6 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     importlib.import_module(_COMMANDS_WITH_MODELS).evaluate(load_config(args.recipe, args.overrides))
-
-
-def _sft(args: argparse.Namespace) -> None:
-    # A first argument with "=" is an override: the YAML file was left out.
-    is_override = args.recipe is not None and "=" in args.recipe and not Path(args.recipe).exists()
-    overrides = [args.recipe, *args.overrides] if is_override else args.overrides
-    config = load_sft_config(None if is_override else args.recipe, overrides)
-    importlib.import_module(_COMMANDS_WITH_MODELS).fine_tune(config, dry_run=args.dry_run)
 
 
 def _config(args: argparse.Namespace) -> None:

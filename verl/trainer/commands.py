@@ -12,11 +12,13 @@ from rich.console import Console
 from verl.config import to_yaml
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.models import make_tiny_model
-from verl.settings import AlgorithmConfig, SFTConfig, TrainerConfig
+from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, SFTConfig, TrainerConfig
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.ppo import Trainer, sample_row
+from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.quickstart import run_quickstart
+from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 from verl.utils.tracking import check_sinks, samples_table
@@ -34,6 +36,20 @@ def fine_tune(config: SFTConfig, *, dry_run: bool) -> None:
     check_sinks(config.tracking.sinks)
     console = Console()
     _fit(SFTTrainer(config, console=console), console, dry_run=dry_run)
+
+
+def prefer(config: PreferenceConfig, *, dry_run: bool) -> None:
+    """`verl preference`."""
+    check_sinks(config.tracking.sinks)
+    console = Console()
+    _fit(PreferenceTrainer(config, console=console), console, dry_run=dry_run)
+
+
+def train_reward_model(config: RewardModelConfig, *, dry_run: bool) -> None:
+    """`verl reward-model`."""
+    check_sinks(config.tracking.sinks)
+    console = Console()
+    _fit(RewardModelTrainer(config, console=console), console, dry_run=dry_run)
 
 
 def _fit(trainer: BaseTrainer, console: Console, *, dry_run: bool) -> None:
@@ -85,5 +101,5 @@ def make_data(args: argparse.Namespace) -> None:
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"need a task of {', '.join(TASKS)}, got {args.task!r}; did you mean {near!r}?")
-    rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed)
+    rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed, pairs=args.pairs)
     Console().out(f"{rows} rows: {args.path}", highlight=False)
