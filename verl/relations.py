@@ -46,10 +46,6 @@ def reads(config: TrainerConfig, *columns: str) -> bool:
     return any(chosen & set(READERS[column]) for column in columns)
 
 
-def _has_critic(config: TrainerConfig) -> bool:
-    return may_read(config, "values", "prm_logprobs")
-
-
 def _is_off(choice: Choice) -> bool:
     return choice.name == "off"
 
@@ -107,12 +103,17 @@ IGNORED: tuple[Ignored, ...] = (
         lambda c: not c.algorithm.dynamic_sampling,
         "algorithm.dynamic_sampling is false; set it to true",
     ),
-    ("critic", "algorithm.advantage", lambda c: not _has_critic(c), "this algorithm.advantage needs no critic; take gae"),
     *_each(
-        ("algorithm.value_loss", "critic.vf_coef", "critic.warmup_steps"),
+        ("critic", "algorithm.value_loss"),
+        "algorithm.advantage",
+        lambda c: not may_read(c, "values", "prm_logprobs"),
+        "this algorithm.advantage needs no critic; take gae",
+    ),
+    (
+        "critic.vf_coef",
         "algorithm.advantage",
         lambda c: not may_read(c, "values"),
-        "this algorithm.advantage needs no values; take gae",
+        "the loss of a process reward model has no weight; it has an optimizer of its own",
     ),
     (
         "critic.logits_chunk_tokens",
@@ -217,7 +218,7 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need a KL estimator whose gradient is not zero on average for algorithm.kl.where loss, got k1; set algorithm.kl.estimator to k2 or k3",
     ),
     (
-        lambda c: c.critic.warmup_steps >= c.steps and may_read(c, "values"),
+        lambda c: c.critic.warmup_steps >= c.steps and may_read(c, "values", "prm_logprobs"),
         "need critic.warmup_steps below steps, got {c.critic.warmup_steps} and {c.steps}: the policy would never learn; lower it",
     ),
     (

@@ -185,8 +185,8 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, vers
         seed: of the run, for `noise`.
 
     Returns:
-        Metrics: kl (if it is in the reward), explained_variance (if there is a critic), mismatch/* (if the trainer's logprobs
-        are there beside the sampler's), correction/* (if the correction has weights).
+        Metrics: kl (if it is in the reward), kl_teacher (if there is a teacher), explained_variance (if there is a critic),
+        mismatch/* (if the trainer's logprobs are there beside the sampler's), correction/* (if the correction has weights).
     """
     mask = batch["mask"]
     if "staleness" in algorithm.reads:
@@ -197,6 +197,8 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, vers
         batch.write("noise", torch.rand(mask.shape, generator=generator))
     columns = {name: batch[name] for name in batch.names if name not in _IDS}
     metrics = _write_correction(batch, columns, algorithm)
+    if "teacher_logprobs" in columns:
+        metrics["kl_teacher"] = float(masked_mean(columns["old_logprobs"] - columns["teacher_logprobs"], mask))
     if "rewards" in columns:
         columns["rewards"] = columns["rewards"].float()
         columns["token_rewards"] = token_rewards(columns["rewards"], mask, columns.get("turn_rewards"))
