@@ -159,7 +159,9 @@ def test_a_checkpoint_of_a_language_model_is_not_taken_for_one_of_a_reward_model
     other = tmp_path / "checkpoint"
     (other / "policy").mkdir(parents=True)
     trainer = reward_trainer(letters, tmp_path)
-    AutoModelForCausalLM.from_pretrained(letters).save_pretrained(other / "policy")
+    model = AutoModelForCausalLM.from_pretrained(letters)
+    model.config.num_labels = 1  # else the shapes would differ
+    model.save_pretrained(other / "policy")
     with pytest.raises(ValueError, match="is of another model"):
         trainer.policy_engine.load(other / "policy")
 
