@@ -71,8 +71,10 @@ ON_POLICY = ("gpg", "maxrl", "opo", "optimal_token_baseline", "remax", "rloo")
 # What belongs to a recipe at this size.
 OWN: dict[str, tuple[str, ...]] = {
     "ppo": (*ALONE, *CRITIC, "algorithm.advantage.lam=1.0"),
-    "vapo": (*CRITIC, "critic.warmup_steps=2", "samples_per_prompt=16", "prompts_per_step=32"),
-    "prime": CRITIC,
+    # lambda of 1 - 1 / (alpha l) is 0.95 for l = 4 tokens; with the paper's alpha, made for thousands, it would be 0.
+    "vapo": (*CRITIC, "critic.warmup_steps=2", "algorithm.advantage.alpha=5.0", "samples_per_prompt=16", "prompts_per_step=32"),
+    # A process reward model that learns as fast as the policy forgets what the start of training taught it.
+    "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
     "reinforce_pp": ALONE,
     "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}"),

@@ -27,6 +27,8 @@ _TOY = {
     "ppo": ["prompts_per_step=8", "critic.optimizer.lr=1e-3"],
     "dapo": ["samples_per_prompt=4", "prompts_per_step=4", "algorithm.minibatches=2", "algorithm.overlong_buffer_tokens=3"],
 }
+# What a recipe needs from its user.
+_NEEDS = {"gdpo": ["rewards.functions=[position_share, exact]"]}
 _RUN = [
     "device=cpu",
     "steps=3",
@@ -41,7 +43,24 @@ def toy_config(recipe: str, model: Path, folder: Path, *overrides: str) -> Train
     """A recipe at toy size on the model, over 12 prompts to copy; `folder` takes the prompts and the run."""
     prompts = write_prompts(folder / "prompts.jsonl")
     paths = [f"policy.path={model}", f"data.train={prompts}", f"data.test={prompts}", f"output_dir={folder / 'run'}"]
-    return load_config({"recipe": recipe, "rewards": {"functions": ["position_share"]}}, [*_TOY[recipe], *_RUN, *paths, *overrides])
+    needs = [f"teacher.path={model}"] if recipe == "distillation" else _NEEDS.get(recipe, [])
+    sizes = _TOY.get(recipe) or _toy_sizes(recipe)
+    return load_config({"recipe": recipe, "rewards": {"functions": ["position_share"]}}, [*sizes, *_RUN, *paths, *needs, *overrides])
+
+
+def _toy_sizes(recipe: str) -> list[str]:
+    """Few answers in groups of the recipe's kind, few updates, short answers."""
+    config = load_config(recipe)
+    samples = min(4, config.samples_per_prompt)
+    sizes = [f"samples_per_prompt={samples}", f"prompts_per_step={8 if samples < 4 else 4}"]
+    sizes.append(f"algorithm.minibatches={min(2, config.algorithm.minibatches)}")
+    if config.algorithm.overlong_buffer_tokens:
+        sizes.append("algorithm.overlong_buffer_tokens=3")
+    if "length" in config.algorithm.aggregation.options:
+        sizes.append("algorithm.aggregation.length=9")
+    if config.critic.warmup_steps:
+        sizes.append("critic.warmup_steps=0")
+    return sizes
 
 
 def toy_trainer(recipe: str, model: Path, folder: Path, *overrides: str, **given: Any) -> Trainer:

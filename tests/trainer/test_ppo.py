@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_transformer
 from tests.training import toy_trainer, weights
-from verl.config import make_trainer_config
+from verl.algorithms.advantages import ADVANTAGES
+from verl.config import RECIPES, make_trainer_config
 from verl.data.buffer import SharedMemoryBuffer
 from verl.trainer.ppo import PPOTrainer, Trainer
 from verl.utils.rollout import BaseRolloutWorker
@@ -43,7 +44,7 @@ def test_a_role_exists_if_and_only_if_its_column_is_read(recipe, overrides, writ
     assert columns_of(trainer, trainer.collect_data(trainer.loader.take(4))) == written
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "grpo", "dapo"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("quickstart", "distillation")])
 def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path)
     before = weights(trainer.policy_engine)
@@ -53,7 +54,34 @@ def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
     assert metrics["skipped_updates"] == 0
     assert not torch.equal(weights(trainer.policy_engine), before)
-    assert ("critic/loss" in metrics) == ("explained_variance" in metrics) == (recipe == "ppo")
+    assert ("critic/loss" in metrics) == (recipe in ("ppo", "vapo", "prime"))
+    assert ("explained_variance" in metrics) == (recipe in ("ppo", "vapo"))
+
+
+def test_a_policy_comes_nearer_to_its_teacher_without_any_reward(letters, tmp_path):
+    teacher = tmp_path / "teacher"
+    tiny_transformer(seed=3, vocab_size=AutoModelForCausalLM.from_pretrained(letters).config.vocab_size).save_pretrained(teacher)
+    trainer = toy_trainer("distillation", letters, tmp_path, f"teacher.path={teacher}", "rewards.functions=[]", "policy.optimizer.lr=3e-3")
+    history = [trainer.step() for _ in range(12)]
+    assert trainer.rewards is None and "reward" not in history[0]
+    assert history[-1]["kl_teacher"] < 0.7 * history[0]["kl_teacher"]
+
+
+def test_a_made_up_advantage_is_one_function_and_one_row(letters, tmp_path, monkeypatch):
+    monkeypatch.setitem(ADVANTAGES, "best_only", best_only)
+    for name in ("best_only", f"{__name__}:best_only"):
+        trainer = toy_trainer("grpo", letters, tmp_path, f"algorithm.advantage={{name: '{name}', share: 0.5}}")
+        assert trainer.step()["grad_norm"] > 0
+    with pytest.raises(ValueError, match="best_only takes the options share.*got 'shar'; did you mean 'share'"):
+        toy_trainer("grpo", letters, tmp_path, "algorithm.advantage={name: best_only, shar: 0.5}")
+    with pytest.raises(ValueError, match="got 'best_onyl'; did you mean 'best_only'"):
+        toy_trainer("grpo", letters, tmp_path, "algorithm.advantage=best_onyl")
+
+
+def best_only(rewards, group_ids, *, share: float = 1.0):
+    """An advantage that nobody has published."""
+    best = torch.stack([rewards[group_ids == group].max() for group in group_ids])
+    return share * (rewards == best).to(rewards.dtype)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "mixtral"])
