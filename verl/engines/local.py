@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from verl.data.batch import Batch, ModelInput, present_mask
 from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine
-from verl.engines.models import Backbone, restore_weights, save_model
+from verl.engines.models import Backbone, PolicyModel, load_language_model, restore_weights, save_model
 from verl.settings import OptimizerConfig, RoleConfig
 
 _OPTIMIZER = "optimizer.pt"
@@ -71,6 +73,34 @@ class LocalForwardEngine(ForwardEngine):
 
     def _inputs(self, batch: Batch) -> ModelInput:
         return ModelInput.from_batch(batch, packed=self._config.packing, device=self.model.device)
+
+
+def frozen_copy(policy: PolicyModel, path: str | None, config: RoleConfig, *, setting: str) -> LocalForwardEngine:
+    """A language model beside a policy that is only read, on its device and in its precision.
+
+    Args:
+        policy: whose tokens it reads.
+        path: folder or hub name; none: a copy of the policy as it is now.
+        config: whether rows are packed.
+        setting: that names the path, for messages.
+
+    Raises:
+        ValueError: it cannot be loaded, or has another vocabulary.
+    """
+    transformer = load_language_model(path) if path else copy.deepcopy(policy.transformer)
+    check_vocabulary(transformer, policy, setting)
+    return LocalForwardEngine(PolicyModel(transformer.requires_grad_(False), policy.precision), config, device=policy.device)
+
+
+def check_vocabulary(other: PreTrainedModel, policy: PolicyModel, setting: str) -> None:
+    """Refuses a model for whom the policy's tokens mean something else, as far as sizes tell.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (policy.transformer, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"need the policy's vocabulary of {sizes[0]} tokens in {setting}, got {sizes[1]}; take a model of its family")
 
 
 class LocalEngine(LocalForwardEngine, TrainEngine):

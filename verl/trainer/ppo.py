@@ -23,7 +23,7 @@ from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import Plan, balance
 from verl.data.tasks import TASKS
-from verl.engines.local import LocalEngine, LocalForwardEngine
+from verl.engines.local import LocalEngine, check_vocabulary, frozen_copy
 from verl.engines.models import PolicyModel, load_language_model, value_model
 from verl.engines.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.rewards.functions import RewardFunctions, build_rewards
@@ -237,9 +237,12 @@ class Trainer(BaseTrainer):
         self.teacher: TeacherWorker | None = None
         self.critic: CriticWorker | ProcessRewardWorker | None = None
         if "ref_logprobs" in algorithm.reads:
-            self.reference = ReferenceWorker(self._frozen_engine(config.reference), temperature=temperature, chunk=chunk)
+            engine = frozen_copy(self.policy.model, config.reference, config.policy, setting="reference")
+            self.reference = ReferenceWorker(engine, temperature=temperature, chunk=chunk)
         if {"teacher_logprobs", "teacher_top_logprobs"} & algorithm.reads:
-            engine = self._frozen_engine(config.teacher.path, need="teacher.path")
+            if config.teacher.path is None:
+                raise ValueError("need teacher.path: the folder or hub name of the model to distil from")
+            engine = frozen_copy(self.policy.model, config.teacher.path, config.policy, setting="teacher.path")
             self.teacher = TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=config.teacher.top_k)
         if {"values", "prm_logprobs"} & algorithm.reads:
             self.critic = self._build_critic(config.critic, critic_model)
@@ -253,25 +256,9 @@ class Trainer(BaseTrainer):
         engine = LocalEngine(model, config, device=self.device, total_updates=self._total_updates())
         self.engines["critic"] = engine
         if is_prm:
-            self._check_vocabulary(source, "critic.path")
+            check_vocabulary(source, self.policy.model, "critic.path")
             return ProcessRewardWorker(engine, self.algorithm, epochs=epochs, chunk=config.logits_chunk_tokens)
         return CriticWorker(engine, self.algorithm, vf_coef=config.vf_coef, epochs=epochs)
-
-    def _frozen_engine(self, path: str | None, *, need: str = "") -> LocalForwardEngine:
-        """A model that is only read; none given: a copy of the policy, unless a path is needed."""
-        if need and path is None:
-            raise ValueError(f"need {need}: a chosen function reads a column of that model; give its folder or hub name")
-        own = self.policy.model.transformer
-        transformer = load_language_model(path) if path else copy.deepcopy(own)
-        self._check_vocabulary(transformer, need or "reference")
-        model = PolicyModel(transformer.requires_grad_(False), self.config.policy.precision)
-        return LocalForwardEngine(model, self.config.policy, device=self.device)
-
-    def _check_vocabulary(self, other: PreTrainedModel, setting: str) -> None:
-        """Refuses a model for whom the policy's tokens mean something else, as far as sizes tell."""
-        sizes = [model.config.get_text_config().vocab_size for model in (self.policy.model.transformer, other)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"need the policy's vocabulary of {sizes[0]} tokens in {setting}, got {sizes[1]}; take a model of its family")
 
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
         if isinstance(given, BaseRolloutWorker):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -12,8 +11,8 @@ from transformers import PreTrainedModel
 from verl.algorithms.binding import bind
 from verl.algorithms.preference import PAIR_COLUMNS, PAIR_LOSSES
 from verl.data.batch import Batch, ModelInput, Trajectory
-from verl.engines.local import LocalForwardEngine
-from verl.engines.models import PolicyModel, load_language_model
+from verl.engines.local import LocalForwardEngine, frozen_copy
+from verl.engines.models import PolicyModel
 from verl.settings import PreferenceConfig
 from verl.trainer.pairs import SIDES, PairsTrainer, answers_of, try_out
 from verl.utils.rollout import Prompt
@@ -52,7 +51,11 @@ class PreferenceTrainer(PairsTrainer):
         self.loss = try_out(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
         has_reference = any("_ref_" in name for name in self.loss.columns)
-        self.reference = self._frozen_engine(config.reference) if has_reference else None
+        self.reference: LocalForwardEngine | None = None
+        if has_reference:
+            policy = self.policy_engine.model
+            assert isinstance(policy, PolicyModel)
+            self.reference = frozen_copy(policy, config.reference, config.policy, setting="reference")
 
     def encode(self, pairs: list[Prompt]) -> Batch:
         """See `PairsTrainer.encode`; answers are closed with the end token."""
@@ -92,14 +95,3 @@ class PreferenceTrainer(PairsTrainer):
     def _trajectory(self, prompt: Prompt, answer: str, row: int) -> Trajectory:
         ids = self.codec.encode_answer(answer)
         return Trajectory(prompt, self.codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), row // 2)
-
-    def _frozen_engine(self, path: str | None) -> LocalForwardEngine:
-        """A model that is only read; none given: a copy of the policy as it is now."""
-        own = self.policy_engine.model.transformer
-        transformer = load_language_model(path) if path else copy.deepcopy(own)
-        sizes = [model.config.get_text_config().vocab_size for model in (own, transformer)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"need the policy's vocabulary of {sizes[0]} tokens in reference, got {sizes[1]}; take a model of its family")
-        return LocalForwardEngine(
-            PolicyModel(transformer.requires_grad_(False), self.config.policy.precision), self.config.policy, device=self.device
-        )
