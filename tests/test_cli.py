@@ -175,7 +175,7 @@ MISTAKES = {
     "no override": (["train", "grpo", "steps"], ['need overrides like key=value, got "steps"']),
     "ignored": (["train", "grpo", "critic.vf_coef=2.0"], ["critic.vf_coef (override) would be ignored", "take gae"]),
     "relation": (["train", "grpo", "samples_per_prompt=1"], ["need siblings to compare with"]),
-    "function": (["train", "grpo", "algorithm.advantage=gea"], ["need one of grpo, rloo, gae", "did you mean 'gae'"]),
+    "function": (["train", "grpo", "algorithm.advantage=gea"], ["need one of grpo, rloo, ", "did you mean 'gae'"]),
     "option": (["train", "grpo", "algorithm.policy_loss.clip_hihg=0.3"], ["got 'clip_hihg'; did you mean 'clip_high'"]),
     "option type": (["train", "grpo", "algorithm.policy_loss.clip_high=wide"], ["clip_high='wide', which is not of type float"]),
     "module": (["train", "grpo", "algorithm.advantage=nowhere:f"], ["cannot import 'nowhere'"]),

@@ -42,14 +42,15 @@ def problems(source, *overrides) -> str:
     return str(caught.value)
 
 
-def test_the_recipes_are_the_three_methods_and_the_quickstart():
-    assert RECIPES == ("dapo", "grpo", "ppo", "quickstart")
+def test_the_recipes_are_the_files_of_the_folder_by_name():
+    assert {"dapo", "distillation", "grpo", "gspo", "ppo", "quickstart", "vapo"} < set(RECIPES)
+    assert list(RECIPES) == sorted(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_survives_being_written_and_read(recipe, write):
     config = load_config(
-        recipe, ["steps=7", "sampling.stop=['off', '1e-6', \"a\\nb\"]", 'tracking.project="1e-6"', "tracking.sinks=[wandb]"]
+        recipe, ["steps=70", "sampling.stop=['off', '1e-6', \"a\\nb\"]", 'tracking.project="1e-6"', "tracking.sinks=[wandb]"]
     )
     assert load_config(write(to_yaml(config))) == config
 
@@ -144,7 +145,7 @@ def test_a_wrong_override_says_what_must_hold_and_what_came(override, message):
         ("steps: [1\nseed: 2", "run.yaml:2: need valid YAML"),
         ("steps: 1\nsteps: 2", "run.yaml:2: steps is given twice, first in run.yaml:1"),
         ("- 1", "run.yaml: need settings at its top, `key: value`, got [1]"),
-        ("recipe: gropo", "unknown recipe gropo (run.yaml:1); the nearest is grpo, and there are dapo, grpo, ppo, quickstart"),
+        ("recipe: gropo", "unknown recipe gropo (run.yaml:1); the nearest is grpo, and there are cispo, clip_cov, "),
         ("resolved: 3", "resolved: need true or false, got 3"),
         ("policy.path: x", "need nested keys, got policy.path in one (run.yaml:1); put path under policy"),
         ("policy:", "policy (run.yaml:1): need `key: value` settings, got null"),
@@ -155,8 +156,8 @@ def test_a_wrong_file_says_what_must_hold_and_what_came(text, message, write):
 
 
 def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
-    assert problems("gppo") == "unknown recipe gppo; the nearest is ppo, and there are dapo, grpo, ppo, quickstart"
-    wanted = "need a recipe (dapo, grpo, ppo, quickstart) or a YAML file of settings"
+    assert problems("gppo") == f"unknown recipe gppo; the nearest is ppo, and there are {', '.join(RECIPES)}"
+    wanted = f"need a recipe ({', '.join(RECIPES)}) or a YAML file of settings"
     assert f"{wanted}, got missing.yaml: No such file" in problems("missing.yaml")
     assert "Is a directory" in problems(tmp_path)
     assert "steps: need a text, number, list or mapping, got object" in problems({"steps": object()})

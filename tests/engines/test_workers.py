@@ -260,7 +260,7 @@ def test_the_sum_of_squared_probabilities_is_that_of_the_whole_distribution():
 
 def test_the_process_reward_model_learns_which_answers_were_right():
     algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="prime"), value_loss=Choice(name="outcome_cross_entropy", beta=1.0)))
-    worker, batch = ProcessRewardWorker(local_engine(), algorithm, epochs=1, chunk=100), rows_to_learn()
+    worker, batch = ProcessRewardWorker(local_engine(), algorithm, temperature=1.0, epochs=1, chunk=100), rows_to_learn()
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
     worker.write(batch, ONE_BY_ONE)
     batch.write("ref_logprobs", batch["prm_logprobs"])

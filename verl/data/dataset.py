@@ -46,7 +46,7 @@ class LoadReport:
     longest: int = 0
 
 
-class _MalformedRow(ValueError):
+class MalformedRow(ValueError):
     """Why a row cannot be used."""
 
 
@@ -68,9 +68,9 @@ def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list
     used = {config.prompt_key, config.answer_key}
 
     def parse(row: dict[str, Any]) -> Parsed:
-        return _content(_column(row, config.prompt_key), config.prompt_key), _answer(row, config), used
+        return as_content(column_of(row, config.prompt_key), config.prompt_key), _answer(row, config), used
 
-    return _load(source, config, split, parse)
+    return load_rows(source, config, split, parse)
 
 
 def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
@@ -83,16 +83,16 @@ def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[lis
 
     def parse(row: dict[str, Any]) -> Parsed:
         if config.prompt_key in row or "messages" not in row:
-            parsed = _content(_column(row, config.prompt_key), config.prompt_key), _answer(row, config), used
+            parsed = as_content(column_of(row, config.prompt_key), config.prompt_key), _answer(row, config), used
         else:
             parsed = *_conversation(row["messages"]), {"messages"}
         answer = parsed[1]
         if not isinstance(answer, str) or not answer:
-            raise _MalformedRow(f"need an answer that is a text and not empty, got {_shown(answer)}")
-        _check_encodable(answer)
+            raise MalformedRow(f"need an answer that is a text and not empty, got {shown(answer)}")
+        check_encodable(answer)
         return parsed
 
-    return _load(source, config, split, parse)
+    return load_rows(source, config, split, parse)
 
 
 def drop_long_prompts(prompts: Sequence[Prompt], lengths: Sequence[int], max_prompt_tokens: int) -> tuple[list[Prompt], dict[str, int]]:
@@ -197,7 +197,8 @@ class PromptLoader:
         return order
 
 
-def _load(source: str, config: DataConfig, split: Split, parse: Callable[[dict[str, Any]], Parsed]) -> tuple[list[Prompt], LoadReport]:
+def load_rows(source: str, config: DataConfig, split: Split, parse: Callable[[dict[str, Any]], Parsed]) -> tuple[list[Prompt], LoadReport]:
+    """The rows of a data set as `parse` makes prompts of them; a malformed one stops the start, or is skipped and counted."""
     default_source = source.removeprefix("task:") if source.startswith("task:") else Path(source).stem
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -205,7 +206,7 @@ def _load(source: str, config: DataConfig, split: Split, parse: Callable[[dict[s
         try:
             row = _as_row(raw)
             prompts.append(_prompt(row, number, parsed=parse(row), default_source=default_source))
-        except _MalformedRow as problem:
+        except MalformedRow as problem:
             problems.append(f"{place}: {problem}")
     report = LoadReport(source, len(prompts) + len(problems), len(problems), tuple(problems[:PROBLEMS_SHOWN]))
     listed = "".join(f"\n  {source}, {problem}" for problem in report.problems)
@@ -290,7 +291,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 }
 
 
-# Rows: columns to a `Prompt`, or `_MalformedRow` with the reason.
+# Rows: columns to a `Prompt`, or `MalformedRow` with the reason.
 
 
 def _as_row(raw: Any) -> dict[str, Any]:
@@ -298,9 +299,9 @@ def _as_row(raw: Any) -> dict[str, Any]:
         try:
             raw = json.loads(raw.decode("utf-8-sig"), parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
-            raise _MalformedRow(f"need one JSON object per line, got invalid JSON: {error}") from error
+            raise MalformedRow(f"need one JSON object per line, got invalid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise _MalformedRow(f"need one JSON object per line, got {_shown(raw)}")
+        raise MalformedRow(f"need one JSON object per line, got {shown(raw)}")
     return raw
 
 
@@ -311,16 +312,17 @@ def _reject_constant(name: str) -> None:
 def _prompt(row: dict[str, Any], number: int, *, parsed: Parsed, default_source: str) -> Prompt:
     content, answer, used = parsed
     if isinstance(answer, float) and answer != answer:
-        raise _MalformedRow("need an answer, got NaN")
+        raise MalformedRow("need an answer, got NaN")
     columns = dict(row)
     for name in used:
         columns.pop(name, None)
     return Prompt(content, answer, str(columns.pop("data_source", default_source)), number, columns)
 
 
-def _column(row: dict[str, Any], key: str) -> Any:
+def column_of(row: dict[str, Any], key: str) -> Any:
+    """A value of a row by its key."""
     if key not in row:
-        raise _MalformedRow(f"need a column {key!r}, there are {', '.join(map(repr, row)) or 'none'}")
+        raise MalformedRow(f"need a column {key!r}, there are {', '.join(map(repr, row)) or 'none'}")
     return row[key]
 
 
@@ -331,47 +333,48 @@ def _answer(row: dict[str, Any], config: DataConfig) -> Any:
     return row.get(config.answer_key)
 
 
-def _content(value: Any, name: str) -> Content:
+def as_content(value: Any, name: str) -> Content:
     """A prompt, checked: a text or chat messages, not empty."""
     if isinstance(value, str):
         if not value.strip():
-            raise _MalformedRow(f"need a {name} that is not empty, got {value!r}")
-        _check_encodable(value)
+            raise MalformedRow(f"need a {name} that is not empty, got {value!r}")
+        check_encodable(value)
         return value
     if not isinstance(value, list):
-        raise _MalformedRow(f"need a {name} that is a text or a list of chat messages, got {_shown(value)}")
-    messages = [_message(message) for message in value]
+        raise MalformedRow(f"need a {name} that is a text or a list of chat messages, got {shown(value)}")
+    messages = [as_message(message) for message in value]
     if not any(message["content"] for message in messages):
-        raise _MalformedRow(f"need a {name} that is not empty, got {len(messages)} messages without content")
+        raise MalformedRow(f"need a {name} that is not empty, got {len(messages)} messages without content")
     return messages
 
 
 def _conversation(value: Any) -> tuple[Content, Any]:
     """The messages before the assistant's last one, and that one's content."""
     if not isinstance(value, list) or len(value) < 2:
-        raise _MalformedRow(f"need messages with a question and an answer, got {_shown(value)}")
-    last = _message(value[-1])
+        raise MalformedRow(f"need messages with a question and an answer, got {shown(value)}")
+    last = as_message(value[-1])
     if last["role"] != "assistant":
-        raise _MalformedRow(f"need messages that end with the assistant's, got one of role {last['role']!r}")
-    return _content(value[:-1], "messages"), last["content"]
+        raise MalformedRow(f"need messages that end with the assistant's, got one of role {last['role']!r}")
+    return as_content(value[:-1], "messages"), last["content"]
 
 
-def _message(message: Any) -> dict[str, Any]:
+def as_message(message: Any) -> dict[str, Any]:
+    """A chat message, checked: role and content."""
     if not isinstance(message, dict):
-        raise _MalformedRow(f"need messages that are objects with role and content, got {_shown(message)}")
+        raise MalformedRow(f"need messages that are objects with role and content, got {shown(message)}")
     # A table has the same keys in every row: those that a message lacks come as nulls, which chat templates would take for values.
     given = _without_nulls(message)
     if given.get("role") not in ROLES:
-        raise _MalformedRow(f"need a message role among {', '.join(ROLES)}, got {_shown(given.get('role'))}")
+        raise MalformedRow(f"need a message role among {', '.join(ROLES)}, got {shown(given.get('role'))}")
     if "content" not in given and given.get("tool_calls"):
         given["content"] = ""  # an assistant that only calls tools says nothing
     content = given.get("content")
     if isinstance(content, str):
-        _check_encodable(content)
+        check_encodable(content)
     elif isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
         given["content"] = [_without_nulls(part) for part in content]
     else:
-        raise _MalformedRow(f"need message content that is a text or a list of typed parts, got {_shown(content)}")
+        raise MalformedRow(f"need message content that is a text or a list of typed parts, got {shown(content)}")
     return given
 
 
@@ -379,14 +382,15 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _check_encodable(text: str) -> None:
+def check_encodable(text: str) -> None:
+    """Refuses a text that no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _MalformedRow(f"need text that UTF-8 can encode, got half a surrogate pair at character {error.start}") from error
+        raise MalformedRow(f"need text that UTF-8 can encode, got half a surrogate pair at character {error.start}") from error
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value and its type, short enough for a message."""
     text = repr(value)
     return "nothing" if value is None else f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from verl.data.dataset import (
     Content,
     LoadReport,
+    MalformedRow,
     Parsed,
     Split,
-    _check_encodable,
-    _column,
-    _content,
-    _load,
-    _MalformedRow,
-    _message,
-    _shown,
+    as_content,
+    as_message,
+    check_encodable,
+    column_of,
+    load_rows,
+    shown,
 )
 from verl.data.tasks import near_miss
 from verl.settings import DataConfig
@@ -55,26 +55,26 @@ def load_pairs(source: str, config: DataConfig, *, split: Split) -> tuple[list[P
     def parse(row: dict[str, Any]) -> Parsed:
         return *_parsed(row, config), {config.prompt_key, config.chosen_key, config.rejected_key}
 
-    return _load(source, config, split, parse_task if source.startswith("task:") else parse)
+    return load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
 
 
 def _parsed(row: dict[str, Any], config: DataConfig) -> tuple[Content, Pair]:
     """Prompt and answers of a row."""
-    values = [_column(row, key) for key in (config.chosen_key, config.rejected_key)]
+    values = [column_of(row, key) for key in (config.chosen_key, config.rejected_key)]
     (before, chosen), (other, rejected) = (_answer(v, key) for v, key in zip(values, (config.chosen_key, config.rejected_key), strict=True))
     if before != other:
-        raise _MalformedRow(
+        raise MalformedRow(
             f"need two answers to one prompt: chats of {config.chosen_key} and {config.rejected_key} that differ in the last message alone"
         )
     if chosen == rejected:
-        raise _MalformedRow(f"need two different answers, got twice {_shown(chosen)}")
+        raise MalformedRow(f"need two different answers, got twice {shown(chosen)}")
     if config.prompt_key not in row and before:
-        return _content(before, config.chosen_key), Pair(chosen, rejected)
-    prompt = _content(_column(row, config.prompt_key), config.prompt_key)
+        return as_content(before, config.chosen_key), Pair(chosen, rejected)
+    prompt = as_content(column_of(row, config.prompt_key), config.prompt_key)
     if not before and isinstance(prompt, str) and any(isinstance(value, list) for value in values):
-        raise _MalformedRow("need a prompt of chat messages where the answers are chat messages, got a text")
+        raise MalformedRow("need a prompt of chat messages where the answers are chat messages, got a text")
     if before and prompt != before and prompt not in [message["content"] for message in before]:
-        raise _MalformedRow(f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} begin otherwise")
+        raise MalformedRow(f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} begin otherwise")
     return before or prompt, Pair(chosen, rejected)
 
 
@@ -82,11 +82,11 @@ def _answer(value: Any, key: str) -> tuple[Messages, str]:
     """The messages before an answer, and the answer."""
     before: Messages = []
     if isinstance(value, list) and value:
-        *before, last = (_message(message) for message in value)
+        *before, last = (as_message(message) for message in value)
         if last["role"] != "assistant":
-            raise _MalformedRow(f"need messages in {key} that end with the assistant's, got one of role {last['role']!r}")
+            raise MalformedRow(f"need messages in {key} that end with the assistant's, got one of role {last['role']!r}")
         value = last["content"]
     if not isinstance(value, str) or not value:
-        raise _MalformedRow(f"need an answer in {key} that is a text and not empty, got {_shown(value)}")
-    _check_encodable(value)
+        raise MalformedRow(f"need an answer in {key} that is a text and not empty, got {shown(value)}")
+    check_encodable(value)
     return before, value

@@ -154,16 +154,17 @@ class CriticWorker:
 class ProcessRewardWorker:
     """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes."""
 
-    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, epochs: int, chunk: int) -> None:
+    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
         self.engine = engine
         self._algorithm = algorithm
+        self._temperature = temperature or 1.0
         self._epochs = epochs
         self._chunk = chunk
         self._reads = {*algorithm.value_loss.columns} - {"prm_logprobs"}
 
     def write(self, batch: Batch, plan: Plan) -> None:
         """Adds `prm_logprobs`."""
-        batch.write("prm_logprobs", policy_logprobs(self.engine, batch, plan, temperature=1.0, chunk=self._chunk))
+        batch.write("prm_logprobs", policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk))
 
     def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
         """Minimises the loss of the outcomes; metrics are prefixed `critic/`."""
@@ -171,7 +172,7 @@ class ProcessRewardWorker:
         assert isinstance(model, PolicyModel)
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs = _padded(model.token_logprobs(inputs, temperature=1.0, chunk=self._chunk)[0], inputs)
+            logprobs = _padded(model.token_logprobs(inputs, temperature=self._temperature, chunk=self._chunk)[0], inputs)
             columns = _columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
             return self._algorithm.value_objective(columns, 1.0)
 

@@ -28,6 +28,9 @@ REWARDS: dict[str, Callable[..., Any] | str] = {
     "model": "verl.rewards.model:model",
 }
 
+# Name -> what gets a built-in function ready, called with its options before the first step, outside of any time limit.
+PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model:prepare"}
+
 FORMS: Final = (
     "f(prompt, response), f(prompt, response, answer), f(trajectory), or f(prompts, completions, **columns) over all rows at once, "
     "each plain or async"
@@ -242,6 +245,8 @@ def build_rewards(config: RewardsConfig, reward_fn: Callable[..., Any] | Sequenc
     for choice in config.functions:
         name = choice.name if choice.name in REWARDS else None
         functions.append(RewardFunction(load_function(choice.name), name=name, weight=choice.weight, options=choice.options))
+        if choice.name in PREPARATIONS:
+            load_function(PREPARATIONS[choice.name])(**choice.options)
     functions += [RewardFunction(function) for function in given]
     return RewardFunctions(functions, timeout_s=config.timeout_s, max_failed_share=config.max_failed_share)
 

@@ -34,7 +34,7 @@ def model(
 ) -> list[float]:
     """What a trained reward model says of answers: its head at the last token, which is the end token.
 
-    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded at the first call.
+    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded once, by `prepare` or at the first call.
 
     Args:
         prompts: B texts or lists of chat messages.
@@ -50,12 +50,25 @@ def model(
     Raises:
         ValueError: no path, or no trained reward model there, or a completion without a text.
     """
-    if not path:
-        raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
+    judge = _judge(path, system_prompt, precision)
     if not prompts:
         return []
-    judge = _judge(path, system_prompt, precision)
     return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
+
+
+def prepare(
+    *,
+    path: str | None = None,
+    system_prompt: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    micro_batch_tokens: int = 16_384,
+) -> None:
+    """Loads the reward model for later calls of `model`, whose options these are.
+
+    Raises:
+        ValueError: as `model`.
+    """
+    _judge(path, system_prompt, precision)
 
 
 def rows_to_score(prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None) -> Batch:
@@ -105,7 +118,9 @@ class _Judge:
 _LOADING = threading.Lock()
 
 
-def _judge(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+def _judge(path: str | None, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+    if not path:
+        raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
     with _LOADING:  # Two calls at once must not load it twice.
         return _loaded(path, system_prompt, precision)
 

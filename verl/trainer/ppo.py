@@ -257,7 +257,8 @@ class Trainer(BaseTrainer):
         self.engines["critic"] = engine
         if is_prm:
             check_vocabulary(source, self.policy.model, "critic.path")
-            return ProcessRewardWorker(engine, self.algorithm, epochs=epochs, chunk=config.logits_chunk_tokens)
+            temperature, chunk = self.config.sampling.temperature, config.logits_chunk_tokens
+            return ProcessRewardWorker(engine, self.algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
         return CriticWorker(engine, self.algorithm, vf_coef=config.vf_coef, epochs=epochs)
 
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
