@@ -9,6 +9,7 @@ from torch import Tensor
 
 from verl.algorithms.functional import check_same_shape, log_ratio, row_mean
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
+from verl.algorithms.ratios import check_clip, clipped_loss, policy_ratio
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -84,13 +85,9 @@ def ppo_clip(
         ValueError: shapes differ or an option is out of its bounds.
     """
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
-    _check_clip(clip_low, clip_high)
-    if dual_clip is not None and dual_clip <= 1:
+    if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"need dual_clip > 1, got {dual_clip}; a lower bound would cut the unchanged policy; the paper takes 3")
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = torch.maximum(unclipped, clipped)
-    monitors["clip_share"] = (clipped > unclipped).to(loss.dtype)
+    loss, monitors["clip_share"] = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None:
         bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
         monitors["dual_clip_share"] = (loss > bound).to(loss.dtype)
@@ -122,10 +119,10 @@ def gspo(
         ValueError: shapes differ or an option is out of its bounds.
     """
     _, monitors = _ratio(logprobs, old_logprobs, advantages, mask=mask)
-    _check_clip(clip_low, clip_high)
     advantages = row_mean(advantages, mask)[:, None].expand(mask.shape)
     ratio = row_mean(log_ratio(logprobs, old_logprobs), mask).exp()[:, None].expand(mask.shape)
-    return _clipped(ratio, advantages, clip_low, clip_high, monitors)
+    loss, clip_share = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
+    return loss, monitors | {"ratio": ratio.detach(), "clip_share": clip_share}
 
 
 def gspo_token(
@@ -151,10 +148,11 @@ def gspo_token(
         ValueError: shapes differ or an option is out of its bounds.
     """
     _, monitors = _ratio(logprobs, old_logprobs, advantages, mask=mask)
-    _check_clip(clip_low, clip_high)
     of_row = row_mean(log_ratio(logprobs, old_logprobs), mask).detach()[:, None]
-    ratio = (of_row + logprobs - logprobs.detach()).exp()
-    return _clipped(ratio, advantages, clip_low, clip_high, monitors)
+    # The difference first: it is exactly 0, and a sum with a logprob of -20 rounds off what a clip of 3e-4 is to see.
+    ratio = (of_row + (logprobs - logprobs.detach())).exp()
+    loss, clip_share = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
+    return loss, monitors | {"ratio": ratio.detach(), "clip_share": clip_share}
 
 
 def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.4) -> Loss:
@@ -178,7 +176,7 @@ def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tenso
         ValueError: shapes differ or clip is not above 0.
     """
     _, monitors = _ratio(logprobs, old_logprobs, advantages, mask=mask)
-    if clip <= 0:
+    if not clip > 0:
         raise ValueError(f"need clip > 0, got {clip}; the paper takes 0.4")
     advantages = row_mean(advantages, mask)[:, None].expand(mask.shape)
     sign, difference = advantages.sign(), log_ratio(logprobs, old_logprobs)
@@ -209,7 +207,7 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_hi
         ValueError: shapes differ or an option is out of its bounds.
     """
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
-    _check_clip(1.0 if clip_low is None else clip_low, clip_high)
+    check_clip(1.0 if clip_low is None else clip_low, clip_high)
     weight = ratio.detach().clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
     monitors["clip_share"] = (weight != ratio.detach()).to(weight.dtype)
     return -weight * advantages * logprobs, monitors
@@ -235,7 +233,7 @@ def sapo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_posi
         ValueError: shapes differ or an option is not above 0.
     """
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
-    if tau_positive <= 0 or tau_negative <= 0:
+    if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"need tau_positive and tau_negative above 0, got {tau_positive} and {tau_negative}; the paper takes 1 and 1.05")
     tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
     gate = torch.sigmoid(tau * (ratio - 1))
@@ -276,9 +274,10 @@ def dppo(
     """
     ratio, monitors = _ratio(logprobs, rollout_logprobs, advantages, name="rollout_logprobs")
     if divergence not in ("tv", "kl"):
-        raise ValueError(f"need divergence tv or kl, got {divergence!r}")
-    if threshold_low <= 0 or threshold_high <= 0:
-        raise ValueError(f"need thresholds above 0, got threshold_low={threshold_low} and threshold_high={threshold_high}")
+        raise ValueError(f"need divergence tv or kl, got {divergence!r}; tv is a share, kl in nats")
+    if not (threshold_low > 0 and threshold_high > 0):
+        bounds = f"threshold_low={threshold_low} and threshold_high={threshold_high}"
+        raise ValueError(f"need thresholds above 0, got {bounds}; prime-rl takes 0.2 for tv")
     p, q = logprobs.detach().exp(), rollout_logprobs.exp()
     distance = (p - q).abs() if divergence == "tv" else _binary_kl(q, p)
     rises, falls = (advantages > 0) & (ratio > 1), (advantages < 0) & (ratio < 1)
@@ -316,22 +315,7 @@ def _ratio(
     """r = exp(logprobs - old_logprobs) after a check of the shapes, and the monitors of every loss with a ratio."""
     columns = {"logprobs": logprobs, name: old_logprobs, "advantages": advantages}
     check_same_shape(**columns, **({} if mask is None else {"mask": mask}))
-    difference = log_ratio(logprobs, old_logprobs)
-    ratio = difference.exp()
-    return ratio, {"ratio": ratio.detach(), "approx_kl": (torch.expm1(difference) - difference).detach()}
-
-
-def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, monitors: dict[str, Tensor]) -> Loss:
-    """The clipped loss of a ratio that is not the token's own."""
-    unclipped = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    share = (clipped > unclipped).to(ratio.dtype)
-    return torch.maximum(unclipped, clipped), monitors | {"ratio": ratio.detach(), "clip_share": share}
-
-
-def _check_clip(clip_low: float, clip_high: float) -> None:
-    if not 0 <= clip_low <= 1 or clip_high < 0:
-        raise ValueError(f"need 0 <= clip_low <= 1 and clip_high >= 0, got clip_low={clip_low} and clip_high={clip_high}")
+    return policy_ratio(logprobs, old_logprobs)
 
 
 def _binary_kl(q: Tensor, p: Tensor) -> Tensor:

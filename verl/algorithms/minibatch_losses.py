@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from verl.algorithms.functional import check_same_rows, check_same_shape, log_ratio, masked_mean
+from verl.algorithms.ratios import clipped_loss, policy_ratio
 
 
 def clip_cov(
@@ -26,7 +27,7 @@ def clip_cov(
 
     Clip-Cov, https://arxiv.org/abs/2505.22617, equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens
     of the minibatch; the bounds and the wide PPO clip are those of the authors' recipes. At least one token is chosen if there is an
-    eligible one (the paper rounds its number, and the authors' code takes at least one).
+    eligible one, as in the authors' code (the paper rounds down); unlike there, a token that PPO clips may be chosen, as in the paper.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -34,7 +35,7 @@ def clip_cov(
         advantages: [B, T] float.
         minibatch_mask: [B, T] bool, of all rows of the update.
         noise: [B, T] float in [0, 1); the eligible tokens with the smallest are chosen.
-        share: of the sampled tokens, in [0, 1].
+        share: of the sampled tokens, above 0 and at most 1.
         cov_low: lower bound of the covariance, unit of the advantages times nats.
         cov_high: upper bound, above the lower one.
         clip_low: how far the ratio may fall below 1, in [0, 1].
@@ -49,16 +50,14 @@ def clip_cov(
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask, noise=noise)
     _check_share(share)
-    if not (cov_low < cov_high and 0 <= clip_low <= 1 and clip_high >= 0):
-        bounds = f"cov_low={cov_low}, cov_high={cov_high}, clip_low={clip_low} and clip_high={clip_high}"
-        raise ValueError(f"need cov_low < cov_high, 0 <= clip_low <= 1 and clip_high >= 0, got {bounds}")
+    if not cov_low < cov_high:
+        raise ValueError(f"need cov_low < cov_high, got cov_low={cov_low} and cov_high={cov_high}; the authors' recipes take 1 and 5")
     covariance = _covariance(logprobs, advantages, minibatch_mask)
     eligible = minibatch_mask & (covariance > cov_low) & (covariance < cov_high)
     chosen = _first(noise, eligible, _count(share, minibatch_mask))
-    ratio, monitors = _ratio(logprobs, old_logprobs)
-    unclipped, clipped = -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = torch.maximum(unclipped, clipped)
-    monitors |= {"clip_share": (clipped > unclipped).to(loss.dtype), "cov_share": chosen.to(loss.dtype)}
+    ratio, monitors = policy_ratio(logprobs, old_logprobs)
+    loss, clip_share = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
+    monitors |= {"clip_share": clip_share, "cov_share": chosen.to(loss.dtype)}
     return torch.where(chosen, loss.detach(), loss), monitors
 
 
@@ -68,14 +67,15 @@ def kl_cov(
     """-r A, plus kl_coef |log r| for the share of tokens with the largest covariance.
 
     KL-Cov, https://arxiv.org/abs/2505.22617, equations 12 and 13, with the covariance of `clip_cov`; |log r| stands for the KL in
-    the authors' code. Share and coefficient are those of the 7B model in section 4.3. At least one token is chosen.
+    the authors' code. Share and coefficient are those of the 7B model in section 4.3. At least one token is chosen, as in the
+    authors' code.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
         old_logprobs: [B, T] float, nats.
         advantages: [B, T] float.
         minibatch_mask: [B, T] bool, of all rows of the update.
-        share: of the sampled tokens, in [0, 1].
+        share: of the sampled tokens, above 0 and at most 1.
         kl_coef: weight of the distance, at least 0.
 
     Returns:
@@ -87,11 +87,11 @@ def kl_cov(
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask)
     _check_share(share)
-    if kl_coef < 0:
+    if not kl_coef >= 0:
         raise ValueError(f"need kl_coef >= 0, got {kl_coef}; the paper takes 1")
     covariance = _covariance(logprobs, advantages, minibatch_mask)
     chosen = _first(-covariance, minibatch_mask, _count(share, minibatch_mask))
-    ratio, monitors = _ratio(logprobs, old_logprobs)
+    ratio, monitors = policy_ratio(logprobs, old_logprobs)
     penalty = torch.where(chosen, kl_coef * log_ratio(logprobs, old_logprobs).abs(), 0.0)
     return -ratio * advantages + penalty, monitors | {"cov_share": chosen.to(ratio.dtype)}
 
@@ -109,9 +109,9 @@ def online_dpo(
     """-log sigmoid(beta (h_best - h_worst)), h the sum over a row's sampled tokens of log p/p_ref, for the best and worst row of a group.
 
     Online DPO, https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290, equation 7. Both rows
-    carry the loss of their pair at each of their tokens, and other rows nothing, so under `seq_mean_token_mean` with two answers per
-    prompt the whole is the mean over the pairs; a group whose rewards are all equal is no pair and counts 0. Of equal rewards the
-    first row is taken.
+    carry the loss of their pair at each of their tokens, and other rows nothing, so under `seq_mean_token_mean` the whole is twice the
+    sum over the pairs, divided by the number of rows: with n answers to each prompt, 2 / n times the mean over the prompts. A group
+    whose rewards are all equal is no pair and counts 0. Of equal rewards the first row is taken.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -131,8 +131,9 @@ def online_dpo(
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, minibatch_mask=minibatch_mask)
     check_same_rows(rewards=rewards, group_ids=group_ids, minibatch_mask=minibatch_mask)
-    if beta <= 0 or not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"need beta > 0 and label_smoothing in [0, 0.5], got beta={beta} and label_smoothing={label_smoothing}")
+    if not (beta > 0 and 0 <= label_smoothing <= 0.5):
+        bounds = f"beta={beta} and label_smoothing={label_smoothing}"
+        raise ValueError(f"need beta > 0 and label_smoothing in [0, 0.5], got {bounds}; the paper of DPO takes 0.1 and 0")
     best, worst = _pairs(rewards, group_ids, minibatch_mask.any(1))
     distance = torch.where(minibatch_mask, logprobs - ref_logprobs, 0).sum(1)
     margin = beta * (distance[best] - distance[worst])
@@ -156,11 +157,6 @@ def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, 
     return tuple(torch.stack(rows) if rows else group_ids.new_empty(0) for rows in (best, worst))  # type: ignore[return-value]
 
 
-def _ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    difference = log_ratio(logprobs, old_logprobs)
-    return difference.exp(), {"ratio": difference.exp().detach(), "approx_kl": (torch.expm1(difference) - difference).detach()}
-
-
 def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """[B, T], (A - mean A)(log p - mean log p), means over the sampled tokens, in fp64: the order of rows must not move a rank."""
     a, p = advantages.double(), logprobs.detach().double()
@@ -182,5 +178,5 @@ def _first(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
 
 
 def _check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"need share in [0, 1], got {share}; the paper takes 2e-4 to 2e-3")
+    if not 0 < share <= 1:
+        raise ValueError(f"need 0 < share <= 1, got {share}; the paper takes 2e-4 to 2e-3, and without a share it is ppo_clip")
