@@ -1,8 +1,9 @@
-"""Losses and aggregations by hand, against a second implementation, and independent of padding and of the split."""
+"""Policy losses by hand, against a second implementation with its gradient, and independent of padding and of the split."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,84 +12,102 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_sum_norm, token_mean
+from tests.oracles.gradients import assert_agrees, summed
+from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_mean, token_mean
 from verl.algorithms.binding import bind
-from verl.algorithms.losses import POLICY_LOSSES, policy_gradient, ppo_clip
-from verl.algorithms.value_losses import VALUE_LOSSES, value_clip, value_mse
+from verl.algorithms.losses import (
+    POLICY_LOSSES,
+    cispo,
+    dppo,
+    forward_kl_topk,
+    gmpo,
+    gspo,
+    gspo_token,
+    importance,
+    policy_gradient,
+    ppo_clip,
+    sapo,
+)
 from verl.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}
-LOSSES = [("logprobs", POLICY_LOSSES, name) for name in POLICY_LOSSES] + [("new_values", VALUE_LOSSES, name) for name in VALUE_LOSSES]
+ABOVE_ZERO = st.floats(0.01, 3)
+CLIP = {"clip_low": st.floats(0, 1), "clip_high": st.floats(0, 2)}
+# What the second implementation reads, what it is called with at once, and the options to try; `held` is logprobs without gradient.
+DPPO = {"divergence": st.sampled_from(["tv", "kl"]), "threshold_low": st.floats(0.01, 0.5), "threshold_high": st.floats(0.01, 0.5)}
+PLAIN = {
+    "policy_gradient": ("logprobs advantages", "token", {}),
+    "importance": ("logprobs old_logprobs advantages", "token", {}),
+    "ppo_clip": ("logprobs old_logprobs advantages", "token", CLIP | {"dual_clip": st.none() | st.floats(1.01, 5)}),
+    "gspo": ("logprobs old_logprobs advantages", "row", CLIP),
+    "gspo_token": ("logprobs held old_logprobs advantages", "row", CLIP),
+    "gmpo": ("logprobs old_logprobs advantages", "row", {"clip": ABOVE_ZERO}),
+    "cispo": ("logprobs held old_logprobs advantages", "token", CLIP | {"clip_low": st.none() | st.floats(0, 1)}),
+    "sapo": ("logprobs old_logprobs advantages", "token", {"tau_positive": ABOVE_ZERO, "tau_negative": ABOVE_ZERO}),
+    "dppo": ("logprobs held rollout_logprobs advantages", "token", DPPO),
+}
 EVERY_SUM = pytest.mark.parametrize("aggregation", AGGREGATIONS)
-EVERY_LOSS = pytest.mark.parametrize(("learned", "table", "name"), LOSSES, ids=[name for _, _, name in LOSSES])
+WITH_RATIO = [name for name in PLAIN if name != "policy_gradient"]
+IN_MICRO_BATCHES = [name for name in POLICY_LOSSES if "minibatch_mask" not in bind(Choice(name=name), POLICY_LOSSES).columns]
 
 
-def summed(columns, weights, learned, table, name):
-    """Loss and its gradient with respect to the learned column."""
-    leaf = columns[learned].clone().requires_grad_()
-    loss, _ = bind(Choice(name=name), table)(columns | {learned: leaf})
-    total = (loss * weights).sum()
-    total.backward()
-    return total.detach(), leaf.grad
+def learned_column(name):
+    return "top_logprobs" if name == "forward_kl_topk" else "logprobs"
 
 
-def scalar_ppo(ratio, advantage, **options):
-    loss, monitors = ppo_clip(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([[advantage]]), **options)
-    return round(loss.item(), 5), {name: round(value.item(), 5) for name, value in monitors.items()}
+def called(function, ratios, advantages, **options):
+    """Loss, monitors and gradient of one row of tokens with these ratios and advantages, the old probabilities being 1."""
+    logprobs = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
+    columns = [logprobs, torch.zeros_like(logprobs), torch.tensor([advantages], dtype=torch.float64)]
+    columns += [torch.ones(1, len(ratios), dtype=torch.bool)] if function in (gspo, gspo_token, gmpo) else []
+    loss, monitors = function(*columns, **options)
+    loss.sum().backward()
+    monitors = {name: [round(value, 5) for value in monitor[0].tolist()] for name, monitor in monitors.items()}
+    return [round(value, 5) for value in loss[0].tolist()], monitors, [round(value, 5) for value in logprobs.grad[0].tolist()]
+
+
+def scalar(function, ratio, advantage, **options):
+    """Loss and monitors of one token."""
+    loss, monitors, _ = called(function, [ratio], [advantage], **options)
+    return loss[0], {name: value[0] for name, value in monitors.items()}
+
+
+def test_every_loss_of_the_table_is_tried_here_or_with_the_minibatch():
+    assert set(IN_MICRO_BATCHES) == {*PLAIN, "forward_kl_topk"}
 
 
 def test_ppo_stops_rewarding_a_good_token_above_the_clip_and_a_bad_one_below_it():
-    assert scalar_ppo(1.5, 2.0)[0] == -2.4
-    assert scalar_ppo(0.5, 2.0)[0] == -1.0
-    assert scalar_ppo(0.5, -2.0)[0] == 1.6
-    assert scalar_ppo(1.5, -2.0)[0] == 3.0
+    assert scalar(ppo_clip, 1.5, 2.0)[0] == -2.4
+    assert scalar(ppo_clip, 0.5, 2.0)[0] == -1.0
+    assert scalar(ppo_clip, 0.5, -2.0)[0] == 1.6
+    assert scalar(ppo_clip, 1.5, -2.0)[0] == 3.0
 
 
 def test_a_higher_upper_bound_leaves_more_of_a_good_token():
-    assert scalar_ppo(1.5, 1.0, clip_high=0.28)[0] == -1.28
-    assert scalar_ppo(0.5, -1.0, clip_low=0.3)[0] == 0.7
+    assert scalar(ppo_clip, 1.5, 1.0, clip_high=0.28)[0] == -1.28
+    assert scalar(ppo_clip, 0.5, -1.0, clip_low=0.3)[0] == 0.7
 
 
 def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
-    loss, monitors = scalar_ppo(9.0, -2.0, dual_clip=3.0)
+    loss, monitors = scalar(ppo_clip, 9.0, -2.0, dual_clip=3.0)
     assert (loss, monitors["clip_share"], monitors["dual_clip_share"]) == (6.0, 0.0, 1.0)
-    loss, monitors = scalar_ppo(9.0, 2.0, dual_clip=3.0)
+    loss, monitors = scalar(ppo_clip, 9.0, 2.0, dual_clip=3.0)
     assert (loss, monitors["clip_share"], monitors["dual_clip_share"]) == (-2.4, 1.0, 0.0)
 
 
-@given(SEEDS, st.floats(0, 1), st.floats(0, 2), st.none() | st.floats(1.01, 5))
-def test_ppo_clip_agrees_with_the_oracle(seed, clip_low, clip_high, dual_clip):
-    c = random_columns(seed)
-    options = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    loss, _ = ppo_clip(c["logprobs"], c["old_logprobs"], c["advantages"], **options)
-    columns = (c[name].flatten().tolist() for name in ("logprobs", "old_logprobs", "advantages"))
-    expected = [oracle.ppo_clip(*token, **options) for token in zip(*columns, strict=True)]
-    torch.testing.assert_close(loss.flatten(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-6)
-
-
-@given(SEEDS, st.none() | st.floats(1.01, 2))
-def test_clip_shares_mark_exactly_the_tokens_without_gradient(seed, dual_clip):
-    c = random_columns(seed)
-    leaf = c["logprobs"].clone().requires_grad_()
-    loss, monitors = ppo_clip(leaf, c["old_logprobs"], c["advantages"], dual_clip=dual_clip)
-    loss.sum().backward()
-    clipped = monitors["clip_share"] + monitors.get("dual_clip_share", torch.zeros_like(loss))
-    assert not any(value.requires_grad for value in monitors.values())
-    assert torch.equal(clipped == 1, (leaf.grad == 0) & (c["advantages"] != 0))
-
-
-def test_on_policy_ppo_has_the_gradient_of_the_policy_gradient():
-    c = random_columns(1)
-    c["old_logprobs"] = c["logprobs"]
-    weights = torch.ones(6, 7)
-    _, clipped = summed(c, weights, "logprobs", POLICY_LOSSES, "ppo_clip")
-    _, plain = summed(c, weights, "logprobs", POLICY_LOSSES, "policy_gradient")
-    torch.testing.assert_close(clipped, plain)
+@given(SEEDS, st.floats(0, 1), st.floats(0.001, 2))
+def test_dual_clip_above_the_upper_bound_is_the_two_sided_clip(seed, eps, above):
+    c, delta = random_columns(seed), 1 + eps + above
+    columns = [c[name] for name in ("logprobs", "old_logprobs", "advantages")]
+    loss, _ = ppo_clip(*columns, clip_low=eps, clip_high=eps, dual_clip=delta)
+    tokens = zip(*(column.flatten().tolist() for column in columns), strict=True)
+    expected = torch.tensor([oracle.intellect2(*token, eps, delta) for token in tokens], dtype=torch.float64)
+    torch.testing.assert_close(loss.flatten(), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_ppo_reports_the_ratio_and_how_far_the_policy_moved():
-    monitors = scalar_ppo(1.5, 2.0)[1]
+    monitors = scalar(ppo_clip, 1.5, 2.0)[1]
     assert monitors == {"ratio": 1.5, "clip_share": 1.0, "approx_kl": round(0.5 - math.log(1.5), 5)}
 
 
@@ -97,115 +116,250 @@ def test_policy_gradient_is_minus_advantage_times_logprob():
     assert (loss.item(), monitors) == (6.0, {})
 
 
-def test_a_token_that_became_impossible_gives_a_finite_loss_and_gradient():
-    leaf = torch.tensor([[-500.0, 0.0]], requires_grad=True)
-    loss, _ = ppo_clip(leaf, torch.tensor([[0.0, -500.0]]), torch.tensor([[1.0, -1.0]]))
-    loss.sum().backward()
-    assert loss.isfinite().all()
-    assert leaf.grad.tolist() == [[0.0, 0.0]]
+def test_importance_has_no_bound():
+    assert called(importance, [9.0, 0.25], [2.0, -4.0])[::2] == ([-18.0, 1.0], [-18.0, 1.0])
 
 
-def test_value_clip_takes_the_worse_of_moved_and_clipped_value():
-    loss, monitors = value_clip(torch.tensor([[2.0, 2.0, 0.25]]), torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 1.0]]))
-    assert loss.tolist() == [[1.125, 2.0, 0.28125]]
-    assert monitors["value_clip_share"].tolist() == [[1.0, 0.0, 0.0]]
+def test_gspo_clips_the_geometric_mean_and_gives_its_loss_to_each_token():
+    ratios = [math.exp(0.2), 1.0]
+    loss, monitors, gradient = called(gspo, ratios, [1.0, 1.0], clip_high=0.05)
+    assert (loss, monitors["clip_share"], gradient) == ([-1.05, -1.05], [1.0, 1.0], [0.0, 0.0])
+    loss, monitors, gradient = called(gspo, ratios, [-1.0, -1.0], clip_high=0.05)
+    assert (loss, monitors["clip_share"], gradient) == ([1.10517] * 2, [0.0, 0.0], [1.10517] * 2)
+    assert monitors["ratio"] == [1.10517] * 2
 
 
-@given(SEEDS, st.floats(0.01, 3))
-def test_value_clip_agrees_with_the_oracle_and_a_wide_one_with_the_squared_error(seed, clip):
-    c = random_columns(seed)
-    columns = [c[name] for name in ("new_values", "values", "returns")]
-    tokens = zip(*(column.flatten().tolist() for column in columns), strict=True)
-    expected = torch.tensor([oracle.value_clip(*token, clip) for token in tokens], dtype=torch.float64)
-    torch.testing.assert_close(value_clip(*columns, clip=clip)[0].flatten(), expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(value_clip(*columns, clip=1e6)[0], value_mse(c["new_values"], c["returns"])[0])
+def test_gspo_token_clips_by_the_sequence_and_weighs_by_the_token():
+    loss, monitors, gradient = called(gspo_token, [math.exp(0.2), 1.0], [1.0, -1.0], clip_high=0.05)
+    assert (loss, gradient, monitors["clip_share"]) == ([-1.05, 1.10517], [0.0, 1.10517], [1.0, 0.0])
 
 
-MASK = torch.tensor([[True, True, True, False], [True, False, False, False], [False, False, False, False]])
+def test_gmpo_clips_each_token_before_the_geometric_mean():
+    ratios = [math.e, math.exp(-0.2)]
+    loss, monitors, gradient = called(gmpo, ratios, [2.0, 2.0])
+    assert (loss, monitors["clip_share"], gradient) == ([round(-2 * math.exp(0.1), 5)] * 2, [1.0, 0.0], [0.0, round(-2 * math.exp(0.1), 5)])
+    loss, monitors, _ = called(gmpo, ratios, [-2.0, -2.0])
+    assert (loss, monitors["clip_share"]) == ([round(2 * math.exp(0.4), 5)] * 2, [0.0, 0.0])
+
+
+def test_cispo_bounds_the_weight_of_a_token_and_keeps_its_gradient():
+    _, monitors, gradient = called(cispo, [9.0, 2.0, 0.1], [1.0, 1.0, -1.0])
+    assert (gradient, monitors["clip_share"]) == ([-6.0, -2.0, 0.1], [1.0, 0.0, 0.0])
+    _, monitors, gradient = called(cispo, [9.0, 2.0, 0.1], [1.0, 1.0, -1.0], clip_high=0.5, clip_low=0.2)
+    assert (gradient, monitors["clip_share"]) == ([-1.5, -1.5, 0.8], [1.0, 1.0, 1.0])
+
+
+def test_sapo_is_the_policy_gradient_at_the_old_policy_and_fades_around_it():
+    loss, monitors, gradient = called(sapo, [1.0, 1.0], [3.0, -2.0], tau_positive=1.0, tau_negative=2.0)
+    assert (loss, gradient, monitors["gate"]) == ([-6.0, 2.0], [-3.0, 2.0], [1.0, 1.0])
+    sigmoid = 1 / (1 + math.exp(-4.0))
+    loss, monitors, gradient = called(sapo, [3.0], [-1.0], tau_negative=2.0)
+    gate = 4 * sigmoid * (1 - sigmoid)
+    assert (loss, monitors["gate"], gradient) == ([round(2 * sigmoid, 5)], [round(gate, 5)], [round(3 * gate, 5)])
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "first", "second"),
-    [("token_mean", 1 / 4, 1 / 4), ("seq_mean_token_mean", 1 / 6, 1 / 2), ("seq_mean_token_sum", 1 / 2, 1 / 2)],
+    ("probability", "advantage", "masked"),
+    [(0.8, 1.0, 1.0), (0.8, -1.0, 0.0), (0.3, -1.0, 1.0), (0.3, 1.0, 0.0), (0.65, 1.0, 0.0), (0.65, -1.0, 0.0)],
 )
-def test_weights_by_hand_and_an_empty_row_is_no_row(aggregation, first, second):
-    expected = torch.tensor([[first] * 3 + [0.0], [second, 0, 0, 0], [0.0] * 4])
-    torch.testing.assert_close(AGGREGATIONS[aggregation](MASK), expected)
+def test_dppo_masks_tokens_that_would_leave_further(probability, advantage, masked):
+    logprobs, sampler = torch.tensor([[math.log(probability)]]), torch.tensor([[math.log(0.55)]])
+    loss, monitors = dppo(logprobs, sampler, torch.tensor([[advantage]]))
+    assert monitors["clip_share"].item() == masked
+    assert monitors["divergence"].item() == pytest.approx(abs(probability - 0.55), abs=1e-6)
+    assert loss.item() == pytest.approx((masked - 1) * advantage * probability / 0.55)
 
 
-def test_the_constant_length_divides_by_rows_too():
-    torch.testing.assert_close(seq_mean_token_sum_norm(MASK, length=10), MASK / 20)
+def test_dppo_leaves_a_rare_token_that_ppo_would_clip():
+    columns = torch.tensor([[0.02]]).log(), torch.tensor([[0.01]]).log(), torch.ones(1, 1)
+    assert dppo(*columns)[0].item() == pytest.approx(-2.0)
+    assert ppo_clip(*columns)[1]["clip_share"].item() == 1.0
 
 
-@EVERY_SUM
-def test_a_batch_without_sampled_tokens_weighs_nothing(aggregation):
-    weights = AGGREGATIONS[aggregation](torch.zeros(2, 3, dtype=torch.bool), **LENGTH.get(aggregation, {}))
-    assert weights.dtype == torch.float32
-    assert weights.tolist() == [[0.0] * 3] * 2
+def test_dppo_measures_the_kl_from_the_sampler_to_the_policy():
+    _, monitors = dppo(torch.tensor([[0.8]]).log(), torch.tensor([[0.5]]).log(), torch.ones(1, 1), divergence="kl")
+    assert monitors["divergence"].item() == pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6)
 
 
-@EVERY_SUM
-@given(seed=SEEDS)
-def test_weighted_sums_agree_with_the_oracle(aggregation, seed):
+def test_forward_kl_is_zero_at_the_teacher_and_pulls_the_policy_to_it():
+    teacher = torch.tensor([[[0.5, 0.25]]]).log()
+    policy = torch.tensor([[[0.25, 0.5]]]).log().requires_grad_()
+    loss, monitors = forward_kl_topk(policy, teacher)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.25 * math.log(2))
+    torch.testing.assert_close(policy.grad, -teacher.exp())
+    assert {name: value.item() for name, value in monitors.items()} == pytest.approx({"teacher_mass": 0.75, "policy_mass": 0.75})
+    assert forward_kl_topk(teacher, teacher)[0].item() == 0.0
+
+
+@given(SEEDS)
+def test_forward_kl_agrees_with_the_oracle(seed):
     c = random_columns(seed)
-    loss = c["advantages"]
-    weights = AGGREGATIONS[aggregation](c["mask"], **LENGTH.get(aggregation, {}))
-    expected = oracle.aggregated(aggregation, loss.tolist(), c["mask"].tolist(), length=7)
-    assert (loss * weights).sum().item() == pytest.approx(expected, abs=1e-6)
+    loss, _ = forward_kl_topk(c["top_logprobs"], c["teacher_top_logprobs"])
+    places = zip(*(c[name].flatten(0, 1).tolist() for name in ("top_logprobs", "teacher_top_logprobs")), strict=True)
+    expected = torch.tensor([oracle.forward_kl_topk(*place) for place in places], dtype=torch.float64)
+    torch.testing.assert_close(loss.flatten(), expected, atol=1e-9, rtol=1e-9)
 
 
-@EVERY_LOSS
+@pytest.mark.parametrize("name", PLAIN)
+@given(data=st.data(), seed=SEEDS)
+def test_losses_and_their_gradients_agree_with_the_oracle(name, data, seed):
+    reads, unit, options = PLAIN[name]
+    options = data.draw(st.fixed_dictionaries(options))
+    c = random_columns(seed, rows=3, width=4)
+    # Probabilities below 1, as the KL between two coins needs them.
+    c |= {column: c[column].clamp(max=-0.01) for column in ("logprobs", "rollout_logprobs")}
+    weights = c["mask"] * (0.5 + c["noise"])
+    loss, _ = bind(Choice(name=name, **options), POLICY_LOSSES)(c)
+    _, gradient = summed(c, weights, "logprobs", POLICY_LOSSES, Choice(name=name, **options))
+    columns = [(c | {"held": c["logprobs"]})[column] for column in reads.split()]
+    assert_agrees(loss, gradient, weights, columns, c["mask"], partial(_plain, name, options), unit)
+
+
+def _plain(name, options, *columns):
+    return oracle.TABLE[name](*columns, **options)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "gspo_token", "gmpo", "dppo"])
+@given(seed=SEEDS)
+def test_clip_shares_mark_exactly_the_sampled_tokens_without_gradient(name, seed):
+    c = random_columns(seed)
+    loss, monitors = bind(Choice(name=name), POLICY_LOSSES)(c)
+    _, gradient = summed(c, c["mask"], "logprobs", POLICY_LOSSES, name)
+    assert torch.equal(monitors["clip_share"][c["mask"]] == 1, gradient[c["mask"]] == 0)
+
+
+@given(SEEDS, st.floats(1.01, 2))
+def test_clip_and_dual_clip_together_mark_the_tokens_without_gradient(seed, dual_clip):
+    c = random_columns(seed)
+    leaf = c["logprobs"].clone().requires_grad_()
+    loss, monitors = ppo_clip(leaf, c["old_logprobs"], c["advantages"], dual_clip=dual_clip)
+    loss.sum().backward()
+    clipped = monitors["clip_share"] + monitors["dual_clip_share"]
+    assert torch.equal(clipped == 1, (leaf.grad == 0) & (c["advantages"] != 0))
+
+
+@pytest.mark.parametrize("name", IN_MICRO_BATCHES)
+def test_monitors_are_detached_and_have_the_shape_of_the_loss(name):
+    c = random_columns(3)
+    for column in ("logprobs", "top_logprobs"):
+        c[column] = c[column].requires_grad_()
+    loss, monitors = bind(Choice(name=name), POLICY_LOSSES)(c)
+    assert loss.requires_grad
+    assert not any(monitor.requires_grad or monitor.shape != loss.shape for monitor in monitors.values())
+    assert {"ratio", "approx_kl"} <= set(monitors) or name not in WITH_RATIO
+
+
+@pytest.mark.parametrize("name", ["importance", "ppo_clip", "gspo_token", "cispo", "sapo", "dppo"])
+@given(seed=SEEDS)
+def test_on_policy_every_loss_of_tokens_has_the_gradient_of_the_policy_gradient(name, seed):
+    c = random_columns(seed)
+    c["old_logprobs"] = c["rollout_logprobs"] = c["logprobs"]
+    weights = c["mask"] * c["noise"]
+    _, plain = summed(c, weights, "logprobs", POLICY_LOSSES, "policy_gradient")
+    torch.testing.assert_close(summed(c, weights, "logprobs", POLICY_LOSSES, name)[1], plain)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo"])
+@given(seed=SEEDS)
+def test_on_policy_losses_of_sequences_have_that_gradient_under_the_mean_over_sequences(name, seed):
+    c = random_columns(seed)
+    c["old_logprobs"], c["advantages"] = c["logprobs"], c["rewards"][:, None].expand(6, 7)
+    weights = seq_mean_token_mean(c["mask"]).double()
+    _, plain = summed(c, weights, "logprobs", POLICY_LOSSES, "policy_gradient")
+    torch.testing.assert_close(summed(c, weights, "logprobs", POLICY_LOSSES, name)[1], plain, rtol=1e-6, atol=1e-9)
+
+
+@given(SEEDS)
+def test_gspo_token_is_gspo_where_the_tokens_of_a_row_share_their_advantage(seed):
+    c = random_columns(seed)
+    c["advantages"] = c["rewards"][:, None].expand(6, 7)
+    weights = seq_mean_token_mean(c["mask"]).double()
+    by_row, by_token = (summed(c, weights, "logprobs", POLICY_LOSSES, name) for name in ("gspo", "gspo_token"))
+    torch.testing.assert_close(by_token, by_row, rtol=1e-6, atol=1e-9)
+
+
+def test_the_ratio_of_a_sequence_keeps_in_fp32_what_its_narrow_clip_compares():
+    old_logprobs = torch.full((1, 3), -20.0)
+    logprobs = old_logprobs + torch.tensor([[2**-13, 0.0, 0.0]])
+    for function in (gspo, gspo_token):
+        _, monitors = function(logprobs, old_logprobs, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
+        assert (monitors["ratio"].double() - 1).tolist()[0] == pytest.approx([math.expm1(2**-13 / 3)] * 3, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", WITH_RATIO)
+def test_a_token_that_became_impossible_gives_a_finite_loss_and_gradient(name):
+    old = torch.tensor([[0.0, -500.0], [-500.0, 0.0]])
+    c = {"logprobs": torch.tensor([[-500.0, 0.0], [0.0, -500.0]]), "old_logprobs": old, "rollout_logprobs": old}
+    c |= {"advantages": torch.tensor([[1.0, -1.0], [1.0, -1.0]]), "mask": torch.ones(2, 2, dtype=torch.bool)}
+    loss, gradient = summed(c, torch.ones(2, 2), "logprobs", POLICY_LOSSES, name)
+    assert loss.isfinite() and gradient.isfinite().all()
+    # A weight without gradient is all that is left of the ratio in these two.
+    assert name in ("cispo", "gspo_token") or gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", IN_MICRO_BATCHES)
 @EVERY_SUM
 @given(seed=SEEDS, first=st.integers(1, 5))
-def test_loss_and_gradient_are_the_same_in_micro_batches(aggregation, learned, table, name, seed, first):
-    c = random_columns(seed)
+def test_loss_and_gradient_are_the_same_in_micro_batches(aggregation, name, seed, first):
+    c, learned = random_columns(seed), learned_column(name)
     weights = AGGREGATIONS[aggregation](c["mask"], **LENGTH.get(aggregation, {}))
-    whole, gradient = summed(c, weights, learned, table, name)
-    parts = [summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, table, name) for rows in (slice(first), slice(first, None))]
+    whole, gradient = summed(c, weights, learned, POLICY_LOSSES, name)
+    split = (slice(first), slice(first, None))
+    parts = [summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, POLICY_LOSSES, name) for rows in split]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(torch.cat([grad for _, grad in parts]), gradient, rtol=1e-6, atol=0)
 
 
-@EVERY_LOSS
-@EVERY_SUM
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 @given(seed=SEEDS, padding=st.integers(1, 4))
-def test_padding_and_masked_tokens_change_nothing_and_get_no_gradient(aggregation, learned, table, name, seed, padding):
-    c = random_columns(seed)
-    options = LENGTH.get(aggregation, {})
-    wide = {k: torch.nn.functional.pad(v, (0, padding)) if v.ndim == 2 else v for k, v in c.items()}
-    loss, gradient = summed(c, AGGREGATIONS[aggregation](c["mask"], **options), learned, table, name)
-    wide_loss, wide_gradient = summed(wide, AGGREGATIONS[aggregation](wide["mask"], **options), learned, table, name)
+def test_padding_and_masked_tokens_change_nothing_and_get_no_gradient(name, seed, padding):
+    c, learned = random_columns(seed), learned_column(name)
+    wide = {k: torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, padding)) if v.shape[1:2] == (7,) else v for k, v in c.items()}
+    for column in ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "noise"):
+        wide[column] = torch.where(wide["mask"], wide[column], -3.0)
+    loss, gradient = summed(c, token_mean(c["mask"]), learned, POLICY_LOSSES, name)
+    wide_loss, wide_gradient = summed(wide, token_mean(wide["mask"]), learned, POLICY_LOSSES, name)
     torch.testing.assert_close(wide_loss, loss)
     torch.testing.assert_close(wide_gradient[:, :7], gradient)
     assert wide_gradient[~wide["mask"]].count_nonzero() == 0
 
 
-@EVERY_SUM
-@given(seed=SEEDS)
-def test_shuffling_rows_shuffles_weights(aggregation, seed):
-    mask, order = random_columns(seed)["mask"], torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    options = LENGTH.get(aggregation, {})
-    torch.testing.assert_close(AGGREGATIONS[aggregation](mask[order], **options), AGGREGATIONS[aggregation](mask, **options)[order])
-
-
+@pytest.mark.parametrize("name", PLAIN)
 @given(SEEDS, st.floats(0.1, 10))
-def test_scaling_advantages_scales_the_policy_loss_and_its_gradient(seed, scale):
+def test_scaling_advantages_scales_the_loss_and_its_gradient_down_to_zero(name, seed, scale):
     c = random_columns(seed)
     weights = token_mean(c["mask"])
-    for name in POLICY_LOSSES:
-        loss, gradient = summed(c, weights, "logprobs", POLICY_LOSSES, name)
-        scaled = summed(c | {"advantages": scale * c["advantages"]}, weights, "logprobs", POLICY_LOSSES, name)
-        torch.testing.assert_close(scaled, (scale * loss, scale * gradient))
+    loss, gradient = summed(c, weights, "logprobs", POLICY_LOSSES, name)
+    scaled = summed(c | {"advantages": scale * c["advantages"]}, weights, "logprobs", POLICY_LOSSES, name)
+    torch.testing.assert_close(scaled, (scale * loss, scale * gradient))
+    loss, gradient = summed(c | {"advantages": 0 * c["advantages"]}, weights, "logprobs", POLICY_LOSSES, name)
+    assert (loss.item(), gradient.count_nonzero()) == (0.0, 0)
 
 
-@pytest.mark.parametrize("options", [{"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}])
-def test_bounds_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match=f"got .*{next(iter(options.values()))}"):
-        scalar_ppo(1.0, 1.0, **options)
-    with pytest.raises(ValueError, match="value_mse"):
-        value_clip(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), clip=0.0)
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        *((ppo_clip, options) for options in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"clip_low": math.nan})),
+        *((function, options) for function in (gspo, gspo_token) for options in ({"clip_low": -0.1}, {"clip_high": -0.2})),
+        *((cispo, options) for options in ({"clip_low": 1.5}, {"clip_high": -0.1})),
+        *((sapo, options) for options in ({"tau_positive": 0.0}, {"tau_negative": -1.0})),
+        *((dppo, options) for options in ({"threshold_low": 0.0}, {"threshold_high": -1.0}, {"divergence": "js"})),
+        (gmpo, {"clip": 0.0}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(function, options):
+    with pytest.raises(ValueError, match=f"need .* got .*{next(iter(options.values()))}"):
+        scalar(function, 1.0, 1.0, **options)
 
 
 def test_advantages_per_row_are_refused_where_they_would_broadcast():
-    with pytest.raises(ValueError, match=r"advantages \(3,\)"):
-        ppo_clip(torch.zeros(3, 3), torch.zeros(3, 3), torch.zeros(3))
+    square, row, mask = torch.zeros(3, 3), torch.zeros(3), torch.ones(3, 3, dtype=torch.bool)
+    for function in (ppo_clip, importance, cispo, sapo, dppo):
+        with pytest.raises(ValueError, match=r"advantages \(3,\)"):
+            function(square, square, row)
+    for function in (gspo, gspo_token, gmpo):
+        with pytest.raises(ValueError, match=r"advantages \(3,\)"):
+            function(square, square, row, mask)
+    with pytest.raises(ValueError, match=r"teacher_top_logprobs \(3, 3, 1\)"):
+        forward_kl_topk(torch.zeros(3, 3, 2), torch.zeros(3, 3, 1))

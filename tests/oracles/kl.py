@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, log
 
 
 def estimate(name, logprob, ref_logprob):
     """joschu.net/blog/kl-approx.html; r = p_ref / p."""
     log_r = ref_logprob - logprob
     return {"k1": -log_r, "k2": log_r * log_r / 2, "k3": (exp(log_r) - 1) - log_r}[name]
+
+
+def straight_through(name, logprob, held, ref_logprob):
+    """The value of k1 or k3 at `held`, where the gradient is taken, plus how far k2 has moved from there."""
+    return estimate(name, held, ref_logprob) + estimate("k2", logprob, ref_logprob) - estimate("k2", held, ref_logprob)
+
+
+def k3_importance(logprob, old_logprob, ref_logprob):
+    """2512.02556, equation 7."""
+    return exp(logprob) / exp(old_logprob) * (exp(ref_logprob) / exp(logprob) - log(exp(ref_logprob) / exp(logprob)) - 1)
 
 
 def mismatch(logprobs, rollout_logprobs, mask):
