@@ -50,7 +50,7 @@ class Task:
     steps: int
 
 
-TASKS = {"add-2": Task("0123456789+=", 0.22, 4, 120), "sort-6": Task("0123456789=", 0.1, 7, 100)}
+TASKS = {"add-2": Task("0123456789+=", 0.22, 4, 80), "sort-6": Task("0123456789=", 0.1, 7, 80)}
 
 # What suits a model of 0.16M parameters instead of billions, for every recipe alike.
 SMALL = (
@@ -121,11 +121,13 @@ def overrides(name: str, recipe: str, seed: int, folder: Path) -> list[str]:
 
 
 def _without_what_is_too_long(recipe: str) -> list[str]:
-    """Settings of long answers, which make no sense for a few characters."""
+    """Settings of long answers, which make no sense for a few characters, and of draws that would multiply the answers."""
     config = load_config(recipe)
     off = ["algorithm.overlong_buffer_tokens=0"] if config.algorithm.overlong_buffer_tokens else []
     if config.algorithm.aggregation.name == "seq_mean_token_sum_norm":
         off.append("algorithm.aggregation.length=8")
+    if config.algorithm.dynamic_sampling:
+        off.append("algorithm.max_resamples=1")
     return off
 
 
