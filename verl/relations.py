@@ -232,10 +232,6 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need a loss that is the policy loss alone for algorithm.skip_zero_advantages, got algorithm.kl.where {c.algorithm.kl.where}, entropy_coef {c.algorithm.entropy_coef} and likelihood_coef {c.algorithm.likelihood_coef}, which also act on rows without advantage; turn them off, or skip_zero_advantages",
     ),
     (
-        lambda c: c.teacher.path is None and reads(c, "teacher_logprobs", "teacher_top_logprobs"),
-        "need teacher.path: the folder or hub name of the model to distil from",
-    ),
-    (
         lambda c: c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0,
         "need whole groups in each update for algorithm.policy_loss online_dpo, got prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}; make the first divisible by the second",
     ),
