@@ -111,6 +111,11 @@ def test_ppo_reports_the_ratio_and_how_far_the_policy_moved():
     assert monitors == {"ratio": 1.5, "clip_share": 1.0, "approx_kl": round(0.5 - math.log(1.5), 5)}
 
 
+def test_how_far_the_policy_moved_keeps_small_distances_in_fp32():
+    monitors = importance(torch.tensor([[1e-4]]), torch.zeros(1, 1), torch.ones(1, 1))[1]
+    assert monitors["approx_kl"].item() == pytest.approx(5e-9, rel=1e-2)
+
+
 def test_policy_gradient_is_minus_advantage_times_logprob():
     loss, monitors = policy_gradient(torch.tensor([[-2.0]]), torch.tensor([[3.0]]))
     assert (loss.item(), monitors) == (6.0, {})
