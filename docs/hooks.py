@@ -49,8 +49,9 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`."""
-    return re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
+    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`, and those of all for `<!-- curves: all -->`."""
+    markdown = re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
+    return re.sub(r"^<!-- curves: all -->$", lambda _: curves(), markdown, flags=re.MULTILINE)
 
 
 @cache
@@ -73,6 +74,21 @@ def curve(recipe: str) -> str:
             lines.append(f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |")
     link = "[What was run](../benchmarks.md#every-recipe)"
     return "\n".join(lines) + f"\n\nThe accuracy of the sampled answers over the run, `{recipe}` in blue before `grpo` in grey. {link}."
+
+
+def curves() -> str:
+    """A table of all recipes with their curves, the best of the first task first, as Markdown."""
+    tasks = sorted({task for _, task in runs()})
+    lines = ["| recipe | " + " | ".join(f"`{task}` | " for task in tasks) + "|", "| --- | " + " | ".join("--- | ---" for _ in tasks) + " |"]
+    mean = {key: statistics.fmean(row["after"] for row in measured) for key, measured in runs().items()}
+    for recipe in sorted({recipe for recipe, _ in runs()}, key=lambda recipe: -mean.get((recipe, tasks[0]), 0)):
+        cells = [f"[`{recipe}`](algorithms/{recipe}.md)"]
+        for task in tasks:
+            after = [row["after"] for row in runs().get((recipe, task), [])]
+            figures = f"{mean[recipe, task]:.3f} ({min(after):.3f} to {max(after):.3f})" if after else ""
+            cells += [figures, drawing(recipe, task)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def drawing(recipe: str, task: str) -> str:
