@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
-from tests.oracles.gradients import assert_agrees, summed
+from tests.oracles.gradients import assert_agrees, central_differences, summed
 from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_mean, token_mean
 from verl.algorithms.binding import bind
 from verl.algorithms.losses import (
@@ -149,7 +149,7 @@ def test_gmpo_clips_each_token_before_the_geometric_mean():
 
 def test_cispo_bounds_the_weight_of_a_token_and_keeps_its_gradient():
     _, monitors, gradient = called(cispo, [9.0, 2.0, 0.1], [1.0, 1.0, -1.0])
-    assert (gradient, monitors["clip_share"]) == ([-6.0, -2.0, 0.1], [1.0, 0.0, 0.0])
+    assert (gradient, monitors["clip_share"]) == ([-5.0, -2.0, 0.1], [1.0, 0.0, 0.0])
     _, monitors, gradient = called(cispo, [9.0, 2.0, 0.1], [1.0, 1.0, -1.0], clip_high=0.5, clip_low=0.2)
     assert (gradient, monitors["clip_share"]) == ([-1.5, -1.5, 0.8], [1.0, 1.0, 1.0])
 
@@ -186,6 +186,14 @@ def test_dppo_measures_the_kl_from_the_sampler_to_the_policy():
     assert monitors["divergence"].item() == pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6)
 
 
+def test_dppo_keeps_in_fp32_the_kl_of_tokens_that_are_nearly_certain():
+    logprobs, sampler = torch.tensor([[-2e-6]]), torch.tensor([[-1e-5]])
+    _, monitors = dppo(logprobs, sampler, torch.ones(1, 1), divergence="kl")
+    p, q = (-math.expm1(x.item()) for x in (logprobs, sampler))
+    assert monitors["divergence"].item() == pytest.approx((1 - q) * math.log((1 - q) / (1 - p)) + q * math.log(q / p), rel=1e-3)
+    assert dppo(torch.zeros(1, 1), sampler, torch.ones(1, 1), divergence="kl")[1]["divergence"].isfinite().all()
+
+
 def test_forward_kl_is_zero_at_the_teacher_and_pulls_the_policy_to_it():
     teacher = torch.tensor([[[0.5, 0.25]]]).log()
     policy = torch.tensor([[[0.25, 0.5]]]).log().requires_grad_()
@@ -198,12 +206,28 @@ def test_forward_kl_is_zero_at_the_teacher_and_pulls_the_policy_to_it():
 
 
 @given(SEEDS)
-def test_forward_kl_agrees_with_the_oracle(seed):
-    c = random_columns(seed)
+def test_forward_kl_and_its_gradient_agree_with_the_oracle(seed):
+    c = random_columns(seed, rows=3, width=4)
     loss, _ = forward_kl_topk(c["top_logprobs"], c["teacher_top_logprobs"])
-    places = zip(*(c[name].flatten(0, 1).tolist() for name in ("top_logprobs", "teacher_top_logprobs")), strict=True)
-    expected = torch.tensor([oracle.forward_kl_topk(*place) for place in places], dtype=torch.float64)
-    torch.testing.assert_close(loss.flatten(), expected, atol=1e-9, rtol=1e-9)
+    teacher, weights = c["teacher_top_logprobs"].flatten(0, 1).tolist(), c["noise"].flatten().tolist()
+    _, gradient = summed(c, c["noise"], "top_logprobs", POLICY_LOSSES, "forward_kl_topk")
+
+    def plain(point):
+        return [oracle.forward_kl_topk(point[3 * i : 3 * i + 3], q) for i, q in enumerate(teacher)]
+
+    point = c["top_logprobs"].flatten().tolist()
+    assert loss.flatten().tolist() == pytest.approx(plain(point), rel=1e-6, abs=1e-9)
+    differences = central_differences(lambda moved: sum(w * x for w, x in zip(weights, plain(moved), strict=True)), point)
+    assert gradient.flatten().tolist() == pytest.approx(differences, rel=1e-6, abs=1e-6)
+
+
+def test_forward_kl_over_the_whole_vocabulary_is_the_kl_of_the_policy_from_the_teacher():
+    generator = torch.Generator().manual_seed(0)
+    policy, teacher = torch.randn(2, 3, 5, 8, generator=generator, dtype=torch.float64).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(policy, teacher, reduction="none", log_target=True).sum(-1)
+    loss, monitors = forward_kl_topk(policy, teacher)
+    torch.testing.assert_close(loss, expected)
+    assert bool((loss > 0).all()) and monitors["teacher_mass"].tolist() == [[pytest.approx(1.0)] * 5] * 3
 
 
 @pytest.mark.parametrize("name", PLAIN)

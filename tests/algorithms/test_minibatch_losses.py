@@ -17,6 +17,7 @@ from verl.algorithms.aggregations import seq_mean_token_mean
 from verl.algorithms.binding import bind
 from verl.algorithms.losses import POLICY_LOSSES, ppo_clip
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
+from verl.algorithms.preference import dpo
 from verl.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
@@ -128,6 +129,37 @@ def test_kl_cov_without_coefficient_is_the_importance_loss(seed):
 
 
 @given(SEEDS)
+def test_on_policy_kl_cov_has_the_gradient_of_the_policy_gradient(seed):
+    c = random_columns(seed)
+    c["old_logprobs"] = c["logprobs"]
+    weights = c["mask"] * c["noise"]
+    _, plain = summed(c, weights, "logprobs", POLICY_LOSSES, "policy_gradient")
+    choice = Choice(name="kl_cov", share=0.5, kl_coef=2.0)
+    torch.testing.assert_close(summed(c, weights, "logprobs", POLICY_LOSSES, choice)[1], plain)
+
+
+@given(SEEDS, st.floats(0.01, 1))
+def test_clip_cov_chooses_its_share_or_all_that_are_eligible_and_takes_their_gradient_alone(seed, share):
+    c = random_columns(seed)
+    columns, weights = [c[name] for name in ("logprobs", "old_logprobs", "advantages", "mask", "noise")], c["mask"] * (0.5 + c["noise"])
+    options = {"cov_low": 0.1, "cov_high": 1.0, "clip_low": 0.2, "clip_high": 0.2}
+    chosen = clip_cov(*columns, share=share, **options)[1]["cov_share"] == 1
+    eligible = clip_cov(*columns, share=1.0, **options)[1]["cov_share"] == 1
+    assert int(chosen.sum()) == min(max(1, int(share * int(c["mask"].sum()))), int(eligible.sum()))
+    assert bool((chosen <= eligible).all()) and bool((eligible <= c["mask"]).all())
+    _, gradient = summed(c, weights, "logprobs", POLICY_LOSSES, Choice(name="clip_cov", share=share, **options))
+    _, of_ppo = summed(c, weights, "logprobs", POLICY_LOSSES, Choice(name="ppo_clip", clip_low=0.2, clip_high=0.2))
+    torch.testing.assert_close(gradient, torch.where(chosen, 0.0, of_ppo))
+
+
+@given(SEEDS)
+def test_tokens_without_advantage_have_no_gradient_in_clip_cov(seed):
+    c = random_columns(seed)
+    c["advantages"] = 0 * c["advantages"]
+    assert summed(c, c["mask"], "logprobs", POLICY_LOSSES, "clip_cov")[1].count_nonzero() == 0
+
+
+@given(SEEDS)
 def test_equal_advantages_have_no_covariance_to_choose_by(seed):
     c = random_columns(seed)
     c["advantages"] = torch.full_like(c["advantages"], 0.3)
@@ -163,7 +195,7 @@ def test_a_row_without_sampled_tokens_is_in_no_pair():
     assert monitors["pair_margin"].tolist() == [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
 
-@given(SEEDS, st.floats(0.01, 3), st.floats(0, 0.5))
+@given(SEEDS, st.floats(0.01, 3), st.floats(0, 0.49))
 def test_online_dpo_and_its_gradient_agree_with_the_oracle(seed, beta, label_smoothing):
     c = random_columns(seed, rows=4, width=3)
     choice = Choice(name="online_dpo", beta=beta, label_smoothing=label_smoothing)
@@ -191,6 +223,30 @@ def test_online_dpo_and_its_gradient_agree_with_the_oracle(seed, beta, label_smo
 def _with_prompts(columns, c):
     rewards, groups = c["rewards"].tolist(), c["group_ids"].tolist()
     return ((*pair, reward, group) for pair, reward, group in zip(columns, rewards, groups, strict=True))
+
+
+@given(SEEDS, st.floats(0.01, 3), st.floats(0, 0.4))
+def test_online_dpo_is_dpo_on_the_sums_of_the_two_answers(seed, beta, label_smoothing):
+    c = random_columns(seed, rows=2)
+    c |= {"group_ids": torch.zeros(2, dtype=torch.int64), "minibatch_mask": torch.arange(7) < torch.tensor([[3], [7]])}
+    best, worst = c["rewards"].argmax(), c["rewards"].argmin()
+    sums = {name: (c[name] * c["minibatch_mask"]).sum(1) for name in ("logprobs", "ref_logprobs")}
+    answers = [sums[name][row] for name in ("logprobs", "ref_logprobs") for row in (best, worst)]
+    expected, of_dpo = dpo(*answers, beta=beta, label_smoothing=label_smoothing)
+    loss, monitors = bind(Choice(name="online_dpo", beta=beta, label_smoothing=label_smoothing), POLICY_LOSSES)(c)
+    torch.testing.assert_close(loss, expected.expand(2, 7))
+    torch.testing.assert_close(monitors["pair_margin"], of_dpo["margin"].expand(2, 7))
+
+
+@given(SEEDS)
+def test_a_prompt_does_not_move_the_loss_of_another(seed):
+    c = random_columns(seed)
+    other = c["group_ids"] != c["group_ids"][0]
+    moved = c | {name: torch.where(other.view(-1, *[1] * (c[name].ndim - 1)), 3 - 2 * c[name], c[name]) for name in ("logprobs", "rewards")}
+    choice = Choice(name="online_dpo")
+    for before, after in zip(*(summed(x, x["mask"], "logprobs", POLICY_LOSSES, choice)[1:] for x in (c, moved)), strict=True):
+        torch.testing.assert_close(after[~other], before[~other])
+    torch.testing.assert_close(*(bind(choice, POLICY_LOSSES)(x)[0][~other] for x in (c, moved)))
 
 
 def test_with_two_answers_per_prompt_the_mean_over_sequences_is_the_mean_over_pairs():
@@ -239,7 +295,7 @@ def test_monitors_are_detached_and_have_the_shape_of_the_loss(name):
     [
         *(("clip_cov", options) for options in ({"share": 0.0}, {"share": 1.5}, {"cov_low": 5.0}, {"clip_low": 1.5}, {"clip_high": -0.1})),
         *(("kl_cov", options) for options in ({"share": 0.0}, {"share": math.nan}, {"kl_coef": -1.0})),
-        *(("online_dpo", options) for options in ({"beta": 0.0}, {"label_smoothing": 0.6}, {"label_smoothing": -0.1})),
+        *(("online_dpo", options) for options in ({"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1})),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, options):

@@ -33,7 +33,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """1/2 (log p - log p_ref)^2: biased and never negative, but its on-policy gradient is that of the KL.
 
-    http://joschu.net/blog/kl-approx.html.
+    http://joschu.net/blog/kl-approx.html; its gradient: https://arxiv.org/abs/2510.01555.
 
     Args:
         logprobs: [B, T] float, nats, of the policy that sampled.
@@ -74,7 +74,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The value of k1 with the gradient of k2, k2 - sg(k2) + sg(k1), sg: stop-gradient: unbiased in value and, on-policy, in gradient.
 
-    http://joschu.net/blog/kl-approx.html and https://verl.readthedocs.io/en/latest/algo/ppo.html (`k1+`).
+    http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
 
     Args:
         logprobs: [B, T] float with gradient, nats, of the policy that sampled.
@@ -90,9 +90,9 @@ def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: never negative, and unbiased as above.
+    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: as k1_straight_through, never negative.
 
-    http://joschu.net/blog/kl-approx.html and https://verl.readthedocs.io/en/latest/algo/ppo.html (`k3+`).
+    http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
 
     Args:
         logprobs: [B, T] float with gradient, nats, of the policy that sampled.

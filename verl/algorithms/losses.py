@@ -186,11 +186,11 @@ def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tenso
     return -(ratio * advantages), monitors
 
 
-def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_high: float = 5.0, clip_low: float | None = None) -> Loss:
+def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_high: float = 4.0, clip_low: float | None = None) -> Loss:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p, sg: stop-gradient; no token loses its gradient.
 
-    CISPO, https://arxiv.org/abs/2506.13585, equations 4 and 5. The paper has no lower bound and does not say its upper one; 5 is
-    ScaleRL's, https://arxiv.org/abs/2510.13786.
+    CISPO, https://arxiv.org/abs/2506.13585, equations 4 and 5. The paper has no lower bound and does not say its upper one; a weight
+    of at most 5 = 1 + clip_high is ScaleRL's, https://arxiv.org/abs/2510.13786.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -216,7 +216,8 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_hi
 def sapo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Loss:
     """-(4 / tau) sigmoid(tau (r - 1)) A: a soft gate in place of the clip, tau by the sign of the advantage.
 
-    SAPO, https://arxiv.org/abs/2511.20347, equations 5 and 6. At r = 1 its gradient is the policy gradient's.
+    SAPO, https://arxiv.org/abs/2511.20347, equations 5 and 6. Its gradient is that of `importance` times a gate, 4 s (1 - s) with
+    s the sigmoid, which is 1 at r = 1.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -226,8 +227,8 @@ def sapo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_posi
         tau_negative: steepness elsewhere, above 0; the larger, the sooner a token loses its gradient.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `gate`, the share of the policy gradient that
-        is left, in [0, 1]; `approx_kl`, see `ppo_clip`.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `gate`, in [0, 1]; `approx_kl`, see
+        `ppo_clip`.
 
     Raises:
         ValueError: shapes differ or an option is not above 0.
@@ -255,7 +256,7 @@ def dppo(
     DPPO, https://arxiv.org/abs/2602.04879, equations 11 and 12, with the divergence between the two outcomes "this token" and
     "another one": total variation |p - q|, or KL(q || p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), p of the policy and q of
     the sampler. M is 0 where A > 0, r > 1 and the divergence exceeds threshold_high, or A < 0, r < 1 and it exceeds threshold_low.
-    The thresholds are those of prime-rl for total variation.
+    The thresholds are those of prime-rl for total variation; the authors' script takes 0.15, and 0.05 for KL.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -277,9 +278,9 @@ def dppo(
         raise ValueError(f"need divergence tv or kl, got {divergence!r}; tv is a share, kl in nats")
     if not (threshold_low > 0 and threshold_high > 0):
         bounds = f"threshold_low={threshold_low} and threshold_high={threshold_high}"
-        raise ValueError(f"need thresholds above 0, got {bounds}; prime-rl takes 0.2 for tv")
+        raise ValueError(f"need thresholds above 0, got {bounds}; 0.2 is in use for tv, 0.05 for kl")
     p, q = logprobs.detach().exp(), rollout_logprobs.exp()
-    distance = (p - q).abs() if divergence == "tv" else _binary_kl(q, p)
+    distance = (p - q).abs() if divergence == "tv" else _binary_kl(rollout_logprobs, logprobs.detach())
     rises, falls = (advantages > 0) & (ratio > 1), (advantages < 0) & (ratio < 1)
     masked = (rises & (distance > threshold_high)) | (falls & (distance > threshold_low))
     monitors |= {"clip_share": masked.to(ratio.dtype), "divergence": distance}
@@ -318,10 +319,11 @@ def _ratio(
     return policy_ratio(logprobs, old_logprobs)
 
 
-def _binary_kl(q: Tensor, p: Tensor) -> Tensor:
-    """KL in nats between the coins q and p; both are kept off 0 and 1, where fp32 has no logarithm."""
-    q, p = (x.clamp(1e-7, 1 - 1e-7) for x in (q, p))
-    return (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).clamp(min=0)
+def _binary_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) in nats between two coins, by the log-probabilities of their heads."""
+    # expm1: most tokens are nearly certain, where 1 - exp(log p) has few digits left; and a tail of 0 has no logarithm.
+    tail_q, tail_p = (-torch.expm1(x.clamp(max=-1e-7)) for x in (log_q, log_p))
+    return (log_q.exp() * log_ratio(log_q, log_p) + tail_q * (tail_q / tail_p).log()).clamp(min=0)
 
 
 POLICY_LOSSES: dict[str, Callable[..., Loss]] = {

@@ -120,7 +120,7 @@ def online_dpo(
         group_ids: [B] int.
         minibatch_mask: [B, T] bool, of all rows of the update; a row without sampled tokens is in no pair.
         beta: strength of the pull to the reference, above 0.
-        label_smoothing: probability that a preference is wrong, in [0, 0.5].
+        label_smoothing: share of the preferences held to be wrong, from 0 to below 0.5.
 
     Returns:
         loss [B, T], equal for the tokens of a pair, and detached monitors [B, T]: `pair_share`, 1 for rows of a pair; `pair_margin`,
@@ -131,9 +131,9 @@ def online_dpo(
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, minibatch_mask=minibatch_mask)
     check_same_rows(rewards=rewards, group_ids=group_ids, minibatch_mask=minibatch_mask)
-    if not (beta > 0 and 0 <= label_smoothing <= 0.5):
+    if not (beta > 0 and 0 <= label_smoothing < 0.5):
         bounds = f"beta={beta} and label_smoothing={label_smoothing}"
-        raise ValueError(f"need beta > 0 and label_smoothing in [0, 0.5], got {bounds}; the paper of DPO takes 0.1 and 0")
+        raise ValueError(f"need beta > 0 and 0 <= label_smoothing < 0.5, got {bounds}; the paper of DPO takes 0.1 and 0")
     best, worst = _pairs(rewards, group_ids, minibatch_mask.any(1))
     distance = torch.where(minibatch_mask, logprobs - ref_logprobs, 0).sum(1)
     margin = beta * (distance[best] - distance[worst])
