@@ -19,12 +19,14 @@ from verl.settings import AlgorithmConfig, Choice, OptimizerConfig
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
 SPLITS = [[[0], [1], [2], [3], [4], [5]], [[5, 0], [], [3, 4, 1], [2]], [[4], [2, 1, 0], [5, 3], []]]
-OPTIONS = {"seq_mean_token_sum_norm": {"length": 7}}
+# With its defaults clip_cov would find no token to choose among six short rows.
+OPTIONS = {"seq_mean_token_sum_norm": {"length": 7}, "clip_cov": {"share": 0.2, "cov_low": 0.05}}
 
 
 def learn(batch, micro_batches, *, loss="policy_gradient", aggregation="token_mean", chunk=100, **settings):
     """The engine after one update, and its metrics."""
-    config = AlgorithmConfig(policy_loss=Choice(name=loss), aggregation=Choice(name=aggregation, **OPTIONS.get(aggregation, {})))
+    policy_loss, aggregated = (Choice(name=name, **OPTIONS.get(name, {})) for name in (loss, aggregation))
+    config = AlgorithmConfig(policy_loss=policy_loss, aggregation=aggregated)
     engine = local_engine(**settings)
     worker = PolicyWorker(engine, Algorithm.bind(config), temperature=1.0, epochs=1, chunk=chunk)
     return engine, worker.update(batch, one_update(*micro_batches))
