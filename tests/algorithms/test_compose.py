@@ -53,6 +53,10 @@ def halfway(logprobs, rollout_logprobs):
     return (logprobs + rollout_logprobs) / 2, torch.full_like(logprobs, 3.0)
 
 
+def by_reward(mask, rewards):
+    return mask * rewards[:, None]
+
+
 def broken(rewards):
     return rewards * (1 // 0)
 
@@ -173,6 +177,7 @@ def test_a_correction_that_reads_logprobs_is_made_anew_in_every_update():
     loss, sums = algorithm.policy_objective(columns, torch.zeros(1, 1), 0.0)
     # The ratio is e, clipped to 1.2, times the weight of 3; what the correction gives has no gradient.
     assert loss.item() == pytest.approx(-3.6) and float(sums["ratio"]) == pytest.approx(math.e)
+    assert (float(sums["correction_weight"]), float(sums["rejected_share"])) == (3, 0)
     with pytest.raises(RuntimeError, match="does not require grad"):
         halfway(logprobs, columns["rollout_logprobs"])[0].detach().sum().backward()
 
@@ -194,6 +199,7 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ({"advantage": Choice(name="gae", lam=2.0)}, "gae: need .* got .*2.0"),
         ({"correction": Choice(name="token_tis", cap=-1.0)}, "token_tis: need cap > 0, got -1.0"),
         ({"advantage": Choice(name=f"{__name__}:broken")}, "broken fails on 4 rows of small columns: ZeroDivisionError"),
+        ({"aggregation": Choice(name=f"{__name__}:by_reward")}, "by_reward reads 'rewards', which is no column.*the columns are mask"),
         ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
         (

@@ -62,7 +62,7 @@ class Algorithm:
         policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=COLUMNS)
         correction = bind(config.correction, CORRECTIONS, columns=COLUMNS)
         value_loss = bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS)
-        aggregation = bind(config.aggregation, AGGREGATIONS, columns=COLUMNS)
+        aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask",))
         kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=COLUMNS)
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         try_out([*chosen, value_loss, aggregation])
@@ -171,7 +171,10 @@ class Algorithm:
         loss, monitors = self.policy_loss(columns)
         if "correction_weights" not in columns:
             return loss, monitors
-        return loss * columns["correction_weights"], monitors
+        weights = columns["correction_weights"]
+        if self.corrects_in_update:  # those of the whole step are reported with it
+            monitors = monitors | {"correction_weight": weights, "rejected_share": (weights == 0).to(weights.dtype)}
+        return loss * weights, monitors
 
 
 def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0) -> dict[str, float]:
