@@ -189,6 +189,15 @@ def test_the_statistics_are_those_of_each_minibatch_and_of_the_policy_as_it_is()
     assert float((weights(worker.engine) - weights(one.engine)).norm()) < 1e-3 * float((weights(one.engine) - weights(two.engine)).norm())
 
 
+def test_an_update_that_is_not_finite_says_nothing_about_the_whole_minibatch():
+    batch, worker = rows_to_learn(), policy(policy_loss=SPREAD)
+    advantages, mask = batch["advantages"], batch["mask"]
+    batch.write("advantages", torch.full_like(advantages, torch.nan))
+    assert worker.update(batch, ONE_BY_ONE) == {"skipped_updates": 1.0}
+    batch.write("advantages", torch.where(mask, advantages, 0))
+    assert worker.update(batch, ONE_BY_ONE)["distance"] > 0
+
+
 def test_skipped_rows_change_neither_gradient_nor_denominator():
     batch = rows_to_learn()
     advantages = batch["advantages"]

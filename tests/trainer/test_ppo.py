@@ -67,6 +67,20 @@ def test_a_policy_comes_nearer_to_its_teacher_without_any_reward(letters, tmp_pa
     assert history[-1]["kl_teacher"] < 0.7 * history[0]["kl_teacher"]
 
 
+def test_the_teachers_most_likely_tokens_are_kept_only_if_they_are_read_and_within_the_vocabulary(letters, tmp_path):
+    trainer = toy_trainer("distillation", letters, tmp_path)
+    assert columns_of(trainer, trainer.collect_data(trainer.loader.take(2))) == {"teacher_logprobs"}
+    top = "algorithm.policy_loss=forward_kl_topk"
+    trainer = toy_trainer("distillation", letters, tmp_path, top, "teacher.top_k=3")
+    assert columns_of(trainer, trainer.collect_data(trainer.loader.take(2))) == {
+        "teacher_logprobs",
+        "teacher_top_logprobs",
+        "teacher_top_ids",
+    }
+    with pytest.raises(ValueError, match=r"need teacher.top_k within the vocabulary of \d+ tokens, got 999; lower it"):
+        toy_trainer("distillation", letters, tmp_path, top, "teacher.top_k=999")
+
+
 def test_a_made_up_advantage_is_one_function_and_one_row(letters, tmp_path, monkeypatch):
     monkeypatch.setitem(ADVANTAGES, "best_only", best_only)
     for name in ("best_only", f"{__name__}:best_only"):

@@ -204,7 +204,7 @@ class TeacherWorker:
         self._top_k = top_k
 
     def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `teacher_logprobs`, and its `teacher_top_logprobs` and `teacher_top_ids`."""
+        """Adds `teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
         model, k = self.engine.model, self._top_k
         assert isinstance(model, PolicyModel)
 
@@ -219,6 +219,8 @@ class TeacherWorker:
             lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[0],
         )
         batch.write("teacher_logprobs", written[..., 0])
+        if not k:
+            return
         batch.write("teacher_top_logprobs", written[..., 1 : k + 1])
         batch.write("teacher_top_ids", written[..., k + 1 :].long())
 
@@ -292,7 +294,9 @@ def _run_updates(
             micro_batches = minibatch[0]
             count = max(1, int(tokens[[row for micro in micro_batches for row in micro]].sum()))
             sums = before(batch, micro_batches) if before else {}
-            update = sums | engine.update(batch, micro_batches, objective)
+            update = engine.update(batch, micro_batches, objective)
+            if "loss" in update:  # else it was not finite, and neither are the monitors of it
+                update = sums | update
             own = ("loss", "grad_norm", "lr", "skipped_updates")
             results.append({name: value if name in own else value / count for name, value in update.items()})
     return results

@@ -39,6 +39,7 @@ from verl.utils.tokens import TextCodec
 
 RewardFn = Callable[..., Any]
 _REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
+_TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 T = TypeVar("T")
 
 
@@ -239,13 +240,21 @@ class Trainer(BaseTrainer):
         if "ref_logprobs" in algorithm.reads:
             engine = frozen_copy(self.policy.model, config.reference, config.policy, setting="reference")
             self.reference = ReferenceWorker(engine, temperature=temperature, chunk=chunk)
-        if {"teacher_logprobs", "teacher_top_logprobs"} & algorithm.reads:
-            if config.teacher.path is None:
-                raise ValueError("need teacher.path: the folder or hub name of the model to distil from")
-            engine = frozen_copy(self.policy.model, config.teacher.path, config.policy, setting="teacher.path")
-            self.teacher = TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=config.teacher.top_k)
+        if {"teacher_logprobs", *_TEACHER_TOP} & algorithm.reads:
+            self.teacher = self._build_teacher()
         if {"values", "prm_logprobs"} & algorithm.reads:
             self.critic = self._build_critic(config.critic, critic_model)
+
+    def _build_teacher(self) -> TeacherWorker:
+        config, wanted = self.config, self.config.teacher
+        if wanted.path is None:
+            raise ValueError("need teacher.path: the folder or hub name of the model to distil from")
+        top_k = wanted.top_k if _TEACHER_TOP & self.algorithm.reads else 0
+        vocabulary = self.policy.model.transformer.config.get_text_config().vocab_size
+        if top_k > vocabulary:
+            raise ValueError(f"need teacher.top_k within the vocabulary of {vocabulary} tokens, got {top_k}; lower it")
+        engine = frozen_copy(self.policy.model, wanted.path, config.policy, setting="teacher.path")
+        return TeacherWorker(engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens, top_k=top_k)
 
     def _build_critic(self, config: CriticConfig, given: PreTrainedModel | str | None) -> CriticWorker | ProcessRewardWorker:
         source = given or config.path or copy.deepcopy(self.policy.model.transformer)
