@@ -49,6 +49,10 @@ def reads_noise(logprobs, noise, staleness):
     return noise * staleness * logprobs, {}
 
 
+def by_process(prm_logprobs):
+    return prm_logprobs
+
+
 def halfway(logprobs, rollout_logprobs):
     return (logprobs + rollout_logprobs) / 2, torch.full_like(logprobs, 3.0)
 
@@ -73,6 +77,11 @@ def test_a_recipe_reads_what_its_functions_name_and_nothing_else(recipe, present
     reads = Algorithm.bind(load_config(recipe).algorithm).reads
     assert present <= reads
     assert not reads & absent
+
+
+def test_what_the_loss_of_a_critic_reads_exists_too():
+    loss = {"value_loss": Choice(name="outcome_cross_entropy")}
+    assert {"ref_logprobs", "rewards"} <= bound(advantage=Choice(name=f"{__name__}:by_process"), **loss).reads
 
 
 def test_a_function_that_reads_an_unknown_column_is_found_before_the_first_step():
@@ -202,6 +211,9 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ({"aggregation": Choice(name=f"{__name__}:by_reward")}, "by_reward reads 'rewards', which is no column.*the columns are mask"),
         ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
+        ({"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")}, "where reward, got gdpo and ppo_clip, which would ignore it"),
+        ({"advantage": Choice(name="reverse_kl"), "kl": KLConfig(where="reward")}, "where reward, got reverse_kl and ppo_clip"),
+        ({"policy_loss": Choice(name="online_dpo"), "kl": KLConfig(where="reward")}, "where reward, got grpo and online_dpo"),
         (
             {"policy_loss": Choice(name="kl_cov"), "skip_zero_advantages": True},
             "leave alone for algorithm.skip_zero_advantages, got kl_cov",

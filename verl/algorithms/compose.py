@@ -68,6 +68,9 @@ class Algorithm:
         try_out([*chosen, value_loss, aggregation])
         reads = frozenset(column for bound in chosen for column in bound.columns)
         _check_together(config, policy_loss, value_loss, reads)
+        _check_kl_in_reward(config, advantage, policy_loss)
+        if {"values", "prm_logprobs"} & reads:
+            reads |= set(value_loss.columns)
         return cls(
             advantage,
             policy_loss,
@@ -255,6 +258,16 @@ def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bou
         raise ValueError(
             f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
             "set skip_zero_advantages to false"
+        )
+
+
+def _check_kl_in_reward(config: AlgorithmConfig, advantage: Bound, policy_loss: Bound) -> None:
+    if config.kl.where != "reward":
+        return
+    if not {"rewards", "token_rewards"} & set(advantage.columns) or "advantages" not in policy_loss.columns:
+        raise ValueError(
+            f"need an advantage of rewards that the policy loss reads for algorithm.kl.where reward, got {advantage.name} and "
+            f"{policy_loss.name}, which would ignore it; set algorithm.kl.where to loss or off"
         )
 
 
