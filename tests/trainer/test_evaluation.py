@@ -14,7 +14,8 @@ from verl.utils.rollout import Prompt
 
 def answer(reward, accuracy=None, *, tokens=1, truncated=False):
     scores = {} if accuracy is None else {"accuracy": accuracy}
-    return Trajectory(Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, reward=reward, scores=scores)
+    known = {"reward": reward, "scores": scores, "outcome": "reward_error" if reward is None else "ok"}
+    return Trajectory(Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, **known)
 
 
 def test_mean_and_pass_at_k_are_taken_over_answers_and_over_prompts():
@@ -38,6 +39,12 @@ def test_an_answer_without_a_reward_has_none_and_is_not_right():
 def test_rewards_without_accuracy_have_no_accuracy():
     assert summarize([[answer(0.5)]]).keys() & {"eval/accuracy", "eval/pass@1"} == set()
     assert math.isnan(summarize([[answer(None)]])["eval/reward"])
+
+
+def test_a_run_without_rewards_has_no_reward_and_no_failures_to_show(letters, tmp_path):
+    trainer = toy_trainer("distillation", letters, tmp_path, "rewards.functions=[]", "evaluation.every_steps=1", "evaluation.prompts=2")
+    assert trainer.evaluate().keys() == {"eval/response_tokens", "eval/truncated_share", "eval/failed_share"}
+    assert trainer.evaluate()["eval/failed_share"] == 0
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -29,7 +29,7 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """Metrics of answered groups of k answers each.
 
     Returns:
-        eval/reward: mean reward of the answers that have one.
+        eval/reward: mean reward of the answers that have one; left out if none was asked for.
         eval/accuracy: mean@k, the share of right answers, an answer without a reward counting as wrong.
         eval/pass@k: share of prompts with at least one right answer (only with k > 1).
         eval/response_tokens, eval/truncated_share, eval/failed_share: means over answers.
@@ -37,11 +37,12 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """
     answers = [t for group in groups for t in group]
     rewards = [t.reward for t in answers if t.reward is not None]
+    failed = [t for t in answers if t.outcome != "ok"]
     metrics = {
-        "eval/reward": sum(rewards) / len(rewards) if rewards else float("nan"),
+        **({"eval/reward": sum(rewards) / len(rewards) if rewards else float("nan")} if rewards or failed else {}),
         "eval/response_tokens": sum(len(t.response_ids) for t in answers) / len(answers),
         "eval/truncated_share": sum(t.truncated for t in answers) / len(answers),
-        "eval/failed_share": 1 - len(rewards) / len(answers),
+        "eval/failed_share": len(failed) / len(answers),
     }
     if any("accuracy" in t.scores for t in answers):
         right = [[t.scores.get("accuracy", 0.0) for t in group] for group in groups]
