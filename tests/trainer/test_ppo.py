@@ -81,6 +81,39 @@ def test_the_teachers_most_likely_tokens_are_kept_only_if_they_are_read_and_with
         toy_trainer("distillation", letters, tmp_path, top, "teacher.top_k=999")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["likelihood_coef=0.1", "length_penalty=kimi_length", "overlong_buffer_tokens=3", "dynamic_sampling=true"],
+)
+def test_what_acts_on_rewards_needs_a_reward_before_the_first_step(setting, letters, tmp_path):
+    with pytest.raises(ValueError, match="need at least one reward function, got none"):
+        toy_trainer("distillation", letters, tmp_path, "rewards.functions=[]", f"algorithm.{setting}")
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        ("{name: kimi_length, weight: -1.0}", "kimi_length: need weight >= 0, got -1.0"),
+        ("kimi_lenght", "did you mean 'kimi_length'"),
+        (f"{__name__}:by_text", "reads 'text', which is no column; the columns are rewards, num_tokens"),
+    ],
+)
+def test_a_wrong_length_penalty_is_found_at_the_start(penalty, message, letters, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        toy_trainer("grpo", letters, tmp_path, f"algorithm.length_penalty={penalty}")
+
+
+def by_text(text):
+    return text
+
+
+def test_a_critic_from_the_policys_own_model_does_not_share_its_weights(letters, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(letters)
+    trainer = toy_trainer("prime", letters, tmp_path, actor_model=model, critic_model=model)
+    assert trainer.policy.model.transformer is model
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in trainer.engines["critic"].model.parameters()}
+
+
 def test_a_made_up_advantage_is_one_function_and_one_row(letters, tmp_path, monkeypatch):
     monkeypatch.setitem(ADVANTAGES, "best_only", best_only)
     for name in ("best_only", f"{__name__}:best_only"):
@@ -234,7 +267,7 @@ def test_a_worker_that_answers_in_text_trains_the_policy(worker, letters, tmp_pa
 
 
 def test_a_worker_that_answers_in_text_cannot_bypass_the_trainers_logprobs(letters, tmp_path):
-    with pytest.raises(ValueError, match="gives no logprobs; set algorithm.correction=recompute"):
+    with pytest.raises(ValueError, match="gives no logprobs, but .* reads rollout_logprobs; set algorithm.correction=recompute"):
         toy_trainer("ppo", letters, tmp_path, rollout=Echo())
 
 

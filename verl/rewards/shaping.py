@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from verl.algorithms.binding import Bound, bind
+from verl.settings import Choice
+
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:
     """weight lambda for right answers and weight min(0, lambda) for wrong ones, lambda = 1/2 - (n - n_min) / (n_max - n_min).
@@ -60,6 +63,22 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
     deviation = own.std(correction=0)
     score = torch.zeros_like(lengths) if deviation == 0 else (lengths - own.mean()) / deviation
     return torch.where(right, -weight * score.sigmoid(), 0)
+
+
+def bound_length_penalty(choice: Choice) -> Bound | None:
+    """The chosen function, called once on a small group so that a wrong option is found at the start; None for "off".
+
+    Raises:
+        ValueError: an unknown function or option, one out of its bounds, or a function that cannot be called with these columns.
+    """
+    if choice.name == "off":
+        return None
+    bound = bind(choice, LENGTH_PENALTIES, columns=("rewards", "num_tokens"))
+    try:
+        bound({"rewards": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), "num_tokens": torch.tensor([2, 3, 5])})
+    except Exception as error:  # the process border to a user's function, told before the run instead of in its first step
+        raise ValueError(f"algorithm.length_penalty {bound.name}: {error}") from error
+    return bound
 
 
 def _check_weight(weight: float) -> None:

@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from verl.agents.collector import Collected, DataCollector, PromptLike, as_prompt, collection_metrics
-from verl.algorithms.binding import bind
 from verl.algorithms.compose import Algorithm, write_advantages
 from verl.algorithms.kl import adapted_coef, scheduled_coef
 from verl.config import make_trainer_config
@@ -27,7 +26,7 @@ from verl.engines.local import LocalEngine, check_vocabulary, frozen_copy
 from verl.engines.models import PolicyModel, load_language_model, value_model
 from verl.engines.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.rewards.functions import RewardFunctions, build_rewards
-from verl.rewards.shaping import LENGTH_PENALTIES
+from verl.rewards.shaping import bound_length_penalty
 from verl.rollout.embedded import EmbeddedEngine
 from verl.rollout.text import TextWorkerEngine
 from verl.settings import CriticConfig, KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
@@ -78,6 +77,7 @@ class Trainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         self.algorithm = Algorithm.bind(config.algorithm)
+        self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         super().__init__(config, actor_model, codec=codec, console=console)
         self._build_roles(critic_model)
         self.rollout = self._build_rollout("vllm" if use_vllm else config.rollout.engine, rollout)
@@ -134,27 +134,32 @@ class Trainer(BaseTrainer):
     @cached_property
     def collector(self) -> DataCollector:
         """Turns prompts into rewarded groups."""
-        penalty = self.config.algorithm.length_penalty
         return DataCollector(
             self.rollout,
             self.codec,
             self.rewards,
             self.config,
             greedy_baseline="greedy_rewards" in self.algorithm.reads,
-            length_penalty=None if penalty.name == "off" else bind(penalty, LENGTH_PENALTIES),
+            length_penalty=self._length_penalty,
             clock=self.clock,
         )
 
     @cached_property
     def rewards(self) -> RewardFunctions | None:
-        """The reward functions: those given, those configured, or the task's own; None if there are none, and nothing reads a reward."""
+        """The reward functions: those given, those configured, or the task's own; None if there are none, and nothing needs a reward."""
         config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
         task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
         if self._reward_fn is None and not config.functions and task:
             config = config.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
-        if self._reward_fn is None and not config.functions and not self.algorithm.reads & _REWARD_COLUMNS:
+        if self._reward_fn is None and not config.functions and not self._needs_rewards:
             return None
         return build_rewards(config, self._reward_fn)
+
+    @property
+    def _needs_rewards(self) -> bool:
+        a = self.config.algorithm
+        shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
+        return bool(self.algorithm.reads & _REWARD_COLUMNS or shaped or a.dynamic_sampling or a.likelihood_coef)
 
     def load_train_data(self) -> LoadReport:
         """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail early."""
@@ -257,9 +262,11 @@ class Trainer(BaseTrainer):
         return TeacherWorker(engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens, top_k=top_k)
 
     def _build_critic(self, config: CriticConfig, given: PreTrainedModel | str | None) -> CriticWorker | ProcessRewardWorker:
-        source = given or config.path or copy.deepcopy(self.policy.model.transformer)
+        source = given or config.path or self.policy.model.transformer
         if isinstance(source, str):
             source = load_language_model(source)
+        elif source is self.policy.model.transformer:
+            source = copy.deepcopy(source)  # two optimizers on one storage would undo each other's steps
         epochs, is_prm = self.config.algorithm.epochs, "prm_logprobs" in self.algorithm.reads
         model = PolicyModel(source.float(), config.precision) if is_prm else value_model(source.float(), config.precision)
         engine = LocalEngine(model, config, device=self.device, total_updates=self._total_updates())
@@ -273,7 +280,8 @@ class Trainer(BaseTrainer):
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
         if isinstance(given, BaseRolloutWorker):
             if "rollout_logprobs" in self.algorithm.reads:
-                raise ValueError("a worker that answers in text gives no logprobs; set algorithm.correction=recompute")
+                remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
+                raise ValueError(f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}")
             return TextWorkerEngine(given, self.codec)
         if given is not None:
             return given
