@@ -170,7 +170,16 @@ def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
         ("ppo", ["sampling.top_p=0.9"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.top_k=5"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.min_p=0.1"], "set algorithm.correction=recompute"),
-        ("ppo", ["sampling.temperature=0"], "set algorithm.correction=recompute or a temperature above 0"),
+        ("ppo", ["sampling.temperature=0"], "set a temperature above 0, or algorithm.correction=recompute"),
+        ("grpo", ["sampling.top_p=0.9", "algorithm.correction=loglinear"], "with algorithm.correction loglinear"),
+        ("grpo", ["sampling.top_p=0.9", "algorithm.correction=off_policy_mask"], "with algorithm.correction off_policy_mask"),
+        (
+            "dppo",
+            ["sampling.top_p=0.9", "algorithm.correction=recompute"],
+            "algorithm.policy_loss dppo; set algorithm.correction=recompute",
+        ),
+        ("remax", ["sampling.temperature=0", "algorithm.correction=recompute"], "where every advantage is 0; set a temperature above 0"),
+        ("ppo", ["algorithm.kl.estimator=k1_straight_through"], "got k1_straight_through; set algorithm.kl.estimator to k1 or k3"),
         (
             "grpo",
             ["sampling.temperature=0", "algorithm.correction=recompute"],
@@ -275,6 +284,10 @@ def test_a_kl_coefficient_takes_every_form_and_turns_the_kl_on(value, coef):
 
 def test_a_kl_coefficient_of_zero_turns_the_kl_off():
     assert make_trainer_config("ppo", kl_coef=0).algorithm.kl.where == "off"
+
+
+def test_a_kl_to_a_reference_beside_a_teacher_is_in_the_loss():
+    assert make_trainer_config("distillation", kl_coef=0.1).algorithm.kl.where == "loss"
 
 
 def test_flat_keywords_reach_their_settings():

@@ -326,8 +326,8 @@ def _kl_coef(value: Any, config: TrainerConfig) -> dict[str, Any]:
         value = {"start": value[0], "end": value[1], "steps": config.steps}
     if config.algorithm.kl.where != "off":
         return {"algorithm.kl.coef": value}
-    # The method of the siblings has the KL in its loss, PPO with a critic in its reward.
-    where = "loss" if reads(config, "group_ids") else "reward"
+    # The method of the siblings has the KL in its loss, PPO with a critic in its reward; distillation has no reward.
+    where = "loss" if reads(config, "group_ids", "teacher_logprobs", "teacher_top_logprobs") else "reward"
     return {"algorithm.kl.where": where, "algorithm.kl.coef": value}
 
 

@@ -12,6 +12,7 @@ from verl.settings import Choice, PairsConfig, PreferenceConfig, SFTConfig, Trai
 READERS: dict[str, tuple[str, ...]] = {
     "group_ids": (
         "grpo",
+        "grpo_batch_std",
         "rloo",
         "opo",
         "gpg",
@@ -29,6 +30,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "prm_logprobs": ("prime",),
     "teacher_logprobs": ("reverse_kl",),
     "teacher_top_logprobs": ("forward_kl_topk",),
+    "greedy_rewards": ("remax",),
 }
 
 
@@ -49,6 +51,15 @@ def reads(config: TrainerConfig, *columns: str) -> bool:
 def _is_off(choice: Choice) -> bool:
     return choice.name == "off"
 
+
+def _compares_with_sampler(config: TrainerConfig) -> bool:
+    """Whether the ratio of the policy loss is to the sampler's own probabilities."""
+    a = config.algorithm
+    return a.correction.name in ("bypass", "loglinear", "off_policy_mask") or a.policy_loss.name == "dppo"
+
+
+# Where the sampler's distribution is not the policy's.
+_RECOMPUTE = "set algorithm.correction=recompute and a policy loss other than dppo"
 
 Claim = Callable[[Any], bool]
 
@@ -190,16 +201,29 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need prompts_per_step * samples_per_prompt divisible by algorithm.minibatches, got {c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}; change one of the three",
     ),
     (
-        lambda c: c.algorithm.correction.name == "bypass" and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
-        "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction bypass; set algorithm.correction=recompute",
+        lambda c: _compares_with_sampler(c) and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
+        "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction {c.algorithm.correction.name} and algorithm.policy_loss {c.algorithm.policy_loss.name}; "
+        + _RECOMPUTE,
     ),
     (
-        lambda c: c.algorithm.correction.name == "bypass" and c.sampling.temperature == 0,
-        "need logprobs of the distribution that was sampled, got sampling.temperature 0 with algorithm.correction bypass; set algorithm.correction=recompute or a temperature above 0",
+        lambda c: _compares_with_sampler(c) and c.sampling.temperature == 0,
+        "need logprobs of the distribution that was sampled, got sampling.temperature 0 with algorithm.correction {c.algorithm.correction.name} and algorithm.policy_loss {c.algorithm.policy_loss.name}; set a temperature above 0, or "
+        + _RECOMPUTE.removeprefix("set "),
     ),
     (
         lambda c: c.samples_per_prompt > 1 and c.sampling.temperature == 0,
         "need different answers in a group, got samples_per_prompt {c.samples_per_prompt} with sampling.temperature 0; set a temperature above 0",
+    ),
+    (
+        lambda c: c.sampling.temperature == 0 and reads(c, "greedy_rewards"),
+        "need answers other than the most likely one for algorithm.advantage {c.algorithm.advantage.name}, got sampling.temperature 0, where every advantage is 0; set a temperature above 0",
+    ),
+    (
+        lambda c: (
+            c.algorithm.kl.where == "reward"
+            and c.algorithm.kl.estimator.name in ("k1_straight_through", "k3_straight_through", "k3_importance")
+        ),
+        "need a KL estimator that has a meaning without a gradient for algorithm.kl.where reward, got {c.algorithm.kl.estimator.name}; set algorithm.kl.estimator to k1 or k3, whose value is the same",
     ),
     (
         lambda c: c.samples_per_prompt == 1 and reads(c, "group_ids"),
