@@ -14,6 +14,7 @@ from verl.algorithms.advantages import (
     gdpo,
     gpg,
     grpo,
+    grpo_batch_std,
     grpo_passk,
     maxrl,
     opo,
@@ -28,11 +29,33 @@ SEEDS = st.integers(0, 10_000)
 EVERY_ADVANTAGE = pytest.mark.parametrize("name", ADVANTAGES)
 REWARDS = ("rewards", "token_rewards", "reward_parts", "greedy_rewards")
 # Compare an answer with its siblings, so that a group without differences teaches nothing.
-COMPARING = ("grpo", "rloo", "opo", "gpg", "maxrl", "grpo_passk", "gdpo", "reinforce_pp_baseline", "optimal_token_baseline", "prime")
+COMPARING = (
+    "grpo",
+    "grpo_batch_std",
+    "rloo",
+    "opo",
+    "gpg",
+    "maxrl",
+    "grpo_passk",
+    "gdpo",
+    "reinforce_pp_baseline",
+    "optimal_token_baseline",
+    "prime",
+)
 # Power of the unit of the rewards in that of the advantages; without the eps that breaks the law.
-UNITS = {"grpo": 0, "grpo_passk": 0, "gdpo": 0, "maxrl": 0, "reinforce_pp": 0, "reinforce_pp_baseline": 0, "gae": 0, "vapo_gae": 0}
+UNITS = {
+    "grpo": 0,
+    "grpo_batch_std": 0,
+    "grpo_passk": 0,
+    "gdpo": 0,
+    "maxrl": 0,
+    "reinforce_pp": 0,
+    "reinforce_pp_baseline": 0,
+    "gae": 0,
+    "vapo_gae": 0,
+}
 UNITS |= {"rloo": 1, "opo": 1, "gpg": 1, "remax": 1, "optimal_token_baseline": 1, "grpo_turns": 0, "prime": 1}
-WITHOUT_EPS = {name: {"eps": 0.0} for name in ("grpo", "grpo_passk", "gdpo", "maxrl", "grpo_turns")}
+WITHOUT_EPS = {name: {"eps": 0.0} for name in ("grpo", "grpo_batch_std", "grpo_passk", "gdpo", "maxrl", "grpo_turns")}
 
 
 def fp64(rows):
@@ -88,6 +111,13 @@ def test_maxrl_divides_by_the_rate_of_success_and_leaves_groups_without_success(
     assert advantages.tolist() == [3.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_the_deviation_of_the_batch_leaves_the_weights_of_prompts_to_each_other():
+    rewards, group_ids = torch.tensor([4.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    # Distances 2, -2, 0.5, -0.5, 0.5, -0.5, 0, 0: mean square 9 / 8.
+    expected = torch.tensor([2.0, -2.0, 0.5, -0.5, 0.5, -0.5, 0.0, 0.0]) / (9 / 8) ** 0.5
+    torch.testing.assert_close(grpo_batch_std(rewards, group_ids, eps=0.0), expected)
+
+
 def test_only_a_single_best_answer_gets_credit_for_pass_at_k():
     rewards, group_ids = torch.tensor([3.0, 0.0, 1.5, 2.0, 2.0, 1.0, 4.0]), torch.tensor([0, 0, 0, 1, 1, 1, 2])
     assert grpo_passk(rewards, group_ids, normalize_std=False).tolist() == [1.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
@@ -122,6 +152,7 @@ def test_group_advantages_agree_with_the_oracles(seed, normalize_std):
     assert_near(rloo(rewards, group_ids), fp64(oracle.rloo(*lists)))
     assert_near(gpg(rewards, group_ids, scale=0.5), fp64(oracle.gpg(*lists, scale=0.5)))
     assert_near(maxrl(rewards, group_ids), fp64(oracle.maxrl(*lists)))
+    assert_near(grpo_batch_std(rewards, group_ids), fp64(oracle.grpo_batch_std(*lists)))
 
 
 @given(SEEDS)
@@ -208,7 +239,7 @@ def test_the_unit_of_the_rewards_goes_where_it_should(name, power, seed, scale):
     torch.testing.assert_close(advantages_of(name, scaled, **options), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "gpg", "maxrl", "gdpo"])
+@pytest.mark.parametrize("name", ["grpo", "grpo_batch_std", "rloo", "gpg", "maxrl", "gdpo"])
 @given(seed=SEEDS)
 def test_advantages_of_a_group_sum_to_zero(name, seed):
     c = random_columns(seed)

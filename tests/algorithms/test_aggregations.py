@@ -9,21 +9,39 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_sum_norm
+from verl.algorithms.aggregations import AGGREGATIONS, prompt_mean, seq_mean_token_sum_norm
+from verl.algorithms.binding import bind
+from verl.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}
+GROUPS = torch.tensor([0, 0, 1, 2, 1, 2])
 EVERY_SUM = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False], [False, False, False, False]])
 
 
+def weights_of(aggregation, mask, group_ids=GROUPS):
+    choice = Choice(name=aggregation, **LENGTH.get(aggregation, {}))
+    return bind(choice, AGGREGATIONS)({"mask": mask, "group_ids": group_ids[: len(mask)]})
+
+
 @pytest.mark.parametrize(
     ("aggregation", "first", "second"),
-    [("token_mean", 1 / 4, 1 / 4), ("seq_mean_token_mean", 1 / 6, 1 / 2), ("seq_mean_token_sum", 1 / 2, 1 / 2)],
+    [
+        ("token_mean", 1 / 4, 1 / 4),
+        ("seq_mean_token_mean", 1 / 6, 1 / 2),
+        ("seq_mean_token_sum", 1 / 2, 1 / 2),
+        ("prompt_mean", 1 / 4, 1 / 4),
+    ],
 )
 def test_weights_by_hand_and_an_empty_row_is_no_row(aggregation, first, second):
     expected = torch.tensor([[first] * 3 + [0.0], [second, 0, 0, 0], [0.0] * 4])
-    torch.testing.assert_close(AGGREGATIONS[aggregation](MASK), expected)
+    torch.testing.assert_close(weights_of(aggregation, MASK), expected)
+
+
+def test_each_prompt_counts_the_same_and_within_it_each_token():
+    weights = prompt_mean(MASK, torch.tensor([5, 2, 5]))
+    torch.testing.assert_close(weights, torch.tensor([[1 / 6] * 3 + [0.0], [1 / 2, 0, 0, 0], [0.0] * 4]))
 
 
 def test_the_constant_length_divides_by_rows_too():
@@ -37,7 +55,7 @@ def test_a_constant_length_of_no_token_is_refused():
 
 @EVERY_SUM
 def test_a_batch_without_sampled_tokens_weighs_nothing(aggregation):
-    weights = AGGREGATIONS[aggregation](torch.zeros(2, 3, dtype=torch.bool), **LENGTH.get(aggregation, {}))
+    weights = weights_of(aggregation, torch.zeros(2, 3, dtype=torch.bool))
     assert weights.dtype == torch.float32
     assert weights.tolist() == [[0.0] * 3] * 2
 
@@ -47,17 +65,17 @@ def test_a_batch_without_sampled_tokens_weighs_nothing(aggregation):
 def test_weighted_sums_agree_with_the_oracle(aggregation, seed):
     c = random_columns(seed)
     loss = c["advantages"]
-    weights = AGGREGATIONS[aggregation](c["mask"], **LENGTH.get(aggregation, {}))
-    expected = oracle.aggregated(aggregation, loss.tolist(), c["mask"].tolist(), length=7)
+    weights = weights_of(aggregation, c["mask"], c["group_ids"])
+    expected = oracle.aggregated(aggregation, loss.tolist(), c["mask"].tolist(), length=7, group_ids=c["group_ids"].tolist())
     assert (loss * weights).sum().item() == pytest.approx(expected, abs=1e-6)
 
 
 @EVERY_SUM
 @given(seed=SEEDS, padding=st.integers(1, 4))
 def test_padding_changes_no_weight(aggregation, seed, padding):
-    mask, options = random_columns(seed)["mask"], LENGTH.get(aggregation, {})
-    wide = AGGREGATIONS[aggregation](torch.nn.functional.pad(mask, (0, padding)), **options)
-    assert torch.equal(wide[:, :7], AGGREGATIONS[aggregation](mask, **options))
+    mask = random_columns(seed)["mask"]
+    wide = weights_of(aggregation, torch.nn.functional.pad(mask, (0, padding)))
+    assert torch.equal(wide[:, :7], weights_of(aggregation, mask))
     assert wide[:, 7:].count_nonzero() == 0
 
 
@@ -65,5 +83,4 @@ def test_padding_changes_no_weight(aggregation, seed, padding):
 @given(seed=SEEDS)
 def test_shuffling_rows_shuffles_weights(aggregation, seed):
     mask, order = random_columns(seed)["mask"], torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    options = LENGTH.get(aggregation, {})
-    torch.testing.assert_close(AGGREGATIONS[aggregation](mask[order], **options), AGGREGATIONS[aggregation](mask, **options)[order])
+    torch.testing.assert_close(weights_of(aggregation, mask[order], GROUPS[order]), weights_of(aggregation, mask)[order])

@@ -208,7 +208,10 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ({"advantage": Choice(name="gae", lam=2.0)}, "gae: need .* got .*2.0"),
         ({"correction": Choice(name="token_tis", cap=-1.0)}, "token_tis: need cap > 0, got -1.0"),
         ({"advantage": Choice(name=f"{__name__}:broken")}, "broken fails on 4 rows of small columns: ZeroDivisionError"),
-        ({"aggregation": Choice(name=f"{__name__}:by_reward")}, "by_reward reads 'rewards', which is no column.*the columns are mask"),
+        (
+            {"aggregation": Choice(name=f"{__name__}:by_reward")},
+            "by_reward reads 'rewards', which is no column.*the columns are mask, group_ids",
+        ),
         ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
         ({"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")}, "where reward, got gdpo and ppo_clip, which would ignore it"),

@@ -332,7 +332,7 @@ def test_a_token_that_became_impossible_gives_a_finite_loss_and_gradient(name):
 @given(seed=SEEDS, first=st.integers(1, 5))
 def test_loss_and_gradient_are_the_same_in_micro_batches(aggregation, name, seed, first):
     c, learned = random_columns(seed), learned_column(name)
-    weights = AGGREGATIONS[aggregation](c["mask"], **LENGTH.get(aggregation, {}))
+    weights = bind(Choice(name=aggregation, **LENGTH.get(aggregation, {})), AGGREGATIONS)(c)
     whole, gradient = summed(c, weights, learned, POLICY_LOSSES, name)
     split = (slice(first), slice(first, None))
     parts = [summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, POLICY_LOSSES, name) for rows in split]

@@ -67,6 +67,16 @@ def maxrl(rewards, group_ids, eps=1e-6):
     return out
 
 
+def grpo_batch_std(rewards, group_ids, eps=1e-6):
+    """2510.13786: distances to the group mean, over their root mean square in the batch."""
+    distances = []
+    for i, reward in enumerate(rewards):
+        group = siblings(i, group_ids)
+        distances.append(reward - sum(rewards[j] for j in group) / len(group))
+    scale = sqrt(sum(d * d for d in distances) / len(distances)) + eps
+    return [d / scale for d in distances]
+
+
 def grpo_passk(rewards, group_ids, normalize_std=True, eps=1e-6):
     """2503.19595: best of all minus best of all but one, for each one in turn."""
     out = []

@@ -136,9 +136,13 @@ def value_clip(new_value, value, target, clip):
     return max((new_value - target) ** 2, (moved - target) ** 2) / 2
 
 
-def aggregated(name, loss, mask, length=None):
+def aggregated(name, loss, mask, length=None, group_ids=None):
     """The loss of the whole batch, as each paper writes the sums."""
     rows = [[v for v, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(loss, mask, strict=True)]
+    if name == "prompt_mean":
+        prompts = [[v for row, g in zip(rows, group_ids, strict=True) if g == group for v in row] for group in set(group_ids)]
+        prompts = [prompt for prompt in prompts if prompt]
+        return sum(sum(prompt) / len(prompt) for prompt in prompts) / max(1, len(prompts))
     rows = [row for row in rows if row]
     if not rows:
         return 0.0

@@ -115,6 +115,29 @@ def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
     return (len(rewards) / num_useful.clamp(min=1) * siblings.deviation(rewards) / scale).to(rewards.dtype)
 
 
+def grpo_batch_std(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Distance to the group mean in units of the batch, A_i = (r_i - mean(r)) / (s + eps), s^2 the mean square of all such distances.
+
+    ScaleRL, https://arxiv.org/abs/2510.13786, section 3: prompts that are nearly solved or nearly hopeless weigh no more than others,
+    as they do under GRPO's deviation of the group. A trajectory without siblings gets 0.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        eps: added to s, same unit as the rewards, at least 0.
+
+    Returns:
+        [B], dtype of the rewards, mean 0 within each group.
+
+    Raises:
+        ValueError: shapes differ, the rewards are not floating point, or eps is negative.
+    """
+    deviation = siblings_of(rewards, group_ids).deviation(rewards)
+    check_not_negative(eps=eps)
+    scale = deviation.square().sum().div(max(1, len(rewards))).sqrt() + eps
+    return (deviation / scale.clamp(min=torch.finfo(scale.dtype).tiny)).to(rewards.dtype)
+
+
 def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Distance to the group mean in units of that mean, A_i = (r_i - mean(r)) / (mean(r) + eps): rare success counts more.
 
@@ -245,6 +268,7 @@ ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "rloo": rloo,
     "opo": opo,
     "gpg": gpg,
+    "grpo_batch_std": grpo_batch_std,
     "maxrl": maxrl,
     "grpo_passk": grpo_passk,
     "gdpo": gdpo,

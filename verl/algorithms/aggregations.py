@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,23 @@ def seq_mean_token_mean(mask: Tensor) -> Tensor:
         [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
     """
     return mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1) / _num_rows(mask)
+
+
+def prompt_mean(mask: Tensor, group_ids: Tensor) -> Tensor:
+    """1 / (prompts x sampled tokens of the prompt's answers): each prompt counts the same, and within it each token.
+
+    ScaleRL, https://arxiv.org/abs/2510.13786, section 3.
+
+    Args:
+        mask: [B, T] bool of the whole optimizer batch; a prompt without a sampled token is no prompt.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+
+    Returns:
+        [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
+    """
+    _, groups = torch.unique(group_ids, return_inverse=True)
+    tokens = torch.zeros(len(groups), dtype=torch.int64, device=mask.device).index_add(0, groups, mask.sum(1))
+    return mask.float() / tokens[groups].clamp(min=1)[:, None] / (tokens > 0).sum().clamp(min=1)
 
 
 def seq_mean_token_sum(mask: Tensor) -> Tensor:
@@ -77,6 +95,7 @@ def _num_rows(mask: Tensor) -> Tensor:
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     "token_mean": token_mean,
     "seq_mean_token_mean": seq_mean_token_mean,
+    "prompt_mean": prompt_mean,
     "seq_mean_token_sum": seq_mean_token_sum,
     "seq_mean_token_sum_norm": seq_mean_token_sum_norm,
 }

@@ -62,7 +62,7 @@ class Algorithm:
         policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=COLUMNS)
         correction = bind(config.correction, CORRECTIONS, columns=COLUMNS)
         value_loss = bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS)
-        aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask",))
+        aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask", "group_ids"))
         kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=COLUMNS)
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         try_out([*chosen, value_loss, aggregation])

@@ -247,10 +247,11 @@ def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
     weights, of_likelihood, of_rows = torch.zeros(mask.shape), torch.zeros(mask.shape), torch.zeros(batch.num_rows)
     for minibatch in plan.minibatches:
         rows = [row for micro in minibatch[0] for row in micro]
-        weights[rows] = algorithm.aggregation({"mask": mask[rows]})
+        weights[rows] = algorithm.aggregation({"mask": mask[rows], "group_ids": batch["group_ids"][rows]})
         of_rows[rows] = mask[rows].any(1) / mask[rows].any(1).sum().clamp(min=1)
         if algorithm.likelihood_coef:
-            of_likelihood[rows] = algorithm.aggregation({"mask": mask[rows] & (batch["rewards"][rows] > 0)[:, None]})
+            good = mask[rows] & (batch["rewards"][rows] > 0)[:, None]
+            of_likelihood[rows] = algorithm.aggregation({"mask": good, "group_ids": batch["group_ids"][rows]})
     batch.write("weights", weights)
     batch.write("row_weights", of_rows)
     if algorithm.likelihood_coef:
