@@ -107,6 +107,16 @@ def by_text(text):
     return text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "role"), [("distillation", "teacher.path"), ("grpo", "reference"), ("prime", "critic.path"), ("ppo", "critic.path")]
+)
+def test_a_second_model_whose_family_cannot_be_run_by_rows_is_refused(recipe, role, letters, tmp_path):
+    size = AutoModelForCausalLM.from_pretrained(letters).config.vocab_size
+    tiny_transformer("bloom", vocab_size=size).save_pretrained(tmp_path / "bloom")
+    with pytest.raises(ValueError, match="model family 'bloom' cannot be run by rows"):
+        toy_trainer(recipe, letters, tmp_path, f"{role}={tmp_path / 'bloom'}")
+
+
 def test_a_critic_from_the_policys_own_model_does_not_share_its_weights(letters, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(letters)
     trainer = toy_trainer("prime", letters, tmp_path, actor_model=model, critic_model=model)

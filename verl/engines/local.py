@@ -85,11 +85,13 @@ def frozen_copy(policy: PolicyModel, path: str | None, config: RoleConfig, *, se
         setting: that names the path, for messages.
 
     Raises:
-        ValueError: it cannot be loaded, or has another vocabulary.
+        ValueError: it cannot be loaded, has another vocabulary, or is of a family that cannot be run by rows.
     """
     transformer = load_language_model(path) if path else copy.deepcopy(policy.transformer)
     check_vocabulary(transformer, policy, setting)
-    return LocalForwardEngine(PolicyModel(transformer.requires_grad_(False), policy.precision), config, device=policy.device)
+    model = PolicyModel(transformer.requires_grad_(False), policy.precision).to(policy.device)
+    model.check_forward()
+    return LocalForwardEngine(model, config, device=policy.device)
 
 
 def check_vocabulary(other: PreTrainedModel, policy: PolicyModel, setting: str) -> None:

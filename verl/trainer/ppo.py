@@ -269,6 +269,7 @@ class Trainer(BaseTrainer):
             source = copy.deepcopy(source)  # two optimizers on one storage would undo each other's steps
         epochs, is_prm = self.config.algorithm.epochs, "prm_logprobs" in self.algorithm.reads
         model = PolicyModel(source.float(), config.precision) if is_prm else value_model(source.float(), config.precision)
+        model.to(self.device).check_forward()
         engine = LocalEngine(model, config, device=self.device, total_updates=self._total_updates())
         self.engines["critic"] = engine
         if is_prm:
