@@ -182,6 +182,16 @@ def test_a_length_penalty_compares_the_answers_of_a_group():
     assert collected.rows["rewards"].tolist() == pytest.approx([1.5, 100 - 1 / 6, -5, -500.5])
 
 
+def test_an_answer_in_the_overlong_buffer_is_still_a_right_one_among_its_siblings():
+    penalty = bind(Choice(name="relative_length"), LENGTH_PENALTIES)
+    collected = collector_with(Scripted("1", "1.00000"), "algorithm.overlong_buffer_tokens=4", length_penalty=penalty).collect(
+        ["a"], samples=2
+    )
+    # Both right: lengths 2 and 8 are one deviation below and above their mean.
+    assert [t.scores["length"] for t in collected.trajectories] == pytest.approx([-0.0269, -0.0731], abs=1e-4)
+    assert [t.scores["overlong"] for t in collected.trajectories] == [0, -1]
+
+
 def test_each_reward_function_and_what_shapes_the_reward_are_parts_of_it():
     overrides = ["algorithm.overlong_buffer_tokens=4", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: 0.5}]']
     collected = collector_with(Scripted("1", "1234567"), *overrides).collect(["a"], samples=2)

@@ -281,6 +281,11 @@ def test_a_worker_that_answers_in_text_cannot_bypass_the_trainers_logprobs(lette
         toy_trainer("ppo", letters, tmp_path, rollout=Echo())
 
 
+def test_a_worker_that_answers_in_text_has_no_greedy_answers(letters, tmp_path):
+    with pytest.raises(ValueError, match="is not told a temperature, so it has no greedy answers"):
+        toy_trainer("remax", letters, tmp_path, "algorithm.correction=recompute", rollout=Echo())
+
+
 def test_records_of_text_train_through_the_buffer(letters):
     buffer = SharedMemoryBuffer(capacity=100)
     trainer = PPOTrainer(model_name=str(letters), lr=0.01, kl_coef=0.1, clip_range=0.2)

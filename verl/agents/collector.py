@@ -119,10 +119,11 @@ class DataCollector:
         self.dispatched += len(asked)
         groups = self.answer(asked, params)
         for number, group in enumerate(groups, start=first):
+            # First: which answers are right is not yet hidden by the overlong penalty.
+            self._compare_lengths(group)
             for trajectory in group:
                 trajectory.group = number
                 self._shape_length(trajectory)
-            self._compare_lengths(group)
         if self._greedy_baseline:
             self._write_greedy(asked, params, groups)
         return groups

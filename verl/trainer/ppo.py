@@ -283,6 +283,10 @@ class Trainer(BaseTrainer):
             if "rollout_logprobs" in self.algorithm.reads:
                 remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
                 raise ValueError(f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}")
+            if "greedy_rewards" in self.algorithm.reads:
+                raise ValueError(
+                    "a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo"
+                )
             return TextWorkerEngine(given, self.codec)
         if given is not None:
             return given
