@@ -72,6 +72,8 @@ def bound_length_penalty(choice: Choice) -> Bound | None:
         ValueError: an unknown function or option, one out of its bounds, or a function that cannot be called with these columns.
     """
     if choice.name == "off":
+        if choice.options:
+            raise ValueError(f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one of {_NAMES}")
         return None
     bound = bind(choice, LENGTH_PENALTIES, columns=("rewards", "num_tokens"))
     try:
@@ -88,3 +90,4 @@ def _check_weight(weight: float) -> None:
 
 # Each takes the rewards and lengths of one group; "off" stands for none.
 LENGTH_PENALTIES: dict[str, Callable[..., Tensor]] = {"kimi_length": kimi_length, "relative_length": relative_length}
+_NAMES = ", ".join(LENGTH_PENALTIES)
