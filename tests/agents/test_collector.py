@@ -199,6 +199,23 @@ def test_each_reward_function_and_what_shapes_the_reward_are_parts_of_it():
     assert collected.rows["reward_parts"].tolist() == [[1, 1, 0], [7, 1234567, -1]]
 
 
+def test_a_group_of_equal_sums_is_dead_unless_the_parts_are_compared():
+    overrides = ["algorithm.dynamic_sampling=true", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]']
+    shares = {}
+    for by_parts in (False, True):
+        # Values 1 and 2, lengths 1 and 2 that count against them: both rewards are 0.
+        collected = collector_with(Scripted("1", "02"), *overrides, by_parts=by_parts).collect(["a"], samples=2)
+        shares[by_parts] = collected.metrics["dead_groups_share"]
+        assert collected.rows["rewards"].tolist() == [0, 0]
+    assert shares == {False: 1, True: 0}
+
+
+def test_dynamic_sampling_keeps_a_group_whose_parts_differ():
+    overrides = ["algorithm.dynamic_sampling=true", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]']
+    collected = collector_with(Scripted("1", "02"), *overrides, by_parts=True).collect(["a"], samples=2, refill=lambda n: ["b"] * n)
+    assert collected.metrics["resample_draws"] == 0 and collected.rows["reward_parts"].tolist() == [[1, 1], [2, 2]]
+
+
 def long(prompt, response):
     return len(response)
 

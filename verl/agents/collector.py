@@ -44,6 +44,7 @@ class DataCollector:
         rewards: scores answers; None: nothing reads a reward.
         config: sampling, algorithm and seed are read.
         greedy_baseline: answer each prompt once more with its most likely answer, for `greedy_rewards`.
+        by_parts: a group of equal rewards is not dead if the parts that they are the sum of differ.
         length_penalty: adds to the rewards of a group what its answers' lengths are worth.
         clock: takes the seconds of `generate` and `reward`.
     """
@@ -56,6 +57,7 @@ class DataCollector:
         config: TrainerConfig,
         *,
         greedy_baseline: bool = False,
+        by_parts: bool = False,
         length_penalty: Bound | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class DataCollector:
         self._rewards = rewards
         self._config = config
         self._greedy_baseline = greedy_baseline
+        self._by_parts = by_parts
         self._length_penalty = length_penalty
         self._clock = clock or Clock()
 
@@ -84,17 +87,17 @@ class DataCollector:
         """
         algorithm = self._config.algorithm
         everything = groups = self._groups(prompts, samples, first=0)
-        alive = [g for g in groups if not is_dead(g)] if algorithm.dynamic_sampling and refill else groups
+        alive = [g for g in groups if not is_dead(g, by_parts=self._by_parts)] if algorithm.dynamic_sampling and refill else groups
         draws = 0
         while refill and len(alive) < len(prompts) and algorithm.dynamic_sampling and draws < algorithm.max_resamples:
             draws += 1
             groups = self._groups(refill(len(prompts) - len(alive)), samples, first=len(everything))
             everything = [*everything, *groups]
-            alive += [g for g in groups if not is_dead(g)]
+            alive += [g for g in groups if not is_dead(g, by_parts=self._by_parts)]
         kept = [t for group in (alive or everything) for t in group if t.outcome == "ok"]
         if not kept:
             raise RuntimeError("no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples")
-        metrics = collection_metrics(everything) | {"resample_draws": float(draws)}
+        metrics = collection_metrics(everything, by_parts=self._by_parts) | {"resample_draws": float(draws)}
         return Collected(kept, Batch.from_trajectories(kept), metrics)
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
@@ -197,12 +200,12 @@ def sampling_params(config: TrainerConfig, samples: int) -> SamplingParams:
     return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, s.stop_ids)
 
 
-def is_dead(group: Sequence[Trajectory]) -> bool:
-    """Whether a group teaches nothing: fewer than two rewards, or all equal."""
-    return len({t.reward for t in group if t.outcome == "ok"}) < 2
+def is_dead(group: Sequence[Trajectory], *, by_parts: bool = False) -> bool:
+    """Whether a group teaches nothing: fewer than two rewards, or all equal, `by_parts` part by part."""
+    return len({(t.reward, *t.parts) if by_parts else t.reward for t in group if t.outcome == "ok"}) < 2
 
 
-def collection_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
+def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool = False) -> dict[str, float]:
     """Means over all answers; reward and scores over those that have one."""
     answers = [t for group in groups for t in group]
     rewarded = [t for t in answers if t.reward is not None]
@@ -215,7 +218,7 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]]) -> dict[str, floa
         "failed_share": _mean([t.outcome != "ok" for t in answers]),
     }
     if rewarded and any(len(g) > 1 for g in groups):  # a single answer has no siblings to differ from
-        metrics["dead_groups_share"] = _mean([is_dead(g) for g in groups])
+        metrics["dead_groups_share"] = _mean([is_dead(g, by_parts=by_parts) for g in groups])
     for name in sorted({name for t in rewarded for name in t.scores}):
         key = name if name == "accuracy" else f"score/{name}"
         metrics[key] = _mean([t.scores[name] for t in rewarded if name in t.scores])

@@ -140,6 +140,7 @@ class Trainer(BaseTrainer):
             self.rewards,
             self.config,
             greedy_baseline="greedy_rewards" in self.algorithm.reads,
+            by_parts="reward_parts" in self.algorithm.reads,
             length_penalty=self._length_penalty,
             clock=self.clock,
         )
