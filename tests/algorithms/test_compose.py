@@ -61,6 +61,10 @@ def by_reward(mask, rewards):
     return mask * rewards[:, None]
 
 
+def reads_too_early(rewards, logprobs):
+    return rewards * logprobs.mean()
+
+
 def broken(rewards):
     return rewards * (1 // 0)
 
@@ -212,6 +216,7 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
             {"aggregation": Choice(name=f"{__name__}:by_reward")},
             "by_reward reads 'rewards', which is no column.*the columns are mask, group_ids",
         ),
+        ({"advantage": Choice(name=f"{__name__}:reads_too_early")}, "reads_too_early reads 'logprobs', which is no column .* is called"),
         ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
         ({"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")}, "where reward, got gdpo and ppo_clip, which would ignore it"),

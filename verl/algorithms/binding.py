@@ -131,7 +131,8 @@ def _check_parameter(name: str, parameter: Parameter, columns: Collection[str] |
         raise ValueError(f"{name}: a column has no default, got {parameter}; put * before the options")
     if columns is not None and parameter.name not in columns:
         known = f"the columns are {', '.join(columns)}"
-        raise ValueError(f"{name} reads {parameter.name!r}, which is no column{_nearest(parameter.name, columns)}; {known}")
+        kind = "no column that is there when it is called" if parameter.name in COLUMNS else "no column"
+        raise ValueError(f"{name} reads {parameter.name!r}, which is {kind}{_nearest(parameter.name, columns)}; {known}")
 
 
 def _check_options(choice: Choice, valid: Mapping[str, Parameter]) -> None:

@@ -24,6 +24,15 @@ from verl.settings import AlgorithmConfig
 # Columns of ids, which no function reads.
 _IDS = ("prompt_ids", "response_ids", "teacher_top_ids")
 
+# Columns that are written later than a function is called, or elsewhere.
+_NOT_THERE: dict[str, set[str]] = {
+    "advantage": {"advantages", "returns", "logprobs", "new_values", "top_logprobs", "minibatch_mask"},
+    "policy_loss": {"token_rewards", "new_values"},
+    "correction": {"token_rewards", "returns", "new_values", "top_logprobs", "minibatch_mask"},
+    "value_loss": {"token_rewards", "logprobs", "top_logprobs", "minibatch_mask"},
+    "kl": {"token_rewards", "new_values", "top_logprobs", "minibatch_mask"},
+}
+
 Columns = Mapping[str, Tensor]
 Monitors = dict[str, Tensor]
 
@@ -58,12 +67,12 @@ class Algorithm:
         Raises:
             ValueError: an unknown function or option, an option out of its bounds, or choices that do not go together.
         """
-        advantage = bind(config.advantage, ADVANTAGES, columns=COLUMNS)
-        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=COLUMNS)
-        correction = bind(config.correction, CORRECTIONS, columns=COLUMNS)
-        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=COLUMNS)
+        advantage = bind(config.advantage, ADVANTAGES, columns=_there("advantage"))
+        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=_there("policy_loss"))
+        correction = bind(config.correction, CORRECTIONS, columns=_there("correction"))
+        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=_there("value_loss"))
         aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask", "group_ids"))
-        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=COLUMNS)
+        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=_there("kl"))
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         try_out([*chosen, value_loss, aggregation])
         reads = frozenset(column for bound in chosen for column in bound.columns)
@@ -241,6 +250,11 @@ def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
     rows = (last >= 0).nonzero().squeeze(1)
     out[rows, last[rows]] = rewards[rows].float()
     return out
+
+
+def _there(choice: str) -> list[str]:
+    """The columns that are there when the function of that choice is called."""
+    return [name for name in COLUMNS if name not in _NOT_THERE[choice]]
 
 
 def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]) -> None:
