@@ -260,6 +260,12 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need whole groups in each update for algorithm.policy_loss online_dpo, got prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}; make the first divisible by the second",
     ),
     (
+        lambda c: (
+            reads(c, "prm_logprobs") and c.algorithm.advantage.options.get("beta", 0.05) != c.algorithm.value_loss.options.get("beta", 0.05)
+        ),
+        "need one beta for the process reward and for the loss that teaches it, got algorithm.advantage {c.algorithm.advantage.options} and algorithm.value_loss {c.algorithm.value_loss.options}; set both to the same",
+    ),
+    (
         lambda c: c.samples_per_prompt == 1 and not _is_off(c.algorithm.length_penalty),
         "need siblings to compare lengths with, got samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}; set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
     ),

@@ -128,3 +128,11 @@ def test_attention_doubles_the_cost_at_twelve_times_the_width():
 def test_what_cannot_be_planned_is_an_error_that_says_so(num_tokens, changed, message):
     with pytest.raises(ValueError, match=message):
         balance(torch.tensor(num_tokens), **{"num_ranks": 1, "micro_batch_tokens": 8, **changed})
+
+
+def test_groups_that_belong_together_are_in_one_minibatch():
+    group_ids = torch.tensor([0, 0, 0, 1, 2, 2, 5])
+    plan = balance(torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=2, group_ids=group_ids)
+    assert [sorted(row for micro in minibatch[0] for row in micro) for minibatch in plan.minibatches] == [[0, 1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ValueError, match="need a group for each minibatch, got 4 groups for 5"):
+        balance(torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=5, group_ids=group_ids)

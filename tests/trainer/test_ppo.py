@@ -331,3 +331,21 @@ def test_models_may_be_given_as_folders(letters, tmp_path):
     trainer = toy_trainer("ppo", letters, tmp_path, *overrides, reward_fn=lambda prompt, response: len(response), **given)
     data = trainer.collect_data(["abc=", "bca="] * 4)
     assert torch.isfinite(torch.tensor(trainer.update_policy(data)["loss"]))
+
+
+def test_pairs_meet_in_one_update_also_where_answers_failed(letters, tmp_path):
+    def some_fail(prompt, response):
+        if prompt == "aac=":
+            raise ValueError("no judgement")
+        return len(set(response))
+
+    overrides = ["rewards.functions=[]", "algorithm.minibatches=2", "rewards.max_failed_share=1", "data.shuffle=false"]
+    trainer = toy_trainer("online_dpo", letters, tmp_path, *overrides, reward_fn=some_fail)
+    metrics = trainer.step()
+    assert metrics["outcome/reward_error"] == 2 and len(trainer.last) == 14
+    assert metrics["pair_share"] > 0.9  # the last pairs but for ties
+
+
+def test_records_of_text_cannot_be_shaped_where_nothing_is_sampled(letters):
+    with pytest.raises(ValueError, match="need records that are learned from as they are"):
+        PPOTrainer(str(letters), max_tokens=6, overrides=["algorithm.mask_truncated=true"])

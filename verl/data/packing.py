@@ -28,10 +28,12 @@ def balance(
     micro_batch_rows: int | None = None,
     num_minibatches: int = 1,
     cost: Tensor | None = None,
+    group_ids: Tensor | None = None,
 ) -> Plan:
     """The plan that gives ranks equal work and as few micro-batches as first-fit decreasing finds.
 
-    Minibatches are consecutive rows, their sizes differ by at most one: the order stays the caller's. Within one, the costliest
+    Minibatches are consecutive rows, their sizes (or their numbers of groups) differ by at most one: the order stays the
+    caller's. Within one, the costliest
     row that is left goes to the rank with the least cost so far, so that the costs of two ranks never differ by more than the
     costliest row (longest processing time first, https://doi.org/10.1137/0117039). Where that would leave a rank with fewer
     rows than micro-batches, it goes to the rank with the fewest rows instead, of these to the one with the least cost.
@@ -43,6 +45,7 @@ def balance(
         micro_batch_rows: most rows of a micro-batch; None: only the tokens count.
         num_minibatches: optimizer updates that the rows are for.
         cost: [B], work that each row is, in any unit; None: its tokens. `compute_cost` adds the work of attention.
+        group_ids: [B], equal for consecutive rows that must not be split over minibatches; None: any two rows may be.
 
     Raises:
         ValueError: a shape, count or cost that cannot be, or fewer rows than minibatches.
@@ -52,22 +55,33 @@ def balance(
     if num_ranks < 1 or micro_batch_tokens < 1 or (micro_batch_rows is not None and micro_batch_rows < 1):
         given = f"num_ranks={num_ranks}, micro_batch_tokens={micro_batch_tokens}, micro_batch_rows={micro_batch_rows}"
         raise ValueError(f"need at least 1 of each, got {given}")
-    if not 1 <= num_minibatches <= len(num_tokens):
-        raise ValueError(f"need a row for each minibatch, got {len(num_tokens)} rows for {num_minibatches}; lower algorithm.minibatches")
+    units = _units(len(num_tokens), group_ids)
+    if not 1 <= num_minibatches <= len(units):
+        what = "row" if group_ids is None else "group"
+        raise ValueError(f"need a {what} for each minibatch, got {len(units)} {what}s for {num_minibatches}; lower algorithm.minibatches")
     work = num_tokens.double() if cost is None else cost.double()
     if work.shape != num_tokens.shape or not work.isfinite().all() or (work < 0).any():
         raise ValueError(f"need a finite cost from 0 for each of {len(num_tokens)} rows, got {cost}")
     lengths, costs = num_tokens.tolist(), work.tolist()
     minibatches = []
-    for rows in torch.arange(len(lengths)).tensor_split(num_minibatches):
+    for chosen in torch.arange(len(units)).tensor_split(num_minibatches):
+        rows = [row for unit in chosen.tolist() for row in units[unit]]
         for equal_counts in (False, True):
-            shares = _deal(rows.tolist(), costs, num_ranks, equal_counts=equal_counts)
+            shares = _deal(rows, costs, num_ranks, equal_counts=equal_counts)
             packed = [_pack(share, lengths, micro_batch_tokens, micro_batch_rows or len(lengths)) for share in shares]
             most = max(len(micro_batches) for micro_batches in packed)
             if min(len(share) for share in shares) >= most:
                 break
         minibatches.append([_split_up_to(most, micro_batches, lengths) for micro_batches in packed])
     return Plan(minibatches)
+
+
+def _units(num_rows: int, group_ids: Tensor | None) -> list[list[int]]:
+    """Rows that stay together, in order."""
+    if group_ids is None:
+        return [[row] for row in range(num_rows)]
+    starts = [0, *((group_ids[1:] != group_ids[:-1]).nonzero().squeeze(1) + 1).tolist()] if num_rows else []
+    return [list(range(start, stop)) for start, stop in zip(starts, [*starts[1:], num_rows], strict=True)]
 
 
 def compute_cost(num_tokens: Tensor, hidden_dim: int) -> Tensor:

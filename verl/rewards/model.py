@@ -30,6 +30,7 @@ def model(
     path: str | None = None,
     system_prompt: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> list[float]:
     """What a trained reward model says of answers: its head at the last token, which is the end token.
@@ -42,6 +43,7 @@ def model(
         path: folder or hub name of the reward model, with its tokenizer.
         system_prompt: put in front of chats without one, as in the training of the reward model.
         precision: arithmetic of the forward pass.
+        device: auto, cpu or cuda; auto is a GPU where there is one.
         micro_batch_tokens: most tokens of a forward pass.
 
     Returns:
@@ -50,7 +52,7 @@ def model(
     Raises:
         ValueError: no path, or no trained reward model there, or a completion without a text.
     """
-    judge = _judge(path, system_prompt, precision)
+    judge = _judge(path, system_prompt, precision, device)
     if not prompts:
         return []
     return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
@@ -61,6 +63,7 @@ def prepare(
     path: str | None = None,
     system_prompt: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> None:
     """Loads the reward model for later calls of `model`, whose options these are.
@@ -68,7 +71,7 @@ def prepare(
     Raises:
         ValueError: as `model`.
     """
-    _judge(path, system_prompt, precision)
+    _judge(path, system_prompt, precision, device)
 
 
 def rows_to_score(prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None) -> Batch:
@@ -118,18 +121,18 @@ class _Judge:
 _LOADING = threading.Lock()
 
 
-def _judge(path: str | None, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+def _judge(path: str | None, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"], device: str) -> _Judge:
     if not path:
         raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
     with _LOADING:  # Two calls at once must not load it twice.
-        return _loaded(path, system_prompt, precision)
+        return _loaded(path, system_prompt, precision, device)
 
 
 @cache
-def _loaded(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"]) -> _Judge:
+def _loaded(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"], device: str) -> _Judge:
     transformer = load_reward_model(path, new_head=False).requires_grad_(False)
     codec = TextCodec.load(path, system_prompt=system_prompt)
-    reward_model = RewardModel(transformer, precision).to(pick_device("auto"))
+    reward_model = RewardModel(transformer, precision).to(pick_device(device))
     reward_model.check_forward()
     return _Judge(LocalForwardEngine(reward_model, RoleConfig(precision=precision), device=reward_model.device), codec)
 

@@ -298,13 +298,19 @@ class Trainer(BaseTrainer):
     def _planned(self, name: str, call: Callable[[Batch, Plan], T], role: RoleConfig) -> Callable[[Batch], T]:
         """A call of a role with the micro-batches that fit it, timed under its name."""
 
+        # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift the rows.
+        whole_groups = "group_ids" in {*self.algorithm.policy_loss.columns, *self.algorithm.aggregation.columns}
+
         def run(rows: Batch) -> T:
+            group_ids = rows["group_ids"] if whole_groups else None
+            most = rows.num_rows if group_ids is None else len(group_ids.unique())
             plan = balance(
                 rows.num_tokens,
                 num_ranks=1,
                 micro_batch_tokens=role.micro_batch_tokens,
                 micro_batch_rows=role.micro_batch_rows,
-                num_minibatches=min(self.config.algorithm.minibatches, rows.num_rows),
+                num_minibatches=min(self.config.algorithm.minibatches, most),
+                group_ids=group_ids,
             )
             with self.clock.phase(name):
                 return call(rows, plan)
@@ -359,6 +365,12 @@ class PPOTrainer:
         config = make_trainer_config(
             "ppo", model_name=model_name, lr=lr, kl_coef=kl_coef, clip_eps=clip_range, overrides=overrides, **options
         )
+        algorithm = config.algorithm
+        if algorithm.overlong_buffer_tokens or algorithm.mask_truncated or algorithm.dynamic_sampling:
+            raise ValueError(
+                "need records that are learned from as they are, got algorithm.overlong_buffer_tokens, mask_truncated or dynamic_sampling, "
+                "which act where answers are sampled; shape the rewards of the records, or use Trainer"
+            )
         self.trainer = Trainer(config)
 
     def update(self, batch: Sequence[Mapping[str, Any]]) -> Metrics:
