@@ -107,7 +107,9 @@ class AlgorithmConfig(Section):
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus in the policy loss.", source="DAPO, 2503.14476")
     epochs: int = setting(1, "Passes over the trajectories of a step.", unit="passes", ge=1)
     minibatches: int = setting(1, "Optimizer updates per pass; the trajectories are split evenly.", unit="updates", ge=1)
-    dynamic_sampling: bool = setting(False, "Replace groups whose rewards, for gdpo each part of them, are all equal by fresh prompts.", source="DAPO, 2503.14476, 3.2")
+    dynamic_sampling: bool = setting(
+        False, "Replace groups whose rewards, for gdpo each part of them, are all equal by fresh prompts.", source="DAPO, 2503.14476, 3.2"
+    )
     max_resamples: int = setting(
         10, "Fresh draws per step before dynamic sampling goes on with what it has.", unit="draws", source="verl", ge=1
     )

@@ -349,3 +349,11 @@ def test_pairs_meet_in_one_update_also_where_answers_failed(letters, tmp_path):
 def test_records_of_text_cannot_be_shaped_where_nothing_is_sampled(letters):
     with pytest.raises(ValueError, match="need records that are learned from as they are"):
         PPOTrainer(str(letters), max_tokens=6, overrides=["algorithm.mask_truncated=true"])
+
+
+def test_a_reward_that_needs_a_column_that_no_prompt_has_is_refused_before_the_first_step(letters, tmp_path):
+    def by_level(prompt, response, level):
+        return level
+
+    with pytest.raises(ValueError, match="reward function 'by_level': the data needs the columns level, it has answer"):
+        toy_trainer("grpo", letters, tmp_path, reward_fn=by_level)

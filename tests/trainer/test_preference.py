@@ -183,7 +183,7 @@ def test_a_mistake_is_found_before_anything_is_written(override, message, letter
 
 def test_a_pair_beyond_the_context_is_refused(letters, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "ab=", "chosen": "a", "rejected": "b" * 1021}) + "\n")
-    with pytest.raises(ValueError, match="context of 1024 tokens, got 1025 in pair 0 of long"):
+    with pytest.raises(ValueError, match="context of 1024 tokens, got 1025 in row 0 of long"):
         preference(letters, tmp_path, f"data.train={tmp_path / 'long.jsonl'}").fit()
 
 

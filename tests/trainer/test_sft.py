@@ -89,3 +89,9 @@ def test_fine_tuning_needs_answers_that_are_texts(letters, tmp_path):
     with pytest.raises(ValueError, match="need data.train"):
         sft(letters, tmp_path, "data.train=null").fit()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_beyond_the_context_is_refused_before_the_first_step(letters, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "ab=", "answer": "b" * 1021}) + "\n")
+    with pytest.raises(ValueError, match="context of 1024 tokens, got 1025 in row 0 of long"):
+        sft(letters, tmp_path, f"data.train={tmp_path / 'long.jsonl'}").fit()

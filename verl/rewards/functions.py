@@ -109,6 +109,19 @@ class RewardFunction:
             return [values] * num_rows
         return [None if value is None else _score(value) for value in values]
 
+    def check_data(self, prompts: Sequence[Prompt]) -> None:
+        """Looks for the columns that the function cannot do without.
+
+        Raises:
+            ValueError: no prompt has one of them.
+        """
+        names = [name for name in self._free if name not in self.options and name not in _BATCHED]
+        values = {name: _MISSING if all(_column(p, name) is _MISSING for p in prompts) else None for name in names}
+        try:
+            self._check_present(values, prompts)
+        except ValueError as error:
+            raise ValueError(f"reward function {self.name!r}: {error}") from error
+
     def _check_options(self) -> None:
         unknown = sorted(set(self.options) - set(self._free))
         if unknown:
@@ -196,6 +209,11 @@ class RewardFunctions:
         for i, trajectory in enumerate(rows):
             self._write(trajectory, {name: of_function[i] for name, of_function in results.items()})
         self._check_failed(rows)
+
+    def check_data(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses prompts without a column that a function cannot do without; see `RewardFunction.check_data`."""
+        for function in self._functions.values():
+            function.check_data(prompts)
 
     def close(self) -> None:
         """Ends the threads that calls run on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -165,6 +165,21 @@ class BaseTrainer(ABC):
         kept, dropped = drop_long_prompts(prompts, lengths, self.config.data.max_prompt_tokens)
         self.check_context(max(n for n in lengths if n <= self.config.data.max_prompt_tokens))
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
+
+    def check_answers(self, rows: Sequence[Prompt], answers_of: Callable[[Prompt], Sequence[str]]) -> None:
+        """Refuses rows whose prompt and answer go beyond the context of the model.
+
+        Raises:
+            ValueError: the first such row.
+        """
+        context = self.policy_engine.model.transformer.config.get_text_config().max_position_embeddings
+        for row in rows:
+            longest = len(self.codec.encode_prompt(row)) + max(len(self.codec.encode_answer(answer)) for answer in answers_of(row))
+            if longest > context:
+                raise ValueError(
+                    f"need prompt and answer within the model's context of {context} tokens, got {longest} in row {row.index} of "
+                    f"{row.source}; leave it out, or lower data.max_prompt_tokens"
+                )
 
     def check_context(self, prompt_tokens: int) -> None:
         """Refuses prompts of so many tokens, if the policy could not answer them."""

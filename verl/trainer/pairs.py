@@ -97,7 +97,7 @@ class PairsTrainer(BaseTrainer):
                 "task:add-2"
             )
         pairs, report = self.short_enough(*load_pairs(source, self.config.data, split=split))
-        self._check_lengths(pairs)
+        self.check_answers(pairs, lambda pair: pair.answer)
         return pairs, report
 
     @property
@@ -129,16 +129,6 @@ class PairsTrainer(BaseTrainer):
     def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
         """Further metrics of held-out pairs; none here."""
         return {}
-
-    def _check_lengths(self, pairs: list[Prompt]) -> None:
-        context = self.policy_engine.model.transformer.config.get_text_config().max_position_embeddings
-        for pair in pairs:
-            longest = len(self.codec.encode_prompt(pair)) + max(len(self.codec.encode_answer(answer)) for answer in pair.answer)
-            if longest > context:
-                raise ValueError(
-                    f"need prompt and answer within the model's context of {context} tokens, got {longest} in pair {pair.index} of "
-                    f"{pair.source}; leave it out, or lower data.max_prompt_tokens"
-                )
 
     def _objective(self, step: Batch, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
         values, entropy = self.token_values(inputs)

@@ -168,7 +168,8 @@ class Trainer(BaseTrainer):
         self.loader = PromptLoader(prompts, seed=self.config.seed, shuffle=self.config.data.shuffle)
         if self.eval_every:
             self.test_prompts  # noqa: B018  # read now, so that a mistake is found before the first step
-        self.rewards  # noqa: B018
+        if self.rewards:
+            self.rewards.check_data(prompts)
         return report
 
     @cached_property

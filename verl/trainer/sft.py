@@ -50,6 +50,7 @@ class SFTTrainer(BaseTrainer):
         if source is None:
             raise ValueError("need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, or task:NAME")
         examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
+        self.check_answers(examples, lambda example: [str(example.answer)])
         self.loader = PromptLoader(examples, seed=self.config.seed, shuffle=self.config.data.shuffle)
         return report
 
