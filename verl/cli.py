@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _overridable(train)
     train.add_argument("--dry-run", action="store_true", help="check settings, data, rewards and model, print the configuration, and stop")
 
-    _from_data(commands, "sft", SFTConfig, "fine_tune", "fine-tune a model on reference answers")
-    _from_data(commands, "preference", PreferenceConfig, "prefer", "train a policy on pairs of a better and a worse answer")
-    _from_data(commands, "reward-model", RewardModelConfig, "train_reward_model", "train a reward model on such pairs")
+    _from_data(commands, "sft", SFTConfig, "fine-tune a model on reference answers")
+    _from_data(commands, "preference", PreferenceConfig, "train a policy on pairs of a better and a worse answer")
+    _from_data(commands, "reward-model", RewardModelConfig, "train a reward model on such pairs")
 
     evaluate = _command(commands, "eval", _eval, "measure a policy on held-out prompts")
     evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=recipe)
@@ -90,7 +90,7 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
     return parser
 
 
-def _from_data(commands: Any, name: str, kind: type[RunConfig], function: str, meaning: str) -> None:
+def _from_data(commands: Any, name: str, kind: type[RunConfig], meaning: str) -> None:
     """A command that trains on what data says, without a recipe."""
 
     def run(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def _from_data(commands: Any, name: str, kind: type[RunConfig], function: str, m
         is_override = args.recipe is not None and "=" in args.recipe and not Path(args.recipe).exists()
         overrides = [args.recipe, *args.overrides] if is_override else args.overrides
         config = load_run(kind, None if is_override else args.recipe, overrides)
-        getattr(importlib.import_module(_COMMANDS_WITH_MODELS), function)(config, dry_run=args.dry_run)
+        importlib.import_module(_COMMANDS_WITH_MODELS).fit(config, dry_run=args.dry_run)
 
     parser = _command(commands, name, run, meaning)
     parser.add_argument("recipe", metavar="YAML", nargs="?", help="a YAML file; none: the defaults")
@@ -119,7 +119,7 @@ def _with_models(name: str) -> Callable[[argparse.Namespace], None]:
 
 def _train(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, args.overrides)
-    importlib.import_module(_COMMANDS_WITH_MODELS).train(config, dry_run=args.dry_run)
+    importlib.import_module(_COMMANDS_WITH_MODELS).fit(config, dry_run=args.dry_run)
 
 
 def _eval(args: argparse.Namespace) -> None:

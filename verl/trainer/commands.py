@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from verl.config import to_yaml
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.models import make_tiny_model
-from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, SFTConfig, TrainerConfig
+from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.ppo import Trainer, sample_row
@@ -23,38 +23,20 @@ from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 from verl.utils.tracking import check_sinks, samples_table
 
+# What a configuration trains with.
+TRAINERS: dict[type[RunConfig], Callable[..., BaseTrainer]] = {
+    TrainerConfig: Trainer,
+    SFTConfig: SFTTrainer,
+    PreferenceConfig: PreferenceTrainer,
+    RewardModelConfig: RewardModelTrainer,
+}
 
-def train(config: TrainerConfig, *, dry_run: bool) -> None:
-    """`verl train`."""
+
+def fit(config: RunConfig, *, dry_run: bool) -> None:
+    """`verl train`, `sft`, `preference`, `reward-model`; a dry run reads the data as well, shows the settings, and stops."""
     check_sinks(config.tracking.sinks)
     console = Console()
-    _fit(Trainer(config, console=console), console, dry_run=dry_run)
-
-
-def fine_tune(config: SFTConfig, *, dry_run: bool) -> None:
-    """`verl sft`."""
-    check_sinks(config.tracking.sinks)
-    console = Console()
-    _fit(SFTTrainer(config, console=console), console, dry_run=dry_run)
-
-
-def prefer(config: PreferenceConfig, *, dry_run: bool) -> None:
-    """`verl preference`."""
-    check_sinks(config.tracking.sinks)
-    console = Console()
-    _fit(PreferenceTrainer(config, console=console), console, dry_run=dry_run)
-
-
-def train_reward_model(config: RewardModelConfig, *, dry_run: bool) -> None:
-    """`verl reward-model`."""
-    check_sinks(config.tracking.sinks)
-    console = Console()
-    _fit(RewardModelTrainer(config, console=console), console, dry_run=dry_run)
-
-
-def _fit(trainer: BaseTrainer, console: Console, *, dry_run: bool) -> None:
-    """Runs everything; a dry run reads the data as well, shows the settings, and stops."""
-    config = trainer.config
+    trainer = TRAINERS[type(config)](config, console=console)
     if dry_run:
         report = trainer.load_train_data()
         console.out(to_yaml(config), end="", highlight=False)
