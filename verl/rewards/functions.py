@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, SupportsFloat
 
+from verl.config import nearest
 from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import Call, CallPool, Failure
 from verl.rewards.tasks import exact, position_share, prefix_share
@@ -280,7 +281,7 @@ def load_function(name: str) -> Callable[..., Any]:
         return known
     place, colon, attribute = known.rpartition(":")
     if not colon:
-        names = ", ".join(REWARDS)
+        names = f"{', '.join(REWARDS)}; the nearest is {nearest(name, list(REWARDS))}"
         raise ValueError(f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", got {name!r}')
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
