@@ -89,7 +89,7 @@ class PolicyWorker:
 
         write_weights(batch, plan, algorithm)
         plan, skipped = _with_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
-        before = self._write_gradients if algorithm.needs_whole_minibatch else None
+        before = self._write_gradients if algorithm.needs_whole_minibatch and not _is_whole(plan) else None
         updates = _run_updates(self.engine, batch, plan, objective, self._epochs, before)
         # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
         return _mean(updates) | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]} | skipped
@@ -256,6 +256,11 @@ def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
     batch.write("row_weights", of_rows)
     if algorithm.likelihood_coef:
         batch.write("likelihood_weights", of_likelihood)
+
+
+def _is_whole(plan: Plan) -> bool:
+    """Whether each update is a single micro-batch, which needs no forward pass of its own for statistics over all of it."""
+    return all(sum(bool(rows) for micro_batches in minibatch for rows in micro_batches) <= 1 for minibatch in plan.minibatches)
 
 
 def _with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
