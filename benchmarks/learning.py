@@ -29,7 +29,7 @@ from verl.trainer.quickstart import quickstart_config, warm_up
 
 # Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and more steps.
 ANSWERS_PER_STEP, UPDATES_PER_STEP = 512, 4
-# Held-out accuracy must rise by at least so much; 512 answers have a standard error of 0.022.
+# Mean held-out accuracy of the seeds must rise by at least so much; one figure has a standard error of 0.022, that of 512 answers.
 CLEARLY = 0.1
 
 
@@ -77,7 +77,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
     "reinforce_pp": ALONE,
-    "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}"),
+    # Half of its pairs differ by chance: at the rate of the others it forgets the task before it learns.
+    "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}", "policy.optimizer.lr=5e-4"),
     # Two rewards: the share of right positions is worth less than the whole.
     "gdpo": ("rewards.functions=[exact, {name: position_share, weight: 0.5}]",),
 }
@@ -181,8 +182,8 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def improves(runs: Sequence[Curve]) -> bool:
-    """Whether each seed ends clearly above its start."""
-    return all(run.after - run.before >= CLEARLY for run in runs)
+    """Whether the mean of the seeds ends clearly above that of their starts."""
+    return statistics.fmean(run.after - run.before for run in runs) >= CLEARLY
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
