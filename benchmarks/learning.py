@@ -77,7 +77,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
     "reinforce_pp": ALONE,
-    # Half of its pairs differ by chance: at the rate of the others it forgets the task before it learns.
+    # At the rate of the others a seed of these two forgets the task before it learns it.
+    "scalerl": ("policy.optimizer.lr=5e-4",),
     "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}", "policy.optimizer.lr=5e-4"),
     # Two rewards: the share of right positions is worth less than the whole.
     "gdpo": ("rewards.functions=[exact, {name: position_share, weight: 0.5}]",),
