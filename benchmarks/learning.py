@@ -77,7 +77,9 @@ OWN: dict[str, tuple[str, ...]] = {
     "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
     "reinforce_pp": ALONE,
-    # At the rate of the others a seed of these two forgets the task before it learns it.
+    # At the rate of the others a seed of these forgets the task before it learns it.
+    "gpg": ("policy.optimizer.lr=5e-4",),
+    "sapo": ("policy.optimizer.lr=5e-4",),
     "scalerl": ("policy.optimizer.lr=5e-4",),
     "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}", "policy.optimizer.lr=5e-4"),
     # Two rewards: the share of right positions is worth less than the whole.
