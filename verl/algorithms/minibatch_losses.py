@@ -154,7 +154,8 @@ def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, 
         if len(rows) and rewards[rows].min() < rewards[rows].max():
             best.append(rows[rewards[rows].argmax()])
             worst.append(rows[rewards[rows].argmin()])
-    return tuple(torch.stack(rows) if rows else group_ids.new_empty(0) for rows in (best, worst))  # type: ignore[return-value]
+    none = group_ids.new_empty(0, dtype=torch.int64)
+    return (torch.stack(best), torch.stack(worst)) if best else (none, none)
 
 
 def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
