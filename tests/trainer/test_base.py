@@ -118,6 +118,11 @@ def test_evaluation_does_not_change_what_is_learned(letters, tmp_path):
         ("grpo", ["algorithm.kl.coef={start: 0.1, end: 0.0, steps: 5}", "policy.optimizer.warmup_steps=4"]),
         ("ppo", ["algorithm.kl.coef={initial: 0.1, target: 0.01, horizon: 50}", "algorithm.epochs=2"]),
         ("dapo", ["policy.precision=fp16"]),
+        # A draw in each step, a second language model that learns, greedy answers between the sampled ones, versions of tokens.
+        ("clip_cov", ["algorithm.policy_loss={share: 0.2, cov_low: -10.0, cov_high: 10.0}"]),
+        ("prime", []),
+        ("remax", ["policy.optimizer.schedule=constant"]),
+        ("decoupled_ppo", ["algorithm.correction=loglinear"]),
     ],
 )
 def test_a_run_in_two_parts_is_the_run_in_one(recipe, overrides, letters, tmp_path):
