@@ -52,5 +52,5 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 			|| echo "  no CPU build found, the default build comes next (several GB)"; \
 	fi
 	@echo "  verl and its dependencies"
-	@$(PIP) -e ".[dev,docs]"
+	@$(PIP) -e ".[dev,docs,lora,ray]"
 	@touch $@

@@ -152,6 +152,16 @@ class OptimizerConfig(Section):
         return betas
 
 
+class LoraConfig(Section):
+    """Train low-rank additions to the matrices instead of the weights themselves."""
+
+    rank: int = setting(0, "Rank of the additions; 0: train all weights.", source="LoRA, 2106.09685", ge=0)
+    alpha: float = setting(32.0, "The additions are scaled by alpha / rank.", source="LoRA, 2106.09685", gt=0)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "Names of the matrices that get one."
+    )
+
+
 class RoleConfig(Section):
     """A trained model: its weights, its memory, its optimizer."""
 
@@ -169,6 +179,7 @@ class RoleConfig(Section):
     max_bad_updates: int = setting(
         3, "Updates in a row with a loss or gradient that is not finite before the run stops.", unit="updates", ge=1
     )
+    lora: LoraConfig = setting(LoraConfig(), "Low-rank additions.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "Optimizer.")
 
 
@@ -256,6 +267,38 @@ class TrackingConfig(Section):
     num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
 
 
+class ParallelConfig(Section):
+    """How one model is spread over the devices of its pool; what the sizes leave over shards the weights (FSDP2) over data ranks."""
+
+    tensor: int = setting(1, "Devices that share every matrix (tensor parallel).", unit="devices", source="Megatron-LM, 1909.08053", ge=1)
+    sequence: int = setting(1, "Devices that share every row (sequence parallel).", unit="devices", source="Ulysses, 2309.14509", ge=1)
+    replicas: int = setting(1, "Whole copies of the sharded weights (hybrid shard).", unit="copies", source="FSDP, 2304.11277", ge=1)
+    offload: bool = setting(
+        False, "Keep weights and optimizer in the memory of the host between their uses.", source="ZeRO-Offload, 2101.06840"
+    )
+
+
+class PlacementConfig(Section):
+    """Which roles share which devices, and how each model is spread over them. `placement=NAME` is short for its name."""
+
+    name: Literal["local", "colocated", "split", "standalone"] = setting(
+        "local",
+        "local: one device, everything in this process; colocated: all roles in turn on one pool; split: policy and reference on one "
+        "pool, critic and teacher on another; standalone: a pool for each role.",
+        source="HybridFlow, 2409.19256, 8.3",
+    )
+    devices: tuple[int, ...] = setting(
+        (), "Devices of each pool, in the order policy, reference, critic, teacher; none: as many as its models need.", unit="devices"
+    )
+    policy: ParallelConfig = setting(ParallelConfig(), "How the policy is spread.")
+    critic: ParallelConfig = setting(ParallelConfig(), "How the critic is spread.")
+    reference: ParallelConfig = setting(ParallelConfig(), "How the reference and the teacher are spread.")
+    address: str = setting("auto", "Ray cluster: auto joins the one that runs here or starts one; local always starts one; or HOST:PORT.")
+    hang_limit_s: float = setting(
+        600.0, "Time that some ranks wait in a collective for the others before the run stops and says for whom.", unit="s", gt=0
+    )
+
+
 class RunConfig(Section):
     """What every run has, whatever it learns from."""
 
@@ -310,6 +353,7 @@ class TrainerConfig(RunConfig):
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
     rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
+    placement: PlacementConfig = setting(PlacementConfig(), "Which devices do what.")
 
 
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
@@ -372,9 +416,10 @@ def notes_of(field: FieldInfo) -> dict[str, Any]:
 def merged(base: Any, over: Any, annotation: Any) -> Any:
     """Settings `over` on top of `base`, both nested mappings, at a place with this annotation.
 
-    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds its options.
+    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds its options. A text stands
+    for the name of a choice or a placement.
     """
-    if is_a(annotation, Choice) and isinstance(over, str):
+    if isinstance(over, str) and (is_a(annotation, Choice) or is_a(annotation, PlacementConfig)):
         over = {"name": over}
     if not isinstance(base, Mapping) or not isinstance(over, Mapping):
         return over

@@ -19,6 +19,19 @@ class Plan:
 
     minibatches: list[list[list[list[int]]]]
 
+    def rows_of(self, rank: int) -> list[int]:
+        """Rows of a rank, in the order in which it takes them."""
+        return [row for minibatch in self.minibatches for micro in minibatch[rank] for row in micro]
+
+    def of_rank(self, rank: int) -> Plan:
+        """The plan of one rank for its rows alone, numbered from 0 as in `rows_of`."""
+        numbers = iter(range(len(self.rows_of(rank))))
+        return Plan([[[[next(numbers) for _ in micro] for micro in minibatch[rank]]] for minibatch in self.minibatches])
+
+    def rows_of_minibatch(self, minibatch: int) -> list[int]:
+        """Rows of one update, of all ranks."""
+        return [row for micro_batches in self.minibatches[minibatch] for micro in micro_batches for row in micro]
+
 
 def balance(
     num_tokens: Tensor,

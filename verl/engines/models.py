@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ from verl.utils.device import autocast
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
 _VALUE_HEAD = "value_head.safetensors"
 
 
@@ -52,6 +53,10 @@ class Backbone(nn.Module):
         for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
             if name in transformer.config.to_dict():
                 setattr(transformer.config, name, 0.0)
+
+    def forward(self, call: Callable[[], T]) -> T:
+        """What `call` returns: every use of the weights goes through here, so that sharding sees where it begins and ends."""
+        return call()
 
     @property
     def device(self) -> torch.device:
