@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -197,6 +197,20 @@ class Batch:
         if values.shape[:2] != present.shape:
             raise ValueError(f"need shape {tuple(present.shape)} for column {name!r}, got {tuple(values.shape)}")
         self._columns[name] = Ragged(values[present], self.response_lengths)
+
+    def adopt(self, other: Batch) -> None:
+        """Takes over the columns of a batch of the same rows, in place of its own of the same names.
+
+        Raises:
+            ValueError: it has other rows.
+        """
+        if other.num_rows != self.num_rows:
+            raise ValueError(f"need {self.num_rows} rows to take columns over, got {other.num_rows}")
+        self._columns.update(other._columns)
+
+    def only(self, names: Collection[str]) -> Batch:
+        """The same rows with the columns of these names that there are."""
+        return Batch({name: column for name, column in self._columns.items() if name in names})
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
         """The given rows, in the given order."""
