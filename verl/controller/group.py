@@ -46,9 +46,15 @@ class WorkerError(RuntimeError):
 
 
 class WorkerGroup(ABC):
-    """The ranks of one role."""
+    """The ranks of one role.
+
+    Attributes:
+        role: its name.
+        layouts: which part of the work each rank takes, by the name that a transfer has for it.
+    """
 
     role: str
+    layouts: Layouts
 
     @abstractmethod
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -150,12 +156,12 @@ class LocalGroup(WorkerGroup):
         self.role = role
         self.worker = worker
         self._pool = pool
-        self._layouts: Layouts = {name: Layout((place,)) for name, place in worker.places.items()}
+        self.layouts: Layouts = {name: Layout((place,)) for name, place in worker.places.items()}
 
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `WorkerGroup.call`."""
         transfer = transfer_of(method)
-        (own,) = transfer.split(args, self._layouts[transfer.mesh].num_parts)
+        (own,) = transfer.split(args, self.layouts[transfer.mesh].num_parts)
         start_s = time.time()
         result = getattr(self.worker, method.__name__)(*own)  # by name: a subclass may have its own
         self._pool.timeline.spans.append(Span(self._pool.name, 0, self.role, method.__name__, start_s, time.time()))
