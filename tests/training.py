@@ -15,7 +15,7 @@ from verl.config import load_config
 from verl.data.batch import Batch
 from verl.data.packing import Plan
 from verl.engines.local import LocalEngine
-from verl.engines.workers import TeacherWorker, policy_logprobs
+from verl.engines.workers import Learner, TeacherWorker, policy_logprobs, with_advantages, write_weights
 from verl.settings import OptimizerConfig, RoleConfig, TrainerConfig
 from verl.trainer.ppo import Trainer
 
@@ -110,13 +110,26 @@ def rows_to_learn() -> Batch:
     batch.write("noise", torch.rand(mask.shape, generator=generator))
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25]))
     batch.write("group_ids", torch.tensor([0, 1, 0, 1, 2, 2]))
-    TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(batch, one_update(list(range(6))))
+    batch.adopt(TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(batch, one_update(list(range(6)))))
     return batch
 
 
 def one_update(*micro_batches: list[int]) -> Plan:
     """A plan of a single minibatch on one rank."""
     return Plan([[list(micro_batches)]])
+
+
+def engine_of(trainer: Trainer, role: str = "policy") -> LocalEngine:
+    """The engine of a role in this process."""
+    return getattr(trainer.team, role).worker.engine
+
+
+def learn(worker: Learner, batch: Batch, plan: Plan, kl_coef: float = 0.0) -> dict[str, float]:
+    """One step of a role, as the trainer has it made."""
+    algorithm = worker._algorithm
+    write_weights(batch, plan, algorithm)
+    plan, metrics = with_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
+    return worker.update(batch, plan, kl_coef) | metrics
 
 
 def gradient(engine: LocalEngine) -> torch.Tensor:

@@ -206,7 +206,8 @@ def _relation_problems(config: RunConfig, stages: dict[str, int], origins: dict[
         keys = [key for key in stages if f"{key}.".startswith(f"{place}.") and not any(other.startswith(f"{key}.") for other in stages)]
         for key in keys if place in places(type(config)) and claim(config) else ():
             # Whoever turns a thing off on the command line need not clear the settings of it in the file.
-            if stages[key] >= max(1, stages.get(switch, 0)):
+            switched = max((stages[other] for other in stages if f"{switch}.".startswith(f"{other}.")), default=0)
+            if stages[key] >= max(1, switched):
                 yield f"{key}{_in_brackets(origins[key])} would be ignored: {reason}, or leave {key} out"
 
 

@@ -120,6 +120,30 @@ IGNORED: tuple[Ignored, ...] = (
         lambda c: not may_read(c, "values", "prm_logprobs"),
         "this algorithm.advantage needs no critic; take gae",
     ),
+    *_each(
+        ("placement.devices", "placement.policy", "placement.critic", "placement.reference", "placement.address", "placement.hang_limit_s"),
+        "placement.name",
+        lambda c: isinstance(c, TrainerConfig) and c.placement.name == "local",
+        "placement.name is local, one device in this process; set it to colocated, split or standalone",
+    ),
+    (
+        "placement.critic",
+        "algorithm.advantage",
+        lambda c: isinstance(c, TrainerConfig) and not may_read(c, "values", "prm_logprobs"),
+        "this algorithm.advantage needs no critic; take gae",
+    ),
+    *_each(
+        ("policy.lora.alpha", "policy.lora.targets"),
+        "policy.lora.rank",
+        lambda c: c.policy.lora.rank == 0,
+        "policy.lora.rank is 0, all weights are trained; set it above 0",
+    ),
+    *_each(
+        ("critic.lora.alpha", "critic.lora.targets"),
+        "critic.lora.rank",
+        lambda c: c.critic.lora.rank == 0,
+        "critic.lora.rank is 0, all weights are trained; set it above 0",
+    ),
     (
         "critic.vf_coef",
         "algorithm.advantage",

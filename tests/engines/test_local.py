@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.training import gradient, local_engine, one_update, rows_to_learn, weights
+from tests.training import learn as train
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.compose import Algorithm
 from verl.algorithms.losses import POLICY_LOSSES
@@ -29,7 +30,7 @@ def learn(batch, micro_batches, *, loss="policy_gradient", aggregation="token_me
     config = AlgorithmConfig(policy_loss=policy_loss, aggregation=aggregated)
     engine = local_engine(**settings)
     worker = PolicyWorker(engine, Algorithm.bind(config), temperature=1.0, epochs=1, chunk=chunk)
-    return engine, worker.update(batch, one_update(*micro_batches))
+    return engine, train(worker, batch, one_update(*micro_batches))
 
 
 def distance(a, b):
@@ -105,10 +106,10 @@ def test_every_precision_trains_and_keeps_its_weights_in_fp32(precision):
 
 def test_an_overflow_of_fp16_halves_the_loss_scale_and_is_no_bad_update():
     engine = local_engine(precision="fp16", max_bad_updates=1)
-    before, scale = weights(engine), engine._scaler.get_scale()
+    before, scale = weights(engine), engine._scale.value
     metrics = engine.update(rows_to_learn(), WHOLE, objective_of(engine, lambda logprobs: -1e6 * logprobs.mean()))
     assert metrics["skipped_updates"] == 1
-    assert engine._scaler.get_scale() == scale / 2
+    assert engine._scale.value == scale / 2
     assert torch.equal(weights(engine), before)
 
 
@@ -117,7 +118,7 @@ def test_an_overflow_that_no_loss_scale_mends_stops_the_run():
     with pytest.raises(NotFiniteError):
         for _ in range(30):
             engine.update(rows_to_learn(), WHOLE, objective_of(engine, gradient_is_nan))
-    assert engine._scaler.get_scale() < 1
+    assert engine._scale.value < 1
 
 
 def objective_of(engine, loss):
@@ -187,9 +188,9 @@ def test_an_engine_that_was_saved_goes_on_as_if_it_never_stopped(precision, tmp_
     for _ in range(3):
         first.update(rows_to_learn(), WHOLE, objective_of(first, lambda logprobs: -logprobs.mean()))
     first.update(rows_to_learn(), WHOLE, objective_of(first, gradient_is_nan))
-    first.save(tmp_path)
+    first.save(tmp_path)()
     second.load(tmp_path)
-    assert (second._bad_updates, second._scaler.get_scale()) == {"fp32": (1, 1.0), "fp16": (0, 2.0**15)}[precision]
+    assert (second._bad_updates, second._scale.value) == {"fp32": (1, 1.0), "fp16": (0, 2.0**15)}[precision]
     assert next(second.model.parameters()).data_ptr() == shared
     results = [e.update(rows_to_learn(), WHOLE, objective_of(e, lambda logprobs: -logprobs.mean())) for e in (first, second)]
     assert results[0] == results[1]
@@ -200,7 +201,7 @@ def test_an_engine_that_goes_on_under_other_settings_obeys_them(tmp_path):
     first = local_engine(optimizer={"lr": 1e-3, "warmup_steps": 4})
     other = local_engine(optimizer={"lr": 1e-2, "warmup_steps": 4, "weight_decay": 0.1, "betas": (0.8, 0.9)})
     first.update(rows_to_learn(), WHOLE, objective_of(first, lambda logprobs: -logprobs.mean()))
-    first.save(tmp_path)
+    first.save(tmp_path)()
     other.load(tmp_path)
     group = other._optimizer.param_groups[0]
     assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.9))

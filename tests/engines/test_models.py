@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tiny_policy, tiny_transformer
 from verl.data.batch import ModelInput
 from verl.engines.attention import row_attention
-from verl.engines.models import Backbone, PolicyModel, load_language_model, make_tiny_model, restore_weights, save_model, value_model
+from verl.engines.models import Backbone, PolicyModel, load_language_model, make_tiny_model, save_model, value_model
 from verl.utils.rollout import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec
 
@@ -165,47 +165,6 @@ def test_a_value_is_of_the_state_before_its_token():
     states = critic.transformer(torch.tensor([row])).last_hidden_state[0, len(PROMPTS[0]) - 1 : -1]
     for ours in values:
         torch.testing.assert_close(ours, critic.head(states).squeeze(1), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "llama"])
-def test_a_policy_is_restored_in_place(family, tmp_path):
-    policy, other = tiny_policy(family), tiny_policy(family, seed=1)
-    save_model(policy, tmp_path)
-    places = [p.data_ptr() for p in other.parameters()]
-    restore_weights(other, tmp_path)
-    assert [p.data_ptr() for p in other.parameters()] == places
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
-
-
-def test_a_value_model_is_restored_with_its_head(tmp_path):
-    critic, other = value_model(tiny_transformer(), "fp32"), value_model(tiny_transformer(seed=1), "fp32")
-    torch.nn.init.normal_(critic.head.weight)
-    save_model(critic, tmp_path)
-    restore_weights(other, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(critic.parameters(), other.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"intermediate_size": 96}], ids=["layers", "width"])
-def test_weights_of_another_shape_are_not_restored(changes, tmp_path):
-    save_model(tiny_policy(**changes), tmp_path)
-    policy = tiny_policy()
-    before = [p.detach().clone() for p in policy.parameters()]
-    with pytest.raises(ValueError, match="is of another model; start with `checkpoint.resume=never`"):
-        restore_weights(policy, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_weights_of_another_family_are_not_restored(family, tmp_path):
-    save_model(tiny_policy(family), tmp_path)
-    with pytest.raises(ValueError, match="is of another model"):
-        restore_weights(tiny_policy("qwen2"), tmp_path)
-
-
-def test_a_value_model_is_not_restored_from_a_policy(tmp_path):
-    save_model(tiny_policy(), tmp_path)
-    with pytest.raises(ValueError, match="is of another model"):
-        restore_weights(value_model(tiny_transformer(), "fp32"), tmp_path)
 
 
 def test_a_saved_model_is_an_ordinary_one_for_transformers(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_transformer
-from tests.training import gradient, local_engine, one_update, rows_to_learn, weights
+from tests.training import gradient, learn, local_engine, one_update, rows_to_learn, weights
 from verl.algorithms.compose import Algorithm
 from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import Plan
@@ -45,22 +45,22 @@ class CountingEngine(LocalEngine):
 def test_epochs_times_minibatches_updates_are_made_each_epoch_over_all_rows():
     engine = local_engine()
     engine.__class__ = CountingEngine
-    policy(engine, epochs=2).update(rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3]]], [[[4], [5]]]]))
+    learn(policy(engine, epochs=2), rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3]]], [[[4], [5]]]]))
     assert engine.updates == 2 * [[[0, 1], [2]], [[3]], [[4], [5]]]
 
 
 def test_every_update_moves_the_optimizer_once():
     worker = policy(epochs=3)
-    worker.update(rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3], [4, 5]]]]))
+    learn(worker, rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3], [4, 5]]]]))
     assert {float(state["step"]) for state in worker.engine._optimizer.state.values()} == {6.0}
 
 
 def test_metrics_are_means_over_sampled_tokens_whatever_the_split():
-    whole, parts = policy().update(rows_to_learn(), WHOLE), policy().update(rows_to_learn(), ONE_BY_ONE)
+    whole, parts = learn(policy(), rows_to_learn(), WHOLE), learn(policy(), rows_to_learn(), ONE_BY_ONE)
     assert whole == pytest.approx(parts, rel=1e-5, abs=1e-7)
     batch = rows_to_learn()
     worker = policy()
-    worker.write(batch, WHOLE)
+    batch.adopt(worker.write(batch, WHOLE))
     ratio = (batch["trainer_logprobs"] - batch["old_logprobs"]).exp()
     assert whole["ratio"] == pytest.approx(float(ratio[batch["mask"]].mean()), rel=1e-5)
     assert 0 < whole["clip_share"] < 1
@@ -70,9 +70,9 @@ def test_metrics_are_means_over_sampled_tokens_whatever_the_split():
 def test_the_sampler_is_compared_before_the_first_update_moves_the_policy():
     batch, plan = rows_to_learn(), Plan([[[[0, 1, 2, 3, 4, 5]]]])
     worker = policy(local_engine(optimizer={"lr": 0.01}), epochs=3)
-    worker.write(batch, plan)
+    batch.adopt(worker.write(batch, plan))
     batch.write("rollout_logprobs", batch["trainer_logprobs"])
-    assert worker.update(batch, plan)["kl_sampler"] == pytest.approx(0, abs=1e-9)
+    assert learn(worker, batch, plan)["kl_sampler"] == pytest.approx(0, abs=1e-9)
 
 
 def test_what_stands_at_masked_tokens_changes_nothing():
@@ -82,7 +82,7 @@ def test_what_stands_at_masked_tokens_changes_nothing():
         column[~dirty["mask"]] = value
         dirty.write(name, column)
     workers = [policy(), policy()]
-    metrics = [worker.update(batch, WHOLE) for worker, batch in zip(workers, (clean, dirty), strict=True)]
+    metrics = [learn(worker, batch, WHOLE) for worker, batch in zip(workers, (clean, dirty), strict=True)]
     assert metrics[0] == metrics[1]
     assert torch.equal(gradient(workers[0].engine), gradient(workers[1].engine))
 
@@ -90,8 +90,8 @@ def test_what_stands_at_masked_tokens_changes_nothing():
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
 def test_a_row_that_is_masked_as_a_whole_is_as_if_it_were_not_there(aggregation):
     with_it, without = (policy(aggregation=Choice(name=aggregation)) for _ in range(2))
-    with_it.update(rows_to_learn(), WHOLE)
-    without.update(rows_to_learn().select([0, 1, 2, 3, 5]), one_update([0, 1, 2, 3, 4]))
+    learn(with_it, rows_to_learn(), WHOLE)
+    learn(without, rows_to_learn().select([0, 1, 2, 3, 5]), one_update([0, 1, 2, 3, 4]))
     torch.testing.assert_close(gradient(with_it.engine), gradient(without.engine), rtol=1e-4, atol=1e-7)
 
 
@@ -99,7 +99,7 @@ def test_rows_with_nothing_to_learn_leave_the_policy_and_no_nan():
     batch, worker = rows_to_learn(), policy()
     batch.write("mask", torch.zeros_like(batch["mask"]))
     before = weights(worker.engine)
-    metrics = worker.update(batch, ONE_BY_ONE)
+    metrics = learn(worker, batch, ONE_BY_ONE)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
     assert torch.equal(weights(worker.engine), before)
 
@@ -108,14 +108,14 @@ def test_an_answer_of_one_token_is_learned():
     worker, batch = policy(policy_loss=Choice(name="policy_gradient")), rows_to_learn().select([1])
     assert batch.response_lengths.tolist() == [1]
     batch.write("advantages", torch.ones(1, 1))
-    first, second = (worker.update(batch, one_update([0])) for _ in range(2))
+    first, second = (learn(worker, batch, one_update([0])) for _ in range(2))
     assert second["loss"] < first["loss"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.0])
 def test_logprobs_are_those_of_the_model_at_the_temperature_of_the_sampler(temperature):
     worker, batch = policy(temperature=temperature), rows_to_learn()
-    worker.write(batch, ONE_BY_ONE)
+    batch.adopt(worker.write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0]
@@ -125,26 +125,26 @@ def test_logprobs_are_those_of_the_model_at_the_temperature_of_the_sampler(tempe
 
 def test_the_reference_writes_what_the_policy_wrote_at_the_start():
     batch, worker = rows_to_learn(), policy()
-    ReferenceWorker(local_engine(), temperature=1.0, chunk=100).write(batch, ONE_BY_ONE)
-    worker.write(batch, WHOLE)
+    batch.adopt(ReferenceWorker(local_engine(), temperature=1.0, chunk=100).write(batch, ONE_BY_ONE))
+    batch.adopt(worker.write(batch, WHOLE))
     torch.testing.assert_close(batch["ref_logprobs"], batch["trainer_logprobs"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_negative_entropy_weight_lowers_the_entropy():
     batch, worker = rows_to_learn(), policy(entropy_coef=-1.0, policy_loss=Choice(name="policy_gradient"))
     batch.write("advantages", torch.zeros(batch["mask"].shape))
-    entropies = [worker.update(batch, WHOLE)["entropy"] for _ in range(3)]
+    entropies = [learn(worker, batch, WHOLE)["entropy"] for _ in range(3)]
     assert entropies == sorted(entropies, reverse=True)
     assert entropies[-1] < entropies[0] - 0.01
 
 
 def test_the_critic_begins_with_no_opinion_and_learns_the_returns():
     batch, worker = rows_to_learn(), critic(vf_coef=0.5)
-    worker.write(batch, ONE_BY_ONE)
+    batch.adopt(worker.write(batch, ONE_BY_ONE))
     assert not batch["values"].any()
-    first = worker.update(batch, WHOLE)
+    first = learn(worker, batch, WHOLE)
     assert first["critic/loss"] == pytest.approx(0.25 * float(batch["returns"][batch["mask"]].square().mean()), rel=1e-5)
-    losses = [worker.update(batch, WHOLE)["critic/loss"] for _ in range(20)]
+    losses = [learn(worker, batch, WHOLE)["critic/loss"] for _ in range(20)]
     assert losses[-1] < 0.7 * first["critic/loss"]
 
 
@@ -160,7 +160,7 @@ SPREAD = Choice(name=f"{__name__}:spread_loss")
 def test_a_loss_over_the_whole_minibatch_has_the_same_gradient_for_every_split():
     workers = [policy(policy_loss=SPREAD, entropy_coef=0.01) for _ in range(3)]
     splits = [WHOLE, ONE_BY_ONE, one_update([5, 0], [3], [2, 1, 4])]
-    metrics = [worker.update(rows_to_learn(), split) for worker, split in zip(workers, splits, strict=True)]
+    metrics = [learn(worker, rows_to_learn(), split) for worker, split in zip(workers, splits, strict=True)]
     whole = gradient(workers[0].engine)
     for worker, of_parts in zip(workers[1:], metrics[1:], strict=True):
         assert float((gradient(worker.engine) - whole).norm() / whole.norm()) < 2e-6
@@ -169,7 +169,7 @@ def test_a_loss_over_the_whole_minibatch_has_the_same_gradient_for_every_split()
 
 def test_its_gradient_is_that_of_the_loss_itself():
     worker, batch = policy(policy_loss=SPREAD), rows_to_learn()
-    worker.update(batch, ONE_BY_ONE)
+    learn(worker, batch, ONE_BY_ONE)
     other = policy(policy_loss=SPREAD)
     inputs = ModelInput.from_batch(batch, packed=True, device=torch.device("cpu"))
     with other.model.ready():
@@ -181,11 +181,11 @@ def test_its_gradient_is_that_of_the_loss_itself():
 
 def test_the_statistics_are_those_of_each_minibatch_and_of_the_policy_as_it_is():
     worker, batch = policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD, epochs=2), rows_to_learn()
-    worker.update(batch, Plan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
+    learn(worker, batch, Plan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
     one, two = (policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD) for _ in range(2))
     for _ in range(2):
         for rows in ([0, 1], [2, 3, 4, 5]):
-            one.update(rows_to_learn().select(rows), one_update(list(range(len(rows)))))
+            learn(one, rows_to_learn().select(rows), one_update(list(range(len(rows)))))
     assert float((weights(worker.engine) - weights(one.engine)).norm()) < 1e-3 * float((weights(one.engine) - weights(two.engine)).norm())
 
 
@@ -193,9 +193,9 @@ def test_an_update_that_is_not_finite_says_nothing_about_the_whole_minibatch():
     batch, worker = rows_to_learn(), policy(policy_loss=SPREAD)
     advantages, mask = batch["advantages"], batch["mask"]
     batch.write("advantages", torch.full_like(advantages, torch.nan))
-    assert worker.update(batch, ONE_BY_ONE) == {"skipped_updates": 1.0}
+    assert learn(worker, batch, ONE_BY_ONE) == {"skipped_updates": 1.0}
     batch.write("advantages", torch.where(mask, advantages, 0))
-    assert worker.update(batch, ONE_BY_ONE)["distance"] > 0
+    assert learn(worker, batch, ONE_BY_ONE)["distance"] > 0
 
 
 def test_skipped_rows_change_neither_gradient_nor_denominator():
@@ -204,7 +204,7 @@ def test_skipped_rows_change_neither_gradient_nor_denominator():
     advantages[[0, 2, 5]] = 0
     batch.write("advantages", advantages)
     full, short = policy(), policy(skip_zero_advantages=True)
-    metrics = [worker.update(batch, ONE_BY_ONE) for worker in (full, short)]
+    metrics = [learn(worker, batch, ONE_BY_ONE) for worker in (full, short)]
     torch.testing.assert_close(gradient(short.engine), gradient(full.engine), rtol=1e-5, atol=1e-8)
     assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"]) and metrics[1]["skipped_rows_share"] == 0.5
 
@@ -213,10 +213,10 @@ def test_a_minibatch_of_rows_to_skip_still_moves_the_optimizer_as_a_gradient_of_
     batch = rows_to_learn()
     full, short = policy(), policy(skip_zero_advantages=True)
     for worker in (full, short):
-        worker.update(batch, WHOLE)
+        learn(worker, batch, WHOLE)
     batch.write("advantages", torch.zeros(batch["mask"].shape))
     for worker in (full, short):
-        worker.update(batch, WHOLE)
+        learn(worker, batch, WHOLE)
     torch.testing.assert_close(weights(short.engine), weights(full.engine), rtol=1e-6, atol=1e-8)
 
 
@@ -225,18 +225,18 @@ def test_likelihood_counts_the_good_answers_of_the_whole_minibatch_alone():
     batch.write("rewards", torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0]))
     batch.write("advantages", torch.zeros(batch["mask"].shape))
     whole, parts = (policy(likelihood_coef=0.1) for _ in range(2))
-    metrics = whole.update(batch, WHOLE)
-    parts.update(batch, ONE_BY_ONE)
+    metrics = learn(whole, batch, WHOLE)
+    learn(parts, batch, ONE_BY_ONE)
     torch.testing.assert_close(gradient(parts.engine), gradient(whole.engine), rtol=1e-4, atol=1e-8)
     own = policy()
-    own.write(batch, WHOLE)
+    batch.adopt(own.write(batch, WHOLE))
     good = batch["mask"] & (batch["rewards"] > 0)[:, None]
     assert metrics["loss"] == pytest.approx(-0.1 * float(batch["trainer_logprobs"][good].mean()), rel=1e-5)
 
 
 def test_the_teacher_writes_its_most_likely_tokens_and_what_it_thinks_of_the_sampled_ones():
     batch, model = rows_to_learn(), local_engine(seed=1)
-    TeacherWorker(model, temperature=1.0, chunk=3, top_k=4).write(batch, ONE_BY_ONE)
+    batch.adopt(TeacherWorker(model, temperature=1.0, chunk=3, top_k=4).write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
     with torch.no_grad():
         logits = model.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
@@ -251,8 +251,8 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_n
     loss = Choice(name="forward_kl_topk")
     for seed, expected in ((0, pytest.approx(0, abs=1e-6)), (1, pytest.approx(1, abs=1))):
         batch, worker = rows_to_learn(), policy(policy_loss=loss)
-        TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE)
-        losses = [worker.update(batch, ONE_BY_ONE)["loss"] for _ in range(5)]
+        batch.adopt(TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE))
+        losses = [learn(worker, batch, ONE_BY_ONE)["loss"] for _ in range(5)]
         assert losses[0] == expected and losses[-1] <= losses[0] + 1e-4
     assert losses[-1] < 0.9 * losses[0]
 
@@ -260,7 +260,7 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_n
 def test_the_sum_of_squared_probabilities_is_that_of_the_whole_distribution():
     batch = rows_to_learn()
     worker = policy(advantage=Choice(name="optimal_token_baseline"))
-    worker.write(batch, ONE_BY_ONE)
+    batch.adopt(worker.write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(0), batch.ragged("response_ids").row(0)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
@@ -271,8 +271,8 @@ def test_the_process_reward_model_learns_which_answers_were_right():
     algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="prime"), value_loss=Choice(name="outcome_cross_entropy", beta=1.0)))
     worker, batch = ProcessRewardWorker(local_engine(), algorithm, temperature=1.0, epochs=1, chunk=100), rows_to_learn()
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
-    worker.write(batch, ONE_BY_ONE)
+    batch.adopt(worker.write(batch, ONE_BY_ONE))
     batch.write("ref_logprobs", batch["prm_logprobs"])
-    losses = [worker.update(batch, ONE_BY_ONE)["critic/loss"] for _ in range(10)]
+    losses = [learn(worker, batch, ONE_BY_ONE)["critic/loss"] for _ in range(10)]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # like the reference, it knows nothing yet
     assert losses[-1] < 0.7 * losses[0]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_transformer
-from tests.training import toy_trainer, weights
+from tests.training import engine_of, toy_trainer, weights
 from verl.algorithms.advantages import ADVANTAGES
 from verl.config import RECIPES, make_trainer_config
 from verl.data.buffer import SharedMemoryBuffer
@@ -23,7 +23,7 @@ def columns_of(trainer, data):
     """The columns that the writers add to collected rows."""
     before = set(data.rows.names)
     for write in trainer.writers:
-        write(data.rows)
+        data.rows.adopt(write.start(data.rows).result())
     return set(data.rows.names) - before
 
 
@@ -39,21 +39,21 @@ def columns_of(trainer, data):
 )
 def test_a_role_exists_if_and_only_if_its_column_is_read(recipe, overrides, written, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path, *overrides)
-    assert (trainer.critic is not None) == ("values" in written) == ("critic" in trainer.engines)
-    assert (trainer.reference is not None) == ("ref_logprobs" in written)
+    assert (trainer.team.critic is not None) == ("values" in written) == ("critic" in trainer.saves)
+    assert (trainer.team.reference is not None) == ("ref_logprobs" in written)
     assert columns_of(trainer, trainer.collect_data(trainer.loader.take(4))) == written
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("quickstart", "distillation")])
 def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path)
-    before = weights(trainer.policy_engine)
+    before = weights(engine_of(trainer))
     metrics = trainer.step()
     assert trainer.version == trainer.rollout.version == 1
     assert {"reward", "loss", "grad_norm", "entropy", "kl_sampler", "response_tokens", "failed_share"} <= metrics.keys()
     assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
     assert metrics["skipped_updates"] == 0
-    assert not torch.equal(weights(trainer.policy_engine), before)
+    assert not torch.equal(weights(engine_of(trainer)), before)
     assert ("critic/loss" in metrics) == (recipe in ("ppo", "vapo", "prime"))
     assert ("explained_variance" in metrics) == (recipe in ("ppo", "vapo"))
 
@@ -121,8 +121,8 @@ def test_a_second_model_whose_family_cannot_be_run_by_rows_is_refused(recipe, ro
 def test_a_critic_from_the_policys_own_model_does_not_share_its_weights(letters, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(letters)
     trainer = toy_trainer("prime", letters, tmp_path, actor_model=model, critic_model=model)
-    assert trainer.policy.model.transformer is model
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in trainer.engines["critic"].model.parameters()}
+    assert engine_of(trainer).model.transformer is model
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in engine_of(trainer, "critic").model.parameters()}
 
 
 def test_a_made_up_advantage_is_one_function_and_one_row(letters, tmp_path, monkeypatch):
@@ -167,15 +167,15 @@ def test_the_embedded_sampler_and_the_trainer_are_one_policy(precision, letters,
 def test_a_step_makes_epochs_times_minibatches_updates(recipe, updates, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path, "algorithm.epochs=2")
     trainer.step()
-    for engine in trainer.engines.values():
-        assert {float(state["step"]) for state in engine._optimizer.state.values()} == {float(updates)}
+    for role in trainer.saves:
+        assert {float(state["step"]) for state in engine_of(trainer, role)._optimizer.state.values()} == {float(updates)}
 
 
 def test_two_trainers_of_one_seed_take_the_same_way_and_of_another_seed_not(letters, tmp_path):
     runs = [toy_trainer("grpo", letters, tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1))]
     rewards = [[trainer.step()["reward"] for _ in range(3)] for trainer in runs]
     assert rewards[0] == rewards[1] != rewards[2]
-    assert torch.equal(weights(runs[0].policy_engine), weights(runs[1].policy_engine))
+    assert torch.equal(weights(engine_of(runs[0])), weights(engine_of(runs[1])))
 
 
 def test_a_policy_that_cannot_move_has_no_kl_and_one_that_moves_has_some(letters, tmp_path):
@@ -214,19 +214,19 @@ def test_the_kl_coefficient_follows_its_schedule(letters, tmp_path):
 def test_the_adaptive_kl_coefficient_falls_below_its_target_and_rises_above(letters, tmp_path):
     trainer = toy_trainer("grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}")
     assert trainer.step()["kl_coef"] == 0.5
-    assert trainer.policy.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
+    assert trainer.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
     high = trainer._next_kl_coef({"kl": 0.11}, 16)
-    assert high == pytest.approx(trainer.policy.kl_coef * (1 + 0.1 * 16 / 160))
+    assert high == pytest.approx(trainer.kl_coef * (1 + 0.1 * 16 / 160))
 
 
 def test_in_the_critics_warm_up_the_policy_stays(letters, tmp_path):
     trainer = toy_trainer("ppo", letters, tmp_path, "critic.warmup_steps=2")
-    before = weights(trainer.policy_engine)
+    before = weights(engine_of(trainer))
     early = [trainer.step() for _ in range(2)]
-    assert torch.equal(weights(trainer.policy_engine), before)
+    assert torch.equal(weights(engine_of(trainer)), before)
     assert all("critic/loss" in metrics and "loss" not in metrics for metrics in early)
     assert "loss" in trainer.step()
-    assert not torch.equal(weights(trainer.policy_engine), before)
+    assert not torch.equal(weights(engine_of(trainer)), before)
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "ppo"])
@@ -290,13 +290,13 @@ def test_a_worker_that_answers_in_text_has_no_greedy_answers(letters, tmp_path):
 def test_records_of_text_train_through_the_buffer(letters):
     buffer = SharedMemoryBuffer(capacity=100)
     trainer = PPOTrainer(model_name=str(letters), lr=0.01, kl_coef=0.1, clip_range=0.2)
-    before = weights(trainer.trainer.policy_engine)
+    before = weights(engine_of(trainer.trainer))
     for prompt, response, reward in (("abc=", "abc", 1.0), ("bad=", "dab", 0.5), ("cab=", "", 0.0)):
         buffer.push({"prompt": prompt, "response": response, "reward": reward})
     metrics = trainer.update(buffer.sample(batch_size=3))
     assert metrics["reward"] == pytest.approx(0.5)
     assert all(map(math.isfinite, metrics.values()))
-    assert not torch.equal(weights(trainer.trainer.policy_engine), before)
+    assert not torch.equal(weights(engine_of(trainer.trainer)), before)
     assert trainer.update([{"prompt": [{"role": "user", "content": "abc"}], "response": "abc", "reward": 1}])["reward"] == 1
 
 
@@ -315,7 +315,7 @@ def test_records_that_cannot_be_learned_from_are_refused(records, message, lette
 
 def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tmp_path):
     trainer = PPOTrainer(model_name=str(letters), kl_coef=0, seed=3, overrides=["algorithm.minibatches=2"])
-    assert (trainer.trainer.reference, trainer.trainer.config.seed, trainer.trainer.config.algorithm.minibatches) == (None, 3, 2)
+    assert (trainer.trainer.team.reference, trainer.trainer.config.seed, trainer.trainer.config.algorithm.minibatches) == (None, 3, 2)
     trainer.save_model(tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
 

@@ -145,6 +145,18 @@ class Done(Future[T]):
         return self.value
 
 
+@dataclass(frozen=True)
+class Merged(Future[dict[str, float]]):
+    """Metrics of a call with further ones beside."""
+
+    future: Future[dict[str, float]]
+    more: dict[str, float]
+
+    def result(self) -> dict[str, float]:
+        """See `Future.result`."""
+        return self.future.result() | self.more
+
+
 class LocalGroup(WorkerGroup):
     """One worker in this process; a call runs when it is made.
 

@@ -171,6 +171,11 @@ class Batch:
         """[B] int64, tokens of prompt and response."""
         return self.ragged("prompt_ids").lengths + self.response_lengths
 
+    @property
+    def row_ids(self) -> Tensor:
+        """[B] int64, number of each row in the step: as given to a rank, or its own number where all rows are."""
+        return self["row_ids"] if "row_ids" in self else torch.arange(self.num_rows)
+
     def __contains__(self, name: str) -> bool:
         return name in self._columns
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from verl.data.batch import ModelInput
+from verl.engines.sequence import SequenceGroup
 
 IMPLEMENTATION = "verl_rows"
 
@@ -74,6 +75,7 @@ class RowLayout:
         slots: [B] int64.
         index: as in `ModelInput`, where packed rows share their prompts; none: the rows lie end to end.
         windows: the window that each layer was told, filled by the forward pass.
+        sequence: the ranks that share the packed line, each with a slice of it; none: the line is whole.
     """
 
     lengths: list[int]
@@ -83,11 +85,17 @@ class RowLayout:
     slots: Tensor | None = None
     index: tuple[Tensor, Tensor] | None = None
     windows: dict[int, int | None] = field(default_factory=dict)
+    sequence: SequenceGroup | None = None
 
     @classmethod
-    def of(cls, inputs: ModelInput) -> RowLayout:
+    def of(cls, inputs: ModelInput, sequence: SequenceGroup | None = None) -> RowLayout:
         """Layout of rows to train on."""
-        return cls(inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index)
+        return cls(inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index, sequence=sequence)
+
+    @property
+    def num_places(self) -> int:
+        """Places of the packed line."""
+        return sum(self.lengths) if self.index is None else len(self.index[1])
 
     @property
     def uniform(self) -> bool:
@@ -231,7 +239,10 @@ def rows_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of Transformers has its number
     if isinstance(layout, DecodeLayout):
         return _attend_cached(query, key, value, layout, layer=layer, score=score), None
-    return _attend_rows(query, key, value, layout, layer=layer, score=score), None
+    if layout.sequence is None:
+        return _attend_rows(query, key, value, layout, layer=layer, score=score), None
+    shares = layout.sequence.shares_of_heads(query, key, value, num_places=layout.num_places)
+    return layout.sequence.slices_of_line(_attend_rows(*shares, layout, layer=layer, score=score)), None
 
 
 AttentionInterface.register(IMPLEMENTATION, rows_attention)

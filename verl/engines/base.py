@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from verl.controller.dispatch import Place
+from verl.controller.group import Worker
 from verl.data.batch import Batch, ModelInput
+from verl.engines.lora import without_additions
 from verl.engines.models import Backbone
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
@@ -26,13 +31,38 @@ class ForwardEngine(ABC):
 
     Attributes:
         model: the model; generation may share its storage.
+        places: where this rank stands, see `Worker`.
     """
 
     model: Backbone
+    places: Mapping[str, Place] = Worker.places
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without gradient, 0 elsewhere."""
+        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without gradient, 0 elsewhere.
+
+        The rows are those of this rank; all ranks have the same number of micro-batches, of which some may be empty.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Writes the model in Hugging Face format, low-rank additions merged into the weights; on all ranks together."""
+
+    def gather_over_data(self, thing: Any) -> list[Any]:
+        """Plain data of every data rank, in their order; of this one, if it is alone."""
+        return [thing]
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, this rank can run forward passes without the other data ranks, as generation does."""
+        return nullcontext()
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Inside, the model is the one that its low-rank additions started from.
+
+        Raises:
+            ValueError: it has none.
+        """
+        return without_additions(self.model.transformer)
 
 
 class TrainEngine(ForwardEngine):
@@ -40,22 +70,30 @@ class TrainEngine(ForwardEngine):
 
     @abstractmethod
     def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
-        """One optimizer update with the gradient of the objective, summed over the micro-batches.
+        """One optimizer update with the gradient of the objective, summed over the micro-batches of all data ranks.
 
         An update whose loss or gradient is not finite changes nothing, counts in `skipped_updates`, and after
         `max_bad_updates` in a row raises.
 
         Returns:
-            loss, grad_norm (before clipping), lr, skipped_updates, and the sums of the monitors.
+            loss, grad_norm (before clipping), lr, skipped_updates, and the sums of the monitors, the same on all ranks.
 
         Raises:
             NotFiniteError: see above; names the rows.
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizer, schedule and loss scale."""
+    def save(self, folder: Path) -> Callable[[], None]:
+        """Begins to write weights, optimizer, schedule and loss scale; training may go on at once.
+
+        Returns:
+            What waits until they are on the disk, or raises what kept them from it.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, into the storage that is in use."""
+        """Reads what `save` wrote, on however many ranks, into the storage that is in use.
+
+        Raises:
+            ValueError: the folder is not of this model, or broken.
+        """

@@ -6,26 +6,26 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-
-from verl.engines.base import TrainEngine
 
 _STATE = "state.pt"
+# Begins to write into a folder, and returns what waits until it is written.
+Save = Callable[[Path], Callable[[], None]]
 _NAME = re.compile(r"step-(\d{8})")
 
 
 class CheckpointStore:
     """The checkpoints of one run.
 
-    A checkpoint is a folder `step-00000010` with one folder per engine (`policy`, `critic`: the weights as a Hugging Face
-    model, the optimizer beside them) and `state.pt` (everything else: plain tensors, numbers and texts). The rename from
-    its temporary name is what completes it.
+    A checkpoint is a folder `step-00000010` with one folder per model (`policy`, `critic`: weights and optimizer, see
+    `verl.engines.saving`) and `state.pt` (everything else: plain tensors, numbers and texts). The rename from its temporary name
+    is what completes it.
 
     Args:
         root: folder of the checkpoints.
@@ -35,25 +35,55 @@ class CheckpointStore:
     def __init__(self, root: Path, *, keep: int) -> None:
         self._root = root
         self._keep = keep
+        self._writing: Future[Path] | None = None
 
-    def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint and removes the oldest ones beyond `keep`; later steps are of a run that this one replaces, and go too.
+    def begin(self, step: int, saves: Mapping[str, Save], state: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint, after the one before is complete; training may go on at once.
+
+        When it is complete, the oldest ones beyond `keep` are removed; later steps are of a run that this one replaces, and go too.
+
+        Args:
+            step: its number.
+            saves: for the folder of each model, what begins to write it.
+            state: everything else.
 
         Raises:
-            RuntimeError: it cannot be written, as on a full disk; those before it stay.
+            RuntimeError: it, or the one before, cannot be written, as on a full disk; those before stay.
         """
+        self.finish()
         final = self._root / f"step-{step:08d}"
         aside = self._root / f".writing-{final.name}"
         shutil.rmtree(aside, ignore_errors=True)
-        try:
-            _write(aside, engines, state)
-        except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own for a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            free = shutil.disk_usage(self._root).free / 2**20
-            raise RuntimeError(
-                f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; make room and start again, "
-                "the checkpoints before it are whole"
-            ) from error
+        with self._told(final, aside):
+            aside.mkdir(parents=True)
+            waits = []
+            for name, save in saves.items():
+                (aside / name).mkdir()
+                waits.append(save(aside / name))
+            torch.save(dict(state), aside / _STATE)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = thread.submit(self._complete_one, waits, aside, final)
+        thread.shutdown(wait=False)
+
+    def poll(self) -> Path | None:
+        """The checkpoint that has become complete since the last call, if one has.
+
+        Raises:
+            RuntimeError: it could not be written, see `begin`.
+        """
+        return self.finish() if self._writing and self._writing.done() else None
+
+    def finish(self) -> Path | None:
+        """As `poll`, but waits for the one that is being written."""
+        writing, self._writing = self._writing, None
+        return writing.result() if writing else None
+
+    def _complete_one(self, waits: Sequence[Callable[[], None]], aside: Path, final: Path) -> Path:
+        with self._told(final, aside):
+            for wait in waits:
+                wait()
+            for path in aside.rglob("*"):
+                _flush(path)
         replaced = self._root / f".replaced-{final.name}"
         if final.exists():
             final.rename(replaced)
@@ -67,6 +97,19 @@ class CheckpointStore:
                 shutil.rmtree(folder)
         return final
 
+    @contextmanager
+    def _told(self, final: Path, aside: Path) -> Iterator[None]:
+        """Says what is wrong with the disk, and leaves nothing half-written."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # PyTorch has its own for a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            free = shutil.disk_usage(self._root).free / 2**20
+            raise RuntimeError(
+                f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; make room and start again, "
+                "the checkpoints before it are whole"
+            ) from error
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint, if there is one."""
         complete = self._complete()
@@ -78,7 +121,7 @@ class CheckpointStore:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `CheckpointStore.save` was given as `state`.
+    """What `CheckpointStore.begin` was given as `state`.
 
     Raises:
         ValueError: the folder is not a complete checkpoint.
@@ -86,17 +129,6 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not (folder / _STATE).exists():
         raise ValueError(f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir")
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-
-
-def _write(folder: Path, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
-    """All files of a checkpoint, on the disk when this returns."""
-    folder.mkdir(parents=True)
-    for name, engine in engines.items():
-        (folder / name).mkdir()
-        engine.save(folder / name)
-    torch.save(dict(state), folder / _STATE)
-    for path in folder.rglob("*"):
-        _flush(path)
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,23 @@ from transformers import PreTrainedModel
 
 from verl.data.batch import Batch, ModelInput, present_mask
 from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine
-from verl.engines.models import Backbone, PolicyModel, load_language_model, restore_weights, save_model
+from verl.engines.loading import export_model
+from verl.engines.lora import add_low_rank, has_additions, reset_additions
+from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
+from verl.engines.saving import begin_save, load_trained, trained_state
 from verl.settings import OptimizerConfig, RoleConfig
 
-_OPTIMIZER = "optimizer.pt"
+T = TypeVar("T")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only (https://arxiv.org/abs/1711.05101)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def lr_factor(update: int, config: OptimizerConfig, total_updates: int) -> float:
@@ -39,6 +44,52 @@ def lr_factor(update: int, config: OptimizerConfig, total_updates: int) -> float
     done = min(1.0, (update - config.warmup_steps) / max(1, total_updates - config.warmup_steps))
     shape = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class LossScale:
+    """Factor on a loss in fp16, so that small gradients are not lost: halved after an overflow, doubled after 2000 updates without.
+
+    Mixed precision training, https://arxiv.org/abs/1710.03740, section 3.2.
+
+    Args:
+        enabled: else it is 1, always.
+    """
+
+    _START, _DOUBLE_AFTER = 2.0**16, 2000
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = self._START if enabled else 1.0
+        self._good_updates = 0
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss for the backward pass."""
+        return loss * self.value if self.enabled else loss
+
+    @torch.no_grad()
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """Takes the factor out of gradients, in place."""
+        for gradient in gradients if self.enabled else ():
+            gradient.mul_(1 / self.value)
+
+    def update(self, *, is_finite: bool) -> None:
+        """Moves on after an update."""
+        if not self.enabled:
+            return
+        self._good_updates = self._good_updates + 1 if is_finite else 0
+        if not is_finite:
+            self.value /= 2
+        elif self._good_updates % self._DOUBLE_AFTER == 0:
+            self.value *= 2
+
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"value": self.value, "good_updates": self._good_updates}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Goes on from `state_dict`; a scale that is off stays so."""
+        if self.enabled:
+            self.value, self._good_updates = float(state["value"]), int(state["good_updates"])
 
 
 class LocalForwardEngine(ForwardEngine):
@@ -60,16 +111,33 @@ class LocalForwardEngine(ForwardEngine):
         """See `ForwardEngine.infer`."""
         present = present_mask(batch.response_lengths)
         result = torch.zeros(present.shape)
-        for rows in filter(None, micro_batches):
-            inputs = self._inputs(batch.select(rows))
-            with self.model.ready():
-                values = outputs(inputs).cpu()
+        for rows in micro_batches:
+            if not rows:
+                self._for_company()
+                continue
+            values = self._forward(outputs, self._inputs(batch.select(rows))).cpu()
             if values.ndim >= result.ndim:
                 result = result.new_zeros(*present.shape, *values.shape[1:])
             block = result.new_zeros(len(rows), *result.shape[1:])
             block[present[list(rows)]] = values
             result[list(rows)] = block
         return result
+
+    def export(self, folder: Path) -> None:
+        """See `ForwardEngine.export`."""
+        if has_additions(self.model.transformer):
+            export_model(self.model, folder)
+        else:
+            save_model(self.model, folder)
+
+    def _forward(self, call: Callable[..., T], *args: Any) -> T:
+        """A use of the weights in their precision."""
+        with self.model.ready():
+            return self.model(partial(call, *args))
+
+    def _for_company(self) -> None:
+        """What a rank without rows does while others compute; alone, nothing."""
+        return
 
     def _inputs(self, batch: Batch) -> ModelInput:
         return ModelInput.from_batch(batch, packed=self._config.packing, device=self.model.device)
@@ -116,76 +184,117 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     """
 
     def __init__(self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int) -> None:
+        if config.lora.rank:
+            add_low_rank(model.transformer, config.lora)
+            reset_additions(model.transformer)
         super().__init__(model, config, device=device)
-        if config.gradient_checkpointing:
-            model.recompute_activations()
-            # Transformers recomputes only in training mode; dropout is off in any case.
-            model.train()
-        self._optimizer = build_optimizer(model, config.optimizer)
-        self._schedule = LambdaLR(self._optimizer, lambda update: lr_factor(update, config.optimizer, total_updates))
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self._bad_updates = 0
+        self._prepare(device, total_updates)
 
     def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
         """See `TrainEngine.update`."""
         self._optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for rows in filter(None, micro_batches):
+        bad: list[int] = []
+        for rows in micro_batches:
+            if not rows:
+                self._for_company()
+                continue
             micro = batch.select(rows)
-            with self.model.ready():
-                loss, monitors = objective(micro, self._inputs(micro))
+            loss, monitors = self._forward(objective, micro, self._inputs(micro))
             if not torch.isfinite(loss):
-                return self._skipped("loss", self._culprits(batch, rows, objective))
-            self._scaler.scale(loss).backward()
+                bad += self._culprits(batch, rows, objective)
+            # Also of a loss that is no number: other ranks may wait for this backward pass.
+            self._backward(self._scale.scaled(loss))
             for name, value in {"loss": loss.detach(), **monitors}.items():
                 totals[name] = totals[name] + value if name in totals else value
+        metrics, bad = self._over_ranks({name: float(value) for name, value in totals.items()}, bad)
+        if bad:
+            return self._skipped("loss", bad)
         lr = float(self._schedule.get_last_lr()[0])  # of this update; the step moves it on
         grad_norm = self._step()
-        metrics = {name: float(value) for name, value in totals.items()}
         if not math.isfinite(grad_norm):
-            return metrics | self._skipped("gradient", [row for rows in micro_batches for row in rows])
+            return metrics | self._skipped("gradient", batch.row_ids[[row for rows in micro_batches for row in rows]].tolist())
         self._bad_updates = 0
         return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
 
-    def save(self, folder: Path) -> None:
-        """See `TrainEngine.save`: weights as a Hugging Face model, the rest as plain tensors and numbers."""
-        save_model(self.model, folder)
-        state = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()["last_epoch"]}
-        torch.save(state | {"scaler": self._scaler.state_dict(), "bad_updates": self._bad_updates}, folder / _OPTIMIZER)
+    def save(self, folder: Path) -> Callable[[], None]:
+        """See `TrainEngine.save`."""
+        return begin_save(folder, trained_state(self.model, self._optimizer), self._progress())
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
-        restore_weights(self.model, folder)
-        state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        # PyTorch would also take over the rates and decays of the run that was saved; those of the settings hold.
-        options = [{name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.last_epoch = state["schedule"]
+        self._go_on(load_trained(folder, self.model, self._optimizer, kind=self._kind, is_alone=True))
+
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        state = {"updates": self._schedule.last_epoch, "scale": self._scale.state_dict(), "bad_updates": self._bad_updates}
+        return {"kind": self._kind, **state}
+
+    @property
+    def _kind(self) -> str:
+        """Family and use of the model."""
+        return f"{self.model.transformer.config.model_type} {type(self.model).__name__.removeprefix('FSDP')}"
+
+    def _go_on(self, progress: Mapping[str, Any]) -> None:
+        """The learning rate is that of the settings at the update that was reached."""
+        self._schedule.last_epoch = progress["updates"]
         factors = [factor(self._schedule.last_epoch) for factor in self._schedule.lr_lambdas]
         self._schedule._last_lr = [base * factor for base, factor in zip(self._schedule.base_lrs, factors, strict=True)]
-        for group, own, lr in zip(self._optimizer.param_groups, options, self._schedule._last_lr, strict=True):
-            group.update(own, lr=lr)
-        self._scaler.load_state_dict(state["scaler"])
-        self._bad_updates = state["bad_updates"]
+        for group, lr in zip(self._optimizer.param_groups, self._schedule._last_lr, strict=True):
+            group["lr"] = lr
+        self._scale.load_state_dict(progress["scale"])
+        self._bad_updates = progress["bad_updates"]
+
+    def _prepare(self, device: torch.device, total_updates: int) -> None:
+        """What training needs besides the model."""
+        config = self._config
+        if config.gradient_checkpointing:
+            self.model.recompute_activations()
+            # Transformers recomputes only in training mode; dropout is off in any case.
+            self.model.train()
+        self._optimizer = self._build_optimizer(config.optimizer)
+        self._schedule = LambdaLR(self._optimizer, lambda update: lr_factor(update, config.optimizer, total_updates))
+        self._scale = LossScale(enabled=config.precision == "fp16")
+        self._bad_updates = 0
+
+    def _build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, config)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _over_ranks(self, totals: dict[str, float], bad: list[int]) -> tuple[dict[str, float], list[int]]:
+        """Sums over the data ranks, and the bad rows of all of them."""
+        ranks = self.gather_over_data((totals, bad))
+        if len(ranks) == 1:
+            return totals, bad
+        names = {name: None for sums, _ in ranks for name in sums}
+        return {name: sum(sums.get(name, 0.0) for sums, _ in ranks) for name in names}, [row for _, rows in ranks for row in rows]
 
     def _step(self) -> float:
         """Clips, steps if the gradient is finite, and returns its norm before clipping."""
-        self._scaler.unscale_(self._optimizer)
-        parameters, limit = list(self.model.parameters()), self._config.optimizer.max_grad_norm
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self._scale.unscale(gradients)
+        norm = self._clipped_norm(self._config.optimizer.max_grad_norm)
+        if math.isfinite(norm):
+            self._optimizer.step()
+            self._schedule.step()
+        self._scale.update(is_finite=math.isfinite(norm))
+        return norm
+
+    def _clipped_norm(self, limit: float) -> float:
+        """Scales the gradients down to the limit; returns their norm before."""
+        parameters = list(self.model.parameters())
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total)
         if norm > limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, total)
-        if math.isfinite(norm):
-            self._scaler.step(self._optimizer)
-            self._schedule.step()
-        self._scaler.update()
         return norm
 
     def _skipped(self, what: str, rows: Sequence[int]) -> dict[str, float]:
         """Counts a bad update; with a loss scale that can still fall, an overflow is no reason to stop."""
         self._optimizer.zero_grad(set_to_none=True)
-        overflow = what == "gradient" and self._scaler.is_enabled() and self._scaler.get_scale() >= 1
+        overflow = what == "gradient" and self._scale.enabled and self._scale.value >= 1
         self._bad_updates += not overflow
         if self._bad_updates >= self._config.max_bad_updates:
             raise NotFiniteError(
@@ -196,7 +305,6 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     @torch.no_grad()
     def _culprits(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
-        """The rows whose own loss is not finite; all, if only their sum is not."""
-        with self.model.ready():
-            alone = {row: objective(batch.select([row]), self._inputs(batch.select([row])))[0] for row in rows}
+        """The numbers of the rows whose own loss is not finite; of all, if only their sum is not."""
+        alone = {row: self._forward(objective, batch.select([row]), self._inputs(batch.select([row])))[0] for row in rows}
         return [row for row, loss in alone.items() if not torch.isfinite(loss)] or list(rows)

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -24,12 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from verl.data.batch import ModelInput
 from verl.engines.attention import DecodeLayout, RowLayout, row_attention
+from verl.engines.sequence import SequenceGroup
 from verl.utils.device import autocast
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
-_VALUE_HEAD = "value_head.safetensors"
+VALUE_HEAD = "value_head.safetensors"
 
 
 class Backbone(nn.Module):
@@ -38,9 +38,13 @@ class Backbone(nn.Module):
     Attributes:
         transformer: the Hugging Face model; its weights are fp32 and shared by everyone who holds this object.
         precision: arithmetic of the forward pass.
+        sequence: the ranks that share the line of packed rows in training; none: this one has it whole.
+        compute_device: where it computes, if its weights rest elsewhere.
     """
 
     _compared = "states"
+    sequence: SequenceGroup | None = None
+    compute_device: torch.device | None = None
 
     def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
         super().__init__()
@@ -60,8 +64,8 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where it computes."""
+        return self.compute_device or next(self.parameters()).device
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -77,10 +81,28 @@ class Backbone(nn.Module):
         base = self.transformer.base_model
         return base(input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout).last_hidden_state
 
-    def predictor_states(self, inputs: ModelInput) -> Tensor:
-        """[M, hidden]: the states that predict the response tokens of all rows; needs `ready`."""
-        states = self.hidden(inputs.input_ids, inputs.position_ids, RowLayout.of(inputs))
-        return states.flatten(0, 1).index_select(0, inputs.predictors)
+    def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
+        """The states that predict response tokens; needs `ready`.
+
+        Returns:
+            [m, hidden], and which of the M response tokens of all rows they are for, [m]; None: for all.
+        """
+        layout, ids, positions = RowLayout.of(inputs, self.sequence), inputs.input_ids, inputs.position_ids
+        if self.sequence is None:
+            return self.hidden(ids, positions, layout).flatten(0, 1).index_select(0, inputs.predictors), None
+        own, places = self.sequence.own(inputs.predictors, layout.num_places)
+        states = self.hidden(self.sequence.slice_of(ids), self.sequence.slice_of(positions), layout)
+        return states[0].index_select(0, places), own
+
+    def of_all_tokens(self, values: Tensor, own: Tensor | None, inputs: ModelInput) -> Tensor:
+        """[M, ...] from what was made of `predictor_states`."""
+        if own is None or self.sequence is None:
+            return values
+        return self.sequence.together(values, own, len(inputs.targets))
+
+    def nothing(self, inputs: ModelInput) -> Tensor:
+        """A 0 whose gradient, 0 too, reaches every weight that takes part in `inputs`: a forward pass for company."""
+        raise NotImplementedError
 
     def recompute_activations(self) -> None:
         """Gradient checkpointing: activations of a layer are recomputed in the backward pass, inside or outside `ready`."""
@@ -178,16 +200,23 @@ class PolicyModel(Backbone):
         Returns:
             Each result of `reduce` for all M places.
         """
-        rows = (self.predictor_states(inputs), inputs.targets, *columns)
+        states, own = self.predictor_states(inputs)
+        rows = (states, *(column if own is None else column[own] for column in (inputs.targets, *columns)))
 
         def of_chunk(states: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             return reduce(torch.log_softmax(self.logits(states) / temperature, -1), *others)
 
-        if len(inputs.targets) <= chunk:
-            return of_chunk(*rows)
-        chunks = zip(*(row.split(chunk) for row in rows), strict=True)
-        parts = [checkpoint(of_chunk, *part, use_reentrant=False) for part in chunks]
-        return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+        if len(states) <= chunk:
+            results = of_chunk(*rows)
+        else:
+            chunks = zip(*(row.split(chunk) for row in rows), strict=True)
+            parts = [checkpoint(of_chunk, *part, use_reentrant=False) for part in chunks]
+            results = tuple(torch.cat(result) for result in zip(*parts, strict=True))
+        return tuple(self.of_all_tokens(result, own, inputs) for result in results)
+
+    def nothing(self, inputs: ModelInput) -> Tensor:
+        """See `Backbone.nothing`."""
+        return 0 * self.logits(self.predictor_states(inputs)[0]).sum()
 
     def token_logprobs(self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         """Logprobs of the response tokens and entropies of their distributions, [M] fp32 each; see `reduced`."""
@@ -217,7 +246,12 @@ class ValueModel(Backbone):
 
     def token_values(self, inputs: ModelInput) -> Tensor:
         """[M] fp32, one value per response token."""
-        return self.head(self.predictor_states(inputs)).squeeze(-1).float()
+        states, own = self.predictor_states(inputs)
+        return self.of_all_tokens(self.head(states).squeeze(-1).float(), own, inputs)
+
+    def nothing(self, inputs: ModelInput) -> Tensor:
+        """See `Backbone.nothing`."""
+        return 0 * self.token_values(inputs).sum()
 
 
 class RewardModel(Backbone):
@@ -239,7 +273,7 @@ class RewardModel(Backbone):
 
     def token_scores(self, inputs: ModelInput) -> Tensor:
         """[M] fp32: of each row up to the token before each response token."""
-        states = self.predictor_states(inputs)
+        states, _ = self.predictor_states(inputs)
         # In fp32: the difference of two scores of 5 would have two digits in bf16.
         with torch.autocast(states.device.type, enabled=False):
             return self.transformer.get_submodule("score")(states.float()).squeeze(-1)
@@ -266,6 +300,18 @@ def load_language_model(path: str) -> PreTrainedModel:
     try:
         with _without_progress_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a causal language model from {path!r}: {_cause(path, error)}") from error
+
+
+def check_model(path: str) -> None:
+    """Looks at the configuration of a model, before anything is loaded.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a causal language model from {path!r}: {_cause(path, error)}") from error
 
@@ -346,32 +392,7 @@ def save_model(model: Backbone, folder: Path) -> None:
     with _without_progress_bars():
         model.transformer.save_pretrained(folder)
     if isinstance(model, ValueModel):
-        save_file({name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()}, folder / _VALUE_HEAD)
-
-
-@torch.no_grad()
-def restore_weights(model: Backbone, folder: Path) -> None:
-    """Copies saved weights into an existing model, in place: whoever shares its storage sees them.
-
-    Raises:
-        ValueError: family, names or shapes differ, or there is no value head for a value model.
-    """
-    own: dict[str, Tensor] = model.transformer.state_dict()
-    saved: dict[str, Tensor] = {}
-    has_heads = not isinstance(model, ValueModel) or (folder / _VALUE_HEAD).exists()
-    # Of another family Transformers would load what has the same name, and fill up with random weights.
-    if has_heads and AutoConfig.from_pretrained(folder).model_type == model.transformer.config.model_type:
-        with _without_progress_bars():
-            kind: Any = type(model.transformer)
-            loaded, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        # A head that the folder lacks would come with random weights.
-        saved = {} if loading["missing_keys"] else loaded.state_dict()
-    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
-        raise ValueError(f"the checkpoint in {folder} is of another model; start with `checkpoint.resume=never` or another output_dir")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-    if isinstance(model, ValueModel):
-        model.head.load_state_dict(load_file(folder / _VALUE_HEAD))
+        save_file({name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()}, folder / VALUE_HEAD)
 
 
 def make_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS) -> None:

@@ -1,37 +1,103 @@
-"""What each role does with its engine: the policy, those that judge its tokens, and those that are only read, over the rows of a plan."""
+"""What each role does on one rank: the policy, those that judge its tokens, and those that are only read, over the rows of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from verl.algorithms.compose import Algorithm
-from verl.data.batch import Batch, ModelInput, Ragged
+from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, Transfer, broadcast, register
+from verl.controller.group import Worker
+from verl.data.batch import Batch, ModelInput, Ragged, present_mask
 from verl.data.packing import Plan
 from verl.engines.base import ForwardEngine, Objective, TrainEngine
 from verl.engines.models import PolicyModel, ValueModel, at_targets, entropies
+from verl.utils.device import memory_bytes
 
+# Columns without which no model can run on rows.
+MODEL_COLUMNS = ("prompt_ids", "response_ids", "mask")
+_OF_MINIBATCH = ("weights", "row_weights", "correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
 MicroBatches = Sequence[Sequence[int]]
+# Monitor that counts the sampled tokens of a minibatch on all ranks.
+_TOKENS = "sampled_tokens"
 
 
-class Writer(Protocol):
-    """A role that adds a column to the rows before the update."""
-
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds the column."""
+def _fullest(results: Sequence[dict[str, float]], arguments: object) -> dict[str, float]:
+    return {name: max(result[name] for result in results) for name in results[0]}
 
 
-class Learner(Protocol):
+class RoleWorker(Worker):
+    """A model on one rank, and what every role can do with it.
+
+    Args:
+        engine: of the model.
+    """
+
+    engine: ForwardEngine
+
+    def __init__(self, engine: ForwardEngine) -> None:
+        self.engine = engine
+        self.places = engine.places
+
+    @register(SAME_ON_ALL)
+    def model_config(self) -> PretrainedConfig:
+        """The configuration of the model."""
+        return self.engine.model.transformer.config
+
+    @register(Transfer("ranks", broadcast, _fullest))
+    def memory(self) -> dict[str, float]:
+        """Bytes of the device in use, at most and in all; of the rank that has most."""
+        return memory_bytes(self.engine.model.device)
+
+    @register(SAME_ON_ALL)
+    def export(self, folder: Path) -> None:
+        """Writes the model in Hugging Face format."""
+        self.engine.export(folder)
+
+
+class Writer(RoleWorker):
+    """A role that gives the rows a column before the update."""
+
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """The columns, as a batch of the same rows."""
+        raise NotImplementedError
+
+
+class Learner(Writer):
     """A role that is trained."""
 
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
-        """Runs every update of a step and returns metrics."""
+    engine: TrainEngine
+    _saving: Callable[[], None] | None = None
+
+    @register(PLANNED_METRICS)
+    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
+        """Runs every update of a step on rows that have their weights, and returns metrics, the same on all ranks."""
+        raise NotImplementedError
+
+    @register(SAME_ON_ALL)
+    def begin_save(self, folder: Path) -> None:
+        """Begins to write weights and optimizer; training may go on at once."""
+        self._saving = self.engine.save(folder)
+
+    @register(SAME_ON_ALL)
+    def finish_save(self) -> None:
+        """Waits until they are on the disk."""
+        assert self._saving is not None
+        self._saving()
+        self._saving = None
+
+    @register(SAME_ON_ALL)
+    def load(self, folder: Path) -> None:
+        """Reads what was saved, at any number of ranks."""
+        self.engine.load(folder)
 
 
-class PolicyWorker:
+class PolicyWorker(Learner):
     """The policy: writes `trainer_logprobs`, and learns.
 
     Args:
@@ -43,17 +109,13 @@ class PolicyWorker:
     """
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
-        self.engine = engine
-        self.kl_coef = 0.0
+        super().__init__(engine)
         self._algorithm = algorithm
         # Greedy answers have the logprobs of the model's own distribution.
         self._temperature = temperature or 1.0
         self._epochs = epochs
         self._chunk = chunk
-        kl = algorithm.kl.columns if algorithm.kl and not algorithm.kl_in_reward else ()
-        correction = algorithm.correction.columns if algorithm.corrects_in_update else ()
-        of_minibatch = ("correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
-        self._reads = {*algorithm.policy_loss.columns, *kl, *correction, *of_minibatch, "rollout_logprobs"} - {"logprobs"}
+        self._reads = policy_reads(algorithm)
         self._reads_top = "top_logprobs" in algorithm.policy_loss.columns
 
     @property
@@ -62,8 +124,9 @@ class PolicyWorker:
         assert isinstance(self.engine.model, PolicyModel)
         return self.engine.model
 
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are now."""
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """`trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are now."""
         squares = "sum_squared_probs" in self._algorithm.reads
 
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -71,11 +134,18 @@ class PolicyWorker:
             return (torch.stack(columns, 1),)
 
         written = self.engine.infer(batch, plan_rows(plan), lambda inputs: self._reduced(inputs, outputs)[0])
-        batch.write("trainer_logprobs", written[..., 0])
-        if squares:
-            batch.write("sum_squared_probs", written[..., 1])
+        names = ["trainer_logprobs", *(["sum_squared_probs"] if squares else [])]
+        return over_response(batch, {name: written[..., i] for i, name in enumerate(names)})
 
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+    @register(PLANNED)
+    def write_reference(self, batch: Batch, plan: Plan) -> Batch:
+        """`ref_logprobs` of the policy without its low-rank additions: the model that it started from."""
+        with self.engine.adapter_off():
+            logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
+        return over_response(batch, {"ref_logprobs": logprobs})
+
+    @register(PLANNED_METRICS)
+    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
         """Minimises the policy loss; the metrics are means over sampled tokens and over updates."""
         algorithm = self._algorithm
 
@@ -85,14 +155,12 @@ class PolicyWorker:
             columns = _columns(rows, self._reads, logprobs.device) | {"logprobs": _padded(logprobs, inputs)}
             if top:
                 columns["top_logprobs"] = _padded(top[0], inputs)
-            return algorithm.policy_objective(columns, _padded(entropy, inputs), self.kl_coef)
+            return algorithm.policy_objective(columns, _padded(entropy, inputs), kl_coef)
 
-        write_weights(batch, plan, algorithm)
-        plan, skipped = _with_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
-        before = self._write_gradients if algorithm.needs_whole_minibatch and not _is_whole(plan) else None
+        before = self._write_gradients if algorithm.needs_whole_minibatch and not self._has_whole_minibatches(plan) else None
         updates = _run_updates(self.engine, batch, plan, objective, self._epochs, before)
         # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
-        return _mean(updates) | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]} | skipped
+        return _mean(updates) | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]}
 
     def _reduced(self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> tuple[Tensor, ...]:
         return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
@@ -101,32 +169,44 @@ class PolicyWorker:
         entropy = entropies(log_probs, with_grad=self._algorithm.entropy_coef != 0)
         return (at_targets(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
 
+    def _has_whole_minibatches(self, plan: Plan) -> bool:
+        """Whether each update is a single micro-batch of this rank alone, whose own forward pass gives the statistics."""
+        single = all(sum(map(bool, plan_rows(Plan([minibatch])))) <= 1 for minibatch in plan.minibatches)
+        return len(self.engine.gather_over_data(single)) == 1 and single
+
     def _write_gradients(self, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
-        """Adds the gradients of a loss over the whole minibatch, from logprobs under the weights as they are now."""
+        """Adds the gradients of a loss over the whole minibatch, from logprobs under the weights as they are now.
+
+        The columns of the minibatch's rows on all ranks come together on each, in the order of the step.
+        """
 
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             return (at_targets(log_probs, targets),)
 
         current = self.engine.infer(batch, micro_batches, lambda inputs: self._reduced(inputs, outputs)[0])
         rows = sorted(row for micro in micro_batches for row in micro)
+        ids = batch.row_ids[rows]
         columns = _columns(batch, self._reads - {"loss_gradients", "weighted_losses"}, current.device) | {"logprobs": current}
-        gradients, losses, monitors = self._algorithm.minibatch_gradients({name: column[rows] for name, column in columns.items()})
+        own = {name: column[rows] for name, column in columns.items()} | {"row_ids": ids}
+        together = _in_order(self.engine.gather_over_data(own))
+        mine = torch.isin(together.pop("row_ids"), ids)
+        gradients, losses, monitors = self._algorithm.minibatch_gradients(together)
         for name, values in (("loss_gradients", gradients), ("weighted_losses", losses)):
             column = torch.zeros_like(current)
-            column[rows] = values
+            column[torch.tensor(rows, dtype=torch.int64)[ids.argsort()]] = values[mine][:, : column.shape[1]]
             batch.write(name, column)
         return {name: float(value) for name, value in monitors.items()}
 
 
-class CriticWorker:
+class CriticWorker(Learner):
     """The critic: writes `values`, and learns."""
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, vf_coef: float, epochs: int) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._algorithm = algorithm
         self._vf_coef = vf_coef
         self._epochs = epochs
-        self._reads = {*algorithm.value_loss.columns} - {"new_values"}
+        self._reads = critic_reads(algorithm)
 
     @property
     def model(self) -> ValueModel:
@@ -134,11 +214,13 @@ class CriticWorker:
         assert isinstance(self.engine.model, ValueModel)
         return self.engine.model
 
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `values`: of the state before each response token."""
-        batch.write("values", self.engine.infer(batch, plan_rows(plan), self.model.token_values))
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """`values`: of the state before each response token."""
+        return over_response(batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)})
 
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+    @register(PLANNED_METRICS)
+    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
         """Minimises the value loss; metrics are prefixed `critic/`."""
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,27 +228,29 @@ class CriticWorker:
             columns = _columns(rows, self._reads, values.device) | {"new_values": values}
             return self._algorithm.value_objective(columns, self._vf_coef)
 
-        write_weights(batch, plan, self._algorithm)
         metrics = _mean(_run_updates(self.engine, batch, plan, objective, self._epochs))
         return {f"critic/{name}": value for name, value in metrics.items()}
 
 
-class ProcessRewardWorker:
+class ProcessRewardWorker(Learner):
     """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes."""
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._algorithm = algorithm
         self._temperature = temperature or 1.0
         self._epochs = epochs
         self._chunk = chunk
-        self._reads = {*algorithm.value_loss.columns} - {"prm_logprobs"}
+        self._reads = critic_reads(algorithm)
 
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `prm_logprobs`."""
-        batch.write("prm_logprobs", policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk))
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """`prm_logprobs`."""
+        logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
+        return over_response(batch, {"prm_logprobs": logprobs})
 
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+    @register(PLANNED_METRICS)
+    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
         """Minimises the loss of the outcomes; metrics are prefixed `critic/`."""
         model = self.engine.model
         assert isinstance(model, PolicyModel)
@@ -176,35 +260,37 @@ class ProcessRewardWorker:
             columns = _columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
             return self._algorithm.value_objective(columns, 1.0)
 
-        write_weights(batch, plan, self._algorithm)
         metrics = _mean(_run_updates(self.engine, batch, plan, objective, self._epochs))
         return {f"critic/{name}": value for name, value in metrics.items()}
 
 
-class ReferenceWorker:
+class ReferenceWorker(Writer):
     """The policy that must not be left: writes `ref_logprobs`; never trained."""
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._temperature = temperature or 1.0
         self._chunk = chunk
 
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `ref_logprobs`."""
-        batch.write("ref_logprobs", policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk))
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """`ref_logprobs`."""
+        logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
+        return over_response(batch, {"ref_logprobs": logprobs})
 
 
-class TeacherWorker:
+class TeacherWorker(Writer):
     """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never trained."""
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._temperature = temperature or 1.0
         self._chunk = chunk
         self._top_k = top_k
 
-    def write(self, batch: Batch, plan: Plan) -> None:
-        """Adds `teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: Plan) -> Batch:
+        """`teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
         model, k = self.engine.model, self._top_k
         assert isinstance(model, PolicyModel)
 
@@ -218,11 +304,10 @@ class TeacherWorker:
             plan_rows(plan),
             lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[0],
         )
-        batch.write("teacher_logprobs", written[..., 0])
-        if not k:
-            return
-        batch.write("teacher_top_logprobs", written[..., 1 : k + 1])
-        batch.write("teacher_top_ids", written[..., k + 1 :].long())
+        columns = {"teacher_logprobs": written[..., 0]}
+        if k:
+            columns |= {"teacher_top_logprobs": written[..., 1 : k + 1], "teacher_top_ids": written[..., k + 1 :].long()}
+        return over_response(batch, columns)
 
 
 def policy_logprobs(engine: ForwardEngine, batch: Batch, plan: Plan, *, temperature: float, chunk: int) -> Tensor:
@@ -237,16 +322,34 @@ def plan_rows(plan: Plan) -> list[list[int]]:
     return [rows for minibatch in plan.minibatches for rows in minibatch[0]]
 
 
+def over_response(batch: Batch, columns: dict[str, Tensor]) -> Batch:
+    """A batch of the same rows with the columns [B, T, ...] over their response tokens."""
+    present = present_mask(batch.response_lengths)
+    return Batch({name: Ragged(column[present], batch.response_lengths) for name, column in columns.items()})
+
+
+def policy_reads(algorithm: Algorithm) -> set[str]:
+    """Columns that the update of the policy reads, besides `MODEL_COLUMNS`, where they are there."""
+    kl = algorithm.kl.columns if algorithm.kl and not algorithm.kl_in_reward else ()
+    correction = algorithm.correction.columns if algorithm.corrects_in_update else ()
+    return {*algorithm.policy_loss.columns, *kl, *correction, *_OF_MINIBATCH, "rollout_logprobs"} - {"logprobs"}
+
+
+def critic_reads(algorithm: Algorithm) -> set[str]:
+    """Columns that the update of a critic or process reward model reads, besides `MODEL_COLUMNS`."""
+    return {*algorithm.value_loss.columns, "weights", "row_weights"} - {"new_values", "prm_logprobs"}
+
+
 def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
-    """Adds what each token and row counts in the loss of its minibatch, whatever the micro-batches are.
+    """Adds what each token and row counts in the loss of its minibatch, whatever the ranks and micro-batches are.
 
     `weights` [B, T] of the aggregation, `row_weights` [B] of the mean over rows, and `likelihood_weights` [B, T] of the
     aggregation over the answers with a reward above 0, if the likelihood counts.
     """
     mask = batch["mask"]
     weights, of_likelihood, of_rows = torch.zeros(mask.shape), torch.zeros(mask.shape), torch.zeros(batch.num_rows)
-    for minibatch in plan.minibatches:
-        rows = [row for micro in minibatch[0] for row in micro]
+    for minibatch in range(len(plan.minibatches)):
+        rows = plan.rows_of_minibatch(minibatch)
         weights[rows] = algorithm.aggregation({"mask": mask[rows], "group_ids": batch["group_ids"][rows]})
         of_rows[rows] = mask[rows].any(1) / mask[rows].any(1).sum().clamp(min=1)
         if algorithm.likelihood_coef:
@@ -258,12 +361,7 @@ def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
         batch.write("likelihood_weights", of_likelihood)
 
 
-def _is_whole(plan: Plan) -> bool:
-    """Whether each update is a single micro-batch, which needs no forward pass of its own for statistics over all of it."""
-    return all(sum(bool(rows) for micro_batches in minibatch for rows in micro_batches) <= 1 for minibatch in plan.minibatches)
-
-
-def _with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
+def with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
     """The plan without the rows whose advantages are all 0, whose gradient is 0, and their share.
 
     Of a minibatch of such rows alone the shortest stays: the optimizer must see its gradient of 0.
@@ -271,14 +369,15 @@ def _with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
     alive = (batch["advantages"] != 0).any(1).tolist()
     lengths = batch.num_tokens.tolist()
 
-    def kept(micro_batches: MicroBatches) -> list[list[int]]:
-        rows = [row for micro in micro_batches for row in micro]
+    def kept(number: int) -> list[list[list[int]]]:
+        rows = plan.rows_of_minibatch(number)
         shortest = min(rows, key=lambda row: lengths[row])
         stays = {row for row in rows if alive[row]} or {shortest}
-        return [[row for row in micro if row in stays] for micro in micro_batches]
+        return [[[row for row in micro if row in stays] for micro in micro_batches] for micro_batches in plan.minibatches[number]]
 
-    short = Plan([[kept(micro_batches) for micro_batches in minibatch] for minibatch in plan.minibatches])
-    return short, {"skipped_rows_share": 1 - sum(map(len, plan_rows(short))) / batch.num_rows}
+    short = Plan([kept(number) for number in range(len(plan.minibatches))])
+    num_kept = sum(len(short.rows_of_minibatch(number)) for number in range(len(short.minibatches)))
+    return short, {"skipped_rows_share": 1 - num_kept / batch.num_rows}
 
 
 def _run_updates(
@@ -293,14 +392,17 @@ def _run_updates(
 
     `before` each update may add columns to the batch, and returns sums of monitors.
     """
-    tokens = batch["mask"].sum(1)
+
+    def counted(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, monitors = objective(rows, inputs)
+        return loss, monitors | {_TOKENS: rows["mask"].sum().to(loss.device)}
+
     results = []
     for _ in range(epochs):
         for minibatch in plan.minibatches:
-            micro_batches = minibatch[0]
-            count = max(1, int(tokens[[row for micro in micro_batches for row in micro]].sum()))
-            sums = before(batch, micro_batches) if before else {}
-            update = engine.update(batch, micro_batches, objective)
+            sums = before(batch, minibatch[0]) if before else {}
+            update = engine.update(batch, minibatch[0], counted)
+            count = max(1, update.pop(_TOKENS, 0))
             if "loss" in update:  # else it was not finite, and neither are the monitors of it
                 update = sums | update
             own = ("loss", "grad_norm", "lr", "skipped_updates")
@@ -320,9 +422,26 @@ def _mean_of(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _in_order(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns [b, T, ...] of several ranks as one, padded to the longest row, in the order of `row_ids` [b]."""
+    parts = [part for part in parts if len(part["row_ids"])]
+    order = torch.cat([part["row_ids"] for part in parts]).argsort()
+
+    def joined(columns: Sequence[Tensor]) -> Tensor:
+        if columns[0].ndim == 1:
+            return torch.cat(list(columns))[order]
+        width = max(column.shape[1] for column in columns)
+        padded = [column.new_zeros(len(column), width, *column.shape[2:]) for column in columns]
+        for target, column in zip(padded, columns, strict=True):
+            target[:, : column.shape[1]] = column
+        return torch.cat(padded)[order]
+
+    return {name: joined([part[name] for part in parts]) for name in parts[0]}
+
+
 def _columns(batch: Batch, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """The named columns that the batch has, with mask and weights, padded, on the device."""
-    return {name: batch[name].to(device) for name in (*names, "mask", "weights", "row_weights") if name in batch}
+    """The named columns that the batch has, with the mask, padded, on the device."""
+    return {name: batch[name].to(device) for name in (*names, "mask") if name in batch}
 
 
 def _padded(values: Tensor, inputs: ModelInput) -> Tensor:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from verl.config import to_yaml
+from verl.controller.group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
-from verl.engines.base import TrainEngine
-from verl.engines.checkpoint import CheckpointStore, load_state, only_run_in
-from verl.engines.local import LocalEngine
-from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
+from verl.engines.checkpoint import CheckpointStore, Save, load_state, only_run_in
 from verl.settings import RunConfig
 from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
@@ -29,41 +27,36 @@ from verl.utils.tracking import Clock, Tracker, check_sinks
 Metrics = dict[str, float]
 
 # What may change between a run and its continuation; everything else would make it another run.
-_MAY_CHANGE = ("steps", "output_dir", "evaluation", "eval_every_steps", "checkpoint", "tracking")
+_MAY_CHANGE = ("steps", "output_dir", "evaluation", "eval_every_steps", "checkpoint", "tracking", "placement")
 
 
 class BaseTrainer(ABC):
-    """A policy on a device, and a loop over `step()`.
+    """A loop over `step()`, and what surrounds it.
 
     Args:
         config: of the run.
-        actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        codec: its tokenizer; none: the one saved with the model.
+        device: auto, cpu or cuda, for what this process computes itself.
         console: for people; none: standard output.
+
+    Attributes:
+        codec: the tokenizer of the policy.
+        device: of this process.
+        timeline: what ran where and when.
+        version: of the policy, the steps that it has learned.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        actor_model: PreTrainedModel | str | None = None,
-        *,
-        codec: TextCodec | None = None,
-        console: Console | None = None,
-    ) -> None:
+    codec: TextCodec
+
+    def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
         seed_everything(config.seed)
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = pick_device(device)
         keep_freed_memory()
         self.version = 0
         self.clock = Clock(partial(synchronize, self.device))
-        self._console = console
-        model = self._model(actor_model)
-        path = config.policy.path or str(model.transformer.config.name_or_path)
-        self.codec = codec or TextCodec.load(path, stop_ids=self._stop_ids(), system_prompt=config.data.system_prompt)
-        model.to(self.device).check_forward()
-        self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=self._total_updates())
-        self.engines: dict[str, TrainEngine] = {"policy": self.policy_engine}
+        self.timeline = Timeline()
         self.loader: PromptLoader | None = None
+        self._console = console
 
     @abstractmethod
     def step(self) -> Metrics:
@@ -72,6 +65,28 @@ class BaseTrainer(ABC):
     @abstractmethod
     def load_train_data(self) -> LoadReport:
         """Makes `loader`."""
+
+    @property
+    @abstractmethod
+    def model_config(self) -> PretrainedConfig:
+        """The configuration of the policy."""
+
+    @property
+    @abstractmethod
+    def saves(self) -> Mapping[str, Save]:
+        """For the folder of each model in a checkpoint, what begins to write it."""
+
+    @abstractmethod
+    def load_models(self, folder: Path) -> None:
+        """Reads the models of a checkpoint."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Writes the policy in Hugging Face format, without its tokenizer."""
+
+    def close(self) -> None:
+        """Gives back what the run holds outside this process; here nothing."""
+        return
 
     @property
     def eval_every(self) -> int:
@@ -135,16 +150,22 @@ class BaseTrainer(ABC):
         history = []
         if self.version == 0 and self.eval_at_start:
             _log(tracker, 0, self._timed_evaluation())
-        while self.version < self.config.steps:
-            history.append(self._tracked_step(tracker))
-            if self._due(self.config.checkpoint.every_steps) or self.version == self.config.steps:
-                tracker.event(f"checkpoint: {store.save(self.version, self.engines, self.state())}")
+        try:
+            while self.version < self.config.steps:
+                history.append(self._tracked_step(tracker))
+                if self._due(self.config.checkpoint.every_steps) or self.version == self.config.steps:
+                    store.begin(self.version, self.saves, self.state())
+                if done := store.poll():
+                    tracker.event(f"checkpoint: {done}")
+        finally:  # also of a run that fails: what it has reached is not lost
+            if done := store.finish():
+                tracker.event(f"checkpoint: {done}")
         return history
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy and its tokenizer in Hugging Face format."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.policy_engine.model, folder)
+        self.export(folder)
         self.codec.tokenizer.save_pretrained(folder)
 
     def read_prompts(self, source: str | None, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
@@ -172,7 +193,7 @@ class BaseTrainer(ABC):
         Raises:
             ValueError: the first such row.
         """
-        context = self.policy_engine.model.transformer.config.get_text_config().max_position_embeddings
+        context = self.model_config.get_text_config().max_position_embeddings
         for row in rows:
             longest = len(self.codec.encode_prompt(row)) + max(len(self.codec.encode_answer(answer)) for answer in answers_of(row))
             if longest > context:
@@ -191,13 +212,18 @@ class BaseTrainer(ABC):
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_s": metrics.get("tokens", 0.0) / seconds}
         metrics |= self.clock.take() | self.step_limit(seconds)
-        metrics |= {f"memory/{name}_bytes": value for name, value in memory_bytes(self.device).items()}
+        metrics |= {f"memory/{name}_bytes": value for name, value in self.memory().items()}
+        append_trace(Path(config.output_dir) / "timeline.json", self.timeline.take())
         if self._due(self.eval_every) or (self.eval_every and self.version == config.steps):
             metrics |= self._timed_evaluation()
         _log(tracker, self.version, metrics)
         if self._due(config.tracking.samples_every_steps) and (rows := self.samples()):
             tracker.samples(self.version, rows)
         return metrics
+
+    def memory(self) -> Metrics:
+        """Bytes in use, at most and in all of the device; of the fullest, if there are several."""
+        return memory_bytes(self.device)
 
     def _timed_evaluation(self) -> Metrics:
         return self.evaluate() | {"time/evaluate_s": sum(self.clock.take().values())}
@@ -222,32 +248,12 @@ class BaseTrainer(ABC):
                 f"{folder} is of a run with other settings ({'; '.join(changed[:5])}); take another output_dir, "
                 f"or checkpoint.resume=never to start anew, or checkpoint.resume={folder} to go on with the new settings"
             )
-        for name, engine in self.engines.items():
-            engine.load(folder / name)
+        self.load_models(folder)
         self.load_state(state)
         return folder
 
     def _frozen_settings(self) -> dict[str, Any]:
         return {k: v for k, v in self.config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
-
-    def _model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
-        """What learns, in fp32, from what was given or from `config.policy.path`."""
-        return PolicyModel(self._transformer(actor_model), self.config.policy.precision)
-
-    def _transformer(self, actor_model: PreTrainedModel | str | None) -> PreTrainedModel:
-        if isinstance(actor_model, str):
-            return load_language_model(actor_model)
-        if actor_model is not None:
-            return actor_model.float()  # the optimizer's small steps are lost in 16-bit weights
-        if self.config.policy.path is None:
-            raise ValueError("need policy.path: the folder or hub name of a causal language model (verl make-model makes a small one)")
-        return load_language_model(self.config.policy.path)
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        return ()
-
-    def _total_updates(self) -> int:
-        return self.config.steps
 
 
 def _log(tracker: Tracker, step: int, metrics: Metrics) -> None:

@@ -16,14 +16,15 @@ from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import balance
 from verl.data.pairs import Pair, load_pairs
 from verl.settings import PairsConfig, RoleConfig
-from verl.trainer.base import BaseTrainer, Metrics
+from verl.trainer.base import Metrics
+from verl.trainer.one_model import OneModelTrainer
 from verl.utils.rollout import Prompt
 
 SIDES = ("chosen", "rejected")
 _PROBED_PAIRS = 2
 
 
-class PairsTrainer(BaseTrainer):
+class PairsTrainer(OneModelTrainer):
     """Trains on pairs: row 2i of a step is the chosen answer of pair i, row 2i + 1 the rejected one.
 
     The loss is the mean over the pairs of the step, whatever the micro-batches are.

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.agents.collector import Collected, DataCollector, PromptLike, as_prompt, collection_metrics
 from verl.algorithms.compose import Algorithm, write_advantages
 from verl.algorithms.kl import adapted_coef, scheduled_coef
 from verl.config import make_trainer_config
+from verl.controller.group import Future, Merged, WorkerGroup
 from verl.controller.simulator import ModelShape, StepWork, step_limit
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
-from verl.data.packing import Plan, balance
+from verl.data.packing import Plan, balance, compute_cost
 from verl.data.tasks import TASKS
-from verl.engines.local import LocalEngine, check_vocabulary, frozen_copy
-from verl.engines.models import PolicyModel, load_language_model, value_model
-from verl.engines.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
+from verl.engines.checkpoint import Save
+from verl.engines.workers import MODEL_COLUMNS, Learner, RoleWorker, critic_reads, policy_reads, with_advantages, write_weights
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.shaping import bound_length_penalty
-from verl.rollout.embedded import EmbeddedEngine
+from verl.rollout.actor import ActorEngine
 from verl.rollout.text import TextWorkerEngine
-from verl.settings import CriticConfig, KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
+from verl.settings import KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.evaluation import evaluate
+from verl.trainer.one_model import policy_source
+from verl.trainer.team import Team, WriterOfColumn
 from verl.utils.device import MachineSpeed, measure_speed
 from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
 
 RewardFn = Callable[..., Any]
 _REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
-_TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a role in a step: its name in the metrics, and what starts it."""
+
+    name: str
+    start: Callable[[Batch], Future[Any]]
 
 
 class Trainer(BaseTrainer):
@@ -78,11 +86,20 @@ class Trainer(BaseTrainer):
     ) -> None:
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
-        super().__init__(config, actor_model, codec=codec, console=console)
-        self._build_roles(critic_model)
-        self.rollout = self._build_rollout("vllm" if use_vllm else config.rollout.engine, rollout)
+        is_local = config.placement.name == "local"
+        super().__init__(config, device=config.device if is_local else "cpu", console=console)
         self._reward_fn = reward_fn
+        self.kl_coef = first_kl_coef(config)
         self.last: list[Trajectory] = []
+        source = policy_source(config, actor_model)
+        path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
+        self.codec = codec or TextCodec.load(path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt)
+        self.team = Team(config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline)
+        try:
+            self.rollout = self._build_rollout("vllm" if use_vllm else config.rollout.engine, rollout)
+        except BaseException:
+            self.close()
+            raise
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
@@ -96,40 +113,58 @@ class Trainer(BaseTrainer):
     def update_policy(self, data: Collected) -> Metrics:
         """Learns from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
         rows, self.last = data.rows, data.trajectories
-        for write in self.writers:
-            write(rows)
-        metrics = data.metrics | write_advantages(rows, self.algorithm, self.policy.kl_coef, version=self.version, seed=self.config.seed)
-        for learn in self.learners:
-            metrics |= learn(rows)
+        for columns in self._together(self.writers, rows):
+            rows.adopt(columns)
+        metrics = data.metrics | write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
+        for learned in self._together(self.learners, rows):
+            metrics |= learned
         self.version += 1
         self.rollout.publish(self.version)
         if self.algorithm.kl:
-            metrics["kl_coef"] = self.policy.kl_coef
-        self.policy.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
+            metrics["kl_coef"] = self.kl_coef
+        self.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
         return metrics
 
     @property
-    def writers(self) -> list[Callable[[Batch], None]]:
+    def writers(self) -> list[Call]:
         """Those whose column a chosen function reads."""
-        policy, critic = self.config.policy, self.config.critic
-        own = {"trainer_logprobs", "sum_squared_probs"} & self.algorithm.reads
-        writers = [self._planned("trainer_logprobs", self.policy.write, policy)] if own else []
-        if self.reference:
-            writers.append(self._planned("ref_logprobs", self.reference.write, policy))
-        if self.teacher:
-            writers.append(self._planned("teacher_logprobs", self.teacher.write, policy))
-        if self.critic:
-            name = "values" if isinstance(self.critic, CriticWorker) else "prm_logprobs"
-            writers.append(self._planned(name, self.critic.write, critic))
-        return writers
+        return [Call(w.column, partial(self._write, w)) for w in self.team.writers]
 
     @property
-    def learners(self) -> list[Callable[[Batch], Metrics]]:
-        """The critic, if there is one, then the policy, once the critic has had its first steps alone."""
-        config = self.config
-        critic = [self._planned("update_critic", self.critic.update, config.critic)] if self.critic else []
-        waits = self.critic is not None and self.version < config.critic.warmup_steps
-        return critic if waits else [*critic, self._planned("update_policy", self.policy.update, config.policy)]
+    def learners(self) -> list[Call]:
+        """The critic, if there is one, and the policy, once the critic has had its first steps alone."""
+        critic = [Call("update_critic", self._update_critic)] if self.team.critic else []
+        waits = self.team.critic is not None and self.version < self.config.critic.warmup_steps
+        return critic if waits else [*critic, Call("update_policy", self._update_policy)]
+
+    def _together(self, calls: Sequence[Call], rows: Batch) -> list[Any]:
+        """The results of calls that are all started before the first is waited for: roles on pools of their own run at the same time."""
+        started, results = [], []
+        for call in calls:
+            with self.clock.phase(call.name):
+                started.append(call.start(rows))
+        for call, future in zip(calls, started, strict=True):
+            with self.clock.phase(call.name):
+                results.append(future.result())
+        return results
+
+    def _write(self, writer: WriterOfColumn, rows: Batch) -> Future[Batch]:
+        plan = self._plan(writer.group, rows, writer.config)
+        return writer.group.call(writer.method, rows.only(MODEL_COLUMNS), plan)
+
+    def _update_critic(self, rows: Batch) -> Future[Metrics]:
+        critic = self.team.critic
+        assert critic is not None
+        plan = self._plan(critic, rows, self.config.critic)
+        write_weights(rows, plan, self.algorithm)
+        return critic.call(Learner.update, rows.only({*MODEL_COLUMNS, *critic_reads(self.algorithm)}), plan, 0.0)
+
+    def _update_policy(self, rows: Batch) -> Future[Metrics]:
+        plan = self._plan(self.team.policy, rows, self.config.policy)
+        write_weights(rows, plan, self.algorithm)
+        plan, metrics = with_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
+        read = rows.only({*MODEL_COLUMNS, *policy_reads(self.algorithm)})
+        return Merged(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
 
     @cached_property
     def collector(self) -> DataCollector:
@@ -197,18 +232,18 @@ class Trainer(BaseTrainer):
 
     def state(self) -> dict[str, Any]:
         """See `BaseTrainer.state`."""
-        return super().state() | {"dispatched": self.collector.dispatched, "kl_coef": self.policy.kl_coef}
+        return super().state() | {"dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `BaseTrainer.load_state`."""
         super().load_state(state)
         self.collector.dispatched = state["dispatched"]
-        self.policy.kl_coef = state["kl_coef"]
+        self.kl_coef = state["kl_coef"]
         self.rollout.publish(self.version)
 
     def step_limit(self, seconds: float) -> Metrics:
         """`limit_share`: the least time that this machine needs for such a step, over the time that it took; of dense models alone."""
-        if self._shape is None:
+        if self._shape is None or self.config.placement.name != "local":
             return {}
         rows = Batch.from_trajectories(self.last)
         work = StepWork(
@@ -226,7 +261,7 @@ class Trainer(BaseTrainer):
     def _shape(self) -> ModelShape | None:
         """None for a model that the formulas of the limit do not cover: it trains all the same."""
         try:
-            return ModelShape.from_hf_config(self.policy.model.transformer.config)
+            return ModelShape.from_hf_config(self.model_config)
         except ValueError:
             return None
 
@@ -235,50 +270,31 @@ class Trainer(BaseTrainer):
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return measure_speed(self.device, dtypes[self.config.policy.precision])
 
-    def _build_roles(self, critic_model: PreTrainedModel | str | None) -> None:
-        """The policy, and the critic and the reference if some chosen function reads their columns."""
-        config, algorithm = self.config, self.algorithm
-        temperature, chunk = config.sampling.temperature, config.policy.logits_chunk_tokens
-        self.policy = PolicyWorker(self.policy_engine, algorithm, temperature=temperature, epochs=config.algorithm.epochs, chunk=chunk)
-        self.policy.kl_coef = first_kl_coef(config)
-        self.reference: ReferenceWorker | None = None
-        self.teacher: TeacherWorker | None = None
-        self.critic: CriticWorker | ProcessRewardWorker | None = None
-        if "ref_logprobs" in algorithm.reads:
-            engine = frozen_copy(self.policy.model, config.reference, config.policy, setting="reference")
-            self.reference = ReferenceWorker(engine, temperature=temperature, chunk=chunk)
-        if {"teacher_logprobs", *_TEACHER_TOP} & algorithm.reads:
-            self.teacher = self._build_teacher()
-        if {"values", "prm_logprobs"} & algorithm.reads:
-            self.critic = self._build_critic(config.critic, critic_model)
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """See `BaseTrainer.model_config`."""
+        return self.team.model_config
 
-    def _build_teacher(self) -> TeacherWorker:
-        config, wanted = self.config, self.config.teacher
-        if wanted.path is None:
-            raise ValueError("need teacher.path: the folder or hub name of the model to distil from")
-        top_k = wanted.top_k if _TEACHER_TOP & self.algorithm.reads else 0
-        vocabulary = self.policy.model.transformer.config.get_text_config().vocab_size
-        if top_k > vocabulary:
-            raise ValueError(f"need teacher.top_k within the vocabulary of {vocabulary} tokens, got {top_k}; lower it")
-        engine = frozen_copy(self.policy.model, wanted.path, config.policy, setting="teacher.path")
-        return TeacherWorker(engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens, top_k=top_k)
+    @property
+    def saves(self) -> Mapping[str, Save]:
+        """See `BaseTrainer.saves`."""
+        return self.team.saves
 
-    def _build_critic(self, config: CriticConfig, given: PreTrainedModel | str | None) -> CriticWorker | ProcessRewardWorker:
-        source = given or config.path or self.policy.model.transformer
-        if isinstance(source, str):
-            source = load_language_model(source)
-        elif source is self.policy.model.transformer:
-            source = copy.deepcopy(source)  # two optimizers on one storage would undo each other's steps
-        epochs, is_prm = self.config.algorithm.epochs, "prm_logprobs" in self.algorithm.reads
-        model = PolicyModel(source.float(), config.precision) if is_prm else value_model(source.float(), config.precision)
-        model.to(self.device).check_forward()
-        engine = LocalEngine(model, config, device=self.device, total_updates=self._total_updates())
-        self.engines["critic"] = engine
-        if is_prm:
-            check_vocabulary(source, self.policy.model, "critic.path")
-            temperature, chunk = self.config.sampling.temperature, config.logits_chunk_tokens
-            return ProcessRewardWorker(engine, self.algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
-        return CriticWorker(engine, self.algorithm, vf_coef=config.vf_coef, epochs=epochs)
+    def load_models(self, folder: Path) -> None:
+        """See `BaseTrainer.load_models`."""
+        self.team.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """See `BaseTrainer.export`."""
+        self.team.policy.call(RoleWorker.export, folder).result()
+
+    def memory(self) -> Metrics:
+        """See `BaseTrainer.memory`."""
+        return self.team.memory()
+
+    def close(self) -> None:
+        """See `BaseTrainer.close`."""
+        self.team.close()
 
     def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
         if isinstance(given, BaseRolloutWorker):
@@ -294,57 +310,40 @@ class Trainer(BaseTrainer):
             return given
         if name != "embedded":
             raise ValueError(f"need a rollout engine that is here, got {name!r}; this version has: embedded (and `rollout=` for your own)")
-        return EmbeddedEngine(self.policy.model, self.codec, max_slots=self.config.rollout.max_slots)
+        return ActorEngine(self.team.policy)
 
-    def _planned(self, name: str, call: Callable[[Batch, Plan], T], role: RoleConfig) -> Callable[[Batch], T]:
-        """A call of a role with the micro-batches that fit it, timed under its name."""
-
+    def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
+        """Which rank of a role takes which rows, in micro-batches that fit it."""
         # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift the rows.
         whole_groups = "group_ids" in {*self.algorithm.policy_loss.columns, *self.algorithm.aggregation.columns}
-
-        def run(rows: Batch) -> T:
-            group_ids = rows["group_ids"] if whole_groups else None
-            most = rows.num_rows if group_ids is None else len(group_ids.unique())
-            plan = balance(
-                rows.num_tokens,
-                num_ranks=1,
-                micro_batch_tokens=role.micro_batch_tokens,
-                micro_batch_rows=role.micro_batch_rows,
-                num_minibatches=min(self.config.algorithm.minibatches, most),
-                group_ids=group_ids,
-            )
-            with self.clock.phase(name):
-                return call(rows, plan)
-
-        return run
+        group_ids = rows["group_ids"] if whole_groups else None
+        most = rows.num_rows if group_ids is None else len(group_ids.unique())
+        return balance(
+            rows.num_tokens,
+            num_ranks=group.layouts["train"].num_parts,
+            micro_batch_tokens=role.micro_batch_tokens,
+            micro_batch_rows=role.micro_batch_rows,
+            num_minibatches=min(self.config.algorithm.minibatches, most),
+            cost=compute_cost(rows.num_tokens, self.model_config.get_text_config().hidden_size),
+            group_ids=group_ids,
+        )
 
     def _next_kl_coef(self, metrics: Metrics, num_trajectories: int) -> float:
         coef = self.config.algorithm.kl.coef
         if isinstance(coef, KLSchedule):
             return scheduled_coef(self.version, start=coef.start, end=coef.end, steps=coef.steps)
         if isinstance(coef, KLAdaptive) and "kl" in metrics:
-            return adapted_coef(
-                self.policy.kl_coef, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories
-            )
-        return self.policy.kl_coef
+            return adapted_coef(self.kl_coef, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories)
+        return self.kl_coef
 
     def check_context(self, prompt_tokens: int) -> None:
         """See `BaseTrainer.check_context`: answers must find their end within the policy's context."""
-        context, answer_tokens = (
-            self.policy.model.transformer.config.get_text_config().max_position_embeddings,
-            self.config.sampling.max_tokens,
-        )
+        context, answer_tokens = self.model_config.get_text_config().max_position_embeddings, self.config.sampling.max_tokens
         if prompt_tokens + answer_tokens > context:
             raise ValueError(
                 f"need prompt and answer within the policy's context of {context} tokens, got prompts of up to {prompt_tokens} and "
                 f"sampling.max_tokens {answer_tokens}; lower sampling.max_tokens or data.max_prompt_tokens"
             )
-
-    def _total_updates(self) -> int:
-        return self.config.steps * self.config.algorithm.epochs * self.config.algorithm.minibatches
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        return self.config.sampling.stop_ids
 
 
 class PPOTrainer:

@@ -12,11 +12,12 @@ from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance
 from verl.engines.models import PolicyModel
 from verl.settings import SFTConfig
-from verl.trainer.base import BaseTrainer, Metrics
+from verl.trainer.base import Metrics
+from verl.trainer.one_model import OneModelTrainer
 from verl.utils.rollout import Prompt
 
 
-class SFTTrainer(BaseTrainer):
+class SFTTrainer(OneModelTrainer):
     """Teaches a model to repeat reference answers.
 
     Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is closed with the

@@ -1,0 +1,165 @@
+"""What each rank runs in the tests of the sharded engine: the same updates as one process, on its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import tiny_codec
+from tests.training import rows_to_learn
+from verl.algorithms.compose import Algorithm
+from verl.controller.dispatch import by_plan
+from verl.data.packing import Plan, balance
+from verl.engines.fsdp import sharded_engine
+from verl.engines.loading import export_model
+from verl.engines.local import LocalEngine
+from verl.engines.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.workers import CriticWorker, PolicyWorker, write_weights
+from verl.rollout.actor import ActorWorker
+from verl.settings import AlgorithmConfig, Choice, LoraConfig, OptimizerConfig, ParallelConfig, RoleConfig
+from verl.utils.rollout import SamplingParams
+
+UPDATES = 5
+CPU = torch.device("cpu")
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=0.05)
+
+
+def role_config(case: dict[str, Any]) -> RoleConfig:
+    lora = LoraConfig(rank=4, targets=("q_proj", "v_proj", "o_proj", "down_proj", "up_proj")) if case.get("lora") else LoraConfig()
+    return RoleConfig(
+        optimizer=OPTIMIZER,
+        lora=lora,
+        gradient_checkpointing=case.get("recompute", False),
+        precision=case.get("precision", "fp32"),
+    )
+
+
+def algorithm_of(case: dict[str, Any]) -> Algorithm:
+    loss = case.get("loss", "ppo_clip")
+    options = {"share": 0.2, "cov_low": 0.05} if loss == "clip_cov" else {}
+    return Algorithm.bind(
+        AlgorithmConfig(advantage=Choice(name="gae"), value_loss=Choice(name="value_mse"), policy_loss=Choice(name=loss, **options))
+    )
+
+
+def worker_on(engine: Any, case: dict[str, Any]) -> Any:
+    algorithm = algorithm_of(case)
+    if case.get("kind") == "value":
+        return CriticWorker(engine, algorithm, vf_coef=1.0, epochs=1)
+    return PolicyWorker(engine, algorithm, temperature=1.0, epochs=1, chunk=case.get("chunk", 100))
+
+
+def local_engine_on(source: str, case: dict[str, Any]) -> LocalEngine:
+    transformer = load_language_model(source)
+    model: Backbone = value_model(transformer, "fp32") if case.get("kind") == "value" else PolicyModel(transformer, "fp32")
+    return LocalEngine(model, role_config(case), device=CPU, total_updates=100)
+
+
+def engine_on(source: str, case: dict[str, Any]) -> Any:
+    parallel = ParallelConfig(**case.get("parallel", {}))
+    return sharded_engine(source, case.get("kind", "policy"), role_config(case), parallel, device=CPU, total_updates=100)
+
+
+def steps(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates: int = UPDATES) -> list[dict[str, float]]:
+    """Steps on uneven rows, each of two updates; rank -1 is a single process with all rows."""
+    batch, history = rows_to_learn(), []
+    for _ in range(updates):
+        plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8, num_minibatches=case.get("minibatches", 2))
+        write_weights(batch, plan, algorithm_of(case))
+        if rank < 0:
+            plan = Plan([[[micro for share in minibatch for micro in share]] for minibatch in plan.minibatches])
+            own = (batch, plan)
+        else:
+            own = by_plan((batch, plan), num_ranks)[rank] if num_ranks > 1 else (batch, plan)
+        history.append(worker.update(*own, 0.0))
+    return history
+
+
+def trained_weights(model: Backbone, folder: Path) -> dict[str, torch.Tensor]:
+    """Every weight after training, through an export."""
+    export_model(model, folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    whole = dict(load_language_model(str(folder)).named_parameters()) if not (folder / "value_head.safetensors").exists() else {}
+    return {name: parameter.detach() for name, parameter in whole.items()}
+
+
+def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Five steps on a sharded engine; then logprobs of all rows, written by the ranks that have them."""
+    engine = engine_on(case["source"], case)
+    place = engine.places["train"]
+    worker = worker_on(engine, case)
+    num_data = len(engine.gather_over_data(None))
+    history = steps(worker, num_data, case, place.data_rank)
+    out = {"history": history, "weights": trained_weights(engine.model, Path(folder) / case["name"]), "data": num_data}
+    batch = rows_to_learn()
+    plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
+    own, own_plan = by_plan((batch, plan), num_data)[place.data_rank] if num_data > 1 else (batch, plan)
+    written = worker.write(own, own_plan)
+    written.write("row_ids", own.row_ids)
+    out["written"] = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(written["row_ids"])}
+    if case.get("lora"):
+        reference = worker.write_reference(own, own_plan)
+        out["reference"] = {int(row): reference.ragged("ref_logprobs").row(i) for i, row in enumerate(own.row_ids)}
+    return out
+
+
+def run_cases(cases: list[dict[str, Any]], folder: str) -> dict[str, Any]:
+    return {case["name"]: run_case(case, folder) for case in cases}
+
+
+def generate(source: str, parallel: dict[str, int], prompts: list[list[int]]) -> list[Any]:
+    """Answers of this rank, to more prompts the higher its number."""
+    case = {"parallel": parallel}
+    engine = engine_on(source, case)
+    actor = ActorWorker(engine, algorithm_of(case), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    rank = engine.places["generate"].data_rank
+    mine = prompts[: rank + 1]
+    before = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
+    answers = actor.generate(mine, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(mine))], 1)
+    after = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
+    return [[(c.token_ids, c.logprobs) for c in group] for group in answers], before, after
+
+
+def generate_alone(source: str, prompts: list[list[int]]) -> list[Any]:
+    engine = local_engine_on(source, {})
+    actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    before = steps(actor, 2, {}, -1, updates=1)
+    answers = actor.generate(prompts, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(prompts))], 1)
+    return [[(c.token_ids, c.logprobs) for c in group] for group in answers], before, steps(actor, 2, {}, -1, updates=1)
+
+
+def not_finite(source: str) -> list[dict[str, float]]:
+    """A step in which one row, on one of the ranks, has no finite loss, and one after it."""
+    engine = engine_on(source, {})
+    worker, batch = worker_on(engine, {}), rows_to_learn()
+    rank, num_ranks = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    advantages, history = batch["advantages"], []
+    for bad in (True, False):
+        batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan if bad else 1.0, advantages))
+        plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
+        write_weights(batch, plan, algorithm_of({}))
+        history.append(worker.update(*by_plan((batch, plan), num_ranks)[rank], 0.0))
+    return history
+
+
+def save_at(source: str, case: dict[str, Any], folder: str) -> list[dict[str, float]]:
+    """Two steps, a checkpoint that is written while a third is made."""
+    engine = engine_on(source, case)
+    worker = worker_on(engine, case)
+    rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    steps(worker, num_data, case, rank, updates=2)
+    wait = engine.save(Path(folder))
+    history = steps(worker, num_data, case, rank, updates=2)
+    wait()
+    return history
+
+
+def load_at(source: str, case: dict[str, Any], folder: str) -> list[dict[str, float]]:
+    """The steps after the checkpoint."""
+    engine = engine_on(source, case)
+    engine.load(Path(folder))
+    rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    return steps(worker_on(engine, case), num_data, case, rank, updates=2)

@@ -1,0 +1,213 @@
+"""Hugging Face folders in and out of models that are spread over ranks: slice by slice in, tensor by tensor out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from verl.engines.lora import base_name, initial_addition, is_addition, scaling_of
+from verl.engines.models import VALUE_HEAD, Backbone, ValueModel, load_language_model
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD_BYTES = 4 * 2**30
+
+
+def model_folder(source: str) -> Path:
+    """The folder of a model; one that is named as on the hub is fetched first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"cannot load a model from {source!r}: there is no such folder, and the hub gives none") from error
+
+
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor is on this rank.
+
+    Where several mesh dimensions shard one dimension of the tensor, tensor parallelism comes first and FSDP shards what is left:
+    the strided placements of FSDP come last.
+    """
+    bounds = [(0, size) for size in parameter.shape]
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(*bound) for bound in bounds)
+    coordinates = parameter.device_mesh.get_coordinate()
+    assert coordinates is not None
+    # By name: the strided placement is no public class, and no subclass of Shard in every version.
+    shards = [(dim, placement) for dim, placement in enumerate(parameter.placements) if placement.is_shard() or _is_strided(placement)]
+    for dim, placement in sorted(shards, key=lambda shard: _is_strided(shard[1])):
+        assert isinstance(placement, Shard) or _is_strided(placement)
+        start, stop = bounds[placement.dim]  # type: ignore[attr-defined]
+        width = -(-(stop - start) // parameter.device_mesh.size(dim))
+        first = min(stop, start + coordinates[dim] * width)
+        bounds[placement.dim] = (first, min(stop, first + width))  # type: ignore[attr-defined]
+    return tuple(slice(*bound) for bound in bounds)
+
+
+def _is_strided(placement: object) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+@torch.no_grad()
+def load_sharded(model: Backbone, source: str) -> None:
+    """Fills the parameters of a model from a Hugging Face folder, each rank only its own slices.
+
+    Low-rank additions get their first values. A family whose files name their tensors otherwise than the model does (some with
+    experts) is read whole on each rank and sliced there.
+
+    Raises:
+        ValueError: tensors are missing or have other shapes.
+    """
+    folder = model_folder(source)
+    own = dict(model.transformer.named_parameters())
+    for name in [name for name in own if is_addition(name)]:
+        parameter = own.pop(name)
+        _fill(parameter, initial_addition(name, parameter.shape)[local_slices(parameter)])
+    files = _files_of(folder)
+    names = {name: _in_file(base_name(name), files, model.transformer.base_model_prefix) for name in own}
+    if all(file_name is not None for file_name in names.values()):
+        _fill_from_files(own, {name: files[file_name] for name, file_name in names.items() if file_name}, names)
+    else:
+        _fill_from_model(own, load_language_model(str(folder)))
+    if isinstance(model, ValueModel):
+        saved = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
+        for name, parameter in model.head.named_parameters():
+            _fill(parameter, saved.get(name, torch.zeros(parameter.shape))[local_slices(parameter)])
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    if (folder / _INDEX).exists():
+        return {name: folder / file for name, file in json.loads((folder / _INDEX).read_text())["weight_map"].items()}
+    if not (folder / _WEIGHTS).exists():
+        raise ValueError(f"need {_WEIGHTS} or {_INDEX} in {folder} to load a model onto several ranks; save it with save_pretrained")
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / _WEIGHTS)
+
+
+def _in_file(name: str, files: Mapping[str, Path], prefix: str) -> str | None:
+    """The name that a parameter has in the files: a bare transformer has no prefix, one with a head has."""
+    return next((known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in files), None)
+
+
+def _fill_from_files(parameters: Mapping[str, Tensor], files: Mapping[str, Path], names: Mapping[str, str | None]) -> None:
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name, of in files.items() if of == path):
+                saved, parameter = file.get_slice(names[name]), parameters[name]
+                _check_shape(name, parameter, tuple(saved.get_shape()), path)
+                _fill(parameter, saved[local_slices(parameter)])
+
+
+def _check_shape(name: str, parameter: Tensor, shape: tuple[int, ...], path: Path) -> None:
+    if shape != tuple(parameter.shape):
+        raise ValueError(
+            f"need {name} of shape {tuple(parameter.shape)}, got {shape} in {path}; the folder's config.json is of another model"
+        )
+
+
+def _fill_from_model(parameters: Mapping[str, Tensor], whole: PreTrainedModel) -> None:
+    saved = dict(whole.named_parameters())
+    for name, parameter in parameters.items():
+        found = _in_file(base_name(name), dict.fromkeys(saved, Path()), whole.base_model_prefix)
+        if found is None or saved[found].shape != parameter.shape:
+            raise ValueError(f"need {name} of shape {tuple(parameter.shape)} in the model's files, got none; they are of another model")
+        _fill(parameter, saved[found].detach()[local_slices(parameter)])
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(values)
+
+
+@torch.no_grad()
+def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYTES) -> None:
+    """Writes a model in Hugging Face format, low-rank additions merged; on all ranks together, if it is spread over several.
+
+    One tensor at a time is gathered, and rank 0 writes files of at most `shard_bytes` (a larger tensor has one of its own).
+    """
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(model.transformer.config)
+        config.architectures = [type(model.transformer).__name__.removeprefix("FSDP")]
+        config.save_pretrained(folder)
+    pending: dict[str, Tensor] = {}
+    parts: list[dict[str, Tensor]] = []
+    files: dict[str, int] = {}
+    for name, tensor in _whole_tensors(model.transformer):
+        if writes and pending and _bytes_of(pending) + tensor.nbytes > shard_bytes:
+            _write_part(folder, len(parts), pending)
+            parts.append({})
+            pending = {}
+        if writes:
+            pending[name] = tensor
+            files[name] = len(parts)
+    head = {name: _whole(parameter) for name, parameter in model.head.named_parameters()} if isinstance(model, ValueModel) else {}
+    if not writes:
+        return
+    _write_part(folder, len(parts), pending)
+    _name_parts(folder, len(parts) + 1, files)
+    if head:
+        save_file(head, folder / VALUE_HEAD)
+
+
+def _whole_tensors(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model without its additions, on the CPU; a collective for each."""
+    additions = {name: module for name, module in transformer.named_modules() if name + ".lora_A.default.weight" in _names(transformer)}
+    for name, parameter in transformer.named_parameters():
+        if is_addition(name):
+            continue
+        whole = _whole(parameter)
+        owner = name.removesuffix(".base_layer.weight")
+        if owner != name and owner in additions:
+            module = additions[owner]
+            a, b = (_whole(module.get_parameter(f"lora_{part}.default.weight")) for part in "AB")
+            whole = whole + scaling_of(module) * (b @ a)
+        yield base_name(name), whole
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach().cpu().contiguous()
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_part(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, folder / f".part-{number}", metadata={"format": "pt"})
+
+
+def _name_parts(folder: Path, count: int, files: Mapping[str, int]) -> None:
+    """Gives the files the names that Transformers looks for, now that their number is known."""
+    if count == 1:
+        (folder / ".part-0").rename(folder / _WEIGHTS)
+        return
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    for number, name in enumerate(names):
+        (folder / f".part-{number}").rename(folder / name)
+    total = sum((folder / name).stat().st_size for name in names)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in files.items()}}
+    (folder / _INDEX).write_text(json.dumps(index, indent=1))
