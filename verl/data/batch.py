@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +38,9 @@ class Trajectory:
 
     prompt: Prompt
     prompt_ids: list[int]
-    response_ids: list[int]
+    response_ids: Sequence[int]
     response_mask: list[bool]
-    rollout_logprobs: list[float] | None
+    rollout_logprobs: Sequence[float] | None
     versions: list[int]
     group: int
     truncated: bool = False
@@ -90,6 +92,45 @@ class Ragged:
         return self.values[start : start + int(self.lengths[i])]
 
 
+class Elsewhere(ABC):
+    """A ragged column whose values lie in other processes: rows are picked and joined without them, and fetched when they are read.
+
+    Attributes:
+        lengths: [B] int64.
+    """
+
+    lengths: Tensor
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> Elsewhere:
+        """The given rows, in the given order."""
+
+    @abstractmethod
+    def join(self, others: Sequence[Elsewhere]) -> Elsewhere:
+        """The own rows, then those of the others, in order."""
+
+    @abstractmethod
+    def fetch(self) -> Ragged:
+        """The values of these rows and of no others."""
+
+
+@dataclass(frozen=True)
+class RowOf(Sequence[Any]):
+    """One row of a column that is elsewhere: its length is known, its values are fetched when they are read."""
+
+    column: Elsewhere
+    row: int
+
+    def __len__(self) -> int:
+        return int(self.column.lengths[self.row])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.column.select(torch.tensor([self.row])).fetch().values.tolist()[index]
+
+
+Column = Tensor | Ragged | Elsewhere
+
+
 def present_mask(lengths: Tensor) -> Tensor:
     """[B, max(lengths)] bool, True where a right-padded row has a value."""
     width = int(lengths.max()) if len(lengths) else 0
@@ -105,11 +146,11 @@ class Batch:
     `advantages`, ...), all over the response, fp32.
     """
 
-    def __init__(self, columns: dict[str, Tensor | Ragged]) -> None:
-        sizes = {name: len(c.lengths) if isinstance(c, Ragged) else len(c) for name, c in columns.items()}
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        sizes = {name: len(c) if isinstance(c, Tensor) else len(c.lengths) for name, c in columns.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"need the same number of rows in every column, got {sizes}")
-        self._columns = dict(columns)
+        self._columns: dict[str, Column] = dict(columns)
         self.num_rows = next(iter(sizes.values()))
 
     @classmethod
@@ -117,9 +158,9 @@ class Batch:
         """Columns of rewarded trajectories; rollout logprobs only if every one of them has some."""
         if not trajectories:
             raise ValueError("need at least one trajectory")
-        columns: dict[str, Tensor | Ragged] = {
+        columns: dict[str, Column] = {
             "prompt_ids": Ragged.from_rows([t.prompt_ids for t in trajectories], torch.int64),
-            "response_ids": Ragged.from_rows([t.response_ids for t in trajectories], torch.int64),
+            "response_ids": _joined_rows([t.response_ids for t in trajectories], torch.int64),
             "mask": Ragged.from_rows([t.response_mask for t in trajectories], torch.bool),
             "versions": Ragged.from_rows([t.versions for t in trajectories], torch.int64),
             "group_ids": torch.tensor([t.group for t in trajectories]),
@@ -130,7 +171,7 @@ class Batch:
             columns["rewards"] = torch.tensor(rewards, dtype=torch.float32)
         logprobs = [t.rollout_logprobs for t in trajectories if t.rollout_logprobs is not None]
         if len(logprobs) == len(trajectories):
-            columns["rollout_logprobs"] = Ragged.from_rows(logprobs, torch.float32)
+            columns["rollout_logprobs"] = _joined_rows(logprobs, torch.float32)
         if any(t.turn_rewards for t in trajectories):
             columns["turn_rewards"] = Ragged.from_rows([at_turn_ends(t) for t in trajectories], torch.float32)
         if len({len(t.parts) for t in trajectories}) == 1 and trajectories[0].parts:
@@ -147,13 +188,17 @@ class Batch:
         names = set(batches[0].names)
         if any(set(b.names) != names for b in batches):
             raise ValueError(f"need the same columns in every batch, got {[sorted(b.names) for b in batches]}")
-        joined: dict[str, Tensor | Ragged] = {}
+        joined: dict[str, Column] = {}
         for name in batches[0].names:
-            ragged = [c for c in (b._columns[name] for b in batches) if isinstance(c, Ragged)]
-            if ragged:
-                joined[name] = Ragged(torch.cat([c.values for c in ragged]), torch.cat([c.lengths for c in ragged]))
+            columns = [batch._columns[name] for batch in batches]
+            away = [column for column in columns if isinstance(column, Elsewhere)]
+            if len(away) == len(columns):
+                joined[name] = away[0].join(away[1:])
+            elif isinstance(columns[0], Tensor):
+                joined[name] = torch.cat([batch[name] for batch in batches])
             else:
-                joined[name] = torch.cat([b[name] for b in batches])
+                ragged = [batch.ragged(name) for batch in batches]
+                joined[name] = Ragged(torch.cat([c.values for c in ragged]), torch.cat([c.lengths for c in ragged]))
         return Batch(joined)
 
     @property
@@ -164,12 +209,12 @@ class Batch:
     @property
     def response_lengths(self) -> Tensor:
         """[B] int64, tokens after the prompt."""
-        return self.ragged("response_ids").lengths
+        return self._lengths("response_ids")
 
     @property
     def num_tokens(self) -> Tensor:
         """[B] int64, tokens of prompt and response."""
-        return self.ragged("prompt_ids").lengths + self.response_lengths
+        return self._lengths("prompt_ids") + self.response_lengths
 
     @property
     def row_ids(self) -> Tensor:
@@ -190,6 +235,14 @@ class Batch:
         if not isinstance(column, Ragged):
             raise ValueError(f"column {name!r} has one value per row, not per token")
         return column
+
+    def rows(self, name: str) -> list[Sequence[Any]]:
+        """The values of each row of a column over tokens; of one that is elsewhere, what fetches them when they are read."""
+        column = self._columns[name]
+        if isinstance(column, Elsewhere):
+            return [RowOf(column, row) for row in range(self.num_rows)]
+        ragged = self.ragged(name)
+        return [values.tolist() for values in ragged.values.split(ragged.lengths.tolist())]
 
     def write(self, name: str, values: Tensor) -> None:
         """Adds or replaces a column: [B] per row, or [B, T, ...] over the response, whose padding is dropped."""
@@ -220,7 +273,7 @@ class Batch:
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
         """The given rows, in the given order."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        return Batch({name: c.select(index) if isinstance(c, Ragged) else c[index] for name, c in self._columns.items()})
+        return Batch({name: c[index] if isinstance(c, Tensor) else c.select(index) for name, c in self._columns.items()})
 
     def split(self, sizes: Sequence[int]) -> list[Batch]:
         """Consecutive batches of the given numbers of rows."""
@@ -231,7 +284,25 @@ class Batch:
     def _column(self, name: str) -> Tensor | Ragged:
         if name not in self._columns:
             raise KeyError(f"no column {name!r}; there are {sorted(self._columns)}")
-        return self._columns[name]
+        column = self._columns[name]
+        if isinstance(column, Elsewhere):
+            column = self._columns[name] = column.fetch()
+        return column
+
+    def _lengths(self, name: str) -> Tensor:
+        """Those of a column over tokens, which stays where it is."""
+        column = self._columns.get(name)
+        return column.lengths if isinstance(column, Elsewhere) else self.ragged(name).lengths
+
+
+def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> Ragged | Elsewhere:
+    """Rows as a column; those that are all elsewhere stay there."""
+    away = [row for row in rows if isinstance(row, RowOf)]
+    if len(away) < len(rows):
+        return Ragged.from_rows(rows, dtype)
+    columns = list({id(row.column): row.column for row in away}.values())
+    starts = dict(zip(map(id, columns), torch.tensor([0, *(len(c.lengths) for c in columns)]).cumsum(0).tolist(), strict=False))
+    return columns[0].join(columns[1:]).select(torch.tensor([starts[id(row.column)] + row.row for row in away]))
 
 
 def turn_ends(trajectory: Trajectory) -> list[int]:

@@ -58,11 +58,11 @@ class Completion:
             with temperature 0, of the model's own distribution); None if the engine gave text only.
         finish_reason: stop, length (max_tokens reached) or abort.
         version: of the policy weights that sampled it.
-        text: the answer as the engine spelled it, for engines that give text only; else None.
+        text: the answer as text, where the engine gives it; else None.
     """
 
-    token_ids: list[int]
-    logprobs: list[float] | None
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] | None
     finish_reason: FinishReason
     version: int = 0
     text: str | None = None
