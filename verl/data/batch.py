@@ -236,6 +236,10 @@ class Batch:
             raise ValueError(f"column {name!r} has one value per row, not per token")
         return column
 
+    def is_ragged(self, name: str) -> bool:
+        """Whether a column is over tokens."""
+        return not isinstance(self._columns[name], Tensor)
+
     def rows(self, name: str) -> list[Sequence[Any]]:
         """The values of each row of a column over tokens; of one that is elsewhere, what fetches them when they are read."""
         column = self._columns[name]
