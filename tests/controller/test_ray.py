@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from tests.controller.workers import Echo, refuses
 from verl.controller.group import Timeline, WorkerError
@@ -181,14 +182,16 @@ def test_long_work_is_no_hang(doomed):
     assert echo.call(Echo.total, 1.0).result() == [3.0, 3.0]
 
 
-def test_ranks_listen_on_the_loopback_alone(pool):
-    listening = {
-        connection.laddr.ip
-        for pid in hosts_of(pool)
-        for connection in psutil.Process(pid).net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening <= {"127.0.0.1", "::1"}
+def test_ranks_find_each_other_on_the_loopback_and_rays_own_port_asks_for_the_token(pool):
+    for pid in hosts_of(pool):
+        listening = [c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]
+        assert sum(address not in ("127.0.0.1", "::1") for address in listening) <= 1  # that of Ray itself
+    script = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}); print('inside')"
+    strangers = [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]
+    for settings in strangers:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | settings
+        out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+        assert out.returncode != 0 and "inside" not in out.stdout and "uthentication" in out.stderr
 
 
 def test_a_cluster_that_is_closed_leaves_no_process_port_or_shared_memory(tmp_path):
