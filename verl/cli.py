@@ -1,4 +1,4 @@
-"""The command line: train, sft, preference, reward-model, eval, config, quickstart, make-model and make-data."""
+"""The command line: train, sft, preference, reward-model, eval, export, config, quickstart, make-model and make-data."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "eval", _eval, "measure a policy on held-out prompts")
     evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=recipe)
     _overridable(evaluate)
+
+    export = _command(commands, "export", _with_models("export"), "write the policy of a checkpoint as a Hugging Face model")
+    export.add_argument("checkpoint", help="a folder step-... of a run")
+    export.add_argument("folder", help="where to")
 
     config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
     config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")

@@ -284,15 +284,17 @@ class PlacementConfig(Section):
     name: Literal["local", "colocated", "split", "standalone"] = setting(
         "local",
         "local: one device, everything in this process; colocated: all roles in turn on one pool; split: policy and reference on one "
-        "pool, critic and teacher on another; standalone: a pool for each role.",
+        "pool, critic, teacher and reward model on another; standalone: a pool for each role.",
         source="HybridFlow, 2409.19256, 8.3",
     )
     devices: tuple[int, ...] = setting(
-        (), "Devices of each pool, in the order policy, reference, critic, teacher; none: as many as its models need.", unit="devices"
+        (),
+        "Devices of each pool, in the order policy, reference, critic, teacher, reward model; none: as many as its models need.",
+        unit="devices",
     )
     policy: ParallelConfig = setting(ParallelConfig(), "How the policy is spread.")
     critic: ParallelConfig = setting(ParallelConfig(), "How the critic is spread.")
-    reference: ParallelConfig = setting(ParallelConfig(), "How the reference and the teacher are spread.")
+    reference: ParallelConfig = setting(ParallelConfig(), "How the reference, the teacher and the reward model are spread.")
     address: str = setting("auto", "Ray cluster: auto joins the one that runs here or starts one; local always starts one; or HOST:PORT.")
     hang_limit_s: float = setting(
         600.0, "Time that some ranks wait in a collective for the others before the run stops and says for whom.", unit="s", gt=0

@@ -54,6 +54,7 @@ def doomed(cluster, tmp_path):
     cluster.pools = [made]
     yield made
     made.close()
+    cluster.failure = None
     cluster.pools = [pool for pool in before if pool is not made]
 
 

@@ -6,9 +6,12 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training import logged, toy_config, toy_trainer
+from verl.engines.models import as_reward_model
 from verl.trainer.ppo import Trainer
 
 LEARNED = ("reward", "loss", "kl", "entropy", "grad_norm", "critic/loss", "critic/grad_norm", "explained_variance", "response_tokens")
@@ -27,7 +30,7 @@ ON_CPUS = "placement.address=local"
 PLACEMENTS = {
     "colocated": ["placement={name: colocated, devices: [2]}"],
     "split": ["placement={name: split, devices: [2, 2], policy: {tensor: 2}}"],
-    "standalone": ["placement={name: standalone, devices: [2, 1, 2], policy: {sequence: 2}}"],
+    "standalone": ["placement={name: standalone, devices: [2, 1, 2, 2], policy: {sequence: 2}}"],
 }
 
 
@@ -41,25 +44,44 @@ def fitted(folder, model, *overrides: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(letters, tmp_path_factory) -> list[dict]:
+def judged(letters, tmp_path_factory) -> str:
+    """Settings of a run whose rewards are in part those of a reward model."""
+    folder = tmp_path_factory.mktemp("judge")
+    model = as_reward_model(AutoModelForCausalLM.from_pretrained(letters))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(letters).save_pretrained(folder)
+    return f"rewards.functions=[position_share, {{name: model, path: {folder}, weight: 0.1}}]"
+
+
+@pytest.fixture(scope="module")
+def alone(letters, judged, tmp_path_factory) -> list[dict]:
     """The run in one process."""
-    return fitted(tmp_path_factory.mktemp("alone"), letters, *RUN)
+    return fitted(tmp_path_factory.mktemp("alone"), letters, *RUN, judged)
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_a_run_learns_the_same_wherever_its_roles_are(name, alone, letters, tmp_path):
-    lines = fitted(tmp_path, letters, *PLACEMENTS[name], ON_CPUS, *RUN)
+def test_a_run_learns_the_same_wherever_its_four_roles_are(name, alone, letters, judged, tmp_path):
+    lines = fitted(tmp_path, letters, *PLACEMENTS[name], ON_CPUS, *RUN, judged)
     for ours, theirs in zip(lines, alone, strict=True):
         assert {key: ours[key] for key in LEARNED} == pytest.approx({key: theirs[key] for key in LEARNED}, rel=2e-4, abs=1e-5)
     assert lines[-1]["eval/reward"] == pytest.approx(alone[-1]["eval/reward"], abs=1e-6)
     spans = json.loads((tmp_path / "run" / "timeline.json").read_text().rstrip().removesuffix(",") + "]")
     calls = {(span["cat"], span["name"].partition(".")[2]) for span in spans}
-    assert {("policy", "generate"), ("policy", "update"), ("critic", "write"), ("critic", "update"), ("reference", "write")} <= calls
+    assert {
+        ("policy", "generate"),
+        ("policy", "update"),
+        ("critic", "write"),
+        ("critic", "update"),
+        ("reference", "write"),
+        ("reward", "score"),
+    } <= calls
     at_once = overlap_us(spans, "critic.write", "reference.write")
     assert (at_once > 0) == (name != "colocated")
     # Alone again, from the checkpoint that the ranks left.
-    again = toy_trainer("ppo", letters, tmp_path, *RUN, "steps=4")
+    again = toy_trainer("ppo", letters, tmp_path, *RUN, judged, "steps=4")
     assert len(again.fit()) == 1 and again.version == 4
 
 

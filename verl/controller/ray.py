@@ -43,6 +43,7 @@ class RayCluster:
     def __init__(self, *, is_own: bool, was_connected: bool) -> None:
         self.is_own = is_own
         self.pools: list[RayPool] = []
+        self.failure: WorkerError | None = None
         self._was_connected = was_connected
 
     @property
@@ -299,16 +300,27 @@ class RayPool(Pool):
         return [_status(answer) for answer in asked]
 
     def fail(self, rank: int, cause: str) -> WorkerError:
-        """Ends everything, and says whose fault it is."""
+        """Ends everything, and says whose fault it is; later calls of whatever pool hear of the same."""
+        if self._cluster.failure is not None:
+            return self._cluster.failure
         failed = self.ranks[rank]
-        lines = self._tail(failed)
-        for pool in list(self._cluster.pools):
-            pool.close()
-        log = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
-        return WorkerError(
+        log = "\n".join(f"    {line}" for line in self._tail(failed)) or "    (nothing)"
+        self._cluster.failure = WorkerError(
             f"rank {rank} of pool {self.name} on node {failed.address} (process {failed.pid}) {cause}\n"
             f"  the last lines of its log, {failed.log}:\n{log}"
         )
+        for pool in list(self._cluster.pools):
+            pool.close()
+        return self._cluster.failure
+
+    def check(self) -> None:
+        """Refuses work after a failure.
+
+        Raises:
+            WorkerError: the first one.
+        """
+        if self._cluster.failure is not None:
+            raise self._cluster.failure
 
     def close(self) -> None:
         """See `Pool.close`."""
@@ -388,6 +400,7 @@ class RayGroup(WorkerGroup):
 
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `WorkerGroup.call`."""
+        self._pool.check()
         transfer, name = transfer_of(method), method.__name__
         layout = self.layouts[transfer.mesh]
         # Each part is put into the object store once, for all ranks that take it together.

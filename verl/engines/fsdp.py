@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from verl.data.batch import Batch, Trajectory
 from verl.engines.loading import export_model, load_sharded, model_folder
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.lora import add_low_rank
-from verl.engines.models import Backbone, PolicyModel, value_model
+from verl.engines.models import Backbone, PolicyModel, RewardModel, value_model
 from verl.engines.parallel import Meshes, check_sizes, is_head_norm, make_meshes, parallelize
 from verl.engines.saving import begin_save, load_trained, trained_state
 from verl.settings import OptimizerConfig, ParallelConfig, RoleConfig
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 def sharded_engine(
     source: str,
-    kind: Literal["policy", "value"],
+    kind: Literal["policy", "value", "reward"],
     role: RoleConfig,
     parallel: ParallelConfig,
     *,
@@ -43,8 +43,8 @@ def sharded_engine(
     The model is built without memory, sharded, and filled slice by slice: no rank ever holds it whole.
 
     Args:
-        source: folder or hub name of a causal language model.
-        kind: whether it becomes a policy or a value model.
+        source: folder or hub name of a causal language model; of a reward model, if it becomes one.
+        kind: what it becomes.
         role: precision, packing, optimizer.
         parallel: sizes of the meshes.
         device: of this rank.
@@ -55,7 +55,7 @@ def sharded_engine(
     """
     folder = model_folder(source)
     meshes = make_meshes(parallel, device)
-    transformer = _empty_transformer(folder)
+    transformer = _empty_transformer(folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
     check_sizes(transformer, parallel, packing=role.packing)
     if total_updates is not None and role.lora.rank:
         add_low_rank(transformer, role.lora)
@@ -63,7 +63,7 @@ def sharded_engine(
         with _parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
     else:
-        model = PolicyModel(transformer, role.precision)
+        model = RewardModel(transformer, role.precision) if kind == "reward" else PolicyModel(transformer, role.precision)
     if total_updates is None:
         model.requires_grad_(False)
     _shard(model, role, parallel, meshes, device)
@@ -76,14 +76,14 @@ def sharded_engine(
     return FSDPEngine(model, role, meshes, device=device, total_updates=total_updates)
 
 
-def _empty_transformer(folder: Path) -> PreTrainedModel:
+def _empty_transformer(folder: Path, family: Any) -> PreTrainedModel:
     """The model of a folder whose parameters have no memory yet; its buffers are what the configuration makes them."""
     try:
         config = AutoConfig.from_pretrained(folder)
         with _parameters_on_meta():
-            transformer: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            transformer: PreTrainedModel = family.from_config(config, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a causal language model from {str(folder)!r}: {error}") from error
+        raise ValueError(f"cannot load a model from {str(folder)!r}: {error}") from error
     transformer.tie_weights()
     return transformer.eval()
 
@@ -130,7 +130,7 @@ def _shard(model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: 
 
 def _is_tied(transformer: PreTrainedModel) -> bool:
     head = transformer.get_output_embeddings()
-    return head is not None and head.weight is transformer.get_input_embeddings().weight
+    return isinstance(head, nn.Linear) and head.weight is transformer.get_input_embeddings().weight
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -223,6 +223,8 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
 
     def save(self, folder: Path) -> Callable[[], None]:
         """See `TrainEngine.save`."""
+        if dist.get_rank() == 0:
+            self.model.transformer.config.save_pretrained(folder)
         return begin_save(folder, trained_state(self.model, self._optimizer), self._progress(), group=self._saving)
 
     def load(self, folder: Path) -> None:

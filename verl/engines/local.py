@@ -219,6 +219,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     def save(self, folder: Path) -> Callable[[], None]:
         """See `TrainEngine.save`."""
+        self.model.transformer.config.save_pretrained(folder)
         return begin_save(folder, trained_state(self.model, self._optimizer), self._progress())
 
     def load(self, folder: Path) -> None:

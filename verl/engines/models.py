@@ -274,10 +274,15 @@ class RewardModel(Backbone):
 
     def token_scores(self, inputs: ModelInput) -> Tensor:
         """[M] fp32: of each row up to the token before each response token."""
-        states, _ = self.predictor_states(inputs)
+        states, own = self.predictor_states(inputs)
         # In fp32: the difference of two scores of 5 would have two digits in bf16.
         with torch.autocast(states.device.type, enabled=False):
-            return self.transformer.get_submodule("score")(states.float()).squeeze(-1)
+            scores = self.transformer.get_submodule("score")(states.float()).squeeze(-1)
+        return self.of_all_tokens(scores, own, inputs)
+
+    def nothing(self, inputs: ModelInput) -> Tensor:
+        """See `Backbone.nothing`."""
+        return 0 * self.token_scores(inputs).sum()
 
 
 @contextmanager

@@ -253,18 +253,30 @@ class RewardFunctions:
         )
 
 
-def build_rewards(config: RewardsConfig, reward_fn: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None) -> RewardFunctions:
+def build_rewards(
+    config: RewardsConfig,
+    reward_fn: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    *,
+    placed: Mapping[str, Callable[..., Any]] | None = None,
+) -> RewardFunctions:
     """The functions of the settings and those given as Python objects, which have weight 1.
+
+    Args:
+        config: names, options and limits.
+        reward_fn: further functions.
+        placed: functions in place of those of the same name, whose models run elsewhere.
 
     Raises:
         ValueError: there is none, a name is unknown, or a function fits no form (see `RewardFunction`).
     """
     given = [] if reward_fn is None else [reward_fn] if callable(reward_fn) else list(reward_fn)
     functions = []
+    placed = placed or {}
     for choice in config.functions:
         name = choice.name if choice.name in REWARDS else None
-        functions.append(RewardFunction(load_function(choice.name), name=name, weight=choice.weight, options=choice.options))
-        if choice.name in PREPARATIONS:
+        function = placed.get(choice.name) or load_function(choice.name)
+        functions.append(RewardFunction(function, name=name, weight=choice.weight, options=choice.options))
+        if choice.name in PREPARATIONS and choice.name not in placed:
             load_function(PREPARATIONS[choice.name])(**choice.options)
     functions += [RewardFunction(function) for function in given]
     return RewardFunctions(functions, timeout_s=config.timeout_s, max_failed_share=config.max_failed_share)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
 
+from verl.controller.dispatch import PLANNED, register
+from verl.controller.group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory
-from verl.data.packing import balance
+from verl.data.packing import Plan, balance
 from verl.engines.local import LocalForwardEngine
-from verl.engines.models import RewardModel, load_reward_model
+from verl.engines.models import Precision, RewardModel, load_reward_model
+from verl.engines.workers import RoleWorker, plan_rows
 from verl.settings import RoleConfig
 from verl.utils.device import pick_device
 from verl.utils.rollout import Prompt
@@ -29,7 +32,7 @@ def model(
     *,
     path: str | None = None,
     system_prompt: str | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> list[float]:
@@ -52,17 +55,14 @@ def model(
     Raises:
         ValueError: no path, or no trained reward model there, or a completion without a text.
     """
-    judge = _judge(path, system_prompt, precision, device)
-    if not prompts:
-        return []
-    return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
+    return _scores(_judge(path, system_prompt, precision, device), prompts, completions, micro_batch_tokens)
 
 
 def prepare(
     *,
     path: str | None = None,
     system_prompt: str | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> None:
@@ -99,29 +99,69 @@ def last_scores(scores: Tensor, lengths: Tensor) -> Tensor:
     return scores.gather(1, lengths.to(scores.device)[:, None] - 1).squeeze(1)
 
 
-@dataclass
-class _Judge:
-    """A reward model with its tokenizer; one call at a time."""
+class RewardWorker(RoleWorker):
+    """A reward model on one rank."""
 
-    engine: LocalForwardEngine
-    codec: TextCodec
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int) -> list[float]:
+    @register(PLANNED)
+    def score(self, batch: Batch, plan: Plan) -> Batch:
+        """`scores` [B] of rows of `rows_to_score`."""
         reward_model = self.engine.model
         assert isinstance(reward_model, RewardModel)
-        rows = rows_to_score(prompts, answers, codec=self.codec, pad_id=reward_model.pad_id)
-        plan = balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=micro_batch_tokens)
+        scores = self.engine.infer(batch, plan_rows(plan), reward_model.token_scores)
+        return Batch({"scores": last_scores(scores, batch.response_lengths)})
+
+
+@dataclass
+class Judge:
+    """The ranks of a reward model, and its tokenizer; one call at a time."""
+
+    group: WorkerGroup
+    codec: TextCodec
+    pad_id: int | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, group: WorkerGroup, path: str, system_prompt: str | None) -> Judge:
+        """The judge whose model and tokenizer are in a folder."""
+        config = group.call(RoleWorker.model_config).result()
+        return cls(group, TextCodec.load(path, system_prompt=system_prompt), config.get_text_config().pad_token_id)
+
+    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int) -> list[float]:
+        """What it says of each answer."""
+        rows = rows_to_score(prompts, answers, codec=self.codec, pad_id=self.pad_id)
+        plan = balance(rows.num_tokens, num_ranks=self.group.layouts["train"].num_parts, micro_batch_tokens=micro_batch_tokens)
         with self.lock:
-            scores = self.engine.infer(rows, plan.minibatches[0][0], reward_model.token_scores)
-        numbers: list[float] = last_scores(scores, rows.response_lengths).tolist()
+            numbers: list[float] = self.group.call(RewardWorker.score, rows, plan).result()["scores"].tolist()
         return numbers
+
+
+def on_group(judge: Judge) -> Callable[..., list[float]]:
+    """The reward function `model` for a model that runs on ranks of its own."""
+
+    def model(
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        path: str,
+        system_prompt: str | None = None,
+        precision: Precision = "fp32",
+        micro_batch_tokens: int = 16_384,
+    ) -> list[float]:
+        return _scores(judge, prompts, completions, micro_batch_tokens)
+
+    return model
+
+
+def _scores(judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], micro_batch_tokens: int) -> list[float]:
+    if not prompts:
+        return []
+    return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
 
 
 _LOADING = threading.Lock()
 
 
-def _judge(path: str | None, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"], device: str) -> _Judge:
+def _judge(path: str | None, system_prompt: str | None, precision: Precision, device: str) -> Judge:
     if not path:
         raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
     with _LOADING:  # Two calls at once must not load it twice.
@@ -129,12 +169,12 @@ def _judge(path: str | None, system_prompt: str | None, precision: Literal["fp32
 
 
 @cache
-def _loaded(path: str, system_prompt: str | None, precision: Literal["fp32", "bf16", "fp16"], device: str) -> _Judge:
+def _loaded(path: str, system_prompt: str | None, precision: Precision, device: str) -> Judge:
     transformer = load_reward_model(path, new_head=False).requires_grad_(False)
-    codec = TextCodec.load(path, system_prompt=system_prompt)
     reward_model = RewardModel(transformer, precision).to(pick_device(device))
     reward_model.check_forward()
-    return _Judge(LocalForwardEngine(reward_model, RoleConfig(precision=precision), device=reward_model.device), codec)
+    engine = LocalForwardEngine(reward_model, RoleConfig(precision=precision), device=reward_model.device)
+    return Judge.of(LocalPool().start("reward", RewardWorker, engine), path, system_prompt)
 
 
 def _text(completion: Any) -> str:

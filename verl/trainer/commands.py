@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from verl.engines.models import make_tiny_model
 from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
+from verl.trainer.export import export_checkpoint
 from verl.trainer.ppo import Trainer, sample_row
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.quickstart import run_quickstart
@@ -36,17 +38,18 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
     """`verl train`, `sft`, `preference`, `reward-model`; a dry run reads the data as well, shows the settings, and stops."""
     check_sinks(config.tracking.sinks)
     console = Console()
-    trainer = TRAINERS[type(config)](config, console=console)
-    if dry_run:
-        report = trainer.load_train_data()
-        console.out(to_yaml(config), end="", highlight=False)
-        console.out(
-            f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
-        )
-        return
-    if not trainer.fit():
-        console.out(f"{config.output_dir} is already at step {trainer.version}; raise steps, or take another output_dir", highlight=False)
-    console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+    with closing(TRAINERS[type(config)](config, console=console)) as trainer:
+        if dry_run:
+            report = trainer.load_train_data()
+            console.out(to_yaml(config), end="", highlight=False)
+            console.out(
+                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
+            )
+            return
+        if not trainer.fit():
+            told = f"{config.output_dir} is already at step {trainer.version}; raise steps, or take another output_dir"
+            console.out(told, highlight=False)
+        console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
 
 
 def evaluate(config: TrainerConfig) -> None:
@@ -54,8 +57,8 @@ def evaluate(config: TrainerConfig) -> None:
     console = Console()
     # The default algorithm has neither a critic nor a reference: answers need no second and third model.
     config = config.model_copy(update={"algorithm": AlgorithmConfig()})
-    trainer = Trainer(config, console=console)
-    groups = answer_all(trainer.collector, trainer.test_prompts, config)
+    with closing(Trainer(config, console=console)) as trainer:
+        groups = answer_all(trainer.collector, trainer.test_prompts, config)
     console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))
     print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})
 
@@ -64,6 +67,12 @@ def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
     """One metric per line."""
     for name, value in metrics.items():
         console.out(f"{name:24} {value:.4g}", highlight=False)
+
+
+def export(args: argparse.Namespace) -> None:
+    """`verl export`."""
+    export_checkpoint(Path(args.checkpoint), Path(args.folder))
+    Console().out(f"model: {args.folder}", highlight=False)
 
 
 def quickstart(args: argparse.Namespace) -> None:

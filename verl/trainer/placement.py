@@ -12,10 +12,10 @@ from verl.settings import ParallelConfig, PlacementConfig
 
 # Roles that share a pool, pool by pool, in the order of `placement.devices`.
 _POOLS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "local": (("policy", "reference", "critic", "teacher"),),
-    "colocated": (("policy", "reference", "critic", "teacher"),),
-    "split": (("policy", "reference"), ("critic", "teacher")),
-    "standalone": (("policy",), ("reference",), ("critic",), ("teacher",)),
+    "local": (("policy", "reference", "critic", "teacher", "reward"),),
+    "colocated": (("policy", "reference", "critic", "teacher", "reward"),),
+    "split": (("policy", "reference"), ("critic", "teacher", "reward")),
+    "standalone": (("policy",), ("reference",), ("critic",), ("teacher",), ("reward",)),
 }
 # The module that imports Ray, loaded where there is more than one device to place on.
 _RAY = "verl.controller.ray"

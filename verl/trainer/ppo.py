@@ -189,7 +189,7 @@ class Trainer(BaseTrainer):
             config = config.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
         if self._reward_fn is None and not config.functions and not self._needs_rewards:
             return None
-        return build_rewards(config, self._reward_fn)
+        return build_rewards(config, self._reward_fn, placed=self.team.placed_rewards)
 
     @property
     def _needs_rewards(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from verl.engines.fsdp import sharded_engine
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.workers import CriticWorker, Learner, ProcessRewardWorker, ReferenceWorker, TeacherWorker
+from verl.rewards.model import RewardWorker
 from verl.rollout.actor import ActorWorker
 from verl.settings import ParallelConfig, RoleConfig, TrainerConfig
 from verl.utils.device import pick_device
@@ -68,6 +69,26 @@ def teacher(config: TrainerConfig, source: Source, parallel: ParallelConfig | No
     engine = _read(config, _own(source), parallel)
     chunk, temperature = config.policy.logits_chunk_tokens, config.sampling.temperature
     return TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=teacher_top_k(config))
+
+
+def reward_model(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> RewardWorker:
+    """The reward model that the reward function `model` asks, on ranks of its own."""
+    assert parallel is not None, "in this process the reward function loads it itself"
+    options = reward_model_options(config)
+    role = RoleConfig(precision=options.get("precision", "fp32"))
+    return RewardWorker(sharded_engine(_path(source), "reward", role, parallel, device=pick_device(config.device), total_updates=None))
+
+
+def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
+    """Options of the reward function `model`; none if it is not chosen.
+
+    Raises:
+        ValueError: it is chosen twice, or without a path.
+    """
+    chosen = [choice.options for choice in config.rewards.functions if choice.name == "model"]
+    if len(chosen) > 1 or any(not options.get("path") for options in chosen):
+        raise ValueError("need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see rewards.functions")
+    return chosen[0] if chosen else {}
 
 
 def teacher_top_k(config: TrainerConfig) -> int:

@@ -16,6 +16,7 @@ from verl.data.batch import Batch
 from verl.data.packing import Plan
 from verl.engines.checkpoint import Save
 from verl.engines.workers import Learner, PolicyWorker, RoleWorker, Writer
+from verl.rewards.model import Judge, on_group
 from verl.settings import RoleConfig, TrainerConfig
 from verl.trainer import roles
 from verl.trainer.base import Metrics
@@ -38,6 +39,8 @@ class WriterOfColumn:
 
 class Team:
     """The policy, and the critic, the reference and the teacher if some chosen function reads their columns.
+
+    On pools of devices also the reward model, if there is one; in one process its reward function holds it.
 
     Args:
         config: of the run.
@@ -72,12 +75,14 @@ class Team:
             "critic": critic_source or config.critic.path or source,
             "policy": source,
             "teacher": config.teacher.path,
+            "reward": roles.reward_model_options(config).get("path") if self._places_rewards else None,
         }
         factories: dict[str, WorkerFactory] = {
             "reference": roles.reference,
             "critic": roles.critic,
             "policy": partial(roles.actor, codec),
             "teacher": roles.teacher,
+            "reward": roles.reward_model,
         }
         groups = {}
         try:
@@ -87,6 +92,7 @@ class Team:
             self.policy = groups["policy"]
             self.reference, self.critic, self.teacher = (groups.get(role) for role in ("reference", "critic", "teacher"))
             self._check_vocabularies()
+            self.placed_rewards = self._placed_rewards(groups.get("reward"))
         except BaseException:
             self.close()
             raise
@@ -145,8 +151,20 @@ class Team:
             "reference": "ref_logprobs" in reads and not is_own_reference,
             "critic": bool(_JUDGED & reads),
             "teacher": bool(_TEACHER & reads),
+            "reward": self._places_rewards and bool(roles.reward_model_options(config)),
         }
         return {role for role, needed in exists.items() if needed}
+
+    @property
+    def _places_rewards(self) -> bool:
+        return self._config.placement.name != "local"
+
+    def _placed_rewards(self, group: WorkerGroup | None) -> dict[str, Callable[..., Any]]:
+        """Reward functions whose models run on ranks of their own."""
+        if group is None:
+            return {}
+        options = roles.reward_model_options(self._config)
+        return {"model": on_group(Judge.of(group, options["path"], options.get("system_prompt")))}
 
     def _start(self, role: str, factory: WorkerFactory, source: roles.Source | None) -> WorkerGroup:
         parallel = self._placement.parallel(role)

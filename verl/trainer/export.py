@@ -1,0 +1,56 @@
+"""The policy of a checkpoint as a Hugging Face model, whatever ranks have written it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from verl.engines.checkpoint import load_state
+from verl.engines.loading import export_model
+from verl.engines.lora import add_low_rank
+from verl.engines.models import Backbone, PolicyModel, RewardModel, load_language_model
+from verl.engines.saving import read_saved
+from verl.settings import LoraConfig
+from verl.utils.tokens import TextCodec
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Writes weights, low-rank additions merged, configuration and tokenizer.
+
+    Args:
+        checkpoint: a folder `step-...` of a run.
+        folder: where to.
+
+    Raises:
+        ValueError: it is no checkpoint, or the model that its additions belong to, or the tokenizer, is not where it was.
+    """
+    settings = load_state(checkpoint)["config"]["policy"]
+    model = _empty_model(checkpoint / "policy", settings)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in read_saved(checkpoint / "policy").items():
+            if name.startswith("model."):
+                own[name.removeprefix("model.")].copy_(tensor)
+    codec = TextCodec.load(settings["path"]) if settings["path"] else None
+    export_model(model, folder)
+    if codec:
+        codec.tokenizer.save_pretrained(folder)
+
+
+def _empty_model(saved: Path, settings: dict[str, Any]) -> Backbone:
+    """The model that the tensors of a checkpoint go into."""
+    lora = LoraConfig(**{**settings["lora"], "targets": tuple(settings["lora"]["targets"])})
+    if lora.rank:
+        if settings["path"] is None:
+            raise ValueError(f"need the model that the low-rank additions in {saved} belong to, but the run was given it without a path")
+        model = PolicyModel(load_language_model(settings["path"]), "fp32")
+        add_low_rank(model.transformer, lora)
+        return model
+    config = AutoConfig.from_pretrained(saved)
+    if json.loads((saved / "progress.json").read_text())["kind"].endswith("RewardModel"):
+        return RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), "fp32")
+    return PolicyModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), "fp32")
