@@ -31,7 +31,7 @@ T = TypeVar("T")
 _CONTROL = "control"
 _LOOPBACK = "127.0.0.1"
 # A process that does not say what it does within this time is taken for stopped.
-_STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 120.0
+_STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 600.0
 
 
 # Clusters -------------------------------------------------------------------------------------------------------------------

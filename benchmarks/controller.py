@@ -1,0 +1,126 @@
+"""What the controller itself costs: seconds and bytes per row of a step over workers without weights, beside a plain Ray gather.
+
+A step: every rank makes its share of the rows (32 to 96 tokens with logprobs) and tells the rewards; the rows are planned by
+their lengths; another role writes a column over their tokens; advantages of groups of eight come from the rewards; an update
+reads everything. By references, tokens stay with the ranks that made them. The gather brings every row to the driver, which
+joins them and sends each rank its slice.
+
+    python benchmarks/controller.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from benchmarks.controller_worker import Weightless
+from verl.controller import ray as backend
+from verl.controller.group import Timeline, WorkerGroup
+from verl.data.packing import balance
+
+GROUP = 8
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """[B], rewards less the mean of their group of eight consecutive rows."""
+    whole = len(rewards) // GROUP * GROUP
+    grouped = rewards[:whole].view(-1, GROUP)
+    return torch.cat([(grouped - grouped.mean(1, keepdim=True)).flatten(), rewards[whole:]])
+
+
+def by_reference(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
+    counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
+    rewards, rows = group.call(Weightless.generate, counts).result()
+    plan = balance(rows.response_lengths, num_ranks=num_ranks, micro_batch_tokens=16_384)
+    rows.adopt(group.call(Weightless.write, rows.only(["rollout_logprobs"]), plan).result())
+    rows.write("advantages", group_advantages(rewards))
+    group.call(Weightless.update, rows.only(["response_ids", "ref_logprobs", "advantages"]), plan).result()
+
+
+def by_gather(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
+    counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
+    parts = group.call(Weightless.generate_all, counts).result()
+    rewards, ids, lengths, logprobs = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    ends = [int(part[-1]) for part in lengths.cumsum(0).tensor_split(num_ranks) if len(part)]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    shares = logprobs.split(sizes)
+    written = torch.cat(group.call(Weightless.write_all, shares).result())
+    advantages = group_advantages(rewards).tensor_split(num_ranks)
+    group.call(Weightless.update_all, ids.split(sizes), written.split(sizes), advantages).result()
+
+
+def measured(step: Callable[[], None]) -> tuple[float, float]:
+    """CPU and wall seconds of the controller's process."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    step()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def bytes_moved(step: Callable[[], None]) -> int:
+    """Serialized bytes that the controller puts into the object store and takes out of it."""
+    moved = 0
+    put, get = ray.put, ray.get
+
+    def counting_put(value: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal moved
+        moved += len(ray.cloudpickle.dumps(value))
+        return put(value, *args, **kwargs)
+
+    def counting_get(value: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal moved
+        got = get(value, *args, **kwargs)
+        moved += len(ray.cloudpickle.dumps(got))
+        return got
+
+    backend.ray.put, backend.ray.get = counting_put, counting_get
+    try:
+        step()
+    finally:
+        backend.ray.put, backend.ray.get = put, get
+    return moved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two ranks and few rows")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 64])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    ranks, sizes = ([2], [1_000, 10_000]) if args.quick else (args.ranks, args.rows)
+    print(f"{'ranks':>5} {'rows':>9} {'way':>10} {'CPU us/row':>11} {'wall us/row':>12} {'bytes/row':>10}")
+    for num_ranks in ranks:
+        cluster = backend.connect("local", num_devices=num_ranks)
+        try:
+            with tempfile.TemporaryDirectory() as logs:
+                options = {"hang_limit_s": 600.0, "log_folder": Path(logs), "timeline": Timeline()}
+                group = backend.RayPool(cluster, "fake", num_ranks, **options).start("fake", Weightless)
+                for num_rows in sizes:
+                    compare(group, num_rows, num_ranks, args.rounds)
+        finally:
+            cluster.close()
+
+
+def compare(group: WorkerGroup, num_rows: int, num_ranks: int, rounds: int) -> None:
+    """Both ways, alternating; medians."""
+    ways = {"reference": by_reference, "gather": by_gather}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    moved = {name: bytes_moved(lambda way=way: way(group, num_rows, num_ranks)) for name, way in ways.items()}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name].append(measured(lambda way=way: way(group, num_rows, num_ranks)))
+    for name in ways:
+        cpu, wall = (statistics.median(column) * 1e6 / num_rows for column in zip(*seconds[name], strict=True))
+        print(f"{num_ranks:>5} {num_rows:>9} {name:>10} {cpu:>11.2f} {wall:>12.2f} {moved[name] / num_rows:>10.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
