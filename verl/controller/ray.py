@@ -24,7 +24,7 @@ from verl.controller.dispatch import Layout, transfer_of
 from verl.controller.group import Future, Pool, Span, Timeline, WorkerError, WorkerFactory, WorkerGroup
 from verl.controller.host import Answer, Host, Status, tail
 from verl.controller.watch import Watch
-from verl.data.batch import Batch, Elsewhere, Ragged
+from verl.data.batch import Batch, Elsewhere, Ragged, positions_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -171,9 +171,9 @@ def _no_rows() -> Ragged:
 def _rows_of(columns: dict[str, tuple[Any, Any]], name: str, rows: list[int]) -> Tensor:
     """Values of the rows, end to end, copied out of the object store."""
     values, lengths = columns[name]
-    ends = lengths.cumsum()
-    parts = [torch.from_numpy(values[ends[row] - lengths[row] : ends[row]].copy()) for row in rows]
-    return torch.cat(parts) if parts else torch.from_numpy(values[:0].copy())
+    # The store's memory is not for writing; indexing copies.
+    positions = positions_of(torch.from_numpy(lengths.copy()), torch.tensor(rows, dtype=torch.int64))
+    return torch.from_numpy(values[positions.numpy()])
 
 
 def _kept(result: Any, owner: ActorHandle) -> Any:

@@ -75,9 +75,8 @@ class Ragged:
 
     def select(self, rows: Tensor) -> Ragged:
         """The given rows, in the given order."""
-        chunks = self.values.split(self.lengths.tolist())
-        picked = [chunks[i] for i in rows.tolist()]
-        return Ragged(torch.cat(picked) if picked else self.values[:0], self.lengths[rows])
+        lengths = self.lengths[rows]
+        return Ragged(self.values[positions_of(self.lengths, rows)], lengths)
 
     def padded(self, fill: float = 0) -> Tensor:
         """[B, max(lengths), ...], right-padded with `fill`."""
@@ -129,6 +128,13 @@ class RowOf(Sequence[Any]):
 
 
 Column = Tensor | Ragged | Elsewhere
+
+
+def positions_of(lengths: Tensor, rows: Tensor) -> Tensor:
+    """[sum(lengths[rows])] int64, where the values of the given rows stand among those of rows of such lengths, end to end."""
+    starts, picked = lengths.cumsum(0) - lengths, lengths[rows]
+    shift = starts[rows] - (picked.cumsum(0) - picked)
+    return torch.arange(int(picked.sum())) + shift.repeat_interleave(picked)
 
 
 def present_mask(lengths: Tensor) -> Tensor:
