@@ -131,14 +131,18 @@ def _pack(rows: list[int], lengths: list[int], max_tokens: int, max_rows: int) -
     """First-fit decreasing: each row, the longest first, into the first micro-batch with room for it."""
     micro_batches: list[list[int]] = []
     room: list[int] = []
+    first, last_length = 0, -1
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        fits = (i for i, free in enumerate(room) if lengths[row] <= free and len(micro_batches[i]) < max_rows)
-        i = next(fits, len(room))
-        if i == len(room):
+        length = lengths[row]
+        # A micro-batch that had no room for a row has none for the next of the same length.
+        first, last_length = first if length == last_length else 0, length
+        while first < len(room) and (length > room[first] or len(micro_batches[first]) >= max_rows):
+            first += 1
+        if first == len(room):
             micro_batches.append([])
             room.append(max_tokens)
-        micro_batches[i].append(row)
-        room[i] -= lengths[row]
+        micro_batches[first].append(row)
+        room[first] -= length
     return micro_batches
 
 
