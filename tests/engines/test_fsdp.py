@@ -37,6 +37,8 @@ TWO: dict[str, dict[str, Any]] = {
     "sequence 2, one key-value head": {"parallel": S2, "family": "llama_one_kv_head"},
     "sequence 2, windows": {"parallel": S2, "family": "gemma3"},
     "sequence 2, recomputed": {"parallel": S2, "recompute": True, "chunk": 2},
+    "bf16": {"parallel": D2, "precision": "bf16"},
+    "fp16": {"parallel": T2, "precision": "fp16"},
     "experts": {"parallel": D2, "family": "mixtral"},
 }
 FOUR: dict[str, dict[str, Any]] = {
@@ -80,7 +82,7 @@ def case_of(name: str, sources: dict[str, str]) -> dict[str, Any]:
     return {**case, "source": sources[case.get("family", "qwen2")]}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "precision" not in {**TWO, **FOUR}[name]])
 def test_five_steps_are_those_of_one_process(name, ran, sources, tmp_path):
     case = case_of(name, sources)
     engine = local_engine_on(case["source"], case)
@@ -101,6 +103,19 @@ def test_five_steps_are_those_of_one_process(name, ran, sources, tmp_path):
     assert rows.keys() == set(range(6))
     for row, values in rows.items():
         torch.testing.assert_close(values, written.ragged(written.names[0]).row(row), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_in_16_bits_steps_are_near_those_of_32_and_weights_stay_fp32(name, ran, sources):
+    case = case_of(name, sources)
+    engine = local_engine_on(case["source"], {**case, "precision": "fp32"})
+    expected = steps(worker_on(engine, case), ran[name][0]["data"], case, -1)
+    for rank in ran[name]:
+        for ours, theirs in zip(rank["history"], expected, strict=True):
+            assert ours["skipped_updates"] == 0
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+        assert rank["history"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.03)
+        assert {value.dtype for value in rank["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "low rank" in name])

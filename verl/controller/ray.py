@@ -30,6 +30,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _CONTROL = "control"
 _LOOPBACK = "127.0.0.1"
+# Shorter calls ask for a state, and would hide the others in a timeline.
+_SHORTEST_SPAN_S = 1e-3
 # A process that does not say what it does within this time is taken for stopped.
 _STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 600.0
 
@@ -38,10 +40,16 @@ _STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 600.0
 
 
 class RayCluster:
-    """A connection to a Ray cluster, and the pools on it."""
+    """A connection to a Ray cluster, and the pools on it.
 
-    def __init__(self, *, is_own: bool, was_connected: bool) -> None:
-        self.is_own = is_own
+    Args:
+        was_connected: this process had the connection before, and keeps it.
+
+    Attributes:
+        failure: the first one; whatever is asked after it is answered with it.
+    """
+
+    def __init__(self, *, was_connected: bool = False) -> None:
         self.pools: list[RayPool] = []
         self.failure: WorkerError | None = None
         self._was_connected = was_connected
@@ -73,12 +81,12 @@ def connect(address: str, *, num_devices: int) -> RayCluster:
         ValueError: there is no cluster at the address.
     """
     if ray.is_initialized():
-        return RayCluster(is_own=False, was_connected=True)
+        return RayCluster(was_connected=True)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address != "local":
         try:
             ray.init(address=address, **quiet)
-            return RayCluster(is_own=False, was_connected=False)
+            return RayCluster()
         except ConnectionError as error:
             if address != "auto":
                 raise ValueError(
@@ -86,8 +94,8 @@ def connect(address: str, *, num_devices: int) -> RayCluster:
                 ) from error
     _use_secret()
     cores = os.cpu_count() or 1
-    ray.init(address="local", num_cpus=max(cores, num_devices), include_dashboard=False, _node_ip_address=_LOOPBACK, **quiet)
-    return RayCluster(is_own=True, was_connected=False)
+    ray.init(address="local", num_cpus=max(cores, num_devices), include_dashboard=False, **quiet)
+    return RayCluster()
 
 
 def _use_secret() -> None:
@@ -448,7 +456,7 @@ class RayFuture(Future[T]):
             if not ready and watch.is_due(time.monotonic()) and (hang := watch.look(self._pool.statuses(), time.monotonic())):
                 raise self._pool.fail(hang.rank, f"hangs in {self._role}.{self._method}: {hang.story}")
         spans = [Span(self._pool.name, r, self._role, self._method, a.start_s, a.end_s) for r, a in sorted(answers.items())]
-        self._pool.timeline.spans.extend(spans)
+        self._pool.timeline.spans.extend(span for span in spans if span.end_s - span.start_s >= _SHORTEST_SPAN_S)
         return [answers[rank] for rank in range(len(self._sent))]
 
     def _answer(self, rank: int, reference: ray.ObjectRef) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ _TOKENS = "sampled_tokens"
 
 def _fullest(results: Sequence[dict[str, float]], arguments: object) -> dict[str, float]:
     return {name: max(result[name] for result in results) for name in results[0]}
+
+
+def _all(results: Sequence[bool], arguments: object) -> bool:
+    return all(results)
 
 
 class RoleWorker(Worker):
@@ -72,7 +77,7 @@ class Learner(Writer):
     """A role that is trained."""
 
     engine: TrainEngine
-    _saving: Callable[[], None] | None = None
+    _saving: Future[None] | None = None
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
@@ -82,13 +87,21 @@ class Learner(Writer):
     @register(SAME_ON_ALL)
     def begin_save(self, folder: Path) -> None:
         """Begins to write weights and optimizer; training may go on at once."""
-        self._saving = self.engine.save(folder)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
+        self._saving = thread.submit(self.engine.save(folder))
+        thread.shutdown(wait=False)
+
+    @register(Transfer("ranks", broadcast, _all))
+    def is_saved(self) -> bool:
+        """Whether it is written, or has failed, on every rank."""
+        assert self._saving is not None
+        return self._saving.done()
 
     @register(SAME_ON_ALL)
     def finish_save(self) -> None:
-        """Waits until they are on the disk."""
+        """Waits until it is on the disk, or raises what kept it from it."""
         assert self._saving is not None
-        self._saving()
+        self._saving.result()
         self._saving = None
 
     @register(SAME_ON_ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -193,6 +194,15 @@ class Team:
 
 
 def _save(group: WorkerGroup, folder: Path) -> Callable[[], None]:
-    """Begins to write the model of a group; returns what waits for it."""
+    """Begins to write the model of a group; returns what waits for it, between the calls of the steps that go on."""
     group.call(Learner.begin_save, folder).result()
-    return lambda: group.call(Learner.finish_save).result()
+
+    def wait() -> None:
+        pause_s = 0.01
+        # Asked now and then: to wait in the ranks would keep them from the next step.
+        while not group.call(Learner.is_saved).result():
+            time.sleep(pause_s)
+            pause_s = min(1.0, 2 * pause_s)
+        group.call(Learner.finish_save).result()
+
+    return wait
