@@ -449,7 +449,8 @@ class RayFuture(Future[T]):
         watch = Watch(self._pool.hang_limit_s)
         pending = {reference: rank for rank, reference in enumerate(self._sent)}
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_S)
+            # All at once, or those that are there after a moment: the ranks that wait for a failed one never are.
+            ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for reference in ready:
                 rank = pending.pop(reference)
                 answers[rank] = self._answer(rank, reference)
