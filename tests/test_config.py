@@ -219,6 +219,10 @@ def test_truncated_sampling_is_fine_when_the_logprobs_are_recomputed():
         ("grpo", ["tracking.project=mine"], "tracking.project"),
         ("dapo", ["reference=other"], "reference"),
         ("ppo", ["critic.logits_chunk_tokens=64"], "critic.logits_chunk_tokens"),
+        ("ppo", ["placement.devices=[4]"], "placement.devices"),
+        ("ppo", ["placement.policy.tensor=2"], "placement.policy.tensor"),
+        ("grpo", ["placement=split", "placement.critic.tensor=2"], "placement.critic.tensor"),
+        ("grpo", ["policy.lora.alpha=8"], "policy.lora.alpha"),
     ],
 )
 def test_a_setting_without_effect_is_an_error_that_names_it(recipe, overrides, key):
@@ -250,6 +254,11 @@ def test_the_rules_name_settings_that_exist():
 def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(write):
     path = write("recipe: grpo\nalgorithm: {kl: {coef: 0.1}}\n")
     assert load_config(path, ["algorithm.kl.where=off"]).algorithm.kl.where == "off"
+    spread = write("recipe: ppo\nplacement: {name: split, devices: [4, 2], policy: {tensor: 2}}\n")
+    assert load_config(spread).placement.devices == (4, 2)
+    assert (
+        load_config(spread, ["placement=local"]).placement.name == load_config(spread, ["placement.name=local"]).placement.name == "local"
+    )
     assert "algorithm.kl.coef (run.yaml:2) would be ignored" in problems(write("algorithm:\n  kl: {where: off, coef: 0.1}\n"))
 
 

@@ -40,7 +40,8 @@ def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
     peft.inject_adapter_in_model(options, transformer, adapter_name=_ADAPTER)
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(is_addition(name))
+        # A head that scores is new, and small.
+        parameter.requires_grad_(is_addition(name) or name == "score.weight")
 
 
 def is_addition(name: str) -> bool:

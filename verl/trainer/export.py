@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from verl.engines.checkpoint import load_state
 from verl.engines.loading import export_model
 from verl.engines.lora import add_low_rank
-from verl.engines.models import Backbone, PolicyModel, RewardModel, load_language_model
+from verl.engines.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model
 from verl.engines.saving import read_saved
 from verl.settings import LoraConfig
 from verl.utils.tokens import TextCodec
@@ -44,13 +44,13 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 def _empty_model(saved: Path, settings: dict[str, Any]) -> Backbone:
     """The model that the tensors of a checkpoint go into."""
     lora = LoraConfig(**{**settings["lora"], "targets": tuple(settings["lora"]["targets"])})
+    is_judge = json.loads((saved / "progress.json").read_text())["kind"].endswith("RewardModel")
+    if lora.rank and settings["path"] is None:
+        raise ValueError(f"need the model that the low-rank additions in {saved} belong to, but the run was given it without a path")
     if lora.rank:
-        if settings["path"] is None:
-            raise ValueError(f"need the model that the low-rank additions in {saved} belong to, but the run was given it without a path")
-        model = PolicyModel(load_language_model(settings["path"]), "fp32")
-        add_low_rank(model.transformer, lora)
-        return model
-    config = AutoConfig.from_pretrained(saved)
-    if json.loads((saved / "progress.json").read_text())["kind"].endswith("RewardModel"):
-        return RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), "fp32")
-    return PolicyModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), "fp32")
+        start = load_reward_model(settings["path"], new_head=True) if is_judge else load_language_model(settings["path"])
+        add_low_rank(start, lora)
+    else:
+        family = AutoModelForSequenceClassification if is_judge else AutoModelForCausalLM
+        start = family.from_config(AutoConfig.from_pretrained(saved), dtype=torch.float32)
+    return RewardModel(start, "fp32") if is_judge else PolicyModel(start, "fp32")
