@@ -118,17 +118,24 @@ def generate(source: str, parallel: dict[str, int], prompts: list[list[int]]) ->
     rank = engine.places["generate"].data_rank
     mine = prompts[: rank + 1]
     before = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
-    answers = actor.generate(mine, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(mine))], 1)
+    answers = answered(actor, mine)
     after = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
-    return [[(c.token_ids, c.logprobs) for c in group] for group in answers], before, after
+    return answers, before, after
+
+
+def answered(actor: ActorWorker, prompts: list[list[int]]) -> list[Any]:
+    """Ids and logprobs of two answers to each prompt."""
+    groups, tokens = actor.generate(prompts, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(prompts))], 1)
+    rows = zip(tokens.rows("response_ids"), tokens.rows("rollout_logprobs"), strict=True)
+    return [[next(rows) for _ in group] for group in groups]
 
 
 def generate_alone(source: str, prompts: list[list[int]]) -> list[Any]:
     engine = local_engine_on(source, {})
     actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
     before = steps(actor, 2, {}, -1, updates=1)
-    answers = actor.generate(prompts, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(prompts))], 1)
-    return [[(c.token_ids, c.logprobs) for c in group] for group in answers], before, steps(actor, 2, {}, -1, updates=1)
+    answers = answered(actor, prompts)
+    return answers, before, steps(actor, 2, {}, -1, updates=1)
 
 
 def not_finite(source: str) -> list[dict[str, float]]:

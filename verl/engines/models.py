@@ -126,11 +126,14 @@ class Backbone(nn.Module):
         layout = RowLayout([ids.shape[1]] * 2, True, self.device)
         try:
             with row_attention(self.transformer):
-                ours = self._outputs(self.hidden(packed, torch.cat([positions, positions], 1), layout)[0])
+                states = self.hidden(packed, torch.cat([positions, positions], 1), layout)[0]
+                ours = self._outputs(states)
         except (AttributeError, TypeError, ValueError) as error:  # its code does not expect to be called like this
             raise self._not_by_rows(f"{type(error).__name__}: {error}") from error
         difference = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
-        if not difference <= 1e-3 * max(1.0, float(own.abs().max())):
+        # Weights that are sharded for 16 bits compute in them here, too, and round as they do.
+        tolerance = 1e-3 if states.dtype == torch.float32 else 3e-2
+        if not difference <= tolerance * max(1.0, float(own.abs().max())):
             raise self._not_by_rows(f"its {self._compared} differ by {difference:.2g} from its own forward pass")
         # The few tokens above are shorter than most windows.
         if untold := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
