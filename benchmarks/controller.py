@@ -51,10 +51,11 @@ def by_gather(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     rewards, ids, lengths, logprobs = (torch.cat(columns) for columns in zip(*parts, strict=True))
     ends = [int(part[-1]) for part in lengths.cumsum(0).tensor_split(num_ranks) if len(part)]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    shares = logprobs.split(sizes)
-    written = torch.cat(group.call(Weightless.write_all, shares).result())
-    advantages = group_advantages(rewards).tensor_split(num_ranks)
-    group.call(Weightless.update_all, ids.split(sizes), written.split(sizes), advantages).result()
+    # Copies: a view would take the whole tensor along.
+    ids_of, logprobs_of = ([part.clone() for part in column.split(sizes)] for column in (ids, logprobs))
+    written = torch.cat(group.call(Weightless.write_all, logprobs_of).result())
+    advantages = [part.clone() for part in group_advantages(rewards).tensor_split(num_ranks)]
+    group.call(Weightless.update_all, ids_of, [part.clone() for part in written.split(sizes)], advantages).result()
 
 
 def measured(step: Callable[[], None]) -> tuple[float, float]:

@@ -150,7 +150,8 @@ def evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
 
 def _even_parts(argument: Any, num_parts: int) -> list[Any]:
     if isinstance(argument, Tensor):
-        return list(argument.tensor_split(num_parts))
+        # Not views: one that is sent to another process takes the whole tensor along.
+        return [part.clone() for part in argument.tensor_split(num_parts)]
     if isinstance(argument, Batch | list):
         length = argument.num_rows if isinstance(argument, Batch) else len(argument)
         ranges = [index.tolist() for index in torch.arange(length).tensor_split(num_parts)]
