@@ -258,7 +258,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     # Policy: 2 * 1 and 0.5 * -2; entropy: 0.5 * (1 + 3); KL: 0.1 * (2 + 0).
     assert loss.item() == pytest.approx(0.25 * (2 - 1 - 2 + 0.2))
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
-        {"entropy": 4.0, "kl": 2.0, "kl_sampler": 2 - 1 - math.log(2)}
+        {"entropy": 4.0, "kl": 2.0, "kl_sampler": 2 - 1 - math.log(2), "sampler_gap": math.log(2), "sampler_gap_max": math.log(2)}
     )
 
 

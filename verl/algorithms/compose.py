@@ -105,7 +105,7 @@ class Algorithm:
         return "minibatch_mask" in self.policy_loss.columns
 
     def policy_objective(self, columns: Columns, entropy: Tensor, kl_coef: float) -> tuple[Tensor, Monitors]:
-        """Loss of some rows and sums of monitors over their sampled tokens.
+        """Loss of some rows and sums of monitors over their sampled tokens; of one whose name ends in `_max`, the largest.
 
         Args:
             columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and `weights` (the
@@ -133,8 +133,12 @@ class Algorithm:
             weighted = weighted + kl_coef * kl * columns["weights"]
             monitors["kl"] = kl.detach()
         if "rollout_logprobs" in columns:
-            monitors["kl_sampler"] = k3(columns["rollout_logprobs"], logprobs.detach())
-        return _masked_sum(weighted, mask), _masked_sums(monitors, mask)
+            sampled = columns["rollout_logprobs"]
+            monitors |= {"kl_sampler": k3(sampled, logprobs.detach()), "sampler_gap": (sampled - logprobs.detach()).abs()}
+        sums = _masked_sums(monitors, mask)
+        if "sampler_gap" in monitors and mask.numel():
+            sums["sampler_gap_max"] = torch.where(mask, monitors["sampler_gap"], 0).max()
+        return _masked_sum(weighted, mask), sums
 
     def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
         """The policy loss of all rows of an update, for a loss whose statistics are over all of them.

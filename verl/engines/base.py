@@ -18,8 +18,18 @@ from verl.engines.models import Backbone
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]
-# The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of monitors over tokens.
+# The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of monitors over tokens,
+# or their largest, see `MAX_SUFFIX`.
 Objective = Callable[[Batch, ModelInput], tuple[Tensor, dict[str, Tensor]]]
+
+
+# Monitors whose names end so are not summed: the largest counts.
+MAX_SUFFIX = "_max"
+
+
+def combined(name: str, one: Any, other: Any) -> Any:
+    """A monitor of two parts of the rows together, numbers or scalars."""
+    return max(one, other) if name.endswith(MAX_SUFFIX) else one + other
 
 
 class NotFiniteError(RuntimeError):

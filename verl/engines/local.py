@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from verl.data.batch import Batch, ModelInput, present_mask
-from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine
+from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine, combined
 from verl.engines.loading import export_model
 from verl.engines.lora import add_low_rank, has_additions, reset_additions
 from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
@@ -206,7 +206,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             # Also of a loss that is no number: other ranks may wait for this backward pass.
             self._backward(self._scale.scaled(loss))
             for name, value in {"loss": loss.detach(), **monitors}.items():
-                totals[name] = totals[name] + value if name in totals else value
+                totals[name] = combined(name, totals[name], value) if name in totals else value
         metrics, bad = self._over_ranks({name: float(value) for name, value in totals.items()}, bad)
         if bad:
             return self._skipped("loss", bad)
@@ -270,7 +270,8 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         if len(ranks) == 1:
             return totals, bad
         names = {name: None for sums, _ in ranks for name in sums}
-        return {name: sum(sums.get(name, 0.0) for sums, _ in ranks) for name in names}, [row for _, rows in ranks for row in rows]
+        own = {name: [sums[name] for sums, _ in ranks if name in sums] for name in names}
+        return {name: reduce(partial(combined, name), values) for name, values in own.items()}, [row for _, rows in ranks for row in rows]
 
     def _step(self) -> float:
         """Clips, steps if the gradient is finite, and returns its norm before clipping."""

@@ -15,7 +15,7 @@ from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, Tran
 from verl.controller.group import Worker
 from verl.data.batch import Batch, ModelInput, Ragged, present_mask
 from verl.data.packing import Plan
-from verl.engines.base import ForwardEngine, Objective, TrainEngine
+from verl.engines.base import MAX_SUFFIX, ForwardEngine, Objective, TrainEngine
 from verl.engines.models import PolicyModel, ValueModel, at_targets, entropies
 from verl.utils.device import memory_bytes
 
@@ -23,6 +23,7 @@ from verl.utils.device import memory_bytes
 MODEL_COLUMNS = ("prompt_ids", "response_ids", "mask")
 _OF_MINIBATCH = ("weights", "row_weights", "correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
 MicroBatches = Sequence[Sequence[int]]
+_AT_FIRST = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")
 # Monitor that counts the sampled tokens of a minibatch on all ranks.
 _TOKENS = "sampled_tokens"
 
@@ -173,7 +174,7 @@ class PolicyWorker(Learner):
         before = self._write_gradients if algorithm.needs_whole_minibatch and not self._has_whole_minibatches(plan) else None
         updates = _run_updates(self.engine, batch, plan, objective, self._epochs, before)
         # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
-        return _mean(updates) | {name: updates[0][name] for name in ("kl", "kl_sampler") if name in updates[0]}
+        return _mean(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
 
     def _reduced(self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> tuple[Tensor, ...]:
         return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
@@ -419,7 +420,8 @@ def _run_updates(
             if "loss" in update:  # else it was not finite, and neither are the monitors of it
                 update = sums | update
             own = ("loss", "grad_norm", "lr", "skipped_updates")
-            results.append({name: value if name in own else value / count for name, value in update.items()})
+            is_mean = {name: name not in own and not name.endswith(MAX_SUFFIX) for name in update}
+            results.append({name: value / count if is_mean[name] else value for name, value in update.items()})
     return results
 
 
