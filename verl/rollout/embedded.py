@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from verl.engines.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.models import PolicyModel
-from verl.rollout.sampling import RowParams, answer_seed, draw, uniforms
+from verl.rollout.sampling import RowParams, answer_seed, draw, truncated, uniforms
 from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -25,20 +25,40 @@ class _Group:
     """Answers of one prompt that are started together, so that the prompt is computed once."""
 
     request: int
+    prompt: Sequence[int]
+    params: SamplingParams
+    num_likeliest: int
     first: int
     count: int
 
 
 @dataclass
-class _Row:
-    """One answer that is being generated."""
+class Row:
+    """One answer that is being generated.
+
+    Attributes:
+        request: number of what asked for it.
+        sample: its number among the answers to its prompt.
+        prompt: token ids.
+        params: how it is sampled.
+        stop_ids: ids that end it.
+        num_likeliest: how many of the most likely tokens are noted with each token.
+        tokens: sampled so far.
+        logprobs: of these.
+        likeliest: of the place of the last token, id and logprob of the most likely ones, the best first.
+        finish_reason: None while it goes on.
+    """
 
     request: int
     sample: int
+    prompt: Sequence[int]
     params: SamplingParams
-    tokens: list[int]
-    logprobs: list[float]
     stop_ids: frozenset[int]
+    num_likeliest: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    likeliest: list[tuple[int, float]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
 
 class EmbeddedEngine(RolloutEngine):
@@ -76,87 +96,150 @@ class EmbeddedEngine(RolloutEngine):
         self.model.eval()
         try:
             with self.model.ready():
-                return _Generation(self.model, self._codec, prompts, params, self._max_slots, self.version).run()
+                return self._answers(prompts, params)
         finally:
             self.model.train(was_training)
 
+    def _answers(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        slots = min(self._max_slots, sum(p.n for p in params))
+        generation = Generation(self.model, self._codec, slots=slots, first_slots=slots)
+        for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+            generation.add(i, prompt, wanted)
+        done: list[list[Completion | None]] = [[None] * p.n for p in params]
+        while not generation.is_idle:
+            for row in generation.step():
+                if row.finish_reason:
+                    done[row.request][row.sample] = Completion(row.tokens, row.logprobs, row.finish_reason, self.version)
+        return [[c for c in completions if c is not None] for completions in done]
 
-class _Generation:
-    """One call of `generate`: the queue of groups, the rows in the slots, and their state as tensors over the slots."""
 
-    def __init__(
-        self,
-        model: PolicyModel,
-        codec: TextCodec,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        max_slots: int,
-        version: int,
-    ) -> None:
-        self.model, self.codec, self.version = model, codec, version
-        self.prompts, self.params = prompts, params
-        self.slots = min(max_slots, sum(p.n for p in params))
-        self.queue = deque(
-            _Group(i, first, min(self.slots, p.n - first)) for i, p in enumerate(params) for first in range(0, p.n, self.slots)
-        )
-        self.cache = KVCache(self.slots)
-        self.rows: list[_Row] = []
-        self.done: list[list[Completion | None]] = [[None] * p.n for p in params]
+class _SlotCache(KVCache):
+    """A cache whose number of slots grows as well."""
+
+    def widen(self, num_slots: int) -> None:
+        """Makes room for more rows."""
+        self.num_slots = num_slots
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = (self._widened(keys), self._widened(values))
+
+    def _widened(self, old: Tensor) -> Tensor:
+        return torch.cat([old, old.new_zeros(self.num_slots - len(old), *old.shape[1:])])
+
+
+class Generation:
+    """Answers that are generated together, one token at a time: the queue of groups, the rows in the slots, their state over the slots.
+
+    Answers may be asked for and taken back between any two steps. Needs `model.ready()` around `step` and `recompute`.
+
+    Args:
+        model: the policy, in evaluation mode.
+        codec: its tokenizer.
+        slots: most answers at a time.
+        first_slots: as many slots the cache has at first; it doubles them as they are needed.
+    """
+
+    def __init__(self, model: PolicyModel, codec: TextCodec, *, slots: int, first_slots: int) -> None:
+        self.model, self.codec = model, codec
+        self.slots, self.first_slots = slots, min(slots, first_slots)
+        self.queue: deque[_Group] = deque()
+        self.cache = _SlotCache(self.first_slots)
+        self.rows: list[Row] = []
         self.tokens = torch.empty(0, dtype=torch.int64, device=model.device)  # last token of each row in use
         self.positions = self.tokens  # where it goes in its row
         self.seeds = self.tokens
         self.row_params = self._row_params()
 
-    def run(self) -> list[list[Completion]]:
-        """Generates everything."""
-        while self.queue or self.rows:
-            if self.queue and len(self.rows) + self.queue[0].count <= self.slots:
-                self._admit()
-            else:
-                self._decode()
-            self._retire()
-        return [[c for c in completions if c is not None] for completions in self.done]
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to be generated."""
+        return not self.queue and not self.rows
 
-    def _admit(self) -> None:
+    def add(self, request: int, prompt: Sequence[int], params: SamplingParams, *, num_likeliest: int = 0, first_answer: int = 0) -> None:
+        """Asks for `params.n` answers to a prompt, from a number on; with `params.max_tokens` more it fits the model's context."""
+        if self.is_idle:
+            self.cache = _SlotCache(self.first_slots)  # What a long answer took is free again.
+        for first in range(0, params.n, self.slots):
+            count = min(self.slots, params.n - first)
+            self.queue.append(_Group(request, prompt, params, num_likeliest, first_answer + first, count))
+
+    @torch.inference_mode()
+    def abort(self, request: int) -> None:
+        """Takes a request back: its answers end where they are."""
+        self.queue = deque(group for group in self.queue if group.request != request)
+        for row in self.rows:
+            if row.request == request:
+                row.finish_reason = "abort"
+        self._retire()
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One more token for some rows, and these rows: the first one of waiting answers where there is room, else one for each."""
+        fits = bool(self.queue) and len(self.rows) + self.queue[0].count <= self.slots
+        drawn = self._admit() if fits else self._decode()
+        self._retire()
+        return drawn
+
+    @torch.inference_mode()
+    def recompute(self) -> None:
+        """Fills the cache anew for the rows in use, as their weights have changed; what was sampled stays."""
+        device, start = self.tokens.device, 0
+        lines = [[*row.prompt, *row.tokens[:-1]] for row in self.rows]
+        while start < len(lines):
+            stop, budget = start, _PREFILL_TOKENS
+            while stop < len(lines) and (stop == start or len(lines[stop]) <= budget):
+                budget -= len(lines[stop])
+                stop += 1
+            self._prefill(lines[start:stop], torch.arange(start, stop, device=device))
+            start = stop
+
+    def _admit(self) -> list[Row]:
         """Computes the prompts of the next groups, copies their cache to all siblings, draws the first tokens."""
         groups: list[_Group] = []
         room, budget = self.slots - len(self.rows), _PREFILL_TOKENS
         while self.queue and self.queue[0].count <= room and (budget > 0 or not groups):
             groups.append(self.queue.popleft())
             room -= groups[-1].count
-            budget -= len(self.prompts[groups[-1].request])
-        prompts = [self.prompts[g.request] for g in groups]
-        lengths = [len(p) for p in prompts]
-        self.cache.reserve(max(lengths) + 1)
+            budget -= len(groups[-1].prompt)
+        if (needed := self.slots - room) > self.cache.num_slots:
+            self.cache.widen(min(self.slots, max(needed, 2 * self.cache.num_slots)))
+        lengths = [len(g.prompt) for g in groups]
         device = self.tokens.device
         counts = torch.tensor([g.count for g in groups], device=device)
         first_slots = len(self.rows) + counts.cumsum(0) - counts
-        layout = RowLayout(lengths, True, device, self.cache, first_slots)
-        ids = torch.tensor([[token for p in prompts for token in p]], device=device)
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        states = self._prefill([g.prompt for g in groups], first_slots)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = self.model.logits(self.model.hidden(ids, positions, layout)[0, ends]).repeat_interleave(counts, 0)
+        logits = self.model.logits(states[0, ends]).repeat_interleave(counts, 0)
         siblings = torch.arange(len(self.rows), len(self.rows) + len(logits), device=device)
         self.cache.copy(first_slots.repeat_interleave(counts), siblings, max(lengths))
-        new = [self._row(g.request, g.first + i) for g in groups for i in range(g.count)]
+        new = [self._row(g, g.first + i) for g in groups for i in range(g.count)]
         self.rows += new
         seeds = torch.tensor([answer_seed(r.params.seed, r.sample) for r in new], device=device)
         self.tokens = torch.cat([self.tokens, torch.zeros_like(siblings)])
         self.positions = torch.cat([self.positions, torch.tensor(lengths, device=device).repeat_interleave(counts) - 1])
         self.seeds = torch.cat([self.seeds, seeds])
         self.row_params = self._row_params()
-        self._draw(logits, siblings)
+        return self._draw(logits, siblings)
 
-    def _decode(self) -> None:
+    def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
+        """Fills the given slots, one per line of token ids; final hidden states [1, tokens of all lines, hidden]."""
+        device = self.tokens.device
+        lengths = [len(line) for line in lines]
+        self.cache.reserve(max(lengths) + 1)
+        layout = RowLayout(lengths, True, device, self.cache, slots)
+        ids = torch.tensor([[token for line in lines for token in line]], device=device)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        return self.model.hidden(ids, positions, layout)
+
+    def _decode(self) -> list[Row]:
         """One more token for every row in use."""
         longest = int(self.positions.max()) + 1
         self.cache.reserve(longest)
         layout = DecodeLayout(self.cache, self.positions, longest)
         states = self.model.hidden(self.tokens[:, None], self.positions[:, None], layout)
-        self._draw(self.model.logits(states[:, 0]), layout.rows)
+        return self._draw(self.model.logits(states[:, 0]), layout.rows)
 
-    def _draw(self, logits: Tensor, slots: Tensor) -> None:
-        """Draws the next token of the given last slots and notes it."""
+    def _draw(self, logits: Tensor, slots: Tensor) -> list[Row]:
+        """Draws the next token of the given last slots and notes it; returns their rows."""
         start = len(self.rows) - len(slots)
         params = self.row_params if start == 0 else self._row_params(start)
         tokens, logprobs = draw(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
@@ -170,16 +253,28 @@ class _Generation:
                 )
             row.tokens.append(token)
             row.logprobs.append(logprob)
+            row.finish_reason = self._end(row)
+        self._note_likeliest(self.rows[start:], logits, params)
+        return self.rows[start:]
+
+    def _note_likeliest(self, rows: Sequence[Row], logits: Tensor, params: RowParams) -> None:
+        """Notes the most likely tokens, by the distribution that was drawn from, for the rows that want them."""
+        if not (count := max(row.num_likeliest for row in rows)):
+            return
+        scaled = logits / params.temperature[:, None]
+        if not params.plain:
+            scaled = torch.where(params.greedy[:, None], scaled, truncated(scaled, params))
+        logprobs, tokens = torch.log_softmax(scaled, -1).topk(min(count, scaled.shape[1]))
+        for row, own_tokens, own_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            pairs = list(zip(own_tokens, own_logprobs, strict=True))[: row.num_likeliest]
+            row.likeliest = [(token, logprob) for token, logprob in pairs if math.isfinite(logprob)]
 
     def _retire(self) -> None:
         """Takes ended rows out and moves the last ones into their slots, so that the first slots stay in use."""
-        ended = [self._ended(row) for row in self.rows]
+        ended = [row.finish_reason is not None for row in self.rows]
         if not any(ended):
             return
-        for row, reason in zip(self.rows, ended, strict=True):
-            if reason:
-                self.done[row.request][row.sample] = Completion(row.tokens, row.logprobs, reason, self.version)
-        kept = [i for i, reason in enumerate(ended) if not reason]
+        kept = [i for i, is_over in enumerate(ended) if not is_over]
         holes = [i for i in range(len(kept)) if ended[i]]
         movers = [i for i in kept if i >= len(kept)]
         order = list(range(len(kept)))
@@ -192,20 +287,20 @@ class _Generation:
         self.tokens, self.positions, self.seeds = self.tokens[index], self.positions[index], self.seeds[index]
         self.row_params = self._row_params()
 
-    def _ended(self, row: _Row) -> FinishReason | None:
+    def _end(self, row: Row) -> FinishReason | None:
         """The reason why a row ends here, or None."""
         if row.tokens[-1] in row.stop_ids or (row.params.stop and self._spells_stop(row)):
             return "stop"
         return "length" if len(row.tokens) == row.params.max_tokens else None
 
-    def _spells_stop(self, row: _Row) -> bool:
+    def _spells_stop(self, row: Row) -> bool:
         # A token spells at least a byte, so this many tokens hold the longest stop text, and some special tokens between.
         tail = self.codec.decode(row.tokens[-(max(len(stop.encode()) for stop in row.params.stop) + 8) :])
         return any(stop in tail for stop in row.params.stop)
 
-    def _row(self, request: int, sample: int) -> _Row:
-        params = self.params[request]
-        return _Row(request, sample, params, [], [], frozenset((*self.codec.stop_ids, *params.stop_ids)))
+    def _row(self, group: _Group, sample: int) -> Row:
+        stop_ids = frozenset((*self.codec.stop_ids, *group.params.stop_ids))
+        return Row(group.request, sample, group.prompt, group.params, stop_ids, group.num_likeliest)
 
     def _row_params(self, start: int = 0) -> RowParams:
         vocabulary = self.model.transformer.config.get_text_config().vocab_size
