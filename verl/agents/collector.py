@@ -174,7 +174,7 @@ class DataCollector:
             answer.token_ids,
             [True] * length,
             answer.logprobs,
-            [answer.version] * length,
+            [answer.version] * length if answer.versions is None else list(answer.versions),
             group,
             truncated=answer.finish_reason == "length",
             text=self._codec.answer_text(answer.token_ids, params.stop) if answer.text is None else answer.text,

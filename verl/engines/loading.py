@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
@@ -151,7 +151,8 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYT
     pending: dict[str, Tensor] = {}
     parts: list[dict[str, Tensor]] = []
     files: dict[str, int] = {}
-    for name, tensor in _whole_tensors(model.transformer):
+    for name, tensor in whole_tensors(model.transformer):
+        tensor = tensor.cpu()
         if writes and pending and _bytes_of(pending) + tensor.nbytes > shard_bytes:
             _write_part(folder, len(parts), pending)
             parts.append({})
@@ -159,7 +160,7 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYT
         if writes:
             pending[name] = tensor
             files[name] = len(parts)
-    head = {name: _whole(parameter) for name, parameter in model.head.named_parameters()} if isinstance(model, ValueModel) else {}
+    head = {name: _whole(parameter).cpu() for name, parameter in model.head.named_parameters()} if isinstance(model, ValueModel) else {}
     if not writes:
         return
     _write_part(folder, len(parts), pending)
@@ -168,11 +169,16 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYT
         save_file(head, folder / VALUE_HEAD)
 
 
-def _whole_tensors(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of a model without its additions, on the CPU; a collective for each."""
+def whole_tensors(transformer: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors of a model, its additions merged into them; a collective for each.
+
+    Args:
+        transformer: sharded or not.
+        wanted: names of those to yield, the same on all ranks; none: all.
+    """
     additions = {name: module for name, module in transformer.named_modules() if name + ".lora_A.default.weight" in _names(transformer)}
     for name, parameter in transformer.named_parameters():
-        if is_addition(name):
+        if is_addition(name) or (wanted is not None and base_name(name) not in wanted):
             continue
         whole = _whole(parameter)
         owner = name.removesuffix(".base_layer.weight")
@@ -183,13 +189,42 @@ def _whole_tensors(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield base_name(name), whole
 
 
+def weight_shapes(transformer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what `whole_tensors` yields."""
+    return [(base_name(name), tuple(p.shape)) for name, p in transformer.named_parameters() if not is_addition(name)]
+
+
+@torch.no_grad()
+def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
+    """The low-rank additions as the two files of a PEFT folder, name -> content; a collective for each tensor."""
+    tuned = {name: module for name, module in transformer.named_modules() if name + ".lora_A.default.weight" in _names(transformer)}
+    tensors = {
+        f"base_model.model.{name}.lora_{part}.weight": _whole(module.get_parameter(f"lora_{part}.default.weight")).cpu()
+        for name, module in tuned.items()
+        for part in "AB"
+    }
+    first = next(iter(tuned.values()))
+    rank = first.get_parameter("lora_A.default.weight").shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": scaling_of(first) * rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name in tuned}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors, metadata={"format": "pt"})}
+
+
 def _names(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_parameters()}
 
 
 def _whole(parameter: Tensor) -> Tensor:
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach().cpu().contiguous()
+    return whole.detach().contiguous()
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> int:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from verl.algorithms.compose import Algorithm
-from verl.controller.dispatch import THREE_D_ALL_MICRO_DP, register
+from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
 from verl.controller.group import WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
+from verl.engines.loading import additions_as_files, weight_shapes, whole_tensors
+from verl.engines.lora import has_additions
 from verl.engines.workers import PolicyWorker
 from verl.rollout.embedded import EmbeddedEngine
+from verl.rollout.engine import OwnWeightsEngine, TensorInfo
+from verl.rollout.fingerprint import digest, fingerprint
+from verl.rollout.parts import dtype_of, map_file, num_bytes_of, unpacked
 from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -31,14 +38,26 @@ class ActorWorker(PolicyWorker):
         temperature: see `PolicyWorker`.
         epochs: see `PolicyWorker`.
         chunk: see `PolicyWorker`.
+        generator: an engine with weights of its own; none: the policy itself generates.
     """
 
     def __init__(
-        self, engine: TrainEngine, algorithm: Algorithm, codec: TextCodec, *, max_slots: int, temperature: float, epochs: int, chunk: int
+        self,
+        engine: TrainEngine,
+        algorithm: Algorithm,
+        codec: TextCodec,
+        *,
+        max_slots: int,
+        temperature: float,
+        epochs: int,
+        chunk: int,
+        generator: OwnWeightsEngine | None = None,
     ) -> None:
         super().__init__(engine, algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
         self._codec = codec
-        self._generator = EmbeddedEngine(self.model, codec, max_slots=max_slots)
+        self._embedded = EmbeddedEngine(self.model, codec, max_slots=max_slots)
+        self._apart = generator
+        self._has_weights = False
 
     @register(THREE_D_ALL_MICRO_DP)
     def generate(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> tuple[list[Answers], Batch]:
@@ -48,9 +67,7 @@ class ActorWorker(PolicyWorker):
             For each prompt why each of its answers ended and its text, and the tokens of all of them as a batch, answer by
             answer: `response_ids` and `rollout_logprobs`.
         """
-        self._generator.publish(version)
-        with self.engine.whole_weights():
-            groups = self._generator.generate(prompts, params) if prompts else []
+        groups = self._by_policy(prompts, params, version) if self._apart is None else self._by(self._apart, prompts, params, version)
         completions = [completion for group in groups for completion in group]
         tokens = Batch(
             {
@@ -64,6 +81,77 @@ class ActorWorker(PolicyWorker):
         ]
         return texts, tokens
 
+    def _by_policy(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> list[list[Completion]]:
+        self._embedded.publish(version)
+        with self.engine.whole_weights():
+            return self._embedded.generate(prompts, params) if prompts else []
+
+    def _by(
+        self, generator: OwnWeightsEngine, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
+    ) -> list[list[Completion]]:
+        """With an engine that takes the weights over when they have changed; tensor ranks leave the answers to their first."""
+        if not self._has_weights or generator.version != version:
+            digests: dict[str, int] = {}
+            got = generator.load(self._noted_weights(digests), version)
+            if got != fingerprint(digests):
+                raise RuntimeError(f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log")
+            self._has_weights = True
+        if not self.places["generate"].collects:
+            return [[] for _ in prompts]
+        return generator.generate(prompts, params) if prompts else []
+
+    def _noted_weights(self, digests: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in whole_tensors(self.model.transformer):
+            digests[name] = digest(tensor)
+            yield name, tensor
+
+    @register(SAME_ON_ALL)
+    def sleep(self) -> None:
+        """Gives back the device memory of an engine with weights of its own."""
+        if self._apart is not None and self._has_weights:
+            self._apart.sleep()
+            self._has_weights = False
+
+    @register(SAME_ON_ALL)
+    def trains_additions_alone(self) -> bool:
+        """Whether low-rank additions are trained, and nothing else."""
+        return has_additions(self.model.transformer)
+
+    @register(SAME_ON_ALL)
+    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor of the policy, as in a Hugging Face folder."""
+        return weight_shapes(self.model.transformer)
+
+    @register(SAME_ON_ALL)
+    def write_weights(self, infos: Sequence[TensorInfo], path: str) -> tuple[dict[str, int], Tensor | None]:
+        """Writes tensors of the policy end to end into a file that is mapped; all ranks gather, the first one writes.
+
+        Returns:
+            For each tensor its digest as it was before it was written; and the bytes, if there is no such file where the rank is.
+        """
+        wanted = {info.name: info for info in infos}
+        writes = self.places["ranks"].data_rank == 0
+        target = self._target(infos, path) if writes else None
+        digests = {}
+        slots = {info.name: place for info, place in unpacked(target, infos)} if target is not None else {}
+        for name, tensor in whole_tensors(self.model.transformer, wanted):
+            if target is None:
+                continue
+            served = tensor.to(dtype_of(wanted[name]))
+            digests[name] = digest(served)
+            slots[name].copy_(served)
+        return digests, None if target is None or Path(path).exists() else target
+
+    def _target(self, infos: Sequence[TensorInfo], path: str) -> Tensor:
+        num_bytes = num_bytes_of(infos)
+        exists = Path(path).exists()
+        return map_file(Path(path), num_bytes, for_writing=True) if exists else torch.empty(num_bytes, dtype=torch.uint8)
+
+    @register(SAME_ON_ALL)
+    def additions(self) -> dict[str, bytes]:
+        """The files of the low-rank additions in PEFT format, by name."""
+        return additions_as_files(self.model.transformer)
+
 
 class ActorEngine(RolloutEngine):
     """Lets the ranks of the policy answer, each its share of the prompts: no copy of the weights, no sync.
@@ -73,6 +161,10 @@ class ActorEngine(RolloutEngine):
 
     def __init__(self, actor: WorkerGroup) -> None:
         self._actor = actor
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._actor.call(ActorWorker.sleep).result()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.

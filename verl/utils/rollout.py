@@ -57,8 +57,9 @@ class Completion:
         logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation applied;
             with temperature 0, of the model's own distribution); None if the engine gave text only.
         finish_reason: stop, length (max_tokens reached) or abort.
-        version: of the policy weights that sampled it.
+        version: of the policy weights that sampled it; of its first token, if they changed on the way.
         text: the answer as text, where the engine gives it; else None.
+        versions: of each token, where they may differ; None: all of `version`.
     """
 
     token_ids: Sequence[int]
@@ -66,6 +67,7 @@ class Completion:
     finish_reason: FinishReason
     version: int = 0
     text: str | None = None
+    versions: Sequence[int] | None = None
 
 
 class RolloutEngine(ABC):
@@ -84,6 +86,18 @@ class RolloutEngine(ABC):
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """Answers every prompt; one list of `params[i].n` completions per prompt, in order."""
+
+    def sleep(self) -> None:
+        """Gives device memory back until the next `publish`, where the engine shares a device with training; here nothing."""
+        return
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call, for the metrics of a step; here nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Ends what the engine has started; here nothing."""
+        return
 
 
 class BaseRolloutWorker:

@@ -1,0 +1,60 @@
+"""Groups and memory that a policy shares with its engines, without any engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from verl.rollout.links import broadcast, memory_handle, open_group, seen_memory, shared_memory
+from verl.rollout.process import free_port
+
+
+def test_a_group_beside_the_default_one_carries_what_rank_0_has():
+    port, groups = free_port(), {}
+
+    def join(rank: int) -> None:
+        groups[rank] = open_group("127.0.0.1", port, rank=rank, num_ranks=3, backend="gloo", timeout_s=20)
+
+    in_threads(join, 3)
+    contents = [torch.full((5,), rank, dtype=torch.uint8) for rank in (7, 8, 9)]
+    in_threads(lambda rank: broadcast(groups[rank], contents[rank]), 3)
+    assert all(content.tolist() == [7] * 5 for content in contents)
+
+
+def in_threads(work, num: int) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_group_that_is_not_complete_in_time_is_an_error():
+    with pytest.raises(RuntimeError):
+        open_group("127.0.0.1", free_port(), rank=0, num_ranks=2, backend="gloo", timeout_s=0.5)
+
+
+def test_a_group_needs_a_known_backend():
+    with pytest.raises(ValueError, match="need gloo or nccl .* got 'mpi'"):
+        open_group("127.0.0.1", 1, rank=0, num_ranks=1, backend="mpi", timeout_s=1)
+
+
+def test_processes_of_this_machine_see_the_same_shared_memory():
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(shared_memory) == shared_memory()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_seen_by_another_process():
+    content = torch.arange(64, dtype=torch.uint8, device="cuda")
+    handle = json.loads(json.dumps(memory_handle(content[16:])))
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_seen, (handle, 48)) == list(range(16, 64))
+
+
+def _seen(handle: list[Any], num_bytes: int) -> list[int]:
+    return seen_memory(handle, num_bytes, torch.device("cuda", 0)).tolist()

@@ -1,0 +1,150 @@
+"""The policy's weights on their way to engines: written once per version into shared memory, kept there until the next version."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from verl.controller.group import WorkerGroup
+from verl.rollout.actor import ActorWorker
+from verl.rollout.engine import Part, TensorInfo
+from verl.rollout.fingerprint import digest, fingerprint
+from verl.rollout.parts import make_file, map_file, num_bytes_of, unpacked
+
+# Memory that every process of this machine can map; elsewhere a folder on disk does the same, more slowly.
+_SHARED = Path("/dev/shm")
+_PREFIX = "verl-weights-"
+# Several engines may ask for files at once.
+_WRITING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Update:
+    """A version of the policy, ready to be taken by engines.
+
+    Attributes:
+        version: of the policy.
+        parts: all weights; none: low-rank additions alone.
+        additions: folder of the additions in PEFT format, if only they are trained.
+        expected: the fingerprint that an engine has which took all of it.
+        num_bytes: of the tensors.
+        seconds: that it took to write.
+        disk: folder for engines that only read files.
+    """
+
+    version: int
+    parts: tuple[Part, ...]
+    additions: Path | None
+    expected: str
+    num_bytes: int
+    seconds: float
+    disk: Path
+
+    def as_files(self, model: Path) -> Part:
+        """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model; written when first asked for."""
+        with _WRITING:
+            folder = self.disk / f"version-{self.version}"
+            if not folder.exists():
+                shutil.rmtree(self.disk, ignore_errors=True)
+                partial = self.disk / "partial"
+                shutil.copytree(model, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+                save_file({info.name: tensor for part in self.parts for info, tensor in tensors_of(part)}, partial / "model.safetensors")
+                partial.rename(folder)
+        return Part(tuple(info for part in self.parts for info in part.tensors), "disk", {"folder": str(folder)})
+
+
+@dataclass
+class PolicyWeights:
+    """Writes versions of the policy for engines of this machine, and of others.
+
+    Args:
+        policy: its ranks.
+        dtype: that the engines serve in, as PyTorch names it.
+        disk: folder for engines that only read files.
+        part_bytes: most bytes of a part; a larger tensor is a part of its own.
+    """
+
+    policy: WorkerGroup
+    dtype: str
+    disk: Path
+    part_bytes: int = 2**30
+    _folder: Path | None = field(default=None, init=False)
+
+    def write(self, version: int) -> Update:
+        """The policy as it is now; what was written before is gone."""
+        start_s = time.perf_counter()
+        folder = self._fresh_folder()
+        if self.policy.call(ActorWorker.trains_additions_alone).result():
+            return self._additions(version, folder, start_s)
+        tensors = self.policy.call(ActorWorker.weight_shapes).result()
+        cast = [TensorInfo(name, shape, self.dtype) for name, shape in tensors]
+        parts: list[Part] = []
+        digests: dict[str, int] = {}
+        for number, infos in enumerate(_in_parts(cast, self.part_bytes)):
+            path = folder / f"part-{number}"
+            make_file(path, num_bytes_of(infos))
+            written, content = self.policy.call(ActorWorker.write_weights, infos, str(path)).result()
+            if content is not None:  # the ranks are on another machine
+                map_file(path, len(content), for_writing=True).copy_(content)
+            digests |= written
+            parts.append(Part(tuple(infos), "shm", {"path": str(path)}))
+        num_bytes = sum(num_bytes_of(part.tensors) for part in parts)
+        return Update(version, tuple(parts), None, fingerprint(digests), num_bytes, time.perf_counter() - start_s, self.disk)
+
+    def close(self) -> None:
+        """Gives the shared memory back."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _additions(self, version: int, folder: Path, start_s: float) -> Update:
+        target = folder / f"additions-{version}"
+        for name, content in self.policy.call(ActorWorker.additions).result().items():
+            target.mkdir(exist_ok=True)
+            (target / name).write_bytes(content)
+        weights = target / "adapter_model.safetensors"
+        with safe_open(weights, framework="pt") as file:
+            digests = {name: digest(file.get_tensor(name)) for name in list(file.keys())}
+        return Update(version, (), target, fingerprint(digests), weights.stat().st_size, time.perf_counter() - start_s, self.disk)
+
+    def _fresh_folder(self) -> Path:
+        """An empty folder that only this user can read; those of processes that are gone are removed."""
+        self.close()
+        base = _SHARED if os.access(_SHARED, os.W_OK) else Path(tempfile.gettempdir())
+        for left in base.glob(f"{_PREFIX}*"):
+            if left.owner() == Path.home().owner() and not _is_alive(left.name.removeprefix(_PREFIX).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+        return self._folder
+
+
+def tensors_of(part: Part) -> list[tuple[TensorInfo, Tensor]]:
+    """The tensors of a part in shared memory, in place."""
+    return unpacked(map_file(Path(part.where["path"]), num_bytes_of(part.tensors)), part.tensors)
+
+
+def _in_parts(infos: Sequence[TensorInfo], part_bytes: int) -> list[list[TensorInfo]]:
+    parts: list[list[TensorInfo]] = []
+    room = 0
+    for info in infos:
+        size = num_bytes_of([info])
+        if not parts or size > room:
+            parts.append([])
+            room = part_bytes
+        parts[-1].append(info)
+        room -= size
+    return parts
+
+
+def _is_alive(pid: str) -> bool:
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
