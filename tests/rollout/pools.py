@@ -1,0 +1,97 @@
+"""A tiny policy with its ranks, saved for servers to start from, and pools of real servers that follow it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import tiny_codec
+from verl.algorithms.compose import Algorithm
+from verl.controller.group import LocalGroup, LocalPool
+from verl.engines.local import LocalEngine
+from verl.engines.models import PolicyModel
+from verl.rollout.actor import ActorWorker
+from verl.rollout.embedded_server import EmbeddedServer
+from verl.rollout.engine import EngineSpec
+from verl.rollout.pool import EnginePool, MakeEngine
+from verl.rollout.weights import PolicyWeights
+from verl.settings import AlgorithmConfig, LoraConfig, OptimizerConfig, RoleConfig
+
+CPU = torch.device("cpu")
+
+
+def saved(policy: PolicyModel, folder: Path) -> str:
+    """The folder of a policy and the character tokenizer."""
+    policy.transformer.save_pretrained(folder)
+    tiny_codec().tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def group_of(policy: PolicyModel, *, lora_rank: int = 0) -> LocalGroup:
+    """The ranks of a policy: this process."""
+    config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2), lora=LoraConfig(rank=lora_rank))
+    engine = LocalEngine(policy, config, device=CPU, total_updates=100)
+    options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
+    return LocalPool().start("policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options))
+
+
+def specs(model: str, folder: Path, count: int, **options: Any) -> list[EngineSpec]:
+    """Servers to start."""
+    given = {"timeout_s": 20.0, **options}
+    return [EngineSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given) for i in range(count)]
+
+
+def pool_of(
+    group: LocalGroup | None,
+    model: str,
+    folder: Path,
+    count: int,
+    *,
+    make: MakeEngine = EmbeddedServer,
+    notes: list[str] | None = None,
+    policy: PolicyModel | None = None,
+    **options: Any,
+) -> EnginePool:
+    """A pool of servers that follow the policy of a group, or follow none."""
+    weights = PolicyWeights(group, "float32", folder / "weights", part_bytes=options.pop("part_bytes", 20_000)) if group else None
+    policy = policy or group.worker.model
+    return EnginePool(
+        specs(model, folder, count, **options),
+        make,
+        tiny_codec(),
+        weights,
+        vocabulary=policy.transformer.config.vocab_size,
+        context=256,
+        max_running=8,
+        wait_s=60.0,
+        note=(notes if notes is not None else []).append,
+    )
+
+
+@torch.no_grad()
+def changed(policy: PolicyModel, seed: int) -> None:
+    """Moves every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.transformer.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def own_logprobs(policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0) -> list[float]:
+    """Of the answer's tokens by the model's own forward."""
+    with torch.no_grad():
+        logprobs = policy.transformer(torch.tensor([[*prompt, *answer]])).logits[0].div(temperature).log_softmax(-1)
+    return [float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
+
+
+def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
+    """Whether it comes to hold in time."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
