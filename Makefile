@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # On small models one thread is faster than several that wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart install test lint docs clean
+.PHONY: help quickstart install engines test lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -19,6 +19,10 @@ quickstart: $(STAMP)  ## train a tiny model on this machine and show that it lea
 
 install: $(STAMP)  ## make .venv with the pinned dependencies and verl itself
 	@echo "verl is installed in $(VENV)"
+
+engines:  ## make .venv-engines with real vLLM and SGLang for a machine without a GPU, for their tests
+	@echo "installing vLLM and SGLang into .venv-engines, about 5 minutes the first time"
+	@PYTHON=$(PYTHON) sh tests/cpu/install_engines.sh .venv-engines
 
 test: $(STAMP)  ## run the unit tests
 	@$(BIN)/python -m pytest tests -q -n 2
@@ -32,7 +36,7 @@ docs: $(STAMP)  ## build the documentation into site/
 	@echo "documentation: site/index.html"
 
 clean:  ## delete .venv and everything that was built or cached
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-engines site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

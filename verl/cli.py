@@ -1,4 +1,4 @@
-"""The command line: train, sft, preference, reward-model, eval, export, config, quickstart, make-model and make-data."""
+"""The command line: train, sft, preference, reward-model, eval, export, serve, engines, config, quickstart, make-model and make-data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from verl.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTCon
 
 # Loaded only by the commands that need them: `verl config` and `--help` answer at once.
 _COMMANDS_WITH_MODELS = "verl.trainer.commands"
+_SERVER = "verl.rollout.serve"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _with_models("export"), "write the policy of a checkpoint as a Hugging Face model")
     export.add_argument("checkpoint", help="a folder step-... of a run")
     export.add_argument("folder", help="where to")
+
+    serve = _command(commands, "serve", _serve, "answer requests in OpenAI's format with a model")
+    serve.add_argument("model", help="folder or hub name")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; another one needs a key (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="(8000)")
+    serve.add_argument("--name", default=None, help="of the model in requests (as it is given)")
+    serve.add_argument("--max-slots", type=int, default=256, help="answers generated at a time (256)")
+    serve.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
+    serve.add_argument("--api-key-env", default="VERL_API_KEY", help="environment variable with the key that is asked for (VERL_API_KEY)")
+
+    engines = _command(commands, "engines", _with_models("engines"), "list, add or remove the engines of a run that works")
+    engines.add_argument("action", choices=("list", "add", "remove"))
+    engines.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run")
+    engines.add_argument("name", nargs="?", help="of the engine; for add one of your choice")
+    engines.add_argument("--address", default=None, help="of a server that runs already, to add; without, the run starts one")
 
     config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
     config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")
@@ -128,6 +144,10 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     importlib.import_module(_COMMANDS_WITH_MODELS).evaluate(load_config(args.recipe, args.overrides))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    importlib.import_module(_SERVER).serve_from(args)
 
 
 def _config(args: argparse.Namespace) -> None:

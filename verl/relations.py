@@ -174,6 +174,18 @@ IGNORED: tuple[Ignored, ...] = (
         lambda c: c.sampling.temperature == 0,
         "sampling.temperature 0 always takes the most likely token",
     ),
+    *_each(
+        ("rollout.servers", "rollout.addresses", "rollout.engine_options", "rollout.python", "rollout.weights_via", "rollout.timeout_s"),
+        "rollout.engine",
+        lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "embedded",
+        "rollout.engine is embedded, which has neither servers nor options; set it to vllm, sglang, served or http",
+    ),
+    *_each(
+        ("rollout.python", "rollout.weights_via", "rollout.timeout_s"),
+        "rollout.servers",
+        lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
+        "there are no servers; set rollout.servers or rollout.addresses",
+    ),
     (
         "evaluation.at_start",
         "evaluation.every_steps",
@@ -292,5 +304,13 @@ WRONG: tuple[tuple[Claim, str], ...] = (
     (
         lambda c: c.samples_per_prompt == 1 and not _is_off(c.algorithm.length_penalty),
         "need siblings to compare lengths with, got samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}; set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
+    ),
+    (
+        lambda c: c.rollout.engine in ("sglang", "served", "http") and not c.rollout.servers and not c.rollout.addresses,
+        "need servers for rollout.engine {c.rollout.engine}, got rollout.servers 0 and no rollout.addresses; set one of them",
+    ),
+    (
+        lambda c: c.rollout.engine == "http" and c.rollout.servers > 0,
+        "need servers that run already for rollout.engine http, got rollout.servers {c.rollout.servers}; name them in rollout.addresses",
     ),
 )

@@ -46,6 +46,17 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Options(BaseModel):
+    """Options of somebody else's program, passed on as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Name -> value."""
+        return dict(self.model_extra or {})
+
+
 class WeightedChoice(Choice):
     """A reward function with its weight in the sum."""
 
@@ -211,10 +222,31 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The engine that answers prompts."""
+    """The engines that answer prompts."""
 
-    engine: str = setting("embedded", "Engine by name: embedded.")
-    max_slots: int = setting(256, "Answers generated at the same time by the embedded engine.", unit="answers", ge=1)
+    engine: str = setting(
+        "embedded",
+        "embedded: the policy itself; vllm, sglang; served: servers of the embedded engine (verl serve); http: any OpenAI-compatible server, "
+        'whose weights are its own; or "package.module:Class".',
+        source="HybridFlow, 2409.19256, 6",
+    )
+    servers: int = setting(
+        0, "Servers that the run starts on this machine; 0 without addresses: the engine is in the policy's processes.", ge=0
+    )
+    addresses: tuple[str, ...] = setting((), "Servers that run already, http://HOST:PORT.")
+    engine_options: Options = setting(Options(), "What the engine itself offers, passed on as it is, such as tensor_parallel_size.")
+    python: str | None = setting(
+        None, "Interpreter of the environment that has the engine, for servers that the run starts; none: this one."
+    )
+    weights_via: Literal["auto", "shm", "group", "disk"] = setting(
+        "auto", "How weights travel to servers: shared memory, a process group, files; auto: the fastest that reaches each."
+    )
+    max_slots: int = setting(256, "Answers generated at the same time by the embedded engine, or by each server.", unit="answers", ge=1)
+    timeout_s: float = setting(60.0, "Silence of a server after which it counts as hung.", unit="s", gt=0)
+    mismatch_warn: float = setting(
+        0.01, "KL of sampler and trainer per token above which a step warns.", unit="nats", source="prime-rl", gt=0
+    )
+    mismatch_stop: float | None = setting(None, "The same, above which the run stops; none: it never does.", unit="nats", gt=0)
 
 
 class DataConfig(Section):
@@ -384,6 +416,8 @@ def type_text(annotation: Any) -> str:
         return "one of " + ", ".join(parts)
     if get_origin(annotation) is tuple:
         return ("a list" if parts[1] is Ellipsis else f"a list of {len(parts)}") + f", each {type_text(parts[0])}"
+    if is_a(annotation, Options):
+        return "{name: value}"
     if is_a(annotation, Choice):
         return "a name or {" + ", ".join([*annotation.model_fields, "options"]) + "}"
     if is_a(annotation, Section):

@@ -2,30 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import random_prompts, shared_policy, tiny_codec
+from tests.rollout.pools import group_of, pool_of, saved
+from tests.rollout.servers import KEY, running
+from tests.tiny import random_prompts, tiny_codec, tiny_policy
 from verl.engines.models import PolicyModel
 from verl.rollout.embedded import EmbeddedEngine
 from verl.utils.rollout import Completion, RolloutEngine, SamplingParams
-from verl.utils.tokens import TextCodec
 
-# Name -> an engine that samples from the policy as it is, with at most 4 answers at a time.
-ENGINES: dict[str, Callable[[PolicyModel, TextCodec], RolloutEngine]] = {
-    "embedded": lambda policy, codec: EmbeddedEngine(policy, codec, max_slots=4),
-}
-FAMILY = "llama"
 PROMPTS = random_prompts([3, 11, 1, 6])
 ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
+# Without a GPU SGLang draws by no seed; docs/sglang.md says when it does.
+UNSEEDED = ("sglang",)
+# They apply several truncations one after the other, ours to the whole distribution each; the order of each is tested with its engine.
+OTHER_ORDER = ("vllm", "vllm server", "sglang")
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> RolloutEngine:
-    return ENGINES[request.param](shared_policy(FAMILY), tiny_codec())
+@cache
+def policy() -> PolicyModel:
+    """With heads that the kernels of every engine have."""
+    return tiny_policy("llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+
+
+def served(module: str, folder: Path, **options: Any) -> RolloutEngine:
+    """A pool of one server that follows the policy."""
+    path, _, name = module.partition(":")
+    make = vars(import_module(path))[name]
+    return pool_of(group_of(policy()), saved(policy(), folder / "model"), folder, 1, make=make, options=options, timeout_s=60.0)
+
+
+def vllm_in_process(folder: Path) -> RolloutEngine:
+    made = import_module("verl.rollout.vllm_local").VLLMEngine(
+        saved(policy(), folder), tiny_codec(), options={"max_model_len": 256}, dtype="float32", max_slots=4
+    )
+    made.load(policy().transformer.named_parameters(), 0)
+    return made
+
+
+def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
+    """An engine that samples from the policy as it is."""
+    if name == "embedded":
+        return EmbeddedEngine(policy(), tiny_codec(), max_slots=4)
+    if name == "vllm":
+        return vllm_in_process(folder)
+    if name == "http":
+        model = saved(policy(), folder / "model")
+        address = stack.enter_context(running({"model": model, "name": "tiny"}))
+        options = {"model": "tiny", "api_key_env": "TEST_KEY"}
+        make = import_module("verl.rollout.http").HTTPEngine
+        return pool_of(None, model, folder, 1, make=make, options=options, address=address, policy=policy())
+    modules = {"served": "verl.rollout.embedded_server:EmbeddedServer", "vllm server": "verl.rollout.vllm:VLLMServer"}
+    options = {"vllm server": {"max_model_len": 256}}.get(name, {})
+    return served(modules.get(name, "verl.rollout.sglang:SGLangServer"), folder, **options)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "embedded",
+        pytest.param("served", marks=pytest.mark.servers),
+        pytest.param("http", marks=pytest.mark.servers),
+        pytest.param("vllm", marks=pytest.mark.vllm),
+        pytest.param("vllm server", marks=pytest.mark.vllm),
+        pytest.param("sglang", marks=pytest.mark.sglang),
+    ],
+)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutEngine]:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("TEST_KEY", KEY)
+        # Plugins of other packages beside vLLM are none of ours.
+        patch.setenv("VLLM_PLUGINS", "")
+        yield stack.enter_context(closing(made_engine(name, tmp_path_factory.mktemp("contract"), stack)))
+
+
+@pytest.fixture
+def seeded(name: str) -> None:
+    if name in UNSEEDED:
+        pytest.skip("without a GPU SGLang draws by no seed")
 
 
 def answer(engine: RolloutEngine, prompt: list[int], **options) -> list[Completion]:
@@ -35,7 +103,7 @@ def answer(engine: RolloutEngine, prompt: list[int], **options) -> list[Completi
 def next_logits(ids: list[int]) -> Tensor:
     """[V] by the model's own forward."""
     with torch.no_grad():
-        return shared_policy(FAMILY).transformer(torch.tensor([ids])).logits[0, -1]
+        return policy().transformer(torch.tensor([ids])).logits[0, -1]
 
 
 def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
@@ -49,7 +117,7 @@ def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
     return kept
 
 
-def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine):
+def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine, seeded):
     params = [SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)]
     together = engine.generate(PROMPTS, params)
     reverse = engine.generate(PROMPTS[::-1], params[::-1])[::-1]
@@ -59,7 +127,7 @@ def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine):
     assert ids == [[c.token_ids for c in group] for group in reverse] == [[c.token_ids for c in group] for group in alone]
 
 
-def test_a_group_begins_with_the_answers_of_a_smaller_one(engine):
+def test_a_group_begins_with_the_answers_of_a_smaller_one(engine, seeded):
     few, many = (answer(engine, PROMPTS[0], max_tokens=10, n=n, seed=3) for n in (2, 6))
     assert [c.token_ids for c in few] == [c.token_ids for c in many[:2]]
 
@@ -75,7 +143,7 @@ def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(eng
         for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
             logits = next_logits(ids)
             assert token == int(logits.argmax())
-            assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-5)
+            assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
             ids.append(token)
 
 
@@ -102,7 +170,7 @@ def test_an_answer_without_an_end_has_max_tokens(engine):
             assert len(c.token_ids) <= limit and (ends or len(c.token_ids) == limit)
 
 
-def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine):
+def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine, seeded):
     codec = tiny_codec()
     free = answer(engine, PROMPTS[0], max_tokens=30, n=3, seed=2)
     text = codec.decode(free[1].token_ids)
@@ -126,7 +194,9 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine):
     ],
     ids=["top_k", "top_p", "min_p", "all", "none"],
 )
-def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, params):
+def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, name, params):
+    if name in OTHER_ORDER and params.top_k and params.top_p < 1:
+        pytest.skip("this engine applies several truncations in an order of its own")
     (completion,) = engine.generate([PROMPTS[1]], [params])
     ids = list(PROMPTS[1])
     for token, logprob in zip(completion[0].token_ids[:30], completion[0].logprobs, strict=False):
@@ -138,7 +208,7 @@ def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, par
 
 
 def test_answers_carry_the_version_that_was_published(engine):
-    assert answer(engine, PROMPTS[0], max_tokens=2)[0].version == 0
+    assert answer(engine, PROMPTS[0], max_tokens=2)[0].version == engine.version < 3
     engine.publish(3)
     assert engine.version == 3
     assert [c.version for c in answer(engine, PROMPTS[0], max_tokens=2, n=2)] == [3, 3]

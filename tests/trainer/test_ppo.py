@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -320,8 +321,16 @@ def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tm
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
 
 
-def test_an_engine_that_is_not_here_is_refused_at_the_start(letters, tmp_path):
-    with pytest.raises(ValueError, match="need a rollout engine that is here, got 'vllm'"):
+def test_an_engine_that_is_not_known_is_refused_at_the_start(letters, tmp_path):
+    with pytest.raises(ValueError, match="need rollout.engine as one of embedded, vllm, sglang, served, http, or .* got 'vlm'"):
+        toy_trainer("grpo", letters, tmp_path, "rollout.engine=vlm")
+    with pytest.raises(ValueError, match="cannot load rollout.engine no.module:Engine"):
+        toy_trainer("grpo", letters, tmp_path, "rollout={engine: 'no.module:Engine', servers: 1}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is in this environment")
+def test_an_engine_that_is_not_installed_is_refused_at_the_start(letters, tmp_path):
+    with pytest.raises(ValueError, match="need vllm in this environment, or rollout.servers and rollout.python of another"):
         toy_trainer("grpo", letters, tmp_path, use_vllm=True)
 
 

@@ -42,6 +42,7 @@ class BaseTrainer(ABC):
         codec: the tokenizer of the policy.
         device: of this process.
         timeline: what ran where and when.
+        notes: what people should hear of, until the next step tells them.
         version: of the policy, the steps that it has learned.
     """
 
@@ -55,6 +56,7 @@ class BaseTrainer(ABC):
         self.version = 0
         self.clock = Clock(partial(synchronize, self.device))
         self.timeline = Timeline()
+        self.notes: list[str] = []
         self.loader: PromptLoader | None = None
         self._console = console
 
@@ -208,7 +210,11 @@ class BaseTrainer(ABC):
 
     def _tracked_step(self, tracker: Tracker) -> Metrics:
         config, start = self.config, time.perf_counter()
-        metrics = self.step()
+        try:
+            metrics = self.step()
+        finally:
+            while self.notes:
+                tracker.event(self.notes.pop(0))
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_s": metrics.get("tokens", 0.0) / seconds}
         metrics |= self.clock.take() | self.step_limit(seconds)

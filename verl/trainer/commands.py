@@ -7,12 +7,15 @@ import difflib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from rich.console import Console
+from rich.table import Table
 
 from verl.config import to_yaml
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.models import make_tiny_model
+from verl.rollout.control import ask
 from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
@@ -73,6 +76,26 @@ def export(args: argparse.Namespace) -> None:
     """`verl export`."""
     export_checkpoint(Path(args.checkpoint), Path(args.folder))
     Console().out(f"model: {args.folder}", highlight=False)
+
+
+def engines(args: argparse.Namespace) -> None:
+    """`verl engines list|add|remove`."""
+    console, folder = Console(), Path(args.run_folder)
+    if args.action == "remove" and not args.name:
+        raise ValueError("need the name of the engine to remove; `verl engines list` shows them")
+    if args.action == "add":
+        console.out(f"added {ask(folder, 'POST', '/engines', {'name': args.name, 'address': args.address})['name']}", highlight=False)
+    elif args.action == "remove":
+        console.out(f"leaving: {ask(folder, 'DELETE', f'/engines/{quote(args.name)}')['name']}", highlight=False)
+    else:
+        found = ask(folder, "GET", "/engines")
+        table = Table(
+            "engine", "state", "since", "version", "running", "served", "last failure", title=f"policy version {found['version']}"
+        )
+        for row in found["engines"]:
+            cells = (row["name"], row["state"], f"{row['for_s']:g} s", row["version"], row["running"], row["served"])
+            table.add_row(*map(str, cells), row["cause"].partition("\n")[0])
+        console.print(table)
 
 
 def quickstart(args: argparse.Namespace) -> None:

@@ -27,12 +27,11 @@ from verl.engines.checkpoint import Save
 from verl.engines.workers import MODEL_COLUMNS, Learner, RoleWorker, critic_reads, policy_reads, with_advantages, write_weights
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.shaping import bound_length_penalty
-from verl.rollout.actor import ActorEngine
-from verl.rollout.text import TextWorkerEngine
 from verl.settings import KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.evaluation import evaluate
 from verl.trainer.one_model import policy_source
+from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout
 from verl.trainer.team import Team, WriterOfColumn
 from verl.utils.device import MachineSpeed, measure_speed
 from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
@@ -84,6 +83,8 @@ class Trainer(BaseTrainer):
         codec: TextCodec | None = None,
         console: Console | None = None,
     ) -> None:
+        if use_vllm:
+            config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         is_local = config.placement.name == "local"
@@ -96,10 +97,13 @@ class Trainer(BaseTrainer):
         self.codec = codec or TextCodec.load(path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt)
         self.team = Team(config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline)
         try:
-            self.rollout = self._build_rollout("vllm" if use_vllm else config.rollout.engine, rollout)
+            self.rollout = given_rollout(rollout, self.algorithm, self.codec) if rollout else self._chosen_rollout(path)
         except BaseException:
-            self.close()
+            self.team.close()
             raise
+
+    def _chosen_rollout(self, path: str) -> RolloutEngine:
+        return build_rollout(self.config, self.team.policy, path, self.codec, model_config=self.model_config, note=self.notes.append)
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
@@ -113,6 +117,8 @@ class Trainer(BaseTrainer):
     def update_policy(self, data: Collected) -> Metrics:
         """Learns from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
         rows, self.last = data.rows, data.trajectories
+        check_logprobs(rows, self.algorithm)
+        self.rollout.sleep()
         for columns in self._together(self.writers, rows):
             rows.adopt(columns)
         metrics = data.metrics | write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
@@ -123,7 +129,8 @@ class Trainer(BaseTrainer):
         if self.algorithm.kl:
             metrics["kl_coef"] = self.kl_coef
         self.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
-        return metrics
+        self.notes += check_mismatch(metrics, self.config.rollout)
+        return metrics | self.rollout.take_metrics()
 
     @property
     def writers(self) -> list[Call]:
@@ -294,23 +301,8 @@ class Trainer(BaseTrainer):
 
     def close(self) -> None:
         """See `BaseTrainer.close`."""
+        self.rollout.close()
         self.team.close()
-
-    def _build_rollout(self, name: str, given: RolloutEngine | BaseRolloutWorker | None) -> RolloutEngine:
-        if isinstance(given, BaseRolloutWorker):
-            if "rollout_logprobs" in self.algorithm.reads:
-                remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
-                raise ValueError(f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}")
-            if "greedy_rewards" in self.algorithm.reads:
-                raise ValueError(
-                    "a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo"
-                )
-            return TextWorkerEngine(given, self.codec)
-        if given is not None:
-            return given
-        if name != "embedded":
-            raise ValueError(f"need a rollout engine that is here, got {name!r}; this version has: embedded (and `rollout=` for your own)")
-        return ActorEngine(self.team.policy)
 
     def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
         """Which rank of a role takes which rows, in micro-batches that fit it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,16 @@ from verl.engines.models import Backbone, PolicyModel, load_language_model, valu
 from verl.engines.workers import CriticWorker, Learner, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor import ActorWorker
+from verl.rollout.engine import OwnWeightsEngine
 from verl.settings import ParallelConfig, RoleConfig, TrainerConfig
-from verl.utils.device import pick_device
+from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
 
 # A folder or hub name; or, in this process, a loaded model.
 Source = str | PreTrainedModel
 Kind = Literal["policy", "value"]
+# Engines in the processes of the policy that have weights of their own.
+IN_PROCESS = {"vllm": "verl.rollout.vllm_local:VLLMEngine"}
 _TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 
 
@@ -44,7 +48,24 @@ def actor(codec: TextCodec, config: TrainerConfig, source: Source, parallel: Par
         temperature=config.sampling.temperature,
         epochs=config.algorithm.epochs,
         chunk=config.policy.logits_chunk_tokens,
+        generator=_generator(config, source, codec),
     )
+
+
+def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWeightsEngine | None:
+    """An engine with weights of its own in the processes of the policy, if one is chosen."""
+    rollout = config.rollout
+    if rollout.engine not in IN_PROCESS or rollout.servers or rollout.addresses:
+        return None
+    module, _, name = IN_PROCESS[rollout.engine].partition(":")
+    folder = source if isinstance(source, str) else source.config.name_or_path
+    dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
+    try:
+        made = vars(importlib.import_module(module))[name]
+    except ImportError as error:
+        raise ValueError(f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}") from error
+    engine: OwnWeightsEngine = made(folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots)
+    return engine
 
 
 def critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:

@@ -1,0 +1,165 @@
+"""Which engine answers the prompts of a run: the policy itself, a user's worker, or a pool of servers that follow it."""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from verl.algorithms.compose import Algorithm
+from verl.controller.group import WorkerGroup
+from verl.data.batch import Batch
+from verl.engines.loading import model_folder
+from verl.rollout.actor import ActorEngine
+from verl.rollout.control import Control
+from verl.rollout.engine import EngineSpec, ServedEngine, Via
+from verl.rollout.pool import EnginePool
+from verl.rollout.text import TextWorkerEngine
+from verl.rollout.weights import PolicyWeights
+from verl.settings import RolloutConfig, TrainerConfig
+from verl.trainer.roles import IN_PROCESS
+from verl.utils.device import PRECISIONS
+from verl.utils.rollout import BaseRolloutWorker, RolloutEngine
+from verl.utils.tokens import TextCodec
+
+# Engines in other processes, loaded where one is chosen.
+SERVED = {
+    "vllm": "verl.rollout.vllm:VLLMServer",
+    "sglang": "verl.rollout.sglang:SGLangServer",
+    "served": "verl.rollout.embedded_server:EmbeddedServer",
+    "http": "verl.rollout.http:HTTPEngine",
+}
+
+
+def given_rollout(given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm, codec: TextCodec) -> RolloutEngine:
+    """A user's own engine, or worker that answers in text.
+
+    Raises:
+        ValueError: the algorithm reads what such a worker does not give.
+    """
+    if isinstance(given, RolloutEngine):
+        return given
+    if "rollout_logprobs" in algorithm.reads:
+        remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
+        raise ValueError(f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}")
+    if "greedy_rewards" in algorithm.reads:
+        raise ValueError("a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo")
+    return TextWorkerEngine(given, codec)
+
+
+def build_rollout(
+    config: TrainerConfig,
+    policy: WorkerGroup,
+    source: str,
+    codec: TextCodec,
+    *,
+    model_config: PretrainedConfig,
+    note: Callable[[str], None],
+) -> RolloutEngine:
+    """The engine that the settings choose.
+
+    Args:
+        config: of the run.
+        policy: its ranks.
+        source: folder of the policy as it was at the start.
+        codec: its tokenizer.
+        model_config: of the policy.
+        note: is told what happens to engines, for people.
+
+    Raises:
+        ValueError: no such engine, or options that it does not have.
+        EngineError: no server starts.
+    """
+    rollout = config.rollout
+    if not rollout.servers and not rollout.addresses:
+        if rollout.engine not in ("embedded", *IN_PROCESS):
+            known = ", ".join(dict.fromkeys(("embedded", *IN_PROCESS, *SERVED)))
+            raise ValueError(f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}")
+        return ActorEngine(policy)
+    make, source = engine_class(rollout.engine), str(model_folder(source))
+    dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
+    text = model_config.get_text_config()
+    pool = EnginePool(
+        engine_specs(config, source, dtype),
+        make,
+        codec,
+        PolicyWeights(policy, dtype, Path(config.output_dir) / "weights") if make.follows else None,
+        vocabulary=text.vocab_size,
+        context=text.max_position_embeddings,
+        max_running=rollout.max_slots,
+        note=note,
+    )
+    return Control(pool, Path(config.output_dir), new_spec=lambda name, address: _spec(config, source, dtype, name, address))
+
+
+def engine_class(name: str) -> type[ServedEngine]:
+    """The class of an engine by its name in `SERVED`, or as "package.module:Class".
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, colon, attribute = SERVED.get(name, name).partition(":")
+    try:
+        found = vars(importlib.import_module(module))[attribute] if colon else None
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"cannot load rollout.engine {name}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, ServedEngine)):
+        raise ValueError(f"need rollout.engine as one of {', '.join(SERVED)}, or package.module:Class of a ServedEngine, got {name!r}")
+    return found
+
+
+def engine_specs(config: TrainerConfig, source: str, dtype: str) -> list[EngineSpec]:
+    """The engines that a run begins with."""
+    rollout = config.rollout
+    joined = [_spec(config, source, dtype, f"{rollout.engine}-at-{i}", address) for i, address in enumerate(rollout.addresses)]
+    return joined + [_spec(config, source, dtype, f"{rollout.engine}-{i}", None) for i in range(rollout.servers)]
+
+
+def check_logprobs(rows: Batch, algorithm: Algorithm) -> None:
+    """Refuses answers without logprobs where a chosen function reads the sampler's.
+
+    Raises:
+        ValueError: see above.
+    """
+    if "rollout_logprobs" in algorithm.reads and "rollout_logprobs" not in rows:
+        raise ValueError(
+            "need logprobs of the sampler for every answer, but some came as text alone; set algorithm.correction=recompute and a policy "
+            "loss that does not read rollout_logprobs"
+        )
+
+
+def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[str]:
+    """What to say of the difference between sampler and trainer in a step.
+
+    Raises:
+        RuntimeError: it is above `rollout.mismatch_stop`.
+    """
+    kl = metrics.get("kl_sampler", 0.0)
+    told = (
+        f"sampler and trainer differ: KL {kl:.3g} nats per token, logprobs by {metrics.get('sampler_gap', kl):.3g} on average and at most "
+        f"{metrics.get('sampler_gap_max', kl):.3g}; compare their weights, precision and sampling parameters, or take a correction such as "
+        "token_tis"
+    )
+    if config.mismatch_stop is not None and not kl <= config.mismatch_stop:
+        raise RuntimeError(f"{told}; the limit rollout.mismatch_stop is {config.mismatch_stop}")
+    return [told] if kl > config.mismatch_warn else []
+
+
+def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> EngineSpec:
+    rollout = config.rollout
+    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk"}
+    return EngineSpec(
+        name,
+        source,
+        rollout.engine_options.values,
+        address,
+        rollout.python,
+        secrets.token_hex(32),
+        Path(config.output_dir) / "logs" / f"{name}.log",
+        dtype,
+        via.get(rollout.weights_via),
+        rollout.timeout_s,
+    )
