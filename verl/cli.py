@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-slots", type=int, default=256, help="answers generated at a time (256)")
     serve.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
     serve.add_argument("--api-key-env", default="VERL_API_KEY", help="environment variable with the key that is asked for (VERL_API_KEY)")
+    serve.add_argument("--secret-env", default="VERL_SERVER_SECRET", help="the same for what opens it to a trainer (VERL_SERVER_SECRET)")
 
     engines = _command(commands, "engines", _with_models("engines"), "list, add or remove the engines of a run that works")
     engines.add_argument("action", choices=("list", "add", "remove"))

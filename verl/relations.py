@@ -175,7 +175,15 @@ IGNORED: tuple[Ignored, ...] = (
         "sampling.temperature 0 always takes the most likely token",
     ),
     *_each(
-        ("rollout.servers", "rollout.addresses", "rollout.engine_options", "rollout.python", "rollout.weights_via", "rollout.timeout_s"),
+        (
+            "rollout.servers",
+            "rollout.addresses",
+            "rollout.engine_options",
+            "rollout.python",
+            "rollout.weights_via",
+            "rollout.timeout_s",
+            "rollout.secret_env",
+        ),
         "rollout.engine",
         lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "embedded",
         "rollout.engine is embedded, which has neither servers nor options; set it to vllm, sglang, served or http",
@@ -185,6 +193,24 @@ IGNORED: tuple[Ignored, ...] = (
         "rollout.servers",
         lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
         "there are no servers; set rollout.servers or rollout.addresses",
+    ),
+    (
+        "rollout.python",
+        "rollout.servers",
+        lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and bool(c.rollout.addresses),
+        "the run starts no server; set rollout.servers",
+    ),
+    (
+        "rollout.secret_env",
+        "rollout.addresses",
+        lambda c: isinstance(c, TrainerConfig) and not c.rollout.addresses,
+        "the run joins no server; set rollout.addresses",
+    ),
+    *_each(
+        ("rollout.weights_via", "rollout.secret_env"),
+        "rollout.engine",
+        lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "http",
+        "servers of rollout.engine http have weights of their own, and a key in engine_options.api_key_env",
     ),
     (
         "evaluation.at_start",

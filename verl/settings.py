@@ -238,6 +238,7 @@ class RolloutConfig(Section):
     python: str | None = setting(
         None, "Interpreter of the environment that has the engine, for servers that the run starts; none: this one."
     )
+    secret_env: str = setting("VERL_SERVER_SECRET", "Environment variable with the secret of the servers in rollout.addresses.")
     weights_via: Literal["auto", "shm", "group", "disk"] = setting(
         "auto", "How weights travel to servers: shared memory, a process group, files; auto: the fastest that reaches each."
     )

@@ -1,15 +1,13 @@
-"""Groups and memory that a policy shares with its engines, without any engine."""
+"""Groups that a policy shares with its engines, without any engine."""
 
 from __future__ import annotations
 
-import json
 import threading
-from typing import Any
 
 import pytest
 import torch
 
-from verl.rollout.links import broadcast, memory_handle, open_group, seen_memory, shared_memory
+from verl.rollout.links import broadcast, open_group, shared_memory
 from verl.rollout.process import free_port
 
 
@@ -46,15 +44,3 @@ def test_a_group_needs_a_known_backend():
 def test_processes_of_this_machine_see_the_same_shared_memory():
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(shared_memory) == shared_memory()
-
-
-@pytest.mark.gpu
-def test_memory_of_a_gpu_is_seen_by_another_process():
-    content = torch.arange(64, dtype=torch.uint8, device="cuda")
-    handle = json.loads(json.dumps(memory_handle(content[16:])))
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_seen, (handle, 48)) == list(range(16, 64))
-
-
-def _seen(handle: list[Any], num_bytes: int) -> list[int]:
-    return seen_memory(handle, num_bytes, torch.device("cuda", 0)).tolist()

@@ -73,7 +73,7 @@ def in_background(pool, *args):
 
 
 def started(pool, least: int = 4) -> bool:
-    return waited(lambda: sum(member.running for member in pool.members) >= least and all(m.running for m in pool.members))
+    return waited(lambda: sum(member.life.running for member in pool.members) >= least and all(m.life.running for m in pool.members))
 
 
 def check_all_answered(policy, groups, params, version: int) -> None:
@@ -114,7 +114,7 @@ def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
 
 def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weights(pool, policy):
     thread, out = in_background(pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)])
-    assert waited(lambda: sum(member.running for member in pool.members) == 2)
+    assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
     old = pool.version
     changed(policy, seed=2)
     pool.publish(old + 1)

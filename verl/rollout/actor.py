@@ -92,6 +92,7 @@ class ActorWorker(PolicyWorker):
         """With an engine that takes the weights over when they have changed; tensor ranks leave the answers to their first."""
         if not self._has_weights or generator.version != version:
             digests: dict[str, int] = {}
+            self._has_weights = False
             got = generator.load(self._noted_weights(digests), version)
             if got != fingerprint(digests):
                 raise RuntimeError(f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log")
@@ -104,6 +105,12 @@ class ActorWorker(PolicyWorker):
         for name, tensor in whole_tensors(self.model.transformer):
             digests[name] = digest(tensor)
             yield name, tensor
+
+    @register(SAME_ON_ALL)
+    def end(self) -> None:
+        """Ends an engine with weights of its own."""
+        if self._apart is not None:
+            self._apart.close()
 
     @register(SAME_ON_ALL)
     def sleep(self) -> None:
@@ -165,6 +172,10 @@ class ActorEngine(RolloutEngine):
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
         self._actor.call(ActorWorker.sleep).result()
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self._actor.call(ActorWorker.end).result()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from aiohttp import web
@@ -22,6 +23,7 @@ from verl.utils.rollout import Completion, RolloutEngine, SamplingParams
 
 # In the folder of a run: where its endpoint is, and what it asks for; readable by the user of the run alone.
 FILE = "control.json"
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NewSpec = Callable[[str, str | None], EngineSpec]
 
 
@@ -39,18 +41,19 @@ class Control(RolloutEngine):
         self._file = folder / FILE
         self._new_spec = new_spec
         self._secret = secrets.token_hex(32)
-        folder.mkdir(parents=True, exist_ok=True)
         self._runner, port = pool.run(self._serve())
-        with os.fdopen(os.open(self._file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({"address": f"http://127.0.0.1:{port}", "secret": self._secret}, file)
+        self._told = {"address": f"http://127.0.0.1:{port}", "secret": self._secret}
+        self._is_known = False
 
     def publish(self, version: int) -> None:
         """See `RolloutEngine.publish`."""
         super().publish(version)
         self.pool.publish(version)
+        self._tell()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `EnginePool.generate`."""
+        self._tell()
         return self.pool.generate(prompts, params)
 
     def take_metrics(self) -> dict[str, float]:
@@ -61,9 +64,22 @@ class Control(RolloutEngine):
         """See `RolloutEngine.close`."""
         if self.pool.loop.is_closed():
             return
+        try:
+            if self._is_known:
+                self._file.unlink(missing_ok=True)
+            self.pool.run(self._runner.cleanup())
+        finally:
+            self.pool.close()
+
+    def _tell(self) -> None:
+        """Says where the endpoint is, once the run has its folder for itself; an older file has another owner's mode."""
+        if self._is_known:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.unlink(missing_ok=True)
-        self.pool.run(self._runner.cleanup())
-        self.pool.close()
+        with os.fdopen(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            json.dump(self._told, file)
+        self._is_known = True
 
     async def _serve(self) -> tuple[web.AppRunner, int]:
         app = web.Application(middlewares=[self._guard])
@@ -95,7 +111,7 @@ class Control(RolloutEngine):
                 "state": member.state,
                 "for_s": round(now - member.since_s, 1),
                 "version": member.version,
-                "running": member.running,
+                "running": member.life.running,
                 "served": member.served,
                 "cause": member.cause,
             }
@@ -106,6 +122,8 @@ class Control(RolloutEngine):
     async def _add(self, request: web.Request) -> web.Response:
         asked = await request.json()
         name = asked.get("name") or f"added-{len(self.pool.members)}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
         await self.pool.add_engine(self._new_spec(name, asked.get("address")))
         return web.json_response({"name": name})
 
@@ -131,6 +149,7 @@ def ask(folder: Path, method: str, path: str, body: dict[str, Any] | None = None
             answered: dict[str, Any] = json.load(reply)
             return answered
     except HTTPError as error:
-        raise ValueError(json.load(error)["error"]) from error
-    except (URLError, asyncio.TimeoutError) as error:
+        told = error.read().decode(errors="replace")
+        raise ValueError(json.loads(told)["error"] if told.startswith("{") else f"the run answers {error.code}: {told[:200]}") from error
+    except (OSError, HTTPException) as error:
         raise ValueError(f"the run in {folder} does not answer ({error}); it has probably ended") from error

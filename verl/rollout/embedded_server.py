@@ -15,8 +15,9 @@ from typing import Any
 
 import verl
 from verl.engines.models import Precision
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, Via
 from verl.rollout.http import Connection, StatusError, options_of
+from verl.rollout.links import shared_memory
 from verl.rollout.process import ServerProcess, free_port
 from verl.utils.rollout import SamplingParams
 
@@ -29,7 +30,7 @@ _MAX_STARTS = 3
 
 @dataclass(frozen=True)
 class EmbeddedServerOptions:
-    """Options of the engine `embedded`.
+    """Options of the engine `served`.
 
     Attributes:
         max_slots: answers generated at a time; further ones wait.
@@ -49,12 +50,12 @@ class EmbeddedServerOptions:
 class EmbeddedServer(ServedEngine):
     """Starts `verl.rollout.serve`, or joins one that was started with the secret of the spec. See `EmbeddedServerOptions`."""
 
-    vias = ("shm", "group", "disk")
+    vias: tuple[Via, ...] = ("shm", "group", "disk")
     seeds_by_place = True
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
-        self._options: EmbeddedServerOptions = options_of(EmbeddedServerOptions, spec.options, "embedded")
+        self._options: EmbeddedServerOptions = options_of(EmbeddedServerOptions, spec.options, "served")
         if spec.dtype not in _PRECISIONS:
             raise ValueError(f"need dtype {', '.join(_PRECISIONS)} for engine {spec.name}, got {spec.dtype}")
         if spec.address is not None and not spec.secret:
@@ -95,9 +96,9 @@ class EmbeddedServer(ServedEngine):
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
-        process, self._process = self._process, None
-        if process is not None:
-            await process.end()
+        if self._process is not None:
+            await self._process.end()
+            self._process = None
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
@@ -190,6 +191,7 @@ class EmbeddedServer(ServedEngine):
             try:
                 state = await self._connection.json("GET", "/control/state", timeout_s=_START_POLL_S)
                 if self._process is None or state.get("pid") == self._process.pid:
+                    self.vias = ("shm", "group", "disk") if state.get("shared_memory") == shared_memory() else ("group", "disk")
                     return
             except EngineError as error:
                 if time.monotonic() > deadline:

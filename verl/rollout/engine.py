@@ -14,9 +14,9 @@ from torch import Tensor
 from verl.rollout.sampling import answer_seed
 from verl.utils.rollout import FinishReason, RolloutEngine, SamplingParams
 
-# How the bytes of weights travel. shm: a file in shared memory of this machine; ipc: a handle to memory of the same GPU; group: a broadcast
-# over a process group (NCCL or gloo); disk: a Hugging Face folder.
-Via = Literal["shm", "ipc", "group", "disk"]
+# How the bytes of weights travel. shm: a file in shared memory of this machine; group: a broadcast over a
+# process group; disk: a Hugging Face folder.
+Via = Literal["shm", "group", "disk"]
 
 
 class EngineError(RuntimeError):
@@ -64,14 +64,14 @@ class Chunk:
 
     Attributes:
         token_ids: sampled ids, the stop token included.
-        logprobs: one per id, of the distribution that it was drawn from.
+        logprobs: one per id, of the distribution that it was drawn from; None: not known.
         finish_reason: why the answer ended; None: more will come.
         version: of the weights that sampled these tokens, where the engine says it itself.
         text: the whole answer, from an engine that gives text only; then there are no ids.
     """
 
     token_ids: Sequence[int] = ()
-    logprobs: Sequence[float] = ()
+    logprobs: Sequence[float] | None = ()
     finish_reason: FinishReason | None = None
     version: int | None = None
     text: str | None = None
@@ -93,7 +93,7 @@ class Part:
     Attributes:
         tensors: in the order of their bytes.
         via: how they travel.
-        where: shm: `path`; ipc: `handles`, device -> handle; group: nothing, they are broadcast from rank 0 as one uint8 tensor while
+        where: shm: `path`; group: nothing, they are broadcast from rank 0 as one uint8 tensor while
             `load` runs; disk: `folder`, with all weights.
     """
 
@@ -148,7 +148,7 @@ class ServedEngine(ABC):
         """
         host = urlsplit(self.spec.address or "").hostname
         is_local = self.spec.address is None or host == "localhost" or (host or "").startswith("127.")
-        ways = [via for via in self.vias if is_local or via not in ("shm", "ipc")]
+        ways = [via for via in self.vias if is_local or via != "shm"]
         chosen = self.spec.via or next(iter(ways), None)
         if chosen not in ways:
             raise ValueError(f"need a way for weights to engine {self.spec.name}, got {chosen}; it takes {', '.join(ways) or 'none'}")

@@ -116,7 +116,7 @@ class Connection:
                 yield response
         except asyncio.TimeoutError as error:
             raise EngineError(f"{self._name} gave no sign of life at {path} in time") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile
             raise EngineError(f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}") from error
 
     def _message(self, content: bytes) -> str:
@@ -162,6 +162,9 @@ class HTTPOptions:
         retries: of a request that failed in a way that may pass: status 429 or 5xx, no connection, no answer.
         backoff: seconds before the first retry, doubled for each further one, up to 30.
         max_concurrency: requests at a time.
+        processed_logprobs: its logprobs are those of the distribution that was drawn from, after temperature and truncation, as vLLM's
+            with `--logprobs-mode processed_logprobs` and those of `verl serve`; else they are taken only at temperature 1 without
+            truncation, where both are the same.
         extra: further fields of the body.
     """
 
@@ -171,6 +174,7 @@ class HTTPOptions:
     retries: int = 5
     backoff: float = 0.5
     max_concurrency: int = 64
+    processed_logprobs: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -228,7 +232,8 @@ class HTTPEngine(ServedEngine):
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         self._options = HTTPOptions.of(spec.options)
-        self._key = self._options.key() or spec.secret
+        # Somebody else's server has no business with the secret of the run.
+        self._key = self._options.key()
         if spec.address is None:
             raise ValueError(f"need the address of the server of engine {spec.name}")
         self._base = spec.address.rstrip("/").removesuffix("/v1") + "/v1"
@@ -260,8 +265,9 @@ class HTTPEngine(ServedEngine):
 
     async def close(self) -> None:
         """See `ServedEngine.close`."""
-        if self._connection is not None:
-            await self._connection.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`; one chunk."""
@@ -269,7 +275,8 @@ class HTTPEngine(ServedEngine):
             yield await self._answered(list(prompt_ids), params, seed_of(params, number))
 
     def _connected(self) -> Connection:
-        assert self._connection is not None, "open() comes first"
+        if self._connection is None:
+            raise EngineError(f"{self.spec.name} is closed")
         return self._connection
 
     async def _answered(self, prompt_ids: list[int], params: SamplingParams, seed: int) -> Chunk:
@@ -343,7 +350,8 @@ class HTTPEngine(ServedEngine):
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise EngineError(f"{self.spec.name} answers without {error}: {json.dumps(answer)[:500]}") from error
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
-            return Chunk(tuple(ids), tuple(logprobs), reason)
+            is_plain = params.temperature == 1 and not params.truncates
+            return Chunk(tuple(ids), tuple(logprobs) if is_plain or self._options.processed_logprobs else None, reason)
         if not isinstance(text, str):
             raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(answer)[:500]}")
         return Chunk(finish_reason=reason, text=text)

@@ -1,17 +1,16 @@
-"""What joins the processes of a policy and of its engines: a process group of their own, and memory of one GPU seen by both.
+"""What joins the processes of a policy and of its engines: a process group of their own.
 
 Both sides import it, in environments of their own: PyTorch alone.
 """
 
 from __future__ import annotations
 
-import base64
 import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,12 +35,23 @@ def open_group(address: str, port: int, *, rank: int, num_ranks: int, backend: s
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"need gloo or nccl for a group that takes weights, got {backend!r}")
     timeout = timedelta(seconds=timeout_s)
-    store = dist.PrefixStore(_PREFIX, dist.TCPStore(address, port, num_ranks, rank == 0, timeout))
+    store = dist.PrefixStore(_PREFIX, _store(address, port, timeout, num_ranks=num_ranks, listens=rank == 0))
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, num_ranks, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, num_ranks, options)
+
+
+def _store(address: str, port: int, timeout: timedelta, *, num_ranks: int, listens: bool) -> dist.TCPStore:
+    """Where ranks find each other; it listens at that address alone, as by itself it would on all interfaces."""
+    if not listens:
+        return dist.TCPStore(address, port, num_ranks, False, timeout)
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen()
+    return dist.TCPStore(address, port, num_ranks, True, timeout, master_listen_fd=listener.detach(), use_libuv=True)
 
 
 def broadcast(group: Any, tensor: Tensor) -> None:
@@ -55,36 +65,3 @@ def shared_memory() -> str:
     """Equal in processes that see the same shared memory; a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{boot.read_text().strip()} {os.stat('/dev/shm').st_dev}" if boot.exists() and Path("/dev/shm").exists() else ""
-
-
-def gpu_of(device: torch.device) -> str:
-    """The name of a GPU that is the same in every process, whatever number it has there."""
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def memory_handle(content: Tensor) -> list[Any]:
-    """What another process needs to see the memory of a CUDA tensor, uint8 and contiguous; it must outlive the other's use.
-
-    JSON can carry it: nothing is pickled, so nothing that is read can run code.
-    """
-    _, memory, size, offset, counter, counter_offset, event, needs_event = content.untyped_storage()._share_cuda_()
-    return [_text(memory), size, offset, _text(counter), counter_offset, _text(event), needs_event, content.storage_offset()]
-
-
-def seen_memory(handle: list[Any], num_bytes: int, device: torch.device) -> Tensor:
-    """[num_bytes] uint8 on a GPU of this process: memory of the process that made the handle, in place."""
-    memory, size, offset, counter, counter_offset, event, needs_event, start = handle
-    storage = torch.UntypedStorage._new_shared_cuda(
-        device.index, _bytes(memory), size, offset, _bytes(counter), counter_offset, _bytes(event), needs_event
-    )
-    if start + num_bytes > storage.nbytes():
-        raise RuntimeError(f"need {num_bytes} bytes of weights behind a memory handle, got {storage.nbytes() - start}")
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, start, (num_bytes,), (1,))
-
-
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)

@@ -1,23 +1,64 @@
-"""One engine of a pool through its life: it starts, takes weights, serves, fails, is restarted, and leaves."""
+"""One engine of a pool through its lives: it starts, takes weights, serves, fails, is started again, and leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from verl.rollout.engine import Chunk, EngineError, Part, RefusedError, ServedEngine
 from verl.rollout.groups import Broadcaster
 from verl.rollout.weights import Update
 from verl.utils.rollout import SamplingParams
 
+T = TypeVar("T")
 # starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have ended.
 State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
-# Restarts without one good answer between them, after which an engine is given up, and the pauses before them.
-_MAX_RESTARTS, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5, 1.0, 30.0
+
+
+class Life:
+    """From a start of an engine to its failure or end: the requests that it has.
+
+    Attributes:
+        cause: why it is over; None: it is not.
+    """
+
+    def __init__(self) -> None:
+        self.cause: str | None = None
+        self._requests: set[asyncio.Future[Any]] = set()
+
+    @property
+    def running(self) -> int:
+        """Requests that it has."""
+        return len(self._requests)
+
+    def end(self, cause: str) -> None:
+        """Ends it, and all its requests at once: a connection that is closed does not wake who reads from it."""
+        self.cause = cause
+        for request in self._requests:
+            request.cancel()
+
+    async def share(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does a request within this life.
+
+        Raises:
+            EngineError: the life is over, or ends meanwhile.
+        """
+        request = asyncio.ensure_future(work)
+        self._requests.add(request)
+        try:
+            if self.cause is None:
+                # Not awaited itself: a cancellation from outside is told from one by `end`.
+                await asyncio.wait({request})
+            if self.cause is not None and (request.cancelled() or not request.done()):
+                raise EngineError(self.cause)
+            return request.result()
+        finally:
+            self._requests.discard(request)
+            request.cancel()
 
 
 class Member:
@@ -30,25 +71,29 @@ class Member:
         note: is told what happened, for people.
 
     Attributes:
-        state: see `State`.
-        version: of the weights that it serves; None: not known to be any.
-        running: requests that it has.
+        life: the present one.
+        taken: the update that it has; None: not known to have any.
+        is_leaving: it gets no more requests.
         served: answers that it has finished.
         cause: of its last failure.
-        restarts: since the last good answer.
+        failures: since the last good answer.
         repaired: updates that were torn and made anew.
+        since_s: of the state.
+        taking: held while it takes weights.
     """
 
     def __init__(self, engine: ServedEngine, *, max_running: int, vocabulary: int, note: Callable[[str], None]) -> None:
         self.engine = engine
-        self.state: State = "starting"
-        self.version: int | None = None
-        self.running = 0
+        self.life = Life()
+        self.taken: Update | None = None
+        self.is_leaving = False
         self.served = 0
         self.cause = ""
-        self.restarts = 0
+        self.failures = 0
         self.repaired = 0
         self.since_s = time.time()
+        self.taking = asyncio.Lock()
+        self._state: State = "starting"
         self._max_running = max_running
         self._vocabulary = vocabulary
         self._note = note
@@ -60,20 +105,27 @@ class Member:
         return self.engine.spec.name
 
     @property
+    def state(self) -> State:
+        """See `State`."""
+        return "draining" if self.is_leaving and self._state != "gone" else self._state
+
+    @property
+    def version(self) -> int | None:
+        """Of the weights that it has."""
+        return self.taken.version if self.taken else None
+
+    @property
     def free(self) -> int:
         """Requests that it could take now."""
-        return self._max_running - self.running if self.state == "serving" else 0
-
-    def become(self, state: State) -> None:
-        """Changes the state."""
-        self.state, self.since_s = state, time.time()
+        return self._max_running - self.life.running if self.state == "serving" else 0
 
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
-        self.become("starting")
-        self.version = None
+        life = self._become("starting").life = Life()
+        self.taken = None
         await self.engine.open()
-        self.become("stale" if self.engine.follows else "serving")
+        if life.cause is None:
+            self._become("stale" if self.engine.follows else "serving")
 
     async def take(self, update: Update) -> None:
         """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made anew once.
@@ -81,98 +133,78 @@ class Member:
         Raises:
             EngineError: it does not come to have these weights.
         """
-        if not self.engine.follows:
-            self.version = update.version
-            return
-        self.become("stale")
+        life = self.life
+        if life.cause is not None:
+            raise EngineError(life.cause)
+        self._become("stale")
         await self.engine.pause()
-        problem = await self._taken(update)
+        problem = await self._wrong_after(update)
         if problem:
             self._note(f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again")
             self.repaired += 1
-            problem = await self._taken(update)
+            problem = await self._wrong_after(update)
         if problem:
             raise EngineError(f"engine {self.name} did not get version {update.version} in two tries: {problem}")
-        self.version = update.version
         await self.engine.resume()
-        self.become("serving")
+        if life.cause is None:
+            self.taken = update
+            self._become("serving")
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`; what cannot be is an error of the engine."""
-        self.running += 1
-        try:
-            async with aclosing(self._checked(prompt_ids, params, number)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            self.running -= 1
-
-    async def _checked(self, prompt_ids: Sequence[int], params: SamplingParams, number: int) -> AsyncIterator[Chunk]:
         room, first = params.max_tokens, self.version
-        async with aclosing(self.engine.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                room -= len(chunk.token_ids)
-                self._check(chunk, room, first)
-                ends = chunk.finish_reason is not None
-                if ends:
-                    self.served, self.restarts = self.served + 1, 0
-                yield chunk
-                if ends:
-                    return
-        raise EngineError(f"engine {self.name} ended an answer without saying why")
+        try:
+            async with aclosing(self.engine.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    room -= len(chunk.token_ids)
+                    self._check(chunk, room, first)
+                    yield chunk
+        except (EngineError, RefusedError):
+            raise
+        except Exception as error:  # the border to a program that is not ours: whatever it did, another engine goes on
+            raise EngineError(f"engine {self.name}: {type(error).__name__}: {error}") from error
+
+    def finished(self) -> None:
+        """An answer came to its end."""
+        self.served, self.failures = self.served + 1, 0
+
+    def fail(self, cause: str) -> None:
+        """Takes it out, and ends its requests."""
+        self.cause, self.taken, self._group = cause, None, None
+        self.failures += 1
+        self._become("failed")
+        self.life.end(cause)
+        self._note(f"engine {self.name} failed: {cause}")
+
+    async def leave(self, cause: str) -> None:
+        """Ends it for good."""
+        self._become("gone")
+        self.life.end(cause)
+        self._group = None
+        await self.engine.close()
+
+    def _become(self, state: State) -> Member:
+        if self._state != "gone":
+            self._state, self.since_s = state, time.time()
+        return self
 
     def _check(self, chunk: Chunk, room: int, first: int | None) -> None:
         """Refuses garbage, and tokens of other weights than those from the `first` of the answer to the newest."""
+        if chunk.finish_reason == "abort":
+            raise EngineError(f"engine {self.name} aborted an answer")
         if chunk.text is not None:
             return
-        if room < 0 or len(chunk.token_ids) != len(chunk.logprobs):
-            raise EngineError(
-                f"engine {self.name} gave {-min(room, 0)} tokens too many, {len(chunk.token_ids)} with {len(chunk.logprobs)} logprobs"
-            )
-        bad = [
-            (token, logprob)
-            for token, logprob in zip(chunk.token_ids, chunk.logprobs, strict=True)
-            if not (0 <= token < self._vocabulary and -1e9 < logprob < 1e-3)
-        ]
-        if bad:
-            raise EngineError(f"engine {self.name} gave what no policy can sample, (token, logprob) {bad[0]}")
-        if chunk.version is not None and not _lies(chunk.version, first, self.version):
-            raise EngineError(f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {self.version}")
+        ids, logprobs = chunk.token_ids, [0.0] * len(chunk.token_ids) if chunk.logprobs is None else chunk.logprobs
+        if room < 0 or len(ids) != len(logprobs):
+            raise EngineError(f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, {max(0, -room)} of them too many")
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if not (type(token) is int and 0 <= token < self._vocabulary and -1e9 < logprob < 1e-3):
+                raise EngineError(f"engine {self.name} gave what no policy can sample, token {token!r} with logprob {logprob!r}")
+        newest = self.version
+        if chunk.version is not None and not ((first or 0) <= chunk.version <= (chunk.version if newest is None else newest)):
+            raise EngineError(f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}")
 
-    async def restart(self, newest: Callable[[], Update | None]) -> None:
-        """After a failure: ends it, starts it anew, gives it the newest weights; gives it up after several tries in vain."""
-        pause_s = _FIRST_PAUSE_S
-        while self.state == "failed":
-            await self.engine.close()
-            self._group = None
-            if self.restarts >= _MAX_RESTARTS:
-                self._note(f"engine {self.name} is given up after {self.restarts} restarts; last: {self.cause}")
-                self.become("gone")
-                return
-            self.restarts += 1
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            try:
-                await self.open()
-                if (update := newest()) is not None:
-                    await self.take(update)
-            except (EngineError, RefusedError, ValueError, asyncio.TimeoutError) as error:
-                self.fail(str(error))
-
-    def fail(self, cause: str) -> None:
-        """Takes it out."""
-        self.cause = cause
-        self.version = None
-        self.become("failed")
-        self._note(f"engine {self.name} failed: {cause}")
-
-    async def leave(self) -> None:
-        """Ends it for good."""
-        self.become("gone")
-        await self.engine.close()
-        self._group = None
-
-    async def _taken(self, update: Update) -> str:
+    async def _wrong_after(self, update: Update) -> str:
         """What is wrong with the weights that the engine has after an update; nothing if they are those that were sent."""
         try:
             got = await self._loaded(update)
@@ -197,8 +229,9 @@ class Member:
             return
         if self._group is None:
             self._group = await Broadcaster.meet(self.engine)
-        await self._group.send(part, self.engine)
-
-
-def _lies(version: int, first: int | None, last: int | None) -> bool:
-    return (first is None or version >= first) and (last is None or version <= last)
+        try:
+            await self._group.send(part, self.engine)
+        except BaseException:
+            # A broadcast that failed leaves the group in no state to be used again.
+            self._group = None
+            raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from verl.rollout.engine import TensorInfo
@@ -50,6 +51,21 @@ def map_file(path: Path, num_bytes: int, *, for_writing: bool = False) -> Tensor
     if path.stat().st_size < num_bytes:
         raise RuntimeError(f"need {num_bytes} bytes of weights in {path}, got {path.stat().st_size}")
     return torch.from_file(str(path), shared=for_writing, size=num_bytes, dtype=torch.uint8)
+
+
+def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the safetensors files of a folder.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"need weights as *.safetensors in {folder}, found none")
+    for path in files:
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in list(file.keys()):
+                yield name, file.get_tensor(name)
 
 
 def unpacked(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from verl.rollout.engine import EngineError, EngineSpec, RefusedError, ServedEngine
-from verl.rollout.members import Member
+from verl.rollout.engine import EngineError, EngineSpec, ServedEngine
+from verl.rollout.members import Life, Member
 from verl.rollout.weights import PolicyWeights, Update
 from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
@@ -20,6 +21,8 @@ T = TypeVar("T")
 MakeEngine = Callable[[EngineSpec], ServedEngine]
 # How often engines are asked whether they are well, and how often one answer may move to another engine.
 _CHECK_S, _MAX_MOVES = 2.0, 8
+# Failures without one good answer between them, after which an engine is given up, and the pauses before its restarts.
+_MAX_FAILURES, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 6, 1.0, 30.0
 # More than a prompt has answers.
 _NUMBERS = 2**20
 
@@ -38,9 +41,16 @@ class _Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    has_logprobs: bool = True
     finish_reason: FinishReason | None = None
     text: str | None = None
     moves: int = 0
+
+    def cut(self, length: int, reason: FinishReason) -> None:
+        """Ends it after so many tokens."""
+        for column in (self.token_ids, self.logprobs, self.versions):
+            del column[length:]
+        self.finish_reason = reason
 
 
 @dataclass
@@ -50,7 +60,6 @@ class _Counts:
     moved: int = 0
     kept_tokens: int = 0
     failures: int = 0
-    syncs: int = 0
     sync_s: float = 0.0
     write_s: float = 0.0
     sync_bytes: int = 0
@@ -88,7 +97,7 @@ class EnginePool(RolloutEngine):
         vocabulary: int,
         context: int,
         max_running: int = 256,
-        wait_s: float = 600.0,
+        wait_s: float = 1200.0,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.members: list[Member] = []
@@ -98,10 +107,11 @@ class EnginePool(RolloutEngine):
         self._update: Update | None = None
         self._counts = _Counts()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._served_s = time.monotonic()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="engines", daemon=True)
         self._thread.start()
-        self._changed = asyncio.Condition()
         try:
             self.run(self._open(specs))
         except BaseException:
@@ -135,8 +145,10 @@ class EnginePool(RolloutEngine):
         """See `RolloutEngine.publish`; requests that run are paused, kept, and go on with the new weights."""
         super().publish(version)
         if self._weights is not None:
-            self._update = self._weights.write(version)
-            self._counts.write_s += self._update.seconds
+            self.run(self._forget())
+            update = self._weights.write(version)
+            self._counts.write_s += update.seconds
+            self._update = update
         self.run(self._spread())
 
     def add(self, spec: EngineSpec) -> None:
@@ -172,24 +184,42 @@ class EnginePool(RolloutEngine):
         """See `RolloutEngine.close`."""
         if self.loop.is_closed():
             return
-        self.run(self._close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
-        if self._weights is not None:
-            self._weights.close()
+        try:
+            self.run(self._close())
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+            if self._weights is not None:
+                self._weights.close()
 
     # In the loop of the engines ---------------------------------------------------------------------------------------------
 
+    async def add_engine(self, spec: EngineSpec) -> None:
+        """See `add`; in the loop of the engines."""
+        member = self._member(spec)
+        self.members.append(member)
+        self._do(self._join(member))
+
+    async def remove_engine(self, name: str) -> None:
+        """See `remove`; in the loop of the engines."""
+        member = next((member for member in self.members if member.name == name and member.state != "gone"), None)
+        if member is None:
+            raise ValueError(f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}")
+        member.is_leaving = True
+        self._do(self._drain(member))
+
     async def _open(self, specs: Sequence[EngineSpec]) -> None:
         """Starts all at once; those that fail are tried again, unless all do."""
-        self.members = [self._member(spec) for spec in specs]
+        self.members = []
+        for spec in specs:
+            self.members.append(self._member(spec))
         opened = await asyncio.gather(*(member.open() for member in self.members), return_exceptions=True)
         for member, error in zip(self.members, opened, strict=True):
             if isinstance(error, BaseException) and not isinstance(error, EngineError):
                 raise error
             if isinstance(error, EngineError):
-                self._fail(member, error)
+                self._fail(member, member.life, error)
         failures = [error for error in opened if isinstance(error, EngineError)]
         if failures and len(failures) == len(opened):
             raise failures[0]
@@ -200,90 +230,113 @@ class EnginePool(RolloutEngine):
             raise ValueError(f"need a name that no engine has, got {spec.name!r}")
         return Member(self._make(spec), note=self._note, **self._options)
 
-    async def add_engine(self, spec: EngineSpec) -> None:
-        """See `add`; in the loop of the engines."""
-        member = self._member(spec)
-        self.members.append(member)
-        self._do(self._join(member))
-
     async def _join(self, member: Member) -> None:
         try:
             await member.open()
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, member.life, error)
+        else:
             await self._sync(member)
-        except (EngineError, ValueError) as error:
-            self._fail(member, error)
-        await self._tell()
-
-    async def remove_engine(self, name: str) -> None:
-        """See `remove`; in the loop of the engines."""
-        member = next((member for member in self.members if member.name == name and member.state != "gone"), None)
-        if member is None:
-            raise ValueError(f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}")
-        member.become("draining")
-        self._do(self._drain(member))
 
     async def _drain(self, member: Member) -> None:
-        while member.running:
+        while member.life.running:
             await asyncio.sleep(0.05)
-        await member.leave()
+        await member.leave(f"engine {member.name} was removed")
         self._note(f"engine {member.name} has left")
+
+    async def _forget(self) -> None:
+        """No engine reads the last update from here on: its memory is about to be given back."""
+        self._update = None
+        for member in self.members:
+            async with member.taking:
+                pass
 
     async def _spread(self) -> None:
         """Gives the newest weights to all that have others."""
         start_s = time.perf_counter()
-        behind = [member for member in self.members if member.state in ("stale", "serving")]
-        await asyncio.gather(*(self._sync_or_fail(member) for member in behind))
+        await asyncio.gather(*(self._sync(member) for member in self.members if member.state in ("stale", "serving")))
         self._counts.sync_s += time.perf_counter() - start_s
 
-    async def _sync_or_fail(self, member: Member) -> None:
-        try:
-            await self._sync(member)
-        except (EngineError, RefusedError) as error:
-            self._fail(member, error)
-        await self._tell()
-
     async def _sync(self, member: Member) -> None:
-        """Until it has the newest, which may change while it takes it."""
-        if not member.engine.follows:
-            member.version = self.version
-        while member.engine.follows and self._update is not None and member.version != self._update.version:
-            await member.take(self._update)
-            self._counts.syncs += 1
-            self._counts.sync_bytes += self._update.num_bytes
+        """Gives an engine the newest weights, if it follows the policy and has others."""
+        life = member.life
+        try:
+            async with member.taking:
+                update = self._update
+                if member.engine.follows and update is not None and member.taken is not update:
+                    await member.take(update)
+                    self._counts.sync_bytes += update.num_bytes
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, life, error)
+        self._wake()
 
-    def _fail(self, member: Member, error: BaseException) -> None:
-        """Takes an engine out and begins to restart it."""
-        if member.state in ("failed", "gone"):
-            return
-        if member.state == "draining":
-            self._do(member.leave())
+    def _fail(self, member: Member, life: Life, error: BaseException) -> None:
+        """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing of this one."""
+        if member.life is not life or life.cause is not None or member.state == "gone":
             return
         self._counts.failures += 1
-        member.fail(str(error))
+        member.fail(str(error) or type(error).__name__)
+        if member.is_leaving:
+            return  # it has no requests any more, so it leaves
         self._do(self._restart(member))
 
     async def _restart(self, member: Member) -> None:
-        await member.restart(lambda: self._update)
+        """Ends it, starts it anew and gives it the newest weights; gives it up after several tries in vain."""
+        pause_s = _FIRST_PAUSE_S
+        while member.state == "failed":
+            await member.engine.close()
+            if member.failures >= _MAX_FAILURES:
+                self._note(f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}")
+                await member.leave(member.cause)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if member.state != "failed":
+                return
+            try:
+                await member.open()
+            except Exception as error:  # the border to a program that is not ours
+                member.fail(str(error) or type(error).__name__)
+        if member.state == "stale":
+            await self._sync(member)
         if member.state == "serving":
-            await self._sync_or_fail(member)
             self._note(f"engine {member.name} is back with version {member.version}")
-        await self._tell()
+        self._wake()
 
     async def _watch(self) -> None:
-        """Asks every engine whether it is well, again and again."""
+        """Asks every engine whether it is well, again and again; tells those who wait when no engine will ever serve."""
+        looks: dict[str, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(_CHECK_S)
-            await asyncio.gather(*(self._look(member) for member in self.members if member.state == "serving"))
+            for member in self.members:
+                if member.state == "serving" and (member.name not in looks or looks[member.name].done()):
+                    looks[member.name] = self._do(self._look(member, member.life))
+            self._check_waiting()
 
-    async def _look(self, member: Member) -> None:
+    async def _look(self, member: Member, life: Life) -> None:
         try:
             await member.engine.check()
-        except EngineError as error:
+        except Exception as error:  # the border to a program that is not ours
             if member.state == "serving":
-                self._fail(member, error)
+                self._fail(member, life, error)
+
+    def _check_waiting(self) -> None:
+        """Ends the waits for an engine if none has served for too long, or none ever will."""
+        if any(member.state == "serving" for member in self.members):
+            self._served_s = time.monotonic()
+        is_over = all(member.state == "gone" for member in self.members)
+        if not is_over and time.monotonic() - self._served_s < self._wait_s:
+            self._wake()
+            return
+        states = "; ".join(f"{member.name} {member.state}: {member.cause or 'no cause'}" for member in self.members)
+        told = f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines"
+        while self._waiting:
+            if not (waiting := self._waiting.popleft()).done():
+                waiting.set_exception(RuntimeError(told))
 
     async def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         tasks = []
+        self._served_s = time.monotonic()
         for prompt, wanted in zip(prompts, params, strict=True):
             session = _Session()
             one = replace(wanted, n=1, stop_ids=tuple(dict.fromkeys((*self._codec.stop_ids, *wanted.stop_ids))))
@@ -300,54 +353,74 @@ class EnginePool(RolloutEngine):
         answer = _Answer()
         while answer.finish_reason is None:
             member = await self._room(session)
+            life = member.life
             try:
-                await self._go_on(answer, member, prompt, params, number)
+                await life.share(self._go_on(answer, member, prompt, params, number))
+                member.finished()
             except EngineError as error:
-                self._fail(member, error)
-                session.member = None
-                answer.moves += 1
-                self._counts.moved += 1
-                self._counts.kept_tokens += len(answer.token_ids)
-                if answer.moves > _MAX_MOVES:
-                    raise RuntimeError(f"an answer failed on {answer.moves} engines in turn; the last: {error}") from error
-                self._finish_if_ended(answer, params)
+                self._fail(member, life, error)
+                self._move(answer, session, error)
+                self._end_if_due(answer, params, 0)
             finally:
-                await self._tell()
+                self._wake(1)
         if answer.text is not None and not answer.token_ids:
             return self._of_text(answer, params)
-        return Completion(answer.token_ids, answer.logprobs, answer.finish_reason, answer.versions[0], versions=answer.versions)
+        logprobs = answer.logprobs if answer.has_logprobs else None
+        return Completion(answer.token_ids, logprobs, answer.finish_reason, answer.versions[0], versions=answer.versions)
+
+    def _move(self, answer: _Answer, session: _Session, error: EngineError) -> None:
+        """Takes an answer from an engine that failed."""
+        session.member = None
+        answer.moves += 1
+        self._counts.moved += 1
+        self._counts.kept_tokens += len(answer.token_ids)
+        if answer.moves > _MAX_MOVES:
+            raise RuntimeError(f"an answer failed on {answer.moves} engines in turn; the last: {error}") from error
 
     async def _go_on(self, answer: _Answer, member: Member, prompt: list[int], params: SamplingParams, number: int) -> None:
-        """Samples the rest of an answer on one engine."""
+        """Samples the rest of an answer on one engine.
+
+        Raises:
+            EngineError: it did not come to its end.
+        """
         have = len(answer.token_ids)
         # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn with.
         own = number if not have or member.engine.seeds_by_place else number + _NUMBERS * have
         rest = replace(params, max_tokens=params.max_tokens - have)
         async with aclosing(member.sample([*prompt, *answer.token_ids], rest, number=own)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                version = member.version if chunk.version is None else chunk.version
+                seen = len(answer.token_ids)
+                version = next(v for v in (chunk.version, member.version, self.version) if v is not None)
                 answer.token_ids += chunk.token_ids
-                answer.logprobs += chunk.logprobs
-                answer.versions += [self.version if version is None else version] * len(chunk.token_ids)
+                answer.has_logprobs = answer.has_logprobs and chunk.logprobs is not None
+                answer.logprobs += chunk.logprobs or [0.0] * len(chunk.token_ids)
+                answer.versions += [version] * len(chunk.token_ids)
                 answer.text = chunk.text if chunk.text is not None else answer.text
+                if chunk.finish_reason is not None and not answer.token_ids and answer.text is None:
+                    break
                 answer.finish_reason = chunk.finish_reason
-                if have and answer.finish_reason is None:
-                    self._finish_if_ended(answer, params)
+                if have:
+                    self._end_if_due(answer, params, seen)
                 if answer.finish_reason is not None:
                     return
+        raise EngineError(f"engine {member.name} ended an answer without a token or without saying why")
 
-    def _finish_if_ended(self, answer: _Answer, params: SamplingParams) -> None:
-        """Ends an answer that an engine had no time to end, or whose stop text began on another engine."""
+    def _end_if_due(self, answer: _Answer, params: SamplingParams, seen: int) -> None:
+        """Ends an answer that an engine had no time to end, or whose stop text began on another engine, after the token that ends it.
+
+        Args:
+            answer: so far.
+            params: of it.
+            seen: tokens that were looked at before.
+        """
         ids = answer.token_ids
-        if not ids:
-            return
-        if params.stop:
-            tail = self._codec.decode(ids[-(max(len(stop.encode()) for stop in params.stop) + 8) :])
-            if any(stop in tail for stop in params.stop):
-                answer.finish_reason = "stop"
-        if ids[-1] in params.stop_ids:
-            answer.finish_reason = "stop"
-        elif answer.finish_reason is None and len(ids) >= params.max_tokens:
+        window = max((len(stop.encode()) for stop in params.stop), default=0) + 8
+        for length in range(seen + 1, len(ids) + 1):
+            tail = self._codec.decode(ids[max(0, length - window) : length]) if params.stop else ""
+            if ids[length - 1] in params.stop_ids or any(stop in tail for stop in params.stop):
+                answer.cut(length, "stop")
+                return
+        if answer.finish_reason is None and len(ids) >= params.max_tokens:
             answer.finish_reason = "length"
 
     def _of_text(self, answer: _Answer, params: SamplingParams) -> Completion:
@@ -358,46 +431,51 @@ class EnginePool(RolloutEngine):
         return Completion(ids[: params.max_tokens], None, "length" if cut else answer.finish_reason, self.version, answer.text)
 
     async def _room(self, session: _Session) -> Member:
-        """An engine with room: the one that the session is with, else that with most room, for which the session stays with it.
+        """An engine with room: the one that the session is with, else that with most room, with which the session stays.
 
         Raises:
             RuntimeError: no engine has served for too long, or none ever will.
         """
-        deadline = time.monotonic() + self._wait_s
-        async with self._changed:
-            while True:
-                serving = [m for m in self.members if m.state == "serving" and (not m.engine.follows or m.version == self.version)]
-                free = max(serving, key=lambda m: m.free, default=None)
-                if session.member is not None and session.member in serving and session.member.free:
-                    return session.member
-                if free is not None and free.free:
-                    session.member = session.member if session.member in serving else free
-                    return free
-                if serving:
-                    deadline = time.monotonic() + self._wait_s
-                await self._wait(deadline)
+        while True:
+            own = session.member
+            if own is not None and own.free and self._is_current(own):
+                return own
+            free = max((m for m in self.members if m.free and self._is_current(m)), key=lambda m: m.free, default=None)
+            if free is not None:
+                if own is None or own.state != "serving":
+                    session.member = free
+                return free
+            waiting = self.loop.create_future()
+            self._waiting.append(waiting)
+            await waiting
 
-    async def _wait(self, deadline: float) -> None:
-        if all(member.state == "gone" for member in self.members) or time.monotonic() > deadline:
-            states = "; ".join(f"{m.name} {m.state}: {m.cause or 'no cause'}" for m in self.members)
-            raise RuntimeError(f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines")
-        try:
-            await asyncio.wait_for(self._changed.wait(), 1.0)
-        except asyncio.TimeoutError:
-            return
+    def _is_current(self, member: Member) -> bool:
+        return not member.engine.follows or member.version == self.version
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _wake(self, count: int | None = None) -> None:
+        """Lets those who have waited longest look for room: `count` of them, or as many as there is room for."""
+        if count is None:
+            count = sum(member.free for member in self.members)
+        while self._waiting and count > 0:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                count -= 1
 
     async def _close(self) -> None:
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(member.leave() for member in self.members))
+        await asyncio.gather(*(member.leave("the run has ended") for member in self.members), return_exceptions=True)
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        """Begins something that nobody waits for."""
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begins something that nobody waits for; what it raises is told."""
         task = self.loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._note(f"a task of the pool of engines failed: {type(error).__name__}: {error}")

@@ -18,6 +18,8 @@ from verl.rollout.engine import EngineError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
+# Loaded here: between fork and exec nothing may be.
+_LIBC = ctypes.CDLL(None)
 
 
 class ServerProcess:
@@ -78,8 +80,11 @@ class ServerProcess:
             waited_s += _POLL_S
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        while self._process.poll() is None:
+        waited_s = 0.0
+        # One that waits for a device cannot even be killed until that answers.
+        while waited_s < grace_s and self._process.poll() is None:
             await asyncio.sleep(_POLL_S)
+            waited_s += _POLL_S
 
 
 def free_port() -> int:
@@ -91,4 +96,4 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

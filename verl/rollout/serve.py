@@ -23,6 +23,7 @@ from aiohttp import web
 from verl.engines.models import PolicyModel, Precision, load_language_model
 from verl.rollout.engine import Part, TensorInfo
 from verl.rollout.intake import WeightIntake
+from verl.rollout.links import shared_memory
 from verl.rollout.openai_face import AnswerText, Reader, Refusal, Writer
 from verl.rollout.stepwise import GenerationThread, Request, Token
 from verl.utils.device import pick_device
@@ -127,6 +128,8 @@ class Server:
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
         self._check_weights()
+        if not self._thread.is_alive:
+            raise Refusal("the thread of the model has ended", status=503)
         return web.json_response({"status": "ok"})
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
@@ -221,7 +224,8 @@ class Control:
 
     async def state(self, _: web.Request) -> web.StreamResponse:
         """Who answers, with which weights, and how much it does."""
-        state = {"pid": os.getpid(), "version": self._thread.version, "num_running": self._thread.num_running}
+        state: dict[str, Any] = {"pid": os.getpid(), "version": self._thread.version, "num_running": self._thread.num_running}
+        state["shared_memory"] = shared_memory()
         return web.json_response({**state, "is_torn": self._intake.is_torn, "num_beats": self._thread.num_beats})
 
     async def obey(self, http: web.Request) -> web.StreamResponse:
@@ -349,9 +353,11 @@ def serve(options: ServeOptions) -> None:
 
 
 def serve_from(args: argparse.Namespace) -> None:
-    """`verl serve`: `args` has the options by their names, and `api_key_env`, the name of the environment variable with the key."""
+    """`verl serve`: `args` has the options by their names, and `api_key_env` and `secret_env`, the names of the
+    environment variables with the key and with the secret of a trainer."""
     options = {name: vars(args)[name] for name in ("model", "host", "port", "name", "max_slots", "precision")}
-    serve(ServeOptions(**options, api_key=os.environ.get(args.api_key_env, "")))
+    secret, api_key = (os.environ.get(name, "") for name in (args.secret_env, args.api_key_env))
+    serve(ServeOptions(**options, secret=secret, api_key=api_key))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

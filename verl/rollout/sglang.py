@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 import verl
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, seed_of
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, Via, seed_of
 from verl.rollout.fingerprint import digest, fingerprint
 from verl.rollout.process import ServerProcess, free_port
 from verl.rollout.sglang_answer import Answer
@@ -69,10 +69,13 @@ class SGLangServer(ServedEngine):
     the model. A pause retracts the requests that run: they go on after it with a cache that the new weights have computed.
     """
 
-    vias = ("shm", "group", "disk")
+    vias: tuple[Via, ...] = ("shm", "group", "disk")
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
+        if spec.address is not None:
+            # One that was started elsewhere, maybe in a container, need not see the folders of this run.
+            self.vias = ("group",)
         self._process: ServerProcess | None = None
         self._client: Client | None = None
         self._folder: Path | None = None
@@ -123,7 +126,10 @@ class SGLangServer(ServedEngine):
     async def check(self) -> None:
         """See `ServedEngine.check`; its scheduler must answer, not its HTTP server alone."""
         self._check_process()
-        await self._ask("GET", "/server_info")
+        try:
+            await self._ask("GET", "/server_info")
+        except (RefusedError, ValueError) as error:
+            raise EngineError(self._asked.told(f"{self.spec.name} does not say how it is: {error}")) from error
 
     async def close(self) -> None:
         """See `ServedEngine.close`."""

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from verl.rollout.engine import TensorInfo
 from verl.rollout.fingerprint import digest
 from verl.rollout.links import broadcast, open_group
-from verl.rollout.parts import map_file, num_bytes_of, unpacked
+from verl.rollout.parts import map_file, num_bytes_of, tensors_in, unpacked
 
 # Name by which SGLang finds the loader: of `--custom-weight-loader` and of `load_format`.
 LOADER = "verl.rollout.sglang_worker.load"
@@ -42,7 +41,7 @@ def load(model: Any, orders: Sequence[tuple[str, Tensor]]) -> None:
     """Carries out what an engine of verl asks of the model.
 
     An order is a JSON text in place of a tensor's name; its tensor is empty. After each one a report is written: the digests of the
-    tensors that the model was given, or the error, as an exception here would end the whole server.
+    tensors that the model was given, or the error; an exception here would end the whole server, so none leaves it.
 
     Args:
         model: SGLang's, with `load_weights`.
@@ -56,7 +55,10 @@ def load(model: Any, orders: Sequence[tuple[str, Tensor]]) -> None:
         except Exception as error:
             _logger.exception("weights were not taken")
             report = {"error": f"{type(error).__name__}: {error}"}
-        _write(order, json.dumps(report))
+        try:
+            _write(order, json.dumps(report))
+        except Exception:
+            _logger.exception("the report on weights could not be written")
 
 
 def report_key(number: int, rank: int) -> str:
@@ -79,7 +81,7 @@ def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, int]:
         _join(order["where"], order["rank"])
         return {}
     infos = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in order["tensors"]]
-    tensors = dict(_from_folder(Path(order["where"]["folder"])) if order["via"] == "disk" else _from_bytes(order, infos))
+    tensors = dict(tensors_in(Path(order["where"]["folder"])) if order["via"] == "disk" else _from_bytes(order, infos))
     digests = {name: digest(tensor) for name, tensor in tensors.items()}
     model.load_weights(list(tensors.items()))
     return digests
@@ -88,15 +90,6 @@ def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, int]:
 def _from_bytes(order: dict[str, Any], infos: Sequence[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
     content = map_file(Path(order["where"]["path"]), num_bytes_of(infos)) if order["via"] == "shm" else _received(num_bytes_of(infos))
     return ((info.name, tensor) for info, tensor in unpacked(content, infos))
-
-
-def _from_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - it is not a mapping
 
 
 def _received(num_bytes: int) -> Tensor:

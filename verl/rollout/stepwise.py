@@ -133,6 +133,11 @@ class GenerationThread:
         self._thread.start()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it can generate."""
+        return self._thread.is_alive()
+
+    @property
     def num_running(self) -> int:
         """Answers that have a slot."""
         return len(self._generation.rows)
@@ -263,6 +268,8 @@ class GenerationThread:
 
 
 def _obey(command: _Command) -> None:
+    if not command.result.set_running_or_notify_cancel():
+        return  # who asked has left
     try:
         result = command.run()
     except Exception as error:  # belongs to the one who asked

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 import verl
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, Via, seed_of
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, seed_of
 from verl.rollout.fingerprint import fingerprint
 from verl.rollout.links import shared_memory
 from verl.rollout.process import ServerProcess, free_port
@@ -32,7 +32,7 @@ _OLDEST = (0, 25)
 _ADDITIONS = "verl-additions"
 # Of the answers to a request: the server did understand it, and any other one would refuse it, too.
 _REFUSALS = (400, 413, 422)
-_CHECK_S, _START_POLL_S = 10.0, 0.2
+_START_POLL_S = 0.2
 # A line of a stream that repeats a long prompt.
 _LINE_BYTES = 2**24
 
@@ -70,6 +70,8 @@ class VLLMServer(ServedEngine):
                 self._start()
             await self._answers()
             await self._inspect()
+            if self.spec.address is not None:
+                await self._call("POST", "/resume")  # a run that ended in an update may have left it paused
             # The first answer may take long: kernels are compiled for it, and some mistakes come out with it alone.
             first = {"model": self._served, "prompt": [0], **request_body(SamplingParams(max_tokens=1)), "stream": False}
             await self._call("POST", "/v1/completions", body=first, timeout_s=self.spec.start_timeout_s)
@@ -124,9 +126,7 @@ class VLLMServer(ServedEngine):
             ) from error
         self.num_ranks = int((await self._call("GET", "/get_world_size"))["world_size"])
         is_near = shared_memory() in {place["shared_memory"] for place in places} - {""}
-        has_gpus = all(place["device"] == "cuda" for place in places)
-        near: tuple[Via, ...] = (*(("ipc",) if has_gpus else ()), "shm") if is_near else ()
-        self.vias = (*near, "group", "disk")
+        self.vias = ("shm", "group", "disk") if is_near else ("group", "disk")
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
@@ -186,7 +186,7 @@ class VLLMServer(ServedEngine):
     async def check(self) -> None:
         """See `ServedEngine.check`."""
         self._check_process()
-        await self._call("GET", "/health", timeout_s=min(_CHECK_S, self.spec.timeout_s))
+        await self._call("GET", "/health", timeout_s=self.spec.timeout_s)
 
     async def close(self) -> None:
         """See `ServedEngine.close`."""

@@ -95,7 +95,7 @@ class VLLMEngine(OwnWeightsEngine):
         if self._sleeps:
             self._llm.wake_up()
             self._sleeps = False
-        with tempfile.TemporaryDirectory(prefix="verl-weights-", dir=_SHARED if os.access(_SHARED, os.W_OK) else None) as folder:
+        with tempfile.TemporaryDirectory(prefix="verl-vllm-", dir=_SHARED if os.access(_SHARED, os.W_OK) else None) as folder:
             self._begin()
             for number, part in enumerate(_in_parts(tensors)):
                 self._llm.update_weights({"update_info": _written(part, Path(folder) / str(number))})

@@ -6,10 +6,6 @@ known there under the name `BACKEND`.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +23,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from verl.rollout.engine import TensorInfo
 from verl.rollout.fingerprint import digest
-from verl.rollout.links import broadcast, gpu_of, open_group, seen_memory, shared_memory
-from verl.rollout.parts import map_file, num_bytes_of, unpacked
-from verl.rollout.vllm_guard import OWNED_VARIABLE
+from verl.rollout.links import broadcast, open_group, shared_memory
+from verl.rollout.parts import map_file, num_bytes_of, tensors_in, unpacked
 
 BACKEND = "verl"
 _HEAD = "lm_head.weight"
@@ -98,7 +93,7 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         """Takes one part."""
         infos = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors]
         if update_info.via == "disk":
-            tensors = _in_folder(Path(update_info.where["folder"]), self.device)
+            tensors = tensors_in(Path(update_info.where["folder"]), device=str(self.device))
         else:
             content = self._content(update_info.via, update_info.where, num_bytes_of(infos))
             tensors = ((info.name, tensor) for info, tensor in unpacked(content, infos))
@@ -127,8 +122,6 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         """[num_bytes] uint8 in memory of our own: what was sent may be overwritten as soon as we have answered."""
         if via == "shm":
             return map_file(Path(where["path"]), num_bytes).to(self.device, copy=True)
-        if via == "ipc":
-            return seen_memory(where["handles"][gpu_of(self.device)], num_bytes, self.device).clone()
         assert via == "group", via
         if self._group is None:
             raise RuntimeError("weights were sent over a process group that this engine has not joined")
@@ -186,7 +179,7 @@ class WorkerExtension:
 
     def verl_place(self) -> dict[str, Any]:
         """What tells how weights can travel here."""
-        return {"version": vllm.__version__, "device": self.device.type, "shared_memory": shared_memory()}
+        return {"version": vllm.__version__, "shared_memory": shared_memory()}
 
     def verl_report(self) -> dict[str, Any]:
         """See `PartsEngine.report`."""
@@ -203,26 +196,5 @@ def _names(file: Any) -> list[str]:
     return list(file.keys())
 
 
-def _in_folder(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise RuntimeError(f"need weights as *.safetensors in {folder}, found none")
-    for path in files:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in _names(file):
-                yield name, file.get_tensor(name)
-
-
-def _end_with(leader: int) -> None:
-    """Ends this server when the process is gone that was started first: vLLM's others would stay behind if it is killed."""
-    status = Path(f"/proc/{leader}/stat")
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
-        time.sleep(1.0)
-    os.killpg(leader, signal.SIGKILL)
-
-
-if os.environ.get(OWNED_VARIABLE) and Path("/proc").exists():
-    # A run starts each server as the leader of a process group.
-    threading.Thread(target=_end_with, args=(os.getpgrp(),), daemon=True).start()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, PartsEngine)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,7 +26,9 @@ from verl.rollout.parts import make_file, map_file, num_bytes_of, unpacked
 
 # Memory that every process of this machine can map; elsewhere a folder on disk does the same, more slowly.
 _SHARED = Path("/dev/shm")
-_PREFIX = "verl-weights-"
+_PREFIX, _LOCK = "verl-weights-", "lock"
+# Between the making of a folder and its lock.
+_YOUNG_S = 60.0
 # Several engines may ask for files at once.
 _WRITING = threading.Lock()
 
@@ -53,7 +58,7 @@ class Update:
     def as_files(self, model: Path) -> Part:
         """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model; written when first asked for."""
         with _WRITING:
-            folder = self.disk / f"version-{self.version}"
+            folder = self.disk / f"version-{self.version}-{self.expected}"
             if not folder.exists():
                 shutil.rmtree(self.disk, ignore_errors=True)
                 partial = self.disk / "partial"
@@ -79,6 +84,7 @@ class PolicyWeights:
     disk: Path
     part_bytes: int = 2**30
     _folder: Path | None = field(default=None, init=False)
+    _lock: IO[str] | None = field(default=None, init=False)
 
     def write(self, version: int) -> Update:
         """The policy as it is now; what was written before is gone."""
@@ -99,13 +105,25 @@ class PolicyWeights:
             digests |= written
             parts.append(Part(tuple(infos), "shm", {"path": str(path)}))
         num_bytes = sum(num_bytes_of(part.tensors) for part in parts)
-        return Update(version, tuple(parts), None, fingerprint(digests), num_bytes, time.perf_counter() - start_s, self.disk)
+        return Update(version, tuple(parts), None, fingerprint(digests), num_bytes, time.perf_counter() - start_s, self._disk)
 
     def close(self) -> None:
-        """Gives the shared memory back."""
+        """Gives the memory and the files back."""
+        self._forget()
+        shutil.rmtree(self._disk, ignore_errors=True)
+
+    @property
+    def _disk(self) -> Path:
+        # Two runs that are started in one folder do not meet, even before one of them is refused.
+        return self.disk / str(os.getpid())
+
+    def _forget(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _additions(self, version: int, folder: Path, start_s: float) -> Update:
         target = folder / f"additions-{version}"
@@ -115,16 +133,18 @@ class PolicyWeights:
         weights = target / "adapter_model.safetensors"
         with safe_open(weights, framework="pt") as file:
             digests = {name: digest(file.get_tensor(name)) for name in list(file.keys())}
-        return Update(version, (), target, fingerprint(digests), weights.stat().st_size, time.perf_counter() - start_s, self.disk)
+        return Update(version, (), target, fingerprint(digests), weights.stat().st_size, time.perf_counter() - start_s, self._disk)
 
     def _fresh_folder(self) -> Path:
         """An empty folder that only this user can read; those of processes that are gone are removed."""
-        self.close()
+        self._forget()
         base = _SHARED if os.access(_SHARED, os.W_OK) else Path(tempfile.gettempdir())
         for left in base.glob(f"{_PREFIX}*"):
-            if left.owner() == Path.home().owner() and not _is_alive(left.name.removeprefix(_PREFIX).partition("-")[0]):
+            if _is_left_behind(left):
                 shutil.rmtree(left, ignore_errors=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        self._lock = (self._folder / _LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self._folder
 
 
@@ -146,5 +166,13 @@ def _in_parts(infos: Sequence[TensorInfo], part_bytes: int) -> list[list[TensorI
     return parts
 
 
-def _is_alive(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+def _is_left_behind(folder: Path) -> bool:
+    """Whether a folder is this user's and of a process that has ended, in whichever container: such a one holds no lock."""
+    with suppress(OSError):
+        about = folder.stat()
+        if about.st_uid != os.getuid() or time.time() - about.st_ctime < _YOUNG_S:
+            return False
+        with (folder / _LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False

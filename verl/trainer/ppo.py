@@ -31,7 +31,7 @@ from verl.settings import KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, Wei
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.evaluation import evaluate
 from verl.trainer.one_model import policy_source
-from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout
+from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout, start_of_engines
 from verl.trainer.team import Team, WriterOfColumn
 from verl.utils.device import MachineSpeed, measure_speed
 from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
@@ -93,17 +93,19 @@ class Trainer(BaseTrainer):
         self.kl_coef = first_kl_coef(config)
         self.last: list[Trajectory] = []
         source = policy_source(config, actor_model)
+        self._owns_rollout = rollout is None
         path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
         self.codec = codec or TextCodec.load(path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt)
+        start = start_of_engines(config, source, self.codec)  # before low-rank additions are put into a loaded model
         self.team = Team(config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline)
         try:
-            self.rollout = given_rollout(rollout, self.algorithm, self.codec) if rollout else self._chosen_rollout(path)
+            self.rollout = given_rollout(rollout, self.algorithm, self.codec) if rollout is not None else self._chosen_rollout(start)
         except BaseException:
             self.team.close()
             raise
 
-    def _chosen_rollout(self, path: str) -> RolloutEngine:
-        return build_rollout(self.config, self.team.policy, path, self.codec, model_config=self.model_config, note=self.notes.append)
+    def _chosen_rollout(self, start: str) -> RolloutEngine:
+        return build_rollout(self.config, self.team.policy, start, self.codec, model_config=self.model_config, note=self.notes.append)
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
@@ -301,8 +303,11 @@ class Trainer(BaseTrainer):
 
     def close(self) -> None:
         """See `BaseTrainer.close`."""
-        self.rollout.close()
-        self.team.close()
+        try:
+            if self._owns_rollout:
+                self.rollout.close()
+        finally:
+            self.team.close()
 
     def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
         """Which rank of a role takes which rows, in micro-batches that fit it."""

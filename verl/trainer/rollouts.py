@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -20,7 +22,7 @@ from verl.rollout.pool import EnginePool
 from verl.rollout.text import TextWorkerEngine
 from verl.rollout.weights import PolicyWeights
 from verl.settings import RolloutConfig, TrainerConfig
-from verl.trainer.roles import IN_PROCESS
+from verl.trainer.roles import IN_PROCESS, Source, saved
 from verl.utils.device import PRECISIONS
 from verl.utils.rollout import BaseRolloutWorker, RolloutEngine
 from verl.utils.tokens import TextCodec
@@ -80,6 +82,11 @@ def build_rollout(
             raise ValueError(f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}")
         return ActorEngine(policy)
     make, source = engine_class(rollout.engine), str(model_folder(source))
+    if config.policy.lora.rank and rollout.engine in ("vllm", "sglang") and not rollout.engine_options.values.get("enable_lora"):
+        raise ValueError(
+            f"need rollout.engine_options.enable_lora true, and max_lora_rank of at least {config.policy.lora.rank}, for servers of "
+            f"{rollout.engine} that follow policy.lora"
+        )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
     text = model_config.get_text_config()
     pool = EnginePool(
@@ -92,7 +99,11 @@ def build_rollout(
         max_running=rollout.max_slots,
         note=note,
     )
-    return Control(pool, Path(config.output_dir), new_spec=lambda name, address: _spec(config, source, dtype, name, address))
+    try:
+        return Control(pool, Path(config.output_dir), new_spec=lambda name, address: _spec(config, source, dtype, name, address))
+    except BaseException:
+        pool.close()
+        raise
 
 
 def engine_class(name: str) -> type[ServedEngine]:
@@ -118,6 +129,19 @@ def engine_specs(config: TrainerConfig, source: str, dtype: str) -> list[EngineS
     return joined + [_spec(config, source, dtype, f"{rollout.engine}-{i}", None) for i in range(rollout.servers)]
 
 
+# What the settings of a run say in an engine's own words.
+_OWN_OPTIONS: dict[str, Callable[[RolloutConfig], dict[str, Any]]] = {"served": lambda rollout: {"max_slots": rollout.max_slots}}
+
+
+def start_of_engines(config: TrainerConfig, source: Source, codec: TextCodec) -> str:
+    """The model that servers start from: a folder or hub name; a loaded model is saved first, as they add low-rank additions to it."""
+    if isinstance(source, str) or not (config.rollout.servers or config.rollout.addresses):
+        return source if isinstance(source, str) else ""
+    folder = Path(config.output_dir) / "start" / "engines"
+    codec.tokenizer.save_pretrained(folder)
+    return saved(source, folder)
+
+
 def check_logprobs(rows: Batch, algorithm: Algorithm) -> None:
     """Refuses answers without logprobs where a chosen function reads the sampler's.
 
@@ -137,7 +161,9 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
     Raises:
         RuntimeError: it is above `rollout.mismatch_stop`.
     """
-    kl = metrics.get("kl_sampler", 0.0)
+    if "kl_sampler" not in metrics:
+        return []
+    kl = metrics["kl_sampler"]
     told = (
         f"sampler and trainer differ: KL {kl:.3g} nats per token, logprobs by {metrics.get('sampler_gap', kl):.3g} on average and at most "
         f"{metrics.get('sampler_gap_max', kl):.3g}; compare their weights, precision and sampling parameters, or take a correction such as "
@@ -145,7 +171,7 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
     )
     if config.mismatch_stop is not None and not kl <= config.mismatch_stop:
         raise RuntimeError(f"{told}; the limit rollout.mismatch_stop is {config.mismatch_stop}")
-    return [told] if kl > config.mismatch_warn else []
+    return [] if kl <= config.mismatch_warn else [told]
 
 
 def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> EngineSpec:
@@ -154,10 +180,10 @@ def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: st
     return EngineSpec(
         name,
         source,
-        rollout.engine_options.values,
+        {**_OWN_OPTIONS.get(rollout.engine, lambda _: {})(rollout), **rollout.engine_options.values},
         address,
         rollout.python,
-        secrets.token_hex(32),
+        secrets.token_hex(32) if address is None else os.environ.get(rollout.secret_env, ""),
         Path(config.output_dir) / "logs" / f"{name}.log",
         dtype,
         via.get(rollout.weights_via),
