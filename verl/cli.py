@@ -63,21 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="a folder step-... of a run")
     export.add_argument("folder", help="where to")
 
-    serve = _command(commands, "serve", _serve, "answer requests in OpenAI's format with a model")
-    serve.add_argument("model", help="folder or hub name")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; another one needs a key (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="(8000)")
-    serve.add_argument("--name", default=None, help="of the model in requests (as it is given)")
-    serve.add_argument("--max-slots", type=int, default=256, help="answers generated at a time (256)")
-    serve.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
-    serve.add_argument("--api-key-env", default="VERL_API_KEY", help="environment variable with the key that is asked for (VERL_API_KEY)")
-    serve.add_argument("--secret-env", default="VERL_SERVER_SECRET", help="the same for what opens it to a trainer (VERL_SERVER_SECRET)")
-
-    engines = _command(commands, "engines", _with_models("engines"), "list, add or remove the engines of a run that works")
-    engines.add_argument("action", choices=("list", "add", "remove"))
-    engines.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run")
-    engines.add_argument("name", nargs="?", help="of the engine; for add one of your choice")
-    engines.add_argument("--address", default=None, help="of a server that runs already, to add; without, the run starts one")
+    _about_engines(commands)
 
     config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
     config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")
@@ -109,6 +95,24 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
     parser.add_argument("--debug", action="store_true", help="show the whole stack of an error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _about_engines(commands: Any) -> None:
+    serve = _command(commands, "serve", _serve, "answer requests in OpenAI's format with a model")
+    serve.add_argument("model", help="folder or hub name")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; another one needs a key (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="(8000)")
+    serve.add_argument("--name", default=None, help="of the model in requests (as it is given)")
+    serve.add_argument("--max-slots", type=int, default=256, help="answers generated at a time (256)")
+    serve.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(fp32)")
+    serve.add_argument("--api-key-env", default="VERL_API_KEY", help="environment variable with the key that is asked for (VERL_API_KEY)")
+    serve.add_argument("--secret-env", default="VERL_SERVER_SECRET", help="the same for what opens it to a trainer (VERL_SERVER_SECRET)")
+
+    engines = _command(commands, "engines", _with_models("engines"), "list, add or remove the engines of a run that works")
+    engines.add_argument("action", choices=("list", "add", "remove"))
+    engines.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run")
+    engines.add_argument("name", nargs="?", help="of the engine; for add one of your choice")
+    engines.add_argument("--address", default=None, help="of a server that runs already, to add; without, the run starts one")
 
 
 def _from_data(commands: Any, name: str, kind: type[RunConfig], meaning: str) -> None:

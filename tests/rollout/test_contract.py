@@ -58,7 +58,7 @@ def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
     if name == "http":
         model = saved(policy(), folder / "model")
         address = stack.enter_context(running({"model": model, "name": "tiny"}))
-        options = {"model": "tiny", "api_key_env": "TEST_KEY"}
+        options = {"model": "tiny", "api_key_env": "TEST_KEY", "processed_logprobs": True}
         make = import_module("verl.rollout.http").HTTPEngine
         return pool_of(None, model, folder, 1, make=make, options=options, address=address, policy=policy())
     modules = {"served": "verl.rollout.embedded_server:EmbeddedServer", "vllm server": "verl.rollout.vllm:VLLMServer"}

@@ -375,7 +375,7 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
     engine = EmbeddedServer(spec(tmp_path / "nowhere", tmp_path / "log"))
     with pytest.raises(EngineError, match="one has ended with code 1\n.*\n(.*\n)*.*nowhere"):
         run(engine.open())
-    with pytest.raises(ValueError, match="the engine embedded has no option 'max_slot'; did you mean max_slots"):
+    with pytest.raises(ValueError, match="the engine served has no option 'max_slot'; did you mean max_slots"):
         EmbeddedServer(spec(tmp_path, tmp_path / "log", options={"max_slot": 1}))
 
 
@@ -399,10 +399,18 @@ def one_chunk(engine: HTTPEngine, params: SamplingParams, *, seed: int = 0) -> C
 def test_a_server_that_gives_token_ids_is_asked_for_them(served, address, folder, monkeypatch, suffix):
     monkeypatch.setenv("FAR_KEY", KEY)
     params = SamplingParams(max_tokens=20, temperature=0.8, top_k=40, min_p=0.01, stop_ids=(30,), stop=("q",))
-    chunk = one_chunk(http_engine(folder, address + suffix, api_key_env="FAR_KEY"), params, seed=5)
+    chunk = one_chunk(http_engine(folder, address + suffix, api_key_env="FAR_KEY", processed_logprobs=True), params, seed=5)
     completion = own_answer(policy(folder), folder, params, seed_of(replace(params, seed=5), 0))
     assert list(chunk.token_ids) == completion.token_ids and chunk.finish_reason == completion.finish_reason
     assert list(chunk.logprobs) == pytest.approx(completion.logprobs, abs=1e-5) and chunk.text is None
+
+
+def test_logprobs_that_may_be_of_another_distribution_are_left_out(served, address, folder, monkeypatch):
+    monkeypatch.setenv("FAR_KEY", KEY)
+    engine = http_engine(folder, address, api_key_env="FAR_KEY")
+    warm, plain = one_chunk(engine, SamplingParams(max_tokens=8, temperature=0.8)), one_chunk(engine, SamplingParams(max_tokens=8))
+    assert warm.token_ids and warm.logprobs is None
+    assert len(plain.token_ids) == len(plain.logprobs)
 
 
 def test_a_chat_gets_the_prompts_text_and_gives_text(served, address, folder, monkeypatch):

@@ -49,7 +49,6 @@ class Control(RolloutEngine):
         """See `RolloutEngine.publish`."""
         super().publish(version)
         self.pool.publish(version)
-        self._tell()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `EnginePool.generate`."""
@@ -72,7 +71,7 @@ class Control(RolloutEngine):
             self.pool.close()
 
     def _tell(self) -> None:
-        """Says where the endpoint is, once the run has its folder for itself; an older file has another owner's mode."""
+        """Says where the endpoint is, once the run has its folder for itself; an older file may have another mode."""
         if self._is_known:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)

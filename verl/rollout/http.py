@@ -114,6 +114,8 @@ class Connection:
                     message = f"{self._name} answers {path} with status {response.status}: {self._message(content)}"
                     raise StatusError(message, response.status, _retry_after_s(response.headers.get("Retry-After")))
                 yield response
+        except EngineError:
+            raise
         except asyncio.TimeoutError as error:
             raise EngineError(f"{self._name} gave no sign of life at {path} in time") from error
         except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile

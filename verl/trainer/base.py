@@ -135,8 +135,8 @@ class BaseTrainer(ABC):
         check_sinks(config.tracking.sinks)
         report = self.load_train_data()
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
+        resumed = self._resume(store)
         with only_run_in(folder):
-            resumed = self._resume(store)
             tracker = Tracker(config.tracking, folder, total_steps=config.steps, first_step=self.version + 1, console=self._console)
             (folder / "config.yaml").write_text(to_yaml(config))
             tracker.event(_summary(report))
