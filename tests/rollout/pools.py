@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,23 @@ def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def in_background(pool: EnginePool, *args: Any) -> tuple[threading.Thread, list[Any]]:
+    """A call of `generate` that goes on, and where its result or error will be."""
+    out: list[Any] = []
+
+    def run() -> None:
+        try:
+            out.append(pool.generate(*args))
+        except Exception as error:
+            out.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, out
+
+
+def started(pool: EnginePool, least: int = 4) -> bool:
+    """Whether every engine comes to have requests."""
+    return waited(lambda: sum(member.life.running for member in pool.members) >= least and all(m.life.running for m in pool.members))

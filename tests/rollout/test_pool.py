@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from tests.rollout.pools import changed, group_of, own_logprobs, pool_of, saved, specs, waited
+from tests.rollout.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, specs, started, waited
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.embedded_server import EmbeddedServer
 from verl.rollout.engine import EngineError, EngineSpec, Part
@@ -55,25 +54,6 @@ def doomed(policy, model, tmp_path, notes):
 
 def servers_of(pool) -> list[int]:
     return [member.engine.pid for member in pool.members]
-
-
-def in_background(pool, *args):
-    """A call of `generate` that goes on, and where its result or error will be."""
-    out: list = []
-
-    def run() -> None:
-        try:
-            out.append(pool.generate(*args))
-        except Exception as error:
-            out.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, out
-
-
-def started(pool, least: int = 4) -> bool:
-    return waited(lambda: sum(member.life.running for member in pool.members) >= least and all(m.life.running for m in pool.members))
 
 
 def check_all_answered(policy, groups, params, version: int) -> None:

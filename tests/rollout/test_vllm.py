@@ -104,7 +104,7 @@ def serving(family: str, folder: Path, **changes: Any) -> Iterator[Bench]:
 
 def assert_gone(group: int) -> None:
     """Killed processes take a moment to be gone."""
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 30
     while left := processes_of(group):
         assert time.monotonic() < give_up, left
         time.sleep(0.1)

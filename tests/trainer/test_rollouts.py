@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tests.training import toy_trainer
+from tests.training import CHARACTERS, toy_trainer
+from verl.engines.models import make_tiny_model
 from verl.rollout.control import FILE, ask
 from verl.settings import RolloutConfig
 from verl.trainer.rollouts import check_mismatch
@@ -32,6 +34,57 @@ def test_with_servers_a_run_learns_what_it_learns_alone(letters, tmp_path):
     finally:
         served.close()
     assert not (tmp_path / "served" / "run" / FILE).exists()
+
+
+@pytest.mark.ray
+def test_servers_follow_a_policy_that_is_spread_over_ranks(letters, tmp_path):
+    alone = toy_trainer("grpo", letters, tmp_path / "alone", *SETTINGS)
+    expected = [alone.step() for _ in range(3)]
+    spread = "placement={name: colocated, devices: [2], address: local}"
+    trainer = toy_trainer("grpo", letters, tmp_path / "spread", *SETTINGS, spread, "rollout={engine: served, servers: 1}")
+    try:
+        for theirs, ours in zip(expected, [trainer.step() for _ in range(3)], strict=True):
+            keys = ("reward", "response_tokens", "loss", "grad_norm")
+            assert {key: ours[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=2e-4, abs=1e-6)
+            assert ours["sampler_gap_max"] < 1e-4 and ours["engines/sync_bytes"] > 0
+    finally:
+        trainer.close()
+
+
+@pytest.mark.vllm
+def test_with_vllm_in_its_process_a_loaded_model_is_trained_and_followed(tmp_path, monkeypatch):
+    # Plugins of other packages beside vLLM are none of ours.
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    trainer = followed(tmp_path, "rollout={engine_options: {max_model_len: 64}}", use_vllm=True)
+    try:
+        check_followed(trainer)
+    finally:
+        trainer.close()
+
+
+@pytest.mark.sglang
+def test_an_sglang_server_follows_its_policy(tmp_path):
+    trainer = followed(tmp_path, "rollout={engine: sglang, servers: 1}")
+    try:
+        check_followed(trainer)
+    finally:
+        trainer.close()
+
+
+def followed(folder, *overrides: str, **given):
+    """A run on a loaded model with heads of a size that every engine knows."""
+    make_tiny_model(folder / "model", hidden=128, layers=2, characters=CHARACTERS)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return toy_trainer("grpo", folder / "model", folder, *SETTINGS, "policy.optimizer.lr=1e-2", *overrides, actor_model=loaded, **given)
+
+
+def check_followed(trainer):
+    start = [p.detach().clone() for p in trainer.team.policy.worker.model.parameters()]
+    for _ in range(3):
+        metrics = trainer.step()
+        assert metrics["sampler_gap_max"] < 1e-3 and 0 < metrics["sampler_gap"] < 1e-4
+    moved = max(float((p - q).abs().max()) for p, q in zip(trainer.team.policy.worker.model.parameters(), start, strict=True))
+    assert moved > 1e-3  # old weights would not have these logprobs
 
 
 def engines_of_a_run_are_listed_added_and_removed(trainer, folder):
