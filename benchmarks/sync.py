@@ -1,7 +1,7 @@
 """Bytes and seconds until engines have new weights, beside a plain load of the full state into a model of the same process.
 
-    .venv/bin/python benchmarks/sync.py                      # servers of the embedded engine
-    .venv-engines/bin/python benchmarks/sync.py --vllm       # vLLM in process, too (make engines)
+.venv/bin/python benchmarks/sync.py                      # servers of the embedded engine
+.venv-engines/bin/python benchmarks/sync.py --vllm       # vLLM in process, too (make engines)
 """
 
 from __future__ import annotations

@@ -145,9 +145,10 @@ class Member:
             problem = await self._wrong_after(update)
         if problem:
             raise EngineError(f"engine {self.name} did not get version {update.version} in two tries: {problem}")
+        if life.cause is None:
+            self.taken = update  # before the first token of it comes
         await self.engine.resume()
         if life.cause is None:
-            self.taken = update
             self._become("serving")
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:

@@ -82,9 +82,17 @@ class ServerProcess:
             os.killpg(self.pid, signal.SIGKILL)
         waited_s = 0.0
         # One that waits for a device cannot even be killed until that answers.
-        while waited_s < grace_s and self._process.poll() is None:
+        while waited_s < grace_s and (self._process.poll() is None or _has_members(self.pid)):
             await asyncio.sleep(_POLL_S)
             waited_s += _POLL_S
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def free_port() -> int:
