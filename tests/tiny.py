@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.engines.models import PolicyModel, Precision
-from verl.utils.rollout import Prompt
+from verl.utils.rollout import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer
 
 WINDOW = 5  # Shorter than the rows of the tests, so that it decides what they see.
@@ -120,3 +120,14 @@ def batch_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]
 def model_input(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, packed: bool = True) -> ModelInput:
     """The same rows as a model reads them, on the CPU."""
     return ModelInput.from_batch(batch_of(prompts, responses), packed=packed, device=torch.device("cpu"))
+
+
+def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
+    """Tokens that survive the truncation, one rule after the other."""
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])
+    kept, mass = set(order[: params.top_k or None]), 0.0
+    for token in order:
+        if mass >= params.top_p or probs[token] < params.min_p * max(probs):
+            kept.discard(token)
+        mass += probs[token]
+    return kept

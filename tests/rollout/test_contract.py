@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.rollout.pools import group_of, pool_of, saved
 from tests.rollout.servers import KEY, running
-from tests.tiny import random_prompts, tiny_codec, tiny_policy
+from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_policy
 from verl.engines.models import PolicyModel
 from verl.rollout.embedded import EmbeddedEngine
 from verl.utils.rollout import Completion, RolloutEngine, SamplingParams
@@ -104,17 +104,6 @@ def next_logits(ids: list[int]) -> Tensor:
     """[V] by the model's own forward."""
     with torch.no_grad():
         return policy().transformer(torch.tensor([ids])).logits[0, -1]
-
-
-def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
-    """Tokens that survive the truncation, one rule after the other."""
-    order = sorted(range(len(probs)), key=lambda token: -probs[token])
-    kept, mass = set(order[: params.top_k or None]), 0.0
-    for token in order:
-        if mass >= params.top_p or probs[token] < params.min_p * max(probs):
-            kept.discard(token)
-        mass += probs[token]
-    return kept
 
 
 def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine, seeded):

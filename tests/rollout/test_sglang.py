@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import random_prompts, tiny_codec, tiny_transformer
+from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_transformer
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, TensorInfo
 from verl.rollout.fingerprint import digest, fingerprint
 from verl.rollout.groups import Broadcaster
@@ -96,17 +96,6 @@ def left_in_group(group: int) -> list[str]:
     """Processes of a group that are alive."""
     rows = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], check=True, capture_output=True, text=True).stdout.splitlines()
     return [row for row in rows if int(row.split()[0]) == group and not row.split()[1].startswith("Z")]
-
-
-def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
-    """Tokens that survive the truncation, one rule after the other."""
-    order = sorted(range(len(probs)), key=lambda token: -probs[token])
-    kept, mass = set(order[: params.top_k or None]), 0.0
-    for token in order:
-        if mass >= params.top_p or probs[token] < params.min_p * max(probs):
-            kept.discard(token)
-        mass += probs[token]
-    return kept
 
 
 def expected_logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int], params: SamplingParams) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from verl.engines.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.models import PolicyModel
 from verl.rollout.sampling import RowParams, answer_seed, draw, truncated, uniforms
-from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
+from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 # Prompt tokens of one prefill: bounds the activations, not the number of prompts.
@@ -83,15 +83,8 @@ class EmbeddedEngine(RolloutEngine):
             ValueError: an empty prompt, or prompt and answer longer than the model's context.
             RuntimeError: the model's logits are not finite.
         """
-        if len(prompts) != len(params):
-            raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
         context = self.model.transformer.config.get_text_config().max_position_embeddings
-        for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-            if not prompt or len(prompt) + wanted.max_tokens > context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
-                    f"{context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
-                )
+        check_requests(prompts, params, context=context)
         was_training = self.model.training
         self.model.eval()
         try:

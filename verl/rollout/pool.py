@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from verl.rollout.engine import EngineError, EngineSpec, ServedEngine
 from verl.rollout.members import Life, Member
 from verl.rollout.weights import PolicyWeights, Update
-from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
+from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
@@ -129,14 +129,7 @@ class EnginePool(RolloutEngine):
             ValueError: an empty prompt, or prompt and answer longer than the model's context; or an engine refuses a request.
             RuntimeError: no engine serves, or answers fail on one engine after the other.
         """
-        if len(prompts) != len(params):
-            raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
-        for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-            if not prompt or len(prompt) + wanted.max_tokens > self._context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
-                    f"{self._context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
-                )
+        check_requests(prompts, params, context=self._context)
         if self._weights is not None and self._update is None:
             self.publish(self.version)
         return self.run(self._generate(prompts, params))

@@ -17,7 +17,7 @@ from verl.rollout.engine import OwnWeightsEngine, TensorInfo, seed_of
 from verl.rollout.fingerprint import fingerprint
 from verl.rollout.parts import make_file, map_file, num_bytes_of
 from verl.rollout.vllm_options import CONTROL, CPU_ENVIRONMENT, REASONS, has_accelerator, lacking, own_options
-from verl.utils.rollout import Completion, SamplingParams
+from verl.utils.rollout import Completion, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 if not has_accelerator():
@@ -71,7 +71,7 @@ class VLLMEngine(OwnWeightsEngine):
             ValueError: an empty prompt, or prompt and answer longer than the model's context.
             RuntimeError: vLLM gave something else than was asked for, or logprobs that are no numbers.
         """
-        self._check(prompts, params)
+        check_requests(prompts, params, context=self._context)
         inputs: list[Any] = [{"prompt_token_ids": list(p)} for p, wanted in zip(prompts, params, strict=True) for _ in range(wanted.n)]
         if not inputs:
             return []
@@ -133,16 +133,6 @@ class VLLMEngine(OwnWeightsEngine):
             self._llm.finish_weight_update()
         self._llm.start_weight_update()
         self._is_updating = True
-
-    def _check(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
-        if len(prompts) != len(params):
-            raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
-        for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-            if not prompt or len(prompt) + wanted.max_tokens > self._context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
-                    f"{self._context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
-                )
 
     def _asked(self, params: SamplingParams, number: int) -> vllm.SamplingParams:
         """What vLLM is asked for one answer of a prompt."""

@@ -100,6 +100,27 @@ class RolloutEngine(ABC):
         return
 
 
+def check_requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, context: int) -> None:
+    """Refuses what no engine can answer.
+
+    Args:
+        prompts: token ids.
+        params: one for each prompt.
+        context: of the model, in tokens.
+
+    Raises:
+        ValueError: an empty prompt, prompt and answer longer than the context, or another number of parameters.
+    """
+    if len(prompts) != len(params):
+        raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
+    for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        if not prompt or len(prompt) + wanted.max_tokens > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
+                f"{context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
+            )
+
+
 class BaseRolloutWorker:
     """Base of users' own workers over any server: texts in, texts out.
 
