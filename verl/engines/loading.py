@@ -176,7 +176,7 @@ def whole_tensors(transformer: nn.Module, wanted: Collection[str] | None = None)
         transformer: sharded or not.
         wanted: names of those to yield, the same on all ranks; none: all.
     """
-    additions = {name: module for name, module in transformer.named_modules() if name + ".lora_A.default.weight" in _names(transformer)}
+    additions = _with_additions(transformer)
     for name, parameter in transformer.named_parameters():
         if is_addition(name) or (wanted is not None and base_name(name) not in wanted):
             continue
@@ -197,7 +197,7 @@ def weight_shapes(transformer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 @torch.no_grad()
 def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
     """The low-rank additions as the two files of a PEFT folder, name -> content; a collective for each tensor."""
-    tuned = {name: module for name, module in transformer.named_modules() if name + ".lora_A.default.weight" in _names(transformer)}
+    tuned = _with_additions(transformer)
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": _whole(module.get_parameter(f"lora_{part}.default.weight")).cpu()
         for name, module in tuned.items()
@@ -218,8 +218,10 @@ def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
     return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors, metadata={"format": "pt"})}
 
 
-def _names(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_parameters()}
+def _with_additions(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The matrices that have low-rank additions, by name."""
+    names = {name for name, _ in transformer.named_parameters()}
+    return {name: module for name, module in transformer.named_modules() if f"{name}.lora_A.default.weight" in names}
 
 
 def _whole(parameter: Tensor) -> Tensor:

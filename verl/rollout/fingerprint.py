@@ -11,8 +11,8 @@ from torch import Tensor
 # A prime near 2^40: places that are some power of two apart must not have the same weight.
 _STRIDE = 1_099_511_627_689
 _WORD_BYTES = 8
-# Bounds the memory that the sum takes beside the tensor, to twice this.
-_BLOCK_BYTES = 2**24
+# Blocks that stay in the cache of a CPU, and blocks that keep a GPU busy: whether it is a CPU -> words.
+_BLOCK_WORDS = {True: 2**17, False: 2**24}
 
 
 def digest(tensor: Tensor) -> int:
@@ -24,14 +24,22 @@ def digest(tensor: Tensor) -> int:
     content = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = content.numel() // _WORD_BYTES * _WORD_BYTES
     rest = int.from_bytes(bytes(content[whole:].tolist()), "little")
+    aligned = content[:whole] if content.data_ptr() % _WORD_BYTES == 0 else content[:whole].clone()
+    words = aligned.view(torch.int64)
+    size = min(len(words), _BLOCK_WORDS[words.device.type == "cpu"])
+    weights = torch.arange(size, device=words.device) * (2 * _STRIDE) + 1
+    mixed = torch.empty_like(weights)
     total = (2 * rest + 1) * (2 * tensor.numel() + 1)
-    for start in range(0, whole, _BLOCK_BYTES):
-        block = content[start : min(whole, start + _BLOCK_BYTES)]
-        words = (block if block.data_ptr() % _WORD_BYTES == 0 else block.clone()).view(torch.int64)
-        first = start // _WORD_BYTES
-        weights = torch.arange(first, first + len(words), device=words.device) * (2 * _STRIDE) + 1
+    for first in range(0, len(words), size):
+        block = words[first : first + size]
+        own = mixed[: len(block)]
         # The upper half goes into the lower: a sign alone, at the top of a word, would be lost in a sum of products of even numbers.
-        total += int(((words ^ ((words >> 32) & 0xFFFFFFFF)) * weights).sum())
+        torch.bitwise_right_shift(block, 32, out=own)
+        own &= 0xFFFFFFFF
+        own ^= block
+        plain = int(own.sum())
+        own *= weights[: len(block)]
+        total += int(own.sum()) + plain * 2 * _STRIDE * first
     return total % 2**64
 
 
