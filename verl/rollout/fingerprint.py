@@ -26,7 +26,7 @@ def digest(tensor: Tensor) -> int:
     rest = int.from_bytes(bytes(content[whole:].tolist()), "little")
     aligned = content[:whole] if content.data_ptr() % _WORD_BYTES == 0 else content[:whole].clone()
     words = aligned.view(torch.int64)
-    size = min(len(words), _BLOCK_WORDS[words.device.type == "cpu"])
+    size = max(1, min(len(words), _BLOCK_WORDS[words.device.type == "cpu"]))
     weights = torch.arange(size, device=words.device) * (2 * _STRIDE) + 1
     mixed = torch.empty_like(weights)
     total = (2 * rest + 1) * (2 * tensor.numel() + 1)
