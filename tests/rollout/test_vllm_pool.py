@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -30,6 +31,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
         params = [SamplingParams(max_tokens=240, n=8, seed=i, temperature=1.5) for i in range(4)]
         thread, out = in_background(pool, PROMPTS, params)
         assert started(pool)
+        time.sleep(1.5)  # some tokens of answers that take several seconds
         killed, hung = (member.engine._process.pid for member in pool.members)
         os.killpg(killed, signal.SIGKILL)
         os.killpg(hung, signal.SIGSTOP)

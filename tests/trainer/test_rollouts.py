@@ -55,7 +55,7 @@ def test_servers_follow_a_policy_that_is_spread_over_ranks(letters, tmp_path):
 def test_with_vllm_in_its_process_a_loaded_model_is_trained_and_followed(tmp_path, monkeypatch):
     # Plugins of other packages beside vLLM are none of ours.
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    trainer = followed(tmp_path, "rollout={engine_options: {max_model_len: 64}}", use_vllm=True)
+    trainer = followed(tmp_path, "rollout={engine: vllm, engine_options: {max_model_len: 64}}", use_vllm=True)
     try:
         check_followed(trainer)
     finally:
