@@ -183,13 +183,14 @@ IGNORED: tuple[Ignored, ...] = (
             "rollout.weights_via",
             "rollout.timeout_s",
             "rollout.secret_env",
+            "rollout.servers_sleep",
         ),
         "rollout.engine",
         lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "embedded",
         "rollout.engine is embedded, which has neither servers nor options; set it to vllm, sglang, served or http",
     ),
     *_each(
-        ("rollout.python", "rollout.weights_via", "rollout.timeout_s"),
+        ("rollout.python", "rollout.weights_via", "rollout.timeout_s", "rollout.servers_sleep"),
         "rollout.servers",
         lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
         "there are no servers; set rollout.servers or rollout.addresses",
@@ -334,6 +335,10 @@ WRONG: tuple[tuple[Claim, str], ...] = (
     (
         lambda c: c.rollout.engine in ("sglang", "served", "http") and not c.rollout.servers and not c.rollout.addresses,
         "need servers for rollout.engine {c.rollout.engine}, got rollout.servers 0 and no rollout.addresses; set one of them",
+    ),
+    (
+        lambda c: c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0),
+        "need servers of vllm or sglang that follow all weights for rollout.servers_sleep, got rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server forgets the weights that low-rank additions belong to; set it to false",
     ),
     (
         lambda c: c.rollout.engine == "http" and c.rollout.servers > 0,

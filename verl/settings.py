@@ -244,6 +244,9 @@ class RolloutConfig(Section):
     )
     max_slots: int = setting(256, "Answers generated at the same time by the embedded engine, or by each server.", unit="answers", ge=1)
     timeout_s: float = setting(60.0, "Silence of a server after which it counts as hung.", unit="s", gt=0)
+    servers_sleep: bool = setting(
+        False, "Servers give their device memory back while the policy learns: for those that share devices with it; vllm and sglang."
+    )
     mismatch_warn: float = setting(
         0.01, "KL of sampler and trainer per token above which a step warns.", unit="nats", source="prime-rl", gt=0
     )

@@ -298,3 +298,29 @@ def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
         assert [member.state for member in pool.members] == ["serving"] * 2
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_servers_that_share_devices_sleep_while_the_policy_learns_and_wake_for_the_next_weights(sleeps):
+    calls: list[str] = []
+
+    class Sleepy(Scripted):
+        async def sleep(self) -> None:
+            calls.append("sleep")
+
+        async def wake(self) -> None:
+            calls.append("wake")
+
+        async def begin_update(self) -> None:
+            calls.append("update")
+
+    pool = pool_of(1, Sleepy, sleeps=sleeps)
+    try:
+        answers(pool)
+        pool.sleep()
+        assert pool.members[0].state == ("stale" if sleeps else "serving")
+        pool.publish(1)
+        assert calls == (["update", "sleep", "wake", "update"] if sleeps else ["update", "update"])
+        assert {version for answer in answers(pool) for version in answer.versions} == {1}
+    finally:
+        pool.close()

@@ -64,7 +64,7 @@ def test_with_vllm_in_its_process_a_loaded_model_is_trained_and_followed(tmp_pat
 
 @pytest.mark.sglang
 def test_an_sglang_server_follows_its_policy(tmp_path):
-    trainer = followed(tmp_path, "rollout={engine: sglang, servers: 1}")
+    trainer = followed(tmp_path, "rollout={engine: sglang, servers: 1, servers_sleep: true}")
     try:
         check_followed(trainer)
     finally:

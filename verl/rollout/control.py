@@ -55,6 +55,10 @@ class Control(RolloutEngine):
         self._tell()
         return self.pool.generate(prompts, params)
 
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self.pool.sleep()
+
     def take_metrics(self) -> dict[str, float]:
         """See `RolloutEngine.take_metrics`."""
         return self.pool.take_metrics()

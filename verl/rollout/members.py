@@ -74,6 +74,7 @@ class Member:
         life: the present one.
         taken: the update that it has; None: not known to have any.
         is_leaving: it gets no more requests.
+        is_asleep: it has given its device memory back.
         served: answers that it has finished.
         cause: of its last failure.
         failures: since the last good answer.
@@ -87,6 +88,7 @@ class Member:
         self.life = Life()
         self.taken: Update | None = None
         self.is_leaving = False
+        self.is_asleep = False
         self.served = 0
         self.cause = ""
         self.failures = 0
@@ -122,7 +124,7 @@ class Member:
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
         life = self._become("starting").life = Life()
-        self.taken = None
+        self.taken, self.is_asleep = None, False
         await self.engine.open()
         if life.cause is None:
             self._become("stale" if self.engine.follows else "serving")
@@ -137,6 +139,9 @@ class Member:
         if life.cause is not None:
             raise EngineError(life.cause)
         self._become("stale")
+        if self.is_asleep:
+            await self.engine.wake()
+            self.is_asleep = False
         await self.engine.pause()
         problem = await self._wrong_after(update)
         if problem:
@@ -150,6 +155,12 @@ class Member:
         await self.engine.resume()
         if life.cause is None:
             self._become("serving")
+
+    async def sleep(self) -> None:
+        """Gives its device memory back; it is stale until it takes weights again."""
+        self._become("stale")
+        self.taken, self.is_asleep = None, True
+        await self.engine.sleep()
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`; what cannot be is an error of the engine."""

@@ -80,6 +80,7 @@ class EnginePool(RolloutEngine):
         context: of the policy, in tokens.
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any engine that serves.
+        sleeps: engines give their device memory back on `sleep`.
         note: is told what happened, for people.
 
     Raises:
@@ -98,12 +99,13 @@ class EnginePool(RolloutEngine):
         context: int,
         max_running: int = 256,
         wait_s: float = 1200.0,
+        sleeps: bool = False,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.members: list[Member] = []
         self._make, self._codec, self._weights, self._note = make, codec, weights, note
         self._options = {"max_running": max_running, "vocabulary": vocabulary}
-        self._context, self._wait_s = context, wait_s
+        self._context, self._wait_s, self._sleeps = context, wait_s, sleeps
         self._update: Update | None = None
         self._counts = _Counts()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,6 +145,11 @@ class EnginePool(RolloutEngine):
             self._counts.write_s += update.seconds
             self._update = update
         self.run(self._spread())
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`; those that share no device go on."""
+        if self._sleeps:
+            self.run(self._sleep())
 
     def add(self, spec: EngineSpec) -> None:
         """One more engine, which serves as soon as it has started and has the weights."""
@@ -243,6 +250,17 @@ class EnginePool(RolloutEngine):
         for member in self.members:
             async with member.taking:
                 pass
+
+    async def _sleep(self) -> None:
+        await self._forget()
+        await asyncio.gather(*(self._send_to_sleep(member) for member in self.members if member.state == "serving"))
+
+    async def _send_to_sleep(self, member: Member) -> None:
+        life = member.life
+        try:
+            await member.sleep()
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, life, error)
 
     async def _spread(self) -> None:
         """Gives the newest weights to all that have others."""

@@ -91,7 +91,6 @@ class Server:
         self._reader = Reader(name, self._codec, config.max_position_embeddings, config.vocab_size)
         self._intake = WeightIntake(model.transformer)
         self._thread = GenerationThread(model, self._codec, max_slots=options.max_slots)
-        self._is_updating = False
         self._created_s = int(time.time())
 
     def app(self) -> web.Application:

@@ -97,6 +97,7 @@ def build_rollout(
         vocabulary=text.vocab_size,
         context=text.max_position_embeddings,
         max_running=rollout.max_slots,
+        sleeps=rollout.servers_sleep,
         note=note,
     )
     try:
