@@ -6,6 +6,10 @@ known there under the name `BACKEND`.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +29,7 @@ from verl.rollout.engine import TensorInfo
 from verl.rollout.fingerprint import digest
 from verl.rollout.links import broadcast, open_group, shared_memory
 from verl.rollout.parts import map_file, num_bytes_of, tensors_in, unpacked
+from verl.rollout.vllm_guard import OWNED_VARIABLE
 
 BACKEND = "verl"
 _HEAD = "lm_head.weight"
@@ -196,5 +201,16 @@ def _names(file: Any) -> list[str]:
     return list(file.keys())
 
 
+def _end_with(leader: int) -> None:
+    """Ends this server when the process is gone that was started first: vLLM's others would stay behind if it is killed."""
+    status = Path(f"/proc/{leader}/stat")
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        time.sleep(1.0)
+    os.killpg(leader, signal.SIGKILL)
+
+
+if os.environ.get(OWNED_VARIABLE) and Path("/proc").exists():
+    # A run starts each server as the leader of a process group.
+    threading.Thread(target=_end_with, args=(os.getpgrp(),), daemon=True).start()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, PartsEngine)
