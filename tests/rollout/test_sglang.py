@@ -33,6 +33,8 @@ SECRET = "s3cret-of-the-tests"
 FAMILY = "qwen2"
 PROMPTS = random_prompts([3, 11, 1, 6])
 LONG = SamplingParams(max_tokens=200)
+# Room for an answer that takes seconds.
+CONTEXT = 4096
 Result = TypeVar("Result")
 
 
@@ -65,7 +67,7 @@ async def whole(engine: SGLangServer, prompt: Sequence[int], params: SamplingPar
 def spec_of(folder: Path, *, family: str = FAMILY, **changes: Any) -> EngineSpec:
     model = folder / "model"
     if not model.exists():
-        tiny_transformer(family).save_pretrained(model)
+        tiny_transformer(family, max_position_embeddings=CONTEXT).save_pretrained(model)
         tiny_codec().tokenizer.save_pretrained(model)
     options = {"max_running_requests": 16, "enable_lora": True, "max_lora_rank": 4, "lora_target_modules": ["q_proj", "v_proj"]}
     spec = EngineSpec("sglang-0", str(model), options, secret=SECRET, log=folder / "engine.log", timeout_s=20, start_timeout_s=300)
@@ -192,7 +194,7 @@ def test_special_tokens_are_read_and_given(running):
     assert_is_of(running, [2, 0, 3, 50], answer, SamplingParams(max_tokens=5))
 
 
-@pytest.mark.parametrize("ids, max_tokens", [([5] * 300, 4), ([5] * 250, 50)], ids=["prompt", "answer"])
+@pytest.mark.parametrize("ids, max_tokens", [([5] * (CONTEXT + 50), 4), ([5] * (CONTEXT - 10), 50)], ids=["prompt", "answer"])
 def test_what_does_not_fit_the_context_is_refused(running, ids, max_tokens):
     with pytest.raises(RefusedError, match="context length"):
         running.answer(ids, SamplingParams(max_tokens=max_tokens))
@@ -237,9 +239,9 @@ async def until(condition: Any, *, limit_s: float = 10.0) -> bool:
 
 @pytest.mark.parametrize("cancel", [False, True], ids=["left", "cancelled"])
 def test_leaving_the_iteration_aborts_the_request_in_the_server(running, cancel):
-    engine, params = running.engine, SamplingParams(temperature=0, max_tokens=240)
+    engine, params = running.engine, SamplingParams(temperature=0, max_tokens=3000)
     started_s = time.monotonic()
-    assert len(running.answer(PROMPTS[1], params).token_ids) == 240
+    assert len(running.answer(PROMPTS[1], params).token_ids) == 3000
     whole_s = time.monotonic() - started_s
 
     async def left() -> float | None:
