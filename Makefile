@@ -57,4 +57,6 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	fi
 	@echo "  verl and its dependencies"
 	@$(PIP) -e ".[dev,docs,lora,ray]"
+	@# By itself: the libraries of fused kernels that it names are for GPUs.
+	@$(PIP) --no-deps megatron-core
 	@touch $@

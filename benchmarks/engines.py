@@ -1,8 +1,7 @@
-"""The same run with the policy itself, with vLLM in its process, and with servers that follow it: what each learns, and what it costs.
+"""The same run in other layouts and with other engines: what each learns, and what it costs.
 
-Runs in an environment that has the engines (`make engines`):
-
-    .venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2
+.venv/bin/python benchmarks/engines.py --algo ppo --engines embedded fsdp-4 megatron-2x2
+.venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2    # made by `make engines`
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from verl.engines.models import make_tiny_model
 from verl.trainer.ppo import Trainer
 from verl.trainer.quickstart import quickstart_config, warm_up
 
+_PAIRS = "hybrid_engine.actor_repartition={enabled: true, tensor: 2}"
 # Name -> what is set. Heads of 32 values, as vLLM's kernels for CPUs want them.
 ENGINES = {
     "embedded": (),
@@ -34,6 +34,12 @@ ENGINES = {
     "vllm-2": ("rollout={engine: vllm, servers: 2, engine_options: {max_model_len: 64}}",),
     "sglang-2": ("rollout={engine: sglang, servers: 2}",),
     "served-2": ("rollout={engine: served, servers: 2}",),
+    # Trained in four shards, or two stages of two tensor ranks; generated in pairs.
+    "fsdp-4": ("placement={name: colocated, devices: [4], address: local}", _PAIRS),
+    "megatron-2x2": (
+        "placement={name: colocated, devices: [4], address: local, policy: {tensor: 2, pipeline: 2, engine: megatron}}",
+        _PAIRS,
+    ),
 }
 HIDDEN, LAYERS = 128, 2
 POINTS = 6
@@ -63,13 +69,13 @@ def warmed(folder: Path, seed: int, steps: int) -> None:
     warm_up(folder, quickstart_config(folder, seed=seed, algo="grpo", overrides=[f"steps={steps}"]), Console(quiet=True))
 
 
-def run(engine: str, seed: int, steps: int, start: str) -> Run:
+def run(engine: str, algo: str, seed: int, steps: int, start: str) -> Run:
     """One run; meant for a process of its own."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "warm").symlink_to(start)
         overrides = ["tracking.sinks=[]", f"steps={steps}", *ENGINES[engine]]
-        config = quickstart_config(Path(place), seed=seed, algo="grpo", overrides=overrides)
+        config = quickstart_config(Path(place), seed=seed, algo=algo, overrides=overrides)
         with closing(Trainer(config, console=Console(quiet=True))) as trainer:
             before = trainer.evaluate()["eval/reward"]
             history = trainer.fit()
@@ -86,10 +92,10 @@ def run(engine: str, seed: int, steps: int, start: str) -> Run:
         [step["reward"] for step in history],
         median("time/generate_s"),
         median("time/update_policy_s"),
-        median("time/sync_write_s") + median("time/sync_load_s"),
-        median("engines/sync_bytes"),
-        max(step["sampler_gap"] for step in history),
-        max(step["sampler_gap_max"] for step in history),
+        median("time/sync_write_s") + median("time/sync_load_s") + median("time/reshard_s"),
+        median("engines/sync_bytes") + median("hybrid/received_bytes"),
+        max(step.get("sampler_gap", 0.0) for step in history),
+        max(step.get("sampler_gap_max", 0.0) for step in history),
     )
 
 
@@ -97,7 +103,7 @@ def line(run: Run) -> str:
     size = len(run.rewards) / POINTS
     points = [statistics.fmean(run.rewards[round(i * size) : round((i + 1) * size)]) for i in range(POINTS)]
     return (
-        f"{run.engine:<9} seed {run.seed}  {run.before:.3f} -> {run.after:.3f}  {' '.join(f'{p:.2f}' for p in points)}  generate "
+        f"{run.engine:<12} seed {run.seed}  {run.before:.3f} -> {run.after:.3f}  {' '.join(f'{p:.2f}' for p in points)}  generate "
         f"{run.generate_s:.2f} s, update {run.update_s:.2f} s, sync {run.sync_s:.3f} s {run.sync_bytes:.0f} B, "
         f"gap {run.gap:.1e} max {run.gap_max:.1e}"
     )
@@ -106,6 +112,7 @@ def line(run: Run) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["embedded", "vllm", "vllm-2"])
+    parser.add_argument("--algo", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -119,7 +126,7 @@ def main() -> None:
             for engine in args.engines:
                 start = time.time()
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    runs.append(pool.submit(run, engine, seed, args.steps, str(Path(place) / "warm")).result())
+                    runs.append(pool.submit(run, engine, args.algo, seed, args.steps, str(Path(place) / "warm")).result())
                 print(f"{line(runs[-1])}, {time.time() - start:.0f} s in all", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps([asdict(run) for run in runs], indent=1))

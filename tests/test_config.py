@@ -21,7 +21,8 @@ from verl.config import (
 )
 from verl.describe import describe_settings, settings_markdown
 from verl.relations import IGNORED, READERS
-from verl.settings import KLAdaptive, KLSchedule, PreferenceConfig, RewardModelConfig, TrainerConfig, places
+from verl.schema import places
+from verl.settings import KLAdaptive, KLSchedule, PreferenceConfig, RewardModelConfig, TrainerConfig
 
 CASE_STUDY = {"actor_micro_batch_size": 4, "critic_micro_batch_size": 4, "rollouts_per_device": 64, "vf_coef": 0.1, "clip_eps": 0.2}
 

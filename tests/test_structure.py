@@ -23,6 +23,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FLOORS = {
     "__version__": 0,
     "settings": 0,
+    "schema": 0,
     "relations": 0,
     "yaml_text": 0,
     "config": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     "data": 2,
     "algorithms": 3,
     "controller": 4,
+    "hybrid": 4,
     "engines": 5,
     "rollout": 6,
     "rewards": 7,

@@ -1,4 +1,4 @@
-"""The command line: train, sft, preference, reward-model, eval, export, serve, engines, config, quickstart, make-model and make-data."""
+"""The command line: train, sft, preference, reward-model, eval, export, serve, engines, plan, config, quickstart, make-model, make-data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from verl.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTCon
 # Loaded only by the commands that need them: `verl config` and `--help` answer at once.
 _COMMANDS_WITH_MODELS = "verl.trainer.commands"
 _SERVER = "verl.rollout.serve"
+_PLANS = "verl.hybrid.report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", help="where to")
 
     _about_engines(commands)
+    _about_plans(commands)
 
     config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
     config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")
@@ -115,6 +117,27 @@ def _about_engines(commands: Any) -> None:
     engines.add_argument("--address", default=None, help="of a server that runs already, to add; without, the run starts one")
 
 
+def _about_plans(commands: Any) -> None:
+    meaning = "say what something will cost, without a device"
+    kinds = commands.add_parser("plan", help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+    plans = kinds.add_subparsers(title="plans", metavar="PLAN", required=True)
+
+    reshard = _command(plans, "reshard", _reshard, "bytes, memory and messages of the change from training to generation")
+    reshard.add_argument("--model", required=True, help="a folder, a config.json, or llama-7b, llama-13b, llama-34b, llama-70b")
+    sizes = "tensor=, pipeline=, data=, fsdp=, sequence=, experts=; with fsdp as FSDP2 shards, without as Megatron"
+    reshard.add_argument("--training", required=True, metavar="SIZES", help=f"such as tensor=8,data=2: {sizes}")
+    reshard.add_argument("--generation", required=True, metavar="SIZES", help="such as tensor=2: tensor=, pipeline=, experts=")
+    reshard.add_argument("--grouping", choices=("zero-redundancy", "consecutive"), default="zero-redundancy", help="(zero-redundancy)")
+    reshard.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="in which weights travel (bf16)")
+    nodes = reshard.add_mutually_exclusive_group()
+    nodes.add_argument("--nodes", type=int, default=None, help="that share the ranks evenly")
+    nodes.add_argument("--devices-per-node", type=int, default=8, help="(8)")
+    reshard.add_argument("--bucket-mib", type=int, default=256, help="the most that a rank receives at a time (256)")
+    reshard.add_argument("--copies", type=int, default=None, metavar="RANK", help="list the copies of this rank instead of the table")
+    reshard.add_argument("--json", default=None, metavar="FILE", help="write all figures")
+    reshard.add_argument("--plot", default=None, metavar="FILE", help="draw who sends how much to whom, and the ways")
+
+
 def _from_data(commands: Any, name: str, kind: type[RunConfig], meaning: str) -> None:
     """A command that trains on what data says, without a recipe."""
 
@@ -149,6 +172,10 @@ def _train(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     importlib.import_module(_COMMANDS_WITH_MODELS).evaluate(load_config(args.recipe, args.overrides))
+
+
+def _reshard(args: argparse.Namespace) -> None:
+    importlib.import_module(_PLANS).reshard(args)
 
 
 def _serve(args: argparse.Namespace) -> None:

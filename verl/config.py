@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from verl.relations import IGNORED, WRONG, may_read, reads
-from verl.settings import KLAdaptive, RunConfig, SFTConfig, TrainerConfig, is_section, merged, notes_of, places, type_text
+from verl.schema import is_section, merged, notes_of, places, type_text
+from verl.settings import KLAdaptive, RunConfig, SFTConfig, TrainerConfig
 from verl.yaml_text import ConfigError, dumped, parsed
 
 _RECIPES_DIR = Path(__file__).parent / "recipes"

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config import at, nearest, plain
-from verl.settings import (
-    PreferenceConfig,
-    RewardModelConfig,
-    RunConfig,
-    SFTConfig,
-    TrainerConfig,
-    is_section,
-    notes_of,
-    places,
-    type_text,
-)
+from verl.schema import is_section, notes_of, places, type_text
+from verl.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.yaml_text import ConfigError
 
 

@@ -133,6 +133,12 @@ IGNORED: tuple[Ignored, ...] = (
         "this algorithm.advantage needs no critic; take gae",
     ),
     *_each(
+        ("hybrid_engine.actor_repartition.enabled", "hybrid_engine.actor_repartition.tensor"),
+        "rollout.engine",
+        lambda c: isinstance(c, TrainerConfig) and bool(c.rollout.engine != "embedded" or c.rollout.servers or c.rollout.addresses),
+        "other engines have layouts of their own, see their options; it is for rollout.engine=embedded without servers",
+    ),
+    *_each(
         ("policy.lora.alpha", "policy.lora.targets"),
         "policy.lora.rank",
         lambda c: c.policy.lora.rank == 0,
@@ -181,6 +187,7 @@ IGNORED: tuple[Ignored, ...] = (
             "rollout.engine_options",
             "rollout.python",
             "rollout.weights_via",
+            "rollout.on_update",
             "rollout.timeout_s",
             "rollout.secret_env",
             "rollout.servers_sleep",
@@ -190,7 +197,7 @@ IGNORED: tuple[Ignored, ...] = (
         "rollout.engine is embedded, which has neither servers nor options; set it to vllm, sglang, served or http",
     ),
     *_each(
-        ("rollout.python", "rollout.weights_via", "rollout.timeout_s", "rollout.servers_sleep"),
+        ("rollout.python", "rollout.weights_via", "rollout.on_update", "rollout.timeout_s", "rollout.servers_sleep"),
         "rollout.servers",
         lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
         "there are no servers; set rollout.servers or rollout.addresses",
@@ -208,7 +215,7 @@ IGNORED: tuple[Ignored, ...] = (
         "the run joins no server; set rollout.addresses",
     ),
     *_each(
-        ("rollout.weights_via", "rollout.secret_env"),
+        ("rollout.weights_via", "rollout.on_update", "rollout.secret_env"),
         "rollout.engine",
         lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "http",
         "servers of rollout.engine http have weights of their own, and a key in engine_options.api_key_env",

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -239,8 +235,13 @@ class RolloutConfig(Section):
         None, "Interpreter of the environment that has the engine, for servers that the run starts; none: this one."
     )
     secret_env: str = setting("VERL_SERVER_SECRET", "Environment variable with the secret of the servers in rollout.addresses.")
-    weights_via: Literal["auto", "shm", "group", "disk"] = setting(
-        "auto", "How weights travel to servers: shared memory, a process group, files; auto: the fastest that reaches each."
+    weights_via: Literal["auto", "shm", "group", "disk", "direct"] = setting(
+        "auto",
+        "How weights travel to servers: gathered, into shared memory, over a process group or in files; direct: each rank of the policy sends "
+        "its part; auto: shm where it reaches a server, else group.",
+    )
+    on_update: Literal["keep", "abort"] = setting(
+        "keep", "Requests that run when new weights come: kept, to go on with them; or aborted in the server, to begin anew."
     )
     max_slots: int = setting(256, "Answers generated at the same time by the embedded engine, or by each server.", unit="answers", ge=1)
     timeout_s: float = setting(60.0, "Silence of a server after which it counts as hung.", unit="s", gt=0)
@@ -304,14 +305,16 @@ class TrackingConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How one model is spread over the devices of its pool; what the sizes leave over shards the weights (FSDP2) over data ranks."""
+    """How one model is spread over the devices of its pool; what the sizes leave over are data ranks (with FSDP2, shards of the weights)."""
 
     tensor: int = setting(1, "Devices that share every matrix (tensor parallel).", unit="devices", source="Megatron-LM, 1909.08053", ge=1)
     sequence: int = setting(1, "Devices that share every row (sequence parallel).", unit="devices", source="Ulysses, 2309.14509", ge=1)
+    pipeline: int = setting(1, "Stages of layers, one after the other; megatron.", unit="devices", source="Megatron-LM, 2104.04473", ge=1)
     replicas: int = setting(1, "Whole copies of the sharded weights (hybrid shard).", unit="copies", source="FSDP, 2304.11277", ge=1)
     offload: bool = setting(
         False, "Keep weights and optimizer in the memory of the host between their uses.", source="ZeRO-Offload, 2101.06840"
     )
+    engine: Choice = setting(Choice(name="fsdp"), 'fsdp (FSDP2), megatron (Megatron-Core), or "package.module:function", with its options.')
 
 
 class PlacementConfig(Section):
@@ -335,6 +338,34 @@ class PlacementConfig(Section):
     hang_limit_s: float = setting(
         600.0, "Time that some ranks wait in a collective for the others before the run stops and says for whom.", unit="s", gt=0
     )
+
+
+class StrategyMapping(Section):
+    """The layouts that the policy goes between."""
+
+    rollout: Literal["tensor_parallel"] = setting("tensor_parallel", "Layout of the weights that generate.")
+    training: Literal["auto", "fsdp", "megatron"] = setting(
+        "auto", "Layout of the weights that train; auto: that of placement.policy.engine."
+    )
+
+
+class RepartitionConfig(Section):
+    """How the policy goes from its training layout to its generation layout and back (3D-HybridEngine)."""
+
+    enabled: bool = setting(
+        False, "Generate in a layout of its own, to which only the slices travel that a rank lacks.", source="HybridFlow, 2409.19256, 5"
+    )
+    strategy_mapping: StrategyMapping = setting(StrategyMapping(), "From which layout to which.")
+    tensor: int = setting(
+        0, "Devices that share every matrix in generation; 0: as many as in training.", unit="devices", source="HybridFlow, 5.3", ge=0
+    )
+    communication_overlap: bool = setting(True, "The next weights travel while the last ones are put in their place.")
+
+
+class HybridConfig(Section):
+    """The 3D-HybridEngine."""
+
+    actor_repartition: RepartitionConfig = setting(RepartitionConfig(), "Resharding of the policy between training and generation.")
 
 
 class RunConfig(Section):
@@ -392,81 +423,4 @@ class TrainerConfig(RunConfig):
     rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
     placement: PlacementConfig = setting(PlacementConfig(), "Which devices do what.")
-
-
-_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
-def is_a(annotation: Any, base: type[BaseModel]) -> bool:
-    """Whether an annotation is that class, or a subclass of it, and not a union."""
-    return isinstance(annotation, type) and issubclass(annotation, base)
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union; of an annotation without one, itself."""
-    if get_origin(annotation) is Annotated:
-        return alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [inner for member in get_args(annotation) for inner in alternatives(member)]
-    return [annotation]
-
-
-def type_text(annotation: Any) -> str:
-    """The type of a setting in words."""
-    members, parts = alternatives(annotation), get_args(annotation)
-    if len(members) > 1:
-        return " or ".join(type_text(member) for member in members)
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(parts)
-    if get_origin(annotation) is tuple:
-        return ("a list" if parts[1] is Ellipsis else f"a list of {len(parts)}") + f", each {type_text(parts[0])}"
-    if is_a(annotation, Options):
-        return "{name: value}"
-    if is_a(annotation, Choice):
-        return "a name or {" + ", ".join([*annotation.model_fields, "options"]) + "}"
-    if is_a(annotation, Section):
-        return "{" + ", ".join(annotation.model_fields) + "}"
-    return _TYPES[members[0]]
-
-
-@cache
-def places(kind: type[Section] = TrainerConfig) -> dict[str, FieldInfo]:
-    """Every dotted key of a kind of run, sections and the parts of a KL coefficient too, in the order of this file."""
-
-    def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-        for name, field in model.model_fields.items():
-            yield prefix + name, field
-            for member in alternatives(field.annotation):
-                if is_a(member, Section):
-                    yield from walk(member, f"{prefix}{name}.")
-
-    return dict(walk(kind, ""))
-
-
-def is_section(field: FieldInfo) -> bool:
-    """Whether a field holds other settings and has no value of its own."""
-    return is_a(field.annotation, Section)
-
-
-def notes_of(field: FieldInfo) -> dict[str, Any]:
-    """Unit, bounds and source of a field that `setting` made."""
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
-def merged(base: Any, over: Any, annotation: Any) -> Any:
-    """Settings `over` on top of `base`, both nested mappings, at a place with this annotation.
-
-    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds its options. A text stands
-    for the name of a choice or a placement.
-    """
-    if isinstance(over, str) and (is_a(annotation, Choice) or is_a(annotation, PlacementConfig)):
-        over = {"name": over}
-    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
-        return over
-    if is_a(annotation, Choice):
-        return over if over.get("name", base.get("name")) != base.get("name") else {**base, **over}
-    sections = [member for member in alternatives(annotation) if is_a(member, Section)]
-    if len(sections) > 1 and not any({*base, *over} <= section.model_fields.keys() for section in sections):
-        return over  # Another form of the same setting.
-    fields = {name: field.annotation for section in sections for name, field in section.model_fields.items()}
-    return {**base, **{name: merged(base.get(name), value, fields.get(name)) for name, value in over.items()}}
+    hybrid_engine: HybridConfig = setting(HybridConfig(), "The switch of the policy between training and generation.")

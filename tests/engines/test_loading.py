@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_policy, tiny_transformer
 from tests.training import local_engine
-from verl.engines.fsdp import _empty_transformer
+from verl.engines.empty import empty_transformer
 from verl.engines.loading import export_model, load_sharded, model_folder
 from verl.engines.models import PolicyModel, RewardModel, as_reward_model, value_model
 from verl.settings import LoraConfig
@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 def emptied(folder) -> PolicyModel:
     """A policy of the folder's configuration, with memory and nothing in it."""
-    model = PolicyModel(_empty_transformer(folder, AutoModelForCausalLM), "fp32")
+    model = PolicyModel(empty_transformer(folder, AutoModelForCausalLM), "fp32")
     model._apply(lambda t: torch.full_like(t, torch.nan, device="cpu") if t.is_meta else t)
     model.transformer.tie_weights()
     return model

@@ -58,7 +58,8 @@ def pool_of(
     **options: Any,
 ) -> EnginePool:
     """A pool of servers that follow the policy of a group, or follow none."""
-    weights = PolicyWeights(group, "float32", folder / "weights", part_bytes=options.pop("part_bytes", 20_000)) if group else None
+    sizes = {"part_bytes": options.pop("part_bytes", 20_000), "is_direct": options.get("via") == "direct"}
+    weights = PolicyWeights(group, "float32", folder / "weights", **sizes) if group else None
     policy = policy or group.worker.model
     return EnginePool(
         specs(model, folder, count, **options),

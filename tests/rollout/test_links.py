@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from verl.rollout.links import broadcast, open_group, shared_memory
+from verl.rollout.links import broadcast, open_group, receive, send, shared_memory
 from verl.rollout.process import free_port
 
 
@@ -21,6 +21,19 @@ def test_a_group_beside_the_default_one_carries_what_rank_0_has():
     contents = [torch.full((5,), rank, dtype=torch.uint8) for rank in (7, 8, 9)]
     in_threads(lambda rank: broadcast(groups[rank], contents[rank]), 3)
     assert all(content.tolist() == [7] * 5 for content in contents)
+
+
+def test_each_rank_receives_what_it_alone_was_sent():
+    port, groups = free_port(), {}
+
+    def join(rank: int) -> None:
+        groups[rank] = open_group("127.0.0.1", port, rank=rank, num_ranks=4, backend="gloo", timeout_s=20)
+
+    in_threads(join, 4)
+    contents = [torch.zeros(size, dtype=torch.uint8) for size in (0, 3, 0, 5)]
+    sent = {1: torch.full((3,), 1, dtype=torch.uint8), 2: torch.empty(0, dtype=torch.uint8), 3: torch.full((5,), 3, dtype=torch.uint8)}
+    in_threads(lambda rank: receive(groups[rank], contents[rank], sender=0) if rank else send(groups[0], sent), 4)
+    assert [content.tolist() for content in contents] == [[], [1] * 3, [], [3] * 5]
 
 
 def in_threads(work, num: int) -> None:

@@ -104,6 +104,25 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
     assert any(old + 1 in c.versions for (c,) in out[0])
 
 
+def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool, policy):
+    pool._aborts = True
+    try:
+        params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
+        thread, out = in_background(pool, PROMPTS[:2], params)
+        assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
+        changed(policy, seed=4)
+        pool.publish(pool.version + 1)
+        thread.join(60)
+    finally:
+        pool._aborts = False
+    for prompt, (c,) in zip(PROMPTS, out[0], strict=False):
+        # An answer that was over before stays what it was.
+        assert set(c.versions) in ({pool.version}, {pool.version - 1})
+        if set(c.versions) == {pool.version}:
+            assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
+    assert pool.take_metrics()["engines/failures"] == 0 and all(member.life.running == 0 for member in pool.members)
+
+
 def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(doomed, policy, model, tmp_path, notes):
     doomed.publish(5)
     thread, out = in_background(doomed, PROMPTS, LONG)
@@ -195,7 +214,7 @@ def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
         pool.close()
 
 
-@pytest.mark.parametrize("via", ["group", "disk"])
+@pytest.mark.parametrize("via", ["group", "disk", "direct"])
 def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 1, via=via)
     try:

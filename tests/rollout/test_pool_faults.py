@@ -300,6 +300,46 @@ def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_cha
         pool.close()
 
 
+@pytest.mark.parametrize("on_update", ["keep", "abort"])
+def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_update):
+    aborted = []
+
+    async def slow(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in plain(engine, prompt, params):
+                yield chunk
+                if len(prompt) == 2 and chunk.token_ids[0] == 54 and engine.loads == 1:
+                    stops.append(prompt)
+                    while engine.loads == 1:
+                        await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            aborted.append(prompt)
+            raise
+
+    stops: list[list[int]] = []
+    Scripted.scripts = {"e0": [slow]}
+    pool = pool_of(1, on_update=on_update)
+    try:
+        pool.publish(0)
+        out: list[Any] = []
+        thread = threading.Thread(target=lambda: out.extend(answers(pool)), daemon=True)
+        thread.start()
+        assert waited(lambda: len(stops) == 4)
+        pool.publish(1)
+        thread.join(20)
+        metrics = pool.take_metrics()
+        assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
+        if on_update == "keep":
+            assert [list(answer.versions) for answer in out] == [[0, 0, 0, 1, 1, 1]] * 4
+            assert (aborted, metrics["engines/thrown_tokens"]) == ([], 0)
+        else:
+            assert [list(answer.versions) for answer in out] == [[1] * 6] * 4
+            assert (len(aborted), metrics["engines/thrown_tokens"]) == (4, 12)
+        assert metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
+    finally:
+        pool.close()
+
+
 def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
     Scripted.scripts = {"e0": [ending(RefusedError("too long for me"), 0)], "e1": [ending(RefusedError("too long for me"), 0)]}
     pool = pool_of()

@@ -20,13 +20,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.rollout.ranks import move, moved, policy_ranks
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_transformer
+from verl.hybrid.layout import volume
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, TensorInfo
 from verl.rollout.fingerprint import digest, fingerprint
 from verl.rollout.groups import Broadcaster
+from verl.rollout.members import Member
 from verl.rollout.parts import make_file, map_file, num_bytes_of
-from verl.rollout.sglang import SGLangServer, flags
+from verl.rollout.sglang import SGLangServer
 from verl.rollout.sglang_answer import Answer
+from verl.rollout.sglang_options import flags
+from verl.rollout.weights import PolicyWeights
 from verl.utils.rollout import SamplingParams
 
 SECRET = "s3cret-of-the-tests"
@@ -445,6 +450,19 @@ def test_a_pause_keeps_requests_which_go_on_with_the_new_weights(running, tmp_pa
     running.model = after
 
 
+def test_requests_that_are_left_before_an_update_do_not_come_back_after_it(running, tmp_path):
+    model = changed_model(7)
+
+    async def through() -> None:
+        async with aclosing(running.engine.sample(PROMPTS[1], SamplingParams(temperature=0, max_tokens=3000), number=0)) as chunks:
+            await anext(chunks)
+        assert await updated(running, parts_of(tensors_of(model), tmp_path)) == print_of(tensors_of(model))
+        assert await until(lambda: is_idle(running.engine))
+
+    running.run(through())
+    assert_serves(running, model)
+
+
 async def _more(chunks: list[Chunk], count: int) -> bool:
     return len(chunks) >= count
 
@@ -602,11 +620,47 @@ def test_two_ranks_take_weights_each_and_answer_as_one(tmp_path):
         model = tiny_transformer("llama", seed=2)
         assert running.run(through_group(running, parts_of(tensors_of(model), tmp_path))) == print_of(tensors_of(model))
         assert_serves(running, model)
+        takes_slices(running, tmp_path)
     finally:
         group = running.engine._process.pid
         loop.run_until_complete(running.engine.close())
         loop.close()
     assert gone(group)
+
+
+def takes_slices(running: Running, folder: Path) -> None:
+    """From its second update on, each rank gets what it reads alone, whichever way, and the server has the weights of the policy."""
+    engine, model, notes = running.engine, tiny_transformer("llama"), []
+    member = Member(engine, max_running=8, vocabulary=100, note=notes.append)
+    member._become("stale")  # as after a start
+    engine.reads = None
+    with policy_ranks(engine.spec.model, 2) as group:
+        gathered = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000)
+        sent = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
+        num_bytes = sum(tensor.nbytes for tensor in tensors_of(model).values())
+        for weights, via in ((gathered, "shm"), (gathered, "shm"), (gathered, "group"), (sent, "direct"), (sent, "direct")):
+            running.version += 1
+            group.call(moved, running.version)
+            move(model, running.version)
+            engine.spec = replace(engine.spec, via=via)
+            known = engine.reads
+            running.run(member.take(weights.write(running.version)))
+            assert_serves(running, model)
+            planned = [num_bytes] * 2 if known is None else [4 * sum(volume(b) for own in reads.values() for b in own) for reads in known]
+            assert engine.received_bytes == planned and member.taken_bytes == sum(planned)
+        # Half of each matrix, where the norms are whole on both: no byte of a matrix travels twice.
+        norms = sum(tensor.nbytes for name, tensor in tensors_of(model).items() if "norm" in name)
+        assert sum(engine.received_bytes) == num_bytes + norms and notes == []
+        # Reads that are not those of now are seen, and everything is sent once more.
+        first = tuple(engine.reads[0])[0]
+        engine.reads = ({**engine.reads[0], first: engine.reads[1][first]}, engine.reads[1])
+        running.version += 1
+        running.run(member.take(sent.write(running.version)))
+        assert_serves(running, model)
+        assert member.repaired == 1 and engine.received_bytes == [num_bytes] * 2 and "OutsideError" in notes[0]
+        assert engine.reads == known
+        for weights in (gathered, sent):
+            weights.close()
 
 
 def test_an_unknown_option_is_an_error_in_the_words_of_sglang(tmp_path):

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, TensorInfo
-from verl.rollout.fingerprint import digest, fingerprint
+from verl.rollout.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.rollout.links import broadcast, open_group
 from verl.rollout.parts import make_file, map_file, num_bytes_of
 from verl.rollout.process import free_port
+from verl.rollout.slices import key_of, slices_of
 from verl.rollout.vllm import VLLMServer
 from verl.rollout.vllm_options import as_flags
 from verl.utils.rollout import SamplingParams
@@ -426,7 +427,7 @@ def test_sleep_and_wake_leave_it_usable_after_an_update(bench, tmp_path):
 def test_a_server_that_runs_is_joined_and_left_running(bench):
     engine = VLLMServer(replace(bench.engine.spec, address=bench.engine._url))
     bench.run(engine.open())
-    assert engine.vias == bench.engine.vias == ("shm", "group", "disk") and engine.num_ranks == 1
+    assert engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct") and engine.num_ranks == 1
     assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0))), PROMPTS[0])
     bench.run(engine.close())
     bench.run(bench.engine.check())
@@ -501,8 +502,29 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
         weights = bench.refresh(seed=1)
         assert bench.run(update(bench.engine, [shared(weights, tmp_path / "part")], 1)) == print_of(weights)
         assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
+        num_bytes, reads = sum(tensor.nbytes for tensor in weights.values()), bench.engine.reads
+        assert bench.engine.received_bytes == [num_bytes] * 2
+        # From now on each rank gets its half of every matrix, and the norms.
+        weights = bench.refresh(seed=2)
+        halves = replace(shared(weights, tmp_path / "halves"), reads=reads)
+        halves_print = fingerprint_of_ranks([digests_of(weights, own) for own in reads])
+        assert bench.run(update(bench.engine, [halves], 2)) == halves_print
+        assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
+        # Both ranks have the only head of keys and values.
+        twice = sum(tensor.nbytes for name, tensor in weights.items() if any(kind in name for kind in ("norm", "k_proj", "v_proj")))
+        assert sum(bench.engine.received_bytes) == num_bytes + twice and bench.engine.reads == reads
+        with pytest.raises(EngineError, match="the engine reads .*, of which it was sent"):
+            bench.run(update(bench.engine, [replace(halves, reads=reads[::-1])], 3))
         with pytest.raises(EngineError, match="without all weights of 1 parameters.*: model.norm.weight"):
-            bench.run(update(bench.engine, [shared({n: t for n, t in weights.items() if n != "model.norm.weight"}, tmp_path / "cut")], 2))
+            bench.run(update(bench.engine, [shared({n: t for n, t in weights.items() if n != "model.norm.weight"}, tmp_path / "cut")], 4))
+
+
+def digests_of(weights, reads) -> dict[str, int]:
+    return {
+        key_of(name, bounds, shape=tensor.shape): digest(tensor[slices_of(bounds)])
+        for name, tensor in weights.items()
+        for bounds in reads[name]
+    }
 
 
 def test_an_unknown_option_is_an_error_in_vllms_own_words(tmp_path):

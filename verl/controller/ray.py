@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,9 @@ _LOOPBACK = "127.0.0.1"
 _SHORTEST_SPAN_S = 1e-3
 # A process that does not say what it does within this time is taken for stopped.
 _STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 600.0
+# What a collective says on a rank when another one is gone, and how long it takes until that is known.
+_LOST = re.compile(r"[Cc]onnection|[Pp]eer|NCCL")
+_DEATH_S = 3.0
 
 
 # Clusters -------------------------------------------------------------------------------------------------------------------
@@ -453,14 +457,14 @@ class RayFuture(Future[T]):
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for reference in ready:
                 rank = pending.pop(reference)
-                answers[rank] = self._answer(rank, reference)
+                answers[rank] = self._answer(rank, reference, pending)
             if not ready and watch.is_due(time.monotonic()) and (hang := watch.look(self._pool.statuses(), time.monotonic())):
                 raise self._pool.fail(hang.rank, f"hangs in {self._role}.{self._method}: {hang.story}")
         spans = [Span(self._pool.name, r, self._role, self._method, a.start_s, a.end_s) for r, a in sorted(answers.items())]
         self._pool.timeline.spans.extend(span for span in spans if span.end_s - span.start_s >= _SHORTEST_SPAN_S)
         return [answers[rank] for rank in range(len(self._sent))]
 
-    def _answer(self, rank: int, reference: ray.ObjectRef) -> Answer:
+    def _answer(self, rank: int, reference: ray.ObjectRef, pending: Mapping[ray.ObjectRef, int]) -> Answer:
         try:
             answer: Answer = ray.get(reference)
         except RayActorError as error:
@@ -472,7 +476,17 @@ class RayFuture(Future[T]):
         failure = answer.failure
         if failure.is_mistake and self._method == "start":
             raise ValueError(failure.message)
+        if _LOST.search(failure.message) and pending:
+            self._check_others(pending)
         raise self._pool.fail(rank, f"failed in {self._role}.{self._method}: {failure.kind}: {failure.message}")
+
+    def _check_others(self, pending: Mapping[ray.ObjectRef, int]) -> None:
+        """A rank that lost another one is not the cause; the end of that other one is known in a moment."""
+        for reference in ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_S)[0]:
+            try:
+                ray.get(reference)
+            except RayActorError as error:
+                raise self._pool.fail(pending[reference], f"died in {self._role}.{self._method}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from verl.controller.dispatch import Place
 from verl.controller.group import Worker
 from verl.data.batch import Batch, ModelInput
+from verl.engines.loading import own_homes, own_pieces, weight_shapes, whole_tensors
 from verl.engines.lora import without_additions
 from verl.engines.models import Backbone
+from verl.hybrid.layout import Piece
+from verl.hybrid.meshes import Mesh
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]
@@ -42,10 +46,19 @@ class ForwardEngine(ABC):
     Attributes:
         model: the model; generation may share its storage.
         places: where this rank stands, see `Worker`.
+        mesh: sizes of the layout that the weights have.
+        generates: whether `model` can answer prompts, inside `whole_weights`; if not, another model of these weights must.
     """
 
     model: Backbone
     places: Mapping[str, Place] = Worker.places
+    mesh: Mesh = Mesh()
+    generates: bool = True
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face configuration of the model."""
+        return self.model.transformer.config
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
@@ -65,6 +78,26 @@ class ForwardEngine(ABC):
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, this rank can run forward passes without the other data ranks, as generation does."""
         return nullcontext()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole tensors of the model, by their names in a Hugging Face folder."""
+        return dict(weight_shapes(self.model.transformer))
+
+    def pieces(self) -> list[Piece]:
+        """What of the whole tensors lies on this rank."""
+        return own_pieces(self.model.transformer)
+
+    def homes(self) -> dict[str, Tensor]:
+        """The local tensors of `pieces`, by name; low-rank additions are merged into them, which takes all ranks."""
+        return own_homes(self.model.transformer)
+
+    def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole tensors, one after the other, low-rank additions merged into them; on all ranks together.
+
+        Args:
+            wanted: names of those to yield, the same on all ranks; none: all.
+        """
+        return whole_tensors(self.model.transformer, wanted)
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Inside, the model is the one that its low-rank additions started from.

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from verl.controller.group import WorkerError
+
 _STATE = "state.pt"
 # Begins to write into a folder, and returns what waits until it is written.
 Save = Callable[[Path], Callable[[], None]]
@@ -102,6 +104,9 @@ class CheckpointStore:
         """Says what is wrong with the disk, and leaves nothing half-written."""
         try:
             yield
+        except WorkerError:  # the ranks that write are gone, which has nothing to do with the disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         except (OSError, RuntimeError) as error:  # PyTorch has its own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
             free = shutil.disk_usage(self._root).free / 2**20

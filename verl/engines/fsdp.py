@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from verl.data.batch import Batch, Trajectory
+from verl.engines.empty import empty_transformer, kept_tied, parameters_on_meta
 from verl.engines.loading import export_model, load_sharded, model_folder
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.lora import add_low_rank
@@ -53,14 +54,16 @@ def sharded_engine(
     Raises:
         ValueError: sizes that do not fit the model or the ranks, or no model.
     """
+    if parallel.pipeline > 1 or parallel.engine.options:
+        raise ValueError(f"need pipeline=1 and no options for the engine fsdp, got {parallel}; take engine=megatron for stages of layers")
     folder = model_folder(source)
     meshes = make_meshes(parallel, device)
-    transformer = _empty_transformer(folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
+    transformer = empty_transformer(folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
     check_sizes(transformer, parallel, packing=role.packing)
     if total_updates is not None and role.lora.rank:
         add_low_rank(transformer, role.lora)
     if kind == "value":
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
     else:
         model = RewardModel(transformer, role.precision) if kind == "reward" else PolicyModel(transformer, role.precision)
@@ -74,35 +77,6 @@ def sharded_engine(
     if total_updates is None:
         return FSDPForwardEngine(model, role, meshes, device=device)
     return FSDPEngine(model, role, meshes, device=device, total_updates=total_updates)
-
-
-def _empty_transformer(folder: Path, family: Any) -> PreTrainedModel:
-    """The model of a folder whose parameters have no memory yet; its buffers are what the configuration makes them."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with _parameters_on_meta():
-            transformer: PreTrainedModel = family.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {str(folder)!r}: {error}") from error
-    transformer.tie_weights()
-    return transformer.eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters of new modules have shapes but no memory."""
-    register = nn.Module.register_parameter
-
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _shard(model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: Meshes, device: torch.device) -> None:
@@ -121,16 +95,9 @@ def _shard(model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: 
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     home = torch.device("cpu") if parallel.offload else device
-    is_tied = _is_tied(model.transformer)
-    model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
-    if is_tied:
-        model.transformer.get_output_embeddings().weight = model.transformer.get_input_embeddings().weight
+    with kept_tied(model.transformer):
+        model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
     model.compute_device = device
-
-
-def _is_tied(transformer: PreTrainedModel) -> bool:
-    head = transformer.get_output_embeddings()
-    return isinstance(head, nn.Linear) and head.weight is transformer.get_input_embeddings().weight
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -161,6 +128,7 @@ class FSDPForwardEngine(LocalForwardEngine):
         self.model = model
         self.model.eval()
         self.places = meshes.places
+        self.mesh = meshes.mesh
         self._config = config
         self._meshes = meshes
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from verl.engines.lora import base_name, initial_addition, is_addition, scaling_of
 from verl.engines.models import VALUE_HEAD, Backbone, ValueModel, load_language_model
+from verl.hybrid.layout import Piece
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 4 * 2**30
 
 
 def model_folder(source: str) -> Path:
@@ -79,8 +80,8 @@ def load_sharded(model: Backbone, source: str) -> None:
     for name in [name for name in own if is_addition(name)]:
         parameter = own.pop(name)
         _fill(parameter, initial_addition(name, parameter.shape)[local_slices(parameter)])
-    files = _files_of(folder)
-    names = {name: _in_file(base_name(name), files, model.transformer.base_model_prefix) for name in own}
+    files = files_of(folder)
+    names = {name: name_in_files(base_name(name), files, model.transformer.base_model_prefix) for name in own}
     if all(file_name is not None for file_name in names.values()):
         _fill_from_files(own, {name: files[file_name] for name, file_name in names.items() if file_name}, names)
     else:
@@ -91,7 +92,7 @@ def load_sharded(model: Backbone, source: str) -> None:
             _fill(parameter, saved.get(name, torch.zeros(parameter.shape))[local_slices(parameter)])
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     if (folder / _INDEX).exists():
         return {name: folder / file for name, file in json.loads((folder / _INDEX).read_text())["weight_map"].items()}
@@ -101,7 +102,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), folder / _WEIGHTS)
 
 
-def _in_file(name: str, files: Mapping[str, Path], prefix: str) -> str | None:
+def name_in_files(name: str, files: Mapping[str, Path], prefix: str) -> str | None:
     """The name that a parameter has in the files: a bare transformer has no prefix, one with a head has."""
     return next((known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in files), None)
 
@@ -125,7 +126,7 @@ def _check_shape(name: str, parameter: Tensor, shape: tuple[int, ...], path: Pat
 def _fill_from_model(parameters: Mapping[str, Tensor], whole: PreTrainedModel) -> None:
     saved = dict(whole.named_parameters())
     for name, parameter in parameters.items():
-        found = _in_file(base_name(name), dict.fromkeys(saved, Path()), whole.base_model_prefix)
+        found = name_in_files(base_name(name), dict.fromkeys(saved, Path()), whole.base_model_prefix)
         if found is None or saved[found].shape != parameter.shape:
             raise ValueError(f"need {name} of shape {tuple(parameter.shape)} in the model's files, got none; they are of another model")
         _fill(parameter, saved[found].detach()[local_slices(parameter)])
@@ -137,7 +138,7 @@ def _fill(parameter: Tensor, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYTES) -> None:
+def export_model(model: Backbone, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a model in Hugging Face format, low-rank additions merged; on all ranks together, if it is spread over several.
 
     One tensor at a time is gathered, and rank 0 writes files of at most `shard_bytes` (a larger tensor has one of its own).
@@ -153,8 +154,8 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYT
     files: dict[str, int] = {}
     for name, tensor in whole_tensors(model.transformer):
         tensor = tensor.cpu()
-        if writes and pending and _bytes_of(pending) + tensor.nbytes > shard_bytes:
-            _write_part(folder, len(parts), pending)
+        if writes and pending and bytes_of(pending) + tensor.nbytes > shard_bytes:
+            write_part(folder, len(parts), pending)
             parts.append({})
             pending = {}
         if writes:
@@ -163,8 +164,8 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = _SHARD_BYT
     head = {name: _whole(parameter).cpu() for name, parameter in model.head.named_parameters()} if isinstance(model, ValueModel) else {}
     if not writes:
         return
-    _write_part(folder, len(parts), pending)
-    _name_parts(folder, len(parts) + 1, files)
+    write_part(folder, len(parts), pending)
+    name_parts(folder, len(parts) + 1, files)
     if head:
         save_file(head, folder / VALUE_HEAD)
 
@@ -183,10 +184,34 @@ def whole_tensors(transformer: nn.Module, wanted: Collection[str] | None = None)
         whole = _whole(parameter)
         owner = name.removesuffix(".base_layer.weight")
         if owner != name and owner in additions:
-            module = additions[owner]
-            a, b = (_whole(module.get_parameter(f"lora_{part}.default.weight")) for part in "AB")
-            whole = whole + scaling_of(module) * (b @ a)
+            whole = whole + _addition(additions[owner])
         yield base_name(name), whole
+
+
+def own_pieces(transformer: nn.Module) -> list[Piece]:
+    """What of the whole tensors lies on this rank, by the names of `whole_tensors`; the homes are those of `own_homes`."""
+    pieces = []
+    for name, parameter in transformer.named_parameters():
+        bounds = tuple((part.start, part.stop) for part in local_slices(parameter))
+        if not is_addition(name) and all(start < stop for start, stop in bounds):
+            pieces.append(Piece(base_name(name), bounds, base_name(name), (0,) * len(bounds)))
+    return pieces
+
+
+@torch.no_grad()
+def own_homes(transformer: nn.Module) -> dict[str, Tensor]:
+    """Local tensors of this rank; those of matrices with additions are made, with the additions merged: a collective for each."""
+    additions = _with_additions(transformer)
+    homes = {}
+    for name, parameter in transformer.named_parameters():
+        if is_addition(name):
+            continue
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        owner = name.removesuffix(".base_layer.weight")
+        if owner != name and owner in additions:
+            local = local + _addition(additions[owner])[local_slices(parameter)].to(local.device)
+        homes[base_name(name)] = local.detach()
+    return homes
 
 
 def weight_shapes(transformer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -224,20 +249,28 @@ def _with_additions(transformer: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in transformer.named_modules() if f"{name}.lora_A.default.weight" in names}
 
 
+def _addition(module: nn.Module) -> Tensor:
+    """What the additions of a matrix add to it, whole."""
+    a, b = (_whole(module.get_parameter(f"lora_{part}.default.weight")) for part in "AB")
+    return scaling_of(module) * (b @ a)
+
+
 def _whole(parameter: Tensor) -> Tensor:
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().contiguous()
 
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Of all of them."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _write_part(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+def write_part(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    """A file of a Hugging Face folder, which gets its name from `name_parts`."""
     save_file(tensors, folder / f".part-{number}", metadata={"format": "pt"})
 
 
-def _name_parts(folder: Path, count: int, files: Mapping[str, int]) -> None:
+def name_parts(folder: Path, count: int, files: Mapping[str, int]) -> None:
     """Gives the files the names that Transformers looks for, now that their number is known."""
     if count == 1:
         (folder / ".part-0").rename(folder / _WEIGHTS)

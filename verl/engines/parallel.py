@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from verl.controller.dispatch import Place
 from verl.engines.sequence import SequenceGroup
+from verl.hybrid.meshes import Mesh
 from verl.settings import ParallelConfig
 
 # Families whose attention and MLP these plans know; others have experts, latent attention or norms over all heads.
@@ -37,6 +38,7 @@ class Meshes:
         data_ranks: group of the ranks with different rows, of a backend for the CPU.
         data_rank: this one's number in it.
         places: see `Worker`.
+        mesh: the sizes.
     """
 
     data: DeviceMesh
@@ -45,6 +47,7 @@ class Meshes:
     data_ranks: dist.ProcessGroup
     data_rank: int
     places: Mapping[str, Place]
+    mesh: Mesh
 
 
 def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
@@ -78,7 +81,8 @@ def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
         "stages": Place(0, rank == 0),
     }
     data = for_weights["replicas", "shards"] if replicas > 1 else for_weights["shards"]
-    return Meshes(data, for_weights["tensor"] if tensor > 1 else None, line, data_ranks, data_rank, places)
+    mesh = Mesh(tensor=tensor, shards=shards * sequence, replicas=replicas)
+    return Meshes(data, for_weights["tensor"] if tensor > 1 else None, line, data_ranks, data_rank, places, mesh)
 
 
 def check_sizes(transformer: PreTrainedModel, parallel: ParallelConfig, *, packing: bool) -> None:

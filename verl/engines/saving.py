@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-_REMEDY = "start with `checkpoint.resume=never` or another output_dir"
-_METADATA, _PROGRESS = ".metadata", "progress.json"
+REMEDY = "start with `checkpoint.resume=never` or another output_dir"
+_METADATA, PROGRESS = ".metadata", "progress.json"
 # What the metadata of a checkpoint is made of; anything else in its pickle could run code.
 _PLAIN_CLASSES = {
     ("torch", "Size"),
@@ -91,7 +91,7 @@ def begin_save(
     """
     writer = dcp.FileSystemWriter(folder)
     if group is None or dist.get_rank(group) == 0:
-        (folder / _PROGRESS).write_text(json.dumps(progress))
+        (folder / PROGRESS).write_text(json.dumps(progress))
     if group is not None:
         saved = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
         assert isinstance(saved, Future)
@@ -143,7 +143,7 @@ def load_trained(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """
     saved, progress = _described(folder)
     if progress["kind"] != kind:
-        raise ValueError(f"the checkpoint in {folder} is of another model ({progress['kind']}, need {kind}); {_REMEDY}")
+        raise ValueError(f"the checkpoint in {folder} is of another model ({progress['kind']}, need {kind}); {REMEDY}")
     state: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
         state[f"model.{name}"] = parameter.detach()
@@ -159,7 +159,7 @@ def load_trained(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         state |= {prefix + key: own[key] for key in keys}
     sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if unfit := sorted({*sizes} ^ {*saved}) or [name for name, size in sizes.items() if tuple(saved[name].size) != size]:
-        raise ValueError(f"the checkpoint in {folder} is of another model (first difference: {unfit[0]}); {_REMEDY}")
+        raise ValueError(f"the checkpoint in {folder} is of another model (first difference: {unfit[0]}); {REMEDY}")
     _fill(state, folder, is_alone=is_alone)
     return progress
 
@@ -181,9 +181,9 @@ def _described(folder: Path) -> tuple[dict[str, TensorStorageMetadata], dict[str
     try:
         with (folder / _METADATA).open("rb") as file:
             entries = _read_metadata(file).state_dict_metadata
-        progress: dict[str, Any] = json.loads((folder / _PROGRESS).read_text())
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     except (OSError, EOFError, pickle.UnpicklingError, ValueError, AttributeError) as error:
-        raise ValueError(f"the checkpoint in {folder} cannot be read ({error}); {_REMEDY}") from error
+        raise ValueError(f"the checkpoint in {folder} cannot be read ({error}); {REMEDY}") from error
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}, progress
 
 
@@ -194,5 +194,5 @@ def _fill(state: Mapping[str, Tensor], folder: Path, *, is_alone: bool) -> None:
             dcp.load(dict(state), storage_reader=_SafeReader(folder), no_dist=is_alone)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"the checkpoint in {folder} is broken: {_causes(error)}; {_REMEDY}, or give an older one as checkpoint.resume"
+            f"the checkpoint in {folder} is broken: {_causes(error)}; {REMEDY}, or give an older one as checkpoint.resume"
         ) from error

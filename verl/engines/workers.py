@@ -36,6 +36,10 @@ def _all(results: Sequence[bool], arguments: object) -> bool:
     return all(results)
 
 
+# The same arguments to all ranks; of numbers by name the largest.
+FULLEST = Transfer("ranks", broadcast, _fullest)
+
+
 class RoleWorker(Worker):
     """A model on one rank, and what every role can do with it.
 
@@ -52,9 +56,9 @@ class RoleWorker(Worker):
     @register(SAME_ON_ALL)
     def model_config(self) -> PretrainedConfig:
         """The configuration of the model."""
-        return self.engine.model.transformer.config
+        return self.engine.config
 
-    @register(Transfer("ranks", broadcast, _fullest))
+    @register(FULLEST)
     def memory(self) -> dict[str, float]:
         """Bytes of the device in use, at most and in all; of the rank that has most."""
         return memory_bytes(self.engine.model.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,16 +11,20 @@ from torch import Tensor
 
 from verl.algorithms.compose import Algorithm
 from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
-from verl.controller.group import WorkerGroup
+from verl.controller.group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
-from verl.engines.loading import additions_as_files, weight_shapes, whole_tensors
+from verl.engines.loading import additions_as_files
 from verl.engines.lora import has_additions
-from verl.engines.workers import PolicyWorker
+from verl.engines.workers import FULLEST, PolicyWorker
+from verl.hybrid.layout import Bounds, whole
+from verl.rollout.direct import DirectWorker
 from verl.rollout.embedded import EmbeddedEngine
 from verl.rollout.engine import OwnWeightsEngine, TensorInfo
 from verl.rollout.fingerprint import digest, fingerprint
+from verl.rollout.hybrid import HybridEngine
 from verl.rollout.parts import dtype_of, map_file, num_bytes_of, unpacked
+from verl.rollout.slices import key_of, slices_of
 from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -27,7 +32,7 @@ from verl.utils.tokens import TextCodec
 Answers = list[tuple[FinishReason, str]]
 
 
-class ActorWorker(PolicyWorker):
+class ActorWorker(DirectWorker, PolicyWorker):
     """A policy that generates with the weights that it trains.
 
     Args:
@@ -39,6 +44,7 @@ class ActorWorker(PolicyWorker):
         epochs: see `PolicyWorker`.
         chunk: see `PolicyWorker`.
         generator: an engine with weights of its own; none: the policy itself generates.
+        hybrid: the policy in a layout to generate in; none: in that of training.
     """
 
     def __init__(
@@ -52,10 +58,13 @@ class ActorWorker(PolicyWorker):
         epochs: int,
         chunk: int,
         generator: OwnWeightsEngine | None = None,
+        hybrid: HybridEngine | None = None,
     ) -> None:
         super().__init__(engine, algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
-        self._codec = codec
-        self._embedded = EmbeddedEngine(self.model, codec, max_slots=max_slots)
+        self._codec, self._hybrid = codec, hybrid
+        if hybrid is not None:
+            self.places = {**self.places, "generate": hybrid.place}
+        self._embedded = EmbeddedEngine(self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots)
         self._apart = generator
         self._has_weights = False
 
@@ -83,7 +92,7 @@ class ActorWorker(PolicyWorker):
 
     def _by_policy(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> list[list[Completion]]:
         self._embedded.publish(version)
-        with self.engine.whole_weights():
+        with self.engine.whole_weights() if self._hybrid is None else self._hybrid.ready():
             return self._embedded.generate(prompts, params) if prompts else []
 
     def _by(
@@ -102,7 +111,7 @@ class ActorWorker(PolicyWorker):
         return generator.generate(prompts, params) if prompts else []
 
     def _noted_weights(self, digests: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in whole_tensors(self.model.transformer):
+        for name, tensor in self.engine.whole_tensors():
             digests[name] = digest(tensor)
             yield name, tensor
 
@@ -114,10 +123,17 @@ class ActorWorker(PolicyWorker):
 
     @register(SAME_ON_ALL)
     def sleep(self) -> None:
-        """Gives back the device memory of an engine with weights of its own."""
+        """Gives back the device memory of weights that only generate."""
         if self._apart is not None and self._has_weights:
             self._apart.sleep()
             self._has_weights = False
+        if self._hybrid is not None:
+            self._hybrid.sleep()
+
+    @register(FULLEST)
+    def take_switches(self) -> dict[str, float]:
+        """What the switches to the generation layout took since this was last asked, on the rank to which they cost most."""
+        return {} if self._hybrid is None else self._hybrid.take_switches()
 
     @register(SAME_ON_ALL)
     def trains_additions_alone(self) -> bool:
@@ -127,25 +143,29 @@ class ActorWorker(PolicyWorker):
     @register(SAME_ON_ALL)
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and shape of each tensor of the policy, as in a Hugging Face folder."""
-        return weight_shapes(self.model.transformer)
+        return list(self.engine.shapes().items())
 
     @register(SAME_ON_ALL)
-    def write_weights(self, infos: Sequence[TensorInfo], path: str) -> tuple[dict[str, int], Tensor | None]:
+    def write_weights(
+        self, infos: Sequence[TensorInfo], path: str, slices: Mapping[str, Sequence[Bounds]]
+    ) -> tuple[dict[str, int], Tensor | None]:
         """Writes tensors of the policy end to end into a file that is mapped; all ranks gather, the first one writes.
 
         Returns:
-            For each tensor its digest as it was before it was written; and the bytes, if there is no such file where the rank is.
+            For each tensor and for its `slices` their digests as they were before they were written, by `key_of`; and the bytes, if there
+            is no such file where the rank is.
         """
         wanted = {info.name: info for info in infos}
         writes = self.places["ranks"].data_rank == 0
         target = self._target(infos, path) if writes else None
         digests = {}
         slots = {info.name: place for info, place in unpacked(target, infos)} if target is not None else {}
-        for name, tensor in whole_tensors(self.model.transformer, wanted):
+        for name, tensor in self.engine.whole_tensors(wanted):
             if target is None:
                 continue
             served = tensor.to(dtype_of(wanted[name]))
-            digests[name] = digest(served)
+            for bounds in {whole(wanted[name].shape), *slices[name]}:
+                digests[key_of(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
             slots[name].copy_(served)
         return digests, None if target is None or Path(path).exists() else target
 
@@ -174,8 +194,13 @@ class ActorEngine(RolloutEngine):
         self._actor.call(ActorWorker.sleep).result()
 
     def close(self) -> None:
-        """See `RolloutEngine.close`."""
-        self._actor.call(ActorWorker.end).result()
+        """See `RolloutEngine.close`; ranks that have failed are gone."""
+        with suppress(WorkerError):
+            self._actor.call(ActorWorker.end).result()
+
+    def take_metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.take_metrics`."""
+        return self._actor.call(ActorWorker.take_switches).result()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from verl.rollout.sampling import answer_seed
+from verl.rollout.slices import Reads
 from verl.utils.rollout import FinishReason, RolloutEngine, SamplingParams
 
-# How the bytes of weights travel. shm: a file in shared memory of this machine; group: a broadcast over a
-# process group; disk: a Hugging Face folder.
-Via = Literal["shm", "group", "disk"]
+# How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over a
+# process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
+Via = Literal["shm", "group", "disk", "direct"]
 
 
 class EngineError(RuntimeError):
@@ -93,13 +94,21 @@ class Part:
     Attributes:
         tensors: in the order of their bytes.
         via: how they travel.
-        where: shm: `path`; group: nothing, they are broadcast from rank 0 as one uint8 tensor while
-            `load` runs; disk: `folder`, with all weights.
+        where: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk: `folder`, with all
+            weights; direct: `copies`, for each rank its
+            buckets of (name, bounds, sender).
+        reads: for each rank of the engine, what it gets of the tensors, in their order and end to end; none: each gets all.
     """
 
     tensors: tuple[TensorInfo, ...]
     via: Via
     where: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[Reads, ...] = ()
+
+    def of_rank(self, rank: int) -> Part:
+        """What one rank of an engine has to know of it."""
+        own = {"copies": [self.where["copies"][rank]]} if self.via == "direct" else {}
+        return replace(self, where={**self.where, **own}, reads=self.reads[rank : rank + 1])
 
 
 def seed_of(params: SamplingParams, number: int) -> int:
@@ -127,6 +136,9 @@ class ServedEngine(ABC):
         follows: whether its weights can be those of the policy; if not, it serves what it has.
         vias: ways in which it takes weights, the best first.
         num_ranks: processes that take weights, for a group.
+        reads: what each rank was seen to read of the tensors of an update that it was given whole, for engines with several ranks; the
+            next one has that alone. None: it is not known.
+        records: whether it may be found out in the next update.
         seeds_by_place: whether the random number of a token hangs on the seed and its place in the row alone, so that another engine of
             this kind goes on with an answer as this one would have.
     """
@@ -135,6 +147,8 @@ class ServedEngine(ABC):
     seeds_by_place: bool = False
     vias: tuple[Via, ...] = ()
     num_ranks: int = 1
+    reads: tuple[Reads, ...] | None = None
+    records: bool = True
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
@@ -213,10 +227,10 @@ class ServedEngine(ABC):
         raise NotImplementedError
 
     async def end_update(self, version: int) -> str:
-        """Serves the new weights from now on, and says which they are: `fingerprint` of the digests of the tensors that it took.
+        """Serves the new weights from now on, and says which they are: `fingerprint_of_ranks` of the digests of the tensors that it took.
 
         A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those of earlier updates do
-        not count.
+        not count. One of which a rank got parts counts by them, as `verl.rollout.slices.key_of` names them.
         """
         raise NotImplementedError
 

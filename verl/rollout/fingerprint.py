@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +47,10 @@ def fingerprint(digests: Mapping[str, int]) -> str:
     """One text for named tensors, whatever their order."""
     lines = "".join(f"{name} {digests[name]:016x}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def fingerprint_of_ranks(digests: Sequence[Mapping[str, int]]) -> str:
+    """One text for what the ranks of an engine have: that of one of them where all have the same."""
+    if all(own == digests[0] for own in digests):
+        return fingerprint(digests[0])
+    return fingerprint({f"{rank}:{name}": value for rank, own in enumerate(digests) for name, value in own.items()})

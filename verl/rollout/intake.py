@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from verl.engines.models import load_language_model
+from verl.hybrid.layout import Bounds, whole
+from verl.rollout.arrivals import Arrivals
 from verl.rollout.engine import Part, TensorInfo
 from verl.rollout.fingerprint import digest, fingerprint
-from verl.rollout.links import broadcast, open_group
-from verl.rollout.parts import dtype_of, map_file, num_bytes_of, unpacked
+from verl.rollout.parts import dtype_of
+from verl.rollout.slices import key_of, slices_of
 
 # Names in PEFT's files: base_model.model.NAME.lora_A.weight
 _PEFT_PREFIX = "base_model.model."
@@ -34,38 +35,44 @@ class WeightIntake:
     def __init__(self, transformer: nn.Module) -> None:
         self.is_torn = self.is_open = False
         self._own: dict[str, Tensor] = dict(transformer.state_dict(keep_vars=True))
+        # Digests by the key of a tensor or of a part of it, and the names of the tensors.
         self._taken: dict[str, int] = {}
-        self._group: dist.ProcessGroup | None = None
+        self._names: set[str] = set()
+        # Parts by which a tensor that came directly counts.
+        self._marks: dict[str, list[Bounds]] = {}
+        # The model copies what comes into its own weights.
+        self._arrivals = Arrivals(None, keeps=False)
         # As they were before low-rank additions were added, of the matrices that have some.
         self._without_additions: dict[str, Tensor] = {}
 
     def join_group(self, address: str, port: int, rank: int, *, num_ranks: int, backend: str, timeout_s: float) -> None:
-        """Joins the group over which parts come by broadcast, in place of one before."""
-        self._group = None
-        self._group = open_group(address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s)
+        """Joins the group over which parts come, in place of one before."""
+        self._arrivals.join(address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s)
 
     def begin(self) -> None:
         """Forgets what was taken before, whether it was ended or not."""
-        self._taken = {}
+        self._taken, self._names, self._marks = {}, set(), {}
         self.is_open = self.is_torn = True
 
     def received(self, part: Part) -> list[tuple[TensorInfo, Tensor]]:
         """The tensors of a part, the weights left alone; waits for the sender where they come over a group.
 
         Raises:
-            ValueError: no update or no group was begun.
-            RuntimeError: bytes are missing, or the group failed.
+            ValueError: no update was begun.
+            RuntimeError: bytes are missing, there is no group, or it failed.
         """
         if not self.is_open:
             raise ValueError("need begin_update before weights are loaded")
         if part.via == "disk":
             return list(_from_folder(Path(part.where["folder"]), part.tensors, self._own))
-        num_bytes = num_bytes_of(part.tensors)
-        if part.via == "shm":
-            return unpacked(map_file(Path(part.where["path"]), num_bytes), part.tensors)
-        if part.via == "group":
-            return unpacked(self._broadcast(num_bytes), part.tensors)
-        raise ValueError(f"need weights via shm, disk or group, got {part.via!r}")
+        if part.via not in ("shm", "group", "direct"):
+            raise ValueError(f"need weights via shm, disk, group or direct, got {part.via!r}")
+        found = []
+        for info, parts, marks in (arrived for batch in self._arrivals.arrived(part) for arrived in batch):
+            ((_, tensor),) = parts
+            found.append((info, tensor))
+            self._marks[info.name] = marks
+        return found
 
     @torch.no_grad()
     def take(self, tensors: Sequence[tuple[TensorInfo, Tensor]]) -> None:
@@ -80,8 +87,11 @@ class WeightIntake:
                 found = "no such tensor" if own is None else f"one of shape {tuple(own.shape)}"
                 raise ValueError(f"need tensors that the model has, got {info.name} of shape {tuple(tensor.shape)}; the model has {found}")
             own.copy_(tensor)
+            self._names.add(info.name)
             # Of what the model has now, in the dtype that was sent: a lossy copy would show.
-            self._taken[info.name] = digest(own.to(tensor.dtype))
+            served = own.to(tensor.dtype)
+            for bounds in self._marks.get(info.name) or [whole(tuple(own.shape))]:
+                self._taken[key_of(info.name, bounds, shape=own.shape)] = digest(served[slices_of(bounds)])
 
     def end(self) -> str:
         """The fingerprint of what was taken.
@@ -93,7 +103,7 @@ class WeightIntake:
             raise ValueError("need begin_update before end_update")
         self.is_open = False
         # Names of one storage, such as a tied head's, count as one. Buffers, which no optimizer changes, need not be sent.
-        covered = {self._own[name].data_ptr() for name in self._taken}
+        covered = {self._own[name].data_ptr() for name in self._names}
         parameters = [(name, tensor) for name, tensor in self._own.items() if isinstance(tensor, nn.Parameter) and tensor.numel() > 0]
         missing = [name for name, tensor in parameters if tensor.data_ptr() not in covered]
         if missing:
@@ -135,14 +145,6 @@ class WeightIntake:
             down, up = (tensors[side].to(weight.device, torch.float32) for side in (name, ups[name]))
             weight.add_((up @ down) * scaling)
         return fingerprint({name: digest(tensor) for name, tensor in tensors.items()})
-
-    def _broadcast(self, num_bytes: int) -> Tensor:
-        if self._group is None:
-            raise ValueError("need join_group before weights come over a group")
-        on_gpu = dist.is_nccl_available() and isinstance(self._group, dist.ProcessGroupNCCL)
-        content = torch.empty(num_bytes, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
-        broadcast(self._group, content)
-        return content
 
 
 def _from_folder(folder: Path, wanted: Sequence[TensorInfo], own: Mapping[str, Tensor]) -> Iterator[tuple[TensorInfo, Tensor]]:

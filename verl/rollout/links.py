@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def broadcast(group: Any, tensor: Tensor) -> None:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor], options).wait()
+
+
+def send(group: Any, tensors: Mapping[int, Tensor]) -> None:
+    """Sends a tensor to each of some ranks, which receive it meanwhile."""
+    works = [group.send([tensor], rank, 0) for rank, tensor in tensors.items() if tensor.numel()]
+    for work in works:
+        work.wait()
+
+
+def receive(group: Any, tensor: Tensor, *, sender: int) -> None:
+    """Fills a tensor with what a rank sends."""
+    if tensor.numel():
+        group.recv([tensor], sender, 0).wait()
 
 
 def shared_memory() -> str:

@@ -6,17 +6,24 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from verl.rollout.engine import Chunk, EngineError, Part, RefusedError, ServedEngine
+from verl.rollout.fingerprint import fingerprint_of_ranks
 from verl.rollout.groups import Broadcaster
+from verl.rollout.parts import part_of
 from verl.rollout.weights import Update
 from verl.utils.rollout import SamplingParams
 
 T = TypeVar("T")
 # starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have ended.
 State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
+
+
+class Interrupted(Exception):
+    """A request was ended to begin anew."""
 
 
 class Life:
@@ -29,6 +36,7 @@ class Life:
     def __init__(self) -> None:
         self.cause: str | None = None
         self._requests: set[asyncio.Future[Any]] = set()
+        self._interrupted: set[asyncio.Future[Any]] = set()
 
     @property
     def running(self) -> int:
@@ -41,11 +49,21 @@ class Life:
         for request in self._requests:
             request.cancel()
 
+    async def interrupt(self) -> None:
+        """Ends its requests, but not itself; returns when the engine was told."""
+        requests = set(self._requests)
+        self._interrupted |= requests
+        for request in requests:
+            request.cancel()
+        if requests:
+            await asyncio.wait(requests)
+
     async def share(self, work: Coroutine[Any, Any, T]) -> T:
         """Does a request within this life.
 
         Raises:
             EngineError: the life is over, or ends meanwhile.
+            Interrupted: the request was to begin anew.
         """
         request = asyncio.ensure_future(work)
         self._requests.add(request)
@@ -55,9 +73,12 @@ class Life:
                 await asyncio.wait({request})
             if self.cause is not None and (request.cancelled() or not request.done()):
                 raise EngineError(self.cause)
+            if request in self._interrupted and (request.cancelled() or request.exception() is not None):
+                raise Interrupted
             return request.result()
         finally:
             self._requests.discard(request)
+            self._interrupted.discard(request)
             request.cancel()
 
 
@@ -79,6 +100,7 @@ class Member:
         cause: of its last failure.
         failures: since the last good answer.
         repaired: updates that were torn and made anew.
+        taken_bytes: of its last update, over all of its ranks.
         since_s: of the state.
         taking: held while it takes weights.
     """
@@ -92,7 +114,7 @@ class Member:
         self.served = 0
         self.cause = ""
         self.failures = 0
-        self.repaired = 0
+        self.repaired = self.taken_bytes = 0
         self.since_s = time.time()
         self.taking = asyncio.Lock()
         self._state: State = "starting"
@@ -124,13 +146,13 @@ class Member:
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
         life = self._become("starting").life = Life()
-        self.taken, self.is_asleep = None, False
+        self.taken, self.is_asleep, self.engine.records = None, False, True
         await self.engine.open()
         if life.cause is None:
             self._become("stale" if self.engine.follows else "serving")
 
     async def take(self, update: Update) -> None:
-        """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made anew once.
+        """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made anew once, whole.
 
         Raises:
             EngineError: it does not come to have these weights.
@@ -147,6 +169,8 @@ class Member:
         if problem:
             self._note(f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again")
             self.repaired += 1
+            # In plain tensors, if it was whole before: an engine may not know what to do with those that note what is read of them.
+            self.engine.records, self.engine.reads = self.engine.reads is not None, None
             problem = await self._wrong_after(update)
         if problem:
             raise EngineError(f"engine {self.name} did not get version {update.version} in two tries: {problem}")
@@ -219,30 +243,45 @@ class Member:
     async def _wrong_after(self, update: Update) -> str:
         """What is wrong with the weights that the engine has after an update; nothing if they are those that were sent."""
         try:
-            got = await self._loaded(update)
+            got, expected = await self._loaded(update)
         except EngineError as error:
             return str(error)
-        return "" if got == update.expected else f"fingerprint {got}, sent {update.expected}"
+        return "" if got == expected else f"fingerprint {got}, sent {expected}"
 
-    async def _loaded(self, update: Update) -> str:
-        """Sends everything; the fingerprint of what the engine says that it took."""
+    async def _loaded(self, update: Update) -> tuple[str, str]:
+        """Sends everything, or to each rank what it reads; the fingerprints of what the engine says that it took, and of what was sent."""
+        engine = self.engine
         if update.additions is not None:
-            return await self.engine.load_additions(update.additions, update.version)
-        files = self.engine.via == "disk"
-        parts = [await asyncio.to_thread(update.as_files, Path(self.engine.spec.model))] if files else update.parts
-        await self.engine.begin_update()
+            self.taken_bytes = update.num_bytes
+            return await engine.load_additions(update.additions, update.version), update.expected
+        files, reads = engine.via == "disk", engine.reads or ()
+        if files or not update.has(reads):
+            reads = ()
+        self.taken_bytes = update.bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
+        parts = [await asyncio.to_thread(update.as_files, Path(engine.spec.model))] if files else update.parts
+        digests: list[dict[str, int]] = [{} for _ in range(engine.num_ranks)]
+        await engine.begin_update()
         for part in parts:
-            await self._load(part)
-        return await self.engine.end_update(update.version)
+            sent = await self._load(replace(part, reads=part_of(reads, part)), update)
+            digests = [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
+        got = await engine.end_update(update.version)
+        if update.direct is not None:
+            return got, fingerprint_of_ranks(digests)
+        update.note(engine.reads or ())
+        return got, update.expected_of(reads) if reads else update.expected
 
-    async def _load(self, part: Part) -> None:
+    async def _load(self, part: Part, update: Update) -> list[dict[str, int]]:
+        """Sends a part; the digests of what each rank was sent, where it is not known before."""
+        if update.direct is not None:
+            return await update.direct.send(part, self.engine, self.life)
         if self.engine.via != "group":
             await self.engine.load(part)
-            return
+            return []
         if self._group is None:
             self._group = await Broadcaster.meet(self.engine)
         try:
             await self._group.send(part, self.engine)
+            return []
         except BaseException:
             # A broadcast that failed leaves the group in no state to be used again.
             self._group = None

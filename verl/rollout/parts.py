@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from verl.rollout.engine import TensorInfo
+from verl.hybrid.layout import Bounds, sizes
+from verl.rollout.engine import Part, TensorInfo
+from verl.rollout.slices import Reads
 
 
 def dtype_of(info: TensorInfo) -> torch.dtype:
@@ -66,6 +68,16 @@ def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tens
         with safe_open(path, framework="pt", device=device) as file:
             for name in list(file.keys()):
                 yield name, file.get_tensor(name)
+
+
+def pieces_in(infos: Sequence[TensorInfo], reads: Reads) -> list[tuple[TensorInfo, Bounds]]:
+    """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
+    return [(TensorInfo(info.name, sizes(bounds), info.dtype), bounds) for info in infos for bounds in reads[info.name]]
+
+
+def part_of(reads: Sequence[Reads], part: Part) -> tuple[Reads, ...]:
+    """Of what ranks read, what is in a part."""
+    return tuple({info.name: own[info.name] for info in part.tensors} for own in reads)
 
 
 def unpacked(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:

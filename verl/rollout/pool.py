@@ -6,15 +6,16 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
+from verl.rollout.answers import Answer
 from verl.rollout.engine import EngineError, EngineSpec, ServedEngine
-from verl.rollout.members import Life, Member
+from verl.rollout.members import Interrupted, Life, Member
 from verl.rollout.weights import PolicyWeights, Update
-from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams, check_requests
+from verl.utils.rollout import Completion, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
@@ -35,30 +36,12 @@ class _Session:
 
 
 @dataclass
-class _Answer:
-    """What has been sampled of an answer, by whichever engines."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    has_logprobs: bool = True
-    finish_reason: FinishReason | None = None
-    text: str | None = None
-    moves: int = 0
-
-    def cut(self, length: int, reason: FinishReason) -> None:
-        """Ends it after so many tokens."""
-        for column in (self.token_ids, self.logprobs, self.versions):
-            del column[length:]
-        self.finish_reason = reason
-
-
-@dataclass
 class _Counts:
     """What happened since it was last asked."""
 
     moved: int = 0
     kept_tokens: int = 0
+    thrown_tokens: int = 0
     failures: int = 0
     sync_s: float = 0.0
     write_s: float = 0.0
@@ -81,6 +64,7 @@ class EnginePool(RolloutEngine):
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any engine that serves.
         sleeps: engines give their device memory back on `sleep`.
+        on_update: requests that run when weights come are kept and go on with them, or are aborted and begin anew.
         note: is told what happened, for people.
 
     Raises:
@@ -100,12 +84,15 @@ class EnginePool(RolloutEngine):
         max_running: int = 256,
         wait_s: float = 1200.0,
         sleeps: bool = False,
+        on_update: Literal["keep", "abort"] = "keep",
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.members: list[Member] = []
         self._make, self._codec, self._weights, self._note = make, codec, weights, note
         self._options = {"max_running": max_running, "vocabulary": vocabulary}
         self._context, self._wait_s, self._sleeps = context, wait_s, sleeps
+        self._aborts = on_update == "abort"
+        self._publisher, self._is_at_hand = threading.get_ident(), False
         self._update: Update | None = None
         self._counts = _Counts()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,17 +121,34 @@ class EnginePool(RolloutEngine):
         check_requests(prompts, params, context=self._context)
         if self._weights is not None and self._update is None:
             self.publish(self.version)
-        return self.run(self._generate(prompts, params))
+        with self._policy_at_hand():
+            if self._is_at_hand:
+                self.run(self._spread())  # to those that came meanwhile
+            return self.run(self._generate(prompts, params))
 
     def publish(self, version: int) -> None:
-        """See `RolloutEngine.publish`; requests that run are paused, kept, and go on with the new weights."""
+        """See `RolloutEngine.publish`; requests that run are paused, kept, and go on with the new weights, or begin anew."""
         super().publish(version)
+        self._publisher = threading.get_ident()
         if self._weights is not None:
-            self.run(self._forget())
+            self.run(self._forget(interrupts=self._aborts))
             update = self._weights.write(version)
             self._counts.write_s += update.seconds
             self._update = update
-        self.run(self._spread())
+        with self._policy_at_hand():
+            self.run(self._spread())
+
+    @contextmanager
+    def _policy_at_hand(self) -> Iterator[None]:
+        """Inside, the policy can be asked for weights that are not here: the thread that publishes waits and asks nothing else of it."""
+        is_outermost = not self._is_at_hand and threading.get_ident() == self._publisher
+        self._is_at_hand |= is_outermost and self._update is not None and self._update.direct is not None
+        try:
+            yield
+        finally:
+            if is_outermost and self._is_at_hand:
+                self._is_at_hand = False
+                self.run(self._settled())
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; those that share no device go on."""
@@ -174,6 +178,7 @@ class EnginePool(RolloutEngine):
             "engines/failures": float(counts.failures),
             "engines/moved_answers": float(counts.moved),
             "engines/kept_tokens": float(counts.kept_tokens),
+            "engines/thrown_tokens": float(counts.thrown_tokens),
             "engines/repaired_updates": float(repaired),
             "engines/sync_bytes": float(counts.sync_bytes),
             "time/sync_write_s": counts.write_s,
@@ -244,9 +249,15 @@ class EnginePool(RolloutEngine):
         await member.leave(f"engine {member.name} was removed")
         self._note(f"engine {member.name} has left")
 
-    async def _forget(self) -> None:
+    async def _forget(self, *, interrupts: bool = False) -> None:
         """No engine reads the last update from here on: its memory is about to be given back."""
         self._update = None
+        await self._settled()
+        if interrupts:
+            await asyncio.gather(*(member.life.interrupt() for member in self.members if member.engine.follows))
+
+    async def _settled(self) -> None:
+        """Returns when no engine takes weights."""
         for member in self.members:
             async with member.taking:
                 pass
@@ -269,14 +280,16 @@ class EnginePool(RolloutEngine):
         self._counts.sync_s += time.perf_counter() - start_s
 
     async def _sync(self, member: Member) -> None:
-        """Gives an engine the newest weights, if it follows the policy and has others."""
+        """Gives an engine the newest weights, if it follows the policy and has others, and they are here or the policy can be asked."""
         life = member.life
         try:
             async with member.taking:
                 update = self._update
+                if update is not None and update.direct is not None and not self._is_at_hand:
+                    return  # it stays stale until then
                 if member.engine.follows and update is not None and member.taken is not update:
                     await member.take(update)
-                    self._counts.sync_bytes += update.num_bytes
+                    self._counts.sync_bytes += member.taken_bytes
         except Exception as error:  # the border to a program that is not ours
             self._fail(member, life, error)
         self._wake()
@@ -361,25 +374,24 @@ class EnginePool(RolloutEngine):
 
     async def _answer(self, prompt: list[int], params: SamplingParams, number: int, session: _Session) -> Completion:
         """One answer, from as many engines as it takes."""
-        answer = _Answer()
+        answer = Answer(params, self._codec)
         while answer.finish_reason is None:
             member = await self._room(session)
             life = member.life
             try:
-                await life.share(self._go_on(answer, member, prompt, params, number))
+                await life.share(self._go_on(answer, member, prompt, number))
                 member.finished()
+            except Interrupted:
+                self._counts.thrown_tokens += answer.begin_anew()
             except EngineError as error:
                 self._fail(member, life, error)
                 self._move(answer, session, error)
-                self._end_if_due(answer, params, 0)
+                answer.end_if_due(0)
             finally:
                 self._wake(1)
-        if answer.text is not None and not answer.token_ids:
-            return self._of_text(answer, params)
-        logprobs = answer.logprobs if answer.has_logprobs else None
-        return Completion(answer.token_ids, logprobs, answer.finish_reason, answer.versions[0], versions=answer.versions)
+        return answer.completion(self.version)
 
-    def _move(self, answer: _Answer, session: _Session, error: EngineError) -> None:
+    def _move(self, answer: Answer, session: _Session, error: EngineError) -> None:
         """Takes an answer from an engine that failed."""
         session.member = None
         answer.moves += 1
@@ -388,7 +400,7 @@ class EnginePool(RolloutEngine):
         if answer.moves > _MAX_MOVES:
             raise RuntimeError(f"an answer failed on {answer.moves} engines in turn; the last: {error}") from error
 
-    async def _go_on(self, answer: _Answer, member: Member, prompt: list[int], params: SamplingParams, number: int) -> None:
+    async def _go_on(self, answer: Answer, member: Member, prompt: list[int], number: int) -> None:
         """Samples the rest of an answer on one engine.
 
         Raises:
@@ -397,49 +409,20 @@ class EnginePool(RolloutEngine):
         have = len(answer.token_ids)
         # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn with.
         own = number if not have or member.engine.seeds_by_place else number + _NUMBERS * have
-        rest = replace(params, max_tokens=params.max_tokens - have)
+        rest = replace(answer.params, max_tokens=answer.params.max_tokens - have)
         async with aclosing(member.sample([*prompt, *answer.token_ids], rest, number=own)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 seen = len(answer.token_ids)
                 version = next(v for v in (chunk.version, member.version, self.version) if v is not None)
-                answer.token_ids += chunk.token_ids
-                answer.has_logprobs = answer.has_logprobs and chunk.logprobs is not None
-                answer.logprobs += chunk.logprobs or [0.0] * len(chunk.token_ids)
-                answer.versions += [version] * len(chunk.token_ids)
-                answer.text = chunk.text if chunk.text is not None else answer.text
+                answer.add(chunk, version)
                 if chunk.finish_reason is not None and not answer.token_ids and answer.text is None:
                     break
                 answer.finish_reason = chunk.finish_reason
                 if have:
-                    self._end_if_due(answer, params, seen)
+                    answer.end_if_due(seen)
                 if answer.finish_reason is not None:
                     return
         raise EngineError(f"engine {member.name} ended an answer without a token or without saying why")
-
-    def _end_if_due(self, answer: _Answer, params: SamplingParams, seen: int) -> None:
-        """Ends an answer that an engine had no time to end, or whose stop text began on another engine, after the token that ends it.
-
-        Args:
-            answer: so far.
-            params: of it.
-            seen: tokens that were looked at before.
-        """
-        ids = answer.token_ids
-        window = max((len(stop.encode()) for stop in params.stop), default=0) + 8
-        for length in range(seen + 1, len(ids) + 1):
-            tail = self._codec.decode(ids[max(0, length - window) : length]) if params.stop else ""
-            if ids[length - 1] in params.stop_ids or any(stop in tail for stop in params.stop):
-                answer.cut(length, "stop")
-                return
-        if answer.finish_reason is None and len(ids) >= params.max_tokens:
-            answer.finish_reason = "length"
-
-    def _of_text(self, answer: _Answer, params: SamplingParams) -> Completion:
-        """An answer that came as text: tokenized once, without logprobs."""
-        assert answer.text is not None and answer.finish_reason is not None
-        ids = self._codec.encode_answer(answer.text) if answer.finish_reason == "stop" else self._codec.encode(answer.text)
-        cut = len(ids) > params.max_tokens
-        return Completion(ids[: params.max_tokens], None, "length" if cut else answer.finish_reason, self.version, answer.text)
 
     async def _room(self, session: _Session) -> Member:
         """An engine with room: the one that the session is with, else that with most room, with which the session stays.
@@ -461,7 +444,7 @@ class EnginePool(RolloutEngine):
             await waiting
 
     def _is_current(self, member: Member) -> bool:
-        return not member.engine.follows or member.version == self.version
+        return not member.engine.follows or (member.taken is self._update and member.version == self.version)
 
     def _wake(self, count: int | None = None) -> None:
         """Lets those who have waited longest look for room: `count` of them, or as many as there is room for."""

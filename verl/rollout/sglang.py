@@ -23,11 +23,13 @@ from safetensors import safe_open
 
 import verl
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, Via, seed_of
-from verl.rollout.fingerprint import digest, fingerprint
+from verl.rollout.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.rollout.process import ServerProcess, free_port
 from verl.rollout.sglang_answer import Answer
 from verl.rollout.sglang_client import Client
+from verl.rollout.sglang_options import flags, sizes_of
 from verl.rollout.sglang_worker import LOADER, report_file, report_key, report_store
+from verl.rollout.slices import as_reads
 from verl.utils.rollout import SamplingParams
 
 OLDEST = "0.5.17"
@@ -63,24 +65,25 @@ _ABORT_S = 5.0
 
 
 class SGLangServer(ServedEngine):
-    """One SGLang server with its tensor-parallel ranks.
+    """One SGLang server with its tensor-parallel ranks; `received_bytes` are those that each took of the last update.
 
     Weights are taken by `verl.rollout.sglang_worker.load` in each rank, whatever the way: it computes the digests of what it hands to
-    the model. A pause retracts the requests that run: they go on after it with a cache that the new weights have computed.
+    the model, and says what the model reads of it. A pause retracts the requests that run: they go on after it with a
+    cache that the new weights have computed.
     """
 
-    vias: tuple[Via, ...] = ("shm", "group", "disk")
+    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct")
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         if spec.address is not None:
             # One that was started elsewhere, maybe in a container, need not see the folders of this run.
-            self.vias = ("group",)
+            self.vias = ("group", "direct")
         self._process: ServerProcess | None = None
         self._client: Client | None = None
         self._folder: Path | None = None
         self._store: Any = None
-        self._has_sessions = False
+        self._has_sessions = self._in_session = False
         self._deterministic = False
         self._max_kept = 0
         self._vocabulary, self._context = sizes_of(Path(spec.model))
@@ -88,14 +91,16 @@ class SGLangServer(ServedEngine):
         self._running = 0
         self._log_start = 0
         self._num_orders = 0
-        self._digests: dict[str, int] = {}
+        self._digests: list[dict[str, int]] = []
+        self._seen: list[dict[str, Any]] = []
+        self.received_bytes: list[int] = []
         self._additions: str | None = None
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """See `ServedEngine.open`."""
-        self._additions = self._store = None
-        self._asleep = False
+        self._additions = self._store = self.reads = None
+        self._asleep = self._in_session = False
         # Reports of the ranks, and the secret while the server starts, are for this user alone.
         self._folder = Path(tempfile.mkdtemp(prefix="verl-sglang-"))
         port = free_port()
@@ -160,27 +165,36 @@ class SGLangServer(ServedEngine):
         if backend != "gloo":
             raise ValueError(f"need the backend gloo for weights to SGLang, got {backend}")
         limit_s = self.spec.timeout_s
-        where = {"address": address, "port": port, "first_rank": first_rank, "num_ranks": num_ranks, "timeout_s": limit_s}
+        where = {"address": address, "port": port, "first_rank": first_rank, "num_ranks": num_ranks}
         self._store = await asyncio.to_thread(report_store, address, port, num_ranks=num_ranks, timeout_s=limit_s)
-        await self._begin_session()
-        await self._order("join", [], where)
-        await self._end_session()
+        opens = not self._in_session
+        if opens:
+            await self._begin_session()
+        await self._order([Part((), "group", {**where, "backend": backend, "timeout_s": limit_s})] * self.num_ranks, joins=True)
+        if opens:
+            await self._end_session()
 
     async def begin_update(self) -> None:
         """See `ServedEngine.begin_update`."""
-        self._digests = {}
+        self._digests, self._seen = [{} for _ in range(self.num_ranks)], [{} for _ in range(self.num_ranks)]
+        self.received_bytes = [0] * self.num_ranks
         await self._begin_session()
 
     async def load(self, part: Part) -> None:
         """See `ServedEngine.load`."""
-        tensors = [(info.name, info.shape, info.dtype) for info in part.tensors]
-        self._digests |= await self._order(part.via, tensors, part.where)
+        reports = await self._order([part.of_rank(rank) for rank in range(self.num_ranks)])
+        for rank, report in enumerate(reports):
+            self._digests[rank] |= report["digests"]
+            self._seen[rank] |= report["reads"]
+            self.received_bytes[rank] += report["num_bytes"]
 
     async def end_update(self, version: int) -> str:
         """See `ServedEngine.end_update`."""
         await self._end_session()
         await self._command("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-        return fingerprint(self._digests)
+        if any(self._seen):
+            self.reads = tuple(as_reads(seen) for seen in self._seen)
+        return fingerprint_of_ranks(self._digests)
 
     async def load_additions(self, folder: Path, version: int) -> str:
         """See `ServedEngine.load_additions`; the digests are those of the file, which SGLang reads itself."""
@@ -422,34 +436,33 @@ class SGLangServer(ServedEngine):
         except EngineError:  # one is open that was never ended
             await self._end_session()
             await self._command("/begin_weight_update", {"selector": "target"})
+        self._in_session = True
 
     async def _end_session(self) -> None:
+        self._in_session = False
         if self._has_sessions:
             await self._command("/end_weight_update", {})
 
-    async def _order(self, via: str, tensors: Sequence[tuple[str, Sequence[int], str]], where: Mapping[str, Any]) -> dict[str, int]:
-        """Lets the loader in each rank do something; the digests that all of them report."""
+    async def _order(self, parts: Sequence[Part], *, joins: bool = False) -> list[dict[str, Any]]:
+        """Lets the loader in each rank take a part, or join a group by what is in place of one; what each reports."""
         number, self._num_orders = self._num_orders, self._num_orders + 1
-        in_store = via in ("join", "group")
-        order = {
-            "via": via,
-            "tensors": list(tensors),
-            "where": dict(where),
+        in_store = parts[0].via in ("group", "direct")
+        common = {
+            "via": "join" if joins else parts[0].via,
+            "tensors": [(info.name, info.shape, info.dtype) for info in parts[0].tensors],
+            "records": self.records and self.num_ranks > 1 and parts[0].via != "disk",
             "number": number,
             "folder": None if in_store else str(self._folder),
         }
-        payloads = [_payload({**order, "rank": rank}) for rank in range(self.num_ranks)]
+        orders = [{**common, "where": dict(part.where), "reads": part.reads, "rank": rank} for rank, part in enumerate(parts)]
         selector = {"selector": "target"} if self._has_sessions else {}
         # Flushed once, when the update is there.
-        body = {"serialized_named_tensors": payloads, "load_format": LOADER, "flush_cache": False, **selector}
+        body = {"serialized_named_tensors": [_payload(order) for order in orders], "load_format": LOADER, "flush_cache": False, **selector}
         await self._command("/update_weights_from_tensor", body)
         reports = [await self._report(number, rank, in_store=in_store) for rank in range(self.num_ranks)]
         if errors := [report["error"] for report in reports if "error" in report]:
             raise EngineError(f"{self.spec.name} could not take weights: {errors[0]}")
-        if any(report != reports[0] for report in reports):
-            raise EngineError(f"{self.spec.name} has ranks that took different weights")
-        digests: dict[str, int] = reports[0]["digests"]
-        return digests
+        return reports
 
     async def _report(self, number: int, rank: int, *, in_store: bool) -> dict[str, Any]:
         assert self._folder is not None
@@ -462,32 +475,6 @@ class SGLangServer(ServedEngine):
             raise EngineError(f"rank {rank} of {self.spec.name} has not said what weights it took: {error}") from error
         report: dict[str, Any] = json.loads(content)
         return report
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Arguments of a command: `tp_size: 2` as --tp-size 2, true as a flag, false and None not at all, a list as many, a dict as JSON."""
-    arguments: list[str] = []
-    for name, value in options.items():
-        if value is False or value is None:
-            continue
-        arguments.append("--" + name.replace("_", "-"))
-        if isinstance(value, Mapping):
-            arguments.append(json.dumps(value))
-        elif isinstance(value, (list, tuple)):
-            arguments.extend(str(item) for item in value)
-        elif value is not True:
-            arguments.append(str(value))
-    return arguments
-
-
-def sizes_of(model: Path) -> tuple[int, int | None]:
-    """Ids that a model knows and the tokens of its context, by its config.json; None: it does not say."""
-    path = model / "config.json"
-    if not path.is_file():
-        raise ValueError(f"need a folder with a model for SGLang, got {model}")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    own: dict[str, Any] = config if "vocab_size" in config else config["text_config"]
-    return int(own["vocab_size"]), own.get("max_position_embeddings")
 
 
 def _payload(order: Mapping[str, Any]) -> str:

@@ -37,8 +37,9 @@ class Client:
         self._heard_s = 0.0
         self.is_paused = False
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        # How many requests run at a time is decided elsewhere.
-        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+        # How many requests run at a time is decided elsewhere. A connection for each: the server closes those that wait for 5 s, which
+        # fails the next request on them.
+        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def close(self) -> None:
         """Closes all connections."""

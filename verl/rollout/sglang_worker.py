@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.rollout.engine import TensorInfo
-from verl.rollout.fingerprint import digest
-from verl.rollout.links import broadcast, open_group
-from verl.rollout.parts import map_file, num_bytes_of, tensors_in, unpacked
+from verl.rollout.arrivals import Arrivals
+from verl.rollout.engine import Part, TensorInfo
+from verl.rollout.slices import as_reads
 
 # Name by which SGLang finds the loader: of `--custom-weight-loader` and of `load_format`.
 LOADER = "verl.rollout.sglang_worker.load"
@@ -28,9 +26,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class _Joined:
-    """The group of this process, and the store in which it met, for reports to another machine."""
+    """What takes weights in this process, and the store in which its group met, for reports to another machine."""
 
-    group: Any = None
+    # The model copies what it is handed, to where it is wanted.
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals(None, keeps=False))
     store: Any = None
 
 
@@ -41,7 +40,8 @@ def load(model: Any, orders: Sequence[tuple[str, Tensor]]) -> None:
     """Carries out what an engine of verl asks of the model.
 
     An order is a JSON text in place of a tensor's name; its tensor is empty. After each one a report is written: the digests of the
-    tensors that the model was given, or the error; an exception here would end the whole server, so none leaves it.
+    tensors that the model was given, their bytes, and what it read of those that were to be recorded; or the error. An exception here
+    would end the whole server, so none leaves it.
 
     Args:
         model: SGLang's, with `load_weights`.
@@ -51,7 +51,7 @@ def load(model: Any, orders: Sequence[tuple[str, Tensor]]) -> None:
         order = json.loads(text)
         report: dict[str, Any]
         try:
-            report = {"digests": _carried_out(model, order)}
+            report = _carried_out(model, order)
         except Exception as error:
             _logger.exception("weights were not taken")
             report = {"error": f"{type(error).__name__}: {error}"}
@@ -76,34 +76,23 @@ def report_file(folder: Path, number: int, rank: int) -> Path:
     return folder / f"report-{number}-{rank}.json"
 
 
-def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, int]:
+def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, Any]:
+    arrivals = _joined.arrivals
+    arrivals.begin()
     if order["via"] == "join":
         _join(order["where"], order["rank"])
-        return {}
-    infos = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in order["tensors"]]
-    tensors = dict(tensors_in(Path(order["where"]["folder"])) if order["via"] == "disk" else _from_bytes(order, infos))
-    digests = {name: digest(tensor) for name, tensor in tensors.items()}
-    model.load_weights(list(tensors.items()))
-    return digests
-
-
-def _from_bytes(order: dict[str, Any], infos: Sequence[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-    content = map_file(Path(order["where"]["path"]), num_bytes_of(infos)) if order["via"] == "shm" else _received(num_bytes_of(infos))
-    return ((info.name, tensor) for info, tensor in unpacked(content, infos))
-
-
-def _received(num_bytes: int) -> Tensor:
-    if _joined.group is None:
-        raise RuntimeError("no group has been joined")
-    content = torch.empty(num_bytes, dtype=torch.uint8)
-    broadcast(_joined.group, content)
-    return content
+    else:
+        infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in order["tensors"])
+        part = Part(infos, order["via"], order["where"], tuple(as_reads(reads) for reads in order["reads"]))
+        for batch in arrivals.batches(part, records=order["records"]):
+            model.load_weights(list(batch))
+    return {"digests": arrivals.digests, "reads": dict(arrivals.reads), "num_bytes": arrivals.num_bytes}
 
 
 def _join(where: dict[str, Any], rank: int) -> None:
     address, port, num_ranks, timeout_s = where["address"], where["port"], where["num_ranks"], where["timeout_s"]
     place = {"rank": where["first_rank"] + rank, "num_ranks": num_ranks}
-    _joined.group = open_group(address, port, backend="gloo", timeout_s=timeout_s, **place)
+    _joined.arrivals.join(address, port, backend=where["backend"], timeout_s=timeout_s, **place)
     _joined.store = report_store(address, port, num_ranks=num_ranks, timeout_s=timeout_s)
 
 

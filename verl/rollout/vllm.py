@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,16 +21,16 @@ import aiohttp
 
 import verl
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, seed_of
-from verl.rollout.fingerprint import fingerprint
+from verl.rollout.fingerprint import fingerprint, fingerprint_of_ranks
 from verl.rollout.links import shared_memory
 from verl.rollout.process import ServerProcess, free_port
-from verl.rollout.vllm_options import CONTROL, MODEL, REASONS, as_flags, lacking, request_body, server_environment, server_flags
+from verl.rollout.slices import as_reads
+from verl.rollout.vllm_options import MODEL, REASONS, as_flags, lacking, request_body, server_environment, server_flags
+from verl.rollout.vllm_versions import ASK, BEGIN, END, JOIN, LOAD, check_version, control, has_own_steps, method_of
 from verl.utils.rollout import SamplingParams
 
 T = TypeVar("T")
 
-# The first one whose interface for new weights begins and ends an update; before, there was another one.
-_OLDEST = (0, 25)
 _ADDITIONS = "verl-additions"
 # Of the answers to a request: the server did understand it, and any other one would refuse it, too.
 _REFUSALS = (400, 413, 422)
@@ -50,6 +52,8 @@ class VLLMServer(ServedEngine):
         self._folder: Path | None = None
         self._url = (spec.address or "").rstrip("/")
         self._vocabulary = self._context = 0
+        self._version = ""
+        self.received_bytes: list[int] = []
         self._base = self._served = MODEL
         self._is_paused = False
         self._last_sign_s = 0.0
@@ -67,6 +71,7 @@ class VLLMServer(ServedEngine):
         )
         try:
             if not self._url:
+                self._version = await asyncio.to_thread(self._installed)
                 self._start()
             await self._answers()
             await self._inspect()
@@ -79,6 +84,22 @@ class VLLMServer(ServedEngine):
             await self.close()
             raise
 
+    def _installed(self) -> str:
+        """The version of vLLM in the environment of a server that is not started yet; "" if that does not come out here.
+
+        Raises:
+            ValueError: it is too old: it may not start, in words that lead astray.
+        """
+        python = self.spec.python or sys.executable
+        environment = {**os.environ, "PYTHONPATH": ""}
+        try:
+            asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=self.spec.timeout_s, env=environment)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        version = (asked.stdout.split() or [""])[0]
+        check_version(version, f"in the environment of {python}")
+        return version
+
     def _start(self) -> None:
         """Starts a server with a copy of verl alone in its path: its environment may be another one."""
         self._folder = Path(tempfile.mkdtemp(prefix="verl-vllm-"))
@@ -87,8 +108,8 @@ class VLLMServer(ServedEngine):
         self._url = f"http://127.0.0.1:{port}"
         self._process = ServerProcess(
             f"vLLM server {self.spec.name}",
-            [self.spec.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_flags(self.spec, port)],
-            environment=server_environment(self.spec, self._folder),
+            [self.spec.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_flags(self.spec, port, self._version)],
+            environment=server_environment(self.spec, self._folder, self._version),
             log=self.spec.log,
         )
 
@@ -106,27 +127,28 @@ class VLLMServer(ServedEngine):
 
     async def _inspect(self) -> None:
         """Looks at what answers: its version, the name of the model, and how weights can travel to it."""
-        version = str((await self._call("GET", "/version")).get("version"))
-        number = re.match(r"(\d+)\.(\d+)", version)
-        if number and (int(number[1]), int(number[2])) < _OLDEST and version != "dev":
-            raise ValueError(
-                f"need vLLM {_OLDEST[0]}.{_OLDEST[1]} or newer, whose weights can be replaced while it runs, got {version} at {self._url}; "
-                "name the interpreter of an environment that has it as rollout.python"
-            )
+        self._version = str((await self._call("GET", "/version")).get("version"))
+        check_version(self._version, f"at {self._url}")
         model = next(model for model in (await self._call("GET", "/v1/models"))["data"] if not model.get("parent"))
         self._base = self._served = model["id"]
         self._context = model["max_model_len"]
         try:
             places = await self._on_all_ranks("verl_place")
         except EngineError as error:
-            flags = " ".join(as_flags(CONTROL))
+            flags = " ".join(as_flags(control(self._version)))
             raise ValueError(
                 f"need a vLLM server that takes weights from verl, got another one at {self._url}; start it with VLLM_SERVER_DEV_MODE=1, "
                 f"verl on its PYTHONPATH, and {flags} ({error})"
             ) from error
+        if any(place.get("loses_tokens") for place in places):
+            raise ValueError(
+                f"need vLLM {self._version} at {self._url} with --no-async-scheduling: else it loses a token of every answer that goes on "
+                "over an update; start it so, or upgrade it to 0.22"
+            )
         self.num_ranks = int((await self._call("GET", "/get_world_size"))["world_size"])
         is_near = shared_memory() in {place["shared_memory"] for place in places} - {""}
-        self.vias = ("shm", "group", "disk") if is_near else ("group", "disk")
+        self.vias = ("shm", "group", "disk", "direct") if is_near else ("group", "disk", "direct")
+        self.reads = None
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
@@ -213,41 +235,45 @@ class VLLMServer(ServedEngine):
     async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
         """See `ServedEngine.join_group`; rank 0 opens `verl.rollout.links.open_group`."""
         group = {"address": address, "port": port, "first_rank": first_rank, "num_ranks": num_ranks, "backend": backend}
-        info = {"init_info": {**group, "timeout_s": self.spec.timeout_s}}
-        await self._call("POST", "/init_weight_transfer_engine", body=info)
+        await self._step(JOIN, init_info={**group, "timeout_s": self.spec.timeout_s})
 
     async def begin_update(self) -> None:
         """See `ServedEngine.begin_update`."""
         try:
-            await self._call("POST", "/start_weight_update")
+            await self._step(BEGIN)
         except EngineError:
             # One before it was cut: the server still waits for its end.
-            await self._call("POST", "/finish_weight_update", body={})
-            await self._call("POST", "/start_weight_update")
+            await self._step(END)
+            await self._step(BEGIN)
 
     async def load(self, part: Part) -> None:
         """See `ServedEngine.load`."""
         tensors = [(info.name, list(info.shape), info.dtype) for info in part.tensors]
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
-        await self._call("POST", "/update_weights", body={"update_info": {"via": part.via, "tensors": tensors, "where": where}})
+        records = self.records and self.num_ranks > 1 and part.via != "disk"
+        update = {"via": part.via, "tensors": tensors, "where": where, "reads": part.reads, "records": records}
+        await self._step(LOAD, update_info=update)
 
     async def end_update(self, version: int) -> str:
         """See `ServedEngine.end_update`.
 
         Raises:
-            EngineError: there are parameters that no tensor reached, or the ranks took different ones.
+            EngineError: there are parameters that no tensor reached, or one was not taken.
         """
-        first, *others = await self._on_all_ranks("verl_report")
-        missing = sorted({name for report in (first, *others) for name in report["missing"]})
-        are_alike = all(report["digests"] == first["digests"] for report in others)
-        named = {} if missing or not are_alike else {"weight_version": str(version)}
-        await self._call("POST", "/finish_weight_update", body=named)
+        reports = await self._on_all_ranks("verl_report")
+        missing = sorted({name for report in reports for name in report["missing"]})
+        errors = [error for report in reports for error in report["errors"]]
+        await self._step(END, **({} if missing or errors else {"weight_version": str(version)}))
+        if errors:
+            raise EngineError(f"vLLM server {self.spec.name} could not take weights: {errors[0]}")
         if missing:
             raise EngineError(f"vLLM server {self.spec.name}: {lacking(missing)}")
-        if not are_alike:
-            raise EngineError(f"the ranks of vLLM server {self.spec.name} took different weights")
+        self.received_bytes = [report["num_bytes"] for report in reports]
+        # Of data-parallel replicas in one server, not every rank reports.
+        if len(reports) == self.num_ranks and any(report["reads"] for report in reports):
+            self.reads = tuple(as_reads(report["reads"]) for report in reports)
         self._served = self._base
-        return fingerprint(first["digests"])
+        return fingerprint_of_ranks([report["digests"] for report in reports])
 
     async def load_additions(self, folder: Path, version: int) -> str:
         """See `ServedEngine.load_additions`; needs the option `enable_lora`."""
@@ -290,8 +316,16 @@ class VLLMServer(ServedEngine):
                 raise ValueError(f"rollout.engine_options: {error}") from error
             raise
 
-    async def _on_all_ranks(self, method: str, *arguments: str) -> list[Any]:
-        return list((await self._call("POST", "/collective_rpc", body={"method": method, "args": arguments}))["results"])
+    async def _step(self, step: str, **given: Any) -> None:
+        """A step of an update, see `verl.rollout.vllm_versions`."""
+        if has_own_steps(self._version):
+            await self._call("POST", f"/{step}", body=given)
+        else:
+            await self._on_all_ranks(method_of(self._version, step), **given)
+
+    async def _on_all_ranks(self, method: str, *arguments: str, **named: Any) -> list[Any]:
+        called = {"method": method, "args": arguments, "kwargs": named}
+        return list((await self._call("POST", "/collective_rpc", body=called))["results"])
 
     async def _call(
         self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | None = None, timeout_s: float | None = None

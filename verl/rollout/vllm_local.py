@@ -16,13 +16,14 @@ from torch import Tensor
 from verl.rollout.engine import OwnWeightsEngine, TensorInfo, seed_of
 from verl.rollout.fingerprint import fingerprint
 from verl.rollout.parts import make_file, map_file, num_bytes_of
-from verl.rollout.vllm_options import CONTROL, CPU_ENVIRONMENT, REASONS, has_accelerator, lacking, own_options
+from verl.rollout.vllm_options import REASONS, has_accelerator, lacking, own_options
+from verl.rollout.vllm_versions import BEGIN, END, LOAD, check_version, cpu_environment, installed, method_of
 from verl.utils.rollout import Completion, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 if not has_accelerator():
     # Read by vLLM when it is imported. In processes of its own it takes ten times as long to start, and gains nothing.
-    for _name, _value in {**CPU_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+    for _name, _value in {**cpu_environment(installed()), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
         os.environ.setdefault(_name, _value)
 
 import vllm
@@ -44,16 +45,17 @@ class VLLMEngine(OwnWeightsEngine):
         max_slots: answers generated at the same time, unless the options say `max_num_seqs`.
 
     Raises:
-        ValueError: vLLM refuses an option, in its own words, or one that is set here.
+        ValueError: vLLM refuses an option, in its own words, or one that is set here; its version is too old.
     """
 
     def __init__(self, folder: str, codec: TextCodec, *, options: Mapping[str, Any], dtype: str, max_slots: int) -> None:
         self.version = 0
         self._codec = codec
-        own = own_options(options, {"model": folder, "dtype": dtype})
+        check_version(vllm.__version__, "in the environment of the run")
+        own = own_options(options, {"model": folder, "dtype": dtype}, vllm.__version__)
         # Its memory is wanted for training between two generations.
         fitting = {"enable_sleep_mode": True} if has_accelerator() else {"enforce_eager": True, "distributed_executor_backend": "uni"}
-        named = {name.replace("-", "_"): value for name, value in {**own, **CONTROL}.items()}
+        named = {name.replace("-", "_"): value for name, value in own.items()}
         try:
             self._llm = vllm.LLM(**{"max_num_seqs": max_slots, "disable_log_stats": True, **fitting, **named, **options})
         except TypeError as error:  # what a constructor says to an argument that it does not have
@@ -98,10 +100,10 @@ class VLLMEngine(OwnWeightsEngine):
         with tempfile.TemporaryDirectory(prefix="verl-vllm-", dir=_SHARED if os.access(_SHARED, os.W_OK) else None) as folder:
             self._begin()
             for number, part in enumerate(_in_parts(tensors)):
-                self._llm.update_weights({"update_info": _written(part, Path(folder) / str(number))})
+                self._step(LOAD, update_info=_written(part, Path(folder) / str(number)))
                 (Path(folder) / str(number)).unlink()
         first, *others = self._llm.collective_rpc("verl_report")
-        self._llm.finish_weight_update()
+        self._step(END)
         self._is_updating = False
         if missing := sorted({name for report in (first, *others) for name in report["missing"]}):
             raise RuntimeError(f"vLLM: {lacking(missing)}")
@@ -130,9 +132,13 @@ class VLLMEngine(OwnWeightsEngine):
 
     def _begin(self) -> None:
         if self._is_updating:  # the one before was cut: vLLM waits for its end
-            self._llm.finish_weight_update()
-        self._llm.start_weight_update()
+            self._step(END)
+        self._step(BEGIN)
         self._is_updating = True
+
+    def _step(self, step: str, **given: Any) -> None:
+        """A step of an update, on all ranks."""
+        self._llm.collective_rpc(method_of(vllm.__version__, step), kwargs=given)
 
     def _asked(self, params: SamplingParams, number: int) -> vllm.SamplingParams:
         """What vLLM is asked for one answer of a prompt."""

@@ -11,41 +11,42 @@ import torch
 
 from verl.rollout.engine import EngineSpec
 from verl.rollout.vllm_guard import OWNED_VARIABLE, SECRET_VARIABLE
+from verl.rollout.vllm_versions import control, cpu_environment
 from verl.utils.rollout import FinishReason, SamplingParams
 
 MODEL = "verl"
-_EXTENSION = "verl.rollout.vllm_worker.WorkerExtension"
 _GUARD = "verl.rollout.vllm_guard.RequireSecret"
-# What lets a server take weights from verl.
-CONTROL = {"worker-extension-cls": _EXTENSION, "weight-transfer-config": {"backend": "verl"}}
-# Options that the run sets itself.
-_OWN = {*CONTROL, "model", "served-model-name", "host", "port", "dtype", "logprobs-mode", "generation-config", "middleware", "api-key"}
+# Options that the run sets itself, beside those of `control`.
+_OWN = {"model", "served-model-name", "host", "port", "dtype", "logprobs-mode", "generation-config", "middleware", "api-key"}
+_OWN |= {"worker-extension-cls", "weight-transfer-config"}
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def server_flags(spec: EngineSpec, port: int) -> list[str]:
-    """The command line of a server.
+def server_flags(spec: EngineSpec, port: int, version: str) -> list[str]:
+    """The command line of a server of a version of vLLM.
 
     Raises:
         ValueError: an option that the run sets itself.
     """
-    own = own_options(spec.options, {"model": spec.model, "dtype": spec.dtype})
+    own = own_options(spec.options, {"model": spec.model, "dtype": spec.dtype}, version)
     place = {"served-model-name": MODEL, "host": "127.0.0.1", "port": port}
     guard = {"middleware": _GUARD} if spec.secret else {}
     on_cpu = {} if has_accelerator() else {"enforce-eager": True}
-    return as_flags({**own, **place, **CONTROL, **guard, **on_cpu, **{name.replace("_", "-"): v for name, v in spec.options.items()}})
+    return as_flags({**own, **place, **guard, **on_cpu, **{name.replace("_", "-"): v for name, v in spec.options.items()}})
 
 
-def own_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(options: Mapping[str, Any], own: Mapping[str, Any], version: str) -> dict[str, Any]:
     """What the run asks of vLLM, beside the user's options, as flags without dashes in front.
 
     Raises:
         ValueError: the user's options have one of them.
     """
-    if taken := sorted(_OWN & {name.replace("_", "-") for name in options}):
+    needed = control(version)
+    if taken := sorted({*_OWN, *needed} & {name.replace("_", "-") for name in options}):
         raise ValueError(f"rollout.engine_options cannot set {', '.join(taken)}: the run does")
     return {
         **own,
+        **needed,
         # Of the distribution that was drawn from, not of the model's own.
         "logprobs-mode": "processed_logprobs",
         # Else it applies what the model's generation_config.json says, such as a repetition penalty.
@@ -65,11 +66,7 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available() or any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 
 
-# On a CPU: memory for the cache in GiB, and no thread bound to a core that others use.
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
-
-def server_environment(spec: EngineSpec, folder: Path) -> dict[str, str | None]:
+def server_environment(spec: EngineSpec, folder: Path, version: str) -> dict[str, str | None]:
     """Added to the environment of a server; the folder has verl in it, and nothing else."""
     own: dict[str, str | None] = {
         "PYTHONPATH": str(folder),
@@ -81,7 +78,7 @@ def server_environment(spec: EngineSpec, folder: Path) -> dict[str, str | None]:
         "VLLM_API_KEY": None,
     }
     # Compiling the few functions that vLLM compiles in any case takes half a minute, and is done for the first request.
-    return own if has_accelerator() else {**CPU_ENVIRONMENT, "TORCH_COMPILE_DISABLE": "1", **own}
+    return own if has_accelerator() else {**cpu_environment(version), "TORCH_COMPILE_DISABLE": "1", **own}
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ known there under the name `BACKEND`.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -25,13 +26,15 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from verl.rollout.engine import TensorInfo
+from verl.rollout.arrivals import Arrivals
+from verl.rollout.engine import Part, TensorInfo, Via
 from verl.rollout.fingerprint import digest
-from verl.rollout.links import broadcast, open_group, shared_memory
-from verl.rollout.parts import map_file, num_bytes_of, tensors_in, unpacked
+from verl.rollout.links import shared_memory
+from verl.rollout.slices import as_reads
 from verl.rollout.vllm_guard import OWNED_VARIABLE
 
 BACKEND = "verl"
+_logger = logging.getLogger(__name__)
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
@@ -50,11 +53,13 @@ class GroupInfo(WeightTransferInitInfo):
 
 @dataclass
 class PartInfo(WeightTransferUpdateInfo):
-    """A `verl.rollout.engine.Part`; tensors as (name, shape, dtype)."""
+    """A `verl.rollout.engine.Part`; tensors as (name, shape, dtype). If it `records`, what the model reads of whole tensors is noted."""
 
-    via: str
+    via: Via
     tensors: list[tuple[str, list[int], str]] = field(default_factory=list)
     where: dict[str, Any] = field(default_factory=dict)
+    reads: list[dict[str, Any]] = field(default_factory=list)
+    records: bool = False
 
 
 class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
@@ -65,17 +70,28 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
     supports_draft_weight_update = False
 
     # The signature of the constructor differs between versions of vLLM.
-    _group: Any = None
-    _digests: dict[str, int] = {}
+    _came: Arrivals | None = None
+    _errors: list[str] = []
+
+    @property
+    def _arrivals(self) -> Arrivals:
+        # A layer keeps what it is handed until it has all of its weights.
+        self._came = self._came or Arrivals(self.device, keeps=True)
+        return self._came
+
+    @property
+    def _rank(self) -> int:
+        """Among those that take weights."""
+        parallel = self.parallel_config
+        rank: int = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        return rank
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Joins a process group."""
-        parallel = self.parallel_config
-        own = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = open_group(
+        self._arrivals.join(
             init_info.address,
             init_info.port,
-            rank=init_info.first_rank + own,
+            rank=init_info.first_rank + self._rank,
             num_ranks=init_info.num_ranks,
             backend=init_info.backend,
             timeout_s=init_info.timeout_s,
@@ -86,24 +102,29 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         self._put_back(self.model.modules())
         finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
-        self._digests = {}
+        self._arrivals.begin()
+        self._errors = []
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Takes one part, and has it in its own memory when it returns."""
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception as error:
+            if self.parallel_config.world_size == 1:
+                raise
+            # An error of one rank leaves the answers of the others in their queues, where vLLM takes them for those to the next calls.
+            _logger.exception("weights were not taken")
+            self._errors.append(f"{type(error).__name__}: {error}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def receive_weights(self, update_info: PartInfo) -> None:
         """Takes one part."""
-        infos = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors]
-        if update_info.via == "disk":
-            tensors = tensors_in(Path(update_info.where["folder"]), device=str(self.device))
-        else:
-            content = self._content(update_info.via, update_info.where, num_bytes_of(infos))
-            tensors = ((info.name, tensor) for info, tensor in unpacked(content, infos))
-        # The model keeps the tensors of a layer until it has all of them.
-        self.model.load_weights(self._noted(tensors))
+        infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors)
+        reads = tuple(as_reads(own) for own in update_info.reads)
+        part = Part(infos, update_info.via, update_info.where, reads).of_rank(self._rank)
+        for batch in self._arrivals.batches(part, records=update_info.records):
+            self.model.load_weights(self._with_head(batch))
 
     def finish_weight_update(self) -> None:
         """Lets the model run with what it took; a layer that got a part of its weights keeps the old ones."""
@@ -112,7 +133,7 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
 
     def shutdown(self) -> None:
         """Leaves the group."""
-        self._group = None
+        self._arrivals.leave()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -120,30 +141,21 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         raise NotImplementedError
 
     def report(self) -> dict[str, Any]:
-        """Of the update that is going on: digest of each tensor that the model was handed, and parameters of layers that lack some."""
-        return {"digests": self._digests, "missing": [name for _, names in self._open_layers() for name in names]}
+        """Of the update that is going on: digest of each tensor that the model was handed, what it read of those that were to be recorded,
+        and parameters of layers that lack some."""
+        came = self._arrivals
+        missing = [name for _, names in self._open_layers() for name in names]
+        return {"digests": came.digests, "reads": dict(came.reads), "num_bytes": came.num_bytes, "missing": missing, "errors": self._errors}
 
-    def _content(self, via: str, where: dict[str, Any], num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 in memory of our own: what was sent may be overwritten as soon as we have answered."""
-        if via == "shm":
-            return map_file(Path(where["path"]), num_bytes).to(self.device, copy=True)
-        assert via == "group", via
-        if self._group is None:
-            raise RuntimeError("weights were sent over a process group that this engine has not joined")
-        content = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        broadcast(self._group, content)
-        return content
-
-    def _noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, each with its digest noted; a tied head beside its embedding.
+    def _with_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors, a tied head beside its embedding.
 
         Where a backend packs the head into memory of its own (that for CPUs does), it keeps the old one unless it gets it, too.
         """
         tied = self._has_tied_head()
         for name, tensor in tensors:
-            self._digests[name] = digest(tensor)
             yield name, tensor
-            if tied and name.endswith(_EMBEDDING) and _HEAD not in self._digests:
+            if tied and name.endswith(_EMBEDDING) and not any(key.split("@")[0] == _HEAD for key in self._arrivals.digests):
                 yield _HEAD, tensor
 
     def _has_tied_head(self) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +19,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from verl.controller.group import WorkerGroup
+from verl.hybrid.layout import Bounds
 from verl.rollout.actor import ActorWorker
+from verl.rollout.direct import DirectSender
 from verl.rollout.engine import Part, TensorInfo
-from verl.rollout.fingerprint import digest, fingerprint
-from verl.rollout.parts import make_file, map_file, num_bytes_of, unpacked
+from verl.rollout.fingerprint import digest, fingerprint, fingerprint_of_ranks
+from verl.rollout.parts import make_file, map_file, num_bytes_of, pieces_in, unpacked
+from verl.rollout.slices import Reads, key_of
 
 # Memory that every process of this machine can map; elsewhere a folder on disk does the same, more slowly.
 _SHARED = Path("/dev/shm")
 _PREFIX, _LOCK = "verl-weights-", "lock"
 # Between the making of a folder and its lock.
 _YOUNG_S = 60.0
+# Parts of tensors, by name.
+Slices = dict[str, set[Bounds]]
 # Several engines may ask for files at once.
 _WRITING = threading.Lock()
 
@@ -41,10 +46,13 @@ class Update:
         version: of the policy.
         parts: all weights; none: low-rank additions alone.
         additions: folder of the additions in PEFT format, if only they are trained.
-        expected: the fingerprint that an engine has which took all of it.
+        expected: the fingerprint that an engine has which took all of it; of an update that is sent directly it is known afterwards.
         num_bytes: of the tensors.
         seconds: that it took to write.
         disk: folder for engines that only read files.
+        digests: of each tensor, and of parts of them, by `key_of`.
+        slices: parts whose digests the next updates shall have, too.
+        direct: sends the parts, if they are not in shared memory.
     """
 
     version: int
@@ -54,6 +62,31 @@ class Update:
     num_bytes: int
     seconds: float
     disk: Path
+    digests: Mapping[str, int] = field(default_factory=dict)
+    slices: Slices = field(default_factory=dict)
+    direct: DirectSender | None = None
+
+    def has(self, reads: Sequence[Reads]) -> bool:
+        """Whether it is known, or will be, which digests an engine has whose ranks take this alone."""
+        return self.direct is not None or all(key in self.digests for own in reads for key in self._keys(own))
+
+    def note(self, reads: Sequence[Reads]) -> None:
+        """From the next update on, the digests of this are known."""
+        for own in reads:
+            for name, bounds in own.items():
+                self.slices.setdefault(name, set()).update(bounds)
+
+    def expected_of(self, reads: Sequence[Reads]) -> str:
+        """The fingerprint that an engine has whose ranks took this alone."""
+        return fingerprint_of_ranks([{key: self.digests[key] for key in self._keys(own)} for own in reads])
+
+    def bytes_of(self, reads: Sequence[Reads]) -> int:
+        """Bytes that ranks get which take this alone."""
+        return sum(num_bytes_of([piece for piece, _ in pieces_in(part.tensors, own)]) for part in self.parts for own in reads)
+
+    def _keys(self, reads: Reads) -> list[str]:
+        infos = (info for part in self.parts for info in part.tensors)
+        return [key_of(info.name, bounds, shape=info.shape) for info in infos for bounds in reads[info.name]]
 
     def as_files(self, model: Path) -> Part:
         """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model; written when first asked for."""
@@ -77,12 +110,16 @@ class PolicyWeights:
         dtype: that the engines serve in, as PyTorch names it.
         disk: folder for engines that only read files.
         part_bytes: most bytes of a part; a larger tensor is a part of its own.
+        is_direct: the ranks of the policy send them to those of the engines, and nothing is written.
     """
 
     policy: WorkerGroup
     dtype: str
     disk: Path
     part_bytes: int = 2**30
+    is_direct: bool = False
+    _slices: Slices = field(default_factory=dict, init=False)
+    _sender: DirectSender | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
     _lock: IO[str] | None = field(default=None, init=False)
 
@@ -93,19 +130,26 @@ class PolicyWeights:
         if self.policy.call(ActorWorker.trains_additions_alone).result():
             return self._additions(version, folder, start_s)
         tensors = self.policy.call(ActorWorker.weight_shapes).result()
-        cast = [TensorInfo(name, shape, self.dtype) for name, shape in tensors]
-        parts: list[Part] = []
+        infos = _in_parts([TensorInfo(name, shape, self.dtype) for name, shape in tensors], self.part_bytes)
         digests: dict[str, int] = {}
-        for number, infos in enumerate(_in_parts(cast, self.part_bytes)):
-            path = folder / f"part-{number}"
-            make_file(path, num_bytes_of(infos))
-            written, content = self.policy.call(ActorWorker.write_weights, infos, str(path)).result()
-            if content is not None:  # the ranks are on another machine
-                map_file(path, len(content), for_writing=True).copy_(content)
-            digests |= written
-            parts.append(Part(tuple(infos), "shm", {"path": str(path)}))
+        parts = [Part(tuple(own), "direct") for own in infos] if self.is_direct else [self._written(own, folder, digests) for own in infos]
+        if self.is_direct and self._sender is None:
+            self._sender = DirectSender(self.policy)
         num_bytes = sum(num_bytes_of(part.tensors) for part in parts)
-        return Update(version, tuple(parts), None, fingerprint(digests), num_bytes, time.perf_counter() - start_s, self._disk)
+        expected = "" if self.is_direct else fingerprint({name: digests[name] for name, _ in tensors})
+        seconds = time.perf_counter() - start_s
+        return Update(version, tuple(parts), None, expected, num_bytes, seconds, self._disk, digests, self._slices, self._sender)
+
+    def _written(self, infos: list[TensorInfo], folder: Path, digests: dict[str, int]) -> Part:
+        """Tensors in a file of the folder, with their digests added to those that are known."""
+        path = folder / f"part-{len(list(folder.glob('part-*')))}"
+        make_file(path, num_bytes_of(infos))
+        slices = {info.name: tuple(self._slices.get(info.name, ())) for info in infos}
+        written, content = self.policy.call(ActorWorker.write_weights, infos, str(path), slices).result()
+        if content is not None:  # the ranks are on another machine
+            map_file(path, len(content), for_writing=True).copy_(content)
+        digests |= written
+        return Part(tuple(infos), "shm", {"path": str(path)})
 
     def close(self) -> None:
         """Gives the memory and the files back."""

@@ -62,9 +62,7 @@ class Placement:
     def parallel(self, role: str) -> ParallelConfig | None:
         """How the model of a role is spread; None: it is in this process."""
         config = self._config
-        if config.name == "local":
-            return None
-        return {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
+        return None if config.name == "local" else {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
 
     def close(self) -> None:
         """Ends all workers and gives everything back."""
@@ -84,7 +82,7 @@ class Placement:
             for role, least in pool:
                 if count % least:
                     raise ValueError(
-                        f"need devices that tensor * sequence * replicas of every model on them divides, got {count} for the {role}, "
+                        f"need devices that tensor * pipeline * sequence * replicas of every model divides, got {count} for the {role}, "
                         f"which is spread over {least}; change placement.devices or placement.{role}"
                     )
         return given
@@ -92,4 +90,4 @@ class Placement:
     def _least(self, role: str) -> int:
         parallel = self.parallel(role)
         assert parallel is not None
-        return parallel.tensor * parallel.sequence * parallel.replicas
+        return parallel.tensor * parallel.pipeline * parallel.sequence * parallel.replicas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,14 @@ from transformers import PreTrainedModel
 
 from verl.algorithms.compose import Algorithm
 from verl.engines.base import ForwardEngine, TrainEngine
-from verl.engines.fsdp import sharded_engine
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.workers import CriticWorker, Learner, ProcessRewardWorker, ReferenceWorker, TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor import ActorWorker
 from verl.rollout.engine import OwnWeightsEngine
-from verl.settings import ParallelConfig, RoleConfig, TrainerConfig
+from verl.rollout.hybrid import HybridEngine, fitting_tensor, has_equal_layout
+from verl.settings import Choice, ParallelConfig, RoleConfig, TrainerConfig
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
 
@@ -27,6 +28,8 @@ Source = str | PreTrainedModel
 Kind = Literal["policy", "value"]
 # Engines in the processes of the policy that have weights of their own.
 IN_PROCESS = {"vllm": "verl.rollout.vllm_local:VLLMEngine"}
+# What spreads a model over the ranks of its pool, by the name of `placement.ROLE.engine`; loaded where it is chosen.
+ENGINES = {"fsdp": "verl.engines.fsdp:sharded_engine", "megatron": "verl.engines.megatron:megatron_engine"}
 _TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 
 
@@ -39,7 +42,8 @@ def actor(codec: TextCodec, config: TrainerConfig, source: Source, parallel: Par
         source: of the weights.
         parallel: how they are spread over the ranks of the pool; None: this process alone.
     """
-    engine = _trained(config, config.policy, source, parallel)
+    engine = _trained(config, config.policy, source, _as_mapped(config, parallel))
+    generator = _generator(config, source, codec)
     return ActorWorker(
         engine,
         Algorithm.bind(config.algorithm),
@@ -48,14 +52,49 @@ def actor(codec: TextCodec, config: TrainerConfig, source: Source, parallel: Par
         temperature=config.sampling.temperature,
         epochs=config.algorithm.epochs,
         chunk=config.policy.logits_chunk_tokens,
-        generator=_generator(config, source, codec),
+        generator=generator,
+        hybrid=_hybrid(config, engine) if generator is None and not _has_servers(config) else None,
     )
+
+
+def _as_mapped(config: TrainerConfig, parallel: ParallelConfig | None) -> ParallelConfig | None:
+    """How the policy is spread, by the engine that `hybrid_engine.actor_repartition.strategy_mapping` names."""
+    wanted = config.hybrid_engine.actor_repartition
+    training = wanted.strategy_mapping.training
+    if not wanted.enabled or training == "auto":
+        return parallel
+    if parallel is None and training == "megatron":
+        raise ValueError(
+            "need placement=colocated, split or standalone for strategy_mapping.training=megatron; it trains on ranks of its own"
+        )
+    if parallel is None or parallel.engine.name == training:
+        return parallel
+    if parallel.engine != Choice(name="fsdp"):
+        raise ValueError(
+            f"need one engine for the policy, got {parallel.engine.name} in placement.policy and strategy_mapping.training={training}"
+        )
+    return parallel.model_copy(update={"engine": Choice(name=training)})
+
+
+def _has_servers(config: TrainerConfig) -> bool:
+    return bool(config.rollout.servers or config.rollout.addresses)
+
+
+def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
+    """The policy in a layout to generate in, if one is wanted, or needed as it cannot generate in that of training."""
+    wanted = config.hybrid_engine.actor_repartition
+    if not wanted.enabled and engine.generates:
+        return None
+    tensor = wanted.tensor or fitting_tensor(engine.config, engine.mesh)
+    if has_equal_layout(engine, tensor):
+        return None
+    return HybridEngine(engine, tensor=tensor, precision=config.policy.precision, overlap=wanted.communication_overlap)
 
 
 def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWeightsEngine | None:
     """An engine with weights of its own in the processes of the policy, if one is chosen."""
     rollout = config.rollout
-    if rollout.engine not in IN_PROCESS or rollout.servers or rollout.addresses:
+    if rollout.engine not in IN_PROCESS or _has_servers(config):
         return None
     module, _, name = IN_PROCESS[rollout.engine].partition(":")
     folder = source if isinstance(source, str) else source.config.name_or_path
@@ -97,7 +136,7 @@ def reward_model(config: TrainerConfig, source: Source, parallel: ParallelConfig
     assert parallel is not None, "in this process the reward function loads it itself"
     options = reward_model_options(config)
     role = RoleConfig(precision=options.get("precision", "fp32"))
-    return RewardWorker(sharded_engine(_path(source), "reward", role, parallel, device=pick_device(config.device), total_updates=None))
+    return RewardWorker(_spread(config, "reward", role, source, parallel, updates=None))
 
 
 def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
@@ -139,8 +178,8 @@ def _trained(
     """The engine of a model that learns."""
     device, updates = pick_device(config.device), total_updates(config)
     if parallel is not None:
-        engine = sharded_engine(_path(source), kind, role, parallel, device=device, total_updates=updates)
-        assert isinstance(engine, TrainEngine)
+        engine = _spread(config, kind, role, source, parallel, updates=updates)
+        assert isinstance(engine, TrainEngine), f"{parallel.engine.name} was to give a TrainEngine"
         return engine
     return LocalEngine(_model(source, kind, role).to(device), role, device=device, total_updates=updates)
 
@@ -149,8 +188,34 @@ def _read(config: TrainerConfig, source: Source, parallel: ParallelConfig | None
     """The engine of a language model that is only read, with the precision and packing of the policy."""
     device = pick_device(config.device)
     if parallel is not None:
-        return sharded_engine(_path(source), "policy", config.policy, parallel, device=device, total_updates=None)
+        return _spread(config, "policy", config.policy, source, parallel, updates=None)
     return LocalForwardEngine(_model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device)
+
+
+def _spread(
+    config: TrainerConfig, kind: str, role: RoleConfig, source: Source, parallel: ParallelConfig, *, updates: int | None
+) -> ForwardEngine:
+    """The engine of a model that is spread over the ranks of its pool, by whichever library is chosen."""
+    engine: ForwardEngine = engine_maker(parallel.engine.name)(
+        _path(source), kind, role, parallel, device=pick_device(config.device), total_updates=updates
+    )
+    return engine
+
+
+def engine_maker(name: str) -> Callable[..., ForwardEngine]:
+    """What makes an engine, by its name in `ENGINES`, or as "package.module:function"; called as `verl.engines.fsdp.sharded_engine` is.
+
+    Raises:
+        ValueError: there is none, or its library is not installed.
+    """
+    module, colon, attribute = ENGINES.get(name, name).partition(":")
+    try:
+        found = vars(importlib.import_module(module))[attribute] if colon else None
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"cannot load the engine {name} of placement: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"need an engine of {', '.join(ENGINES)}, or package.module:function, got {name!r}")
+    return found
 
 
 def _model(source: Source, kind: Kind, role: RoleConfig) -> Backbone:

@@ -89,15 +89,17 @@ def build_rollout(
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
     text = model_config.get_text_config()
+    weights = PolicyWeights(policy, dtype, Path(config.output_dir) / "weights", is_direct=rollout.weights_via == "direct")
     pool = EnginePool(
         engine_specs(config, source, dtype),
         make,
         codec,
-        PolicyWeights(policy, dtype, Path(config.output_dir) / "weights") if make.follows else None,
+        weights if make.follows else None,
         vocabulary=text.vocab_size,
         context=text.max_position_embeddings,
         max_running=rollout.max_slots,
         sleeps=rollout.servers_sleep,
+        on_update=rollout.on_update,
         note=note,
     )
     try:
@@ -177,7 +179,7 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
 
 def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> EngineSpec:
     rollout = config.rollout
-    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk"}
+    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk", "direct": "direct"}
     return EngineSpec(
         name,
         source,

@@ -1,0 +1,118 @@
+"""The change from training to generation on real processes: FSDP2 shards into tensor parallel, by the plan and by whole tensors.
+
+.venv/bin/python benchmarks/reshard_run.py --ranks 4 --tensor 2
+
+Both ways fill the same generation weights, in turn; medians of seconds, and the memory that a process has more at its peak than before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from verl.engines.fsdp import FSDPForwardEngine, sharded_engine
+from verl.engines.loading import local_slices
+from verl.engines.models import make_tiny_model
+from verl.rollout.hybrid import HybridEngine
+from verl.settings import ParallelConfig, RoleConfig
+
+_PORT = 29517
+
+
+def by_plan(hybrid: HybridEngine) -> int:
+    """What the engine does by itself; bytes received."""
+    with hybrid.ready():
+        pass
+    return hybrid.switches[-1].received_bytes
+
+
+def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
+    """Every tensor is gathered whole on every rank and sliced; bytes received."""
+    received = 0
+    parameters = dict(hybrid.model.transformer.named_parameters())
+    for name, storage in hybrid._own.items():
+        storage.resize_(hybrid._num_bytes[name])
+    sources = engine.homes()
+    for name, tensor in engine.whole_tensors():
+        received += tensor.nbytes - sources[name].nbytes
+        hybrid._homes[name].copy_(tensor[local_slices(parameters[name])])
+    return received
+
+
+def measured(work: Callable[[], int]) -> tuple[float, int, int]:
+    """Seconds, bytes received, and bytes that the process has more at its peak than before."""
+    # Linux forgets the peak so far.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    dist.barrier()
+    start_s = time.perf_counter()
+    received = work()
+    dist.barrier()
+    return time.perf_counter() - start_s, received, _memory("VmHWM") - before
+
+
+def _memory(key: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def rank_main(rank: int, args: argparse.Namespace, folder: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
+    device = torch.device("cpu")
+    engine = sharded_engine(folder, "policy", RoleConfig(), ParallelConfig(), device=device, total_updates=None)
+    hybrid = HybridEngine(engine, tensor=args.tensor, precision="fp32", bucket_bytes=args.bucket_mib * 2**20)
+    ways = {"plan": lambda: by_plan(hybrid), "whole tensors": lambda: by_whole_tensors(engine, hybrid)}
+    found: dict[str, list[tuple[float, int, int]]] = {way: [] for way in ways}
+    for _ in range(args.repeats + 1):
+        for way, work in ways.items():
+            found[way].append(measured(work))
+            hybrid.sleep()
+    model_bytes = sum(torch.Size(shape).numel() * 4 for shape in engine.shapes().values())
+    results.put((rank, {way: runs[1:] for way, runs in found.items()}, model_bytes))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--bucket-mib", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    # Memory that is let go is given back to the system at once, so that a peak is of this switch.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_model(Path(folder), hidden=args.hidden, layers=args.layers)
+        results = mp.get_context("spawn").SimpleQueue()
+        running = mp.spawn(rank_main, (args, folder, results), nprocs=args.ranks, join=False)
+        ranks = [results.get() for _ in range(args.ranks)]
+        running.join()
+    model_bytes = ranks[0][2]
+    print(f"{model_bytes / 1e6:.1f} MB in fp32, {args.ranks} ranks, generation tensor={args.tensor}, buckets of {args.bucket_mib} MiB\n")
+    print("| way | received MB (fullest rank) | share of the model | seconds (median) | peak MB beside training (fullest rank) |")
+    print("|---|---|---|---|---|")
+    for way in ranks[0][1]:
+        received = max(run[1] for _, runs, _ in ranks for run in runs[way])
+        seconds = statistics.median(max(runs[way][i][0] for _, runs, _ in ranks) for i in range(args.repeats))
+        peak = max(statistics.median(run[2] for run in runs[way]) for _, runs, _ in ranks)
+        print(f"| {way} | {received / 1e6:.1f} | {received / model_bytes:.3f} | {seconds:.3f} | {peak / 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

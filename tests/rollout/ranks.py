@@ -1,0 +1,108 @@
+"""A policy on several ranks, each a process of its own, called as a worker group: what Ray does on a cluster, over pipes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.tiny import tiny_codec
+from verl.algorithms.compose import Algorithm
+from verl.controller.dispatch import of_ranks, transfer_of
+from verl.controller.group import Done, WorkerGroup
+from verl.engines.fsdp import sharded_engine
+from verl.rollout.actor import ActorWorker
+from verl.settings import AlgorithmConfig, OptimizerConfig, ParallelConfig, RoleConfig
+
+
+class ProcessGroup(WorkerGroup):
+    """Ranks behind pipes; a call waits for all of them."""
+
+    role = "policy"
+
+    def __init__(self, pipes: list[Any]) -> None:
+        self._pipes = pipes
+        self.layouts = {"ranks": of_ranks((rank, True) for rank in range(len(pipes)))}
+
+    def call(self, method: Any, *args: Any) -> Any:
+        """See `WorkerGroup.call`; a method that is none of the worker's is called with it."""
+        if not hasattr(ActorWorker, method.__name__):
+            return Done(self._all([(method, args)] * len(self._pipes)))
+        transfer = transfer_of(method)
+        split = transfer.split(args, len(self._pipes))
+        return Done(transfer.join(self._all([(method.__name__, own) for own in split]), args))
+
+    def _all(self, calls: list[Any]) -> list[Any]:
+        for pipe, call in zip(self._pipes, calls, strict=True):
+            pipe.send(call)
+        with ThreadPoolExecutor(len(self._pipes)) as threads:
+            results = list(threads.map(lambda pipe: pipe.recv(), self._pipes))
+        failed = [text for is_good, text in results if not is_good]
+        assert not failed, failed[0]
+        return [result for _, result in results]
+
+
+@contextmanager
+def policy_ranks(model: str, num_ranks: int, **parallel: Any) -> Iterator[ProcessGroup]:
+    """The policy of a folder, sharded over processes that live inside the block."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe() for _ in range(num_ranks)]
+    ranks = [context.Process(target=_rank, args=(model, rank, num_ranks, port, pipes[rank][1], parallel)) for rank in range(num_ranks)]
+    for process in ranks:
+        process.start()
+    try:
+        yield ProcessGroup([own for own, _ in pipes])
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def _rank(model: str, rank: int, num_ranks: int, port: int, pipe: Any, parallel: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2))
+    engine = sharded_engine(model, "policy", config, ParallelConfig(**parallel), device=torch.device("cpu"), total_updates=100)
+    options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
+    worker = ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options)
+    while True:
+        method, args = pipe.recv()
+        try:
+            result = getattr(worker, method)(*args) if isinstance(method, str) else method(worker, *args)
+            pipe.send((True, result))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+@torch.no_grad()
+def moved(worker: ActorWorker, seed: int) -> None:
+    """Moves every weight, by an amount that hangs on the seed and the place of the weight in the whole tensor."""
+    for name, tensor in worker.engine.homes().items():
+        (piece,) = [piece for piece in worker.engine.pieces() if piece.name == name] or [None]
+        if piece is not None:
+            shape = worker.engine.shapes()[name]
+            tensor.add_(change_of(name, shape, seed)[tuple(slice(*bound) for bound in piece.bounds)])
+
+
+@torch.no_grad()
+def move(transformer: Any, seed: int) -> None:
+    """The same with a model that is whole."""
+    for name, tensor in transformer.named_parameters():
+        tensor.add_(change_of(name, tuple(tensor.shape), seed))
+
+
+def change_of(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """By how much `moved` moves a whole tensor."""
+    return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000 * len(name)))
