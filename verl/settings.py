@@ -235,10 +235,10 @@ class RolloutConfig(Section):
         None, "Interpreter of the environment that has the engine, for servers that the run starts; none: this one."
     )
     secret_env: str = setting("VERL_SERVER_SECRET", "Environment variable with the secret of the servers in rollout.addresses.")
-    weights_via: Literal["auto", "shm", "group", "disk", "direct"] = setting(
+    weights_via: Literal["auto", "shm", "group", "disk", "direct", "ipc"] = setting(
         "auto",
         "How weights travel to servers: gathered, into shared memory, over a process group or in files; direct: each rank of the policy sends "
-        "its part; auto: shm where it reaches a server, else group.",
+        "its part; ipc: servers read them from the policy's GPU; auto: shm where it reaches a server, else group.",
     )
     on_update: Literal["keep", "abort"] = setting(
         "keep", "Requests that run when new weights come: kept, to go on with them; or aborted in the server, to begin anew."

@@ -32,10 +32,10 @@ def saved(policy: PolicyModel, folder: Path) -> str:
     return str(folder)
 
 
-def group_of(policy: PolicyModel, *, lora_rank: int = 0) -> LocalGroup:
+def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = CPU) -> LocalGroup:
     """The ranks of a policy: this process."""
     config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2), lora=LoraConfig(rank=lora_rank))
-    engine = LocalEngine(policy, config, device=CPU, total_updates=100)
+    engine = LocalEngine(policy, config, device=device, total_updates=100)
     options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
     return LocalPool().start("policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options))
 
@@ -58,7 +58,11 @@ def pool_of(
     **options: Any,
 ) -> EnginePool:
     """A pool of servers that follow the policy of a group, or follow none."""
-    sizes = {"part_bytes": options.pop("part_bytes", 20_000), "is_direct": options.get("via") == "direct"}
+    sizes = {
+        "part_bytes": options.pop("part_bytes", 20_000),
+        "is_direct": options.get("via") == "direct",
+        "on_device": options.get("via") == "ipc",
+    }
     weights = PolicyWeights(group, "float32", folder / "weights", **sizes) if group else None
     policy = policy or group.worker.model
     return EnginePool(
@@ -79,7 +83,7 @@ def changed(policy: PolicyModel, seed: int) -> None:
     """Moves every weight."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.transformer.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        parameter.add_((0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
 
 
 def own_logprobs(policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0) -> list[float]:

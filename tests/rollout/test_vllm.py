@@ -427,7 +427,7 @@ def test_sleep_and_wake_leave_it_usable_after_an_update(bench, tmp_path):
 def test_a_server_that_runs_is_joined_and_left_running(bench):
     engine = VLLMServer(replace(bench.engine.spec, address=bench.engine._url))
     bench.run(engine.open())
-    assert engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct") and engine.num_ranks == 1
+    assert engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct", "ipc") and engine.num_ranks == 1
     assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0))), PROMPTS[0])
     bench.run(engine.close())
     bench.run(bench.engine.check())

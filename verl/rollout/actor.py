@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from verl.engines.loading import additions_as_files
 from verl.engines.lora import has_additions
 from verl.engines.workers import FULLEST, PolicyWorker
 from verl.hybrid.layout import Bounds, whole
+from verl.rollout.device_memory import handle_of
 from verl.rollout.direct import DirectWorker
 from verl.rollout.embedded import EmbeddedEngine
 from verl.rollout.engine import OwnWeightsEngine, TensorInfo
@@ -25,6 +27,7 @@ from verl.rollout.fingerprint import digest, fingerprint
 from verl.rollout.hybrid import HybridEngine
 from verl.rollout.parts import dtype_of, map_file, num_bytes_of, unpacked
 from verl.rollout.slices import key_of, slices_of
+from verl.utils.device import synchronize
 from verl.utils.rollout import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -67,6 +70,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
         self._embedded = EmbeddedEngine(self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots)
         self._apart = generator
         self._has_weights = False
+        self._shared: list[Tensor] = []
 
     @register(THREE_D_ALL_MICRO_DP)
     def generate(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> tuple[list[Answers], Batch]:
@@ -155,10 +159,37 @@ class ActorWorker(DirectWorker, PolicyWorker):
             For each tensor and for its `slices` their digests as they were before they were written, by `key_of`; and the bytes, if there
             is no such file where the rank is.
         """
+        target = self._target(infos, path) if self.places["ranks"].data_rank == 0 else None
+        digests = self._fill(target, infos, slices)
+        return digests, None if target is None or Path(path).exists() else target
+
+    @register(SAME_ON_ALL)
+    def share_weights(self, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]) -> tuple[dict[str, int], dict[str, Any]]:
+        """As `write_weights`, into memory of the first rank's GPU, which stays until `drop_shared`; the handle of it, and the digests.
+
+        Raises:
+            ValueError: the policy is not on a GPU.
+        """
+        device = self.engine.model.device
+        if device.type != "cuda":
+            raise ValueError(f"need the policy on a GPU for rollout.weights_via=ipc, it is on {device}; take auto")
+        if self.places["ranks"].data_rank != 0:
+            return self._fill(None, infos, slices), {}
+        target = torch.empty(num_bytes_of(infos), dtype=torch.uint8, device=device)
+        digests = self._fill(target, infos, slices)
+        self._shared.append(target)
+        synchronize(device)
+        return digests, handle_of(target)
+
+    @register(SAME_ON_ALL)
+    def drop_shared(self) -> None:
+        """Gives the memory of `share_weights` back as soon as no engine reads it."""
+        self._shared.clear()
+
+    def _fill(self, target: Tensor | None, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]) -> dict[str, int]:
+        """All ranks gather, and one has a target for the tensors, end to end; their digests there."""
         wanted = {info.name: info for info in infos}
-        writes = self.places["ranks"].data_rank == 0
-        target = self._target(infos, path) if writes else None
-        digests = {}
+        digests: dict[str, int] = {}
         slots = {info.name: place for info, place in unpacked(target, infos)} if target is not None else {}
         for name, tensor in self.engine.whole_tensors(wanted):
             if target is None:
@@ -167,7 +198,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
             for bounds in {whole(wanted[name].shape), *slices[name]}:
                 digests[key_of(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
             slots[name].copy_(served)
-        return digests, None if target is None or Path(path).exists() else target
+        return digests
 
     def _target(self, infos: Sequence[TensorInfo], path: str) -> Tensor:
         num_bytes = num_bytes_of(infos)

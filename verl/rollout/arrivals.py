@@ -14,12 +14,15 @@ from torch import Tensor
 from verl.hybrid.exchange import exchange
 from verl.hybrid.layout import Bounds, sizes, whole
 from verl.hybrid.plan import Copy, Plan
+from verl.rollout.device_memory import opened
 from verl.rollout.engine import Part, TensorInfo
 from verl.rollout.fingerprint import digest
 from verl.rollout.links import broadcast, open_group, receive
 from verl.rollout.parts import dtype_of, map_file, num_bytes_of, pieces_in, tensors_in, unpacked
 from verl.rollout.slices import Reads, as_bounds, disjoint, key_of, partial, recorded, slices_of
 
+# Ways in which the bytes are where this process sees them.
+_MAPPED = ("shm", "ipc")
 # A tensor in the parts of it that have come, and the bounds by which it counts in the fingerprint.
 Arrived = tuple[TensorInfo, list[tuple[Bounds, Tensor]], list[Bounds]]
 
@@ -81,7 +84,7 @@ class Arrivals:
                 yield (self._handed(*one, records=records and not part.reads) for one in batch)
         except BaseException:
             # Also when the model did not take a batch: those who send would wait for us.
-            if part.via != "shm":
+            if part.via not in _MAPPED:
                 self.leave()
             raise
 
@@ -111,8 +114,8 @@ class Arrivals:
             content = self._whole_content(part)
             return [(info, [(whole(info.shape), tensor)], [whole(info.shape)]) for info, tensor in unpacked(content, infos)]
         pieces = pieces_in(infos, part.reads[0])
-        if part.via == "shm":
-            mapped = {info.name: tensor for info, tensor in unpacked(map_file(Path(part.where["path"]), num_bytes_of(infos)), infos)}
+        if part.via in _MAPPED:
+            mapped = {info.name: tensor for info, tensor in unpacked(_mapped(part), infos)}
             tensors = [self._own(mapped[piece.name][slices_of(bounds)]) for piece, bounds in pieces]
         else:
             content = torch.empty(num_bytes_of([piece for piece, _ in pieces]), dtype=torch.uint8, device=self._joined())
@@ -124,10 +127,9 @@ class Arrivals:
         return [(info, came[info.name], [bounds for bounds, _ in came[info.name]]) for info in infos]
 
     def _whole_content(self, part: Part) -> Tensor:
-        num_bytes = num_bytes_of(part.tensors)
-        if part.via == "shm":
-            return self._own(map_file(Path(part.where["path"]), num_bytes))
-        content = torch.empty(num_bytes, dtype=torch.uint8, device=self._joined())
+        if part.via in _MAPPED:
+            return self._own(_mapped(part))
+        content = torch.empty(num_bytes_of(part.tensors), dtype=torch.uint8, device=self._joined())
         broadcast(self._group, content)
         return self._own(content, is_ours=True)
 
@@ -170,6 +172,11 @@ class Arrivals:
             raise RuntimeError("weights were sent over a process group that this engine has not joined")
         on_gpu = dist.is_nccl_available() and isinstance(self._group, dist.ProcessGroupNCCL)
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _mapped(part: Part) -> Tensor:
+    """[n] uint8, the bytes of a part where the policy has them, in memory of this machine or of a GPU."""
+    return opened(part.where) if part.via == "ipc" else map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
 
 
 def _holds(own: Bounds, bounds: Bounds) -> bool:

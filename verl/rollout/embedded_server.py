@@ -50,7 +50,7 @@ class EmbeddedServerOptions:
 class EmbeddedServer(ServedEngine):
     """Starts `verl.rollout.serve`, or joins one that was started with the secret of the spec. See `EmbeddedServerOptions`."""
 
-    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct")
+    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
     seeds_by_place = True
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -192,7 +192,7 @@ class EmbeddedServer(ServedEngine):
                 state = await self._connection.json("GET", "/control/state", timeout_s=_START_POLL_S)
                 if self._process is None or state.get("pid") == self._process.pid:
                     is_near = state.get("shared_memory") == shared_memory()
-                    self.vias = ("shm", "group", "disk", "direct") if is_near else ("group", "disk", "direct")
+                    self.vias = ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
                     return
             except EngineError as error:
                 if time.monotonic() > deadline:

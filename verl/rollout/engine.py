@@ -17,7 +17,7 @@ from verl.utils.rollout import FinishReason, RolloutEngine, SamplingParams
 
 # How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over a
 # process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
-Via = Literal["shm", "group", "disk", "direct"]
+Via = Literal["shm", "group", "disk", "direct", "ipc"]
 
 
 class EngineError(RuntimeError):
@@ -162,7 +162,7 @@ class ServedEngine(ABC):
         """
         host = urlsplit(self.spec.address or "").hostname
         is_local = self.spec.address is None or host == "localhost" or (host or "").startswith("127.")
-        ways = [via for via in self.vias if is_local or via != "shm"]
+        ways = [via for via in self.vias if is_local or via not in ("shm", "ipc")]
         chosen = self.spec.via or next(iter(ways), None)
         if chosen not in ways:
             raise ValueError(f"need a way for weights to engine {self.spec.name}, got {chosen}; it takes {', '.join(ways) or 'none'}")

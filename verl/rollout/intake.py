@@ -65,7 +65,7 @@ class WeightIntake:
             raise ValueError("need begin_update before weights are loaded")
         if part.via == "disk":
             return list(_from_folder(Path(part.where["folder"]), part.tensors, self._own))
-        if part.via not in ("shm", "group", "direct"):
+        if part.via not in ("shm", "group", "direct", "ipc"):
             raise ValueError(f"need weights via shm, disk, group or direct, got {part.via!r}")
         found = []
         for info, parts, marks in (arrived for batch in self._arrivals.arrived(part) for arrived in batch):

@@ -72,7 +72,7 @@ class SGLangServer(ServedEngine):
     cache that the new weights have computed.
     """
 
-    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct")
+    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)

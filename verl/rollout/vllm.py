@@ -147,7 +147,7 @@ class VLLMServer(ServedEngine):
             )
         self.num_ranks = int((await self._call("GET", "/get_world_size"))["world_size"])
         is_near = shared_memory() in {place["shared_memory"] for place in places} - {""}
-        self.vias = ("shm", "group", "disk", "direct") if is_near else ("group", "disk", "direct")
+        self.vias = ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
         self.reads = None
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:

@@ -111,6 +111,7 @@ class PolicyWeights:
         disk: folder for engines that only read files.
         part_bytes: most bytes of a part; a larger tensor is a part of its own.
         is_direct: the ranks of the policy send them to those of the engines, and nothing is written.
+        on_device: they are written into memory of the policy's GPU, which engines on this machine see, too.
     """
 
     policy: WorkerGroup
@@ -118,6 +119,7 @@ class PolicyWeights:
     disk: Path
     part_bytes: int = 2**30
     is_direct: bool = False
+    on_device: bool = False
     _slices: Slices = field(default_factory=dict, init=False)
     _sender: DirectSender | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
@@ -132,6 +134,8 @@ class PolicyWeights:
         tensors = self.policy.call(ActorWorker.weight_shapes).result()
         infos = _in_parts([TensorInfo(name, shape, self.dtype) for name, shape in tensors], self.part_bytes)
         digests: dict[str, int] = {}
+        if self.on_device:
+            self.policy.call(ActorWorker.drop_shared).result()
         parts = [Part(tuple(own), "direct") for own in infos] if self.is_direct else [self._written(own, folder, digests) for own in infos]
         if self.is_direct and self._sender is None:
             self._sender = DirectSender(self.policy)
@@ -141,10 +145,14 @@ class PolicyWeights:
         return Update(version, tuple(parts), None, expected, num_bytes, seconds, self._disk, digests, self._slices, self._sender)
 
     def _written(self, infos: list[TensorInfo], folder: Path, digests: dict[str, int]) -> Part:
-        """Tensors in a file of the folder, with their digests added to those that are known."""
+        """Tensors in a file of the folder, or on the GPU, with their digests added to those that are known."""
+        slices = {info.name: tuple(self._slices.get(info.name, ())) for info in infos}
+        if self.on_device:
+            written, handle = self.policy.call(ActorWorker.share_weights, infos, slices).result()
+            digests |= written
+            return Part(tuple(infos), "ipc", handle)
         path = folder / f"part-{len(list(folder.glob('part-*')))}"
         make_file(path, num_bytes_of(infos))
-        slices = {info.name: tuple(self._slices.get(info.name, ())) for info in infos}
         written, content = self.policy.call(ActorWorker.write_weights, infos, str(path), slices).result()
         if content is not None:  # the ranks are on another machine
             map_file(path, len(content), for_writing=True).copy_(content)

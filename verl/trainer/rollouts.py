@@ -89,7 +89,8 @@ def build_rollout(
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
     text = model_config.get_text_config()
-    weights = PolicyWeights(policy, dtype, Path(config.output_dir) / "weights", is_direct=rollout.weights_via == "direct")
+    ways = {"is_direct": rollout.weights_via == "direct", "on_device": rollout.weights_via == "ipc"}
+    weights = PolicyWeights(policy, dtype, Path(config.output_dir) / "weights", **ways)
     pool = EnginePool(
         engine_specs(config, source, dtype),
         make,
@@ -179,7 +180,7 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
 
 def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> EngineSpec:
     rollout = config.rollout
-    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk", "direct": "direct"}
+    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk", "direct": "direct", "ipc": "ipc"}
     return EngineSpec(
         name,
         source,
