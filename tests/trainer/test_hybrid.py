@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.training import logged, toy_config, toy_trainer
+from tests.training import CHARACTERS, logged, toy_config, toy_trainer
 from verl.controller.group import WorkerError
 from verl.engines.fsdp import sharded_engine
+from verl.engines.models import make_tiny_model
 from verl.settings import ParallelConfig, RoleConfig
 from verl.trainer.ppo import Trainer
 from verl.trainer.roles import engine_maker
@@ -41,6 +44,29 @@ def test_four_shards_that_generate_in_pairs_learn_what_one_process_does(alone, l
         trainer.close()
     lines = logged(tmp_path / "run")
     assert all(line["hybrid/received_bytes"] > 0 and line["time/reshard_s"] > 0 for line in lines)
+
+
+@pytest.mark.ray
+def test_two_stages_of_two_tensor_ranks_on_megatron_learn_it_too_and_go_on_from_their_checkpoint(tmp_path):
+    pytest.importorskip("megatron.core")
+    placement = "placement={name: colocated, devices: [4], policy: {tensor: 2, pipeline: 2, engine: megatron}}"
+    lines = []
+    for steps in (2, 4):
+        trainer = toy_trainer("grpo", deep(tmp_path), tmp_path, *RUN, *SPREAD, placement, f"steps={steps}")
+        try:
+            lines += trainer.fit()
+        finally:
+            trainer.close()
+    expected = toy_trainer("grpo", deep(tmp_path), tmp_path / "alone", *RUN).fit()
+    assert_same(lines, expected)
+    assert all(line["hybrid/received_bytes"] > 0 for line in lines)
+
+
+def deep(folder: Path) -> Path:
+    """A model of two layers, one for each stage."""
+    if not (folder / "deep").exists():
+        make_tiny_model(folder / "deep", hidden=64, layers=2, characters=CHARACTERS)
+    return folder / "deep"
 
 
 @pytest.mark.ray

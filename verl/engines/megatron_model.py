@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,6 +28,7 @@ from verl.engines.attention import RowLayout, rows_attention
 from verl.engines.megatron_grid import Grid
 from verl.engines.megatron_weights import Anatomy
 from verl.engines.models import Backbone, PolicyModel, Precision, ValueModel
+from verl.engines.parallel import without_padding_gradient
 from verl.engines.sequence import SequenceGroup
 
 # In shapes: N places of a line, filled up to a multiple of the ranks that share it, n of them on this rank, H heads, D head size.
@@ -120,6 +122,7 @@ class Chunk(GPTModel):
             position_embedding_type="none",
             vp_stage=number,
         )
+        self._padding_id: int | None = anatomy.config.pad_token_id
         self.register_buffer("frequencies", anatomy.inverse_frequencies().to(torch.cuda.current_device()), persistent=False)
         if has_head and anatomy.kind == "value":
             del self.output_layer
@@ -127,9 +130,17 @@ class Chunk(GPTModel):
             self.value_head = nn.utils.skip_init(nn.Linear, config.hidden_size, 1, **where)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> tuple[Any, ...]:
-        states = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        states = self._embedded(input_ids, position_ids) if self.pre_process else None
         angles = position_ids[0, :, None].float() * self.frequencies
         return states, torch.cat([angles, angles], -1)[:, None, None], None, None, None, None
+
+    def _embedded(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[N, 1, hidden]; with sequence parallelism this rank's places."""
+        states: Tensor = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self._padding_id is None:
+            return states
+        first = parallel_state.get_tensor_model_parallel_rank() * len(states) if self.config.sequence_parallel else 0
+        return without_padding_gradient(states, input_ids[0, first : first + len(states), None], self._padding_id)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         if not self.post_process:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
@@ -129,6 +130,10 @@ def parallelize(transformer: PreTrainedModel, mesh: DeviceMesh) -> None:
     head = transformer.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
+    if embedding.padding_idx is not None:
+        # By itself it would take that row of each shard for the padding.
+        embedding.register_forward_hook(partial(_keep_padding, embedding.padding_idx))
+        embedding.padding_idx = None
     if head is None:
         return
     if is_tied:
@@ -136,6 +141,16 @@ def parallelize(transformer: PreTrainedModel, mesh: DeviceMesh) -> None:
     parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
     if is_tied:
         head.weight = embedding.weight
+
+
+def _keep_padding(padding_id: int, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    ids = args[0].to_local() if isinstance(args[0], DTensor) else args[0]
+    return without_padding_gradient(output, ids, padding_id)
+
+
+def without_padding_gradient(embedded: Tensor, ids: Tensor, padding_id: int) -> Tensor:
+    """Embedded ids [..., hidden], of which those of padding are constant, as PyTorch's own embedding has them."""
+    return torch.where((ids == padding_id)[..., None], embedded.detach(), embedded)
 
 
 def _linears(transformer: nn.Module) -> list[str]:
