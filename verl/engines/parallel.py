@@ -130,7 +130,7 @@ def parallelize(transformer: PreTrainedModel, mesh: DeviceMesh) -> None:
     head = transformer.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
-    if embedding.padding_idx is not None:
+    if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
         # By itself it would take that row of each shard for the padding.
         embedding.register_forward_hook(partial(_keep_padding, embedding.padding_idx))
         embedding.padding_idx = None
