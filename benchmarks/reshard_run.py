@@ -31,7 +31,7 @@ _PORT = 29517
 
 def by_plan(hybrid: HybridEngine) -> int:
     """What the engine does by itself; bytes received."""
-    with hybrid.ready():
+    with hybrid.ready(0):
         pass
     return hybrid.switches[-1].received_bytes
 

@@ -139,6 +139,18 @@ IGNORED: tuple[Ignored, ...] = (
         "other engines have layouts of their own, see their options; it is for rollout.engine=embedded without servers",
     ),
     *_each(
+        (
+            "hybrid_engine.actor_repartition.tensor",
+            "hybrid_engine.actor_repartition.communication_overlap",
+            "hybrid_engine.actor_repartition.strategy_mapping.training",
+        ),
+        "hybrid_engine.actor_repartition.enabled",
+        lambda c: (
+            isinstance(c, TrainerConfig) and not c.hybrid_engine.actor_repartition.enabled and c.placement.policy.engine.name == "fsdp"
+        ),
+        "hybrid_engine.actor_repartition.enabled is false; set it to true",
+    ),
+    *_each(
         ("policy.lora.alpha", "policy.lora.targets"),
         "policy.lora.rank",
         lambda c: c.policy.lora.rank == 0,

@@ -357,7 +357,11 @@ class RepartitionConfig(Section):
     )
     strategy_mapping: StrategyMapping = setting(StrategyMapping(), "From which layout to which.")
     tensor: int = setting(
-        0, "Devices that share every matrix in generation; 0: as many as in training.", unit="devices", source="HybridFlow, 5.3", ge=0
+        0,
+        "Devices that share every matrix in generation; 0: as many as have different parts of it in training and divide it, within a machine.",
+        unit="devices",
+        source="HybridFlow, 5.3",
+        ge=0,
     )
     communication_overlap: bool = setting(True, "The next weights travel while the last ones are put in their place.")
 

@@ -32,7 +32,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     mine = prompts[: hybrid.place.data_rank + 1] if not case.get("idle") or hybrid.place.data_rank == 0 else []
     generator = EmbeddedEngine(hybrid.model, tiny_codec(), max_slots=8)
     for _ in range(2):
-        with hybrid.ready():
+        with hybrid.ready(0):
             asked = [SamplingParams(max_tokens=5, seed=i) for i in range(len(mine))]
             answers = [(g[0].token_ids, g[0].logprobs) for g in generator.generate(mine, asked)] if mine else []
         wrong += [

@@ -485,7 +485,7 @@ class RayFuture(Future[T]):
         for reference in ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_S)[0]:
             try:
                 ray.get(reference)
-            except RayActorError as error:
+            except RayError as error:
                 raise self._pool.fail(pending[reference], f"died in {self._role}.{self._method}: {_first_line(error)}") from None
 
 

@@ -109,7 +109,7 @@ class CheckpointStore:
             raise
         except (OSError, RuntimeError) as error:  # PyTorch has its own for a full disk
             shutil.rmtree(aside, ignore_errors=True)
-            free = shutil.disk_usage(self._root).free / 2**20
+            free = shutil.disk_usage(_existing(self._root)).free / 2**20
             raise RuntimeError(
                 f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; make room and start again, "
                 "the checkpoints before it are whole"
@@ -168,3 +168,8 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.exists() else _existing(folder.absolute().parent)

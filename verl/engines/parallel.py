@@ -21,7 +21,7 @@ from verl.hybrid.meshes import Mesh
 from verl.settings import ParallelConfig
 
 # Families whose attention and MLP these plans know; others have experts, latent attention or norms over all heads.
-_TENSOR_PARALLEL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
+TENSOR_PARALLEL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
 # Norms of single heads: each rank sees its own heads only, so their gradients are parts of a sum.
@@ -103,9 +103,9 @@ def check_sizes(transformer: PreTrainedModel, parallel: ParallelConfig, *, packi
         )
     if parallel.tensor == 1:
         return
-    if transformer.config.model_type not in _TENSOR_PARALLEL:
+    if transformer.config.model_type not in TENSOR_PARALLEL:
         raise ValueError(
-            f"need a family of {', '.join(_TENSOR_PARALLEL)} for tensor={parallel.tensor}, got {transformer.config.model_type!r}; "
+            f"need a family of {', '.join(TENSOR_PARALLEL)} for tensor={parallel.tensor}, got {transformer.config.model_type!r}; "
             "set tensor=1, its weights are sharded over the data ranks"
         )
     sizes = {"heads": heads, "key-value heads": kv_heads, "hidden size": config.hidden_size, "MLP width": config.intermediate_size}

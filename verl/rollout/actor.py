@@ -96,7 +96,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
 
     def _by_policy(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> list[list[Completion]]:
         self._embedded.publish(version)
-        with self.engine.whole_weights() if self._hybrid is None else self._hybrid.ready():
+        with self.engine.whole_weights() if self._hybrid is None else self._hybrid.ready(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
     def _by(

@@ -114,7 +114,7 @@ class DirectWorker(RoleWorker):
         place = {"num_ranks": meeting.num_ranks, "timeout_s": meeting.timeout_s}
         try:
             group = open_group(meeting.address, meeting.port, rank=rank, backend="gloo", **place)  # type: ignore[arg-type]
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             return f"rank {rank} of the policy: {error}"
         self._links[name] = _Link(group, meeting.num_senders)
         return ""

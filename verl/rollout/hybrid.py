@@ -5,6 +5,7 @@ HybridFlow, https://arxiv.org/abs/2409.19256, section 5.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from verl.engines.base import ForwardEngine
 from verl.engines.empty import empty_transformer, kept_tied
 from verl.engines.loading import own_pieces
 from verl.engines.models import PolicyModel, Precision
-from verl.engines.parallel import check_sizes, parallelize
+from verl.engines.parallel import TENSOR_PARALLEL, check_sizes, parallelize
 from verl.hybrid.exchange import exchange_by_bucket, part_of
 from verl.hybrid.layout import Layout, sizes
 from verl.hybrid.meshes import Mesh, groups
@@ -59,11 +60,18 @@ def has_equal_layout(engine: ForwardEngine, tensor: int) -> bool:
 
 
 def fitting_tensor(config: PretrainedConfig, mesh: Mesh) -> int:
-    """The most ranks of a machine over which every matrix can be split, among those that have different parts of the model in training."""
+    """The ranks over which every matrix can be split: as many as have different parts of the model, if those fit into a machine.
+
+    Shards that reach over several machines would do so in every layer: then as many as in training.
+    """
     text = config.get_text_config()
+    if config.model_type not in TENSOR_PARALLEL:
+        return 1
+    if mesh.tensor * mesh.shards > _MOST_TENSOR:
+        return mesh.tensor
     sizes = [mesh.tensor * mesh.shards, text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads]
     sizes += [text.hidden_size, text.intermediate_size, text.vocab_size]
-    return max(size for size in range(1, _MOST_TENSOR + 1) if all(other % size == 0 for other in sizes))
+    return math.gcd(*sizes)
 
 
 class HybridEngine:
@@ -92,7 +100,8 @@ class HybridEngine:
         self, engine: ForwardEngine, *, tensor: int, precision: Precision, overlap: bool = True, bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self._engine, self._overlap = engine, overlap
-        self._dtype, self._device = PRECISIONS[precision], engine.model.device
+        # With its number, as tensors say where they are.
+        self._dtype, self._device = PRECISIONS[precision], torch.empty(0, device=engine.model.device).device
         self._rank, self._group = dist.get_rank(), dist.new_group()
         # In the order of ranks, as process groups number theirs; it differs from the order of columns where a matrix is split further
         # than by the tensor ranks of training, and then a little more travels.
@@ -109,6 +118,7 @@ class HybridEngine:
         self._buckets = self._last_buckets()
         self.switches: list[Switch] = []
         self._is_awake = self._is_checked = False
+        self._version = -1
         self.sleep()
 
     def _empty_model(self, engine: ForwardEngine, replicas: list[list[int]], precision: Precision) -> PolicyModel:
@@ -147,14 +157,16 @@ class HybridEngine:
         return shared
 
     @contextmanager
-    def ready(self) -> Iterator[PolicyModel]:
-        """The model with the weights that train now; they are taken at the first use after `sleep`, on all ranks at once."""
+    def ready(self, version: int) -> Iterator[PolicyModel]:
+        """The model with the weights that train now, taken at the first use of a version and after `sleep`; on all ranks at once."""
+        if self._version != version:
+            self.sleep()
         if self._is_awake:
             yield self.model
             return
         for name, storage in self._own.items():
             storage.resize_(self._num_bytes[name])
-        weights = _Arrivals(self._arriving(), self._buckets)
+        weights = _Arrivals(self._arriving(), self._buckets, self._device)
         if not self._overlap or not self._is_checked:
             weights.wait_for_all()
         if not self._is_checked:
@@ -164,7 +176,7 @@ class HybridEngine:
             yield self.model
             # Also of ranks without prompts: others wait for what they have.
             weights.wait_for_all()
-        self._is_awake = True
+        self._is_awake, self._version = True, version
         self.switches.append(Switch(self.plan.received_bytes(self._rank), sum(self._num_bytes.values()), weights.seconds))
 
     def sleep(self) -> None:
@@ -223,12 +235,13 @@ class _Arrivals:
     Args:
         arriving: goes on after each bucket, and before the first.
         buckets: number of the last bucket of each tensor.
+        device: where they come to.
     """
 
-    def __init__(self, arriving: Iterator[None], buckets: Mapping[str, int]) -> None:
-        self.seconds = 0.0
+    def __init__(self, arriving: Iterator[None], buckets: Mapping[str, int], device: torch.device) -> None:
+        self.seconds, self._device = 0.0, device
         self._arriving, self._buckets = arriving, buckets
-        self._done = -1
+        self._done, self._last = -1, max(buckets.values())
 
     def wait_for_all(self) -> None:
         """Until all are there, and nothing that this rank has to send is left."""
@@ -250,18 +263,22 @@ class _Arrivals:
                 handle.remove()
 
     def _before(self, names: Sequence[str], module: nn.Module, args: Any) -> None:
-        self._advance(max(self._buckets[name] for name in names))
+        bucket = max(self._buckets[name] for name in names)
+        # After the last one to the end, which lets the memory of the transfers go.
+        self._advance(bucket if bucket < self._last else None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _advance(self, bucket: int | None) -> None:
         start_s = time.perf_counter()
-        while bucket is None or self._done < bucket:
-            try:
-                next(self._arriving)
-            except StopIteration:
-                break
-            self._done += 1
+        # Additions are merged in the precision of the weights, also within a forward pass in another.
+        with torch.autocast(self._device.type, enabled=False):
+            while bucket is None or self._done < bucket:
+                try:
+                    next(self._arriving)
+                except StopIteration:
+                    break
+                self._done += 1
         self.seconds += time.perf_counter() - start_s
 
 

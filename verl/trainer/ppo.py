@@ -291,6 +291,7 @@ class Trainer(BaseTrainer):
 
     def load_models(self, folder: Path) -> None:
         """See `BaseTrainer.load_models`."""
+        self.rollout.sleep()  # what generates has weights from before
         self.team.load(folder)
 
     def export(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from verl.algorithms.compose import Algorithm
@@ -85,7 +86,13 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
     wanted = config.hybrid_engine.actor_repartition
     if not wanted.enabled and engine.generates:
         return None
+    if (num_ranks := dist.get_world_size() if dist.is_initialized() else 1) != engine.mesh.num_ranks:
+        raise ValueError(
+            f"need an engine whose `mesh` says how its {num_ranks} ranks hold the weights, got {engine.mesh} of {type(engine).__name__}"
+        )
     tensor = wanted.tensor or fitting_tensor(engine.config, engine.mesh)
+    if num_ranks == 1 and tensor > 1:
+        raise ValueError(f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several")
     if has_equal_layout(engine, tensor):
         return None
     return HybridEngine(engine, tensor=tensor, precision=config.policy.precision, overlap=wanted.communication_overlap)
