@@ -470,13 +470,15 @@ async def _more(chunks: list[Chunk], count: int) -> bool:
 def test_a_request_that_comes_during_a_pause_waits_longer_than_silence_is_allowed(running):
     async def waits() -> Chunk:
         engine = running.engine
-        patience_s, engine._asked._timeout_s = engine._asked._timeout_s, 1.0
         await engine.pause()
-        task = asyncio.create_task(whole(engine, PROMPTS[0], SamplingParams(max_tokens=3, temperature=0)))
-        await asyncio.sleep(2.5)
-        assert not task.done()
-        await engine.resume()
-        engine._asked._timeout_s = patience_s
+        patience_s, engine._asked._timeout_s = engine._asked._timeout_s, 1.0
+        try:
+            task = asyncio.create_task(whole(engine, PROMPTS[0], SamplingParams(max_tokens=3, temperature=0)))
+            await asyncio.sleep(2.5)
+            assert not task.done()
+        finally:
+            engine._asked._timeout_s = patience_s
+            await engine.resume()
         return await task
 
     assert len(running.run(waits()).token_ids) == 3
