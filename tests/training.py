@@ -93,11 +93,14 @@ def local_engine(*, seed: int = 0, **settings: Any) -> LocalEngine:
     )
 
 
-def rows_to_learn() -> Batch:
-    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to learn."""
+def rows_to_learn(*, with_padding: bool = False) -> Batch:
+    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to learn.
+
+    With padding, some have it as an ordinary token, which a policy may sample; and the first token of a second half of the vocabulary.
+    """
     prompts, responses = random_prompts([3, 1, 5, 2, 4, 2]), random_prompts([4, 1, 7, 3, 2, 5], seed=1)
-    # Padding, which a policy may sample, too, and the first token of a second half of the vocabulary.
-    prompts[0][1], prompts[2][2], responses[0][1:3], responses[5][0] = 0, 50, [0, 50], 0
+    if with_padding:
+        prompts[0][1], prompts[2][2], responses[0][1:3], responses[5][0] = 0, 50, [0, 50], 0
     batch = batch_of(prompts, responses)
     mask = batch["mask"]
     mask[2, 2:5] = False

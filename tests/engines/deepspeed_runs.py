@@ -38,7 +38,7 @@ def run_case(source: str, case: dict[str, Any]) -> dict[str, Any]:
     engine = engine_on(source, case)
     worker, rank = worker_on(engine, case), dist.get_rank()
     history = steps(worker, 2, case, rank)
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     own, plan = by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = worker.write(own, plan)
     rows = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
@@ -73,14 +73,14 @@ def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> di
 
 def reference(source: str, rank: int) -> dict[int, torch.Tensor]:
     """Logprobs of the rows of a rank by a model that is only read."""
-    frozen, batch = engine_on(source, {}, total_updates=None), rows_to_learn()
+    frozen, batch = engine_on(source, {}, total_updates=None), rows_to_learn(with_padding=True)
     own, plan = by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = ReferenceWorker(frozen, temperature=1.0, chunk=3).write(own, plan)
     return {int(row): written.ragged("ref_logprobs").row(i) for i, row in enumerate(own.row_ids)}
 
 
 def bad_step(worker: Any, rank: int) -> dict[str, float]:
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)
     write_weights(batch, plan, algorithm_of({}))

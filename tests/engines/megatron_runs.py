@@ -31,7 +31,7 @@ def trained(engine: Any, case: dict[str, Any], updates: int) -> list[dict[str, f
 
 def written_by(engine: Any, case: dict[str, Any]) -> dict[int, torch.Tensor]:
     """What a worker writes for the rows of this rank."""
-    batch, num_data = rows_to_learn(), len(engine.gather_over_data(None))
+    batch, num_data = rows_to_learn(with_padding=True), len(engine.gather_over_data(None))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     own, own_plan = by_plan((batch, plan), num_data)[engine.places["train"].data_rank] if num_data > 1 else (batch, plan)
     written = worker_on(engine, case).write(own, own_plan)
@@ -111,7 +111,7 @@ def not_finite(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def update_with(engine: Any, case: dict[str, Any], advantage: float) -> dict[str, float] | str:
     """An update in which the tokens of row 3 have this advantage."""
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, advantage, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)

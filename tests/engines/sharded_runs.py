@@ -64,7 +64,7 @@ def engine_on(source: str, case: dict[str, Any]) -> Any:
 
 def steps(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates: int = UPDATES) -> list[dict[str, float]]:
     """Steps on uneven rows, each of two updates; rank -1 is a single process with all rows."""
-    batch, history = rows_to_learn(), []
+    batch, history = rows_to_learn(with_padding=True), []
     for _ in range(updates):
         plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8, num_minibatches=case.get("minibatches", 2))
         write_weights(batch, plan, algorithm_of(case))
@@ -94,7 +94,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     num_data = len(engine.gather_over_data(None))
     history = steps(worker, num_data, case, place.data_rank)
     out = {"history": history, "weights": trained_weights(engine.model, Path(folder) / case["name"]), "data": num_data}
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     own, own_plan = by_plan((batch, plan), num_data)[place.data_rank] if num_data > 1 else (batch, plan)
     written = worker.write(own, own_plan)
@@ -141,7 +141,7 @@ def generate_alone(source: str, prompts: list[list[int]]) -> list[Any]:
 def not_finite(source: str) -> list[dict[str, float]]:
     """A step in which one row, on one of the ranks, has no finite loss, and one after it."""
     engine = engine_on(source, {})
-    worker, batch = worker_on(engine, {}), rows_to_learn()
+    worker, batch = worker_on(engine, {}), rows_to_learn(with_padding=True)
     rank, num_ranks = engine.places["train"].data_rank, len(engine.gather_over_data(None))
     advantages, history = batch["advantages"], []
     for bad in (True, False):

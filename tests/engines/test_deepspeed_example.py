@@ -52,7 +52,7 @@ def test_five_steps_on_two_ranks_are_those_of_one_process(name, ran, source):
     worker = worker_on(engine, CASES[name])
     expected = steps(worker, 2, CASES[name], -1)
     weights = {key: weight.detach() for key, weight in engine.model.transformer.named_parameters()}
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     written = worker.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     for rank in (rank[name] for rank in ran):
         for ours, theirs in zip(rank["history"], expected, strict=True):
@@ -110,7 +110,7 @@ def test_it_generates_skips_what_is_not_finite_and_goes_on_from_a_checkpoint_on_
 
 def generated_alone(source: str, prompts: list[list[int]]) -> dict[str, Any]:
     """A step, answers, a step, answers of one process."""
-    engine, batch = local_engine_on(source, {}), rows_to_learn()
+    engine, batch = local_engine_on(source, {}), rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100)
     out: dict[str, Any] = {"reference": worker_on(engine, {}).write(batch, plan).ragged("trainer_logprobs")}
     actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)

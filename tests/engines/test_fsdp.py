@@ -96,7 +96,7 @@ def test_five_steps_are_those_of_one_process(name, ran, sources, tmp_path):
         assert ours.keys() == weights.keys()
         for key, value in weights.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=2e-6)
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100)
     written = worker.write(batch, plan)
     rows = {row: values for rank in ran[name] for row, values in rank["written"].items()}
@@ -122,7 +122,7 @@ def test_in_16_bits_steps_are_near_those_of_32_and_weights_stay_fp32(name, ran, 
 def test_without_its_additions_a_policy_is_what_it_started_from(name, ran, sources):
     case = case_of(name, sources)
     start = worker_on(local_engine_on(case["source"], {**case, "lora": False}), case)
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     written = start.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     for rank in ran[name]:
         for row, values in rank["reference"].items():

@@ -151,7 +151,7 @@ def test_steps_are_those_of_one_process(name, ran, sources, folder, tmp_path):
     for rank in ranks:
         for ours, theirs in zip(rank["history"], expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
-    batch = rows_to_learn()
+    batch = rows_to_learn(with_padding=True)
     written = worker.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     rows = {row: values for rank in ranks for row, values in rank["written"].items()}
     assert rows.keys() == set(range(6))
@@ -238,7 +238,7 @@ def test_models_on_other_grids_share_the_ranks_and_leave_nothing_behind(ran, sou
     source = sources["qwen2"]
     cases = {"policy": {}, "critic": {"kind": "value"}}
     expected = {name: steps(worker_on(local_engine_on(source, case), case), 1, case, -1, updates=1) for name, case in cases.items()}
-    start, batch = worker_on(local_engine_on(source, {}), {}), rows_to_learn()
+    start, batch = worker_on(local_engine_on(source, {}), {}), rows_to_learn(with_padding=True)
     written = start.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     for rank in ran["together policy"]:
         assert rank["policy"][0] == pytest.approx(expected["policy"][0], rel=1e-5, abs=1e-7)
