@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 
-from tests.rollout.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, started
+from tests.rollout.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, started, waited
+from tests.rollout.test_vllm import counted
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.engine import EngineSpec
 from verl.rollout.vllm import VLLMServer
@@ -31,7 +31,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
         params = [SamplingParams(max_tokens=240, n=8, seed=i, temperature=1.5) for i in range(4)]
         thread, out = in_background(pool, PROMPTS, params)
         assert started(pool)
-        time.sleep(1.5)  # some tokens of answers that take several seconds
+        assert waited(lambda: all(pool.run(counted(member.engine, "vllm:generation_tokens_total")) > 20 for member in pool.members))
         killed, hung = (member.engine._process.pid for member in pool.members)
         os.killpg(killed, signal.SIGKILL)
         os.killpg(hung, signal.SIGSTOP)
