@@ -232,6 +232,12 @@ IGNORED: tuple[Ignored, ...] = (
         lambda c: isinstance(c, TrainerConfig) and c.rollout.engine == "http",
         "servers of rollout.engine http have weights of their own, and a key in engine_options.api_key_env",
     ),
+    *_each(
+        ("pipeline.oversample", "pipeline.batches"),
+        "rollout.servers",
+        lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
+        "the policy's own processes answer a step's prompts at once; set rollout.servers or rollout.addresses",
+    ),
     (
         "evaluation.at_start",
         "evaluation.every_steps",
@@ -267,12 +273,6 @@ IGNORED: tuple[Ignored, ...] = (
         "data.train",
         lambda c: isinstance(c, PairsConfig),
         "a run on pairs samples no answers; its columns are data.chosen_key and data.rejected_key",
-    ),
-    *_each(
-        ("data.chosen_key", "data.rejected_key"),
-        "data.train",
-        lambda c: not isinstance(c, PairsConfig),
-        "only verl preference and verl reward-model read pairs",
     ),
 )
 
@@ -358,6 +358,14 @@ WRONG: tuple[tuple[Claim, str], ...] = (
     (
         lambda c: c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0),
         "need servers of vllm or sglang that follow all weights for rollout.servers_sleep, got rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server forgets the weights that low-rank additions belong to; set it to false",
+    ),
+    (
+        lambda c: c.rollout.servers_sleep and c.pipeline.max_staleness > 0,
+        "need servers that are awake while the policy learns for pipeline.max_staleness {c.pipeline.max_staleness}, got rollout.servers_sleep; set one of the two to its default",
+    ),
+    (
+        lambda c: c.pipeline.oversample > 0 and c.pipeline.batches == "deterministic",
+        "need pipeline.oversample 0 for pipeline.batches deterministic, got {c.pipeline.oversample}: which answers are the slowest differs from run to run; change one of the two",
     ),
     (
         lambda c: c.rollout.engine == "http" and c.rollout.servers > 0,

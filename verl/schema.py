@@ -38,6 +38,8 @@ def type_text(annotation: Any) -> str:
         return "one of " + ", ".join(parts)
     if get_origin(annotation) is tuple:
         return ("a list" if parts[1] is Ellipsis else f"a list of {len(parts)}") + f", each {type_text(parts[0])}"
+    if get_origin(annotation) is dict:
+        return "{" + ", ".join(get_args(parts[0])) + f"}}, each {type_text(parts[1])}"
     if is_a(annotation, Options):
         return "{name: value}"
     if is_a(annotation, Choice):

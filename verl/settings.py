@@ -261,12 +261,17 @@ class DataConfig(Section):
     test: str | None = setting(None, "The same for evaluation; task:NAME takes that task's held-out prompts.")
     prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
     answer_key: str = setting("answer", "Column with the reference answer, for the rewards; for fine-tuning, the answer.")
-    chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
-    rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
     system_prompt: str | None = setting(None, "Put in front of chat prompts that have no system message.")
     max_prompt_tokens: int = setting(1024, "Longer prompts are dropped and counted.", unit="tokens", ge=1)
     on_malformed: Literal["stop", "skip"] = setting("stop", "A row that cannot be read stops the start, or is skipped and counted.")
     shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
+
+
+class PairsDataConfig(DataConfig):
+    """Where pairs come from."""
+
+    chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
+    rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
 
 
 class RewardsConfig(Section):
@@ -275,6 +280,57 @@ class RewardsConfig(Section):
     functions: tuple[WeightedChoice, ...] = setting((), 'Functions by name, `verl.rewards`, or as "package.module:function".')
     timeout_s: float = setting(30.0, "Time limit of one call.", unit="s", gt=0)
     max_failed_share: float = setting(0.5, "Share of a step's answers without a reward above which the run stops.", ge=0, le=1)
+
+
+FailureClass = Literal["infrastructure", "data", "reward", "environment"]
+_RETRIES: dict[FailureClass, int] = {"infrastructure": 2, "data": 0, "reward": 1, "environment": 2}
+
+
+class PipelineConfig(Section):
+    """Collection ahead of training, and what is done about groups that fail."""
+
+    max_staleness: int = setting(
+        0,
+        "Steps by which a token may be older than the policy that learns from it. 0: on-policy; 1: one step off; more: fully asynchronous.",
+        unit="steps",
+        source="AReaL, 2505.24298, 5.1",
+        ge=0,
+    )
+    oversample: int = setting(
+        0, "Prompts in work beyond those of the steps; as many of the slowest are aborted per step.", unit="prompts", ge=0
+    )
+    batches: Literal["arrival", "streamed", "deterministic"] = setting(
+        "arrival",
+        "arrival: of the groups that are complete first; streamed: also learned from while the last of them are answered; deterministic: of "
+        "the oldest groups, each answered by one version, so that a run can be repeated.",
+    )
+    survivors: Choice = setting(
+        Choice.model_validate({"name": "drop", "least": 1}),
+        "What becomes of a group with fewer than `least` answers that have a reward: drop it for another prompt, or refill it.",
+        source="tinker",
+    )
+    retries: dict[FailureClass, int] = setting(
+        _RETRIES, "Times that a group is tried again after a failure of each class: infrastructure, data, reward, environment."
+    )
+    max_failures_in_a_row: int = setting(
+        16, "Groups that fail one after the other before the run stops with the cause.", unit="groups", ge=1
+    )
+    stall_limit_s: float = setting(1800.0, "Time in which nothing moves before the run stops and says what it waits for.", unit="s", gt=0)
+
+    @field_validator("retries")
+    @classmethod
+    def _all_classes(cls, retries: dict[FailureClass, int]) -> dict[FailureClass, int]:
+        if any(count < 0 for count in retries.values()):
+            raise ValueError(f"need counts of at least 0, got {retries}")
+        return {**_RETRIES, **retries}
+
+    @field_validator("survivors")
+    @classmethod
+    def _rule(cls, survivors: Choice) -> Choice:
+        least = survivors.options.get("least", 1)
+        if survivors.name not in ("drop", "refill") or survivors.options.keys() - {"least"} or type(least) is not int or least < 1:
+            raise ValueError(f"need {{name: drop or refill, least: answers of at least 1}}, got {survivors.model_dump()}")
+        return survivors
 
 
 class EvaluationConfig(Section):
@@ -394,6 +450,7 @@ class SFTConfig(RunConfig):
 class PairsConfig(RunConfig):
     """A run on pairs of a better and a worse answer."""
 
+    data: PairsDataConfig = setting(PairsDataConfig(), "Where pairs come from.")
     pairs_per_step: int = setting(64, "Pairs of a step.", unit="pairs", source="DPO, 2305.18290, appendix B", ge=1)
     eval_every_steps: int = setting(0, "Steps between evaluations on data.test; 0: only before the first and after the last.", ge=0)
 
@@ -425,6 +482,7 @@ class TrainerConfig(RunConfig):
     sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
     rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
+    pipeline: PipelineConfig = setting(PipelineConfig(), "Collection ahead of training.")
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
     placement: PlacementConfig = setting(PlacementConfig(), "Which devices do what.")
     hybrid_engine: HybridConfig = setting(HybridConfig(), "The switch of the policy between training and generation.")

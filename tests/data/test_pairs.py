@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from verl.data.dataset import PromptLoader
 from verl.data.pairs import Pair, load_pairs
 from verl.data.tasks import TASKS, near_miss, write_jsonl
-from verl.settings import DataConfig
+from verl.settings import PairsDataConfig
 from verl.utils.rollout import Prompt
 
 ASKED = {"role": "user", "content": "1+1?"}
@@ -44,7 +44,7 @@ def jsonl(folder: Path, *rows: Any) -> str:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_row_gives_a_prompt_and_two_texts(form: str, tmp_path: Path):
     row, content = FORMS[form]
-    pairs, report = load_pairs(jsonl(tmp_path, {**row, "level": 3}), DataConfig(), split="train")
+    pairs, report = load_pairs(jsonl(tmp_path, {**row, "level": 3}), PairsDataConfig(), split="train")
     assert pairs == [Prompt(content, Pair("2", "3"), "pairs", 0, {"level": 3})]
     assert (report.num_rows, report.num_malformed) == (1, 0)
 
@@ -54,11 +54,11 @@ def test_tables_and_saved_data_sets_are_read_as_files_are(tmp_path: Path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "a")
     for source in (tmp_path / "a.parquet", tmp_path / "a"):
-        assert load_pairs(str(source), DataConfig(), split="train")[0][0].answer == ("2", "3")
+        assert load_pairs(str(source), PairsDataConfig(), split="train")[0][0].answer == ("2", "3")
 
 
 def test_columns_of_pairs_may_have_other_names(tmp_path: Path):
-    config = DataConfig(prompt_key="question", chosen_key="better", rejected_key="worse")
+    config = PairsDataConfig(prompt_key="question", chosen_key="better", rejected_key="worse")
     row = {"question": "1+1=", "better": "2", "worse": "3", "chosen": "unused"}
     assert load_pairs(jsonl(tmp_path, row), config, split="train")[0] == [Prompt("1+1=", Pair("2", "3"), "pairs", 0, {"chosen": "unused"})]
 
@@ -89,14 +89,14 @@ def test_a_malformed_pair_stops_the_start_or_is_skipped(name: str, tmp_path: Pat
     row, message = MALFORMED[name]
     source = jsonl(tmp_path, FORMS["texts"][0], row)
     with pytest.raises(ValueError, match=f"(?s)1 of 2 rows.*line 2: .*{message}"):
-        load_pairs(source, DataConfig(), split="train")
-    pairs, report = load_pairs(source, DataConfig(on_malformed="skip"), split="train")
+        load_pairs(source, PairsDataConfig(), split="train")
+    pairs, report = load_pairs(source, PairsDataConfig(on_malformed="skip"), split="train")
     assert len(pairs) == 1 and report.num_malformed == 1
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_gives_right_answers_and_near_misses(name: str, tmp_path: Path):
-    pairs, _ = load_pairs(f"task:{name}", DataConfig(), split="test")
+    pairs, _ = load_pairs(f"task:{name}", PairsDataConfig(), split="test")
     rows = TASKS[name].rows("test")
     assert [(p.content, p.answer.chosen) for p in pairs] == [(row["prompt"], row["answer"]) for row in rows]
     for prompt in pairs:
@@ -105,7 +105,7 @@ def test_a_task_gives_right_answers_and_near_misses(name: str, tmp_path: Path):
         assert len(rejected) in (len(chosen) - 1, len(chosen))
         assert len(rejected) < len(chosen) or sum(a != b for a, b in zip(chosen, rejected, strict=True)) <= 2
     assert write_jsonl(TASKS[name], "test", tmp_path / "pairs.jsonl", pairs=True) == len(rows)
-    written, _ = load_pairs(str(tmp_path / "pairs.jsonl"), DataConfig(), split="train")
+    written, _ = load_pairs(str(tmp_path / "pairs.jsonl"), PairsDataConfig(), split="train")
     assert [p.answer for p in written] == [p.answer for p in pairs]
 
 
@@ -127,7 +127,7 @@ def test_near_misses_are_of_every_kind_and_stay_the_same_in_every_version():
 def test_a_loader_of_pairs_notices_other_answers(tmp_path: Path):
     loaders = []
     for rejected in ("3", "4"):
-        pairs, _ = load_pairs(jsonl(tmp_path, {"prompt": "1+1=", "chosen": "2", "rejected": rejected}), DataConfig(), split="train")
+        pairs, _ = load_pairs(jsonl(tmp_path, {"prompt": "1+1=", "chosen": "2", "rejected": rejected}), PairsDataConfig(), split="train")
         loaders.append(PromptLoader(pairs, seed=0, shuffle=True))
     with pytest.raises(ValueError, match="fingerprint was"):
         loaders[1].load_state_dict(loaders[0].state_dict())

@@ -18,7 +18,7 @@ from verl.data.dataset import (
     shown,
 )
 from verl.data.tasks import near_miss
-from verl.settings import DataConfig
+from verl.settings import PairsDataConfig
 from verl.utils.rollout import Prompt
 
 Messages = list[dict[str, Any]]
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def load_pairs(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
+def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
     """Prompts whose `answer` is a `Pair`, in the order of the source, and what was left out.
 
     A row has a prompt, text or chat messages, and the answers in the columns that the settings name: texts, or chat messages
@@ -58,7 +58,7 @@ def load_pairs(source: str, config: DataConfig, *, split: Split) -> tuple[list[P
     return load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
 
 
-def _parsed(row: dict[str, Any], config: DataConfig) -> tuple[Content, Pair]:
+def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair]:
     """Prompt and answers of a row."""
     values = [column_of(row, key) for key in (config.chosen_key, config.rejected_key)]
     (before, chosen), (other, rejected) = (_answer(v, key) for v, key in zip(values, (config.chosen_key, config.rejected_key), strict=True))
