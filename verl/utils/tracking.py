@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import json
 import math
-import os
 import re
 import string
 import time
@@ -24,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl.settings import TrackingConfig
+from verl.utils.lines import json_line, keep_steps_before
 
 
 class Clock:
@@ -141,12 +140,12 @@ class JsonlSink(Sink):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         path = run.output_dir / "metrics.jsonl"
-        _keep_steps_before(path, run.first_step)
+        keep_steps_before(path, run.first_step)
         self._file = path.open("ab")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a line and hands it to the operating system at once."""
-        self._file.write(_json_line({"step": step, **metrics}))
+        self._file.write(json_line({"step": step, **metrics}))
         self._file.flush()
 
     def close(self) -> None:
@@ -275,7 +274,7 @@ class Tracker:
         with self._survived("samples"):
             folder = self._run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
-            (folder / f"step-{step:06d}.jsonl").write_bytes(b"".join(_json_line(row) for row in rows))
+            (folder / f"step-{step:06d}.jsonl").write_bytes(b"".join(json_line(row) for row in rows))
 
     def event(self, text: str) -> None:
         """A line for people between the steps, such as where a checkpoint went; only if the console is a sink."""
@@ -440,41 +439,6 @@ def _duration(seconds: float) -> str:
     if hours >= 48:
         return f"{hours // 24}d {hours % 24:02d}h"
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _json_line(row: Mapping[str, object]) -> bytes:
-    """One line of valid JSON in UTF-8."""
-    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str)
-    # Half a character of a byte-level tokenizer becomes a lone surrogate, which UTF-8 cannot hold but JSON can escape.
-    return text.encode("utf-8", errors="backslashreplace") + b"\n"
-
-
-def _finite(value: object) -> object:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _keep_steps_before(path: Path, first_step: int) -> None:
-    """Removes the lines of steps that will be written again, and a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = [line + b"\n" for line in path.read_bytes().split(b"\n") if _step_of(line, otherwise=first_step) < first_step]
-    # Replaced in one go: a run that is stopped here loses nothing.
-    shorter = path.with_suffix(".jsonl.part")
-    shorter.write_bytes(b"".join(kept))
-    os.replace(shorter, path)
-
-
-def _step_of(line: bytes, *, otherwise: int) -> int:
-    """The step of a line of metrics, or `otherwise` if it is none."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return otherwise
 
 
 def _remembered_id(path: Path, first_step: int) -> str | None:
