@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from verl.settings import FailureClass
 from verl.utils.lines import json_line, keep_steps_before
 
-FailureClass = Literal["infrastructure", "data", "reward", "environment"]
 STATES: tuple[str, ...] = ("answering", "waiting")
 FAILURES: tuple[str, ...] = get_args(FailureClass)
 # In the folder of a run.
