@@ -17,7 +17,7 @@ from verl.cli import main
 from verl.config import load_config, load_run, load_sft_config
 from verl.settings import PreferenceConfig, RewardModelConfig
 
-COMMANDS = ("train", "sft", "preference", "reward-model", "eval", "config", "quickstart", "make-model", "make-data")
+COMMANDS = ("train", "sft", "preference", "reward-model", "eval", "ledger", "doctor", "config", "quickstart", "make-model", "make-data")
 TOY = ["device=cpu", "steps=2", "prompts_per_step=2", "samples_per_prompt=2", "sampling.max_tokens=5", "tracking.sinks=[jsonl]"]
 
 

@@ -1,4 +1,4 @@
-"""The command line: train, sft, preference, reward-model, eval, export, serve, engines, plan, config, quickstart, make-model, make-data."""
+"""The command line: training, evaluation, serving, what runs and their engines do, plans, settings, small models and data."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from verl.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTCon
 _COMMANDS_WITH_MODELS = "verl.trainer.commands"
 _SERVER = "verl.rollout.serve"
 _PLANS = "verl.hybrid.report"
+_REPORTS = "verl.trainer.reports"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; exit code 0, 1 if the run failed, 2 if what was given cannot be used."""
+    """Runs one command; exit code 0, 1 if the run failed or is found not to be well, 2 if what was given cannot be used."""
     args = _parser().parse_args(argv)
     # As with `python -m`: "my_module:function" in the settings is found in the folder where the command runs.
     sys.path.insert(0, "")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted; started again, a run goes on from its newest checkpoint, or anew without one", file=sys.stderr)
         return 130
@@ -38,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
         print(f"verl: {shown}" + ("" if given or args.debug else "\n(--debug shows where)"), file=sys.stderr)
         return 2 if given else 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", help="where to")
 
     _about_engines(commands)
+    _about_runs(commands)
     _about_plans(commands)
 
     config = _command(commands, "config", _config, "show the settings, each with its default, unit and source")
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], meaning: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], meaning: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=meaning, description=meaning[0].upper() + meaning[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show the whole stack of an error")
     parser.set_defaults(run=run)
@@ -115,6 +116,15 @@ def _about_engines(commands: Any) -> None:
     engines.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run")
     engines.add_argument("name", nargs="?", help="of the engine; for add one of your choice")
     engines.add_argument("--address", default=None, help="of a server that runs already, to add; without, the run starts one")
+
+
+def _about_runs(commands: Any) -> None:
+    ledger = _command(commands, "ledger", _report("ledger"), "say what became of every prompt that a run has sent out")
+    ledger.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run, which may be at work")
+    ledger.add_argument("--group", type=int, default=None, metavar="N", help="of this group alone")
+
+    doctor = _command(commands, "doctor", _report("doctor"), "say what a run waits for and why, or how it ended")
+    doctor.add_argument("run_folder", metavar="OUTPUT_DIR", help="of the run")
 
 
 def _about_plans(commands: Any) -> None:
@@ -163,6 +173,11 @@ def _overridable(parser: argparse.ArgumentParser) -> None:
 def _with_models(name: str) -> Callable[[argparse.Namespace], None]:
     """A command that loads PyTorch, looked up when it runs."""
     return lambda args: getattr(importlib.import_module(_COMMANDS_WITH_MODELS), name)(args)
+
+
+def _report(name: str) -> Callable[[argparse.Namespace], int]:
+    """A command that reads what a run has written; returns the exit code."""
+    return lambda args: getattr(importlib.import_module(_REPORTS), name)(args)
 
 
 def _train(args: argparse.Namespace) -> None:
