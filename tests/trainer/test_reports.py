@@ -40,7 +40,12 @@ def shown(capsys, *command: str) -> tuple[int, str]:
 def test_the_ledger_is_summed_up(run, capsys):
     code, told = shown(capsys, "ledger", "run")
     lines = ["8 groups sent out, up to step 2", "trained on 2 25.0%", "being answered 2 25.0%", "dropped: straggler 2 25.0%"]
-    lines += ["failed: reward 2 25.0%", "tried again after: infrastructure 2", "last failure, reward: judge is down 2", "last retry, infrastructure: engine b"]
+    lines += [
+        "failed: reward 2 25.0%",
+        "tried again after: infrastructure 2",
+        "last failure, reward: judge is down 2",
+        "last retry, infrastructure: engine b",
+    ]
     lines += ["oldest token of a group trained on: 0.50 versions behind, at most 1", "2 4 1 1 1 1 2 0"]
     assert code == 0 and [line for line in lines if line not in told] == []
     assert told.endswith("every group is there once, and the sums are right") and "\x1b[2J" not in told

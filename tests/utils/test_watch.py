@@ -283,6 +283,7 @@ with watch(limit_s=2):
         waits.moved("training")
     print("stop me", flush=True)
     sys.stdin.readline()
+    time.sleep(0.5)  # for several looks
 print("finished")
 """
     process = subprocess.Popen([sys.executable, "-c", PRELUDE + code], cwd=tmp_path, env=ENV, stdin=-1, stdout=-1, stderr=-1, text=True)
