@@ -18,7 +18,8 @@ from verl.engines.models import PolicyModel
 from verl.rollout.actor import ActorWorker
 from verl.rollout.embedded_server import EmbeddedServer
 from verl.rollout.engine import EngineSpec
-from verl.rollout.pool import EnginePool, MakeEngine
+from verl.rollout.fleet import MakeEngine
+from verl.rollout.pool import EnginePool
 from verl.rollout.weights import PolicyWeights
 from verl.settings import AlgorithmConfig, LoraConfig, OptimizerConfig, RoleConfig
 

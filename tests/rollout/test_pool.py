@@ -105,7 +105,7 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
 
 
 def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool, policy):
-    pool._aborts = True
+    pool.fleet.on_update = "abort"
     try:
         params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
         thread, out = in_background(pool, PROMPTS[:2], params)
@@ -114,7 +114,7 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
         pool.publish(pool.version + 1)
         thread.join(60)
     finally:
-        pool._aborts = False
+        pool.fleet.on_update = "keep"
     for prompt, (c,) in zip(PROMPTS, out[0], strict=False):
         # An answer that was over before stays what it was.
         assert set(c.versions) in ({pool.version}, {pool.version - 1})

@@ -97,8 +97,8 @@ def pool_of(count: int = 2, make: Any = Scripted, notes: list[str] | None = None
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     Scripted.scripts, Scripted.loads = {}, 0
-    monkeypatch.setattr("verl.rollout.pool._FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr("verl.rollout.pool._CHECK_S", 0.1)
+    monkeypatch.setattr("verl.rollout.fleet._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("verl.rollout.fleet._CHECK_S", 0.1)
 
 
 def answers(pool: EnginePool, n: int = 4, **params: Any) -> list[Any]:
@@ -205,9 +205,9 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
         answers(pool)
         member = pool.members[0]
         before = member.life
-        pool.loop.call_soon_threadsafe(pool._fail, member, before, EngineError("first"))
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("first"))
         assert waited(lambda: member.state == "serving" and member.engine.lives == 2)
-        pool.loop.call_soon_threadsafe(pool._fail, member, before, EngineError("late"))
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("late"))
         time.sleep(0.3)
         assert member.state == "serving" and member.engine.lives == 2
     finally:
@@ -215,12 +215,12 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
 
 
 def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
-    monkeypatch.setattr("verl.rollout.pool._FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr("verl.rollout.fleet._FIRST_PAUSE_S", 0.5)
     pool = pool_of()
     try:
         answers(pool)
         member = pool.members[0]
-        pool.loop.call_soon_threadsafe(pool._fail, member, member.life, EngineError("died"))
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, member.life, EngineError("died"))
         assert waited(lambda: member.state == "failed")
         pool.remove("e0")
         assert waited(lambda: member.state == "gone")
@@ -232,7 +232,7 @@ def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
 
 
 def test_an_engine_that_fails_again_and_again_is_given_up_and_the_last_one_ends_the_run(monkeypatch):
-    monkeypatch.setattr("verl.rollout.pool._LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("verl.rollout.fleet._LONGEST_PAUSE_S", 0.05)
     Scripted.scripts = {"e0": [ending(EngineError("never well"), 0)] * 20}
     notes: list[str] = []
     pool = pool_of(1, notes=notes)
@@ -261,7 +261,7 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
         thread = threading.Thread(target=pool.publish, args=(2,), daemon=True)
         thread.start()
         time.sleep(0.2)
-        assert pool._update is None and thread.is_alive()
+        assert pool.fleet.update is None and thread.is_alive()
         gate.set()
         thread.join(20)
         assert [member.version for member in pool.members] == [2, 2] and pool.take_metrics()["engines/failures"] == 0
@@ -291,11 +291,11 @@ class Counted(deque):
 
 def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_change():
     pool = pool_of(2, max_running=8)
-    pool._waiting = Counted()
+    pool.fleet._rooms._waiting = Counted()
     try:
         groups = pool.generate([[5, 6]] * 500, [SamplingParams(n=4, max_tokens=2)] * 500)
         assert [len(group) for group in groups] == [4] * 500
-        assert 2000 - 16 <= pool._waiting.waits < 2 * 2000
+        assert 2000 - 16 <= pool.fleet._rooms._waiting.waits < 2 * 2000
     finally:
         pool.close()
 

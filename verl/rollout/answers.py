@@ -29,9 +29,11 @@ class Answer:
     finish_reason: FinishReason | None = None
     text: str | None = None
     moves: int = 0
+    _num_seen: int = 0
 
     def add(self, chunk: Chunk, version: int) -> None:
-        """Some more tokens, of a version of the weights."""
+        """Some more tokens, of a version of the weights; what the engine went on after did not end it."""
+        self._num_seen = len(self.token_ids)
         self.token_ids += chunk.token_ids
         self.has_logprobs = self.has_logprobs and chunk.logprobs is not None
         self.logprobs += chunk.logprobs or [0.0] * len(chunk.token_ids)
@@ -42,17 +44,17 @@ class Answer:
         """Throws away what was sampled; how many tokens that were."""
         thrown = len(self.token_ids)
         self.token_ids, self.logprobs, self.versions, self.text, self.has_logprobs = [], [], [], None, True
+        self._num_seen = 0
         return thrown
 
-    def end_if_due(self, seen: int) -> None:
+    def end_if_due(self) -> None:
         """Ends it where an engine had no time to, or where its stop text began on another engine, after the token that ends it.
 
-        Args:
-            seen: tokens that were looked at before.
+        Only tokens of the last `add` are looked at.
         """
         ids, params = self.token_ids, self.params
         window = max((len(stop.encode()) for stop in params.stop), default=0) + 8
-        for length in range(seen + 1, len(ids) + 1):
+        for length in range(self._num_seen + 1, len(ids) + 1):
             tail = self.codec.decode(ids[max(0, length - window) : length]) if params.stop else ""
             if ids[length - 1] in params.stop_ids or any(stop in tail for stop in params.stop):
                 self._cut(length, "stop")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -107,7 +106,7 @@ class Control(RolloutEngine):
             return web.json_response({"error": str(error)}, status=400)
 
     async def _list(self, request: web.Request) -> web.Response:
-        now = time.time()
+        now = self.pool.loop.time()
         rows = [
             {
                 "name": member.name,
@@ -118,20 +117,20 @@ class Control(RolloutEngine):
                 "served": member.served,
                 "cause": member.cause,
             }
-            for member in self.pool.members
+            for member in self.pool.fleet.members
         ]
         return web.json_response({"version": self.pool.version, "engines": rows})
 
     async def _add(self, request: web.Request) -> web.Response:
         asked = await request.json()
-        name = asked.get("name") or f"added-{len(self.pool.members)}"
+        name = asked.get("name") or f"added-{len(self.pool.fleet.members)}"
         if not _NAME.fullmatch(name):
             raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
-        await self.pool.add_engine(self._new_spec(name, asked.get("address")))
+        await self.pool.fleet.add(self._new_spec(name, asked.get("address")))
         return web.json_response({"name": name})
 
     async def _remove(self, request: web.Request) -> web.Response:
-        await self.pool.remove_engine(request.match_info["name"])
+        await self.pool.fleet.remove(request.match_info["name"])
         return web.json_response({"name": request.match_info["name"]})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -29,14 +28,19 @@ class Interrupted(Exception):
 class Life:
     """From a start of an engine to its failure or end: the requests that it has.
 
+    Args:
+        changed: is called when it has one more or one less.
+
     Attributes:
         cause: why it is over; None: it is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], None]) -> None:
         self.cause: str | None = None
-        self._requests: set[asyncio.Future[Any]] = set()
-        self._interrupted: set[asyncio.Future[Any]] = set()
+        self._changed = changed
+        # Dictionaries, whose order is the same in every run.
+        self._requests: dict[asyncio.Future[Any], None] = {}
+        self._interrupted: dict[asyncio.Future[Any], None] = {}
 
     @property
     def running(self) -> int:
@@ -51,9 +55,9 @@ class Life:
 
     async def interrupt(self) -> None:
         """Ends its requests, but not itself; returns when the engine was told."""
-        requests = set(self._requests)
-        self._interrupted |= requests
+        requests = list(self._requests)
         for request in requests:
+            self._interrupted[request] = None
             request.cancel()
         if requests:
             await asyncio.wait(requests)
@@ -66,20 +70,37 @@ class Life:
             Interrupted: the request was to begin anew.
         """
         request = asyncio.ensure_future(work)
-        self._requests.add(request)
+        self._requests[request] = None
+        self._changed()
         try:
             if self.cause is None:
                 # Not awaited itself: a cancellation from outside is told from one by `end`.
-                await asyncio.wait({request})
+                ended = request.get_loop().create_future()
+                request.add_done_callback(lambda _: _set(ended))
+                await ended
             if self.cause is not None and (request.cancelled() or not request.done()):
                 raise EngineError(self.cause)
             if request in self._interrupted and (request.cancelled() or request.exception() is not None):
                 raise Interrupted
             return request.result()
         finally:
-            self._requests.discard(request)
-            self._interrupted.discard(request)
-            request.cancel()
+            del self._requests[request]
+            self._interrupted.pop(request, None)
+            self._changed()
+            _drop(request)
+
+
+def _set(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
+
+
+def _drop(request: asyncio.Future[Any]) -> None:
+    """Ends a request, whose outcome nobody looks at any more; so it is not told as an error that was missed, either."""
+    if request.cancel():
+        request.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    elif not request.cancelled():
+        request.exception()
 
 
 class Member:
@@ -89,6 +110,8 @@ class Member:
         engine: not yet opened.
         max_running: requests that it gets at a time.
         vocabulary: its tokens are below.
+        clock: of the event loop, in seconds.
+        changed: is called when it may have more or less room for requests than before.
         note: is told what happened, for people.
 
     Attributes:
@@ -101,13 +124,24 @@ class Member:
         failures: since the last good answer.
         repaired: updates that were torn and made anew.
         taken_bytes: of its last update, over all of its ranks.
-        since_s: of the state.
+        since_s: of the state, by the clock.
         taking: held while it takes weights.
     """
 
-    def __init__(self, engine: ServedEngine, *, max_running: int, vocabulary: int, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: ServedEngine,
+        *,
+        max_running: int,
+        vocabulary: int,
+        clock: Callable[[], float],
+        changed: Callable[[Member], None],
+        note: Callable[[str], None],
+    ) -> None:
         self.engine = engine
-        self.life = Life()
+        self._clock = clock
+        self._changed = lambda: changed(self)
+        self.life = Life(self._changed)
         self.taken: Update | None = None
         self.is_leaving = False
         self.is_asleep = False
@@ -115,7 +149,7 @@ class Member:
         self.cause = ""
         self.failures = 0
         self.repaired = self.taken_bytes = 0
-        self.since_s = time.time()
+        self.since_s = clock()
         self.taking = asyncio.Lock()
         self._state: State = "starting"
         self._max_running = max_running
@@ -143,9 +177,14 @@ class Member:
         """Requests that it could take now."""
         return self._max_running - self.life.running if self.state == "serving" else 0
 
+    def begin_to_leave(self) -> None:
+        """It gets no more requests."""
+        self.is_leaving = True
+        self._changed()
+
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
-        life = self._become("starting").life = Life()
+        life = self._become("starting").life = Life(self._changed)
         self.taken, self.is_asleep, self.engine.records = None, False, True
         await self.engine.open()
         if life.cause is None:
@@ -221,7 +260,8 @@ class Member:
 
     def _become(self, state: State) -> Member:
         if self._state != "gone":
-            self._state, self.since_s = state, time.time()
+            self._state, self.since_s = state, self._clock()
+        self._changed()
         return self
 
     def _check(self, chunk: Chunk, room: int, first: int | None) -> None:
