@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.aggregations import AGGREGATIONS, prompt_mean, seq_mean_token_sum_norm
+from verl.algorithms.aggregations import AGGREGATIONS, DENOMINATORS, prompt_mean, seq_mean_token_sum_norm
 from verl.algorithms.binding import bind
 from verl.settings import Choice
 
@@ -84,3 +84,34 @@ def test_padding_changes_no_weight(aggregation, seed, padding):
 def test_shuffling_rows_shuffles_weights(aggregation, seed):
     mask, order = random_columns(seed)["mask"], torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(weights_of(aggregation, mask[order], GROUPS[order]), weights_of(aggregation, mask)[order])
+
+
+def denominator_of(aggregation, mask, group_ids):
+    return int(bind(Choice(name=aggregation), DENOMINATORS)({"mask": mask, "group_ids": group_ids}))
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("token_mean", 4), ("seq_mean_token_mean", 2), ("prompt_mean", 1), ("seq_mean_token_sum", 2), ("seq_mean_token_sum_norm", 2)],
+)
+def test_denominators_by_hand(aggregation, expected):
+    assert denominator_of(aggregation, MASK, torch.tensor([5, 5, 2])) == expected
+    assert denominator_of(aggregation, torch.zeros_like(MASK), torch.tensor([5, 5, 2])) == 0
+
+
+@EVERY_SUM
+@given(seed=SEEDS, prompts=st.integers(1, 5), cut=st.integers(0, 4))
+def test_weights_of_portions_times_their_denominators_are_those_of_the_whole(aggregation, seed, prompts, cut):
+    generator = torch.Generator().manual_seed(seed)
+    group_ids = torch.randint(prompts, (9,), generator=generator)
+    mask = (torch.rand(9, 5, generator=generator) < 0.4) & (torch.rand(9, 1, generator=generator) < 0.7)
+    portions = [(group_ids % 2 == 0) & (group_ids < cut), (group_ids % 2 == 1) & (group_ids < cut), group_ids >= cut]
+    gathered, total = torch.zeros(9, 5), max(1, denominator_of(aggregation, mask, group_ids))
+    for rows in (rows for rows in portions if rows.any()):
+        own = denominator_of(aggregation, mask[rows], group_ids[rows])
+        gathered[rows] = weights_of(aggregation, mask[rows], group_ids[rows]) * own / total
+    torch.testing.assert_close(gathered, weights_of(aggregation, mask, group_ids))
+
+
+def test_every_aggregation_has_its_denominator():
+    assert DENOMINATORS.keys() == AGGREGATIONS.keys()

@@ -1,4 +1,8 @@
-"""The weight of each token in the loss of an optimizer batch; losses of any split of it then add up."""
+"""The weight of each token in the loss of an optimizer batch; losses of any split of it then add up.
+
+A batch may also come in portions that do not know of each other, groups whole: the weights of a portion by itself times its denominator
+over the sum of all denominators are those of the whole batch. The denominators are beside the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,12 @@ def token_mean(mask: Tensor) -> Tensor:
     Returns:
         [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
     """
-    return mask.float() / mask.sum().clamp(min=1)
+    return mask.float() / num_tokens(mask).clamp(min=1)
+
+
+def num_tokens(mask: Tensor) -> Tensor:
+    """[] int64, sampled tokens of [B, T]: the denominator of `token_mean`."""
+    return mask.sum()
 
 
 def seq_mean_token_mean(mask: Tensor) -> Tensor:
@@ -33,7 +42,12 @@ def seq_mean_token_mean(mask: Tensor) -> Tensor:
     Returns:
         [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
     """
-    return mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1) / _num_rows(mask)
+    return mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1) / num_rows(mask).clamp(min=1)
+
+
+def num_rows(mask: Tensor) -> Tensor:
+    """[] int64, rows of [B, T] with at least one sampled token: the denominator of the means over rows."""
+    return mask.any(dim=1).sum()
 
 
 def prompt_mean(mask: Tensor, group_ids: Tensor) -> Tensor:
@@ -48,9 +62,19 @@ def prompt_mean(mask: Tensor, group_ids: Tensor) -> Tensor:
     Returns:
         [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
     """
+    tokens, groups = _tokens_of_prompts(mask, group_ids)
+    return mask.float() / tokens[groups].clamp(min=1)[:, None] / num_prompts(mask, group_ids).clamp(min=1)
+
+
+def num_prompts(mask: Tensor, group_ids: Tensor) -> Tensor:
+    """[] int64, prompts with at least one sampled token in [B, T], by the ids [B] of the rows: the denominator of `prompt_mean`."""
+    return (_tokens_of_prompts(mask, group_ids)[0] > 0).sum()
+
+
+def _tokens_of_prompts(mask: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] int64, sampled tokens of each prompt, 0 behind the last; and [B] int64, the place of each row's prompt among them."""
     _, groups = torch.unique(group_ids, return_inverse=True)
-    tokens = torch.zeros(len(groups), dtype=torch.int64, device=mask.device).index_add(0, groups, mask.sum(1))
-    return mask.float() / tokens[groups].clamp(min=1)[:, None] / (tokens > 0).sum().clamp(min=1)
+    return torch.zeros(len(groups), dtype=torch.int64, device=mask.device).index_add(0, groups, mask.sum(1)), groups
 
 
 def seq_mean_token_sum(mask: Tensor) -> Tensor:
@@ -64,7 +88,7 @@ def seq_mean_token_sum(mask: Tensor) -> Tensor:
     Returns:
         [B, T] fp32, 0 at masked positions; the loss of any part of the batch is (loss * weights).sum().
     """
-    return mask.float() / _num_rows(mask)
+    return mask.float() / num_rows(mask).clamp(min=1)
 
 
 def seq_mean_token_sum_norm(mask: Tensor, *, length: int) -> Tensor:
@@ -84,12 +108,7 @@ def seq_mean_token_sum_norm(mask: Tensor, *, length: int) -> Tensor:
     """
     if length < 1:
         raise ValueError(f"need length >= 1 token, got {length}; set it to the longest answer")
-    return mask.float() / _num_rows(mask) / length
-
-
-def _num_rows(mask: Tensor) -> Tensor:
-    """[] int64, rows with at least one sampled token, or 1 if there are none, so that no weight is NaN."""
-    return mask.any(dim=1).sum().clamp(min=1)
+    return mask.float() / num_rows(mask).clamp(min=1) / length
 
 
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
@@ -98,4 +117,12 @@ AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     "prompt_mean": prompt_mean,
     "seq_mean_token_sum": seq_mean_token_sum,
     "seq_mean_token_sum_norm": seq_mean_token_sum_norm,
+}
+# What the whole batch has in the denominator of its weights, so that portions can be brought together; called as the aggregation is.
+DENOMINATORS: dict[str, Callable[..., Tensor]] = {
+    "token_mean": num_tokens,
+    "seq_mean_token_mean": num_rows,
+    "prompt_mean": num_prompts,
+    "seq_mean_token_sum": num_rows,
+    "seq_mean_token_sum_norm": num_rows,
 }
