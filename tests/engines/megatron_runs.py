@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.engines.sharded_runs import CPU, algorithm_of, role_config, steps, worker_on
+from tests.engines.sharded_runs import CPU, algorithm_of, role_config, steps, stream_case, worker_on
 from tests.training import rows_to_learn
 from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
@@ -53,6 +53,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_all(groups: dict[str, list[dict[str, Any]]], folder: str) -> dict[str, Any]:
     """Everything that is tried on one number of ranks, by what is done with a case."""
     todo = {"run": run_case, "save": save_case, "load": load_case, "not_finite": not_finite, "together": together, "broken": broken}
+    todo["stream"] = streamed
     return {f"{what} {case['name']}": todo[what](case, Path(folder)) for what, cases in groups.items() for case in cases}
 
 
@@ -120,6 +121,13 @@ def update_with(engine: Any, case: dict[str, Any], advantage: float) -> dict[str
         return worker_on(engine, case).update(*(by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0)
     except NotFiniteError as error:
         return str(error)
+
+
+def streamed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Steps in portions, and a whole one before and after them; then bad ones."""
+    engine = engine_on(case)
+    before = trained(engine, {**case, "minibatches": 1}, 1)
+    return {"before": before, **stream_case(case, engine, UPDATES)}
 
 
 def together(case: dict[str, Any], folder: Path) -> dict[str, Any]:

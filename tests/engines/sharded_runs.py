@@ -11,17 +11,22 @@ from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
 from verl.algorithms.compose import Algorithm
 from verl.controller.dispatch import by_plan
+from verl.data.batch import Batch
 from verl.data.packing import Plan, balance
+from verl.engines.base import NotFiniteError
 from verl.engines.fsdp import sharded_engine
 from verl.engines.loading import export_model
 from verl.engines.local import LocalEngine
 from verl.engines.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.streaming import Portions
 from verl.engines.workers import CriticWorker, PolicyWorker, write_weights
 from verl.rollout.actor import ActorWorker
 from verl.settings import AlgorithmConfig, Choice, LoraConfig, OptimizerConfig, ParallelConfig, RoleConfig
 from verl.utils.rollout import SamplingParams
 
 UPDATES = 5
+# Of the six rows, whole prompts each; with four ranks some have no row of a portion.
+PORTIONS = ([4, 5], [2, 0], [1, 3])
 CPU = torch.device("cpu")
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=0.05)
 
@@ -75,6 +80,40 @@ def steps(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates:
             own = by_plan((batch, plan), num_ranks)[rank] if num_ranks > 1 else (batch, plan)
         history.append(worker.update(*own, 0.0))
     return history
+
+
+def streamed_step(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, batch: Batch) -> dict[str, float]:
+    """One update from rows that come in three portions; between two of them the model is read, and made whole as it is to generate."""
+    portions = Portions(algorithm_of(case), num_groups=3)
+    for rows in PORTIONS:
+        portion = batch.select(rows)
+        first_row = portions.add(portion)
+        plan = balance(portion.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
+        own = by_plan((portion, plan), num_ranks)[rank] if num_ranks > 1 else (portion, plan)
+        worker.accumulate(*own, 0.0, first_row)
+        worker.write(*own)
+        with worker.engine.whole_weights():
+            pass
+    return worker.finish(portions.policy_scale)
+
+
+def stream_case(case: dict[str, Any], engine: Any, updates: int) -> dict[str, Any]:
+    """Steps in portions; then bad ones, in which row 0 of the second portion has no finite loss, until the engine gives up."""
+    worker, rank, num_data = worker_on(engine, case), engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    history = [streamed_step(worker, num_data, case, rank, rows_to_learn(with_padding=True)) for _ in range(updates)]
+    whole = {name: tensor.clone() for name, tensor in engine.whole_tensors()}
+    batch = rows_to_learn(with_padding=True)
+    for name in ("advantages", "returns"):
+        batch.write(name, torch.where(torch.arange(6)[:, None] == 0, torch.nan, batch[name]))
+    try:
+        bad = [streamed_step(worker, num_data, case, rank, batch) for _ in range(3)]
+    except NotFiniteError as error:
+        return {"history": history, "weights": whole, "data": num_data, "error": str(error)}
+    return {"bad": bad}
+
+
+def stream_cases(cases: list[dict[str, Any]], updates: int) -> dict[str, Any]:
+    return {case["name"]: stream_case(case, engine_on(case["source"], case), updates) for case in cases}
 
 
 def trained_weights(model: Backbone, folder: Path) -> dict[str, torch.Tensor]:

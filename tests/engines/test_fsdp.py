@@ -158,3 +158,23 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_by_two_and_at_one(sources, tm
     alone = local_engine_on(source, {})
     alone.load(Path(model))
     assert steps(worker_on(alone, {}), 4, {}, -1, updates=1)[0] == pytest.approx(going_on[0], rel=1e-5, abs=1e-7)
+
+
+STREAMED = {2: ["data 2", "data 2, value", "data 2, low rank", "tensor 2"], 4: ["data 4", "tensor 2 x data 2", "hybrid shard 2 x 2"]}
+
+
+@pytest.mark.parametrize("num_ranks", STREAMED)
+def test_a_step_in_portions_is_that_of_one_process_over_all_rows(num_ranks, sources):
+    cases = [{**case_of(name, sources), "name": name, "minibatches": 1} for name in STREAMED[num_ranks]]
+    ranks = on_ranks("tests.engines.sharded_runs:stream_cases", num_ranks, cases, 3)
+    for case in cases:
+        engine = local_engine_on(case["source"], case)
+        expected = steps(worker_on(engine, case), ranks[0][case["name"]]["data"], case, -1, updates=3)
+        weights = dict(engine.whole_tensors())
+        for rank in (rank[case["name"]] for rank in ranks):
+            for ours, theirs in zip(rank["history"], expected, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+            for key, value in weights.items():
+                torch.testing.assert_close(rank["weights"][key], value, rtol=1e-5, atol=2e-6)
+            # Ranks that cannot ask each row alone name its micro-batch.
+            assert "not finite in 3 updates in a row, the last time for row" in rank["error"] and " 3" in rank["error"]

@@ -66,6 +66,11 @@ FOUR: dict[str, dict[str, Any]] = {
     "experts 2 x pipeline 2": {"parallel": P2, "family": "mixtral", "options": {"expert": 2}},
 }
 CASES = {**TWO, **FOUR}
+# Cases whose steps also come in portions, by their number of ranks.
+STREAMED = {
+    2: ["data 2", "data 2, overlapped", "tensor 2, value", "pipeline 2, interleaved", "experts 2"],
+    4: ["tensor 2 x pipeline 2", "tensor 2 x data 2", "pipeline 2 x data 2", "data 4"],
+}
 # A checkpoint by its name: ranks and grid that write it; and the ranks and grids that read one.
 SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "policy": (4, {"parallel": T2P2}),
@@ -82,6 +87,12 @@ LOADED: list[tuple[int, dict[str, Any]]] = [
     (2, {"saved": "experts", "family": "mixtral", "parallel": P2}),
     (2, {"saved": "bf16", "parallel": T2, "precision": "bf16"}),
 ]
+
+
+def case_for(name: str) -> dict[str, Any]:
+    """A case of the tables, or of its grid alone."""
+    own = {"pipeline 2 x data 2": {"parallel": P2}, "data 4": {}}
+    return own[name] if name in own else CASES[name]
 
 
 def named(table: dict[str, dict[str, Any]], sources: dict[str, str]) -> list[dict[str, Any]]:
@@ -128,8 +139,10 @@ def ran(sources, folder) -> dict[str, list[Any]]:
         **checkpoints(4, sources),
         "broken": [{**policy, "saved": "policy"}],
         "not_finite": [{**policy, "parallel": P2}],
+        "stream": named({name: case_for(name) for name in STREAMED[4]}, sources),
     }
     two = {"run": named(TWO, sources), **checkpoints(2, sources), "together": [{**policy, "parallel": T2}]}
+    two["stream"] = named({name: case_for(name) for name in STREAMED[2]}, sources)
     results: dict[str, list[Any]] = {}
     for num_ranks, groups in ((4, four), (2, two)):
         ranks = on_ranks("tests.engines.megatron_runs:run_all", num_ranks, groups, str(folder), limit_s=400)
@@ -218,6 +231,20 @@ def test_all_ranks_refuse_a_checkpoint_from_which_a_file_is_lost(ran):
     messages = ran["broken policy"]
     assert len(set(messages)) == 1
     assert "is broken" in messages[0] and "rank-00001" in messages[0] and "checkpoint.resume" in messages[0]
+
+
+@pytest.mark.parametrize("name", [name for names in STREAMED.values() for name in names])
+def test_a_step_in_portions_is_that_of_one_process_over_all_rows(name, ran, sources):
+    case, ranks = {**case_for(name), "minibatches": 1}, ran[f"stream {name}"]
+    engine = local_engine_on(sources[case.get("family", "qwen2")], case)
+    expected = steps(worker_on(engine, case), ranks[0]["data"], case, -1, updates=1 + UPDATES)
+    weights = dict(engine.whole_tensors())
+    for rank in ranks:
+        for ours, theirs in zip(rank["before"] + rank["history"], expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+        for key, value in weights.items():
+            torch.testing.assert_close(rank["weights"][key], value, rtol=1e-5, atol=2e-6)
+        assert "not finite in 3 updates in a row, the last time for row" in rank["error"] and " 3" in rank["error"]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(ran):

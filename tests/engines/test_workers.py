@@ -247,6 +247,14 @@ def test_the_teacher_writes_its_most_likely_tokens_and_what_it_thinks_of_the_sam
     torch.testing.assert_close(batch.ragged("teacher_logprobs").row(3), own, rtol=1e-5, atol=1e-5)
 
 
+def test_a_rank_without_rows_writes_columns_of_none():
+    batch, nothing = rows_to_learn().select([]), one_update([])
+    worker = policy(advantage=Choice(name="optimal_token_baseline"))
+    for writer in (worker, TeacherWorker(local_engine(), temperature=1.0, chunk=100, top_k=3)):
+        written = writer.write(batch, nothing)
+        assert written.num_rows == 0 and len(written.names) in (2, 3)
+
+
 def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_not_comes_nearer():
     loss = Choice(name="forward_kl_topk")
     for seed, expected in ((0, pytest.approx(0, abs=1e-6)), (1, pytest.approx(1, abs=1))):

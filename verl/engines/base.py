@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,26 @@ def combined(name: str, one: Any, other: Any) -> Any:
 
 class NotFiniteError(RuntimeError):
     """Too many updates in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass
+class Accumulated:
+    """What an update that is not finished has come to on one rank, beside its gradients.
+
+    Attributes:
+        totals: the loss and the monitors so far, scalars by name.
+        bad: numbers of the rows whose loss is not finite.
+        rows: numbers of all rows so far.
+    """
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    bad: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, loss: Tensor, monitors: Mapping[str, Tensor]) -> None:
+        """Takes in a micro-batch."""
+        for name, value in {"loss": loss.detach(), **monitors}.items():
+            self.totals[name] = combined(name, self.totals[name], value) if name in self.totals else value
 
 
 class ForwardEngine(ABC):
@@ -109,7 +130,13 @@ class ForwardEngine(ABC):
 
 
 class TrainEngine(ForwardEngine):
-    """A model that is trained, with its optimizer."""
+    """A model that is trained, with its optimizer.
+
+    Attributes:
+        accumulates: whether an update may come in portions, by `accumulate` and `finish`.
+    """
+
+    accumulates: bool = False
 
     @abstractmethod
     def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
@@ -124,6 +151,35 @@ class TrainEngine(ForwardEngine):
         Raises:
             NotFiniteError: see above; names the rows.
         """
+
+    def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
+        """Adds the gradient of a portion of an update to those of the portions before it; weights and optimizer stay.
+
+        All ranks take part in every portion, as in an update. Between portions the model may be read, by `infer` or to generate.
+
+        Raises:
+            ValueError: this engine makes whole updates only.
+        """
+        raise ValueError(f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next")
+
+    def finish(self, scale: float = 1.0) -> dict[str, float]:
+        """The update with everything that was accumulated since the last one, as if `update` had been given all of it at once.
+
+        Args:
+            scale: of the loss and its gradient: what the portions could not know, such as 1 / (tokens of all of them). Monitors
+                are sums, and stay.
+
+        Returns:
+            See `update`.
+
+        Raises:
+            NotFiniteError: see `update`.
+        """
+        raise ValueError(f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next")
+
+    def discard(self) -> None:
+        """Forgets what was accumulated; the next portion begins an update."""
+        return
 
     @abstractmethod
     def save(self, folder: Path) -> Callable[[], None]:

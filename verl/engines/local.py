@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from verl.data.batch import Batch, ModelInput, present_mask
-from verl.engines.base import ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine, combined
+from verl.engines.base import Accumulated, ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine, combined
 from verl.engines.loading import export_model
 from verl.engines.lora import add_low_rank, has_additions, reset_additions
 from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
@@ -183,6 +183,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         total_updates: of the whole run, for the schedule.
     """
 
+    accumulates = True
+    _accumulated: Accumulated | None = None
+
     def __init__(self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int) -> None:
         if config.lora.rank:
             add_low_rank(model.transformer, config.lora)
@@ -192,9 +195,17 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
         """See `TrainEngine.update`."""
-        self._optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
-        bad: list[int] = []
+        self.discard()
+        self.accumulate(batch, micro_batches, objective)
+        return self.finish()
+
+    def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
+        """See `TrainEngine.accumulate`."""
+        if self._accumulated is None:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._accumulated = Accumulated()
+        so_far = self._accumulated
+        so_far.rows += batch.row_ids[[row for rows in micro_batches for row in rows]].tolist()
         for rows in micro_batches:
             if not rows:
                 self._for_company()
@@ -202,20 +213,31 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             micro = batch.select(rows)
             loss, monitors = self._forward(objective, micro, self._inputs(micro))
             if not torch.isfinite(loss):
-                bad += self._culprits(batch, rows, objective)
+                so_far.bad += self._culprits(batch, rows, objective)
             # Also of a loss that is no number: other ranks may wait for this backward pass.
             self._backward(self._scale.scaled(loss))
-            for name, value in {"loss": loss.detach(), **monitors}.items():
-                totals[name] = combined(name, totals[name], value) if name in totals else value
-        metrics, bad = self._over_ranks({name: float(value) for name, value in totals.items()}, bad)
+            so_far.add(loss, monitors)
+
+    def finish(self, scale: float = 1.0) -> dict[str, float]:
+        """See `TrainEngine.finish`."""
+        so_far, self._accumulated = self._accumulated, None
+        assert so_far is not None, "an update is finished once, after its portions"
+        metrics, bad = self._over_ranks({name: float(value) for name, value in so_far.totals.items()}, so_far.bad)
         if bad:
             return self._skipped("loss", bad)
+        if scale != 1:
+            self._rescale(scale)
+            metrics["loss"] *= scale
         lr = float(self._schedule.get_last_lr()[0])  # of this update; the step moves it on
         grad_norm = self._step()
         if not math.isfinite(grad_norm):
-            return metrics | self._skipped("gradient", batch.row_ids[[row for rows in micro_batches for row in rows]].tolist())
+            return metrics | self._skipped("gradient", so_far.rows)
         self._bad_updates = 0
         return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
+
+    def discard(self) -> None:
+        """See `TrainEngine.discard`."""
+        self._accumulated = None
 
     def save(self, folder: Path) -> Callable[[], None]:
         """See `TrainEngine.save`."""
@@ -273,6 +295,17 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         own = {name: [sums[name] for sums, _ in ranks if name in sums] for name in names}
         return {name: reduce(partial(combined, name), values) for name, values in own.items()}, [row for _, rows in ranks for row in rows]
 
+    @torch.no_grad()
+    def _rescale(self, scale: float) -> None:
+        """Multiplies every gradient, in place."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            raise RuntimeError(
+                f"need gradients beside the parameters to rescale, found none in {type(self).__name__}; train on whole updates"
+            )
+        for gradient in gradients:
+            gradient.mul_(scale)
+
     def _step(self) -> float:
         """Clips, steps if the gradient is finite, and returns its norm before clipping."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -309,4 +342,5 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     def _culprits(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
         """The numbers of the rows whose own loss is not finite; of all, if only their sum is not."""
         alone = {row: self._forward(objective, batch.select([row]), self._inputs(batch.select([row])))[0] for row in rows}
-        return [row for row, loss in alone.items() if not torch.isfinite(loss)] or list(rows)
+        bad = [row for row, loss in alone.items() if not torch.isfinite(loss)] or list(rows)
+        return batch.row_ids[bad].tolist()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
-from verl.engines.base import ForwardEngine, Objective, Outputs, combined
+from verl.engines.base import Accumulated, ForwardEngine, Objective, Outputs
 from verl.engines.loading import model_folder
 from verl.engines.local import LocalEngine, LossScale, lr_factor
 from verl.engines.megatron_checkpoint import (
@@ -37,6 +36,7 @@ from verl.engines.megatron_checkpoint import (
     set_steps,
 )
 from verl.engines.megatron_files import export_folder, fill_from_folder, whole_tensors
+from verl.engines.megatron_gradients import Gradients
 from verl.engines.megatron_grid import Extents, Grid, make_grid
 from verl.engines.megatron_model import Chunks, Line, MegatronPolicy, MegatronValue, make_chunks, transformer_config
 from verl.engines.megatron_weights import Anatomy, Share, check_divisible
@@ -354,22 +354,15 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         self._config = self._role
         self._total_updates, self._updates, self._bad_updates = total_updates, 0, 0
         self._scale = LossScale(enabled=False)
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
+        self._gradients = Gradients(
+            list(self.model.transformer.children()),
+            self._megatron_config,
             bucket_size=own_options["bucket_size"],
-            overlap_grad_reduce=own_options["overlap_grad_reduce"],
+            overlap=own_options["overlap_grad_reduce"],
         )
-        self._replicated = [
-            DistributedDataParallel(self._megatron_config, ddp_config, chunk, disable_bucketing=number > 0)
-            for number, chunk in enumerate(self.model.transformer.children())
-        ]
-        self._running = list(self._replicated)
+        self._running = list(self._gradients.replicated)
         self.model.train()
         self._optimizer: Any = self._new_optimizer()
-        no_sync = [chunk.no_sync for chunk in self._replicated]
-        self._megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._megatron_config.finalize_model_grads_func = _summed_gradients
 
     def _new_optimizer(self) -> Any:
         config = self._role.optimizer
@@ -385,7 +378,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             bf16=self._role.precision == "bf16",
             params_dtype=self._megatron_config.params_dtype,
         )
-        optimizer = get_megatron_optimizer(settings, self._replicated)
+        optimizer = get_megatron_optimizer(settings, self._gradients.replicated)
         for group in optimizer.param_groups:
             # Vectors do not decay (https://arxiv.org/abs/1711.05101); Megatron-Core leaves that to its own scheduler.
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
@@ -393,32 +386,64 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
 
     def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
         """See `TrainEngine.update`."""
-        totals: dict[str, Tensor] = {}
-        bad: list[int] = []
+        self._begin()
+        self._add(batch, micro_batches, objective)
+        return self._finished(1.0)
+
+    def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
+        """See `TrainEngine.accumulate`; data ranks sum their gradients in `finish`."""
+        if self._accumulated is None:
+            self._begin()
+        with self._gradients.apart():
+            self._add(batch, micro_batches, objective)
+
+    def finish(self, scale: float = 1.0) -> dict[str, float]:
+        """See `TrainEngine.finish`."""
+        assert self._accumulated is not None, "an update is finished once, after its portions"
+        with self._grid.active():
+            self._gradients.sum()
+        return self._finished(scale)
+
+    def _begin(self) -> None:
+        self._accumulated = Accumulated()
+        with self._grid.active():
+            self._gradients.zero()
+            self._optimizer.zero_grad()
+
+    def _add(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
+        """Forward and backward; gradients are added to those that are there."""
+        so_far = self._accumulated
+        assert so_far is not None
+        so_far.rows += batch.row_ids[[row for rows in micro_batches for row in rows]].tolist()
 
         def evaluate(rows: Sequence[int], micro: Batch, inputs: ModelInput) -> Tensor:
             if not rows:
                 return self.model.nothing(inputs)
             loss, monitors = objective(micro, inputs)
             if not torch.isfinite(loss):
-                bad.extend(batch.row_ids[list(rows)].tolist())
-            for name, value in {"loss": loss.detach(), **monitors}.items():
-                totals[name] = combined(name, totals[name], value) if name in totals else value
+                so_far.bad.extend(batch.row_ids[list(rows)].tolist())
+            so_far.add(loss, monitors)
             return loss
 
         with self._grid.active():
-            for chunk in self._replicated:
-                chunk.zero_grad_buffer()
-            self._optimizer.zero_grad()
             self._run(batch, micro_batches, evaluate, forward_only=False)
-            own = self._over_ranks({name: float(value) for name, value in totals.items()}, bad)
+
+    def _finished(self, scale: float) -> dict[str, float]:
+        """Makes the update, with gradients that are summed over ranks."""
+        so_far, self._accumulated = self._accumulated, None
+        assert so_far is not None
+        with self._grid.active():
+            own = self._over_ranks({name: float(value) for name, value in so_far.totals.items()}, so_far.bad)
             metrics, bad = self._from_collector(own)
             if bad:
                 return self._skipped("loss", bad)
+            if scale != 1:
+                self._gradients.scale(scale)
+                metrics["loss"] *= scale
             lr = self._role.optimizer.lr * lr_factor(self._updates, self._role.optimizer, self._total_updates)
             grad_norm = self._step_at(lr)
         if not math.isfinite(grad_norm):
-            return metrics | self._skipped("gradient", batch.row_ids[[row for rows in micro_batches for row in rows]].tolist())
+            return metrics | self._skipped("gradient", so_far.rows)
         self._bad_updates = 0
         return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
 
@@ -461,7 +486,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             error = found
         agreed(error)
         with self._grid.active():
-            publish_weights(self._optimizer, self._replicated)
+            publish_weights(self._optimizer, self._gradients.replicated)
 
     def _parts(self) -> list[Any]:
         """What of the weights this rank updates, with the optimizer's states for it."""
@@ -471,8 +496,3 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         """What a checkpoint must say of its model."""
         shapes = {**self._anatomy.shapes, **self._anatomy.head_shapes}
         return {"kind": f"{self.config.model_type} {self._anatomy.kind}", "shapes": digest(shapes)}
-
-
-def _summed_gradients(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Gradients summed over data ranks, tied weights and shared places; a loss has its denominator already."""
-    finalize_model_grads(chunks, None, **options)

@@ -15,17 +15,15 @@ from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, Tran
 from verl.controller.group import Worker
 from verl.data.batch import Batch, ModelInput, Ragged, present_mask
 from verl.data.packing import Plan
-from verl.engines.base import MAX_SUFFIX, ForwardEngine, Objective, TrainEngine
+from verl.engines.base import ForwardEngine, Objective, TrainEngine
 from verl.engines.models import PolicyModel, ValueModel, at_targets, entropies
+from verl.engines.updates import MicroBatches, counted, mean_over, per_token, run_updates
 from verl.utils.device import memory_bytes
 
 # Columns without which no model can run on rows.
 MODEL_COLUMNS = ("prompt_ids", "response_ids", "mask")
 _OF_MINIBATCH = ("weights", "row_weights", "correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
-MicroBatches = Sequence[Sequence[int]]
 _AT_FIRST = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")
-# Monitor that counts the sampled tokens of a minibatch on all ranks.
-_TOKENS = "sampled_tokens"
 
 
 def _fullest(results: Sequence[dict[str, float]], arguments: object) -> dict[str, float]:
@@ -79,15 +77,71 @@ class Writer(RoleWorker):
 
 
 class Learner(Writer):
-    """A role that is trained."""
+    """A role that is trained.
+
+    Args:
+        engine: of the model.
+        algorithm: what to minimise.
+        epochs: passes over the rows.
+    """
 
     engine: TrainEngine
+    _prefix = ""
     _saving: Future[None] | None = None
+
+    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, epochs: int) -> None:
+        super().__init__(engine)
+        self._algorithm = algorithm
+        self._epochs = epochs
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
-        """Runs every update of a step on rows that have their weights, and returns metrics, the same on all ranks."""
+        """Runs every update of a step on rows that have their weights.
+
+        Returns:
+            Metrics, means over sampled tokens and over updates, the same on all ranks.
+        """
+        return self._named(mean_over(run_updates(self.engine, batch, plan, self._objective(kl_coef), self._epochs)))
+
+    @register(PLANNED_METRICS)
+    def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
+        """Runs forward and backward on a portion of the rows of a step of one update; see `verl.engines.streaming`.
+
+        Args:
+            batch: rows that have their weights, up to the factor that `finish` is given.
+            plan: of one minibatch.
+            kl_coef: as for `update`, the same for all portions.
+            first_row: number of the first row of the portion in the step.
+
+        Raises:
+            ValueError: the step has several updates, or its engine makes whole ones only.
+        """
+        if self._epochs > 1 or len(plan.minibatches) > 1:
+            raise ValueError(f"need one update for a step in portions, got epochs={self._epochs} and {len(plan.minibatches)} minibatches")
+        numbered = batch.only(batch.names)
+        numbered.write("row_ids", batch.row_ids + first_row)
+        self.engine.accumulate(numbered, plan.minibatches[0][0], counted(self._objective(kl_coef)))
+
+    @register(SAME_ON_ALL)
+    def finish(self, scale: float) -> dict[str, float]:
+        """Makes the update of the portions since the last one, with their loss times `scale`; returns what `update` does."""
+        return self._named(per_token(self.engine.finish(scale)))
+
+    @register(SAME_ON_ALL)
+    def discard(self) -> None:
+        """Forgets the portions since the last update."""
+        self.engine.discard()
+
+    @register(Transfer("ranks", broadcast, _all))
+    def accumulates(self) -> bool:
+        """Whether the engine takes an update in portions."""
+        return self.engine.accumulates
+
+    def _objective(self, kl_coef: float) -> Objective:
         raise NotImplementedError
+
+    def _named(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {f"{self._prefix}{name}": value for name, value in metrics.items()}
 
     @register(SAME_ON_ALL)
     def begin_save(self, folder: Path) -> None:
@@ -127,11 +181,9 @@ class PolicyWorker(Learner):
     """
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
-        super().__init__(engine)
-        self._algorithm = algorithm
+        super().__init__(engine, algorithm, epochs=epochs)
         # Greedy answers have the logprobs of the model's own distribution.
         self._temperature = temperature or 1.0
-        self._epochs = epochs
         self._chunk = chunk
         self._reads = policy_reads(algorithm)
         self._reads_top = "top_logprobs" in algorithm.policy_loss.columns
@@ -153,7 +205,7 @@ class PolicyWorker(Learner):
 
         written = self.engine.infer(batch, plan_rows(plan), lambda inputs: self._reduced(inputs, outputs)[0])
         names = ["trainer_logprobs", *(["sum_squared_probs"] if squares else [])]
-        return over_response(batch, {name: written[..., i] for i, name in enumerate(names)})
+        return over_response(batch, dict(zip(names, _several(written, batch, len(names)).unbind(-1), strict=True)))
 
     @register(PLANNED)
     def write_reference(self, batch: Batch, plan: Plan) -> Batch:
@@ -164,7 +216,21 @@ class PolicyWorker(Learner):
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
-        """Minimises the policy loss; the metrics are means over sampled tokens and over updates."""
+        """Minimises the policy loss."""
+        needs_whole = self._algorithm.needs_whole_minibatch
+        before = self._write_gradients if needs_whole and not self._has_whole_minibatches(plan) else None
+        updates = run_updates(self.engine, batch, plan, self._objective(kl_coef), self._epochs, before)
+        # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
+        return mean_over(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
+
+    @register(PLANNED_METRICS)
+    def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
+        """See `Learner.accumulate`."""
+        if self._algorithm.needs_whole_minibatch:
+            raise ValueError(f"need whole updates for {self._algorithm.policy_loss.name}, whose statistics are over all rows of one")
+        super().accumulate(batch, plan, kl_coef, first_row)
+
+    def _objective(self, kl_coef: float) -> Objective:
         algorithm = self._algorithm
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -175,10 +241,7 @@ class PolicyWorker(Learner):
                 columns["top_logprobs"] = _padded(top[0], inputs)
             return algorithm.policy_objective(columns, _padded(entropy, inputs), kl_coef)
 
-        before = self._write_gradients if algorithm.needs_whole_minibatch and not self._has_whole_minibatches(plan) else None
-        updates = _run_updates(self.engine, batch, plan, objective, self._epochs, before)
-        # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
-        return _mean(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
+        return objective
 
     def _reduced(self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> tuple[Tensor, ...]:
         return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
@@ -217,13 +280,13 @@ class PolicyWorker(Learner):
 
 
 class CriticWorker(Learner):
-    """The critic: writes `values`, and learns."""
+    """The critic: writes `values`, and learns; its metrics are prefixed `critic/`."""
+
+    _prefix = "critic/"
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, vf_coef: float, epochs: int) -> None:
-        super().__init__(engine)
-        self._algorithm = algorithm
+        super().__init__(engine, algorithm, epochs=epochs)
         self._vf_coef = vf_coef
-        self._epochs = epochs
         self._reads = critic_reads(algorithm)
 
     @property
@@ -237,27 +300,23 @@ class CriticWorker(Learner):
         """`values`: of the state before each response token."""
         return over_response(batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)})
 
-    @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
-        """Minimises the value loss; metrics are prefixed `critic/`."""
-
+    def _objective(self, kl_coef: float) -> Objective:
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
             values = _padded(self.model.token_values(inputs), inputs)
             columns = _columns(rows, self._reads, values.device) | {"new_values": values}
             return self._algorithm.value_objective(columns, self._vf_coef)
 
-        metrics = _mean(_run_updates(self.engine, batch, plan, objective, self._epochs))
-        return {f"critic/{name}": value for name, value in metrics.items()}
+        return objective
 
 
 class ProcessRewardWorker(Learner):
-    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes."""
+    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes, as a critic does."""
+
+    _prefix = "critic/"
 
     def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
-        super().__init__(engine)
-        self._algorithm = algorithm
+        super().__init__(engine, algorithm, epochs=epochs)
         self._temperature = temperature or 1.0
-        self._epochs = epochs
         self._chunk = chunk
         self._reads = critic_reads(algorithm)
 
@@ -267,9 +326,7 @@ class ProcessRewardWorker(Learner):
         logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
         return over_response(batch, {"prm_logprobs": logprobs})
 
-    @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
-        """Minimises the loss of the outcomes; metrics are prefixed `critic/`."""
+    def _objective(self, kl_coef: float) -> Objective:
         model = self.engine.model
         assert isinstance(model, PolicyModel)
 
@@ -278,8 +335,7 @@ class ProcessRewardWorker(Learner):
             columns = _columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
             return self._algorithm.value_objective(columns, 1.0)
 
-        metrics = _mean(_run_updates(self.engine, batch, plan, objective, self._epochs))
-        return {f"critic/{name}": value for name, value in metrics.items()}
+        return objective
 
 
 class ReferenceWorker(Writer):
@@ -322,6 +378,7 @@ class TeacherWorker(Writer):
             plan_rows(plan),
             lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[0],
         )
+        written = _several(written, batch, 1 + 2 * k)
         columns = {"teacher_logprobs": written[..., 0]}
         if k:
             columns |= {"teacher_top_logprobs": written[..., 1 : k + 1], "teacher_top_ids": written[..., k + 1 :].long()}
@@ -344,6 +401,11 @@ def over_response(batch: Batch, columns: dict[str, Tensor]) -> Batch:
     """A batch of the same rows with the columns [B, T, ...] over their response tokens."""
     present = present_mask(batch.response_lengths)
     return Batch({name: Ragged(column[present], batch.response_lengths) for name, column in columns.items()})
+
+
+def _several(written: Tensor, batch: Batch, count: int) -> Tensor:
+    """[B, T, count] values of tokens that an engine wrote; of a rank without rows it cannot know how many of each."""
+    return written if batch.num_rows else written.new_zeros(0, 0, count)
 
 
 def policy_reads(algorithm: Algorithm) -> set[str]:
@@ -396,49 +458,6 @@ def with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
     short = Plan([kept(number) for number in range(len(plan.minibatches))])
     num_kept = sum(len(short.rows_of_minibatch(number)) for number in range(len(short.minibatches)))
     return short, {"skipped_rows_share": 1 - num_kept / batch.num_rows}
-
-
-def _run_updates(
-    engine: TrainEngine,
-    batch: Batch,
-    plan: Plan,
-    objective: Objective,
-    epochs: int,
-    before: Callable[[Batch, MicroBatches], dict[str, float]] | None = None,
-) -> list[dict[str, float]]:
-    """Every update of a step; sums of monitors become means over the sampled tokens of their minibatch.
-
-    `before` each update may add columns to the batch, and returns sums of monitors.
-    """
-
-    def counted(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, monitors = objective(rows, inputs)
-        return loss, monitors | {_TOKENS: rows["mask"].sum().to(loss.device)}
-
-    results = []
-    for _ in range(epochs):
-        for minibatch in plan.minibatches:
-            sums = before(batch, minibatch[0]) if before else {}
-            update = engine.update(batch, minibatch[0], counted)
-            count = max(1, update.pop(_TOKENS, 0))
-            if "loss" in update:  # else it was not finite, and neither are the monitors of it
-                update = sums | update
-            own = ("loss", "grad_norm", "lr", "skipped_updates")
-            is_mean = {name: name not in own and not name.endswith(MAX_SUFFIX) for name in update}
-            results.append({name: value / count if is_mean[name] else value for name, value in update.items()})
-    return results
-
-
-def _mean(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the updates that have it; skipped updates are summed."""
-    names = {name: None for update in updates for name in update}
-    metrics = {name: _mean_of([u[name] for u in updates if name in u]) for name in names}
-    metrics["skipped_updates"] = sum(u["skipped_updates"] for u in updates)
-    return metrics
-
-
-def _mean_of(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _in_order(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
