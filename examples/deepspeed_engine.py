@@ -205,6 +205,9 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
 class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
     """A model that is trained, its parameters, gradients and optimizer divided over the ranks (ZeRO-3)."""
 
+    # The gradients are DeepSpeed's, out of reach of the factor that portions need at the end.
+    accumulates = False
+
     def __init__(
         self, model: Backbone, config: RoleConfig, parallel: ParallelConfig, meshes: Meshes, *, device: torch.device, total_updates: int
     ) -> None:

@@ -240,8 +240,11 @@ class RolloutConfig(Section):
         "How weights travel to servers: gathered, into shared memory, over a process group or in files; direct: each rank of the policy sends "
         "its part; ipc: servers read them from the policy's GPU; auto: shm where it reaches a server, else group.",
     )
-    on_update: Literal["keep", "abort"] = setting(
-        "keep", "Requests that run when new weights come: kept, to go on with them; or aborted in the server, to begin anew."
+    on_update: Literal["keep", "recompute", "abort"] = setting(
+        "keep",
+        "Requests that run when new weights come: kept by the server, to go on with them; recompute: cut, and asked again with their tokens, "
+        "so that the new weights compute their cache; or aborted, to begin anew.",
+        source="AReaL, 2505.24298, 4.1",
     )
     max_slots: int = setting(256, "Answers generated at the same time by the embedded engine, or by each server.", unit="answers", ge=1)
     timeout_s: float = setting(60.0, "Silence of a server after which it counts as hung.", unit="s", gt=0)
@@ -282,6 +285,8 @@ class RewardsConfig(Section):
     max_failed_share: float = setting(0.5, "Share of a step's answers without a reward above which the run stops.", ge=0, le=1)
 
 
+# A step of a large model may take long, and what works in other processes does not say that it moves.
+STALL_LIMIT_S = 3600.0
 FailureClass = Literal["infrastructure", "data", "reward", "environment"]
 _RETRIES: dict[FailureClass, int] = {"infrastructure": 2, "data": 0, "reward": 1, "environment": 2}
 
@@ -315,7 +320,9 @@ class PipelineConfig(Section):
     max_failures_in_a_row: int = setting(
         16, "Groups that fail one after the other before the run stops with the cause.", unit="groups", ge=1
     )
-    stall_limit_s: float = setting(1800.0, "Time in which nothing moves before the run stops and says what it waits for.", unit="s", gt=0)
+    stall_limit_s: float = setting(
+        STALL_LIMIT_S, "Time in which nothing moves before the run stops and says what it waits for.", unit="s", gt=0
+    )
 
     @field_validator("retries")
     @classmethod

@@ -86,7 +86,7 @@ def test_a_step_without_any_reward_stops():
 
 
 def test_a_group_is_dead_if_its_rewards_are_all_equal():
-    groups = collector(Scripted("1", "1", "1", "2", "oops", "3"))._groups(["a", "b", "c"], 2, first=0)
+    groups = collector(Scripted("1", "1", "1", "2", "oops", "3"))._groups(["a", "b", "c"], 2)
     assert [is_dead(group) for group in groups] == [True, False, True]
 
 
@@ -154,7 +154,7 @@ def test_sampling_settings_reach_the_engine():
 def test_the_time_of_generation_and_of_rewards_is_taken_apart():
     collecting = collector(Scripted("1", "2"))
     collecting.collect(["a"], samples=2)
-    taken = collecting._clock.take()
+    taken = collecting.clock.take()
     assert taken.keys() == {"time/generate_s", "time/reward_s"}
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in taken.values())
 

@@ -152,7 +152,7 @@ class StopsOnce:
 
 
 def test_a_run_that_was_stopped_between_checkpoints_goes_on_from_the_last_one(letters, tmp_path):
-    settings = ["steps=6", "checkpoint.every_steps=2", "rewards.functions=[]", "rewards.max_failed_share=0.0"]
+    settings = ["steps=6", "checkpoint.every_steps=2", "rewards.functions=[]", "rewards.max_failed_share=0.0", "pipeline.retries.reward=0"]
     fitted("grpo", letters, tmp_path / "one", *settings, reward_fn=StopsOnce(0))
     with pytest.raises(RuntimeError, match="power cut"):
         fitted("grpo", letters, tmp_path / "two", *settings, reward_fn=StopsOnce(5 * 16))

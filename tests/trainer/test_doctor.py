@@ -33,7 +33,7 @@ CAUSES = {
     "one that nobody needs": (look(WORKS, parts=FAILED), "engine b is failed: out of memory; the others do its work"),
     "publishing": (look(waits("publishing", "engine b to take version 7", 20)), "new weights wait for engine b to take version 7"),
     "training is slower": (
-        look(WORKS, waits("generation", "room for more groups", 60)),
+        look(WORKS, waits("admission", "room for more groups", 60)),
         "training is slower than generation, which is ahead",
     ),
     "all work": (

@@ -26,7 +26,8 @@ class Admission:
     """How far generation may be ahead.
 
     At version v of the policy, with b batches taken of B groups each, at most (v + max_staleness + 1 - b) B + oversample groups are
-    outstanding: AReaL, https://arxiv.org/abs/2505.24298, equation 3. As each version is followed by one batch, a group that was admitted
+    outstanding, and none if that is for no batch: AReaL, https://arxiv.org/abs/2505.24298, equation 3. As each version is followed by one
+    batch, a group that was admitted
     at version v is then needed for the batch of version v + max_staleness at the latest.
 
     Attributes:
@@ -43,32 +44,35 @@ class Admission:
 
     def room(self, version: int, *, batches: int, outstanding: int) -> int:
         """Groups that may be admitted now."""
-        return max(0, (version + self.max_staleness + 1 - batches) * self.prompts_per_step + self.oversample - outstanding)
-
-    def is_due(self, group: Outstanding, version: int) -> bool:
-        """Whether it is too stale for any batch after that of this version."""
-        return group.oldest <= version - self.max_staleness
+        ahead = version + self.max_staleness + 1 - batches
+        return max(0, ahead * self.prompts_per_step + self.oversample - outstanding) if ahead > 0 else 0
 
     def chosen(self, groups: Sequence[Outstanding], version: int, *, left: int) -> list[int]:
-        """Numbers of complete groups for the batch of a version that still needs `left`; those that are due keep their place in it.
+        """Numbers of complete groups for the batch of a version that still needs `left`, those that were complete first in front.
 
-        Complete ones that are due come first, then those that were complete first. Places of groups that are due and in flight are
-        kept free, but for `oversample` of them.
+        One is passed over if its place is needed by a group that is not complete: of those that may be trained on up to version v + k, no
+        more may be left than k batches hold (and `oversample`). So slow groups are waited for rather than thrown away.
         """
-        ready = [group for group in groups if group.arrival is not None]
+        ready = sorted((group for group in groups if group.arrival is not None), key=lambda group: group.arrival or 0)
         if self.in_order:
-            in_flight = [group.number for group in groups if group.arrival is None]
-            ready = [group for group in ready if not in_flight or group.number < min(in_flight)]
-            return sorted(group.number for group in ready)[:left]
-        late = sum(self.is_due(group, version) and group.arrival is None for group in groups)
-        due = [group for group in ready if self.is_due(group, version)]
-        other = sorted((group for group in ready if group not in due), key=lambda group: group.arrival or 0)
-        room = max(0, left - len(due) - max(0, late - self.oversample))
-        return [group.number for group in [*sorted(due, key=lambda group: group.number)[:left], *other[:room]]]
+            first = min((group.number for group in groups if group.arrival is None), default=None)
+            return sorted(group.number for group in ready if first is None or group.number < first)[:left]
+        last = {group.number: max(0, group.oldest + self.max_staleness - version) for group in groups}  # batch that it may be in, from now
+        needed = [
+            min(left, max(0, sum(batch <= k for batch in last.values()) - k * self.prompts_per_step - self.oversample))
+            for k in range(self.max_staleness + 1)
+        ]
+        taken: list[int] = []
+        for group in ready:
+            after = [max(0, count - (last[group.number] <= k)) for k, count in enumerate(needed)]
+            if left - 1 >= max(after):
+                left, needed = left - 1, after
+                taken.append(group.number)
+        return taken
 
     def too_late(self, groups: Sequence[Outstanding], version: int) -> list[int]:
         """Numbers of those that the batch of a version has left out and no later one may have."""
-        return [group.number for group in groups if self.is_due(group, version)]
+        return [group.number for group in groups if group.oldest <= version - self.max_staleness]
 
     def check(self, groups: Sequence[Outstanding], version: int) -> None:
         """Refuses that a version is published which makes some of the groups too stale.

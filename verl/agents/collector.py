@@ -12,6 +12,7 @@ import torch
 from verl.algorithms.binding import Bound
 from verl.data.batch import Batch, Trajectory
 from verl.rewards.functions import RewardFunctions, overlong_penalty
+from verl.rollout.fleet import Fleet
 from verl.settings import TrainerConfig
 from verl.utils.rollout import Completion, Prompt, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
@@ -69,7 +70,7 @@ class DataCollector:
         self._greedy_baseline = greedy_baseline
         self._by_parts = by_parts
         self._length_penalty = length_penalty
-        self._clock = clock or Clock()
+        self.clock = clock or Clock()
 
     def collect(
         self, prompts: Sequence[PromptLike], *, samples: int, refill: Callable[[int], Sequence[PromptLike]] | None = None
@@ -86,49 +87,107 @@ class DataCollector:
             RuntimeError: no answer has a reward, or too many have none.
         """
         algorithm = self._config.algorithm
-        everything = groups = self._groups(prompts, samples, first=0)
-        alive = [g for g in groups if not is_dead(g, by_parts=self._by_parts)] if algorithm.dynamic_sampling and refill else groups
+        everything = groups = self._groups(prompts, samples)
+        alive = [g for g in groups if not self.is_dead(g)] if algorithm.dynamic_sampling and refill else groups
         draws = 0
         while refill and len(alive) < len(prompts) and algorithm.dynamic_sampling and draws < algorithm.max_resamples:
             draws += 1
-            groups = self._groups(refill(len(prompts) - len(alive)), samples, first=len(everything))
+            groups = self._groups(refill(len(prompts) - len(alive)), samples)
             everything = [*everything, *groups]
-            alive += [g for g in groups if not is_dead(g, by_parts=self._by_parts)]
-        kept = [t for group in (alive or everything) for t in group if t.outcome == "ok"]
-        if not kept:
-            raise RuntimeError("no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples")
-        metrics = collection_metrics(everything, by_parts=self._by_parts) | {"resample_draws": float(draws)}
-        return Collected(kept, Batch.from_trajectories(kept), metrics)
+            alive += [g for g in groups if not self.is_dead(g)]
+        collected = self.collected(alive or everything, everything)
+        collected.metrics["resample_draws"] = float(draws)
+        return collected
 
-    def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
-        """One group of rewarded trajectories per prompt."""
-        with self._clock.phase("generate"):
-            ids = [self._codec.encode_prompt(p) for p in prompts]
-            answers = self.engine.generate(ids, params)
-        groups = [
-            [self._trajectory(prompt, prompt_ids, answer, wanted, group) for answer in completions]
-            for group, (prompt, prompt_ids, completions, wanted) in enumerate(zip(prompts, ids, answers, params, strict=True))
-        ]
-        if self._rewards:
-            with self._clock.phase("reward"):
-                self._rewards.score([t for group in groups for t in group])
-        return groups
+    def collected(self, groups: Sequence[Sequence[Trajectory]], everything: Sequence[Sequence[Trajectory]]) -> Collected:
+        """What a step learns from: the answers of `groups` that have a reward, with metrics over everything, by which groups are numbered.
 
-    def _groups(self, prompts: Sequence[PromptLike], samples: int, *, first: int) -> list[list[Trajectory]]:
-        """Rewarded groups for training, numbered from `first`, with length shaping and greedy baselines."""
-        asked = [as_prompt(p, i) for i, p in enumerate(prompts)]
-        sampling = sampling_params(self._config, samples)
-        params = [replace(sampling, seed=(self._config.seed << 32) + self.dispatched + i) for i in range(len(asked))]
-        self.dispatched += len(asked)
-        groups = self.answer(asked, params)
-        for number, group in enumerate(groups, start=first):
-            # First: which answers are right is not yet hidden by the overlong penalty.
-            self._compare_lengths(group)
+        Raises:
+            RuntimeError: no answer has a reward.
+        """
+        for number, group in enumerate(everything):
             for trajectory in group:
                 trajectory.group = number
-                self._shape_length(trajectory)
-        if self._greedy_baseline:
-            self._write_greedy(asked, params, groups)
+        kept = [t for group in groups for t in group if t.outcome == "ok"]
+        if not kept:
+            raise RuntimeError("no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples")
+        return Collected(kept, Batch.from_trajectories(kept), collection_metrics(everything, by_parts=self._by_parts))
+
+    def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
+        """One group of rewarded trajectories per prompt.
+
+        Raises:
+            RuntimeError: too many answers have no reward.
+        """
+        groups = self.sample(prompts, params)
+        answers = [t for group in groups for t in group]
+        with self.clock.phase("reward"):
+            self.reward(answers)
+        self.check_failed(answers)
+        return groups
+
+    def sample(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
+        """One group of trajectories without rewards per prompt."""
+        with self.clock.phase("generate"):
+            ids = [self._codec.encode_prompt(p) for p in prompts]
+            answers = self.engine.generate(ids, params)
+        return [self.trajectories(*group) for group in zip(prompts, ids, answers, params, strict=True)]
+
+    async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        """The group of one prompt, in the loop of some engines."""
+        ids = self._codec.encode_prompt(prompt)
+        return self.trajectories(prompt, ids, await fleet.answer(ids, params), params)
+
+    def reward(self, trajectories: Sequence[Trajectory]) -> None:
+        """Rewards answers, in place; one that fails says why. Several threads may do so at once."""
+        if self._rewards:
+            self._rewards.attempt(trajectories)
+
+    @property
+    def reward_names(self) -> str:
+        """The functions that reward, for people."""
+        return ", ".join(self._rewards.names) if self._rewards else "no reward function"
+
+    def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
+        """Refuses answers of which too many have no reward.
+
+        Raises:
+            RuntimeError: they have none.
+        """
+        if self._rewards:
+            self._rewards.check_failed(trajectories)
+
+    def params(self, samples: int, *, number: int, draw: int = 0) -> SamplingParams:
+        """How the prompt of a group is answered in its `draw`-th try: other tries have other random numbers."""
+        return replace(sampling_params(self._config, samples), seed=(self._config.seed << 32) + (draw << 26) + number)
+
+    def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
+        """How the most likely answer to the same prompt is sampled, if it is read; else nothing."""
+        return [replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)] if self._greedy_baseline else []
+
+    def is_dead(self, group: Sequence[Trajectory]) -> bool:
+        """Whether a group teaches nothing."""
+        return is_dead(group, by_parts=self._by_parts)
+
+    def finish(self, group: Sequence[Trajectory], baseline: Trajectory | None) -> None:
+        """Adds to the rewards of a group what lengths are worth, and notes the reward of the most likely answer, if it is read."""
+        # First: which answers are right is not yet hidden by the overlong penalty.
+        self._compare_lengths(group)
+        for trajectory in group:
+            self._shape_length(trajectory)
+        if baseline is not None:
+            self._write_greedy(group, baseline)
+
+    def _groups(self, prompts: Sequence[PromptLike], samples: int) -> list[list[Trajectory]]:
+        """Rewarded groups for training."""
+        asked = [as_prompt(p, i) for i, p in enumerate(prompts)]
+        params = [self.params(samples, number=self.dispatched + i) for i in range(len(asked))]
+        self.dispatched += len(asked)
+        groups = self.answer(asked, params)
+        greedy = [g for p in params for g in self.greedy_params(p)]
+        baselines = [baseline for (baseline,) in self.answer(asked, greedy)] if greedy else [None] * len(asked)
+        for group, baseline in zip(groups, baselines, strict=True):
+            self.finish(group, baseline)
         return groups
 
     def _compare_lengths(self, group: Sequence[Trajectory]) -> None:
@@ -142,15 +201,13 @@ class DataCollector:
         for trajectory, added in zip(rewarded, self._length_penalty(columns).tolist(), strict=True):
             _add_reward(trajectory, "length", added)
 
-    def _write_greedy(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], groups: Sequence[Sequence[Trajectory]]) -> None:
-        """Notes the reward of the most likely answer to each prompt; without it, its group cannot be used."""
-        greedy = self.answer(prompts, [replace(p, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1) for p in params])
-        for (baseline,), group in zip(greedy, groups, strict=True):
-            self._shape_length(baseline)
-            for trajectory in group:
-                trajectory.greedy_reward = baseline.reward
-                if baseline.reward is None and trajectory.outcome == "ok":
-                    trajectory.outcome, trajectory.detail = "no_baseline", f"the greedy answer has no reward: {baseline.detail}"
+    def _write_greedy(self, group: Sequence[Trajectory], baseline: Trajectory) -> None:
+        """Notes the reward of the most likely answer; without it, its group cannot be used."""
+        self._shape_length(baseline)
+        for trajectory in group:
+            trajectory.greedy_reward = baseline.reward
+            if baseline.reward is None and trajectory.outcome == "ok":
+                trajectory.outcome, trajectory.detail = "no_baseline", f"the greedy answer has no reward: {baseline.detail}"
 
     def _shape_length(self, trajectory: Trajectory) -> None:
         algorithm = self._config.algorithm
@@ -166,7 +223,13 @@ class DataCollector:
         )
         _add_reward(trajectory, "overlong", added)
 
-    def _trajectory(self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams, group: int) -> Trajectory:
+    def trajectories(
+        self, prompt: Prompt, prompt_ids: list[int], answers: Sequence[Completion], params: SamplingParams
+    ) -> list[Trajectory]:
+        """The answers to a prompt, without rewards."""
+        return [self._trajectory(prompt, prompt_ids, answer, params) for answer in answers]
+
+    def _trajectory(self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams) -> Trajectory:
         length = len(answer.token_ids)
         return Trajectory(
             prompt,
@@ -175,7 +238,7 @@ class DataCollector:
             [True] * length,
             answer.logprobs,
             [answer.version] * length if answer.versions is None else list(answer.versions),
-            group,
+            0,
             truncated=answer.finish_reason == "length",
             text=self._codec.answer_text(answer.token_ids, params.stop) if answer.text is None else answer.text,
         )

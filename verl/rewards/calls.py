@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -15,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from verl.utils import guard
 
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep
 _MAX_DETAIL_CHARS = 300
@@ -210,7 +210,7 @@ class CallPool:
         self._lock = threading.RLock()
 
     def run(self, calls: Sequence[Call]) -> None:
-        """Settles every call: its `result` is then the value or a `Failure`.
+        """Settles every call: its `result` is then the value or a `Failure`; several threads may call it at once.
 
         A function that keeps the interpreter to itself for more than twice the limit ends the process, with exit code 1
         and its stack on standard error: nothing else can stop it.
@@ -225,13 +225,13 @@ class CallPool:
         try:
             self._check_abandoned(calls[0].name)
             self._submit(calls)
-            self._guard()
+            self._guard(current)
             while not current.over.wait(self._patience_s(calls)):
-                self._guard()
+                self._guard(current)
                 self._expire(calls)
         finally:
-            faulthandler.cancel_dump_traceback_later()
             current.over.set()
+            guard.disarm(current)
         if current.interrupt is not None:
             raise current.interrupt
 
@@ -244,11 +244,10 @@ class CallPool:
                 self._loop.abandon()
             self._threads, self._loop, self._inbox = [], None, queue.SimpleQueue()
 
-    def _guard(self) -> None:
+    def _guard(self, current: _Round) -> None:
         # A regular expression without end, or C code, may never give the interpreter back: then no Python runs that could
         # count the time. Only ending the process helps, with the stack of the function that does it.
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(2 * self._timeout_s + _GUARD_MARGIN_S, exit=True, file=sys.__stderr__)
+        guard.arm(current, 2 * self._timeout_s + _GUARD_MARGIN_S)
 
     def _submit(self, calls: Sequence[Call]) -> None:
         plain = [call for call in calls if not call.is_async]

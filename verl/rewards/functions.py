@@ -189,7 +189,21 @@ class RewardFunctions:
         self._max_failed_share = max_failed_share
         self._pool = CallPool(timeout_s=timeout_s)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the functions."""
+        return list(self._functions)
+
     def score(self, trajectories: Sequence[Trajectory]) -> None:
+        """As `attempt`, and refuses that too many fail.
+
+        Raises:
+            RuntimeError: too many failed, or too many calls never return.
+        """
+        self.attempt(rows := [t for t in trajectories if t.outcome == "ok"])
+        self.check_failed(rows)
+
+    def attempt(self, trajectories: Sequence[Trajectory]) -> None:
         """Fills `reward`, `scores`, `outcome` and `detail`, in place.
 
         The reward is the sum of weight times value over the functions that apply. `scores` holds each value by function
@@ -199,7 +213,7 @@ class RewardFunctions:
         whose outcome is not "ok" already are left as they are.
 
         Raises:
-            RuntimeError: too many failed, or too many calls never return.
+            RuntimeError: too many calls never return.
         """
         rows = [t for t in trajectories if t.outcome == "ok"]
         if not rows:
@@ -209,7 +223,21 @@ class RewardFunctions:
         results = {name: function.scores(calls[name], len(rows)) for name, function in self._functions.items()}
         for i, trajectory in enumerate(rows):
             self._write(trajectory, {name: of_function[i] for name, of_function in results.items()})
-        self._check_failed(rows)
+
+    def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
+        """Refuses answers of which too many have no reward.
+
+        Raises:
+            RuntimeError: more than `max_failed_share` have none.
+        """
+        failed = [t for t in trajectories if t.reward is None]
+        if len(failed) <= self._max_failed_share * len(trajectories):
+            return
+        counts = ", ".join(f"{outcome} {count}" for outcome, count in Counter(t.outcome for t in failed).most_common())
+        raise RuntimeError(
+            f"need a reward for at least {1 - self._max_failed_share:.0%} of the answers, {len(failed)} of {len(trajectories)} have none "
+            f"({counts}); first: {failed[0].detail}; correct the function, or raise rewards.timeout_s or rewards.max_failed_share"
+        )
 
     def check_data(self, prompts: Sequence[Prompt]) -> None:
         """Refuses prompts without a column that a function cannot do without; see `RewardFunction.check_data`."""
@@ -241,16 +269,6 @@ class RewardFunctions:
         trajectory.reward = None if failures else reward
         for name, failure in list(failures.items())[:1]:
             trajectory.outcome, trajectory.detail = failure.outcome, f"{name}: {failure.detail}"
-
-    def _check_failed(self, rows: Sequence[Trajectory]) -> None:
-        failed = [t for t in rows if t.reward is None]
-        if len(failed) <= self._max_failed_share * len(rows):
-            return
-        counts = ", ".join(f"{outcome} {count}" for outcome, count in Counter(t.outcome for t in failed).most_common())
-        raise RuntimeError(
-            f"need a reward for at least {1 - self._max_failed_share:.0%} of the answers, {len(failed)} of {len(rows)} have none "
-            f"({counts}); first: {failed[0].detail}; correct the function, or raise rewards.timeout_s or rewards.max_failed_share"
-        )
 
 
 def build_rewards(

@@ -18,11 +18,13 @@ from verl.config import to_yaml
 from verl.controller.group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.engines.checkpoint import CheckpointStore, Save, load_state, only_run_in
-from verl.settings import RunConfig
+from verl.settings import STALL_LIMIT_S, RunConfig
 from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
 from verl.utils.rollout import Prompt
 from verl.utils.tokens import TextCodec
 from verl.utils.tracking import Clock, Tracker, check_sinks
+from verl.utils.waits import Waits
+from verl.utils.watch import Part, Watch
 
 Metrics = dict[str, float]
 
@@ -43,6 +45,8 @@ class BaseTrainer(ABC):
         device: of this process.
         timeline: what ran where and when.
         notes: what people should hear of, until the next step tells them.
+        waits: what is waited for, and since when.
+        run_folder: of the run, while `fit` has it.
         version: of the policy, the steps that it has learned.
     """
 
@@ -57,6 +61,8 @@ class BaseTrainer(ABC):
         self.clock = Clock(partial(synchronize, self.device))
         self.timeline = Timeline()
         self.notes: list[str] = []
+        self.waits = Waits()
+        self.run_folder: Path | None = None
         self.loader: PromptLoader | None = None
         self._console = console
 
@@ -100,6 +106,15 @@ class BaseTrainer(ABC):
         """Whether to evaluate before the first step."""
         return False
 
+    @property
+    def stall_limit_s(self) -> float:
+        """Time in which nothing moves before the run is ended."""
+        return STALL_LIMIT_S
+
+    def parts(self) -> Sequence[Part]:
+        """How what the run depends on is; asked from another thread. Here there is nothing."""
+        return ()
+
     def evaluate(self) -> Metrics:
         """Metrics on held-out data; none if the run has none."""
         return {}
@@ -130,13 +145,15 @@ class BaseTrainer(ABC):
             ValueError: data or checkpoint do not fit the settings.
             RuntimeError: another process writes its run into `config.output_dir`.
             NotFiniteError: see `LocalEngine.update`.
+            StalledError: nothing moves any more.
         """
         config, folder = self.config, Path(self.config.output_dir)
         check_sinks(config.tracking.sinks)
+        self.run_folder = folder
         report = self.load_train_data()
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         resumed = self._resume(store)
-        with only_run_in(folder):
+        with only_run_in(folder), Watch(self.waits, folder, self.stall_limit_s, parts=self.parts):
             tracker = Tracker(config.tracking, folder, total_steps=config.steps, first_step=self.version + 1, console=self._console)
             (folder / "config.yaml").write_text(to_yaml(config))
             tracker.event(_summary(report))
@@ -156,13 +173,17 @@ class BaseTrainer(ABC):
             while self.version < self.config.steps:
                 history.append(self._tracked_step(tracker))
                 if self._due(self.config.checkpoint.every_steps) or self.version == self.config.steps:
-                    store.begin(self.version, self.saves, self.state())
+                    self._begin_checkpoint(store)
                 if done := store.poll():
                     tracker.event(f"checkpoint: {done}")
         finally:  # also of a run that fails: what it has reached is not lost
             if done := store.finish():
                 tracker.event(f"checkpoint: {done}")
         return history
+
+    def _begin_checkpoint(self, store: CheckpointStore) -> None:
+        with self.waits.on("update", "a checkpoint"):
+            store.begin(self.version, self.saves, self.state())
 
     def save_model(self, folder: Path) -> None:
         """Writes the policy and its tokenizer in Hugging Face format."""
@@ -215,6 +236,7 @@ class BaseTrainer(ABC):
         finally:
             while self.notes:
                 tracker.event(self.notes.pop(0))
+        self.waits.moved("update")
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_s": metrics.get("tokens", 0.0) / seconds}
         metrics |= self.clock.take() | self.step_limit(seconds)
@@ -232,7 +254,9 @@ class BaseTrainer(ABC):
         return memory_bytes(self.device)
 
     def _timed_evaluation(self) -> Metrics:
-        return self.evaluate() | {"time/evaluate_s": sum(self.clock.take().values())}
+        with self.waits.on("update", "an evaluation"):
+            metrics = self.evaluate()
+        return metrics | {"time/evaluate_s": sum(self.clock.take().values())}
 
     def step_limit(self, seconds: float) -> Metrics:
         """How near the step came to what the machine can do; none if it is not known."""

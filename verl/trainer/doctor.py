@@ -12,9 +12,7 @@ from verl.utils.watch import DIAGNOSIS, RunLook
 # A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no dead one.
 _MANY_LOOKS, _OLD_S = 10, 15.0
 # Stages as the pipeline names them.
-_TRAINING, _GENERATION, _PUBLISHING = "training", "generation", "publishing"
-# How the words begin with which generation waits for training.
-_ROOM = "room for"
+_TRAINING, _GENERATION, _ADMISSION, _PUBLISHING = "training", "generation", "admission", "publishing"
 # States of an engine in which it answers nothing and is not about to.
 _BROKEN = ("failed", "gone")
 
@@ -160,10 +158,9 @@ def _training_works(case: Case) -> str:
         return ""
     if case.still_s > case.allowed_s / 2:
         return f"the trainer computes for long, or is stuck: `py-spy dump --pid {case.look.process.pid}` shows where"
-    ahead = case.wait(_GENERATION)
-    if ahead and ahead.what.startswith(_ROOM):
+    if case.wait(_ADMISSION):
         return "training is slower than generation, which is ahead of it as far as it may: that is as it should be"
-    return "nothing is the matter: training works" + (", and generation with it" if ahead else "")
+    return "nothing is the matter: training works" + (", and generation with it" if case.wait(_GENERATION) else "")
 
 
 def _behind_training(case: Case) -> str:

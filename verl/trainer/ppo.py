@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,11 +32,13 @@ from verl.settings import KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, Wei
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.evaluation import evaluate
 from verl.trainer.one_model import policy_source
-from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout, start_of_engines
+from verl.trainer.pipeline import Collection
+from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout, pool_of, start_of_engines
 from verl.trainer.team import Team, WriterOfColumn
 from verl.utils.device import MachineSpeed, measure_speed
 from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
+from verl.utils.watch import Part
 
 RewardFn = Callable[..., Any]
 _REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
@@ -92,6 +95,7 @@ class Trainer(BaseTrainer):
         self._reward_fn = reward_fn
         self.kl_coef = first_kl_coef(config)
         self.last: list[Trajectory] = []
+        self._collection: Collection | None = None
         source = policy_source(config, actor_model)
         self._owns_rollout = rollout is None
         path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
@@ -109,8 +113,7 @@ class Trainer(BaseTrainer):
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
-        assert self.loader is not None
-        return self.update_policy(self.collect_data(self.loader.take(self.config.prompts_per_step), refill=self.loader.take))
+        return self.update_policy(self.collection.take())
 
     def collect_data(self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None) -> Collected:
         """Answers and rewards prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
@@ -126,13 +129,22 @@ class Trainer(BaseTrainer):
         metrics = data.metrics | write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
         for learned in self._together(self.learners, rows):
             metrics |= learned
-        self.version += 1
-        self.rollout.publish(self.version)
+        self._publish()
         if self.algorithm.kl:
             metrics["kl_coef"] = self.kl_coef
         self.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
         self.notes += check_mismatch(metrics, self.config.rollout)
         return metrics | self.rollout.take_metrics()
+
+    def _publish(self) -> None:
+        """The policy has learned: what generates follows it."""
+        if self._collection:
+            self._collection.settle()
+        self.version += 1
+        with self.waits.on("publishing", f"version {self.version} in what generates"):
+            self.rollout.publish(self.version)
+        if self._collection:
+            self._collection.published(self.version)
 
     @property
     def writers(self) -> list[Call]:
@@ -150,10 +162,10 @@ class Trainer(BaseTrainer):
         """The results of calls that are all started before the first is waited for: roles on pools of their own run at the same time."""
         started, results = [], []
         for call in calls:
-            with self.clock.phase(call.name):
+            with self.clock.phase(call.name), self.waits.on("update", call.name):
                 started.append(call.start(rows))
         for call, future in zip(calls, started, strict=True):
-            with self.clock.phase(call.name):
+            with self.clock.phase(call.name), self.waits.on("update", call.name):
                 results.append(future.result())
         return results
 
@@ -188,6 +200,23 @@ class Trainer(BaseTrainer):
             length_penalty=self._length_penalty,
             clock=self.clock,
         )
+
+    @property
+    def collection(self) -> Collection:
+        """What a step learns from, ahead of it."""
+        if self._collection is None:
+            assert self.loader is not None, "need load_train_data before the first step"
+            self._collection = Collection(
+                self.collector,
+                self.loader,
+                self.config,
+                pool=pool_of(self.rollout),
+                waits=self.waits,
+                folder=self.run_folder,
+                note=self.notes.append,
+            )
+            self._collection.pipeline.version = self.version
+        return self._collection
 
     @cached_property
     def rewards(self) -> RewardFunctions | None:
@@ -241,7 +270,7 @@ class Trainer(BaseTrainer):
 
     def state(self) -> dict[str, Any]:
         """See `BaseTrainer.state`."""
-        return super().state() | {"dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
+        return super().state() | {"collection": self.collection.state(), "dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `BaseTrainer.load_state`."""
@@ -249,6 +278,7 @@ class Trainer(BaseTrainer):
         self.collector.dispatched = state["dispatched"]
         self.kl_coef = state["kl_coef"]
         self.rollout.publish(self.version)
+        self.collection.load_state(state["collection"], self.version)
 
     def step_limit(self, seconds: float) -> Metrics:
         """`limit_share`: the least time that this machine needs for such a step, over the time that it took; of dense models alone."""
@@ -298,17 +328,28 @@ class Trainer(BaseTrainer):
         """See `BaseTrainer.export`."""
         self.team.policy.call(RoleWorker.export, folder).result()
 
+    @property
+    def stall_limit_s(self) -> float:
+        """See `BaseTrainer.stall_limit_s`."""
+        return self.config.pipeline.stall_limit_s
+
+    def parts(self) -> list[Part]:
+        """See `BaseTrainer.parts`."""
+        pool = pool_of(self.rollout)
+        return [Part(f"engine {member.name}", member.state, member.cause) for member in pool.members] if pool else []
+
     def memory(self) -> Metrics:
         """See `BaseTrainer.memory`."""
         return self.team.memory()
 
     def close(self) -> None:
         """See `BaseTrainer.close`."""
-        try:
+        with ExitStack() as ends:
+            ends.callback(self.team.close)
             if self._owns_rollout:
-                self.rollout.close()
-        finally:
-            self.team.close()
+                ends.callback(self.rollout.close)
+            if self._collection:
+                ends.callback(self._collection.close)
 
     def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
         """Which rank of a role takes which rows, in micro-batches that fit it."""

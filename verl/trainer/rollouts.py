@@ -110,6 +110,12 @@ def build_rollout(
         raise
 
 
+def pool_of(rollout: RolloutEngine) -> EnginePool | None:
+    """The engines beside training, if there are such."""
+    inner = rollout.pool if isinstance(rollout, Control) else rollout
+    return inner if isinstance(inner, EnginePool) else None
+
+
 def engine_class(name: str) -> type[ServedEngine]:
     """The class of an engine by its name in `SERVED`, or as "package.module:Class".
 

@@ -1,0 +1,84 @@
+"""The pipeline in real runs: the same losses as the plain loop, bounded staleness, restarts, and servers that work beside training."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.training import toy_config, toy_trainer
+from verl.data.ledger_report import read_ledger
+from verl.trainer.ppo import Trainer
+
+SERVED = ("rollout.engine=served", "rollout.servers=1")
+
+
+def plain_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    """Steps of a loop in the user's hands, without a pipeline."""
+    config, take = trainer.config, trainer.loader.take
+    return [trainer.update_policy(trainer.collect_data(take(config.prompts_per_step), refill=take)) for _ in range(steps)]
+
+
+def followed(history: list[dict[str, float]]) -> list[dict[str, str]]:
+    """What was learned from and what it gave, bit for bit."""
+    names = ("reward", "loss", "grad_norm", "critic/loss", "resample_draws", "dead_groups_share", "tokens")
+    return [{name: metrics[name].hex() for name in names if name in metrics} for metrics in history]
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "dapo", "remax", "gdpo"])
+def test_without_staleness_the_losses_are_those_of_the_plain_loop_to_the_last_bit(recipe, letters, tmp_path):
+    plain = plain_steps(toy_trainer(recipe, letters, tmp_path / "plain"), 4)
+    piped = toy_trainer(recipe, letters, tmp_path / "piped")
+    assert followed([piped.step() for _ in range(4)]) == followed(plain)
+    assert piped.collection.pipeline.ledger.counts().answering == 0
+
+
+def stepped(letters: Any, folder: Any, *overrides: str, steps: int = 6) -> tuple[Trainer, list[dict[str, float]]]:
+    trainer = toy_trainer("grpo", letters, folder, *overrides)
+    return trainer, [trainer.step() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("bound", [1, 2, 4])
+def test_in_turn_every_step_is_as_stale_as_it_may_be_and_never_more(bound, letters, tmp_path):
+    _, history = stepped(letters, tmp_path, f"pipeline.max_staleness={bound}")
+    assert [step["staleness/max"] for step in history] == [min(bound, i) for i in range(6)]
+    assert [step["pipeline/in_queue"] for step in history] == [4 * bound] * 6
+
+
+def test_two_runs_of_the_same_seed_have_the_same_batches_and_losses(letters, tmp_path):
+    runs = [stepped(letters, tmp_path / name, "pipeline.max_staleness=2") for name in ("one", "two")]
+    assert followed(runs[0][1]) == followed(runs[1][1])
+    assert [t.response_ids for t in runs[0][0].last] == [t.response_ids for t in runs[1][0].last]
+    assert followed(runs[0][1])[-1] != followed(stepped(letters, tmp_path / "three")[1])[-1]
+
+
+def fitted(letters: Any, folder: Any, *overrides: str) -> Trainer:
+    trainer = Trainer(toy_config("grpo", letters, folder, *overrides), console=Console(file=io.StringIO()))
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_its_ledger_adds_up(letters, tmp_path):
+    settings = ("pipeline.max_staleness=2", "checkpoint.every_steps=1")
+    whole = fitted(letters, tmp_path / "whole", *settings, "steps=6")
+    fitted(letters, tmp_path / "cut", *settings, "steps=3")
+    resumed = fitted(letters, tmp_path / "cut", *settings, "steps=6")
+    assert [t.response_ids for t in resumed.last] == [t.response_ids for t in whole.last]
+    reports = [read_ledger(tmp_path / name / "run") for name in ("whole", "cut")]
+    assert all(not (report.missing or report.twice or report.differences) for report in reports)
+    counts = resumed.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.waiting, counts.accounted) == (24, 8, counts.dispatched)
+
+
+def test_a_group_without_a_reward_gives_way_to_another_prompt(letters, tmp_path):
+    def picky(prompt, response):
+        if prompt == "aac=":
+            raise ValueError("no judgement")
+        return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "data.shuffle=false", reward_fn=picky)
+    metrics = trainer.step()
+    assert len(trainer.last) == 16 and "aac=" not in {t.prompt.content for t in trainer.last}
+    assert (metrics["pipeline/dropped_too_few"], metrics["pipeline/retried_reward"], metrics["outcome/reward_error"]) == (1, 1, 4)

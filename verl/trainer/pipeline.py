@@ -1,0 +1,132 @@
+"""The pipeline of a trainer: its engines' event loop, or one of its own in turn with training, asked from the trainer's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from verl.agents.collector import Collected, DataCollector
+from verl.agents.pipeline import Batch, Pipeline, staleness_metrics
+from verl.agents.sources import FromFleet, InTurn, outside_loops
+from verl.data.dataset import PromptLoader
+from verl.data.ledger import FILE, Ledger
+from verl.rollout.pool import EnginePool
+from verl.settings import TrainerConfig
+from verl.utils.waits import Waits
+
+T = TypeVar("T")
+# Stages whose waits are metrics: training waits for a batch, generation for room.
+_TOLD = ("training", "admission")
+
+
+class Collection:
+    """Collects batches ahead of the step, as the settings of `pipeline` say.
+
+    Args:
+        collector: answers and rewards.
+        loader: of the prompts.
+        config: of the run.
+        pool: engines beside training; None: the policy's own processes answer, in turn with training.
+        waits: takes what is waited for.
+        folder: of the run, which gets the ledger; None: it is kept in memory alone.
+        note: is told what happened, for people.
+    """
+
+    def __init__(
+        self,
+        collector: DataCollector,
+        loader: PromptLoader,
+        config: TrainerConfig,
+        *,
+        pool: EnginePool | None,
+        waits: Waits,
+        folder: Path | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._collector, self._loader, self._pool, self._waits = collector, loader, pool, waits
+        samples, algorithm = config.samples_per_prompt, config.algorithm
+        self.pipeline = Pipeline(
+            loader.take,
+            FromFleet(collector, samples, pool.fleet, waits) if pool else InTurn(collector, samples, waits),
+            Ledger(folder / FILE if folder else None),
+            config.pipeline,
+            prompts_per_step=config.prompts_per_step,
+            waits=waits,
+            replace_dead=algorithm.max_resamples if algorithm.dynamic_sampling else 0,
+            note=note,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._counted: Counter[str] = Counter()
+
+    def take(self) -> Collected:
+        """What the next step learns from.
+
+        Raises:
+            RuntimeError: too many groups have no reward.
+        """
+        batch = self._taken()
+        alive = [group.answers for group in batch.groups if not group.is_dead]
+        collected = self._collector.collected(alive, [group.answers for group in batch.everything if group.answers])
+        collected.metrics["resample_draws"] = float(batch.num_refills)
+        self._collector.dispatched = self.pipeline.ledger.counts().dispatched
+        collected.metrics |= staleness_metrics(collected.trajectories, self.pipeline.version) | self._metrics()
+        return collected
+
+    def _taken(self) -> Batch:
+        if self._pool is None:
+            return self._run(self.pipeline.take())
+        self._collector.engine.generate([], [])  # engines that follow the policy have its weights afterwards
+        with self._pool.policy_at_hand():
+            return self._run(self.pipeline.take())
+
+    def settle(self) -> None:
+        """Returns when a new version of the policy may be published."""
+        self._run(self.pipeline.settle())
+
+    def published(self, version: int) -> None:
+        """Goes on with a new version."""
+        self._run(self._published(version))
+
+    def state(self) -> dict[str, Any]:
+        """See `Pipeline.state`."""
+        return self._run(self._state())
+
+    def load_state(self, state: Mapping[str, Any], version: int) -> None:
+        """See `Pipeline.load_state`."""
+        prompts = {prompt.index: prompt for prompt in self._loader.prompts}
+        self.pipeline.load_state(state, version, prompts)
+
+    def close(self) -> None:
+        """Aborts what is in flight."""
+        if self._loop.is_closed():
+            return
+        self._run(self._close())
+        self._loop.close()
+
+    def _metrics(self) -> dict[str, float]:
+        """What is in work, what was dropped, failed or tried again since this was last asked, and who has waited for how long."""
+        counts = self.pipeline.ledger.counts()
+        kinds = {"dropped": counts.dropped, "failed": counts.failed, "retried": counts.retries}
+        totals = Counter({f"pipeline/{kind}_{name}": count for kind, of_kind in kinds.items() for name, count in of_kind.items()})
+        fresh, self._counted = totals - self._counted, totals
+        waited = {f"time/wait_{stage}_s": seconds for stage, seconds in self._waits.seconds().items() if stage in _TOLD}
+        return self.pipeline.metrics() | {name: float(count) for name, count in fresh.items()} | waited
+
+    async def _published(self, version: int) -> None:
+        self.pipeline.published(version)
+
+    async def _state(self) -> dict[str, Any]:
+        return self.pipeline.state()
+
+    async def _close(self) -> None:
+        self.pipeline.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs something where the pipeline lives."""
+        if self._pool is not None:
+            return self._pool.run(work)
+        with outside_loops():
+            return self._loop.run_until_complete(work)
