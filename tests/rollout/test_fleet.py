@@ -30,8 +30,9 @@ class Gated(ServedEngine):
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
-        self.gate = asyncio.Event()
+        self.gate, self.load_gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
+        self.load_gate.set()
         self.began = self.left = 0
 
     async def open(self) -> None:
@@ -67,6 +68,12 @@ class Gated(ServedEngine):
         return
 
     async def load(self, part: Part) -> None:
+        await self.load_gate.wait()
+
+    async def sleep(self) -> None:
+        return
+
+    async def wake(self) -> None:
         return
 
     async def end_update(self, version: int) -> str:
@@ -199,6 +206,92 @@ def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
         assert {v for answer in await early for v in answer.versions} == {3}
 
     with_fleet(test, make=Gated)
+
+
+async def asked_of_both(fleet: Fleet, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
+    """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
+    await fleet.announce(1)
+    await fleet.spread(update(1))
+    asked = [begun(fleet.answer([first, i], TWO)) for i in range(2)]
+    await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
+    for member in fleet.members:
+        member.engine.gate.clear()
+    return asked
+
+
+def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
+    async def test(fleet: Fleet) -> None:
+        early, late = (member.engine for member in fleet.members)
+        asked = await asked_of_both(fleet)
+        late.load_gate.clear()
+        await fleet.announce(2)
+        spreading = asyncio.ensure_future(fleet.spread(update(2)))
+        await until(lambda: late.left == 2 and early.began == 4)
+        new = begun(fleet.answer([6], TWO))  # has been nowhere yet
+        await until(lambda: early.began == 6)
+        late.load_gate.set()
+        await until(lambda: late.began == 4)
+        for engine in (early, late):
+            engine.gate.set()
+        assert all(answer.finish_reason == "length" for group in await asyncio.gather(*asked, new) for answer in group)
+        await spreading
+        assert early.began == 6 and fleet.take_metrics()["engines/moved_answers"] == 0
+
+    with_fleet(test, make=Gated, on_update="recompute", max_running=8)
+
+
+def test_an_answer_that_was_cut_after_its_last_token_is_over():
+    class Late(Gated):
+        async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+            self.began += 1
+            yield Chunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
+            await self.gate.wait()
+
+    async def test(fleet: Fleet) -> None:
+        asked = await asked_of_both(fleet)
+        await asyncio.sleep(0.01)
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        reasons = [[answer.finish_reason for answer in await one] for one in asked]
+        assert reasons == [["length", "stop"]] * 2 and fleet.take_metrics()["engines/recomputed_tokens"] == 0
+
+    with_fleet(test, make=Late, on_update="recompute")
+
+
+@pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
+def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
+    async def test(fleet: Fleet) -> None:
+        asked = await asked_of_both(fleet)
+        await fleet.sleep()
+        assert fleet.num_running == fleet.num_free == 0 and [member.state for member in fleet.members] == ["stale"] * 2
+        for member in fleet.members:
+            member.engine.gate.set()
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        for one in asked:
+            for answer in await one:
+                assert list(answer.token_ids) == [52, 53, 54, 55] and answer.versions[-1] == 2
+                assert (1 in answer.versions) <= (on_update != "abort")
+        assert fleet.take_metrics()["engines/failures"] == 0
+
+    with_fleet(test, make=Gated, on_update=on_update)
+
+
+def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_requests_are_cut():
+    async def test(fleet: Fleet) -> None:
+        leaving, stays = fleet.members
+        asked = await asked_of_both(fleet)
+        await fleet.remove("e0")
+        assert leaving.state == "draining"
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        await until(lambda: stays.engine.began == 6)
+        stays.engine.gate.set()
+        assert all(answer.versions[-1] == 2 for group in await asyncio.gather(*asked) for answer in group)
+        while leaving.state != "gone":
+            await asyncio.sleep(0.01)
+
+    with_fleet(test, make=Gated, on_update="recompute")
 
 
 def test_closing_ends_the_answers_that_run_and_those_that_wait():

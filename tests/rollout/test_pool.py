@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,7 +16,7 @@ import torch
 from tests.rollout.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, specs, started, waited
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.embedded_server import EmbeddedServer
-from verl.rollout.engine import EngineError, EngineSpec, Part
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part
 from verl.utils.rollout import SamplingParams
 
 pytestmark = pytest.mark.servers
@@ -121,6 +124,59 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
         if set(c.versions) == {pool.version}:
             assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
     assert pool.take_metrics()["engines/failures"] == 0 and all(member.life.running == 0 for member in pool.members)
+
+
+class Watched(EmbeddedServer):
+    """Counts the tokens that come, and does not compute caches anew by itself."""
+
+    tokens = 0
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        async with aclosing(super().sample(prompt_ids, params, number=number)) as chunks:
+            async for chunk in chunks:
+                type(self).tokens += len(chunk.token_ids)
+                yield chunk
+
+
+@pytest.mark.parametrize("on_update", ["keep", "recompute"])
+def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_version(on_update, tmp_path):
+    # Deep, so that an answer takes many times as long as a publish.
+    policy = tiny_policy("llama", initializer_range=0.05, num_hidden_layers=24)
+    pool = pool_of(group_of(policy), saved(policy, tmp_path / "model"), tmp_path, 2, make=Watched, options={"recompute": False})
+    pool.fleet.on_update = on_update
+    policies: list[dict[str, torch.Tensor]] = []
+
+    def publish(version: int) -> None:
+        changed(policy, seed=20 + version)
+        policies.append({name: weight.clone() for name, weight in policy.transformer.state_dict().items()})
+        pool.publish(version)
+
+    try:
+        publish(0)
+        thread, out = in_background(pool, PROMPTS, [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(6)])
+        for version in range(1, 6):
+            seen = Watched.tokens
+            assert waited(partial(lambda seen: Watched.tokens > seen + 6 or not thread.is_alive(), seen))
+            publish(version)
+        thread.join(60)
+        metrics = pool.take_metrics()
+    finally:
+        pool.close()
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for prompt, (c,) in zip(PROMPTS, out[0], strict=True):
+        assert list(c.versions) == sorted(c.versions) and len(c.versions) == len(c.token_ids)
+        for version in set(c.versions):
+            policy.transformer.load_state_dict(policies[version])
+            own = own_logprobs(policy, prompt, list(c.token_ids), 2.0)
+            for i, of in enumerate(c.versions):
+                if of == version:
+                    gaps[version == c.versions[0]].append(abs(own[i] - c.logprobs[i]))
+    assert max(len(set(c.versions)) for (c,) in out[0]) >= 3
+    assert max(gaps[True]) < 1e-4
+    # With keys and values of older weights, a token is of no policy's distribution.
+    assert max(gaps[False]) < 1e-4 if on_update == "recompute" else max(gaps[False]) > 1e-3
+    assert (metrics["engines/recomputed_tokens"] > 0) == (on_update == "recompute")
+    assert metrics["engines/thrown_tokens"] == metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
 
 
 def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(doomed, policy, model, tmp_path, notes):

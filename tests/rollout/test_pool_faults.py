@@ -300,7 +300,7 @@ def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_cha
         pool.close()
 
 
-@pytest.mark.parametrize("on_update", ["keep", "abort"])
+@pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
 def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_update):
     aborted = []
 
@@ -329,12 +329,13 @@ def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_updat
         thread.join(20)
         metrics = pool.take_metrics()
         assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
-        if on_update == "keep":
-            assert [list(answer.versions) for answer in out] == [[0, 0, 0, 1, 1, 1]] * 4
-            assert (aborted, metrics["engines/thrown_tokens"]) == ([], 0)
-        else:
-            assert [list(answer.versions) for answer in out] == [[1] * 6] * 4
-            assert (len(aborted), metrics["engines/thrown_tokens"]) == (4, 12)
+        counts = (len(aborted), metrics["engines/thrown_tokens"], metrics["engines/recomputed_tokens"])
+        versions, expected = {
+            "keep": ([0, 0, 0, 1, 1, 1], (0, 0, 0)),
+            "recompute": ([0, 0, 0, 1, 1, 1], (4, 0, 4 * (2 + 3))),
+            "abort": ([1] * 6, (4, 12, 0)),
+        }[on_update]
+        assert [list(answer.versions) for answer in out] == [versions] * 4 and counts == expected
         assert metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
     finally:
         pool.close()

@@ -19,7 +19,7 @@ from verl.utils.tokens import TextCodec
 T = TypeVar("T")
 MakeEngine = Callable[[EngineSpec], ServedEngine]
 # What becomes of requests that run when weights come, see `rollout.on_update`.
-OnUpdate = Literal["keep", "abort"]
+OnUpdate = Literal["keep", "recompute", "abort"]
 # How often engines are asked whether they are well, and how often one answer may move to another engine.
 _CHECK_S, _MAX_MOVES = 2.0, 8
 # Failures without one good answer between them, after which an engine is given up, and the pauses before its restarts.
@@ -36,6 +36,7 @@ class _Counts:
     moved: int = 0
     kept_tokens: int = 0
     thrown_tokens: int = 0
+    recomputed_tokens: int = 0
     failures: int = 0
     sync_s: float = 0.0
     write_s: float = 0.0
@@ -54,7 +55,9 @@ class Fleet:
         context: of the policy, in tokens.
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any engine that serves, while there are weights for them.
-        on_update: requests that run when weights come are kept and go on with them, or are aborted and begin anew.
+        on_update: requests that run when weights come are kept by their engines and go on with them (keep); are cut, and asked again with
+            the tokens that they have, so that the new weights compute their cache (recompute, "interruptible rollout" of AReaL,
+            https://arxiv.org/abs/2505.24298, section 4.1); or begin anew (abort).
         note: is told what happened, for people.
 
     Attributes:
@@ -167,7 +170,8 @@ class Fleet:
     async def announce(self, version: int) -> None:
         """A version of the policy is about to be written: from here on no engine reads the one before, whose memory is given back.
 
-        Until `spread`, engines that follow the policy begin no further request; those that run go on, or are ended to begin anew.
+        Until an engine that follows the policy has the new ones, it begins no further request. Those that run go on meanwhile, or are ended
+        at once if they are to begin anew.
         """
         self.version = version
         await self._forget()
@@ -184,7 +188,7 @@ class Fleet:
             self.update = update
             self._counts.write_s += update.seconds
         start_s = self.loop.time()
-        await asyncio.gather(*(self._sync(member) for member in self.members if member.state in ("stale", "serving")))
+        await asyncio.gather(*(self._sync(member) for member in self.members if member.state in ("stale", "serving", "draining")))
         self._counts.sync_s += self.loop.time() - start_s
 
     async def settled(self) -> None:
@@ -210,6 +214,7 @@ class Fleet:
             "engines/moved_answers": float(counts.moved),
             "engines/kept_tokens": float(counts.kept_tokens),
             "engines/thrown_tokens": float(counts.thrown_tokens),
+            "engines/recomputed_tokens": float(counts.recomputed_tokens),
             "engines/repaired_updates": float(repaired),
             "engines/sync_bytes": float(counts.sync_bytes),
             "time/sync_write_s": counts.write_s,
@@ -265,7 +270,7 @@ class Fleet:
                 await life.share(self._go_on(answer, member, prompt, number))
                 member.finished()
             except Interrupted:
-                self._counts.thrown_tokens += answer.begin_anew()
+                self._cut(answer, len(prompt))
             except RefusedError as error:
                 asked = f"answer {number} to a prompt of {len(prompt)} tokens, with up to {params.max_tokens} more"
                 raise RefusedError(f"engine {member.name} refuses {asked}, and so would any other: {error}") from error
@@ -275,6 +280,15 @@ class Fleet:
             finally:
                 self._running -= 1
         return answer.completion(self.version)
+
+    def _cut(self, answer: Answer, prompt_tokens: int) -> None:
+        """Takes an answer from an engine that gets weights, or gives its memory back."""
+        if self.on_update == "abort":
+            self._counts.thrown_tokens += answer.begin_anew()
+            return
+        answer.end_if_due()
+        if answer.token_ids and answer.finish_reason is None:
+            self._counts.recomputed_tokens += prompt_tokens + len(answer.token_ids)
 
     def _move(self, answer: Answer, session: Session, error: EngineError, *, asked: str) -> None:
         """Takes an answer from an engine that failed."""
@@ -348,6 +362,7 @@ class Fleet:
     async def _send_to_sleep(self, member: Member) -> None:
         life = member.life
         try:
+            await life.interrupt()
             await member.sleep()
         except Exception as error:  # the border to a program that is not ours
             self._fail(member, life, error)
@@ -355,16 +370,24 @@ class Fleet:
     async def _sync(self, member: Member) -> None:
         """Gives an engine the newest weights, if it follows the policy and has others, and they are here or the policy can be asked."""
         async with member.taking:
-            life, update = member.life, self.update
-            if not member.engine.follows or update is None or member.taken is update:
-                return
-            if update.direct is not None and not self.policy_is_at_hand:
-                return  # it stays stale until then
-            try:
-                await member.take(update)
-                self._counts.sync_bytes += member.taken_bytes
-            except Exception as error:  # the border to a program that is not ours
-                self._fail(member, life, error)
+            update = self.update
+            is_here = update is not None and (update.direct is None or self.policy_is_at_hand)
+            # Else it stays stale until it is.
+            if update is not None and is_here and member.engine.follows and member.taken is not update:
+                await self._give(update, member)
+        self._rooms.changed(member)  # it is not coming any more
+
+    async def _give(self, update: Update, member: Member) -> None:
+        life = member.life
+        if self.on_update == "recompute":
+            await life.interrupt()
+        if member.is_leaving:
+            return
+        try:
+            await member.take(update)
+            self._counts.sync_bytes += member.taken_bytes
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, life, error)
 
     def _fail(self, member: Member, life: Life, error: BaseException) -> None:
         """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing of this one."""

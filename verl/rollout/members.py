@@ -22,7 +22,7 @@ State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
 
 
 class Interrupted(Exception):
-    """A request was ended to begin anew."""
+    """A request was ended by us, not by its engine; it is to be asked again."""
 
 
 class Life:
@@ -67,7 +67,7 @@ class Life:
 
         Raises:
             EngineError: the life is over, or ends meanwhile.
-            Interrupted: the request was to begin anew.
+            Interrupted: see `interrupt`.
         """
         request = asyncio.ensure_future(work)
         self._requests[request] = None
@@ -176,6 +176,11 @@ class Member:
     def free(self) -> int:
         """Requests that it could take now."""
         return self._max_running - self.life.running if self.state == "serving" else 0
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it takes weights that it will serve, or waits for its turn to."""
+        return self.taking.locked() and self.state in ("stale", "serving")
 
     def begin_to_leave(self) -> None:
         """It gets no more requests."""
