@@ -360,8 +360,8 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need servers of vllm or sglang that follow all weights for rollout.servers_sleep, got rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server forgets the weights that low-rank additions belong to; set it to false",
     ),
     (
-        lambda c: c.rollout.servers_sleep and c.pipeline.max_staleness > 0,
-        "need servers that are awake while the policy learns for pipeline.max_staleness {c.pipeline.max_staleness}, got rollout.servers_sleep; set one of the two to its default",
+        lambda c: c.rollout.servers_sleep and (c.pipeline.max_staleness > 0 or c.pipeline.batches == "streamed"),
+        "need servers that are awake while the policy learns for pipeline.max_staleness {c.pipeline.max_staleness} and batches {c.pipeline.batches}, got rollout.servers_sleep; set it to false",
     ),
     (
         lambda c: c.pipeline.oversample > 0 and c.pipeline.batches == "deterministic",

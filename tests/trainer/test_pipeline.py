@@ -82,3 +82,57 @@ def test_a_group_without_a_reward_gives_way_to_another_prompt(letters, tmp_path)
     metrics = trainer.step()
     assert len(trainer.last) == 16 and "aac=" not in {t.prompt.content for t in trainer.last}
     assert (metrics["pipeline/dropped_too_few"], metrics["pipeline/retried_reward"], metrics["outcome/reward_error"]) == (1, 1, 4)
+
+
+def test_what_needs_all_rows_of_a_step_is_refused_before_it_starts(letters, tmp_path):
+    config = toy_config("gspo", letters, tmp_path, *SERVED, "pipeline.batches=streamed")
+    with pytest.raises(ValueError, match=r"pipeline.batches=streamed, but algorithm.epochs=1 and algorithm.minibatches=2 make several"):
+        Trainer(config, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("batches", ["arrival", "streamed", "deterministic"])
+def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches, letters, tmp_path):
+    settings = (*SERVED, "steps=6", "pipeline.max_staleness=1", f"pipeline.batches={batches}", "checkpoint.every_steps=3")
+    trainer = Trainer(toy_config("grpo", letters, tmp_path, *settings), console=Console(file=io.StringIO()))
+    try:
+        history = trainer.fit()
+        assert all(metrics["staleness/max"] <= 1 for metrics in history) and any(metrics["staleness/mean"] > 0 for metrics in history)
+        assert all(metrics["kl_sampler"] < 0.5 and len(trainer.last) == 16 for metrics in history)
+        if batches == "deterministic":
+            assert [metrics["staleness/mean"] for metrics in history] == [0, 1, 1, 1, 1, 1]
+    finally:
+        trainer.close()
+    report = read_ledger(tmp_path / "run")
+    assert not (report.missing or report.twice or report.differences) and report.counts.trained == 24
+
+
+@pytest.mark.servers
+def test_on_servers_two_deterministic_runs_learn_from_the_same_prompts_of_the_same_versions(letters, tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        settings = (*SERVED, "steps=4", "pipeline.max_staleness=2", "pipeline.batches=deterministic")
+        trainer = toy_trainer("grpo", letters, tmp_path / name, *settings)
+        try:
+            steps = [(trainer.step(), [(t.prompt.index, t.group, t.versions[0]) for t in trainer.last]) for _ in range(4)]
+        finally:
+            trainer.close()
+        runs.append(steps)
+    assert [batch for _, batch in runs[0]] == [batch for _, batch in runs[1]]
+    losses = [[metrics["loss"] for metrics, _ in steps] for steps in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.servers
+def test_a_streamed_step_is_the_whole_step(letters, tmp_path):
+    whole = ("algorithm.epochs=1", "algorithm.minibatches=1", "algorithm.advantage.whiten=false")
+    ends = []
+    for batches in ("arrival", "streamed"):
+        trainer = toy_trainer("ppo", letters, tmp_path / batches, *SERVED, f"pipeline.batches={batches}", *whole)
+        try:
+            history = [trainer.step() for _ in range(3)]
+        finally:
+            trainer.close()
+        ends.append({name: [metrics[name] for metrics in history] for name in ("reward", "loss", "critic/loss", "grad_norm", "entropy")})
+    for name, values in ends[0].items():
+        assert ends[1][name] == pytest.approx(values, rel=2e-3, abs=1e-4), name

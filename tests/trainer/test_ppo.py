@@ -14,6 +14,7 @@ from tests.training import engine_of, toy_trainer, weights
 from verl.algorithms.advantages import ADVANTAGES
 from verl.config import RECIPES, make_trainer_config
 from verl.data.buffer import SharedMemoryBuffer
+from verl.trainer.kl_coef import next_kl_coef
 from verl.trainer.ppo import PPOTrainer, Trainer
 from verl.utils.rollout import BaseRolloutWorker
 
@@ -216,7 +217,7 @@ def test_the_adaptive_kl_coefficient_falls_below_its_target_and_rises_above(lett
     trainer = toy_trainer("grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}")
     assert trainer.step()["kl_coef"] == 0.5
     assert trainer.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
-    high = trainer._next_kl_coef({"kl": 0.11}, 16)
+    high = next_kl_coef(trainer.config, trainer.kl_coef, {"kl": 0.11}, version=1, num_trajectories=16)
     assert high == pytest.approx(trainer.kl_coef * (1 + 0.1 * 16 / 160))
 
 

@@ -29,11 +29,13 @@ class Collected:
         trajectories: those that have a reward, groups together.
         rows: the same as a batch.
         metrics: means over all answers that were generated.
+        finish: makes the updates, where the answers were learned from as they came; returns further metrics.
     """
 
     trajectories: list[Trajectory]
     rows: Batch
     metrics: dict[str, float]
+    finish: Callable[[], dict[str, float]] | None = None
 
 
 class DataCollector:

@@ -25,7 +25,7 @@ _PASSING = ("reward_error", "reward_timeout")
 
 
 @dataclass
-class Batch:
+class Taken:
     """The groups of a step.
 
     Attributes:
@@ -89,7 +89,7 @@ class Pipeline:
         self._futures: dict[int, asyncio.Future[None]] = {}
         self._landed: dict[int, asyncio.Future[None]] = {}
         self._hand: list[Group] = []
-        self._next = Batch()
+        self._next = Taken()
         self._ended: list[Group] = []  # since the last batch
         self._again: list[Group] = []  # in flight before a restart
         self._arrivals = self._failures_in_a_row = self._num_dead = 0
@@ -97,15 +97,24 @@ class Pipeline:
         self._changed: asyncio.Future[None] | None = None
         self._idle = ExitStack()
 
-    async def take(self) -> Batch:
+    async def take(self) -> Taken:
         """The next batch; waits until it is complete.
 
         Raises:
             RuntimeError: too many groups failed, one after the other or in share.
         """
-        groups = [group async for portion in self.portions(least=self.rules.prompts_per_step) for group in portion]
-        batch, self._next, self._ended = self._next, Batch(), []
-        batch.groups = sorted(groups, key=lambda group: group.number)
+        async for _ in self.portions(least=self.rules.prompts_per_step):
+            pass
+        return self.taken()
+
+    def taken(self) -> Taken:
+        """The batch whose portions have all been taken.
+
+        Raises:
+            RuntimeError: too many of its answers have no reward.
+        """
+        batch, self._next, self._ended = self._next, Taken(), []
+        groups = batch.groups = sorted(self._hand, key=lambda group: group.number)
         if all(group.is_dead for group in groups):
             for group in groups:
                 group.is_dead = False  # there is nothing else to learn from

@@ -20,10 +20,11 @@ from verl.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, 
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.export import export_checkpoint
-from verl.trainer.ppo import Trainer, sample_row
+from verl.trainer.ppo import Trainer
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.quickstart import run_quickstart
 from verl.trainer.reward_model import RewardModelTrainer
+from verl.trainer.samples import sample_row
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 from verl.utils.tracking import check_sinks, samples_table

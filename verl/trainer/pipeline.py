@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from verl.agents.collector import Collected, DataCollector
-from verl.agents.pipeline import Batch, Pipeline, staleness_metrics
-from verl.agents.sources import FromFleet, InTurn, outside_loops
+from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
+from verl.agents.sources import FromFleet, Group, InTurn, outside_loops
+from verl.data.batch import Batch
 from verl.data.dataset import PromptLoader
 from verl.data.ledger import FILE, Ledger
 from verl.rollout.pool import EnginePool
 from verl.settings import TrainerConfig
+from verl.trainer.streaming import StreamedStep
 from verl.utils.waits import Waits
 
 T = TypeVar("T")
@@ -61,26 +64,56 @@ class Collection:
         self._loop = asyncio.new_event_loop()
         self._counted: Counter[str] = Counter()
 
-    def take(self) -> Collected:
+    def take(self, streamed: StreamedStep | None = None) -> Collected:
         """What the next step learns from.
+
+        Args:
+            streamed: learns from groups as they come.
 
         Raises:
             RuntimeError: too many groups have no reward.
         """
-        batch = self._taken()
+        with self._engines_at_work():
+            batch = self._run(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
         alive = [group.answers for group in batch.groups if not group.is_dead]
         collected = self._collector.collected(alive, [group.answers for group in batch.everything if group.answers])
+        if streamed is not None:
+            collected.finish = streamed.finish
         collected.metrics["resample_draws"] = float(batch.num_refills)
         self._collector.dispatched = self.pipeline.ledger.counts().dispatched
         collected.metrics |= staleness_metrics(collected.trajectories, self.pipeline.version) | self._metrics()
         return collected
 
-    def _taken(self) -> Batch:
+    @contextmanager
+    def _engines_at_work(self) -> Iterator[None]:
+        """Engines have the weights inside; those that come meanwhile get them."""
         if self._pool is None:
-            return self._run(self.pipeline.take())
+            yield
+            return
         self._collector.engine.generate([], [])  # engines that follow the policy have its weights afterwards
         with self._pool.policy_at_hand():
-            return self._run(self.pipeline.take())
+            yield
+
+    def _learned_on_the_way(self, streamed: StreamedStep) -> Taken:
+        portions = self.pipeline.portions()
+        num_learned = 0
+        while portion := self._run(_next(portions)):
+            alive = [group for group in portion if not group.is_dead]
+            num_learned += self._learn_from(alive, streamed)
+        batch = self.pipeline.taken()
+        if not num_learned:
+            self._learn_from(batch.groups, streamed)  # there is nothing that teaches more
+        return batch
+
+    def _learn_from(self, groups: Sequence[Group], streamed: StreamedStep) -> int:
+        """Begins to learn from the answers that have a reward; how many there are."""
+        for group in groups:
+            for trajectory in group.answers:
+                trajectory.group = group.number
+        kept = [t for group in groups for t in group.answers if t.outcome == "ok"]
+        if kept:
+            streamed.add(Batch.from_trajectories(kept))
+        return len(kept)
 
     def settle(self) -> None:
         """Returns when a new version of the policy may be published."""
@@ -130,3 +163,8 @@ class Collection:
             return self._pool.run(work)
         with outside_loops():
             return self._loop.run_until_complete(work)
+
+
+async def _next(portions: AsyncIterator[list[Group]]) -> list[Group]:
+    """The next portion of a batch; nothing after the last."""
+    return await anext(portions, [])

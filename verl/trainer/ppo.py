@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.agents.collector import Collected, DataCollector, PromptLike, as_prompt, collection_metrics
 from verl.algorithms.compose import Algorithm, write_advantages
-from verl.algorithms.kl import adapted_coef, scheduled_coef
 from verl.config import make_trainer_config
 from verl.controller.group import Future, Merged, WorkerGroup
 from verl.controller.simulator import ModelShape, StepWork, step_limit
@@ -25,15 +24,19 @@ from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import Plan, balance, compute_cost
 from verl.data.tasks import TASKS
 from verl.engines.checkpoint import Save
+from verl.engines.streaming import StreamedUpdate
 from verl.engines.workers import MODEL_COLUMNS, Learner, RoleWorker, critic_reads, policy_reads, with_advantages, write_weights
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.shaping import bound_length_penalty
-from verl.settings import KLAdaptive, KLSchedule, RoleConfig, TrainerConfig, WeightedChoice
+from verl.settings import RoleConfig, TrainerConfig, WeightedChoice
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.evaluation import evaluate
+from verl.trainer.kl_coef import first_kl_coef, next_kl_coef
 from verl.trainer.one_model import policy_source
 from verl.trainer.pipeline import Collection
 from verl.trainer.rollouts import build_rollout, check_logprobs, check_mismatch, given_rollout, pool_of, start_of_engines
+from verl.trainer.samples import sample_row
+from verl.trainer.streaming import CRITIC, POLICY, StreamedStep, check_streamed
 from verl.trainer.team import Team, WriterOfColumn
 from verl.utils.device import MachineSpeed, measure_speed
 from verl.utils.rollout import BaseRolloutWorker, Prompt, RolloutEngine
@@ -103,6 +106,7 @@ class Trainer(BaseTrainer):
         start = start_of_engines(config, source, self.codec)  # before low-rank additions are put into a loaded model
         self.team = Team(config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline)
         try:
+            check_streamed(self.algorithm, config, [group for group in (self.team.critic, self.team.policy) if group])
             self.rollout = given_rollout(rollout, self.algorithm, self.codec) if rollout is not None else self._chosen_rollout(start)
         except BaseException:
             self.team.close()
@@ -113,7 +117,7 @@ class Trainer(BaseTrainer):
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
-        return self.update_policy(self.collection.take())
+        return self.update_policy(self.collection.take(self._streamed))
 
     def collect_data(self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None) -> Collected:
         """Answers and rewards prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
@@ -122,19 +126,48 @@ class Trainer(BaseTrainer):
     def update_policy(self, data: Collected) -> Metrics:
         """Learns from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
         rows, self.last = data.rows, data.trajectories
-        check_logprobs(rows, self.algorithm)
-        self.rollout.sleep()
-        for columns in self._together(self.writers, rows):
-            rows.adopt(columns)
-        metrics = data.metrics | write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
-        for learned in self._together(self.learners, rows):
-            metrics |= learned
+        metrics = data.metrics | (data.finish() if data.finish else self._learn(rows))
         self._publish()
         if self.algorithm.kl:
             metrics["kl_coef"] = self.kl_coef
-        self.kl_coef = self._next_kl_coef(metrics, rows.num_rows)
+        self.kl_coef = next_kl_coef(self.config, self.kl_coef, metrics, version=self.version, num_trajectories=rows.num_rows)
         self.notes += check_mismatch(metrics, self.config.rollout)
         return metrics | self.rollout.take_metrics()
+
+    def _learn(self, rows: Batch) -> Metrics:
+        """All updates of a step."""
+        self.rollout.sleep()
+        self._write_columns(rows)
+        metrics = write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
+        for learned in self._together(self.learners, rows):
+            metrics |= learned
+        return metrics
+
+    def _write_columns(self, rows: Batch) -> None:
+        check_logprobs(rows, self.algorithm)
+        for columns in self._together(self.writers, rows):
+            rows.adopt(columns)
+
+    @property
+    def _streamed(self) -> StreamedStep | None:
+        """A step that learns from groups as they come, if that is wanted."""
+        if self.config.pipeline.batches != "streamed":
+            return None
+        updates = {}
+        if self.team.critic:
+            updates[CRITIC] = StreamedUpdate(
+                self.team.critic, partial(self._plan, self.team.critic, role=self.config.critic), reads=self._critic_columns
+            )
+        if not self._critic_is_alone:
+            updates[POLICY] = StreamedUpdate(
+                self.team.policy,
+                partial(self._plan, self.team.policy, role=self.config.policy),
+                reads=self._policy_columns,
+                kl_coef=self.kl_coef,
+                skips_zero_advantages=self.algorithm.skip_zero_advantages,
+            )
+        sizes = {"num_groups": self.config.prompts_per_step, "version": self.version, "seed": self.config.seed}
+        return StreamedStep(self.algorithm, self._write_columns, updates, kl_coef=self.kl_coef, **sizes)
 
     def _publish(self) -> None:
         """The policy has learned: what generates follows it."""
@@ -155,8 +188,12 @@ class Trainer(BaseTrainer):
     def learners(self) -> list[Call]:
         """The critic, if there is one, and the policy, once the critic has had its first steps alone."""
         critic = [Call("update_critic", self._update_critic)] if self.team.critic else []
-        waits = self.team.critic is not None and self.version < self.config.critic.warmup_steps
-        return critic if waits else [*critic, Call("update_policy", self._update_policy)]
+        return critic if self._critic_is_alone else [*critic, Call("update_policy", self._update_policy)]
+
+    @property
+    def _critic_is_alone(self) -> bool:
+        """Whether the critic has its first steps."""
+        return self.team.critic is not None and self.version < self.config.critic.warmup_steps
 
     def _together(self, calls: Sequence[Call], rows: Batch) -> list[Any]:
         """The results of calls that are all started before the first is waited for: roles on pools of their own run at the same time."""
@@ -178,14 +215,22 @@ class Trainer(BaseTrainer):
         assert critic is not None
         plan = self._plan(critic, rows, self.config.critic)
         write_weights(rows, plan, self.algorithm)
-        return critic.call(Learner.update, rows.only({*MODEL_COLUMNS, *critic_reads(self.algorithm)}), plan, 0.0)
+        return critic.call(Learner.update, rows.only(self._critic_columns), plan, 0.0)
 
     def _update_policy(self, rows: Batch) -> Future[Metrics]:
         plan = self._plan(self.team.policy, rows, self.config.policy)
         write_weights(rows, plan, self.algorithm)
         plan, metrics = with_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
-        read = rows.only({*MODEL_COLUMNS, *policy_reads(self.algorithm)})
+        read = rows.only(self._policy_columns)
         return Merged(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
+
+    @property
+    def _critic_columns(self) -> set[str]:
+        return {*MODEL_COLUMNS, *critic_reads(self.algorithm)}
+
+    @property
+    def _policy_columns(self) -> set[str]:
+        return {*MODEL_COLUMNS, *policy_reads(self.algorithm)}
 
     @cached_property
     def collector(self) -> DataCollector:
@@ -367,14 +412,6 @@ class Trainer(BaseTrainer):
             group_ids=group_ids,
         )
 
-    def _next_kl_coef(self, metrics: Metrics, num_trajectories: int) -> float:
-        coef = self.config.algorithm.kl.coef
-        if isinstance(coef, KLSchedule):
-            return scheduled_coef(self.version, start=coef.start, end=coef.end, steps=coef.steps)
-        if isinstance(coef, KLAdaptive) and "kl" in metrics:
-            return adapted_coef(self.kl_coef, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories)
-        return self.kl_coef
-
     def check_context(self, prompt_tokens: int) -> None:
         """See `BaseTrainer.check_context`: answers must find their end within the policy's context."""
         context, answer_tokens = self.model_config.get_text_config().max_position_embeddings, self.config.sampling.max_tokens
@@ -449,30 +486,3 @@ class PPOTrainer:
             text=record["response"],
             reward=reward,
         )
-
-
-def first_kl_coef(config: TrainerConfig) -> float:
-    """The coefficient of the first step."""
-    coef = config.algorithm.kl.coef
-    if isinstance(coef, KLSchedule):
-        return coef.start
-    return coef.initial if isinstance(coef, KLAdaptive) else coef
-
-
-def sample_row(trajectory: Trajectory) -> dict[str, Any]:
-    """One answer for a table: prompt, response, reference, reward, scores."""
-    t = trajectory
-    prompt = t.prompt.content if isinstance(t.prompt.content, str) else t.prompt.content[-1].get("content", "")
-    logprobs = t.rollout_logprobs or []
-    return {
-        "prompt": prompt,
-        "response": t.text,
-        "reference": t.prompt.answer,
-        "reward": t.reward,
-        "scores": t.scores,
-        "truncated": t.truncated,
-        "tokens": len(t.response_ids),
-        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
-        "group": t.group,
-        "outcome": t.outcome,
-    }

@@ -16,7 +16,8 @@ from verl.engines.models import make_tiny_model
 from verl.settings import TrainerConfig
 from verl.trainer.base import Metrics
 from verl.trainer.evaluation import answer_all, summarize
-from verl.trainer.ppo import Trainer, sample_row
+from verl.trainer.ppo import Trainer
+from verl.trainer.samples import sample_row
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tracking import samples_table, save_curve, terminal_curve
 

@@ -1,0 +1,34 @@
+"""The weight of the KL to the reference policy: a number, a schedule, or steered towards a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from verl.algorithms.kl import adapted_coef, scheduled_coef
+from verl.settings import KLAdaptive, KLSchedule, TrainerConfig
+
+
+def first_kl_coef(config: TrainerConfig) -> float:
+    """The coefficient of the first step."""
+    coef = config.algorithm.kl.coef
+    if isinstance(coef, KLSchedule):
+        return coef.start
+    return coef.initial if isinstance(coef, KLAdaptive) else coef
+
+
+def next_kl_coef(config: TrainerConfig, current: float, metrics: Mapping[str, float], *, version: int, num_trajectories: int) -> float:
+    """The coefficient after a step.
+
+    Args:
+        config: of the run.
+        current: the coefficient of the step.
+        metrics: of the step; `kl` is read.
+        version: of the policy after it.
+        num_trajectories: that it learned from.
+    """
+    coef = config.algorithm.kl.coef
+    if isinstance(coef, KLSchedule):
+        return scheduled_coef(version, start=coef.start, end=coef.end, steps=coef.steps)
+    if isinstance(coef, KLAdaptive) and "kl" in metrics:
+        return adapted_coef(current, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories)
+    return current
