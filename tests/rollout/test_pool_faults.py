@@ -168,7 +168,7 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
                 async for chunk in super().sample(prompt_ids, params, number=number):
                     yield chunk
             # One chunk with what an engine that does not know of the "x" before gives.
-            yield Chunk([second, *rest, *[40] * 30], [-2.0] * 33, "length")
+            yield Chunk([second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length")
 
     pool = pool_of(1, Other)
     try:
@@ -227,6 +227,23 @@ def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
         time.sleep(1)
         assert member.state == "gone" and member.engine.lives == 1 and not member.engine.is_open
         assert len(answers(pool)) == 4 and member.served <= 4
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_cannot_even_be_ended_well_comes_back():
+    class Stubborn(Scripted):
+        async def close(self) -> None:
+            await super().close()
+            if self.lives == 1:
+                raise OSError("no such process")
+
+    Scripted.scripts = {"e0": [ending(EngineError("died"), 1)]}
+    notes: list[str] = []
+    pool = pool_of(1, Stubborn, notes=notes)
+    try:
+        assert [list(answer.token_ids) for answer in answers(pool)] == [[52, 53, 54, 55, 56, 57]] * 4
+        assert any("engine e0 could not be ended: OSError: no such process" in note for note in notes)
     finally:
         pool.close()
 

@@ -265,6 +265,8 @@ class Fleet:
         while answer.finish_reason is None:
             member = await self._rooms.find(session)
             life = member.life
+            if self.on_update == "abort" and answer.versions and answer.versions[-1] != member.version:
+                self._counts.thrown_tokens += answer.begin_anew()  # it lost its engine, and weights came before it had another one
             self._running += 1
             try:
                 await life.share(self._go_on(answer, member, prompt, number))
@@ -403,7 +405,7 @@ class Fleet:
         """Ends it, starts it anew and gives it the newest weights; gives it up after several tries in vain."""
         pause_s = _FIRST_PAUSE_S
         while member.state == "failed":
-            await member.engine.close()
+            await member.shut()
             if member.failures >= _MAX_FAILURES:
                 self._note(f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}")
                 await member.leave(member.cause)

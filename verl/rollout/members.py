@@ -191,7 +191,11 @@ class Member:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
         life = self._become("starting").life = Life(self._changed)
         self.taken, self.is_asleep, self.engine.records = None, False, True
-        await self.engine.open()
+        try:
+            await self.engine.open()
+        finally:
+            if life.cause is not None:
+                await self.shut()  # it has left, when there may have been nothing to end yet
         if life.cause is None:
             self._become("stale" if self.engine.follows else "serving")
 
@@ -261,7 +265,14 @@ class Member:
         self._become("gone")
         self.life.end(cause)
         self._group = None
-        await self.engine.close()
+        await self.shut()
+
+    async def shut(self) -> None:
+        """Ends what the engine has started. It may not raise; if it does, that is told, and keeps it from nothing."""
+        try:
+            await self.engine.close()
+        except Exception as error:  # the border to a program that is not ours
+            self._note(f"engine {self.name} could not be ended: {type(error).__name__}: {error}")
 
     def _become(self, state: State) -> Member:
         if self._state != "gone":
@@ -275,6 +286,8 @@ class Member:
             raise EngineError(f"engine {self.name} aborted an answer")
         if chunk.text is not None:
             return
+        if chunk.finish_reason == "length" and room > 0 and self.engine.follows:
+            raise EngineError(f"engine {self.name} cut an answer off, {room} tokens before its longest")
         ids, logprobs = chunk.token_ids, [0.0] * len(chunk.token_ids) if chunk.logprobs is None else chunk.logprobs
         if room < 0 or len(ids) != len(logprobs):
             raise EngineError(f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, {max(0, -room)} of them too many")
