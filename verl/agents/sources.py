@@ -191,8 +191,11 @@ class FromFleet(CollectorSource):
                 await self._sample(group)
             self._waits.moved("generation")
         with self._waits.on("rewards", f"{self._collector.reward_names} of group {group.number}"):
-            await asyncio.get_running_loop().run_in_executor(self._rewarders, self._collector.reward, group.everything)
+            await self._reward(group)
         self._waits.moved("rewards")
+
+    async def _reward(self, group: Group) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._rewarders, self._collector.reward, group.everything)
 
     async def _sample(self, group: Group) -> None:
         collector = self._collector
