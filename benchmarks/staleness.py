@@ -1,7 +1,7 @@
 """What staleness costs in learning, and what decoupled PPO wins back: two-digit addition at each bound on staleness, several seeds.
 
 Generation and training take turns in one process, with as much staleness as the bound allows in every step: the worst case, and the same
-in each run. The table has the shape of that of AReaL, https://arxiv.org/abs/2505.24298, section 7.4.
+in each run. The table has the shape of that of AReaL, https://arxiv.org/abs/2505.24298.
 """
 
 from __future__ import annotations
@@ -142,10 +142,8 @@ def main() -> None:
             runs.append(job.result())
             done = runs[-1]
             shown = " ".join(f"{value:.2f}" for value in done.curve)
-            print(
-                f"{done.objective} {done.max_staleness} seed {done.seed}: {done.before:.3f} -> {done.after:.3f}, {done.cpu_s:.0f} s, {shown}",
-                flush=True,
-            )
+            name = f"{done.objective} {done.max_staleness} seed {done.seed}"
+            print(f"{name}: {done.before:.3f} -> {done.after:.3f}, {done.cpu_s:.0f} s, {shown}", flush=True)
     print(table(runs))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in runs], indent=1), encoding="utf-8")
