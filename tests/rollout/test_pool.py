@@ -312,18 +312,13 @@ def test_servers_that_cannot_start_end_the_pool_with_their_words(policy, tmp_pat
         pool_of(group_of(policy), str(tmp_path / "no-such-model"), tmp_path, 1)
 
 
-def shared() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("verl-weights")}
-
-
 def test_a_closed_pool_leaves_no_process_and_no_shared_memory(policy, model, tmp_path):
-    before = shared()
     pool = pool_of(group_of(policy), model, tmp_path, 1)
     pool.publish(0)
-    pids = servers_of(pool)
-    assert shared() > before
+    pids, memory = servers_of(pool), pool._weights._folder
+    assert memory.parent == Path("/dev/shm") and list(memory.glob("part-*"))
     pool.close()
-    assert shared() == before and not any(psutil.pid_exists(pid) for pid in pids)
+    assert not memory.exists() and not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_names_are_unique(pool, model):
