@@ -13,7 +13,7 @@ from tests.simulation.engines import PLACES, VOCABULARY, Faults, Pace, World, pr
 from tests.tiny import tiny_codec
 from verl.rollout.engine import EngineError, EngineSpec
 from verl.rollout.fleet import Fleet
-from verl.utils.rollout import Completion, SamplingParams
+from verl.utils.rollout import Completion, FinishReason, SamplingParams
 from verl.utils.virtual_time import run
 
 # VERL_SIMULATOR_SEEDS raises their number, VERL_SIMULATOR_SEED replays one.
@@ -215,3 +215,33 @@ def test_a_seed_says_all_that_happens():
     for first, again in zip(*(all_runs(CHOSEN[:10], most_faults=5) for _ in range(2)), strict=True):
         assert first.answered == again.answered and first.notes == again.notes
         assert first.world.faults.happened == again.world.faults.happened
+
+
+def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
+    world, prompt, params = World(Faults.none(), Pace(end_in=10**9)), [20, 30], SamplingParams(max_tokens=6, seed=3)
+
+    async def main() -> Completion:
+        fleet = Fleet(world.engine, CODEC, vocabulary=VOCABULARY, context=400)
+        await fleet.open(world.specs(1))
+        await fleet.announce(4)
+        await fleet.spread(world.write(4))
+        (answer,) = await fleet.answer(prompt, params)
+        await fleet.close()
+        return answer
+
+    answer = run(main())
+    ids, logprobs = list(answer.token_ids), list(answer.logprobs or ())
+
+    def problem(order: Sequence[int], versions: Sequence[int] = (4,) * 6, reason: FinishReason = "length", number: int = 0) -> str:
+        changed = Completion([ids[i] for i in order], [logprobs[i] for i in order], reason, versions[0], None, versions[: len(order)])
+        return problem_of(changed, prompt, params, number=number, world=world, versions=(3, 4))
+
+    assert problem(range(6)) == ""
+    assert (
+        "token 1 is" in problem([0, 2, 3, 4, 5])
+        and "token 2 is" in problem([0, 1, 1, 2, 3, 4])
+        and "token 3 is" in problem([0, 1, 2, 4, 3, 5])
+    )
+    assert "no end yet" in problem(range(5)) and "ended by stop" in problem(range(6), reason="stop")
+    assert "not what version 3 samples" in problem(range(6), [3] * 6) and "allowed are (3, 4)" in problem(range(6), [5] * 6)
+    assert "versions [4, 3" in problem(range(6), [4, 3, 4, 4, 4, 4]) and "token 0 is" in problem(range(6), number=1)
