@@ -364,6 +364,10 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need servers that are awake while the policy learns for pipeline.max_staleness {c.pipeline.max_staleness} and batches {c.pipeline.batches}, got rollout.servers_sleep; set it to false",
     ),
     (
+        lambda c: c.pipeline.survivors.options.get("least", 1) > c.samples_per_prompt,
+        "need pipeline.survivors.least of at most samples_per_prompt {c.samples_per_prompt}, got {c.pipeline.survivors.options}; lower it",
+    ),
+    (
         lambda c: c.pipeline.oversample > 0 and c.pipeline.batches == "deterministic",
         "need pipeline.oversample 0 for pipeline.batches deterministic, got {c.pipeline.oversample}: which answers are the slowest differs from run to run; change one of the two",
     ),

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from verl.agents.pipeline import Pipeline, staleness_metrics
+from verl.agents.saved import saved_groups
 from verl.agents.sources import Group, GroupError, Source
 from verl.config import load_config
-from verl.data.batch import Trajectory
+from verl.data.batch import Batch, Trajectory
 from verl.data.ledger import Ledger
 from verl.utils.rollout import Prompt
 from verl.utils.waits import Waits
@@ -248,7 +249,8 @@ async def test_a_restart_keeps_answered_groups_and_asks_for_the_others_again_und
         await first.source.answer(number, 1.0, 0.0)
     assert await first.learn(step) == [0, 1]
     file = io.BytesIO()
-    torch.save(first.pipeline.state(), file)
+    ledger, groups = first.pipeline.snapshot()
+    torch.save({"ledger": ledger, "groups": saved_groups(groups)}, file)
     file.seek(0)
 
     second = Bench("max_staleness=1")
@@ -281,5 +283,5 @@ async def test_what_the_trainer_and_the_generator_wait_for_has_names():
 
 def test_staleness_is_of_sampled_tokens():
     rows = [Trajectory(Prompt("p"), [1], [2, 3, 4], [True, False, True], [-1.0] * 3, [5, 0, 7], 0)]
-    metrics = staleness_metrics(rows, 7)
+    metrics = staleness_metrics(Batch.from_trajectories(rows), 7)
     assert metrics == {"staleness/mean": 1.0, "staleness/max": 2.0, "staleness/share_0": 0.5, "staleness/share_2": 0.5}

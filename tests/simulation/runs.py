@@ -16,8 +16,9 @@ import torch
 from tests.simulation.engines import END, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
 from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
+from verl.agents.saved import saved_groups
 from verl.agents.sources import FromFleet, Group
-from verl.data.batch import Trajectory
+from verl.data.batch import Batch, Trajectory
 from verl.data.ledger import Ledger
 from verl.rollout.engine import EngineError
 from verl.rollout.fleet import Fleet
@@ -219,9 +220,9 @@ class Run:
         )
         watch = asyncio.ensure_future(self.watch(waits))
         try:
-            await fleet.open(self.world.specs(case.num_engines))
             if state is not None:
                 pipeline.load_state(state, version, {i: self.prompt(i) for i in range(self.drawn)})
+            await fleet.open(self.world.specs(case.num_engines))
             await self.publish(fleet, version)
             for step in range(version + 1, steps + 1):
                 await self.step(pipeline, fleet, step)
@@ -283,7 +284,7 @@ class Run:
         ages = [step - 1 - version for t in trajectories for version in t.versions]
         if max(ages, default=0) > case.config.max_staleness or min(ages, default=0) < 0:
             self.problems.append(f"tokens {max(ages)} steps old in step {step}, the bound is {case.config.max_staleness}")
-        told = staleness_metrics(trajectories, pipeline.version)
+        told = staleness_metrics(Batch.from_trajectories(trajectories), pipeline.version)
         if told and not (told["staleness/max"] == max(ages) and abs(told["staleness/mean"] - sum(ages) / len(ages)) < 1e-9):
             self.problems.append(f"staleness {told}, counted {max(ages)}")
         for group in batch.groups:
@@ -325,7 +326,8 @@ class Run:
     def saved(self, pipeline: Pipeline) -> dict[str, Any]:
         """A checkpoint, as it comes back from the disk."""
         file = io.BytesIO()
-        torch.save(pipeline.state(), file)
+        ledger, groups = pipeline.snapshot()
+        torch.save({"ledger": ledger, "groups": saved_groups(groups)}, file)
         file.seek(0)
         return torch.load(file, weights_only=True)
 

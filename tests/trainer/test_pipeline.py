@@ -27,6 +27,17 @@ def followed(history: list[dict[str, float]]) -> list[dict[str, str]]:
     return [{name: metrics[name].hex() for name in names if name in metrics} for metrics in history]
 
 
+def test_dynamic_sampling_gives_up_after_as_many_rounds_as_the_plain_loop(letters, tmp_path):
+    runs = []
+    for name in ("plain", "piped"):
+        given = {"reward_fn": lambda prompt, response: float(prompt == "aac=") * len(response)}
+        settings = ("rewards.functions=[]", "algorithm.max_resamples=2", "algorithm.overlong_buffer_tokens=0", "data.shuffle=false")
+        trainer = toy_trainer("dapo", letters, tmp_path / name, *settings, **given)
+        runs.append(plain_steps(trainer, 1) if name == "plain" else [trainer.step()])
+        assert {t.prompt.content for t in trainer.last} == {"aac="}
+    assert followed(runs[0]) == followed(runs[1]) and runs[1][0]["resample_draws"] == 2
+
+
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "dapo", "remax", "gdpo"])
 def test_without_staleness_the_losses_are_those_of_the_plain_loop_to_the_last_bit(recipe, letters, tmp_path):
     plain = plain_steps(toy_trainer(recipe, letters, tmp_path / "plain"), 4)
@@ -84,6 +95,75 @@ def test_a_group_without_a_reward_gives_way_to_another_prompt(letters, tmp_path)
     assert (metrics["pipeline/dropped_too_few"], metrics["pipeline/retried_reward"], metrics["outcome/reward_error"]) == (1, 1, 4)
 
 
+def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_path):
+    class Once:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, prompt, response):
+            self.calls += 1
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "pipeline.max_staleness=1", reward_fn=Once())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    metrics = [trainer.step() for _ in range(3)]
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1]["staleness/max"] == 1
+
+
+def test_an_update_that_fails_leaves_its_groups_to_the_next_step(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path)
+    learn, failures = trainer._learn, [RuntimeError("out of memory")]
+
+    def learn_later(rows):
+        if failures:
+            raise failures.pop()
+        return learn(rows)
+
+    trainer._learn = learn_later
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.step()
+    trainer.step()
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.dispatched) == (4, 4)
+
+
+def test_steps_and_a_loop_of_the_users_own_take_turns(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "pipeline.max_staleness=1")
+    plain_steps(trainer, 3)
+    trainer.step()
+    plain_steps(trainer, 3)
+    assert trainer.step()["staleness/max"] <= 1
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert trainer.version == 8 and counts.trained == 8 and counts.accounted == counts.dispatched
+
+
+def test_a_run_that_goes_on_with_a_narrower_bound_drops_what_is_too_old(letters, tmp_path):
+    fitted(letters, tmp_path, "pipeline.max_staleness=2", "steps=3")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    resumed = toy_trainer("grpo", letters, tmp_path, "steps=5", f"checkpoint.resume={folder}")
+    history = resumed.fit()
+    assert [metrics["staleness/max"] for metrics in history] == [0, 0]
+    assert resumed.collection.pipeline.ledger.counts().dropped == {"surplus": 8}
+
+
+def test_a_reward_that_failed_is_asked_for_again_and_no_other(letters, tmp_path):
+    calls = []
+
+    def flaky(prompt, response):
+        calls.append(prompt)
+        if len(calls) == 5:
+            raise ConnectionError("the judge is down")
+        return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", reward_fn=flaky)
+    metrics = trainer.step()
+    assert len(calls) == 17 and metrics["failed_share"] == 0 and metrics["pipeline/retried_reward"] == 1
+
+
 def test_what_needs_all_rows_of_a_step_is_refused_before_it_starts(letters, tmp_path):
     config = toy_config("gspo", letters, tmp_path, *SERVED, "pipeline.batches=streamed")
     with pytest.raises(ValueError, match=r"pipeline.batches=streamed, but algorithm.epochs=1 and algorithm.minibatches=2 make several"):
@@ -136,3 +216,17 @@ def test_a_streamed_step_is_the_whole_step(letters, tmp_path):
         ends.append({name: [metrics[name] for metrics in history] for name in ("reward", "loss", "critic/loss", "grad_norm", "entropy")})
     for name, values in ends[0].items():
         assert ends[1][name] == pytest.approx(values, rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.servers
+def test_a_reward_that_asks_the_program_to_end_ends_the_run_and_not_the_engines(letters, tmp_path):
+    def leaves(prompt, response):
+        raise SystemExit(3)
+
+    trainer = toy_trainer("grpo", letters, tmp_path, *SERVED, "rewards.functions=[]", reward_fn=leaves)
+    try:
+        with pytest.raises(RuntimeError, match="a reward function asked the program to end: SystemExit 3"):
+            trainer.step()
+        assert trainer.rollout.pool.members[0].state == "serving"
+    finally:
+        trainer.close()

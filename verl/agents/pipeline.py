@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from verl.agents.admission import Admission
-from verl.agents.saved import groups_from, saved_groups
+from verl.agents.saved import groups_from
 from verl.agents.sources import Group, GroupError, Source
-from verl.data.batch import Trajectory
+from verl.data.batch import Batch, Trajectory
 from verl.data.ledger import Ledger
 from verl.settings import FailureClass, PipelineConfig
 from verl.utils.rollout import Prompt
@@ -22,6 +21,10 @@ from verl.utils.waits import Waits
 Draw = Callable[[int], Sequence[Prompt]]
 # Failures of a reward that another try may mend.
 _PASSING = ("reward_error", "reward_timeout")
+# Before a group is tried again beside training, and by how much longer each time: what is down needs time to come back.
+_FIRST_PAUSE_S, _LONGER = 2.0, 3.0
+# Largest staleness whose share is a metric of its own.
+_MOST_SHARES = 8
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Pipeline:
         # What is answered in one call is complete at once, in its order.
         self._in_order = source.is_in_turn or config.batches == "deterministic"
         self.rules = Admission(prompts_per_step, config.max_staleness, config.oversample, self._in_order)
-        self._num_dead_replaced = replace_dead * prompts_per_step
+        self._replaces_dead = replace_dead
         self._batches = 0
         self._groups: dict[int, Group] = {}
         self._futures: dict[int, asyncio.Future[None]] = {}
@@ -92,10 +95,10 @@ class Pipeline:
         self._next = Taken()
         self._ended: list[Group] = []  # since the last batch
         self._again: list[Group] = []  # in flight before a restart
-        self._arrivals = self._failures_in_a_row = self._num_dead = 0
+        self._arrivals = self._failures_in_a_row = self._num_dead = self._num_rounds = self._num_checked = 0
         self._error: BaseException | None = None
         self._changed: asyncio.Future[None] | None = None
-        self._idle = ExitStack()
+        self._idle, self._is_idle = ExitStack(), False
 
     async def take(self) -> Taken:
         """The next batch; waits until it is complete.
@@ -113,7 +116,7 @@ class Pipeline:
         Raises:
             RuntimeError: too many of its answers have no reward.
         """
-        batch, self._next, self._ended = self._next, Taken(), []
+        batch, self._next, self._ended, self._num_checked = self._next, Taken(), [], 0
         groups = batch.groups = sorted(self._hand, key=lambda group: group.number)
         if all(group.is_dead for group in groups):
             for group in groups:
@@ -124,7 +127,7 @@ class Pipeline:
     async def portions(self, *, least: int = 1) -> AsyncIterator[list[Group]]:
         """The next batch, some groups at a time: as soon as `least` of them, or all that are left, are complete."""
         left = self.rules.prompts_per_step
-        self._hand = []
+        self._begin_anew()
         while left > 0:
             self._fill()
             with self._waits.on("training", self._wanted):
@@ -135,9 +138,14 @@ class Pipeline:
             yield chosen
         for number in self.rules.too_late(list(self._groups.values()), self.version):
             self._abort(self._groups[number])
-        self._batches += 1
-        self._num_dead = 0
+        self._batches = self.version + 1
         self._fill_unless_in_turn()
+
+    def _begin_anew(self) -> None:
+        """What an interrupted step has left behind is taken up again: groups not learned from, and those that nobody answers any more."""
+        self._groups.update({group.number: group for group in self._hand})
+        self._hand, self._batches = [], self.version
+        self._again = [group for group in self._groups.values() if group.arrival is None and group.number not in self._futures]
 
     async def settle(self) -> None:
         """Returns when the next version may be published: where each group is answered by one version, nothing is in flight.
@@ -149,6 +157,9 @@ class Pipeline:
             with self._waits.on("publishing", lambda: f"{len(self._futures)} groups that are still answered by version {self.version}"):
                 await self._change()
         self._raise_error()
+        if not self._hand:  # learned from a batch of the user's own
+            for number in self.rules.too_late(list(self._groups.values()), self.version):
+                self._abort(self._groups[number])
         self.rules.check(list(self._groups.values()), self.version + 1)
 
     def published(self, version: int) -> None:
@@ -159,8 +170,8 @@ class Pipeline:
             else:
                 self.ledger.train(group.number, step=version)
         self._hand = []
-        self.version = version
-        self._batches = max(self._batches, version)
+        self.version = self._batches = version
+        self._num_dead = self._num_rounds = 0
         self.ledger.commit(version)
         self._waits.moved("training")
         self._fill_unless_in_turn()
@@ -170,25 +181,27 @@ class Pipeline:
         waiting = [group for group in self._groups.values() if group.arrival is not None]
         return {"pipeline/in_flight": float(len(self._futures)), "pipeline/in_queue": float(len(waiting))}
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: the ledger, the groups that wait with their answers, and the prompts of those in flight."""
-        return {"ledger": self.ledger.state_dict(), "groups": saved_groups(list(self._groups.values()))}
+    def snapshot(self) -> tuple[dict[str, Any], list[Group]]:
+        """For a checkpoint: the ledger, the groups that wait with their answers, and those in flight, as they are now."""
+        return self.ledger.state_dict(), [replace(group) for group in self._groups.values()]
 
     def load_state(self, state: Mapping[str, Any], version: int, prompts: Mapping[int, Prompt]) -> None:
-        """Goes on from `state`; groups that were in flight are answered anew, by this version.
+        """Goes on from a checkpoint; groups that were in flight are answered anew, by this version.
 
         Args:
-            state: see above.
+            state: `ledger` and, from `saved_groups`, `groups` of a `snapshot`.
             version: of the policy.
             prompts: by their index in the data.
         """
         self.version = self._batches = version
         self.ledger.load_state_dict(state["ledger"])
         for group in groups_from(state["groups"], prompts):
+            if group.arrival is not None and group.oldest < version - self._config.max_staleness:
+                self.ledger.drop(group.number, "surplus")  # the bound was wider
+                continue
             self._groups[group.number] = group
             if group.arrival is None:
                 group.oldest = version
-                self._again.append(group)
                 self.ledger.again(group.number, version=version)
         self._arrivals = max([group.arrival + 1 for group in self._groups.values() if group.arrival is not None], default=0)
 
@@ -208,7 +221,7 @@ class Pipeline:
         self._start([*again, *fresh])
 
     def _fill_unless_in_turn(self) -> None:
-        if not self._source.is_in_turn:
+        if not self._source.is_in_turn and self._error is None:
             self._fill()
 
     @property
@@ -245,17 +258,20 @@ class Pipeline:
         landed, self._landed = self._landed, {}
         num_dead = self._num_dead
         self._start([self._groups[number] for number in sorted(landed) if self._goes_on(self._groups[number], landed[number])])
-        self._next.num_refills += self._num_dead > num_dead
+        if self._num_dead > num_dead:
+            self._num_rounds += 1
+            self._next.num_refills += 1
         # Stops a run in which too many answers have no reward as soon as there are as many as a step has.
-        if len(self._ended) >= self.rules.prompts_per_step:
+        if len(self._ended) - self._num_checked >= self.rules.prompts_per_step:
+            self._num_checked = len(self._ended)
             self._source.check([t for group in self._ended for t in group.answers])
-        if not self._in_order:
-            self._fill()
+        # In order, whether training has its batch by then or not: `settle` waits for what is begun here.
+        self._fill_unless_in_turn()
 
     def _goes_on(self, group: Group, future: asyncio.Future[None]) -> bool:
         """What becomes of a group that has landed; whether it is tried again."""
         del self._futures[group.number]
-        error = future.exception()
+        error = RuntimeError(f"group {group.number} was cancelled by nobody") if future.cancelled() else future.exception()
         if isinstance(error, GroupError):
             return self._may_go_on(group, error.failure, error.cause)
         if error is not None:
@@ -275,8 +291,10 @@ class Pipeline:
             return self._refilled(group, failed[0])
         self._failures_in_a_row = 0
         self._ended.append(group)
-        if not teaches and self._num_dead_replaced:
-            if self._num_dead < self._num_dead_replaced:
+        if not teaches and self._replaces_dead:
+            # In turn a round of a step's prompts counts once, however many of them are dead.
+            spent = self._num_rounds if self._in_order else self._num_dead / self.rules.prompts_per_step
+            if spent < self._replaces_dead:
                 self._num_dead += 1
                 self._drop(group, "dead")
                 return False
@@ -304,6 +322,7 @@ class Pipeline:
 
     def _note_try(self, group: Group, failure: FailureClass, cause: str) -> None:
         group.tries[failure] = group.tries.get(failure, 0) + 1
+        group.pause_s = _FIRST_PAUSE_S * _LONGER ** (group.tries[failure] - 1)
         self.ledger.retry(group.number, failure, cause)
 
     def _may_go_on(self, group: Group, failure: FailureClass, cause: str) -> bool:
@@ -342,16 +361,24 @@ class Pipeline:
 
     async def _chosen(self, left: int, least: int) -> list[Group]:
         """Some groups for the batch that needs so many more."""
+        due = [self._groups[number] for number in self._futures if self._is_due(self._groups[number])]
         while True:
             self._raise_error()
-            if len(self._groups) - len(self._futures) >= least or not self._futures:
+            # While more of these are in flight, a whole batch cannot be made.
+            num_late = sum(group.number in self._futures and self._is_due(group) for group in due)
+            is_near = len(self._groups) - len(self._futures) >= least and (least < left or num_late <= self._config.oversample)
+            if is_near or not self._futures:
                 numbers = self.rules.chosen(list(self._groups.values()), self.version, left=left)
                 if numbers:
                     return [self._groups.pop(number) for number in numbers]
             if not self._futures:
                 self._fill()
+                assert self._futures or self._landed or len(self._groups) > 0, "there is room, or a batch"
             if self._futures:
                 await self._change()
+
+    def _is_due(self, group: Group) -> bool:
+        return group.oldest <= self.version - self._config.max_staleness
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -374,21 +401,26 @@ class Pipeline:
 
     def _note_idleness(self) -> None:
         """Generation waits for training while it has nothing to do."""
+        is_idle = not self._futures and not self._source.is_in_turn
+        if is_idle == self._is_idle:
+            return
+        self._is_idle = is_idle
         self._idle.close()
-        if not self._futures and not self._source.is_in_turn:
-            told = f"room for more groups: those within {self._config.max_staleness} steps of version {self.version} are answered"
-            self._idle.enter_context(self._waits.on("admission", told))
+        if is_idle:
+            self._idle.enter_context(self._waits.on("admission", self._room_wanted))
+
+    def _room_wanted(self) -> str:
+        return f"room for more groups: those within {self._config.max_staleness} steps of version {self.version} are answered"
 
 
-def staleness_metrics(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:
+def staleness_metrics(rows: Batch, version: int) -> dict[str, float]:
     """How many steps before the version that learns from them tokens were sampled: mean, most, and the share of each number."""
-    ages = Counter(version - v for t in trajectories for v, sampled in zip(t.versions, t.response_mask, strict=True) if sampled)
-    total = sum(ages.values())
-    if not total:
+    ages = (version - rows.ragged("versions").values)[rows.ragged("mask").values]
+    if not len(ages):
         return {}
-    shares = {f"staleness/share_{age}": count / total for age, count in sorted(ages.items()) if age <= 8}
+    shares = ages.clamp(min=0).bincount().tolist()[: _MOST_SHARES + 1]
     return {
-        "staleness/mean": sum(age * count for age, count in ages.items()) / total,
-        "staleness/max": float(max(ages)),
-        **shares,
+        "staleness/mean": float(ages.double().mean()),
+        "staleness/max": float(ages.max()),
+        **{f"staleness/share_{age}": count / len(ages) for age, count in enumerate(shares) if count},
     }

@@ -60,6 +60,7 @@ class Group:
         baseline: the most likely answer, if it is read.
         arrival: its place among the groups that are complete; None: it is in flight.
         is_dead: it teaches nothing, and no other prompt was found in its place.
+        pause_s: before its next try.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Group:
     baseline: Trajectory | None = None
     arrival: int | None = None
     is_dead: bool = False
+    pause_s: float = 0.0
 
     @property
     def everything(self) -> list[Trajectory]:
@@ -186,6 +188,8 @@ class FromFleet(CollectorSource):
         return [asyncio.ensure_future(self._answer(group)) for group in groups]
 
     async def _answer(self, group: Group) -> None:
+        if group.pause_s:
+            await asyncio.sleep(group.pause_s)
         if not group.answers:
             with self._waits.on("generation", f"answers of group {group.number}"):
                 await self._sample(group)
@@ -195,18 +199,28 @@ class FromFleet(CollectorSource):
         self._waits.moved("rewards")
 
     async def _reward(self, group: Group) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._rewarders, self._collector.reward, group.everything)
+        await asyncio.get_running_loop().run_in_executor(self._rewarders, self._reward_here, group.everything)
+
+    def _reward_here(self, answers: Sequence[Trajectory]) -> None:
+        try:
+            self._collector.reward(answers)
+        except (KeyboardInterrupt, SystemExit) as error:  # which would end the loop of the engines, and not the run
+            raise RuntimeError(f"a reward function asked the program to end: {type(error).__name__} {error}") from error
 
     async def _sample(self, group: Group) -> None:
         collector = self._collector
         params = collector.params(self._samples, number=group.number, draw=group.draw)
         asked = [params, *collector.greedy_params(params)]
+        tasks = [asyncio.ensure_future(collector.sample_from(self._fleet, group.prompt, p)) for p in asked]
         try:
-            answers, *baselines = await asyncio.gather(*(collector.sample_from(self._fleet, group.prompt, p) for p in asked))
+            answers, *baselines = await asyncio.gather(*tasks)
         except RefusedError as error:
             raise GroupError("data", str(error)) from error
         except (EngineError, RuntimeError) as error:
             raise GroupError("infrastructure", str(error)) from error
+        finally:
+            for task in tasks:
+                task.cancel()  # the other one of a request that failed
         group.answers, group.baseline = answers, baselines[0][0] if baselines else None
 
     def close(self) -> None:

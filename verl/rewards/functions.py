@@ -210,12 +210,12 @@ class RewardFunctions:
         name, and the further scores of mappings by their own (as `function/name` if that is taken). A trajectory that a
         function fails on has no reward, the outcome `reward_error`, `reward_timeout`, `reward_not_finite`,
         `reward_wrong_type` or `reward_wrong_count`, or `reward_not_applicable` if no function applies. Trajectories
-        whose outcome is not "ok" already are left as they are.
+        whose outcome is not "ok" already, or that have a reward, are left as they are.
 
         Raises:
             RuntimeError: too many calls never return.
         """
-        rows = [t for t in trajectories if t.outcome == "ok"]
+        rows = [t for t in trajectories if t.outcome == "ok" and t.reward is None]
         if not rows:
             return
         calls = {name: function.calls(rows, name) for name, function in self._functions.items()}

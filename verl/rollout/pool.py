@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from verl.utils.rollout import Completion, RolloutEngine, SamplingParams, check_
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
+# Between two looks whether the loop still runs.
+_LOOK_S = 1.0
 
 
 class EnginePool(RolloutEngine):
@@ -83,6 +86,10 @@ class EnginePool(RolloutEngine):
         """Runs something in the loop of the engines, and waits for it; where the wait is broken off, so is the work."""
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
+            # Again and again: an exception that is sent to a thread gets in only between two waits.
+            while not wait([future], timeout=_LOOK_S).done:
+                if not self._thread.is_alive():
+                    raise RuntimeError("the loop of the engines has ended, so nothing answers any more; see the output before this")
             return future.result()
         except BaseException:
             future.cancel()

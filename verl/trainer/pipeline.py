@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from verl.agents.collector import Collected, DataCollector
 from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
+from verl.agents.saved import saved_groups
 from verl.agents.sources import FromFleet, Group, InTurn, outside_loops
 from verl.data.batch import Batch
 from verl.data.dataset import PromptLoader
@@ -73,34 +73,31 @@ class Collection:
         Raises:
             RuntimeError: too many groups have no reward.
         """
-        with self._engines_at_work():
-            batch = self._run(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
+        batch = self._at_work(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
         alive = [group.answers for group in batch.groups if not group.is_dead]
         collected = self._collector.collected(alive, [group.answers for group in batch.everything if group.answers])
         if streamed is not None:
             collected.finish = streamed.finish
         collected.metrics["resample_draws"] = float(batch.num_refills)
         self._collector.dispatched = self.pipeline.ledger.counts().dispatched
-        collected.metrics |= staleness_metrics(collected.trajectories, self.pipeline.version) | self._metrics()
+        collected.metrics |= staleness_metrics(collected.rows, self.pipeline.version) | self._metrics()
         return collected
 
-    @contextmanager
-    def _engines_at_work(self) -> Iterator[None]:
-        """Engines have the weights inside; those that come meanwhile get them."""
+    def _at_work(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for something while engines have the weights, and those that come meanwhile get them."""
         if self._pool is None:
-            yield
-            return
+            return self._run(work)
         self._collector.engine.generate([], [])  # engines that follow the policy have its weights afterwards
         with self._pool.policy_at_hand():
-            yield
+            return self._run(work)
 
     def _learned_on_the_way(self, streamed: StreamedStep) -> Taken:
         portions = self.pipeline.portions()
         num_learned = 0
-        while portion := self._run(_next(portions)):
+        while portion := self._at_work(_next(portions)):
             alive = [group for group in portion if not group.is_dead]
             num_learned += self._learn_from(alive, streamed)
-        batch = self.pipeline.taken()
+        batch = self._run(self._taken())
         if not num_learned:
             self._learn_from(batch.groups, streamed)  # there is nothing that teaches more
         return batch
@@ -124,13 +121,15 @@ class Collection:
         self._run(self._published(version))
 
     def state(self) -> dict[str, Any]:
-        """See `Pipeline.state`."""
-        return self._run(self._state())
+        """For a checkpoint: all groups in work, and where the prompts go on, of one moment."""
+        loader, ledger, groups = self._run(self._snapshot())
+        return {"loader": loader, "ledger": ledger, "groups": saved_groups(groups)}
 
     def load_state(self, state: Mapping[str, Any], version: int) -> None:
         """See `Pipeline.load_state`."""
         prompts = {prompt.index: prompt for prompt in self._loader.prompts}
         self.pipeline.load_state(state, version, prompts)
+        self._counted = self._counts()
 
     def close(self) -> None:
         """Aborts what is in flight."""
@@ -141,18 +140,24 @@ class Collection:
 
     def _metrics(self) -> dict[str, float]:
         """What is in work, what was dropped, failed or tried again since this was last asked, and who has waited for how long."""
-        counts = self.pipeline.ledger.counts()
-        kinds = {"dropped": counts.dropped, "failed": counts.failed, "retried": counts.retries}
-        totals = Counter({f"pipeline/{kind}_{name}": count for kind, of_kind in kinds.items() for name, count in of_kind.items()})
+        totals = self._counts()
         fresh, self._counted = totals - self._counted, totals
         waited = {f"time/wait_{stage}_s": seconds for stage, seconds in self._waits.seconds().items() if stage in _TOLD}
         return self.pipeline.metrics() | {name: float(count) for name, count in fresh.items()} | waited
 
+    def _counts(self) -> Counter[str]:
+        counts = self.pipeline.ledger.counts()
+        kinds = {"dropped": counts.dropped, "failed": counts.failed, "retried": counts.retries}
+        return Counter({f"pipeline/{kind}_{name}": count for kind, of_kind in kinds.items() for name, count in of_kind.items()})
+
     async def _published(self, version: int) -> None:
         self.pipeline.published(version)
 
-    async def _state(self) -> dict[str, Any]:
-        return self.pipeline.state()
+    async def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any], list[Group]]:
+        return self._loader.state_dict(), *self.pipeline.snapshot()
+
+    async def _taken(self) -> Taken:
+        return self.pipeline.taken()
 
     async def _close(self) -> None:
         self.pipeline.close()
@@ -162,7 +167,13 @@ class Collection:
         if self._pool is not None:
             return self._pool.run(work)
         with outside_loops():
-            return self._loop.run_until_complete(work)
+            task = self._loop.create_task(work)
+            try:
+                return self._loop.run_until_complete(task)
+            except BaseException:  # also an interrupt, which leaves the task as it is
+                task.cancel()
+                self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+                raise
 
 
 async def _next(portions: AsyncIterator[list[Group]]) -> list[Group]:

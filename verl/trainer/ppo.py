@@ -174,10 +174,16 @@ class Trainer(BaseTrainer):
         if self._collection:
             self._collection.settle()
         self.version += 1
-        with self.waits.on("publishing", f"version {self.version} in what generates"):
+        with self.waits.on("publishing", self._without_weights):
             self.rollout.publish(self.version)
         if self._collection:
             self._collection.published(self.version)
+
+    def _without_weights(self) -> str:
+        """Who does not have the newest weights, for people."""
+        pool = pool_of(self.rollout)
+        without = [m.name for m in pool.members if m.state in ("stale", "serving") and m.version != self.version] if pool else []
+        return f"version {self.version} in {', '.join(without) or 'what generates'}"
 
     @property
     def writers(self) -> list[Call]:
@@ -283,6 +289,9 @@ class Trainer(BaseTrainer):
     def load_train_data(self) -> LoadReport:
         """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail early."""
         prompts, report = self.read_prompts(self.config.data.train, "train")
+        if self._collection:  # of other prompts
+            self._collection.close()
+            self._collection = None
         self.loader = PromptLoader(prompts, seed=self.config.seed, shuffle=self.config.data.shuffle)
         if self.eval_every:
             self.test_prompts  # noqa: B018  # read now, so that a mistake is found before the first step
@@ -315,7 +324,9 @@ class Trainer(BaseTrainer):
 
     def state(self) -> dict[str, Any]:
         """See `BaseTrainer.state`."""
-        return super().state() | {"collection": self.collection.state(), "dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
+        collection = self.collection.state()
+        own = {"loader": collection.pop("loader"), "collection": collection}
+        return super().state() | own | {"dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `BaseTrainer.load_state`."""
