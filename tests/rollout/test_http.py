@@ -82,7 +82,8 @@ def spec(folder: Path, log: Path, **changes: Any) -> EngineSpec:
 
 @pytest.fixture(scope="module")
 def address(folder) -> Iterator[str]:
-    with running({"model": str(folder), "name": "tiny", "max_slots": 4}) as url:
+    # An answer takes a fraction of a second: some of it is to be seen before its end.
+    with running({"model": str(folder), "name": "tiny", "max_slots": 4, "pace_s": 0.01}) as url:
         yield url
 
 

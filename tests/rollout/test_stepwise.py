@@ -63,6 +63,30 @@ def test_answers_that_are_taken_back_change_no_others():
     assert answers[5] == [[], []] and all(len(a) <= 3 for a in answers[1])
 
 
+@pytest.mark.parametrize("step", [0, 3], ids=["waiting", "running"])
+def test_one_answer_to_a_prompt_can_be_taken_back(step):
+    def abort(generation: Generation, at: int) -> None:
+        if at == step:
+            generation.abort(1, {0})
+
+    policy = shared_policy()
+    answers, whole = stepwise(policy, slots=64, between=abort, asked=6), expected(policy)
+    assert answers[1][0] == whole[1][0][:step]
+    answers[1][0] = whole[1][0]
+    assert answers == whole
+
+
+def test_memory_of_an_idle_generation_can_be_given_back():
+    policy = shared_policy()
+    generation = Generation(policy, tiny_codec(), slots=8, first_slots=2)
+    generation.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
+    with policy.ready():
+        while not generation.is_idle:
+            generation.step()
+            generation.free()  # while something runs it stays
+    assert generation.cache.num_slots == 2 and generation.cache.is_empty
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
 def test_caches_computed_anew_by_the_same_weights_change_nothing(family):
     policy = shared_policy(family)

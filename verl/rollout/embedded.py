@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,11 @@ class EmbeddedEngine(RolloutEngine):
 class _SlotCache(KVCache):
     """A cache whose number of slots grows as well."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it takes no memory."""
+        return not self._layers
+
     def widen(self, num_slots: int) -> None:
         """Makes room for more rows."""
         self.num_slots = num_slots
@@ -149,18 +154,21 @@ class Generation:
 
     def add(self, request: int, prompt: Sequence[int], params: SamplingParams, *, num_likeliest: int = 0, first_answer: int = 0) -> None:
         """Asks for `params.n` answers to a prompt, from a number on; with `params.max_tokens` more it fits the model's context."""
-        if self.is_idle:
-            self.cache = _SlotCache(self.first_slots)  # What a long answer took is free again.
         for first in range(0, params.n, self.slots):
             count = min(self.slots, params.n - first)
             self.queue.append(_Group(request, prompt, params, num_likeliest, first_answer + first, count))
 
+    def free(self) -> None:
+        """Gives back what many or long answers took, once nothing is left to be generated."""
+        if self.is_idle and not self.cache.is_empty:
+            self.cache = _SlotCache(self.first_slots)
+
     @torch.inference_mode()
-    def abort(self, request: int) -> None:
-        """Takes a request back: its answers end where they are."""
-        self.queue = deque(group for group in self.queue if group.request != request)
+    def abort(self, request: int, samples: Collection[int] | None = None) -> None:
+        """Takes a request back, or some of the answers to its prompt: they end where they are."""
+        self.queue = deque(left for group in self.queue for left in _without(group, request, samples))
         for row in self.rows:
-            if row.request == request:
+            if row.request == request and (samples is None or row.sample in samples):
                 row.finish_reason = "abort"
         self._retire()
 
@@ -298,3 +306,11 @@ class Generation:
     def _row_params(self, start: int = 0) -> RowParams:
         vocabulary = self.model.transformer.config.get_text_config().vocab_size
         return RowParams.of([r.params for r in self.rows[start:]], vocabulary=vocabulary, device=self.tokens.device)
+
+
+def _without(group: _Group, request: int, samples: Collection[int] | None) -> list[_Group]:
+    """What is left of answers that wait: as they are, or each by itself."""
+    if group.request != request:
+        return [group]
+    numbers = range(group.first, group.first + group.count)
+    return [] if samples is None else [replace(group, first=number, count=1) for number in numbers if number not in samples]

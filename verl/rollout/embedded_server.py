@@ -9,14 +9,16 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import verl
 from verl.engines.models import Precision
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, RefusedError, ServedEngine, Via
-from verl.rollout.http import Connection, StatusError, options_of
+from verl.rollout.answer_stream import MAX_MESSAGE_BYTES, PATH, AnswerClient
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, ServedEngine, Via
+from verl.rollout.http import Connection, options_of
 from verl.rollout.links import shared_memory
 from verl.rollout.process import ServerProcess, free_port
 from verl.utils.rollout import SamplingParams
@@ -37,6 +39,7 @@ class EmbeddedServerOptions:
         device: auto, cpu or cuda.
         recompute: after an update, caches of answers that go on are computed anew; else they stay those of the weights before.
         threads: of PyTorch on a CPU; none: as the environment says.
+        pace_s: tokens of answers that go on are sent so often, together; those of a server that dies meanwhile are sampled again.
     """
 
     max_slots: int = 256
@@ -45,6 +48,7 @@ class EmbeddedServerOptions:
     # gives its tokens these logprobs. Computing them anew costs one prefill of what is running.
     recompute: bool = True
     threads: int | None = None
+    pace_s: float = 0.1
 
 
 class EmbeddedServer(ServedEngine):
@@ -63,6 +67,7 @@ class EmbeddedServer(ServedEngine):
         self._secret = spec.secret or secrets.token_hex(16)
         self._process: ServerProcess | None = None
         self._connection: Connection | None = None
+        self._answers: AnswerClient | None = None
 
     @property
     def pid(self) -> int:
@@ -93,6 +98,9 @@ class EmbeddedServer(ServedEngine):
 
     async def close(self) -> None:
         """See `ServedEngine.close`."""
+        answers, self._answers = self._answers, None
+        if answers is not None:
+            await answers.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -102,29 +110,9 @@ class EmbeddedServer(ServedEngine):
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
-        body = {
-            "prompt": list(prompt_ids),
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
-            "stop": list(params.stop),
-            "stop_token_ids": list(params.stop_ids),
-            "seed": params.seed,
-            "first_answer": number,
-            "logprobs": 0,
-            "stream": True,
-            "return_token_ids": True,
-            "detokenize": False,
-        }
-        try:
-            async for event in self._connected().events("/v1/completions", body, timeout_s=self.spec.timeout_s):
-                yield self._chunk(event)
-        except StatusError as error:
-            if error.is_refusal:
-                raise RefusedError(str(error)) from error
-            raise
+        async with aclosing(self._asked().sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
 
     async def pause(self) -> None:
         """See `ServedEngine.pause`."""
@@ -165,6 +153,7 @@ class EmbeddedServer(ServedEngine):
             "precision": _PRECISIONS[self.spec.dtype],
             "device": self._options.device,
             "group_timeout_s": self.spec.timeout_s,
+            "pace_s": self._options.pace_s,
         }
         command = [self.spec.python or sys.executable, "-m", "verl.rollout.serve", json.dumps(options), "--secret-env", _SECRET]
         self._process = ServerProcess(self.spec.name, command, environment=self._environment(), log=self.spec.log)
@@ -184,7 +173,8 @@ class EmbeddedServer(ServedEngine):
 
     async def _connect(self, address: str, deadline: float) -> None:
         """Waits until the server answers to the secret, as no other program at its port would."""
-        self._connection = Connection(self.spec.name, address, key=self._secret)
+        connection = self._connection = Connection(self.spec.name, address, key=self._secret)
+        self._answers = AnswerClient(self.spec.name, lambda: connection.socket(PATH, MAX_MESSAGE_BYTES), timeout_s=self.spec.timeout_s)
         while True:
             if self._process is not None:
                 self._process.check()
@@ -210,10 +200,7 @@ class EmbeddedServer(ServedEngine):
     async def _command(self, name: str, **body: Any) -> dict[str, Any]:
         return await self._connected().json("POST", f"/control/{name}", body, timeout_s=self.spec.timeout_s)
 
-    def _chunk(self, event: dict[str, Any]) -> Chunk:
-        try:
-            choice = event["choices"][0]
-            logprobs = choice["logprobs"]["token_logprobs"]
-            return Chunk(tuple(choice["token_ids"]), tuple(logprobs), choice["finish_reason"], event["weight_version"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise EngineError(f"{self.spec.name} streams what is no chunk: {json.dumps(event)[:500]}") from error
+    def _asked(self) -> AnswerClient:
+        if self._answers is None:
+            raise EngineError(f"{self.spec.name} is closed")
+        return self._answers

@@ -95,6 +95,21 @@ class Connection:
                     yield self._event(line.removeprefix(b"data:"))
         raise EngineError(f"{self._name} ended a stream before its end")
 
+    async def socket(self, path: str, max_bytes: int) -> aiohttp.ClientWebSocketResponse[bool]:
+        """A connection for messages of at most so many bytes in both directions.
+
+        Raises:
+            EngineError: there is none.
+        """
+        try:
+            # The message that says goodbye is not waited for long: a server that is stopped sends none.
+            timeout = aiohttp.ClientWSTimeout(ws_close=0.5)
+            return await self._session.ws_connect(self._address + path, max_msg_size=max_bytes, timeout=timeout)
+        except aiohttp.WSServerHandshakeError as error:
+            raise EngineError(f"{self._name} answers {path} with status {error.status}") from error
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile
+            raise EngineError(f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}") from error
+
     def _event(self, content: bytes) -> dict[str, Any]:
         try:
             event = json.loads(content)

@@ -163,7 +163,8 @@ class Reader:
             min_p=_number(body, "min_p", 0.0, lambda x: 0 <= x <= 1, "from 0 to 1"),
             n=_integer(body, "n", 1, 1, _MAX_ANSWERS) or 1,
             stop=tuple(stop),
-            stop_ids=tuple(self._ids(body.get("stop_token_ids", []), "stop_token_ids")),
+            # One that the model has no output for never comes; some tokenizers know such.
+            stop_ids=tuple(i for i in self._whole(body.get("stop_token_ids", []), "stop_token_ids") if 0 <= i < self.vocabulary),
         )
         limit = self._max_tokens(body, is_chat=is_chat)
         return [self._fitting(common, prompt, limit, seed) for prompt in prompts]
@@ -196,9 +197,13 @@ class Reader:
             raise Refusal("need prompts of at least one token", param="prompt")
         return prompts
 
-    def _ids(self, ids: Any, name: str) -> list[int]:
+    def _whole(self, ids: Any, name: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise Refusal(f"need {name} as token ids{', a text, or a list of either' if name == 'prompt' else ''}", param=name)
+        return ids
+
+    def _ids(self, ids: Any, name: str) -> list[int]:
+        ids = self._whole(ids, name)
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
             raise Refusal(f"need token ids from 0 to {self.vocabulary - 1} in {name}, got {wrong[0]}", param=name)
         return ids

@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from verl.engines.models import PolicyModel, Precision, load_language_model
+from verl.rollout.answer_stream import PATH, AnswerStreams
 from verl.rollout.engine import Part, TensorInfo
 from verl.rollout.intake import WeightIntake
 from verl.rollout.links import shared_memory
@@ -54,6 +55,7 @@ class ServeOptions:
         api_key: asked for on every path but /health; none: nobody is asked.
         secret: opens the endpoints for the trainer, and is a key; none: there are no such endpoints.
         group_timeout_s: longest wait for the others of a process group.
+        pace_s: tokens of answers that go on are sent to a trainer so often, together.
     """
 
     model: str
@@ -66,10 +68,11 @@ class ServeOptions:
     api_key: str = ""
     secret: str = ""
     group_timeout_s: float = 60.0
+    pace_s: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.max_slots < 1:
-            raise ValueError(f"need at least one slot, got {self.max_slots}")
+        if self.max_slots < 1 or self.pace_s < 0:
+            raise ValueError(f"need at least one slot, and pace_s of at least 0, got {self.max_slots} and {self.pace_s}")
         if not (self.api_key or self.secret or _is_loopback(self.host)):
             raise ValueError(
                 f"need a key to serve on {self.host}, which others can reach; put one into the environment variable that --api-key-env "
@@ -106,8 +109,10 @@ class Server:
             ]
         )
         if self._options.secret:
-            control = Control(self._thread, self._intake, self._options)
-            app.add_routes([web.get("/control/state", control.state), web.post("/control/{command}", control.obey)])
+            streams = AnswerStreams(self._thread, self._reader, check=self._check_weights, pace_s=self._options.pace_s)
+            control = Control(self._thread, self._intake, self._options, streams)
+            app.add_routes([web.get("/control/state", control.state), web.get(PATH, streams.serve)])
+            app.add_routes([web.post("/control/{command}", control.obey)])
         return app
 
     def close(self) -> None:
@@ -208,8 +213,8 @@ def _written(writer: Writer, states: Sequence[AnswerText], tokens: Sequence[tupl
 class Control:
     """What a trainer asks: pause and resume, and new weights. One command at a time."""
 
-    def __init__(self, thread: GenerationThread, intake: WeightIntake, options: ServeOptions) -> None:
-        self._thread, self._intake, self._options = thread, intake, options
+    def __init__(self, thread: GenerationThread, intake: WeightIntake, options: ServeOptions, streams: AnswerStreams) -> None:
+        self._thread, self._intake, self._options, self._streams = thread, intake, options, streams
         self._lock = asyncio.Lock()
         self._commands: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "pause": self._pause,
@@ -243,6 +248,7 @@ class Control:
 
     async def _pause(self, _: dict[str, Any]) -> dict[str, Any]:
         await self._thread.hold("pause")
+        self._streams.flush()
         return {}
 
     async def _resume(self, body: dict[str, Any]) -> dict[str, Any]:

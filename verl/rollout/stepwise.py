@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,10 +26,10 @@ _LOG = logging.getLogger(__name__)
 # The cache begins with as many rows: a server mostly has few.
 _FIRST_SLOTS = 8
 _BEAT_S = 0.5
+_PACE_S = 0.02
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token of an answer.
 
     Attributes:
@@ -51,13 +53,24 @@ class Token:
 
 
 class Request:
-    """Prompts that are being answered, as the event loop sees them; answers are numbered through, prompt by prompt."""
+    """Prompts that are being answered, as the event loop sees them; answers are numbered through, prompt by prompt.
 
-    def __init__(self, num_answers: int) -> None:
+    Attributes:
+        pace_s: see below.
+        failure: why there will be no more tokens; None: there will, or all have come.
+
+    Args:
+        num_answers: to all prompts.
+        pace_s: it is told of tokens of answers that go on at least so often, and of the last ones of an answer at once.
+        arrived: is set when there is something new; several requests may have the same.
+    """
+
+    def __init__(self, num_answers: int, *, pace_s: float = _PACE_S, arrived: asyncio.Event | None = None) -> None:
+        self.pace_s = pace_s
+        self.failure: str | None = None
         self._num_open = num_answers
         self._tokens: list[tuple[int, Token]] = []
-        self._failure: str | None = None
-        self._arrived = asyncio.Event()
+        self._arrived = arrived or asyncio.Event()
 
     @property
     def is_over(self) -> bool:
@@ -72,7 +85,7 @@ class Request:
 
     def fail(self, message: str) -> None:
         """Lets `more` raise."""
-        self._failure = message
+        self.failure = message
         self._arrived.set()
 
     async def more(self, timeout_s: float) -> list[tuple[int, Token]]:
@@ -81,17 +94,21 @@ class Request:
         Raises:
             RuntimeError: the generation failed.
         """
-        if not self._tokens and self._failure is None:
+        if not self._tokens and self.failure is None:
             # Not by asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with a token.
             timer = asyncio.get_running_loop().call_later(timeout_s, self._arrived.set)
             try:
                 await self._arrived.wait()
             finally:
                 timer.cancel()
-        if self._failure is not None:
-            raise RuntimeError(self._failure)
-        tokens, self._tokens = self._tokens, []
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
         self._arrived.clear()
+        return self.taken()
+
+    def taken(self) -> list[tuple[int, Token]]:
+        """Number of the answer and token, of all since the last call."""
+        tokens, self._tokens = self._tokens, []
         return tokens
 
 
@@ -128,6 +145,10 @@ class GenerationThread:
         # By the number of each prompt: what asked for it, and the number of its first answer there.
         self._requests: dict[int, tuple[Request, int]] = {}
         self._holds: set[str] = set()
+        # Tokens that the loop has not yet been given, with the number of the prompt and of the answer, and when it was last given some.
+        self._fresh: list[tuple[int, int, Token]] = []
+        self._delivered_s = 0.0
+        self._pace_s = math.inf  # of the request that wants it most often
         self._is_closed = self._is_stale = False
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
@@ -143,15 +164,22 @@ class GenerationThread:
         return len(self._generation.rows)
 
     def ask(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, num_likeliest: int = 0, first_answer: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        num_likeliest: int = 0,
+        first_answer: int = 0,
+        request: Request | None = None,
     ) -> Request:
-        """Asks for the answers to prompts that fit the model, to each from number `first_answer` on."""
-        request = Request(sum(wanted.n for wanted in params))
+        """Asks for the answers to prompts that fit the model, to each from number `first_answer` on; `request` takes their tokens."""
+        request = request or Request(sum(wanted.n for wanted in params))
         numbers = [next(self._numbers) for _ in prompts]
         first = 0
         for number, wanted in zip(numbers, params, strict=True):
             self._requests[number] = (request, first - first_answer)
             first += wanted.n
+        self._pace_s = min(self._pace_s, request.pace_s)
 
         def add() -> None:
             for number, prompt, wanted in zip(numbers, prompts, params, strict=True):
@@ -160,22 +188,30 @@ class GenerationThread:
         self._send(add)
         return request
 
-    def drop(self, request: Request) -> None:
-        """Takes a request back; one that is over may be dropped, too."""
-        numbers = [number for number, (other, _) in self._requests.items() if other is request]
-        for number in numbers:
-            del self._requests[number]
+    def drop(self, request: Request, answers: Collection[int] | None = None) -> None:
+        """Takes a request back, or some of its answers; one that is over may be dropped, too."""
+        numbers = {number: first for number, (other, first) in self._requests.items() if other is request}
+        if answers is None:
+            for number in numbers:
+                del self._requests[number]
+            self._pace_s = min((other.pace_s for other, _ in self._requests.values()), default=math.inf)
 
         def abort() -> None:
-            for number in numbers:
-                self._generation.abort(number)
+            for number, first in numbers.items():
+                self._generation.abort(number, None if answers is None else {answer - first for answer in answers})
 
         if not request.is_over:
             self._send(abort)
 
     async def hold(self, reason: str) -> None:
-        """Stops between two tokens; requests are kept, and new ones wait until each reason is released."""
-        await asyncio.wrap_future(self._send(lambda: self._holds.add(reason)))
+        """Stops between two tokens, all of which have been delivered then; requests are kept, and new ones wait until each reason is
+        released."""
+
+        def stop() -> None:
+            self._deliver()
+            self._holds.add(reason)
+
+        await asyncio.wrap_future(self._send(stop))
 
     async def release(self, reason: str, *, recompute: bool) -> None:
         """Goes on. After a change of the weights, caches are computed anew, or stay those of the weights before."""
@@ -221,11 +257,13 @@ class GenerationThread:
                 command = self._generate() if self._may_step else self._next(wait=True)
             except Exception as error:  # the border of the thread: all that is asked for fails, later requests are tried anew
                 _LOG.exception("the generation failed")
-                self._generation = self._fresh_generation()
+                self._generation, self._fresh = self._fresh_generation(), []
                 self._loop.call_soon_threadsafe(self._fail_all, str(error))
                 continue
             if command is not None:
                 _obey(command)
+            else:
+                self._generation.free()
 
     def _generate(self) -> _Command | None:
         """Generates until there is nothing more, or a command for which the model must be left; returns that one."""
@@ -233,16 +271,27 @@ class GenerationThread:
             if self._is_stale:
                 self._generation.recompute()
                 self._is_stale = False
-            while self._may_step:
+            command = None
+            while command is None and self._may_step:
                 self._step()
-                if (command := self._obey_inside()) is not None:
-                    return command
-        return None
+                command = self._obey_inside()
+        self._deliver()
+        return command
 
     def _step(self) -> None:
         self.num_beats += 1
-        tokens = [(row.request, row.sample, Token.of(row, self.version)) for row in self._generation.step()]
-        self._loop.call_soon_threadsafe(self._deliver, tokens)
+        rows = self._generation.step()
+        self._fresh += [(row.request, row.sample, Token.of(row, self.version)) for row in rows]
+        # To wake the loop costs both threads more than a token of a small model.
+        if any(row.finish_reason is not None for row in rows) or time.monotonic() - self._delivered_s >= self._pace_s:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Gives new tokens to the loop."""
+        self._delivered_s = time.monotonic()
+        if self._fresh:
+            self._loop.call_soon_threadsafe(self._take, self._fresh)
+            self._fresh = []
 
     def _obey_inside(self) -> _Command | None:
         """Does what may be done while the model is in use; returns the first command that is not of these."""
@@ -256,7 +305,7 @@ class GenerationThread:
         except queue.Empty:
             return None
 
-    def _deliver(self, tokens: list[tuple[int, int, Token]]) -> None:
+    def _take(self, tokens: list[tuple[int, int, Token]]) -> None:
         for number, sample, token in tokens:
             if number in self._requests:  # else it was dropped meanwhile
                 request, first = self._requests[number]
