@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ def digest(tensor: Tensor) -> int:
     rest = int.from_bytes(bytes(content[whole:].tolist()), "little")
     aligned = content[:whole] if content.data_ptr() % _WORD_BYTES == 0 else content[:whole].clone()
     words = aligned.view(torch.int64)
-    size = max(1, min(len(words), _BLOCK_WORDS[words.device.type == "cpu"]))
-    weights = torch.arange(size, device=words.device) * (2 * _STRIDE) + 1
+    is_cpu = words.device.type == "cpu"
+    size = max(1, min(len(words), _BLOCK_WORDS[is_cpu]))
+    weights = _cpu_weights()[:size] if is_cpu else _weights(size, words.device)
     mixed = torch.empty_like(weights)
     total = (2 * rest + 1) * (2 * tensor.numel() + 1)
     for first in range(0, len(words), size):
@@ -37,10 +39,21 @@ def digest(tensor: Tensor) -> int:
         torch.bitwise_right_shift(block, 32, out=own)
         own &= 0xFFFFFFFF
         own ^= block
-        plain = int(own.sum())
+        plain = int(own.sum()) if first else 0
         own *= weights[: len(block)]
         total += int(own.sum()) + plain * 2 * _STRIDE * first
     return total % 2**64
+
+
+def _weights(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device) * (2 * _STRIDE) + 1
+
+
+@cache
+def _cpu_weights() -> Tensor:
+    """Of all blocks on a CPU: most tensors are small, and to make them takes as long as to use them."""
+    with torch.inference_mode(False):
+        return _weights(_BLOCK_WORDS[True], torch.device("cpu"))
 
 
 def fingerprint(digests: Mapping[str, int]) -> str:
