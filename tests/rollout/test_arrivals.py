@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     weights = PolicyWeights(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
     engine = Threads(EngineSpec("threads", "unused", via=via, timeout_s=20.0))
     notes: list[str] = []
-    member = Member(engine, max_running=1, vocabulary=100, note=notes.append)
+    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
     tensors = dict(policy.transformer.named_parameters())
     itemsize = vars(torch)[dtype].itemsize
     num_bytes = itemsize * sum(tensor.numel() for tensor in tensors.values())
@@ -151,7 +152,7 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
     policy = tiny_policy("llama")
     weights = PolicyWeights(group_of(policy), "float32", tmp_path)
     engine, notes = Picky(EngineSpec("picky", "unused", via="shm")), []
-    member = Member(engine, max_running=1, vocabulary=100, note=notes.append)
+    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
 
     async def follows() -> None:
         await member.open()

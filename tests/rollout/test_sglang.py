@@ -633,7 +633,7 @@ def test_two_ranks_take_weights_each_and_answer_as_one(tmp_path):
 def takes_slices(running: Running, folder: Path) -> None:
     """From its second update on, each rank gets what it reads alone, whichever way, and the server has the weights of the policy."""
     engine, model, notes = running.engine, tiny_transformer("llama"), []
-    member = Member(engine, max_running=8, vocabulary=100, note=notes.append)
+    member = Member(engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
     member._become("stale")  # as after a start
     engine.reads = None
     with policy_ranks(engine.spec.model, 2) as group:
