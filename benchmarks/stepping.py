@@ -1,4 +1,4 @@
-"""What both sides of a step benchmark share: the workload, and the gate that lets a training loop through one step at a time."""
+"""What all sides of a step benchmark share: the workload, and the gate that lets a training loop through some steps at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,28 @@ class Workload:
     Attributes:
         folder: holds the model (`model/`), the prompts (`prompts.jsonl`) and what the workers write.
         steps: timed or warm-up steps; each worker does one more, untimed, to leave its loop by the usual way.
+        name: of the side that does it.
         num_prompts: prompts of a step.
         num_samples: answers per prompt.
         answer_tokens: tokens of every answer; nothing ends one earlier.
         lr: learning rate, constant.
         trl_checkpointing: let TRL recompute activations, as it does by default; this project does so only when asked.
+        trl_bf16: let TRL compute in bf16.
+        threads: of PyTorch in the process that trains.
+        settings: further settings of this project's side, each KEY=VALUE.
     """
 
     folder: str
     steps: int
+    name: str = "verl"
     num_prompts: int = 8
     num_samples: int = 8
     answer_tokens: int = 16
     lr: float = 3e-5
     trl_checkpointing: bool = True
+    trl_bf16: bool = False
+    threads: int = 1
+    settings: tuple[str, ...] = ()
 
     @classmethod
     def from_command_line(cls) -> Workload:
@@ -44,39 +53,67 @@ class Workload:
 
     @property
     def model(self) -> Path:
-        """Folder of the model that both sides train."""
+        """Folder of the model that all sides train."""
         return Path(self.folder, "model")
 
     @property
     def prompts(self) -> Path:
-        """File of the prompts, one JSON object with `prompt` per line, read in order by both sides."""
+        """File of the prompts, one JSON object with `prompt` per line, read in order by all sides."""
         return Path(self.folder, "prompts.jsonl")
+
+    @property
+    def output(self) -> Path:
+        """Folder for what this side writes."""
+        return Path(self.folder, self.name)
 
 
 def share_of_vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The reward on both sides: the share of vowels in an answer, in a form that both call once per step."""
+    """The reward on all sides: the share of vowels in an answer, in a form that all call once for many answers."""
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 
 class Gate:
-    """Stands at one place of a loop; JSON lines on standard output, requests `step` or `stop` on standard input.
+    """Stands at one place of a loop; JSON lines on standard output, a number of steps or `stop` on standard input.
 
     What libraries print goes to standard error, so that nothing but answers is on standard output.
+
+    Args:
+        clocks: further ones by name, read at each step beside `wall_s` and `cpu_s`, those of this process.
+
+    Attributes:
+        servers: processes that work for this one, told with the first answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clocks: Mapping[str, Callable[[], float]] | None = None) -> None:
+        self.clocks = {"wall_s": time.perf_counter, "cpu_s": time.process_time, **(clocks or {})}
         self._answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._started: tuple[float, float] | None = None
+        self.servers: list[int] = []
+        self._readings: list[dict[str, float]] = []
+        self._left = 0
 
     def wait(self) -> bool:
-        """Answers with the seconds since the last request, blocks until the next, and returns whether it is for a step."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.answer({"wall_s": wall - self._started[0], "cpu_s": cpu - self._started[1]} if self._started else {"ready": True})
-        asked = sys.stdin.readline().strip() == "step"
-        self._started = (time.perf_counter(), time.process_time())
-        return asked
+        """Once as many steps as were asked for are done, answers with what each clock counted in each of them and blocks until the
+        next request; returns whether one more step is wanted."""
+        reading = {name: clock() for name, clock in self.clocks.items()}
+        if self._left:
+            self._left -= 1
+            self._readings.append(reading)
+        if self._left:
+            return True
+        self._answer_steps()
+        asked = sys.stdin.readline().strip()
+        self._left = int(asked) if asked.isdigit() else 0
+        self._readings = [{name: clock() for name, clock in self.clocks.items()}]
+        return self._left > 0
 
     def answer(self, content: dict[str, Any]) -> None:
         """Writes one answer."""
         print(json.dumps(content), file=self._answers)
+
+    def _answer_steps(self) -> None:
+        if not self._readings:
+            self.answer({"servers": self.servers})
+            return
+        pairs = list(zip(self._readings, self._readings[1:], strict=False))
+        self.answer({name: [after[name] - before[name] for before, after in pairs] for name in self.clocks})

@@ -1,4 +1,4 @@
-"""The other side of vs_trl.py, run by TRL's own environment: GRPOTrainer's own loop, stopped after each step until the next one."""
+"""TRL's side, run by an environment of its own: GRPOTrainer's own loop, stopped after each step until the next one is asked for."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class TimedTrainer(GRPOTrainer):
 
 def main() -> None:
     """Trains as asked, then reports what the steps did."""
-    torch.set_num_threads(1)
     gate, work = Gate(), Workload.from_command_line()
+    torch.set_num_threads(work.threads)
     args = GRPOConfig(
-        output_dir=f"{work.folder}/trl",
+        output_dir=str(work.output),
         max_steps=work.steps + 1,
         per_device_train_batch_size=work.num_prompts * work.num_samples,
         num_generations=work.num_samples,
@@ -69,8 +69,8 @@ def main() -> None:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        # TRL's defaults (bf16, recomputed activations) save GPU memory at the cost of time; bf16 is slower still on a CPU.
-        bf16=False,
+        # TRL's defaults, bf16 and recomputed activations, save GPU memory.
+        bf16=work.trl_bf16,
         gradient_checkpointing=work.trl_checkpointing,
         use_cpu=True,
         disable_dropout=True,

@@ -1,16 +1,20 @@
-"""One side of vs_trl.py: this project's own `fit()`, stopped before each step until the next one is asked for."""
+"""This project's side: its own `fit()`, stopped before each step until the next one is asked for."""
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from stepping import Gate, Workload, share_of_vowels
 
 from verl.config import load_config
+from verl.rollout.embedded_server import EmbeddedServer
 from verl.trainer.base import Metrics
 from verl.trainer.ppo import Trainer
+from verl.trainer.rollouts import pool_of
 
 
 class GatedTrainer(Trainer):
@@ -26,8 +30,8 @@ class GatedTrainer(Trainer):
 
 def main() -> None:
     """Trains as asked, then reports what the steps did."""
-    torch.set_num_threads(1)
     gate, work = Gate(), Workload.from_command_line()
+    torch.set_num_threads(work.threads)
     settings = {
         "steps": work.steps + 1,
         "prompts_per_step": work.num_prompts,
@@ -40,13 +44,25 @@ def main() -> None:
         "data.shuffle": "false",
         "tracking.sinks": "[]",
         "tracking.samples_every_steps": 0,
-        "output_dir": f"{work.folder}/verl",
+        "output_dir": work.output,
         "device": "cpu",
     }
-    trainer = GatedTrainer(load_config("grpo", [f"{key}={value}" for key, value in settings.items()]), reward_fn=share_of_vowels)
+    given = [*(f"{key}={value}" for key, value in settings.items()), *work.settings]
+    trainer = GatedTrainer(load_config("grpo", given), reward_fn=share_of_vowels)
+    pool = pool_of(trainer.rollout)
+    # Those that are servers of this run have a process.
+    gate.servers = [member.engine.pid for member in pool.members if isinstance(member.engine, EmbeddedServer)] if pool else []
+    gate.clocks |= {"server_cpu_s": lambda: sum(map(cpu_seconds, gate.servers))}
     trainer.gate = gate
     steps = trainer.fit()[: work.steps]
     gate.answer({"versions": {name: version(name) for name in ("verl", "torch", "transformers")}, "steps": [_measured(s) for s in steps]})
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process, all its threads together."""
+    # After the name, which may hold spaces, in brackets: user and system time are the 12th and 13th field.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _measured(metrics: Metrics) -> dict[str, Any]:
@@ -56,6 +72,7 @@ def _measured(metrics: Metrics) -> dict[str, Any]:
         "prompt_tokens": metrics["prompt_tokens"],
         "reward": metrics["reward"],
         "grad_norm": metrics["grad_norm"],
+        "staleness": metrics.get("staleness/mean", 0.0),
     }
 
 

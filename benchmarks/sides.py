@@ -1,0 +1,160 @@
+"""Training loops side by side, each in a process of its own that works while the others stand still."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import string
+import subprocess
+import venv
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from stepping import Workload
+from transformers import AutoTokenizer
+
+from verl.engines.models import make_tiny_model
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TRL = "trl==1.16.*"
+TRL_FOLDER = ROOT / ".bench/trl"
+_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+class Side:
+    """A worker process with an open training loop.
+
+    Args:
+        worker: `verl` or `trl`; the script of that name is run.
+        python: its interpreter.
+        work: what it trains; the name of the work is that of the side.
+
+    Attributes:
+        name: of the side.
+    """
+
+    def __init__(self, worker: str, python: Path, work: Workload) -> None:
+        self.name = work.name
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
+        # No look at the network: everything is in the folder.
+        env = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._log_path = Path(work.folder, f"{work.name}.log")
+        self._log = self._log_path.open("w")
+        self._servers: list[int] = []
+        self._process = subprocess.Popen(
+            [str(python), str(HERE / f"{worker}_worker.py"), work.command_line()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+            cwd=ROOT,
+            env=env,
+        )
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._signal(signal.SIGCONT)
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer of the worker; the first one says that it is ready.
+
+        Raises:
+            RuntimeError: it ended instead.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "\n".join(self._log_path.read_text().splitlines()[-15:])
+            raise RuntimeError(f"the {self.name} worker ended before it answered; the end of its log:\n{tail}")
+        answer: dict[str, Any] = json.loads(line)
+        self._servers = answer.get("servers", self._servers)
+        return answer
+
+    def ask(self, what: str | int) -> dict[str, Any]:
+        """Sends `stop`, or a number of steps, and returns the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def burst(self, steps: int) -> dict[str, list[float]]:
+        """Some steps in a row, after which the worker and its servers stand still as they are; the readings of its clocks for each step."""
+        self._signal(signal.SIGCONT)
+        try:
+            return self.ask(steps)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def stop(self) -> dict[str, Any]:
+        """Lets the loop end; what it reports."""
+        self._signal(signal.SIGCONT)
+        return self.ask("stop")
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in (self._process.pid, *self._servers):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def trl_python(folder: Path) -> Path:
+    """The interpreter of an environment with TRL and this project's versions of PyTorch and Transformers, made if it is not there."""
+    python, stamp = folder / "bin/python", folder / "installed.txt"
+    wanted = f"torch=={torch.__version__} {TRL}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"installing {wanted} into {folder}, some minutes the first time", flush=True)
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
+    # First PyTorch, in the build that is used here: TRL alone would bring the one with gigabytes of CUDA libraries.
+    index = ["--retries", "1", "--extra-index-url", _CPU_INDEX] if torch.__version__.endswith("+cpu") else []
+    subprocess.run([*pip, *index, f"torch=={torch.__version__}"], check=True)
+    subprocess.run([*pip, TRL], check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def write_workload(work: Workload, *, num_prompts: int, hidden: int = 256, prompt_characters: int = 8, seed: int = 0) -> int:
+    """Writes the model and so many prompts; returns the number of parameters.
+
+    The end token is one that the tokenizer knows and the model has no output for. All sides look for it after every
+    token, as they always do, and never find it: every answer has the same length.
+    """
+    make_tiny_model(work.model, hidden=hidden, layers=4, seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(work.model)
+    path = work.model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": tokenizer.eos_token_id}))
+    vocabulary = json.loads((work.model / "config.json").read_text())["vocab_size"]
+    assert tokenizer.eos_token_id >= vocabulary, f"the end token {tokenizer.eos_token_id} is one of the {vocabulary} outputs"
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices(string.ascii_lowercase, k=prompt_characters)) for _ in range(num_prompts)]
+    work.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    # Each fp32 weight has four bytes; the file's header is some kilobytes.
+    return (work.model / "model.safetensors").stat().st_size // 4
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Processor, cores and interpreter."""
+    return f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}"
