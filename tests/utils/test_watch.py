@@ -201,9 +201,9 @@ def test_the_process_may_do_what_it_wants_after_the_run(tmp_path):
 
 def test_a_ctrl_c_stays_what_it_is(tmp_path):
     code = """
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     with watch(limit_s=100):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         forever()
 except KeyboardInterrupt as error:
     print(type(error).__name__)
