@@ -1,0 +1,237 @@
+"""Throughput of a cluster by how far generation runs ahead: the real pipeline and fleet on virtual time, over modelled engines.
+
+All ways have the same devices. In turn, all of them generate and then all of them train; else some generate and the others train, and the
+number of those that generate is the best one that a search in steps of 5 % finds on a smaller cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from async_prediction import compared
+from cluster import Cluster, Figures, Plan
+from matplotlib.figure import Figure
+from modelled_engines import Lengths, Pace
+
+from verl.rollout.fleet import OnUpdate
+from verl.settings import PipelineConfig
+
+# Parts of the devices that may generate, in 5 %; where the search begins.
+_PARTS, _FIRST_PART = range(1, 20), 12
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to collect batches.
+
+    Attributes:
+        name: for people.
+        max_staleness, batches: of the pipeline.
+        on_update: of the fleet.
+        oversample: groups in work beyond those that are needed, for each that is.
+        in_turn: all devices generate, then all train.
+    """
+
+    name: str
+    max_staleness: int = 0
+    batches: str = "arrival"
+    on_update: OnUpdate = "keep"
+    oversample: float = 0.0
+    in_turn: bool = False
+
+    def plan(self, base: Plan, part: int | None) -> Plan:
+        """The run of a cluster, with so many of 20 parts of its devices for engines."""
+        config = PipelineConfig(
+            max_staleness=self.max_staleness,
+            batches=self.batches,  # type: ignore[arg-type]
+            oversample=round(self.oversample * base.prompts_per_step),
+        )
+        # Twice around: what all begin together at first is spread by then.
+        warmup = 2 * (self.max_staleness + 1)
+        generation = None if part is None else max(1, min(base.devices - 1, round(base.devices * part / 20)))
+        return replace(base, generation=generation, config=config, on_update=self.on_update, steps=warmup + base.steps, warmup=warmup)
+
+
+WAYS = (
+    Way("in turn", in_turn=True),
+    Way("in turn, oversampled by 1/4", oversample=0.25, in_turn=True),
+    Way("two pools, on-policy"),
+    Way("two pools, on-policy, streamed", batches="streamed"),
+    Way("one step off", 1),
+    Way("one step off, streamed", 1, "streamed"),
+    Way("one step off, deterministic", 1, "deterministic"),
+    *(Way(f"ahead {bound}, keep", bound) for bound in (2, 4, 8)),
+    *(Way(f"ahead {bound}, recompute", bound, on_update="recompute") for bound in (4, 8)),
+    *(Way(f"ahead {bound}, abort", bound, on_update="abort") for bound in (2, 4)),
+    Way("ahead 4, deterministic", 4, "deterministic"),
+    Way("ahead 4, keep, streamed", 4, "streamed"),
+    Way("ahead 4, keep, oversampled by 1/4", 4, oversample=0.25),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a way came to.
+
+    Attributes:
+        way: by name.
+        generation: devices with engines; None: all, in turn.
+        figures: of the run.
+        wall_s: that the run took, without the search.
+    """
+
+    way: str
+    generation: int | None
+    figures: Figures
+    wall_s: float
+
+
+def base_plan(devices: int, *, slots: int, samples: int, steps: int, batch: float = 1.0, **changes: Any) -> Plan:
+    """A cluster whose batches have `batch` answers for each slot of its devices."""
+    prompts = max(1, round(devices * slots * batch / samples))
+    return replace(Plan(devices, None, prompts, samples, steps=steps, pace=Pace(slots=slots)), **changes)
+
+
+def best_part(way: Way, base: Plan) -> int | None:
+    """The part of the devices with which a way makes most updates per hour: uphill from the middle."""
+    if way.in_turn:
+        return None
+    found: dict[int, float] = {}
+
+    def updates(part: int) -> float:
+        if part not in found:
+            found[part] = Cluster(way.plan(base, part)).figures().updates_per_h if part in _PARTS else 0.0
+        return found[part]
+
+    best = _FIRST_PART
+    for direction in (1, -1):
+        while updates(best + direction) > updates(best):
+            best += direction
+    return best
+
+
+def row(way: Way, base: Plan, small: Plan) -> Row:
+    """A way with the best use of the devices."""
+    plan = way.plan(base, best_part(way, small))
+    start_s = time.perf_counter()
+    return Row(way.name, plan.generation, Cluster(plan).figures(), time.perf_counter() - start_s)
+
+
+HEAD = (
+    "| way | devices that generate | updates per hour | against in turn | tokens/s | training busy | slots busy | staleness, mean (max) "
+    "| tokens of an answer | thrown tokens | read / sampled | groups dropped | simulated in |\n| --- |" + " --- |" * 12
+)
+
+
+def line(one: Row, devices: int, first: Row) -> str:
+    """A row of the table."""
+    f = one.figures
+    where = f"{devices} in turn" if one.generation is None else f"{one.generation} of {devices}"
+    ratio = f.updates_per_h / first.figures.updates_per_h
+    return (
+        f"| {one.way} | {where} | {f.updates_per_h:.1f} | {ratio:.2f} | {f.tokens_per_s:,.0f} | {f.training_busy:.0%} | {f.slots_busy:.0%} "
+        f"| {f.staleness_mean:.2f} ({f.staleness_max}) | {f.answer_tokens:,.0f} | {max(0.0, f.thrown):.1%} | {f.reread:.1%} "
+        f"| {f.dropped:.1%} | {one.wall_s:.0f} s |"
+    )
+
+
+# What is different in each, and why.
+SCENARIOS: dict[str, Mapping[str, Any]] = {
+    "as above": {},
+    "answers of 4000 tokens, all": {"lengths": Lengths(sigma=0.0)},
+    "answers of 500 tokens, all": {"lengths": Lengths(mean=500.0, sigma=0.0, block=20), "train_s": 30.0 / 8},
+    "training takes ten times as long": {"train_s": 300.0},
+    "training takes a tenth": {"train_s": 3.0},
+    "an update of the weights takes 90 s": {"write_s": 30.0, "load_s": 60.0},
+    "batches of a sixteenth": {"batch": 1 / 16, "train_s": 30.0 / 16},
+    "batches of four times as much": {"batch": 4.0, "train_s": 120.0},
+}
+_COMPARED = (WAYS[0], Way("one step off", 1), Way("ahead 4, keep", 4))
+
+
+def scenario(name: str, make: Callable[..., Plan]) -> list[Row]:
+    """Few ways under other circumstances."""
+    changes = dict(SCENARIOS[name])
+    load_s = changes.pop("load_s", None)
+    base = make(**changes)
+    if load_s is not None:
+        base = replace(base, pace=replace(base.pace, load_s=load_s))
+    return [row(way, base, base) for way in _COMPARED]
+
+
+def scenario_line(name: str, rows: Sequence[Row], devices: int) -> str:
+    """A row of the second table."""
+    first, *others = (one.figures.updates_per_h for one in rows)
+    cells = [f"{updates:.1f} ({updates / first:.2f}; {one.generation} of {devices})" for updates, one in zip(others, rows[1:], strict=True)]
+    return f"| {name} | {first:.1f} | {' | '.join(cells)} |"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of updates per hour."""
+    figure = Figure(figsize=(8, 0.28 * len(rows) + 0.9), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    shown = list(reversed(rows))
+    bars = axes.barh([one.way for one in shown], [one.figures.updates_per_h for one in shown], color="#4878a8")
+    axes.bar_label(bars, [f"{one.figures.updates_per_h:.1f}" for one in shown], padding=3, fontsize=8)
+    axes.set_xlabel("updates per hour")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=int, default=1000, help="devices of the cluster; each is worth an engine")
+    parser.add_argument("--small", type=int, default=60, help="devices of the cluster on which the search is done, and the second table")
+    parser.add_argument("--slots", type=int, default=32, help="answers that an engine has at a time")
+    parser.add_argument("--samples", type=int, default=16, help="answers of a group")
+    parser.add_argument("--steps", type=int, default=6, help="steps that count; before them are 2 (max_staleness + 1)")
+    parser.add_argument("--ways", nargs="+", default=None, help="some of them, by name")
+    parser.add_argument("--skip", nargs="+", default=[], choices=("ways", "scenarios"))
+    parser.add_argument(
+        "--measured", type=Path, default=None, help="figures of benchmarks/asynchrony.py: they are predicted, and nothing else is done"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="write all figures")
+    parser.add_argument("--png", type=Path, default=None, help="draw the first table")
+    options = parser.parse_args()
+    if options.measured:
+        print(compared(json.loads(options.measured.read_text(encoding="utf-8"))))
+        return
+
+    def made(devices: int, **changes: Any) -> Plan:
+        return base_plan(devices, slots=options.slots, samples=options.samples, steps=options.steps, **changes)
+
+    results: dict[str, list[Row]] = {}
+    if "ways" not in options.skip:
+        base, small = made(options.engines), made(options.small)
+        ways = [way for way in WAYS if options.ways is None or way.name in options.ways]
+        print(f"{date.today().isoformat()}, {options.engines} devices, batches of {base.prompts_per_step} x {options.samples}\n\n{HEAD}")
+        rows = results["ways"] = []
+        for way in ways:
+            rows.append(row(way, base, small))
+            print(line(rows[-1], options.engines, rows[0]), flush=True)
+        if options.png:
+            draw(rows, options.png)
+    if "scenarios" not in options.skip:
+        names = " | ".join(way.name for way in _COMPARED[1:])
+        print(f"\n{options.small} devices\n\n| | in turn | {names} |\n| --- |" + " --- |" * len(_COMPARED), flush=True)
+        for name in SCENARIOS:
+            results[name] = scenario(name, lambda **changes: made(options.small, **changes))
+            print(scenario_line(name, results[name], options.small), flush=True)
+    if options.json:
+        told = {name: [asdict(one) for one in rows] for name, rows in results.items()}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A cluster that is only modelled, on virtual time: the real pipeline, fleet and ledger over engines and training that only take time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
+
+from verl.agents.pipeline import Pipeline, Taken
+from verl.agents.sources import FromFleet
+from verl.data.batch import Trajectory
+from verl.data.ledger import Ledger
+from verl.rollout.engine import EngineSpec, Part, TensorInfo
+from verl.rollout.fleet import Fleet, OnUpdate
+from verl.rollout.weights import Update
+from verl.settings import PipelineConfig
+from verl.utils.rollout import Prompt, SamplingParams
+from verl.utils.virtual_time import run
+from verl.utils.waits import Waits
+
+# Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of the time.
+_GC_THRESHOLDS = (200_000, 50, 1000)
+# Until requests that are ended have left their engines.
+_LEAVING_S = 1e-3
+
+
+class _Answers:
+    """Stands for the collector of a trainer: prompts are numbers, rewards take no time, and every group teaches something."""
+
+    reward_names = "modelled rewards"
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._prompt = [TOKEN] * world.lengths.blocks(world.lengths.prompt)
+        self._longest = world.lengths.blocks(world.lengths.longest)
+
+    def params(self, samples: int, *, number: int, draw: int = 0) -> SamplingParams:
+        return SamplingParams(n=samples, max_tokens=self._longest, seed=number)
+
+    def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
+        return []
+
+    async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        answers = await fleet.answer(self._prompt, params)
+        ids = self._prompt
+        return [Trajectory(prompt, ids, a.token_ids, [True] * len(a.token_ids), None, list(a.versions or ()), 0) for a in answers]
+
+    def reward(self, answers: Sequence[Trajectory]) -> None:
+        return
+
+    def finish(self, answers: Sequence[Trajectory], baseline: Trajectory | None) -> None:
+        return
+
+    def is_dead(self, answers: Sequence[Trajectory]) -> bool:
+        return False
+
+    def check_failed(self, answers: Sequence[Trajectory]) -> None:
+        return
+
+
+class _NoText:
+    """Stands for the tokenizer: nothing ends an answer but its length."""
+
+    stop_ids = ()
+
+
+class _CountingLedger(Ledger):
+    """Also counts tokens: a group that is done with was trained on, or its tokens were sampled in vain."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    def train(self, number: int, *, step: int) -> None:
+        """See `Ledger.train`."""
+        super().train(number, step=step)
+        useful = sum(self._world.tokens(number))
+        self._world.totals.trained += useful
+        self._world.totals.thrown += self._world.forget(number) - useful
+
+    def drop(self, number: int, reason: str) -> None:
+        """See `Ledger.drop`; requests of a group that is in flight end a moment later."""
+        super().drop(number, reason)
+        asyncio.get_running_loop().call_later(_LEAVING_S, self._throw, number)
+
+    def _throw(self, number: int) -> None:
+        self._world.totals.thrown += self._world.forget(number)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run.
+
+    Attributes:
+        devices: of the cluster; each is worth one engine, or its share of training.
+        generation: of these, for engines; None: all of them, in turn with training.
+        prompts_per_step: groups of a batch.
+        samples: answers of a group.
+        train_s: for a batch of average answers with all devices.
+        write_s: from the end of training to weights that engines can load.
+        config: how far ahead, and the other rules.
+        on_update: what becomes of answers that are sampled when weights come.
+        steps: of the run.
+        warmup: of these, not counted.
+    """
+
+    devices: int
+    generation: int | None
+    prompts_per_step: int
+    samples: int = 16
+    train_s: float = 30.0
+    write_s: float = 1.0
+    config: PipelineConfig = field(default_factory=PipelineConfig)
+    on_update: OnUpdate = "keep"
+    steps: int = 20
+    warmup: int = 5
+    pace: Pace = field(default_factory=Pace)
+    lengths: Lengths = field(default_factory=Lengths)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run did after the warm-up.
+
+    Attributes:
+        updates_per_h: of the policy.
+        tokens_per_s: that were trained on.
+        training_busy: share of the time in which training was at work.
+        slots_busy: share of the slots of all engines, over the time, that had an answer which was sampled or read.
+        staleness_mean, staleness_max: of the tokens of batches, in steps.
+        answer_tokens: of an answer that was trained on, on average.
+        thrown: share of the sampled tokens.
+        reread: tokens that were read into caches, for each that was sampled.
+        dropped: groups, for each that was trained on.
+        step_s: of each step.
+    """
+
+    updates_per_h: float
+    tokens_per_s: float
+    training_busy: float
+    slots_busy: float
+    staleness_mean: float
+    staleness_max: int
+    answer_tokens: float
+    thrown: float
+    reread: float
+    dropped: float
+    step_s: tuple[float, ...]
+
+
+class Cluster:
+    """A run of a plan.
+
+    Attributes:
+        world: of its engines.
+        ledger: of its groups.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.world = World(plan.pace, plan.lengths, plan.samples, plan.on_update)
+        self.ledger = _CountingLedger(self.world)
+        self._num_engines = plan.devices if plan.generation is None else plan.generation
+        self._ages: list[Counter[int]] = []
+        self._drawn = 0
+
+    def figures(self) -> Figures:
+        """Runs it, in no time."""
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*_GC_THRESHOLDS)
+        try:
+            return run(self._main())
+        finally:
+            gc.set_threshold(*thresholds)
+
+    async def _main(self) -> Figures:
+        plan, loop = self.plan, asyncio.get_running_loop()
+        sizes = {"vocabulary": VOCABULARY, "context": plan.lengths.blocks(plan.lengths.prompt) + plan.lengths.blocks(plan.lengths.longest)}
+        self.fleet = Fleet(
+            self.world.engine,
+            _NoText(),  # type: ignore[arg-type]
+            **sizes,
+            max_running=plan.pace.slots,
+            wait_s=math.inf,
+            on_update=plan.on_update,
+            note=_refuse,
+        )
+        waits = Waits(clock=loop.time)
+        source = FromFleet(_Answers(self.world), plan.samples, self.fleet, waits)  # type: ignore[arg-type]
+        self.pipeline = Pipeline(self.draw, source, self.ledger, plan.config, prompts_per_step=plan.prompts_per_step, waits=waits)
+        await self.fleet.open([EngineSpec(f"e{i}", "modelled") for i in range(self._num_engines)])
+        await self._publish(0)
+        start_s, before = await self._stood()
+        ends_s = []
+        for step in range(1, plan.steps + 1):
+            await self._step(step)
+            ends_s.append(loop.time())
+            if step == plan.warmup:
+                start_s, before = await self._stood()
+        figures = self._figures(start_s, before, await self._stood(), ends_s)
+        self.pipeline.close()
+        await self.fleet.close()
+        return figures
+
+    async def _step(self, step: int) -> None:
+        """As a trainer makes one."""
+        if self.plan.config.batches == "streamed":
+            batch = await self._learned_on_the_way()
+        else:
+            batch = await self.pipeline.take()
+            if self.plan.generation is None:
+                await self.fleet.sleep()
+            await self._train([group.number for group in batch.groups])
+        versions = Counter(version for group in batch.groups for answer in group.answers for version in answer.versions)
+        self._ages.append(Counter({step - 1 - version: count for version, count in versions.items()}))
+        await self.pipeline.settle()
+        await self._publish(step)
+        self.pipeline.published(step)
+
+    async def _learned_on_the_way(self) -> Taken:
+        async for portion in self.pipeline.portions():
+            await self._train([group.number for group in portion])
+        return self.pipeline.taken()
+
+    async def _train(self, groups: Sequence[int]) -> None:
+        """Takes the time that the tokens of these groups take on the devices that train."""
+        plan, tokens = self.plan, sum(sum(self.world.tokens(number)) for number in groups)
+        share = 1.0 if plan.generation is None else 1 - plan.generation / plan.devices
+        seconds = plan.train_s * tokens / (plan.prompts_per_step * plan.samples * plan.lengths.average) / share
+        self.world.totals.training_s += seconds
+        await asyncio.sleep(seconds)
+
+    async def _publish(self, version: int) -> None:
+        """As the pool does."""
+        await self._deliver()
+        await self.fleet.announce(version)
+        await asyncio.sleep(self.plan.write_s)
+        await self._deliver()
+        part = Part((TensorInfo("w", (1,), "float32"),), "shm")
+        await self.fleet.spread(Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("modelled")))
+
+    async def _deliver(self) -> None:
+        if self.plan.on_update != "keep":
+            await self.world.deliver()
+
+    async def _stood(self) -> tuple[float, dict[str, float]]:
+        """The present time, and what there was until now."""
+        self.world.advance()
+        counts = self.ledger.counts()
+        groups = {"groups": float(counts.trained), "dropped": float(sum(counts.dropped.values()))}
+        return asyncio.get_running_loop().time(), {**vars(self.world.totals), **groups}
+
+    def _figures(self, start_s: float, before: dict[str, float], now: tuple[float, dict[str, float]], ends_s: Sequence[float]) -> Figures:
+        plan, passed_s = self.plan, now[0] - start_s
+        done = {name: value - before[name] for name, value in now[1].items()}
+        num_steps = plan.steps - plan.warmup
+        ages = sum(self._ages[plan.warmup :], Counter())
+        return Figures(
+            updates_per_h=3600 * num_steps / passed_s,
+            tokens_per_s=done["trained"] / passed_s,
+            training_busy=done["training_s"] / passed_s,
+            slots_busy=done["slot_s"] / (passed_s * self._num_engines * plan.pace.slots),
+            staleness_mean=sum(age * count for age, count in ages.items()) / ages.total(),
+            staleness_max=max(ages),
+            answer_tokens=done["trained"] / (done["groups"] * plan.samples),
+            thrown=done["thrown"] / done["decoded"],
+            reread=done["prefilled"] / done["decoded"],
+            dropped=done["dropped"] / done["groups"],
+            step_s=tuple(end - start for start, end in zip([0.0, *ends_s], ends_s, strict=False)),
+        )
+
+    def draw(self, count: int) -> list[Prompt]:
+        """The next prompts."""
+        self._drawn += count
+        return [Prompt("p", index=index) for index in range(self._drawn - count, self._drawn)]
+
+
+def _refuse(note: str) -> None:
+    """Nothing that people would have to be told of happens to modelled engines."""
+    raise RuntimeError(f"the modelled cluster went wrong: {note}")
