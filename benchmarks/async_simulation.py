@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,10 +54,12 @@ class Way:
             batches=self.batches,  # type: ignore[arg-type]
             oversample=round(self.oversample * base.prompts_per_step),
         )
-        # Twice around: what all begin together at first is spread by then.
-        warmup = 2 * (self.max_staleness + 1)
+        # What begins together is due together, a bound later: batches come fast until one waits for its slowest answers. So whole rounds
+        # are counted, after two in which this is spread.
+        round_steps = self.max_staleness + 1
+        warmup, counted = 2 * round_steps, round_steps * math.ceil(base.steps / round_steps)
         generation = None if part is None else max(1, min(base.devices - 1, round(base.devices * part / 20)))
-        return replace(base, generation=generation, config=config, on_update=self.on_update, steps=warmup + base.steps, warmup=warmup)
+        return replace(base, generation=generation, config=config, on_update=self.on_update, steps=warmup + counted, warmup=warmup)
 
 
 WAYS = (
@@ -194,7 +197,9 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=60, help="devices of the cluster on which the search is done, and the second table")
     parser.add_argument("--slots", type=int, default=32, help="answers that an engine has at a time")
     parser.add_argument("--samples", type=int, default=16, help="answers of a group")
-    parser.add_argument("--steps", type=int, default=6, help="steps that count; before them are 2 (max_staleness + 1)")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="steps that count, in whole rounds of max_staleness + 1; two more rounds before"
+    )
     parser.add_argument("--ways", nargs="+", default=None, help="some of them, by name")
     parser.add_argument("--skip", nargs="+", default=[], choices=("ways", "scenarios"))
     parser.add_argument(
