@@ -21,8 +21,8 @@ from cluster import Cluster, Figures, Plan
 from matplotlib.figure import Figure
 from modelled_engines import Lengths, Pace
 
-from verl.rollout.fleet import OnUpdate
-from verl.settings import PipelineConfig
+from verl.config.settings import PipelineConfig
+from verl.rollout.pool.inference_pool import OnUpdate
 
 # Parts of the devices that may generate, in 5 %; where the search begins.
 _PARTS, _FIRST_PART = range(1, 20), 12

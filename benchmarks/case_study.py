@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 
 from verl.agents.collector import sampling_params
+from verl.cli.quickstart import accuracy_of, quickstart_config, warm_up
 from verl.config import load_run
+from verl.config.settings import PreferenceConfig, RewardModelConfig, TrainerConfig
 from verl.data.tasks import TASKS, near_miss
-from verl.engines.models import make_tiny_model
-from verl.settings import PreferenceConfig, RewardModelConfig, TrainerConfig
+from verl.engines.hf.models import make_tiny_model
 from verl.trainer.evaluation import answer_all
-from verl.trainer.ppo import Trainer
 from verl.trainer.preference import PreferenceTrainer
-from verl.trainer.quickstart import accuracy_of, quickstart_config, warm_up
 from verl.trainer.reward_model import RewardModelTrainer
+from verl.trainer.rl_trainer import Trainer
 
 TASK = "sort-6"
 CHARACTERS = "0123456789="

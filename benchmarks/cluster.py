@@ -12,17 +12,18 @@ from pathlib import Path
 
 from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
 
+from verl.agents.group_source import FromFleet
 from verl.agents.pipeline import Pipeline, Taken
-from verl.agents.sources import FromFleet
+from verl.config.settings import PipelineConfig
 from verl.data.batch import Trajectory
-from verl.data.ledger import Ledger
-from verl.rollout.engine import EngineSpec, Part, TensorInfo
-from verl.rollout.fleet import Fleet, OnUpdate
-from verl.rollout.weights import Update
-from verl.settings import PipelineConfig
-from verl.utils.rollout import Prompt, SamplingParams
+from verl.monitoring.ledger import Ledger
+from verl.monitoring.wait_tracker import Waits
+from verl.rollout.engine import EngineSpec
+from verl.rollout.pool.inference_pool import Fleet, OnUpdate
+from verl.rollout.pool.weight_publisher import Update
+from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.virtual_time import run
-from verl.utils.waits import Waits
+from verl.weight_sync.types import Part, TensorInfo
 
 # Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of the time.
 _GC_THRESHOLDS = (200_000, 50, 1000)

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.controller_worker import Weightless
 from verl.controller import ray as backend
-from verl.controller.group import Timeline, WorkerGroup
+from verl.controller.worker_group import Timeline, WorkerGroup
 from verl.data.packing import balance
 
 GROUP = 8

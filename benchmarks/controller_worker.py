@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from verl.controller.dispatch import ALL_TO_ALL, DP_PROTO, PLANNED, PLANNED_METRICS, layouts_3d, register
-from verl.controller.group import Worker
+from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, Ragged
 from verl.data.packing import Plan
 

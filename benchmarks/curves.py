@@ -20,9 +20,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from verl.engines.models import make_tiny_model
-from verl.trainer.ppo import Trainer
-from verl.trainer.quickstart import quickstart_config, warm_up
+from verl.cli.quickstart import quickstart_config, warm_up
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.rl_trainer import Trainer
 
 # Points of a printed curve, each the mean over a tenth of the steps.
 NUM_POINTS = 10

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from verl.engines.models import make_tiny_model
-from verl.trainer.ppo import Trainer
-from verl.trainer.quickstart import quickstart_config, warm_up
+from verl.cli.quickstart import quickstart_config, warm_up
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.rl_trainer import Trainer
 
 _PAIRS = "hybrid_engine.actor_repartition={enabled: true, tensor: 2}"
 # Name -> what is set. Heads of 32 values, as vLLM's kernels for CPUs want them.

@@ -22,10 +22,10 @@ from curves import smoothed
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from verl.cli.quickstart import quickstart_config, warm_up
 from verl.config import RECIPES, load_config
-from verl.engines.models import make_tiny_model
-from verl.trainer.ppo import Trainer
-from verl.trainer.quickstart import quickstart_config, warm_up
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.rl_trainer import Trainer
 
 # Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and more steps.
 ANSWERS_PER_STEP, UPDATES_PER_STEP = 512, 4

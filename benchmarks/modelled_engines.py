@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from verl.rollout.engine import Chunk, EngineSpec, Part, ServedEngine
-from verl.rollout.fleet import OnUpdate
-from verl.utils.rollout import SamplingParams
+from verl.rollout.engine import Chunk, EngineSpec, ServedEngine
+from verl.rollout.pool.inference_pool import OnUpdate
+from verl.utils.sampling_types import SamplingParams
+from verl.weight_sync.types import Part
 
 TOKEN, VOCABULARY = 7, 10
 # An answer counts as complete if less than this is left of its last token.

@@ -20,17 +20,17 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from verl.algorithms.compose import Algorithm
-from verl.controller.simulator import ModelShape, StepWork, forward_flops, rollout_seconds
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, Choice, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.data.packing import balance
 from verl.engines.fsdp import sharded_engine
-from verl.engines.models import PolicyModel
-from verl.engines.workers import PolicyWorker, write_weights
-from verl.rollout.embedded import EmbeddedEngine
-from verl.settings import AlgorithmConfig, Choice, ParallelConfig, RoleConfig
+from verl.engines.hf.models import PolicyModel
+from verl.engines.roles.workers import PolicyWorker, write_weights
+from verl.planner.step_time import ModelShape, StepWork, forward_flops, rollout_seconds
+from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.device import MachineSpeed, measure_speed, synchronize
-from verl.utils.rollout import Prompt, SamplingParams
+from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {

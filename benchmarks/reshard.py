@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from verl.hybrid.architectures import named_architecture
-from verl.hybrid.meshes import Mesh
-from verl.hybrid.model_layouts import generation_layout, training_layout
-from verl.hybrid.traffic import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S, Cost, formula, gathered, planned, traffic
+from verl.planner.architectures import named_architecture
+from verl.planner.model_layouts import generation_layout, training_layout
+from verl.planner.traffic import NETWORK_BYTES_PER_S, NVLINK_BYTES_PER_S, Cost, formula, gathered, planned, traffic
+from verl.weight_sync.meshes import Mesh
 
 ITEMSIZE, DEVICES_PER_NODE = 2, 8
 # Model, sizes of a replica in training, tensor ranks of generation: those of the paper, section 8.4, then FSDP2 into the same.

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from verl.config.settings import ParallelConfig, RoleConfig
 from verl.engines.fsdp import FSDPForwardEngine, sharded_engine
-from verl.engines.loading import local_slices
-from verl.engines.models import make_tiny_model
-from verl.rollout.hybrid import HybridEngine
-from verl.settings import ParallelConfig, RoleConfig
+from verl.engines.hf.hf_io import local_slices
+from verl.engines.hf.models import make_tiny_model
+from verl.rollout.embedded.hybrid_engine import HybridEngine
 
 _PORT = 29517
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from verl.cli.quickstart import quickstart_config, warm_up
 from verl.config import load_config
-from verl.engines.models import make_tiny_model
-from verl.trainer.ppo import Trainer
-from verl.trainer.quickstart import quickstart_config, warm_up
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.rl_trainer import Trainer
 
 # The ratio of the loss is to the sampler's probabilities; or to those of the policy before the step, weighted by the ratio of these two.
 OBJECTIVES = {

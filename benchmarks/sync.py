@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
-from verl.algorithms.compose import Algorithm
-from verl.controller.group import LocalPool
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, LoraConfig, RoleConfig
+from verl.controller.worker_group import LocalPool
+from verl.engines.hf.models import PolicyModel, load_language_model, make_tiny_model
 from verl.engines.local import LocalEngine
-from verl.engines.models import PolicyModel, load_language_model, make_tiny_model
-from verl.rollout.actor import ActorWorker
-from verl.rollout.embedded_server import EmbeddedServer
-from verl.rollout.engine import EngineSpec, Via
-from verl.rollout.pool import EnginePool
-from verl.rollout.weights import PolicyWeights
-from verl.settings import AlgorithmConfig, LoraConfig, RoleConfig
+from verl.rollout.actor_worker import ActorWorker
+from verl.rollout.engine import EngineSpec
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.server.backend import EmbeddedServer
 from verl.utils.tokens import TextCodec
+from verl.weight_sync.types import Via
 
 SIZES = {"1M": (128, 4), "26M": (512, 8)}
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def plain(size: str, folder: Path, rounds: int) -> None:
 
 def vllm(size: str, folder: Path, rounds: int) -> None:
     """vLLM in this process: ours with fingerprints, and its plain reload."""
-    engine_class = import_module("verl.rollout.vllm_local").VLLMEngine
+    engine_class = import_module("verl.rollout.vllm.in_process").VLLMEngine
     model = load_language_model(str(folder))
     num_bytes = sum(p.nbytes for p in model.parameters())
     options = {"max_model_len": 128}

@@ -11,10 +11,10 @@ import torch
 from stepping import Gate, Workload, share_of_vowels
 
 from verl.config import load_config
-from verl.rollout.embedded_server import EmbeddedServer
+from verl.rollout.server.backend import EmbeddedServer
 from verl.trainer.base import Metrics
-from verl.trainer.ppo import Trainer
-from verl.trainer.rollouts import pool_of
+from verl.trainer.build.rollout_factory import pool_of
+from verl.trainer.rl_trainer import Trainer
 
 
 class GatedTrainer(Trainer):

@@ -13,23 +13,37 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from verl.describe import settings_markdown
+from verl.config.reference import settings_markdown
 
 PACKAGE = Path(__file__).parent.parent / "verl"
 # Written by benchmarks/learning.py --json.
 CURVES = Path(__file__).parent / "assets" / "learning.json"
-FLOORS = ("utils", "data", "algorithms", "controller", "engines", "rollout", "rewards", "agents", "trainer")
+PACKAGES = (
+    "config",
+    "weight_sync",
+    "utils",
+    "monitoring",
+    "data",
+    "algorithms",
+    "planner",
+    "controller",
+    "engines",
+    "rollout",
+    "rewards",
+    "agents",
+    "trainer",
+)
 
 
-def modules(floor: str) -> list[str]:
-    """Public modules of a floor, by full name."""
-    return [f"verl.{floor}.{path.stem}" for path in sorted((PACKAGE / floor).glob("*.py")) if not path.stem.startswith("_")]
+def modules(package: str) -> list[str]:
+    """Public modules of a package, by full name."""
+    paths = [path.relative_to(PACKAGE.parent) for path in sorted((PACKAGE / package).rglob("*.py"))]
+    return [".".join(path.with_suffix("").parts) for path in paths if not path.stem.startswith("_")]
 
 
 def pages() -> dict[str, str]:
     """Page -> its Markdown."""
-    reference = {f"reference/{floor}.md": (f"verl.{floor}", modules(floor)) for floor in FLOORS if modules(floor)}
-    reference["reference/config.md"] = ("verl.config", ["verl.config"])
+    reference = {f"reference/{package}.md": (f"verl.{package}", modules(package)) for package in PACKAGES}
     texts = {page: "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)]) for page, (title, names) in reference.items()}
     return {"reference/settings.md": settings_markdown(), **texts}
 

@@ -29,14 +29,14 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
+from verl.engines.dcp_checkpoint import begin_save
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model, save_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
-from verl.engines.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model, save_model, value_model
-from verl.engines.parallel import Meshes, make_meshes
-from verl.engines.saving import begin_save
-from verl.hybrid.layout import Bounds, Piece, sizes
-from verl.settings import OptimizerConfig, ParallelConfig, RoleConfig
-from verl.utils.rollout import Prompt
+from verl.engines.tensor_parallel import Meshes, make_meshes
+from verl.utils.sampling_types import Prompt
+from verl.weight_sync.layout import Bounds, Piece, sizes
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -12,34 +12,31 @@ import pytest
 
 import verl
 from verl.config import load_config
-from verl.settings import Section, SFTConfig, TrainerConfig
+from verl.config.settings import Section, SFTConfig, TrainerConfig
 
 ROOT = Path(verl.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "config" / "recipes").glob("*.yaml"))
 
 # A module imports from its own floor or a lower one.
 FLOORS = {
     "__version__": 0,
-    "settings": 0,
-    "schema": 0,
-    "relations": 0,
-    "yaml_text": 0,
     "config": 0,
-    "describe": 0,
+    "weight_sync": 1,
     "utils": 1,
-    "data": 2,
-    "algorithms": 3,
-    "controller": 4,
-    "hybrid": 4,
-    "engines": 5,
-    "rollout": 6,
-    "rewards": 7,
-    "agents": 8,
-    "trainer": 9,
-    "cli": 9,
-    "__main__": 9,
+    "monitoring": 2,
+    "data": 3,
+    "algorithms": 4,
+    "planner": 5,
+    "controller": 5,
+    "engines": 6,
+    "rollout": 7,
+    "rewards": 8,
+    "agents": 9,
+    "trainer": 10,
+    "cli": 11,
+    "__main__": 11,
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_STEP_LINES, MAX_NESTING, MAX_SETTINGS = 500, 60, 25, 3, 150
 
@@ -92,7 +89,7 @@ def over_all(check) -> list[str]:
 def test_a_module_imports_only_from_its_own_floor_or_a_lower_one():
     def upward(path: str, tree: ast.AST) -> Iterator[str]:
         floor = FLOORS[Path(path).parts[0].removesuffix(".py")]
-        return (f"floor {floor} imports {name}" for name in imported(tree) if FLOORS.get(name.split(".")[1], 10) > floor)
+        return (f"floor {floor} imports {name}" for name in imported(tree) if FLOORS.get(name.split(".")[1], 99) > floor)
 
     found = [f"verl/{path}: {message}" for path, tree in TREES.items() if path != "__init__.py" for message in upward(path, tree)]
     assert found == []
@@ -104,9 +101,9 @@ def test_the_package_itself_imports_its_parts_only_for_type_checkers():
     assert list(imported(tree)) == [name for guard in guards for name in imported(guard)] != []
 
 
-@pytest.mark.parametrize("path", ["settings.py", "config.py"])
+@pytest.mark.parametrize("path", ["config/settings.py", "config/loader.py"])
 def test_settings_are_read_without_torch(path):
-    module = f"verl.{path.removesuffix('.py')}"
+    module = f"verl.{path.removesuffix('.py').replace('/', '.')}"
     loaded = loaded_after(f"import {module}")
     assert module in loaded and not loaded & {"torch", "transformers", "datasets"}
 
@@ -134,7 +131,7 @@ def test_files_fit_on_500_lines():
 def test_functions_fit_on_60_lines_and_the_step_on_25():
     def too_long(path: str, tree: ast.AST) -> Iterator[str]:
         for function in functions(tree):
-            limit = MAX_STEP_LINES if path == "trainer/ppo.py" and function.name == "step" else MAX_FUNCTION_LINES
+            limit = MAX_STEP_LINES if path == "trainer/rl_trainer.py" and function.name == "step" else MAX_FUNCTION_LINES
             length = (function.end_lineno or 0) - function.lineno + 1
             if length > limit:
                 yield f"{function.name} has {length} lines, at most {limit}"
@@ -155,7 +152,7 @@ def test_no_import_hides_in_a_function():
 
 
 def test_only_the_command_line_prints():
-    assert over_all(lambda path, tree: [f"line {c.lineno}" for name, c in calls(tree) if name == "print" and path != "cli.py"]) == []
+    assert over_all(lambda path, tree: [f"line {c.lineno}" for name, c in calls(tree) if name == "print" and path != "cli/main.py"]) == []
 
 
 def test_there_are_at_most_150_settings():

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from verl.data.batch import Batch, ModelInput, Trajectory
-from verl.engines.models import PolicyModel, Precision
-from verl.utils.rollout import Prompt, SamplingParams
+from verl.engines.hf.models import PolicyModel, Precision
+from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer
 
 WINDOW = 5  # Shorter than the rows of the tests, so that it decides what they see.

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from tests.tiny import batch_of, random_prompts, tiny_policy
 from verl.config import load_config
+from verl.config.settings import OptimizerConfig, RoleConfig, TrainerConfig
 from verl.data.batch import Batch
 from verl.data.packing import Plan
 from verl.engines.local import LocalEngine
-from verl.engines.workers import Learner, TeacherWorker, policy_logprobs, with_advantages, write_weights
-from verl.settings import OptimizerConfig, RoleConfig, TrainerConfig
-from verl.trainer.ppo import Trainer
+from verl.engines.roles.workers import Learner, TeacherWorker, policy_logprobs, with_advantages, write_weights
+from verl.trainer.rl_trainer import Trainer
 
 CHARACTERS = "abcdefgh="
 

@@ -8,12 +8,12 @@ import pytest
 
 from tests.tiny import tiny_codec
 from verl.agents.collector import DataCollector, is_dead
-from verl.algorithms.binding import bind
+from verl.algorithms.registry import bind
 from verl.config import load_config
+from verl.config.settings import Choice
 from verl.rewards.functions import build_rewards
 from verl.rewards.shaping import LENGTH_PENALTIES
-from verl.settings import Choice
-from verl.utils.rollout import Completion, Prompt, RolloutEngine
+from verl.utils.sampling_types import Completion, Prompt, RolloutEngine
 
 
 class Scripted(RolloutEngine):

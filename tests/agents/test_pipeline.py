@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from verl.agents.group_source import Group, GroupError, Source
+from verl.agents.group_state import saved_groups
 from verl.agents.pipeline import Pipeline, staleness_metrics
-from verl.agents.saved import saved_groups
-from verl.agents.sources import Group, GroupError, Source
 from verl.config import load_config
 from verl.data.batch import Batch, Trajectory
-from verl.data.ledger import Ledger
-from verl.utils.rollout import Prompt
-from verl.utils.waits import Waits
+from verl.monitoring.ledger import Ledger
+from verl.monitoring.wait_tracker import Waits
+from verl.utils.sampling_types import Prompt
 
 
 class ByHand(Source):

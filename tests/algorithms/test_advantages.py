@@ -22,8 +22,8 @@ from verl.algorithms.advantages import (
     remax,
     rloo,
 )
-from verl.algorithms.binding import bind
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
 EVERY_ADVANTAGE = pytest.mark.parametrize("name", ADVANTAGES)

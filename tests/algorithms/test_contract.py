@@ -10,12 +10,12 @@ import torch
 from tests.oracles.columns import random_columns
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
-from verl.algorithms.binding import COLUMNS, bind
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.kl import KL_ESTIMATORS
 from verl.algorithms.losses import POLICY_LOSSES
+from verl.algorithms.registry import COLUMNS, bind
 from verl.algorithms.value_losses import VALUE_LOSSES
-from verl.settings import AlgorithmConfig, Choice
+from verl.config.settings import AlgorithmConfig, Choice
 
 TABLES = [ADVANTAGES, POLICY_LOSSES, VALUE_LOSSES, AGGREGATIONS, KL_ESTIMATORS, CORRECTIONS]
 ENTRIES = [(table, name) for table in TABLES for name in table]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tests.oracles import correction as oracle
 from tests.oracles import kl
 from tests.oracles.columns import random_columns
-from verl.algorithms.binding import bind
 from verl.algorithms.correction import (
     CORRECTIONS,
     bypass,
@@ -28,7 +27,8 @@ from verl.algorithms.correction import (
     token_tis,
 )
 from verl.algorithms.mismatch import mismatch, weight_monitors
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 # The random differences are large, so every bound is wide enough to reject some rows and keep others.
 OPTIONS = [

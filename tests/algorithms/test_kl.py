@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tests.oracles import kl as oracle
 from tests.oracles.columns import random_columns
 from tests.oracles.gradients import assert_agrees
-from verl.algorithms.binding import bind
 from verl.algorithms.kl import (
     KL_ESTIMATORS,
     adapted_coef,
@@ -25,7 +24,8 @@ from verl.algorithms.kl import (
     k3_straight_through,
     scheduled_coef,
 )
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 POLICY, SAMPLER, REFERENCE = ([0.5, -0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3])
 

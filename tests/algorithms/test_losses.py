@@ -14,7 +14,6 @@ from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
 from tests.oracles.gradients import assert_agrees, central_differences, summed
 from verl.algorithms.aggregations import AGGREGATIONS, seq_mean_token_mean, token_mean
-from verl.algorithms.binding import bind
 from verl.algorithms.losses import (
     POLICY_LOSSES,
     cispo,
@@ -28,7 +27,8 @@ from verl.algorithms.losses import (
     ppo_clip,
     sapo,
 )
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}

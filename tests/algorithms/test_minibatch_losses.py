@@ -14,11 +14,11 @@ from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
 from tests.oracles.gradients import assert_agrees, central_differences, summed
 from verl.algorithms.aggregations import seq_mean_token_mean
-from verl.algorithms.binding import bind
 from verl.algorithms.losses import POLICY_LOSSES, ppo_clip
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
 from verl.algorithms.preference import dpo
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 SEEDS = st.integers(0, 10_000)
 NAMES = ["clip_cov", "kl_cov", "online_dpo"]

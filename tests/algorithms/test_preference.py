@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests.oracles import preference as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.binding import COLUMNS, bind
 from verl.algorithms.preference import (
     PAIR_COLUMNS,
     PAIR_LOSSES,
@@ -24,7 +23,8 @@ from verl.algorithms.preference import (
     outcome_cross_entropy,
     simpo,
 )
-from verl.settings import Choice
+from verl.algorithms.registry import COLUMNS, bind
+from verl.config.settings import Choice
 
 LOSSES = {**PAIR_LOSSES, **REWARD_LOSSES}
 OPTIONS = {

@@ -9,8 +9,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.controller.workers import Echo
-from verl.controller.group import Timeline, WorkerError
-from verl.controller.ray import KeptColumn, RayPool, connect
+from verl.controller.ray_pool import KeptColumn, RayPool, connect
+from verl.controller.worker_group import Timeline, WorkerError
 from verl.data.packing import balance
 
 pytestmark = pytest.mark.ray

@@ -22,7 +22,7 @@ from verl.controller.dispatch import (
     layouts_3d,
     register,
 )
-from verl.controller.group import Worker
+from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, Ragged
 from verl.data.packing import Plan
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl.data.batch import Batch, ModelInput, Ragged, Trajectory, present_mask
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 
 def trajectory(prompt_ids, response_ids, **changes):

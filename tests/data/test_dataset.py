@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from verl.config.settings import DataConfig
 from verl.data.dataset import PromptLoader, drop_long_prompts, load_examples, load_prompts
 from verl.data.tasks import TASKS
-from verl.settings import DataConfig
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 SKIP = DataConfig(on_malformed="skip")
 ROWS = [{"prompt": "1+1=", "answer": "2", "level": 3}, {"prompt": "2+2=", "answer": "4", "level": 5}]

@@ -12,13 +12,13 @@ from examples.deepspeed_engine import deepspeed_engine
 from tests.engines.sharded_runs import CPU, algorithm_of, answered, role_config, steps, worker_on
 from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
+from verl.config.settings import Choice, ParallelConfig
 from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
-from verl.engines.workers import ReferenceWorker, write_weights
-from verl.hybrid.exchange import part_of
-from verl.rollout.actor import ActorWorker
-from verl.rollout.hybrid import HybridEngine
-from verl.settings import Choice, ParallelConfig
+from verl.engines.roles.workers import ReferenceWorker, write_weights
+from verl.rollout.actor_worker import ActorWorker
+from verl.rollout.embedded.hybrid_engine import HybridEngine
+from verl.weight_sync.reshard_exchange import part_of
 
 # Else DeepSpeed keeps tensors as small as those of the tests whole on each rank.
 DIVIDED = {"stage3_param_persistence_threshold": 0}

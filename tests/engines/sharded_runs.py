@@ -9,20 +9,20 @@ import torch
 
 from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
-from verl.algorithms.compose import Algorithm
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, Choice, LoraConfig, OptimizerConfig, ParallelConfig, RoleConfig
 from verl.controller.dispatch import by_plan
 from verl.data.batch import Batch
 from verl.data.packing import Plan, balance
 from verl.engines.base import NotFiniteError
 from verl.engines.fsdp import sharded_engine
-from verl.engines.loading import export_model
+from verl.engines.hf.hf_io import export_model
+from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine
-from verl.engines.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.roles.workers import CriticWorker, PolicyWorker, write_weights
 from verl.engines.streaming import Portions
-from verl.engines.workers import CriticWorker, PolicyWorker, write_weights
-from verl.rollout.actor import ActorWorker
-from verl.settings import AlgorithmConfig, Choice, LoraConfig, OptimizerConfig, ParallelConfig, RoleConfig
-from verl.utils.rollout import SamplingParams
+from verl.rollout.actor_worker import ActorWorker
+from verl.utils.sampling_types import SamplingParams
 
 UPDATES = 5
 # Of the six rows, whole prompts each; with four ranks some have no row of a portion.

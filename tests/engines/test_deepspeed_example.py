@@ -12,11 +12,11 @@ from tests.distributed import on_ranks
 from tests.engines.sharded_runs import CPU, algorithm_of, answered, local_engine_on, role_config, steps, worker_on
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
 from tests.training import rows_to_learn
+from verl.config.settings import ParallelConfig
 from verl.data.packing import balance
-from verl.engines.models import load_language_model
-from verl.rollout.actor import ActorWorker
-from verl.settings import ParallelConfig
-from verl.trainer.roles import engine_maker
+from verl.engines.hf.models import load_language_model
+from verl.rollout.actor_worker import ActorWorker
+from verl.trainer.build.worker_factories import engine_maker
 
 pytestmark = [
     pytest.mark.distributed,

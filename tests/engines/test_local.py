@@ -11,12 +11,12 @@ import torch
 from tests.training import gradient, local_engine, one_update, rows_to_learn, weights
 from tests.training import learn as train
 from verl.algorithms.aggregations import AGGREGATIONS
-from verl.algorithms.compose import Algorithm
 from verl.algorithms.losses import POLICY_LOSSES
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, Choice, OptimizerConfig
 from verl.engines.base import NotFiniteError
 from verl.engines.local import lr_factor
-from verl.engines.workers import PolicyWorker
-from verl.settings import AlgorithmConfig, Choice, OptimizerConfig
+from verl.engines.roles.workers import PolicyWorker
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
 SPLITS = [[[0], [1], [2], [3], [4], [5]], [[5, 0], [], [3, 4, 1], [2]], [[4], [2, 1, 0], [5, 3], []]]

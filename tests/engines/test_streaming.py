@@ -11,17 +11,17 @@ from tests.tiny import tiny_transformer
 from tests.training import learn, local_engine, one_update, rows_to_learn, weights
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
-from verl.algorithms.compose import Algorithm, write_advantages
 from verl.algorithms.correction import CORRECTIONS
-from verl.controller.group import LocalPool
+from verl.algorithms.objective import Algorithm, write_advantages
+from verl.config.settings import AlgorithmConfig, Choice, CriticConfig, KLConfig, OptimizerConfig
+from verl.controller.worker_group import LocalPool
 from verl.data.batch import Batch
 from verl.data.packing import Plan, balance
 from verl.engines.base import NotFiniteError, TrainEngine
+from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
-from verl.engines.models import value_model
+from verl.engines.roles.workers import MODEL_COLUMNS, CriticWorker, PolicyWorker, ProcessRewardWorker, critic_reads, policy_reads
 from verl.engines.streaming import Portions, StreamedUpdate, joined, why_not_streamed
-from verl.engines.workers import MODEL_COLUMNS, CriticWorker, PolicyWorker, ProcessRewardWorker, critic_reads, policy_reads
-from verl.settings import AlgorithmConfig, Choice, CriticConfig, KLConfig, OptimizerConfig
 
 NEAR = ("loss", "grad_norm", "lr", "ratio", "entropy", "kl", "skipped_updates")
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.binding import bind
-from verl.settings import Choice
+from verl.algorithms.registry import bind
+from verl.config.settings import Choice
 
 
 def summed(columns, weights, learned, table, choice):

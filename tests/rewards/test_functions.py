@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from verl.config.settings import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import RewardFunction, RewardFunctions, build_rewards, load_function, overlong_penalty
-from verl.settings import RewardsConfig
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
 

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.training import CHARACTERS
+from verl.config.settings import RewardsConfig, WeightedChoice
 from verl.data.batch import Trajectory
-from verl.engines.models import RewardModel, as_reward_model, load_language_model, make_tiny_model, save_model
+from verl.engines.hf.models import RewardModel, as_reward_model, load_language_model, make_tiny_model, save_model
 from verl.rewards.functions import build_rewards
 from verl.rewards.model import model
-from verl.settings import RewardsConfig, WeightedChoice
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 PROMPTS = ["abc=", "abc=", "h=", [{"role": "user", "content": "ab"}]]
 COMPLETIONS = ["abc", "a", "hhhhh", [{"role": "assistant", "content": "ba"}]]

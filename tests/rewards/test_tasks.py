@@ -2,7 +2,7 @@ import pytest
 
 from verl.data.batch import Trajectory
 from verl.rewards.tasks import exact, position_share, prefix_share
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 
 def answered(text, answer):

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from tests.tiny import tiny_codec
-from verl.algorithms.compose import Algorithm
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, OptimizerConfig, ParallelConfig, RoleConfig
 from verl.controller.dispatch import of_ranks, transfer_of
-from verl.controller.group import Done, WorkerGroup
+from verl.controller.worker_group import Done, WorkerGroup
 from verl.engines.fsdp import sharded_engine
-from verl.rollout.actor import ActorWorker
-from verl.settings import AlgorithmConfig, OptimizerConfig, ParallelConfig, RoleConfig
+from verl.rollout.actor_worker import ActorWorker
 
 
 class ProcessGroup(WorkerGroup):

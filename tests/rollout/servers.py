@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import verl
-from verl.engines.models import PolicyModel, make_tiny_model
-from verl.rollout.process import free_port
+from verl.engines.hf.models import PolicyModel, make_tiny_model
+from verl.rollout.server_process import free_port
 
 KEY, SECRET = "a key of users", "a secret of the trainer"
 START_S = 120.0
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 def running(options: dict[str, Any], *, secret: bool = True, key: bool = True) -> Iterator[str]:
     """The address of a server that runs inside the block."""
     port = free_port()
-    command = [sys.executable, "-m", "verl.rollout.serve", json.dumps({**options, "port": port})]
+    command = [sys.executable, "-m", "verl.rollout.server.app", json.dumps({**options, "port": port})]
     command += (["--secret-env", "TEST_SECRET"] if secret else []) + (["--api-key-env", "TEST_KEY"] if key else [])
     with tempfile.TemporaryFile() as log:
         settings = {**environment(), "TEST_SECRET": SECRET, "TEST_KEY": KEY}

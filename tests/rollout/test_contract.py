@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.rollout.pools import group_of, pool_of, saved
+from tests.rollout.pool.pools import group_of, pool_of, saved
 from tests.rollout.servers import KEY, running
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_policy
-from verl.engines.models import PolicyModel
-from verl.rollout.embedded import EmbeddedEngine
-from verl.utils.rollout import Completion, RolloutEngine, SamplingParams
+from verl.engines.hf.models import PolicyModel
+from verl.rollout.embedded.generator import EmbeddedEngine
+from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
 
 PROMPTS = random_prompts([3, 11, 1, 6])
 ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
@@ -42,7 +42,7 @@ def served(module: str, folder: Path, **options: Any) -> RolloutEngine:
 
 
 def vllm_in_process(folder: Path) -> RolloutEngine:
-    made = import_module("verl.rollout.vllm_local").VLLMEngine(
+    made = import_module("verl.rollout.vllm.in_process").VLLMEngine(
         saved(policy(), folder), tiny_codec(), options={"max_model_len": 256}, dtype="float32", max_slots=4
     )
     made.load(policy().transformer.named_parameters(), 0)
@@ -59,11 +59,11 @@ def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
         model = saved(policy(), folder / "model")
         address = stack.enter_context(running({"model": model, "name": "tiny"}))
         options = {"model": "tiny", "api_key_env": "TEST_KEY", "processed_logprobs": True}
-        make = import_module("verl.rollout.http").HTTPEngine
+        make = import_module("verl.rollout.openai_engine").HTTPEngine
         return pool_of(None, model, folder, 1, make=make, options=options, address=address, policy=policy())
-    modules = {"served": "verl.rollout.embedded_server:EmbeddedServer", "vllm server": "verl.rollout.vllm:VLLMServer"}
+    modules = {"served": "verl.rollout.server.backend:EmbeddedServer", "vllm server": "verl.rollout.vllm.server:VLLMServer"}
     options = {"vllm server": {"max_model_len": 256}}.get(name, {})
-    return served(modules.get(name, "verl.rollout.sglang:SGLangServer"), folder, **options)
+    return served(modules.get(name, "verl.rollout.sglang.server:SGLangServer"), folder, **options)
 
 
 @pytest.fixture(

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, Part, ServedEngine, TensorInfo
-from verl.rollout.weights import Update
-from verl.utils.rollout import Completion, FinishReason, SamplingParams
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, ServedEngine
+from verl.rollout.pool.weight_publisher import Update
+from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
+from verl.weight_sync.types import Part, TensorInfo
 
 T = TypeVar("T")
 VOCABULARY, END = 1000, 1

@@ -15,17 +15,17 @@ import torch
 
 from tests.simulation.engines import END, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
+from verl.agents.group_source import FromFleet, Group
+from verl.agents.group_state import saved_groups
 from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
-from verl.agents.saved import saved_groups
-from verl.agents.sources import FromFleet, Group
+from verl.config.settings import PipelineConfig
 from verl.data.batch import Batch, Trajectory
-from verl.data.ledger import Ledger
+from verl.monitoring.ledger import Ledger
+from verl.monitoring.wait_tracker import Waits, stall
 from verl.rollout.engine import EngineError
-from verl.rollout.fleet import Fleet
-from verl.settings import PipelineConfig
-from verl.utils.rollout import Completion, Prompt, SamplingParams
+from verl.rollout.pool.inference_pool import Fleet
+from verl.utils.sampling_types import Completion, Prompt, SamplingParams
 from verl.utils.virtual_time import run
-from verl.utils.waits import Waits, stall
 
 CODEC = tiny_codec()
 # Far more virtual seconds than any run needs.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from tests.simulation.engines import PLACES, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
 from verl.rollout.engine import EngineError, EngineSpec
-from verl.rollout.fleet import Fleet
-from verl.utils.rollout import Completion, FinishReason, SamplingParams
+from verl.rollout.pool.inference_pool import Fleet
+from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.virtual_time import run
 
 # VERL_SIMULATOR_SEEDS raises their number, VERL_SIMULATOR_SEED replays one.

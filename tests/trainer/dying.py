@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from verl.config.settings import Choice, ParallelConfig
 from verl.engines.base import ForwardEngine
 from verl.engines.fsdp import FSDPEngine, sharded_engine
-from verl.settings import Choice, ParallelConfig
 
 
 class DyingEngine(FSDPEngine):

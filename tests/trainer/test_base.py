@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training import engine_of, logged, toy_config, toy_trainer, weights
 from verl.config import load_config
-from verl.engines.checkpoint import only_run_in
-from verl.engines.saving import read_saved
+from verl.engines.dcp_checkpoint import read_saved
 from verl.rewards.tasks import position_share
-from verl.trainer.ppo import Trainer
+from verl.trainer.checkpoint_store import only_run_in
+from verl.trainer.rl_trainer import Trainer
 
 # What a run learned, but not how long it took.
 LEARNED = ("step", "reward", "loss", "kl", "kl_coef", "entropy", "grad_norm", "lr", "critic/loss", "explained_variance")

@@ -9,7 +9,7 @@ import pytest
 from tests.training import toy_trainer
 from verl.data.batch import Trajectory
 from verl.trainer.evaluation import answer_all, summarize
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 
 def answer(reward, accuracy=None, *, tokens=1, truncated=False):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.trainer.test_reward_model import reward_trainer
 from tests.training import toy_trainer
-from verl.cli import main
+from verl.cli.main import main
 from verl.trainer.export import export_checkpoint
 
 

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from tests.training import CHARACTERS
 from verl.config import load_config
-from verl.engines.models import make_tiny_model
-from verl.trainer.ppo import Trainer
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.rl_trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20

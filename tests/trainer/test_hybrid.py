@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.training import CHARACTERS, logged, toy_config, toy_trainer
-from verl.controller.group import WorkerError
+from verl.config.settings import ParallelConfig, RoleConfig
+from verl.controller.worker_group import WorkerError
 from verl.engines.fsdp import sharded_engine
-from verl.engines.models import make_tiny_model
-from verl.settings import ParallelConfig, RoleConfig
-from verl.trainer.ppo import Trainer
-from verl.trainer.roles import engine_maker
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.build.worker_factories import engine_maker
+from verl.trainer.rl_trainer import Trainer
 
 RUN = ["steps=4", "sampling.max_tokens=6", "policy.optimizer.eps=1e-4", "checkpoint.every_steps=1"]
 SPREAD = ["placement.address=local", "hybrid_engine.actor_repartition={enabled: true, tensor: 2}"]

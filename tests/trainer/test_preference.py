@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.training import gradient, logged, weights
 from verl.config import load_run
-from verl.data.pairs import Pair
-from verl.engines.models import make_tiny_model
-from verl.settings import PreferenceConfig
-from verl.trainer.pairs import plan_pairs
+from verl.config.settings import PreferenceConfig
+from verl.data.preference_pairs import Pair
+from verl.engines.hf.models import make_tiny_model
+from verl.trainer.pairwise_trainer import plan_pairs
 from verl.trainer.preference import PreferenceTrainer
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 PAIRS = [
     Prompt("abc=", Pair("abc", "acb")),

@@ -15,15 +15,15 @@ from tests.tiny import FAMILIES, tiny_codec, tiny_transformer
 from tests.trainer.test_preference import PAIRS, write_pairs
 from tests.training import gradient, logged, weights
 from verl.config import load_run, load_sft_config
+from verl.config.settings import RewardModelConfig
 from verl.data.batch import ModelInput
-from verl.engines.attention import row_attention
-from verl.engines.models import RewardModel, as_reward_model, load_reward_model
-from verl.engines.saving import read_saved
+from verl.engines.dcp_checkpoint import read_saved
+from verl.engines.hf.attention import row_attention
+from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
-from verl.settings import RewardModelConfig
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.sft import SFTTrainer
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 
 def reward_trainer(model: Path, folder: Path, *overrides: str, **given) -> RewardModelTrainer:

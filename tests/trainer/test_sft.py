@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.training import gradient, logged, weights, write_prompts
 from verl.config import load_sft_config
 from verl.trainer.sft import SFTTrainer
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 EXAMPLES = [Prompt("abc=", "abc"), Prompt("a=", "bbbbbb"), Prompt("hhhhhhh=", "h")]
 

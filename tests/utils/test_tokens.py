@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.tiny import merging_tokenizer, tiny_transformer
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec, character_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}

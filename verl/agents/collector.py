@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from verl.algorithms.binding import Bound
+from verl.algorithms.registry import Bound
+from verl.config.settings import TrainerConfig
 from verl.data.batch import Batch, Trajectory
+from verl.monitoring.tracking import Clock
 from verl.rewards.functions import RewardFunctions, overlong_penalty
-from verl.rollout.fleet import Fleet
-from verl.settings import TrainerConfig
-from verl.utils.rollout import Completion, Prompt, RolloutEngine, SamplingParams
+from verl.rollout.pool.inference_pool import Fleet
+from verl.utils.sampling_types import Completion, Prompt, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
-from verl.utils.tracking import Clock
 
 PromptLike = Prompt | str | list[dict[str, Any]]
 

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 from verl.agents.admission import Admission
-from verl.agents.saved import groups_from
-from verl.agents.sources import Group, GroupError, Source
+from verl.agents.group_source import Group, GroupError, Source
+from verl.agents.group_state import groups_from
+from verl.config.settings import FailureClass, PipelineConfig
 from verl.data.batch import Batch, Trajectory
-from verl.data.ledger import Ledger
-from verl.settings import FailureClass, PipelineConfig
-from verl.utils.rollout import Prompt
-from verl.utils.waits import Waits
+from verl.monitoring.ledger import Ledger
+from verl.monitoring.wait_tracker import Waits
+from verl.utils.sampling_types import Prompt
 
 Draw = Callable[[int], Sequence[Prompt]]
 # Failures of a reward that another try may mend.

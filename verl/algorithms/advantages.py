@@ -15,7 +15,7 @@ from verl.algorithms.functional import (
     masked_whiten,
     siblings_of,
 )
-from verl.algorithms.returns import gae, grpo_turns, optimal_token_baseline, prime, reinforce_pp, reverse_kl, vapo_gae
+from verl.algorithms.token_advantages import gae, grpo_turns, optimal_token_baseline, prime, reinforce_pp, reverse_kl, vapo_gae
 
 
 def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.functional import check_same_shape, log_ratio, row_mean
+from verl.algorithms.importance_ratio import check_clip, clipped_loss, policy_ratio
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
-from verl.algorithms.ratios import check_clip, clipped_loss, policy_ratio
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 

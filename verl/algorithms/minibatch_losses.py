@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from verl.algorithms.functional import check_same_rows, check_same_shape, log_ratio, masked_mean
-from verl.algorithms.ratios import clipped_loss, policy_ratio
+from verl.algorithms.importance_ratio import clipped_loss, policy_ratio
 
 
 def clip_cov(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 
 @dataclass

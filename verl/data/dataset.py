@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from verl.config.settings import DataConfig
 from verl.data.tasks import TASKS
-from verl.settings import DataConfig
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 Split = Literal["train", "test"]
 Content = str | list[dict[str, Any]]

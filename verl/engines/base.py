@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from verl.controller.dispatch import Place
-from verl.controller.group import Worker
+from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput
-from verl.engines.loading import own_homes, own_pieces, weight_shapes, whole_tensors
-from verl.engines.lora import without_additions
-from verl.engines.models import Backbone
-from verl.hybrid.layout import Piece
-from verl.hybrid.meshes import Mesh
+from verl.engines.hf.hf_io import own_homes, own_pieces, weight_shapes, whole_tensors
+from verl.engines.hf.lora import without_additions
+from verl.engines.hf.models import Backbone
+from verl.weight_sync.layout import Piece
+from verl.weight_sync.meshes import Mesh
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]

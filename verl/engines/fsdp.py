@@ -15,17 +15,17 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
-from verl.engines.empty import empty_transformer, kept_tied, parameters_on_meta
-from verl.engines.loading import export_model, load_sharded, model_folder
+from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
+from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
+from verl.engines.hf.lora import add_low_rank
+from verl.engines.hf.meta_init import empty_transformer, kept_tied, parameters_on_meta
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
-from verl.engines.lora import add_low_rank
-from verl.engines.models import Backbone, PolicyModel, RewardModel, value_model
-from verl.engines.parallel import Meshes, check_sizes, is_head_norm, make_meshes, parallelize
-from verl.engines.saving import begin_save, load_trained, trained_state
-from verl.settings import OptimizerConfig, ParallelConfig, RoleConfig
+from verl.engines.tensor_parallel import Meshes, check_sizes, is_head_norm, make_meshes, parallelize
 from verl.utils.device import PRECISIONS
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 T = TypeVar("T")
 

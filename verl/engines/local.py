@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from verl.config.settings import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, present_mask
 from verl.engines.base import Accumulated, ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine, combined
-from verl.engines.loading import export_model
-from verl.engines.lora import add_low_rank, has_additions, reset_additions
-from verl.engines.models import Backbone, PolicyModel, load_language_model, save_model
-from verl.engines.saving import begin_save, load_trained, trained_state
-from verl.settings import OptimizerConfig, RoleConfig
+from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
+from verl.engines.hf.hf_io import export_model
+from verl.engines.hf.lora import add_low_rank, has_additions, reset_additions
+from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, save_model
 
 T = TypeVar("T")
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from verl.algorithms.aggregations import DENOMINATORS, num_rows
-from verl.algorithms.binding import Bound, bind
-from verl.algorithms.compose import Algorithm, write_advantages
-from verl.algorithms.probe import probe_columns
-from verl.controller.group import Future, Merged, WorkerGroup
+from verl.algorithms.dry_run import probe_columns
+from verl.algorithms.objective import Algorithm, write_advantages
+from verl.algorithms.registry import Bound, bind
+from verl.config.settings import AlgorithmConfig, Choice
+from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import Plan
-from verl.engines.workers import Learner, with_advantages, write_weights
-from verl.settings import AlgorithmConfig, Choice
+from verl.engines.roles.workers import Learner, with_advantages, write_weights
 
 # Of two groups of two rows: in the first one group teaches nothing, in the second both do, one of them more.
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from verl.utils import guard
+from verl.monitoring import interpreter_watchdog
 
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep
 _MAX_DETAIL_CHARS = 300
@@ -231,7 +231,7 @@ class CallPool:
                 self._expire(calls)
         finally:
             current.over.set()
-            guard.disarm(current)
+            interpreter_watchdog.disarm(current)
         if current.interrupt is not None:
             raise current.interrupt
 
@@ -247,7 +247,7 @@ class CallPool:
     def _guard(self, current: _Round) -> None:
         # A regular expression without end, or C code, may never give the interpreter back: then no Python runs that could
         # count the time. Only ending the process helps, with the stack of the function that does it.
-        guard.arm(current, 2 * self._timeout_s + _GUARD_MARGIN_S)
+        interpreter_watchdog.arm(current, 2 * self._timeout_s + _GUARD_MARGIN_S)
 
     def _submit(self, calls: Sequence[Call]) -> None:
         plain = [call for call in calls if not call.is_async]

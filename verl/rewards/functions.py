@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, SupportsFloat
 
-from verl.config import nearest
+from verl.config.loader import nearest
+from verl.config.settings import RewardsConfig
 from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import Call, CallPool, Failure
 from verl.rewards.tasks import exact, position_share, prefix_share
-from verl.settings import RewardsConfig
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 # Name -> function, or "module:function" where its module is heavy.
 REWARDS: dict[str, Callable[..., Any] | str] = {

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from verl.config.settings import RoleConfig
 from verl.controller.dispatch import PLANNED, register
-from verl.controller.group import LocalPool, WorkerGroup
+from verl.controller.worker_group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory
 from verl.data.packing import Plan, balance
+from verl.engines.hf.models import Precision, RewardModel, load_reward_model
 from verl.engines.local import LocalForwardEngine
-from verl.engines.models import Precision, RewardModel, load_reward_model
-from verl.engines.workers import RoleWorker, plan_rows
-from verl.settings import RoleConfig
+from verl.engines.roles.workers import RoleWorker, plan_rows
 from verl.utils.device import pick_device
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 # Takes the last place of a row, which a model does not read; any token would do.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from verl.algorithms.binding import Bound, bind
-from verl.settings import Choice
+from verl.algorithms.registry import Bound, bind
+from verl.config.settings import Choice
 
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:

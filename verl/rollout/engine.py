@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from verl.rollout.sampling import answer_seed
-from verl.rollout.slices import Reads
-from verl.utils.rollout import FinishReason, RolloutEngine, SamplingParams
-
-# How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over a
-# process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
-Via = Literal["shm", "group", "disk", "direct", "ipc"]
+from verl.rollout.embedded.sampling import answer_seed
+from verl.utils.sampling_types import FinishReason, RolloutEngine, SamplingParams
+from verl.weight_sync.shard_tracking import Reads
+from verl.weight_sync.types import Part, Via
 
 
 class EngineError(RuntimeError):
@@ -76,39 +73,6 @@ class Chunk:
     finish_reason: FinishReason | None = None
     version: int | None = None
     text: str | None = None
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of the policy, by the name that it has in a Hugging Face folder; dtype as PyTorch names it, such as "float32"."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tensors of an update, their bytes end to end without gaps, and where they are.
-
-    Attributes:
-        tensors: in the order of their bytes.
-        via: how they travel.
-        where: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk: `folder`, with all
-            weights; direct: `copies`, for each rank its
-            buckets of (name, bounds, sender).
-        reads: for each rank of the engine, what it gets of the tensors, in their order and end to end; none: each gets all.
-    """
-
-    tensors: tuple[TensorInfo, ...]
-    via: Via
-    where: Mapping[str, Any] = field(default_factory=dict)
-    reads: tuple[Reads, ...] = ()
-
-    def of_rank(self, rank: int) -> Part:
-        """What one rank of an engine has to know of it."""
-        own = {"copies": [self.where["copies"][rank]]} if self.via == "direct" else {}
-        return replace(self, where={**self.where, **own}, reads=self.reads[rank : rank + 1])
 
 
 def seed_of(params: SamplingParams, number: int) -> int:
@@ -230,7 +194,7 @@ class ServedEngine(ABC):
         """Serves the new weights from now on, and says which they are: `fingerprint_of_ranks` of the digests of the tensors that it took.
 
         A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those of earlier updates do
-        not count. One of which a rank got parts counts by them, as `verl.rollout.slices.key_of` names them.
+        not count. One of which a rank got parts counts by them, as `verl.weight_sync.shard_tracking.key_of` names them.
         """
         raise NotImplementedError
 

@@ -14,17 +14,17 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from verl.config import to_yaml
-from verl.controller.group import Timeline, append_trace
+from verl.config.loader import to_yaml
+from verl.config.settings import STALL_LIMIT_S, RunConfig
+from verl.controller.worker_group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
-from verl.engines.checkpoint import CheckpointStore, Save, load_state, only_run_in
-from verl.settings import STALL_LIMIT_S, RunConfig
+from verl.monitoring.tracking import Clock, Tracker, check_sinks
+from verl.monitoring.wait_tracker import Waits
+from verl.monitoring.watchdog import Part, Watch
+from verl.trainer.checkpoint_store import CheckpointStore, Save, load_state, only_run_in
 from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
-from verl.utils.tracking import Clock, Tracker, check_sinks
-from verl.utils.waits import Waits
-from verl.utils.watch import Part, Watch
 
 Metrics = dict[str, float]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from verl.agents.collector import DataCollector, sampling_params
+from verl.config.settings import TrainerConfig
 from verl.data.batch import Trajectory
-from verl.settings import TrainerConfig
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 # Seeds of evaluation lie beyond those of training, which count prompts from 0.
 _FIRST_SEED = 1 << 62

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from verl.engines.checkpoint import load_state
-from verl.engines.loading import export_model
-from verl.engines.lora import add_low_rank
-from verl.engines.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model
-from verl.engines.saving import read_saved
-from verl.settings import LoraConfig
+from verl.config.settings import LoraConfig
+from verl.engines.dcp_checkpoint import read_saved
+from verl.engines.hf.hf_io import export_model
+from verl.engines.hf.lora import add_low_rank
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model
+from verl.trainer.checkpoint_store import load_state
 from verl.utils.tokens import TextCodec
 
 

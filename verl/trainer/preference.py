@@ -8,14 +8,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.algorithms.binding import bind
 from verl.algorithms.preference import PAIR_COLUMNS, PAIR_LOSSES
+from verl.algorithms.registry import bind
+from verl.config.settings import PreferenceConfig
 from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_copy
-from verl.engines.models import PolicyModel
-from verl.settings import PreferenceConfig
-from verl.trainer.pairs import SIDES, PairsTrainer, answers_of, try_out
-from verl.utils.rollout import Prompt
+from verl.trainer.pairwise_trainer import SIDES, PairsTrainer, answers_of, try_out
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 # Of a policy there are logprobs; rewards are a reward model's.

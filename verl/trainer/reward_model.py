@@ -9,15 +9,15 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.algorithms.binding import bind
 from verl.algorithms.preference import PAIR_COLUMNS, REWARD_LOSSES, calibration
+from verl.algorithms.registry import bind
+from verl.config.settings import RewardModelConfig
 from verl.data.batch import Batch, ModelInput
-from verl.engines.models import RewardModel, as_reward_model, load_reward_model
+from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
-from verl.settings import RewardModelConfig
 from verl.trainer.base import Metrics
-from verl.trainer.pairs import PairsTrainer, answers_of, try_out
-from verl.utils.rollout import Prompt
+from verl.trainer.pairwise_trainer import PairsTrainer, answers_of, try_out
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 _COLUMNS = tuple(name for name in PAIR_COLUMNS if name.endswith(("_rewards", "_tokens")))

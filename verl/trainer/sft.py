@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from verl.algorithms.aggregations import token_mean
+from verl.config.settings import SFTConfig
 from verl.data.batch import Batch, ModelInput, Ragged, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance
-from verl.engines.models import PolicyModel
-from verl.settings import SFTConfig
+from verl.engines.hf.models import PolicyModel
 from verl.trainer.base import Metrics
-from verl.trainer.one_model import OneModelTrainer
-from verl.utils.rollout import Prompt
+from verl.trainer.single_model_trainer import OneModelTrainer
+from verl.utils.sampling_types import Prompt
 
 
 class SFTTrainer(OneModelTrainer):

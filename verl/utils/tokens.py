@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from verl.utils.rollout import Prompt
+from verl.utils.sampling_types import Prompt
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
 _CHAT_TEMPLATE = (

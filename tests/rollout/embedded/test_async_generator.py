@@ -1,0 +1,127 @@
+"""Answers generated step by step: asked for and taken back between two tokens, they are those of one call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from tests.tiny import random_prompts, shared_policy, tiny_codec, tiny_policy
+from verl.engines.hf.models import PolicyModel
+from verl.rollout.embedded.async_generator import GenerationThread, Request
+from verl.rollout.embedded.generator import EmbeddedEngine, Generation
+from verl.utils.sampling_types import SamplingParams
+
+PROMPTS = random_prompts([3, 70, 1, 9, 30, 2])
+ENDS = tuple(range(20, 26))
+PARAMS = [SamplingParams(max_tokens=20, n=2, stop_ids=ENDS, seed=i) for i in range(len(PROMPTS))]
+
+
+def expected(policy: PolicyModel) -> list[list[list[int]]]:
+    groups = EmbeddedEngine(policy, tiny_codec()).generate(PROMPTS, PARAMS)
+    return [[list(c.token_ids) for c in group] for group in groups]
+
+
+def stepwise(policy: PolicyModel, *, slots: int, between: Callable[[Generation, int], None], asked: int) -> list[list[list[int]]]:
+    """The answers to the first prompts, those of the others too as they are asked for; `between` acts before each step."""
+    generation = Generation(policy, tiny_codec(), slots=slots, first_slots=1)
+    answers: list[list[list[int]]] = [[[] for _ in range(p.n)] for p in PARAMS]
+    for i in range(asked):
+        generation.add(i, PROMPTS[i], PARAMS[i])
+    with policy.ready():
+        step = 0
+        while not generation.is_idle:
+            between(generation, step)
+            for row in generation.step():
+                answers[row.request][row.sample].append(row.tokens[-1])
+            step += 1
+    return answers
+
+
+@pytest.mark.parametrize("slots", [2, 5, 64])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+def test_prompts_that_come_one_by_one_get_the_answers_of_one_call_while_slots_grow(family, slots):
+    def ask(generation: Generation, step: int) -> None:
+        if 2 <= step < 2 + len(PROMPTS) - 1:
+            generation.add(step - 1, PROMPTS[step - 1], PARAMS[step - 1])
+
+    policy = shared_policy(family)
+    assert stepwise(policy, slots=slots, between=ask, asked=1) == expected(policy)
+
+
+def test_answers_that_are_taken_back_change_no_others():
+    def abort(generation: Generation, step: int) -> None:
+        if step == 3:
+            generation.abort(1)
+            generation.abort(5)  # still waits
+            assert {row.request for row in generation.rows} <= {0, 2, 3, 4}
+
+    policy = shared_policy()
+    answers, whole = stepwise(policy, slots=5, between=abort, asked=6), expected(policy)
+    assert [answers[i] for i in (0, 2, 3, 4)] == [whole[i] for i in (0, 2, 3, 4)]
+    assert answers[5] == [[], []] and all(len(a) <= 3 for a in answers[1])
+
+
+@pytest.mark.parametrize("step", [0, 3], ids=["waiting", "running"])
+def test_one_answer_to_a_prompt_can_be_taken_back(step):
+    def abort(generation: Generation, at: int) -> None:
+        if at == step:
+            generation.abort(1, {0})
+
+    policy = shared_policy()
+    answers, whole = stepwise(policy, slots=64, between=abort, asked=6), expected(policy)
+    assert answers[1][0] == whole[1][0][:step]
+    answers[1][0] = whole[1][0]
+    assert answers == whole
+
+
+def test_memory_of_an_idle_generation_can_be_given_back():
+    policy = shared_policy()
+    generation = Generation(policy, tiny_codec(), slots=8, first_slots=2)
+    generation.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
+    with policy.ready():
+        while not generation.is_idle:
+            generation.step()
+            generation.free()  # while something runs it stays
+    assert generation.cache.num_slots == 2 and generation.cache.is_empty
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
+def test_caches_computed_anew_by_the_same_weights_change_nothing(family):
+    policy = shared_policy(family)
+    answers = stepwise(policy, slots=64, between=lambda generation, step: step and generation.recompute(), asked=6)
+    assert answers == expected(policy)
+
+
+async def tokens_of(request: Request) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    while not request.is_over:
+        for answer, token in await request.more(5.0):
+            found.setdefault(answer, []).append(token.token_id)
+    return found
+
+
+def test_a_thread_answers_many_requests_and_stops_between_two_tokens_for_each_reason():
+    policy = tiny_policy()
+
+    async def asked() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        thread = GenerationThread(policy, tiny_codec(), max_slots=3)
+        await thread.hold("one")
+        await thread.hold("other")
+        request, second = thread.ask(PROMPTS[:3], PARAMS[:3]), thread.ask(PROMPTS[3:], PARAMS[3:])
+        await thread.release("one", recompute=True)
+        beats = thread.num_beats
+        assert await request.more(1.2) == [] and thread.num_beats > beats
+        # The weights are at rest: what is changed now, counts.
+        assert await thread.with_weights(lambda: "done") == "done"
+        with pytest.raises(ZeroDivisionError):
+            await thread.with_weights(lambda: 1 // 0)
+        await thread.release("other", recompute=True)
+        answers = await asyncio.gather(tokens_of(request), tokens_of(second))
+        thread.close()
+        return answers[0], answers[1]
+
+    first, second = asyncio.run(asked())
+    flat = [ids for group in expected(policy) for ids in group]
+    assert [first[i] for i in range(6)] + [second[i] for i in range(6)] == flat

@@ -1,0 +1,124 @@
+"""A tiny policy with its ranks, saved for servers to start from, and pools of real servers that follow it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import tiny_codec
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import AlgorithmConfig, LoraConfig, OptimizerConfig, RoleConfig
+from verl.controller.worker_group import LocalGroup, LocalPool
+from verl.engines.hf.models import PolicyModel
+from verl.engines.local import LocalEngine
+from verl.rollout.actor_worker import ActorWorker
+from verl.rollout.engine import EngineSpec
+from verl.rollout.pool.inference_pool import MakeEngine
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.server.backend import EmbeddedServer
+
+CPU = torch.device("cpu")
+
+
+def saved(policy: PolicyModel, folder: Path) -> str:
+    """The folder of a policy and the character tokenizer."""
+    policy.transformer.save_pretrained(folder)
+    tiny_codec().tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = CPU) -> LocalGroup:
+    """The ranks of a policy: this process."""
+    config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2), lora=LoraConfig(rank=lora_rank))
+    engine = LocalEngine(policy, config, device=device, total_updates=100)
+    options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
+    return LocalPool().start("policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options))
+
+
+def specs(model: str, folder: Path, count: int, **options: Any) -> list[EngineSpec]:
+    """Servers to start."""
+    given = {"timeout_s": 20.0, **options}
+    return [EngineSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given) for i in range(count)]
+
+
+def pool_of(
+    group: LocalGroup | None,
+    model: str,
+    folder: Path,
+    count: int,
+    *,
+    make: MakeEngine = EmbeddedServer,
+    notes: list[str] | None = None,
+    policy: PolicyModel | None = None,
+    **options: Any,
+) -> EnginePool:
+    """A pool of servers that follow the policy of a group, or follow none."""
+    sizes = {
+        "part_bytes": options.pop("part_bytes", 20_000),
+        "is_direct": options.get("via") == "direct",
+        "on_device": options.get("via") == "ipc",
+    }
+    weights = PolicyWeights(group, "float32", folder / "weights", **sizes) if group else None
+    policy = policy or group.worker.model
+    return EnginePool(
+        specs(model, folder, count, **options),
+        make,
+        tiny_codec(),
+        weights,
+        vocabulary=policy.transformer.config.vocab_size,
+        context=256,
+        max_running=8,
+        wait_s=60.0,
+        note=(notes if notes is not None else []).append,
+    )
+
+
+@torch.no_grad()
+def changed(policy: PolicyModel, seed: int) -> None:
+    """Moves every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.transformer.parameters():
+        parameter.add_((0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
+
+
+def own_logprobs(policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0) -> list[float]:
+    """Of the answer's tokens by the model's own forward."""
+    with torch.no_grad():
+        logprobs = policy.transformer(torch.tensor([[*prompt, *answer]])).logits[0].div(temperature).log_softmax(-1)
+    return [float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
+
+
+def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
+    """Whether it comes to hold in time."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def in_background(pool: EnginePool, *args: Any) -> tuple[threading.Thread, list[Any]]:
+    """A call of `generate` that goes on, and where its result or error will be."""
+    out: list[Any] = []
+
+    def run() -> None:
+        try:
+            out.append(pool.generate(*args))
+        except Exception as error:
+            out.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, out
+
+
+def started(pool: EnginePool, least: int = 4) -> bool:
+    """Whether every engine comes to have requests."""
+    return waited(lambda: sum(member.life.running for member in pool.members) >= least and all(m.life.running for m in pool.members))

@@ -1,0 +1,359 @@
+"""A fleet in one event loop: single prompts that are asked and taken back, room that goes to who waits, and weights that come meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_codec
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine
+from verl.rollout.pool.inference_pool import Fleet
+from verl.rollout.pool.replica import Member
+from verl.rollout.pool.router import Rooms, Session
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.pool.weight_publisher import Update
+from verl.utils.sampling_types import Completion, SamplingParams
+from verl.weight_sync.types import Part, TensorInfo
+
+TWO = SamplingParams(n=2, max_tokens=4)
+
+
+class Gated(ServedEngine):
+    """Gives a token, 50 plus its place, whenever its gate is open; a prompt that begins with 9 it refuses, one with 8 fails."""
+
+    vias = ("shm",)
+    seeds_by_place = True
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.gate, self.load_gate = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+        self.load_gate.set()
+        self.began = self.left = 0
+
+    async def open(self) -> None:
+        return
+
+    async def check(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        if prompt_ids[0] == 9:
+            raise RefusedError("not with me")
+        if prompt_ids[0] == 8:
+            raise EngineError(f"{self.spec.name} is unwell")
+        self.began += 1
+        try:
+            for i in range(params.max_tokens):
+                await self.gate.wait()
+                await asyncio.sleep(0)
+                yield Chunk([50 + len(prompt_ids) + i], [-1.0], "length" if i + 1 == params.max_tokens else None)
+        finally:
+            self.left += 1
+
+    async def pause(self) -> None:
+        return
+
+    async def resume(self) -> None:
+        return
+
+    async def begin_update(self) -> None:
+        return
+
+    async def load(self, part: Part) -> None:
+        await self.load_gate.wait()
+
+    async def sleep(self) -> None:
+        return
+
+    async def wake(self) -> None:
+        return
+
+    async def end_update(self, version: int) -> str:
+        return f"print-{version}"
+
+
+class Free(Gated):
+    """The same with weights of its own."""
+
+    follows = False
+
+
+def update(version: int) -> Update:
+    """Weights without any tensors."""
+    part = Part((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
+    return Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
+
+
+class Weights:
+    def write(self, version: int) -> Update:
+        return update(version)
+
+    def close(self) -> None:
+        return
+
+
+def with_fleet(test: Any, count: int = 2, make: Any = Free, **options: Any) -> None:
+    """Runs a test with an open fleet, closed afterwards."""
+
+    async def run() -> None:
+        fleet = Fleet(make, tiny_codec(), **{"vocabulary": 100, "context": 100, "max_running": 4, **options})
+        await fleet.open([EngineSpec(f"e{i}", "unused") for i in range(count)])
+        try:
+            await test(fleet)
+        finally:
+            await fleet.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def begun(work: Coroutine[Any, Any, list[Completion]]) -> asyncio.Task[list[Completion]]:
+    return asyncio.ensure_future(work)
+
+
+def tokens(answers: list[Completion]) -> list[list[int]]:
+    return [list(answer.token_ids) for answer in answers]
+
+
+def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_the_other():
+    async def test(fleet: Fleet) -> None:
+        both = [begun(fleet.answer([5], TWO)), begun(fleet.answer([5, 6], TWO))]
+        await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
+        assert fleet.num_running == fleet.num_free == 4
+        assert [tokens(await one) for one in both] == [[[51, 52, 53, 54]] * 2, [[52, 53, 54, 55]] * 2]
+        assert fleet.num_running == 0 and fleet.num_free == 8
+
+    with_fleet(test)
+
+
+def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
+    async def test(fleet: Fleet) -> None:
+        (engine,) = (member.engine for member in fleet.members)
+        engine.gate.clear()
+        first, second = begun(fleet.answer([5], TWO)), begun(fleet.answer([6], TWO))
+        waits = begun(fleet.answer([7], TWO))
+        await until(lambda: engine.began == 4)
+        first.cancel()
+        await until(lambda: engine.left == 2 and engine.began == 6)  # those who waited have the places
+        engine.gate.set()
+        assert len(await second) == len(await waits) == 2 and first.cancelled()
+        assert fleet.num_free == 4 and fleet.take_metrics()["engines/failures"] == 0
+
+    with_fleet(test, count=1)
+
+
+def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
+    async def test(fleet: Fleet) -> None:
+        (engine,) = (member.engine for member in fleet.members)
+        engine.gate.clear()
+        one = SamplingParams(max_tokens=1)
+        has, woken, last = (begun(fleet.answer([5], one)) for _ in range(3))
+        await until(lambda: engine.began == 1)
+        has.cancel()
+        await until(lambda: fleet.num_free == 1)
+        woken.cancel()  # the place is promised to it
+        await until(lambda: engine.began == 2)
+        engine.gate.set()
+        assert len(await last) == 1 and woken.cancelled()
+
+    with_fleet(test, count=1, max_running=1)
+
+
+def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
+    async def test(fleet: Fleet) -> None:
+        with pytest.raises(RefusedError, match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100"):
+            await fleet.answer([5, 6], SamplingParams(max_tokens=99))
+        with pytest.raises(RefusedError, match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me"):
+            await fleet.answer([9], TWO)
+        assert [member.state for member in fleet.members] == ["serving"] * 2 and fleet.num_running == 0
+
+    with_fleet(test)
+
+
+def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
+    async def test(fleet: Fleet) -> None:
+        other = begun(fleet.answer([5], SamplingParams(max_tokens=40)))
+        told = r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
+        with pytest.raises(RuntimeError, match=told):
+            await fleet.answer([8, 8], SamplingParams(max_tokens=4))
+        assert len((await other)[0].token_ids) == 40
+
+    with_fleet(test, count=12)
+
+
+def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
+    async def test(fleet: Fleet) -> None:
+        early = begun(fleet.answer([5], TWO))
+        for version in (3, 4):
+            await fleet.announce(version)
+            late = begun(fleet.answer([6], TWO))
+            await asyncio.sleep(0.01)
+            assert fleet.num_running == fleet.num_free == 0
+            await fleet.spread(update(version))
+            assert {v for answer in await late for v in answer.versions} == {version}
+        assert {v for answer in await early for v in answer.versions} == {3}
+
+    with_fleet(test, make=Gated)
+
+
+async def asked_of_both(fleet: Fleet, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
+    """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
+    await fleet.announce(1)
+    await fleet.spread(update(1))
+    asked = [begun(fleet.answer([first, i], TWO)) for i in range(2)]
+    await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
+    for member in fleet.members:
+        member.engine.gate.clear()
+    return asked
+
+
+def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
+    async def test(fleet: Fleet) -> None:
+        early, late = (member.engine for member in fleet.members)
+        asked = await asked_of_both(fleet)
+        late.load_gate.clear()
+        await fleet.announce(2)
+        spreading = asyncio.ensure_future(fleet.spread(update(2)))
+        await until(lambda: late.left == 2 and early.began == 4)
+        new = begun(fleet.answer([6], TWO))  # has been nowhere yet
+        await until(lambda: early.began == 6)
+        late.load_gate.set()
+        await until(lambda: late.began == 4)
+        for engine in (early, late):
+            engine.gate.set()
+        assert all(answer.finish_reason == "length" for group in await asyncio.gather(*asked, new) for answer in group)
+        await spreading
+        assert early.began == 6 and fleet.take_metrics()["engines/moved_answers"] == 0
+
+    with_fleet(test, make=Gated, on_update="recompute", max_running=8)
+
+
+def test_an_answer_that_was_cut_after_its_last_token_is_over():
+    class Late(Gated):
+        async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+            self.began += 1
+            yield Chunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
+            await self.gate.wait()
+
+    async def test(fleet: Fleet) -> None:
+        asked = await asked_of_both(fleet)
+        await asyncio.sleep(0.01)
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        reasons = [[answer.finish_reason for answer in await one] for one in asked]
+        assert reasons == [["length", "stop"]] * 2 and fleet.take_metrics()["engines/recomputed_tokens"] == 0
+
+    with_fleet(test, make=Late, on_update="recompute")
+
+
+@pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
+def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
+    async def test(fleet: Fleet) -> None:
+        asked = await asked_of_both(fleet)
+        await fleet.sleep()
+        assert fleet.num_running == fleet.num_free == 0 and [member.state for member in fleet.members] == ["stale"] * 2
+        for member in fleet.members:
+            member.engine.gate.set()
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        for one in asked:
+            for answer in await one:
+                assert list(answer.token_ids) == [52, 53, 54, 55] and answer.versions[-1] == 2
+                assert (1 in answer.versions) <= (on_update != "abort")
+        assert fleet.take_metrics()["engines/failures"] == 0
+
+    with_fleet(test, make=Gated, on_update=on_update)
+
+
+def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_requests_are_cut():
+    async def test(fleet: Fleet) -> None:
+        leaving, stays = fleet.members
+        asked = await asked_of_both(fleet)
+        await fleet.remove("e0")
+        assert leaving.state == "draining"
+        await fleet.announce(2)
+        await fleet.spread(update(2))
+        await until(lambda: stays.engine.began == 6)
+        stays.engine.gate.set()
+        assert all(answer.versions[-1] == 2 for group in await asyncio.gather(*asked) for answer in group)
+        while leaving.state != "gone":
+            await asyncio.sleep(0.01)
+
+    with_fleet(test, make=Gated, on_update="recompute")
+
+
+def test_closing_ends_the_answers_that_run_and_those_that_wait():
+    async def test(fleet: Fleet) -> None:
+        for member in fleet.members:
+            member.engine.gate.clear()
+        runs = [begun(fleet.answer([5], TWO)) for _ in range(6)]
+        await until(lambda: fleet.num_running == 8)
+        await fleet.close()
+        for one in [*runs, begun(fleet.answer([5], TWO))]:
+            with pytest.raises(RuntimeError, match="the engines were closed"):
+                await one
+
+    with_fleet(test)
+
+
+def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
+    specs = [EngineSpec(f"e{i}", "unused") for i in range(2)]
+    pool = EnginePool(specs, Gated, tiny_codec(), Weights(), vocabulary=100, context=100, max_running=2)
+    try:
+        pool.publish(1)
+        asked = [asyncio.run_coroutine_threadsafe(pool.fleet.answer([5], TWO), pool.loop) for _ in range(20)]
+        groups = pool.generate([[5, 6]] * 20, [TWO] * 20)
+        pool.publish(2)
+        assert [tokens(group) for group in groups] == [[[52, 53, 54, 55]] * 2] * 20
+        assert [tokens(one.result(20)) for one in asked] == [[[51, 52, 53, 54]] * 2] * 20
+        assert pool.take_metrics()["engines/failures"] == 0
+    finally:
+        pool.close()
+
+
+def test_a_pool_that_closes_ends_who_still_asks_it():
+    pool = EnginePool([EngineSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100)
+    asked = asyncio.run_coroutine_threadsafe(pool.fleet.answer([5], TWO), pool.loop)  # no weights are ever published
+    pool.close()
+    assert asked.cancelled() or isinstance(asked.exception(1), RuntimeError)
+    assert "engines" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_room_is_found_without_a_look_at_all_engines():
+    looks = []
+
+    def free(member: Member) -> int:
+        looks.append(member)
+        return member.free
+
+    async def run() -> list[Member]:
+        rooms = Rooms(4, free)
+        sizes: dict[str, Any] = {"max_running": 4, "vocabulary": 100, "clock": lambda: 0.0, "note": lambda _: None}
+        members = [Member(Free(EngineSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)]
+        for member in members:
+            await member.open()
+        assert rooms.num_free == 4000
+        looks.clear()
+        found = [await rooms.find(Session())]
+        for _ in range(999):
+            share = asyncio.ensure_future(found[-1].life.share(asyncio.sleep(3600)))
+            await asyncio.sleep(0)
+            found.append(await rooms.find(Session()))
+            share.cancel()
+        return found
+
+    found = asyncio.run(run())
+    assert len(looks) < 4000 and len(set(found)) == 1000

@@ -1,0 +1,103 @@
+"""Weights from the ranks of a policy straight to servers: what arrives, and what becomes of the policy when a server dies while it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.rollout.pool.pools import own_logprobs, saved, specs, waited
+from tests.rollout.ranks import move, moved, policy_ranks
+from tests.tiny import random_prompts, tiny_codec, tiny_policy
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.server.backend import EmbeddedServer
+from verl.utils.sampling_types import SamplingParams
+from verl.weight_sync.types import Part
+
+pytestmark = pytest.mark.servers
+PROMPTS = random_prompts([3, 11, 2, 6])
+SILENCE_S = 4.0
+
+
+class Doomed(EmbeddedServer):
+    """A server to which something happens in the midst of an update."""
+
+    fate: signal.Signals | None = None
+
+    async def load(self, part: Part) -> None:
+        if self.fate is not None and self.spec.name == "engine-1":
+            os.kill(self.pid, self.fate)
+            type(self).fate = None
+        await super().load(part)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Any]:
+    """Two tensor-parallel ranks, two servers, and the policy as it should be."""
+    folder, policy = tmp_path_factory.mktemp("direct"), tiny_policy("llama", initializer_range=0.02)
+    model = saved(policy, folder / "model")
+    with policy_ranks(model, 2, tensor=2) as group:
+        weights = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
+        sizes: dict[str, Any] = {"vocabulary": 100, "context": 256, "max_running": 8, "wait_s": 60.0}
+        given = specs(model, folder, 2, via="direct", timeout_s=SILENCE_S)
+        pool = EnginePool(given, Doomed, tiny_codec(), weights, **sizes)
+        try:
+            yield pool, group, policy
+        finally:
+            pool.close()
+
+
+def published(running: Any, version: int) -> float:
+    """Seconds that it took to make a new version of the policy known."""
+    pool, group, policy = running
+    group.call(moved, version)
+    move(policy.transformer, version)
+    start_s = time.monotonic()
+    pool.publish(version)
+    return time.monotonic() - start_s
+
+
+def assert_serves(running: Any, version: int) -> None:
+    pool, _, policy = running
+    for prompt, (c,) in zip(PROMPTS, pool.generate(PROMPTS, [SamplingParams(max_tokens=5)] * 4), strict=True):
+        assert set(c.versions) == {version}
+        assert list(c.logprobs) == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids)), abs=1e-4)
+
+
+def test_servers_have_the_weights_of_policy_ranks_that_nobody_gathered(running):
+    pool, _, policy = running
+    for version in (1, 2):
+        published(running, version)
+        assert [member.state for member in pool.members] == ["serving"] * 2
+        assert_serves(running, version)
+        num_bytes = sum(parameter.nbytes for parameter in policy.transformer.parameters())
+        metrics = pool.take_metrics()
+        assert metrics["engines/sync_bytes"] == 2 * num_bytes and metrics["engines/repaired_updates"] == 0
+
+
+@pytest.mark.parametrize("fate, version", [(signal.SIGKILL, 3), (signal.SIGSTOP, 4)], ids=["dies", "hangs"])
+def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_others(running, fate, version):
+    pool, _, _ = running
+    Doomed.fate = fate
+    assert published(running, version) < 60
+    assert [member.version for member in pool.members] == [version, None]
+    # What comes back has no weights until the policy can be asked, which is before the next answers.
+    assert waited(lambda: pool.members[1].state == "stale", 90), (pool.members[1].state, pool.members[1].cause)
+    time.sleep(0.3)
+    assert pool.members[1].state == "stale" and pool.members[0].state == "serving"
+    assert_serves(running, version)
+    assert [member.version for member in pool.members] == [version] * 2
+
+
+def test_the_only_server_that_fails_while_it_answers_gets_the_weights_again(running):
+    pool, _, policy = running
+    pool.remove("engine-1")
+    pid = pool.members[0].engine.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert_serves(running, 4)
+    assert pool.members[0].engine.pid != pid

@@ -1,0 +1,396 @@
+"""A pool whose engines misbehave on command: what real servers do only by chance, in ten lines that honour the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rollout.pool.pools import waited
+from tests.tiny import tiny_codec
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.pool.weight_publisher import Update
+from verl.utils.sampling_types import SamplingParams
+from verl.weight_sync.types import Part, TensorInfo
+
+Sampler = Callable[["Scripted", list[int], SamplingParams], AsyncIterator[Chunk]]
+
+
+async def plain(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    """Tokens 50, 51, ... by their place in the row, as an engine whose answers hang on the place alone."""
+    for i in range(params.max_tokens):
+        await asyncio.sleep(0)
+        last = i + 1 == params.max_tokens
+        yield Chunk([50 + (len(prompt) + i) % 40], [-1.0], "length" if last else None)
+
+
+class Scripted(ServedEngine):
+    """An engine that samples as `scripts` says for its name, once for each life; then as `plain`."""
+
+    vias = ("shm",)
+    seeds_by_place = True
+    scripts: dict[str, list[Sampler]] = {}
+    loads = 0
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.lives = 0
+        self.is_open = False
+
+    async def open(self) -> None:
+        self.lives += 1
+        self.is_open = True
+
+    async def close(self) -> None:
+        self.is_open = False
+
+    async def check(self) -> None:
+        if not self.is_open:
+            raise EngineError("closed")
+
+    async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        scripts = self.scripts.get(self.spec.name, [])
+        script = scripts[self.lives - 1] if self.lives <= len(scripts) else plain
+        async for chunk in script(self, list(prompt_ids), params):
+            yield chunk
+
+    async def pause(self) -> None:
+        return
+
+    async def resume(self) -> None:
+        return
+
+    async def begin_update(self) -> None:
+        return
+
+    async def load(self, part: Part) -> None:
+        type(self).loads += 1
+
+    async def end_update(self, version: int) -> str:
+        return f"print-{version}"
+
+
+class Weights:
+    """Versions without any tensors."""
+
+    def write(self, version: int) -> Update:
+        part = Part((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
+        return Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
+
+    def close(self) -> None:
+        return
+
+
+def pool_of(count: int = 2, make: Any = Scripted, notes: list[str] | None = None, **options: Any) -> EnginePool:
+    specs = [EngineSpec(f"e{i}", "unused") for i in range(count)]
+    note = (notes if notes is not None else []).append
+    sizes = {"vocabulary": 100, "context": 1000, "max_running": 4, "note": note, **options}
+    return EnginePool(specs, make, tiny_codec(), Weights(), **sizes)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    Scripted.scripts, Scripted.loads = {}, 0
+    monkeypatch.setattr("verl.rollout.pool.inference_pool._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("verl.rollout.pool.inference_pool._CHECK_S", 0.1)
+
+
+def answers(pool: EnginePool, n: int = 4, **params: Any) -> list[Any]:
+    return pool.generate([[5, 6]], [SamplingParams(n=n, **{"max_tokens": 6, **params})])[0]
+
+
+def ending(error: BaseException, after: int) -> Sampler:
+    async def script(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        async for chunk in plain(engine, prompt, params):
+            if after <= 0:
+                raise error
+            yield chunk
+            break
+        raise error
+
+    return script
+
+
+def giving(*chunks: Chunk) -> Sampler:
+    async def script(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        for chunk in chunks:
+            yield chunk
+        raise EngineError("broken off")
+
+    return script
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ending(EngineError("died"), 1),
+        ending(KeyError("a bug of a client"), 1),
+        ending(OSError("no route"), 0),
+        giving(Chunk([52], [-1.0]), Chunk([], [], "abort")),
+        giving(Chunk([52, 53], [-1.0])),
+        giving(Chunk([52], [float("nan")])),
+        giving(Chunk([52], [None])),
+        giving(Chunk([100], [-1.0])),
+        giving(Chunk(["52"], [-1.0])),
+        giving(Chunk([52], [0.5])),
+        giving(Chunk([52] * 7, [-1.0] * 7)),
+        giving(Chunk([], [], "stop")),
+        giving(Chunk([52], [-1.0], None, 99)),
+    ],
+)
+def test_an_engine_that_fails_or_gives_garbage_is_restarted_and_its_answers_are_whole(script):
+    Scripted.scripts = {"e0": [script]}
+    pool = pool_of()
+    try:
+        for answer in answers(pool):
+            assert list(answer.token_ids) == [52, 53, 54, 55, 56, 57] and list(answer.logprobs) == [-1.0] * 6
+            assert answer.finish_reason == "length" and set(answer.versions) == {0}
+        assert waited(lambda: pool.members[0].state == "serving") and pool.members[0].engine.lives == 2
+        assert pool.take_metrics()["engines/failures"] == 1
+    finally:
+        pool.close()
+
+
+def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
+    codec = tiny_codec()
+    first, second, *rest = codec.encode("xyzw")
+    Scripted.scripts = {"e0": [giving(Chunk([40, first], [-1.0, -1.0]))]}
+
+    class Other(Scripted):
+        async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+            if self.spec.name == "e0" and self.lives == 1:
+                async for chunk in super().sample(prompt_ids, params, number=number):
+                    yield chunk
+            # One chunk with what an engine that does not know of the "x" before gives.
+            yield Chunk([second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length")
+
+    pool = pool_of(1, Other)
+    try:
+        (answer,) = answers(pool, 1, max_tokens=40, stop=("xy",))
+        assert list(answer.token_ids) == [40, first, second] and answer.finish_reason == "stop"
+        assert list(answer.logprobs) == [-1.0, -1.0, -2.0] and len(answer.versions) == 3
+    finally:
+        pool.close()
+
+
+def test_streams_that_would_never_end_end_with_the_life_of_their_engine():
+    async def silent(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        yield Chunk([52], [-1.0])
+        await asyncio.Event().wait()
+
+    Scripted.scripts = {"e0": [silent]}
+    pool = pool_of(1)
+    try:
+        out: list[Any] = []
+        thread = threading.Thread(target=lambda: out.extend(answers(pool)), daemon=True)
+        thread.start()
+        assert waited(lambda: pool.members[0].life.running == 4)
+        pool.members[0].engine.is_open = False  # the next check fails
+        thread.join(20)
+        assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
+        assert pool.members[0].engine.lives == 2 and waited(lambda: pool.members[0].free == 4)
+    finally:
+        pool.close()
+
+
+def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
+    pool = pool_of(1)
+    try:
+        answers(pool)
+        member = pool.members[0]
+        before = member.life
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("first"))
+        assert waited(lambda: member.state == "serving" and member.engine.lives == 2)
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("late"))
+        time.sleep(0.3)
+        assert member.state == "serving" and member.engine.lives == 2
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
+    monkeypatch.setattr("verl.rollout.pool.inference_pool._FIRST_PAUSE_S", 0.5)
+    pool = pool_of()
+    try:
+        answers(pool)
+        member = pool.members[0]
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, member.life, EngineError("died"))
+        assert waited(lambda: member.state == "failed")
+        pool.remove("e0")
+        assert waited(lambda: member.state == "gone")
+        time.sleep(1)
+        assert member.state == "gone" and member.engine.lives == 1 and not member.engine.is_open
+        assert len(answers(pool)) == 4 and member.served <= 4
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_cannot_even_be_ended_well_comes_back():
+    class Stubborn(Scripted):
+        async def close(self) -> None:
+            await super().close()
+            if self.lives == 1:
+                raise OSError("no such process")
+
+    Scripted.scripts = {"e0": [ending(EngineError("died"), 1)]}
+    notes: list[str] = []
+    pool = pool_of(1, Stubborn, notes=notes)
+    try:
+        assert [list(answer.token_ids) for answer in answers(pool)] == [[52, 53, 54, 55, 56, 57]] * 4
+        assert any("engine e0 could not be ended: OSError: no such process" in note for note in notes)
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_fails_again_and_again_is_given_up_and_the_last_one_ends_the_run(monkeypatch):
+    monkeypatch.setattr("verl.rollout.pool.inference_pool._LONGEST_PAUSE_S", 0.05)
+    Scripted.scripts = {"e0": [ending(EngineError("never well"), 0)] * 20}
+    notes: list[str] = []
+    pool = pool_of(1, notes=notes)
+    try:
+        with pytest.raises(RuntimeError, match=r"no engine serves version 0 .* \(e0 gone: never well\)"):
+            answers(pool, 1)
+        assert any("given up after 6 failures" in note for note in notes)
+    finally:
+        pool.close()
+
+
+def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
+    gate = threading.Event()
+
+    class Slow(Scripted):
+        async def load(self, part: Part) -> None:
+            await super().load(part)
+            if self.spec.name == "late":
+                await asyncio.to_thread(gate.wait, 10)
+
+    pool = pool_of(1, Slow)
+    try:
+        pool.publish(1)
+        pool.add(EngineSpec("late", "unused"))
+        assert waited(lambda: pool.members[-1].taking.locked())
+        thread = threading.Thread(target=pool.publish, args=(2,), daemon=True)
+        thread.start()
+        time.sleep(0.2)
+        assert pool.fleet.update is None and thread.is_alive()
+        gate.set()
+        thread.join(20)
+        assert [member.version for member in pool.members] == [2, 2] and pool.take_metrics()["engines/failures"] == 0
+    finally:
+        pool.close()
+
+
+def test_the_same_version_with_other_weights_is_sent_again():
+    pool = pool_of(1)
+    try:
+        pool.publish(1)
+        pool.publish(1)
+        assert Scripted.loads == 2
+    finally:
+        pool.close()
+
+
+class Counted(deque):
+    """What waits, and how often something began to wait."""
+
+    waits = 0
+
+    def append(self, waiting: Any) -> None:
+        self.waits += 1
+        super().append(waiting)
+
+
+def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_change():
+    pool = pool_of(2, max_running=8)
+    pool.fleet._rooms._waiting = Counted()
+    try:
+        groups = pool.generate([[5, 6]] * 500, [SamplingParams(n=4, max_tokens=2)] * 500)
+        assert [len(group) for group in groups] == [4] * 500
+        assert 2000 - 16 <= pool.fleet._rooms._waiting.waits < 2 * 2000
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
+def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_update):
+    aborted = []
+
+    async def slow(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in plain(engine, prompt, params):
+                yield chunk
+                if len(prompt) == 2 and chunk.token_ids[0] == 54 and engine.loads == 1:
+                    stops.append(prompt)
+                    while engine.loads == 1:
+                        await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            aborted.append(prompt)
+            raise
+
+    stops: list[list[int]] = []
+    Scripted.scripts = {"e0": [slow]}
+    pool = pool_of(1, on_update=on_update)
+    try:
+        pool.publish(0)
+        out: list[Any] = []
+        thread = threading.Thread(target=lambda: out.extend(answers(pool)), daemon=True)
+        thread.start()
+        assert waited(lambda: len(stops) == 4)
+        pool.publish(1)
+        thread.join(20)
+        metrics = pool.take_metrics()
+        assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
+        counts = (len(aborted), metrics["engines/thrown_tokens"], metrics["engines/recomputed_tokens"])
+        versions, expected = {
+            "keep": ([0, 0, 0, 1, 1, 1], (0, 0, 0)),
+            "recompute": ([0, 0, 0, 1, 1, 1], (4, 0, 4 * (2 + 3))),
+            "abort": ([1] * 6, (4, 12, 0)),
+        }[on_update]
+        assert [list(answer.versions) for answer in out] == [versions] * 4 and counts == expected
+        assert metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
+    finally:
+        pool.close()
+
+
+def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
+    Scripted.scripts = {"e0": [ending(RefusedError("too long for me"), 0)], "e1": [ending(RefusedError("too long for me"), 0)]}
+    pool = pool_of()
+    try:
+        with pytest.raises(ValueError, match="too long for me"):
+            answers(pool)
+        assert [member.state for member in pool.members] == ["serving"] * 2
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_servers_that_share_devices_sleep_while_the_policy_learns_and_wake_for_the_next_weights(sleeps):
+    calls: list[str] = []
+
+    class Sleepy(Scripted):
+        async def sleep(self) -> None:
+            calls.append("sleep")
+
+        async def wake(self) -> None:
+            calls.append("wake")
+
+        async def begin_update(self) -> None:
+            calls.append("update")
+
+    pool = pool_of(1, Sleepy, sleeps=sleeps)
+    try:
+        answers(pool)
+        pool.sleep()
+        assert pool.members[0].state == ("stale" if sleeps else "serving")
+        pool.publish(1)
+        assert calls == (["update", "sleep", "wake", "update"] if sleeps else ["update", "update"])
+        assert {version for answer in answers(pool) for version in answer.versions} == {1}
+    finally:
+        pool.close()

@@ -1,0 +1,327 @@
+"""A pool of real servers: what it answers, and what becomes of its requests when servers die, hang, join, leave or get torn weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.rollout.pool.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, specs, started, waited
+from tests.tiny import random_prompts, tiny_policy
+from verl.rollout.engine import Chunk, EngineError, EngineSpec
+from verl.rollout.server.backend import EmbeddedServer
+from verl.utils.sampling_types import SamplingParams
+from verl.weight_sync.types import Part
+
+pytestmark = pytest.mark.servers
+
+PROMPTS = random_prompts([3, 11, 2, 6, 4, 5])
+LONG = [SamplingParams(max_tokens=200, n=3, seed=i, temperature=1.5) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy("llama", initializer_range=0.02)
+
+
+@pytest.fixture(scope="module")
+def model(policy, tmp_path_factory) -> str:
+    return saved(policy, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pool(policy, model, tmp_path_factory):
+    made = pool_of(group_of(policy), model, tmp_path_factory.mktemp("pool"), 2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def doomed(policy, model, tmp_path, notes):
+    """Two servers for a test that breaks them."""
+    made = pool_of(group_of(policy), model, tmp_path, 2, notes=notes, timeout_s=3.0)
+    yield made
+    made.close()
+
+
+def servers_of(pool) -> list[int]:
+    return [member.engine.pid for member in pool.members]
+
+
+def check_all_answered(policy, groups, params, version: int) -> None:
+    """Every prompt has its answers, each a sample of the policy to its end, with the logprobs of its tokens."""
+    assert [len(group) for group in groups] == [wanted.n for wanted in params]
+    for group, wanted in zip(groups, params, strict=True):
+        for c in group:
+            assert c.finish_reason in ("stop", "length") and (c.finish_reason == "stop") == (c.token_ids[-1] == 1)
+            assert len(c.token_ids) == len(c.logprobs) == len(c.versions) <= wanted.max_tokens
+            assert c.finish_reason == "stop" or len(c.token_ids) == wanted.max_tokens
+            assert set(c.versions) == {version}
+    prompt, first = PROMPTS[0], groups[0][0]
+    assert first.logprobs == pytest.approx(own_logprobs(policy, prompt, list(first.token_ids), params[0].temperature), abs=1e-4)
+
+
+def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy):
+    params = [SamplingParams(max_tokens=12, n=2, seed=i) for i in range(6)]
+    before = [member.served for member in pool.members]
+    groups = pool.generate(PROMPTS, params)
+    check_all_answered(policy, groups, params, pool.version)
+    assert all(member.served > count for member, count in zip(pool.members, before, strict=True))
+    again = pool.generate(PROMPTS[::-1], params[::-1])[::-1]
+    assert [[c.token_ids for c in group] for group in again] == [[c.token_ids for c in group] for group in groups]
+
+
+def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
+    pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=2)])
+    changed(policy, seed=1)
+    pool.publish(pool.version + 1)
+    (group,) = pool.generate(PROMPTS[1:2], [SamplingParams(max_tokens=8, n=4)])
+    for c in group:
+        assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[1], list(c.token_ids)), abs=1e-4)
+        assert set(c.versions) == {pool.version}
+    metrics = pool.take_metrics()
+    size = sum(p.nbytes for p in policy.transformer.parameters())
+    assert metrics["engines/serving"] == 2 and metrics["engines/sync_bytes"] >= 2 * size and metrics["engines/failures"] == 0
+
+
+def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weights(pool, policy):
+    thread, out = in_background(pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)])
+    assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
+    old = pool.version
+    changed(policy, seed=2)
+    pool.publish(old + 1)
+    thread.join(60)
+    for (c,) in out[0]:
+        assert set(c.versions) <= {old, old + 1} and list(c.versions) == sorted(c.versions)
+    assert any(old + 1 in c.versions for (c,) in out[0])
+
+
+def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool, policy):
+    pool.fleet.on_update = "abort"
+    try:
+        params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
+        thread, out = in_background(pool, PROMPTS[:2], params)
+        assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
+        changed(policy, seed=4)
+        pool.publish(pool.version + 1)
+        thread.join(60)
+    finally:
+        pool.fleet.on_update = "keep"
+    for prompt, (c,) in zip(PROMPTS, out[0], strict=False):
+        # An answer that was over before stays what it was.
+        assert set(c.versions) in ({pool.version}, {pool.version - 1})
+        if set(c.versions) == {pool.version}:
+            assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
+    assert pool.take_metrics()["engines/failures"] == 0 and all(member.life.running == 0 for member in pool.members)
+
+
+class Watched(EmbeddedServer):
+    """Counts the tokens that come, and does not compute caches anew by itself."""
+
+    tokens = 0
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        async with aclosing(super().sample(prompt_ids, params, number=number)) as chunks:
+            async for chunk in chunks:
+                type(self).tokens += len(chunk.token_ids)
+                yield chunk
+
+
+@pytest.mark.parametrize("on_update", ["keep", "recompute"])
+def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_version(on_update, tmp_path):
+    # Deep, so that an answer takes many times as long as a publish.
+    policy = tiny_policy("llama", initializer_range=0.05, num_hidden_layers=24)
+    pool = pool_of(group_of(policy), saved(policy, tmp_path / "model"), tmp_path, 2, make=Watched, options={"recompute": False})
+    pool.fleet.on_update = on_update
+    policies: list[dict[str, torch.Tensor]] = []
+
+    def publish(version: int) -> None:
+        changed(policy, seed=20 + version)
+        policies.append({name: weight.clone() for name, weight in policy.transformer.state_dict().items()})
+        pool.publish(version)
+
+    try:
+        publish(0)
+        thread, out = in_background(pool, PROMPTS, [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(6)])
+        for version in range(1, 6):
+            seen = Watched.tokens
+            assert waited(partial(lambda seen: Watched.tokens > seen + 6 or not thread.is_alive(), seen))
+            publish(version)
+        thread.join(60)
+        metrics = pool.take_metrics()
+    finally:
+        pool.close()
+    gaps: dict[bool, list[float]] = {True: [], False: []}
+    for prompt, (c,) in zip(PROMPTS, out[0], strict=True):
+        assert list(c.versions) == sorted(c.versions) and len(c.versions) == len(c.token_ids)
+        for version in set(c.versions):
+            policy.transformer.load_state_dict(policies[version])
+            own = own_logprobs(policy, prompt, list(c.token_ids), 2.0)
+            for i, of in enumerate(c.versions):
+                if of == version:
+                    gaps[version == c.versions[0]].append(abs(own[i] - c.logprobs[i]))
+    assert max(len(set(c.versions)) for (c,) in out[0]) >= 3
+    assert max(gaps[True]) < 1e-4
+    # With keys and values of older weights, a token is of no policy's distribution.
+    assert max(gaps[False]) < 1e-4 if on_update == "recompute" else max(gaps[False]) > 1e-3
+    assert (metrics["engines/recomputed_tokens"] > 0) == (on_update == "recompute")
+    assert metrics["engines/thrown_tokens"] == metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
+
+
+def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(doomed, policy, model, tmp_path, notes):
+    doomed.publish(5)
+    thread, out = in_background(doomed, PROMPTS, LONG)
+    assert started(doomed)
+    killed, hung = servers_of(doomed)
+    os.kill(killed, signal.SIGKILL)
+    os.kill(hung, signal.SIGSTOP)
+    (third,) = (EngineSpec("third", model, secret="other", log=tmp_path / "third.log", timeout_s=3.0),)
+    doomed.add(third)
+    thread.join(120)
+    assert not isinstance(out[0], Exception), out[0]
+    check_all_answered(policy, out[0], LONG, 5)
+    assert len({tuple(c.token_ids) for group in out[0] for c in group}) == 18
+    metrics = doomed.take_metrics()
+    assert metrics["engines/failures"] >= 2 and metrics["engines/moved_answers"] > 0
+    assert any("engine-0 failed" in note for note in notes) and any("engine-1 failed" in note for note in notes)
+    assert waited(lambda: [m.state for m in doomed.members] == ["serving"] * 3, 60), [(m.state, m.cause) for m in doomed.members]
+    assert [m.version for m in doomed.members] == [5] * 3
+    assert not psutil.pid_exists(hung) and not psutil.pid_exists(killed)
+
+
+def test_answers_that_moved_are_those_that_one_engine_would_have_given(doomed, policy):
+    params = [SamplingParams(max_tokens=150, n=2, seed=i, temperature=1.5) for i in range(6)]
+    expected = doomed.generate(PROMPTS, params)
+    thread, out = in_background(doomed, PROMPTS, params)
+    assert started(doomed)
+    os.kill(servers_of(doomed)[0], signal.SIGKILL)
+    thread.join(120)
+    assert [[c.token_ids for c in group] for group in out[0]] == [[c.token_ids for c in group] for group in expected]
+    assert doomed.take_metrics()["engines/moved_answers"] > 0
+
+
+class Torn(EmbeddedServer):
+    """A server that loses the first part of its first updates on the way, which a real one does not do on command."""
+
+    losses = 1
+
+    async def load(self, part: Part) -> None:
+        if self.losses and self.spec.name == "engine-1":
+            self.losses -= 1
+            return
+        await super().load(part)
+
+
+class AlwaysTorn(Torn):
+    losses = 1000
+
+
+def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes):
+    pool = pool_of(group_of(policy), model, tmp_path, 2, make=Torn, notes=notes)
+    try:
+        changed(policy, seed=3)
+        pool.publish(1)
+        assert [member.version for member in pool.members] == [1, 1]
+        assert pool.take_metrics()["engines/repaired_updates"] == 1
+        assert any("engine-1 did not get version 1 whole" in note for note in notes)
+        for group in pool.generate(PROMPTS, [SamplingParams(max_tokens=6)] * 6):
+            assert set(group[0].versions) == {1}
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_path, notes):
+    pool = pool_of(group_of(policy), model, tmp_path, 2, make=AlwaysTorn, notes=notes)
+    try:
+        pool.publish(1)
+        assert [member.state == "serving" for member in pool.members] == [True, False]
+        pool.generate(PROMPTS, [SamplingParams(max_tokens=6, n=2)] * 6)
+        assert pool.members[1].served == 0 and pool.members[1].version is None
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
+    pool = pool_of(group_of(policy), model, tmp_path, 2)
+    try:
+        pool.publish(0)
+        thread, out = in_background(pool, PROMPTS, LONG)
+        assert started(pool)
+        leaving = servers_of(pool)[0]
+        pool.remove("engine-0")
+        thread.join(120)
+        check_all_answered(policy, out[0], LONG, 0)
+        assert waited(lambda: not psutil.pid_exists(leaving))
+        assert pool.take_metrics()["engines/moved_answers"] == 0
+        with pytest.raises(ValueError, match="need the name of an engine, got 'engine-0'"):
+            pool.remove("engine-0")
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("via", ["group", "disk", "direct"])
+def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, model, tmp_path):
+    pool = pool_of(group_of(policy), model, tmp_path, 1, via=via)
+    try:
+        for version in (1, 2):
+            changed(policy, seed=10 + version)
+            pool.publish(version)
+            ((c,),) = pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=5)])
+            assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[0], list(c.token_ids)), abs=1e-4)
+            assert set(c.versions) == {version}
+    finally:
+        pool.close()
+
+
+def test_low_rank_additions_travel_alone(model, tmp_path):
+    policy = tiny_policy("llama", initializer_range=0.02)
+    group = group_of(policy, lora_rank=4)
+    pool = pool_of(group, model, tmp_path, 1)
+    try:
+        for version in (1, 2):
+            changed_additions(policy, version)
+            pool.publish(version)
+            ((c,),) = pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=5)])
+            assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[0], list(c.token_ids)), abs=1e-4)
+        assert 0 < pool.take_metrics()["engines/sync_bytes"] < sum(p.nbytes for p in policy.transformer.parameters())
+    finally:
+        pool.close()
+
+
+def changed_additions(policy, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.transformer.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_servers_that_cannot_start_end_the_pool_with_their_words(policy, tmp_path):
+    with pytest.raises((EngineError, ValueError), match="no-such-model"):
+        pool_of(group_of(policy), str(tmp_path / "no-such-model"), tmp_path, 1)
+
+
+def test_a_closed_pool_leaves_no_process_and_no_shared_memory(policy, model, tmp_path):
+    pool = pool_of(group_of(policy), model, tmp_path, 1)
+    pool.publish(0)
+    pids, memory = servers_of(pool), pool._weights._folder
+    assert memory.parent == Path("/dev/shm") and list(memory.glob("part-*"))
+    pool.close()
+    assert not memory.exists() and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_names_are_unique(pool, model):
+    with pytest.raises(ValueError, match="need a name that no engine has, got 'engine-0'"):
+        pool.add(specs(model, Path("unused"), 1)[0])

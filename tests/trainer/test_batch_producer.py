@@ -1,0 +1,232 @@
+"""The pipeline in real runs: the same losses as the plain loop, bounded staleness, restarts, and servers that work beside training."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.training import toy_config, toy_trainer
+from verl.monitoring.ledger_report import read_ledger
+from verl.trainer.rl_trainer import Trainer
+
+SERVED = ("rollout.engine=served", "rollout.servers=1")
+
+
+def plain_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    """Steps of a loop in the user's hands, without a pipeline."""
+    config, take = trainer.config, trainer.loader.take
+    return [trainer.update_policy(trainer.collect_data(take(config.prompts_per_step), refill=take)) for _ in range(steps)]
+
+
+def followed(history: list[dict[str, float]]) -> list[dict[str, str]]:
+    """What was learned from and what it gave, bit for bit."""
+    names = ("reward", "loss", "grad_norm", "critic/loss", "resample_draws", "dead_groups_share", "tokens")
+    return [{name: metrics[name].hex() for name in names if name in metrics} for metrics in history]
+
+
+def test_dynamic_sampling_gives_up_after_as_many_rounds_as_the_plain_loop(letters, tmp_path):
+    runs = []
+    for name in ("plain", "piped"):
+        given = {"reward_fn": lambda prompt, response: float(prompt == "aac=") * len(response)}
+        settings = ("rewards.functions=[]", "algorithm.max_resamples=2", "algorithm.overlong_buffer_tokens=0", "data.shuffle=false")
+        trainer = toy_trainer("dapo", letters, tmp_path / name, *settings, **given)
+        runs.append(plain_steps(trainer, 1) if name == "plain" else [trainer.step()])
+        assert {t.prompt.content for t in trainer.last} == {"aac="}
+    assert followed(runs[0]) == followed(runs[1]) and runs[1][0]["resample_draws"] == 2
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "dapo", "remax", "gdpo"])
+def test_without_staleness_the_losses_are_those_of_the_plain_loop_to_the_last_bit(recipe, letters, tmp_path):
+    plain = plain_steps(toy_trainer(recipe, letters, tmp_path / "plain"), 4)
+    piped = toy_trainer(recipe, letters, tmp_path / "piped")
+    assert followed([piped.step() for _ in range(4)]) == followed(plain)
+    assert piped.collection.pipeline.ledger.counts().answering == 0
+
+
+def stepped(letters: Any, folder: Any, *overrides: str, steps: int = 6) -> tuple[Trainer, list[dict[str, float]]]:
+    trainer = toy_trainer("grpo", letters, folder, *overrides)
+    return trainer, [trainer.step() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("bound", [1, 2, 4])
+def test_in_turn_every_step_is_as_stale_as_it_may_be_and_never_more(bound, letters, tmp_path):
+    _, history = stepped(letters, tmp_path, f"pipeline.max_staleness={bound}")
+    assert [step["staleness/max"] for step in history] == [min(bound, i) for i in range(6)]
+    assert [step["pipeline/in_queue"] for step in history] == [4 * bound] * 6
+
+
+def test_two_runs_of_the_same_seed_have_the_same_batches_and_losses(letters, tmp_path):
+    runs = [stepped(letters, tmp_path / name, "pipeline.max_staleness=2") for name in ("one", "two")]
+    assert followed(runs[0][1]) == followed(runs[1][1])
+    assert [t.response_ids for t in runs[0][0].last] == [t.response_ids for t in runs[1][0].last]
+    assert followed(runs[0][1])[-1] != followed(stepped(letters, tmp_path / "three")[1])[-1]
+
+
+def fitted(letters: Any, folder: Any, *overrides: str) -> Trainer:
+    trainer = Trainer(toy_config("grpo", letters, folder, *overrides), console=Console(file=io.StringIO()))
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_its_ledger_adds_up(letters, tmp_path):
+    settings = ("pipeline.max_staleness=2", "checkpoint.every_steps=1")
+    whole = fitted(letters, tmp_path / "whole", *settings, "steps=6")
+    fitted(letters, tmp_path / "cut", *settings, "steps=3")
+    resumed = fitted(letters, tmp_path / "cut", *settings, "steps=6")
+    assert [t.response_ids for t in resumed.last] == [t.response_ids for t in whole.last]
+    reports = [read_ledger(tmp_path / name / "run") for name in ("whole", "cut")]
+    assert all(not (report.missing or report.twice or report.differences) for report in reports)
+    counts = resumed.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.waiting, counts.accounted) == (24, 8, counts.dispatched)
+
+
+def test_a_group_without_a_reward_gives_way_to_another_prompt(letters, tmp_path):
+    def picky(prompt, response):
+        if prompt == "aac=":
+            raise ValueError("no judgement")
+        return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "data.shuffle=false", reward_fn=picky)
+    metrics = trainer.step()
+    assert len(trainer.last) == 16 and "aac=" not in {t.prompt.content for t in trainer.last}
+    assert (metrics["pipeline/dropped_too_few"], metrics["pipeline/retried_reward"], metrics["outcome/reward_error"]) == (1, 1, 4)
+
+
+def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_path):
+    class Once:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, prompt, response):
+            self.calls += 1
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "pipeline.max_staleness=1", reward_fn=Once())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    metrics = [trainer.step() for _ in range(3)]
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1]["staleness/max"] == 1
+
+
+def test_an_update_that_fails_leaves_its_groups_to_the_next_step(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path)
+    learn, failures = trainer._learn, [RuntimeError("out of memory")]
+
+    def learn_later(rows):
+        if failures:
+            raise failures.pop()
+        return learn(rows)
+
+    trainer._learn = learn_later
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.step()
+    trainer.step()
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert (counts.trained, counts.dispatched) == (4, 4)
+
+
+def test_steps_and_a_loop_of_the_users_own_take_turns(letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "pipeline.max_staleness=1")
+    plain_steps(trainer, 3)
+    trainer.step()
+    plain_steps(trainer, 3)
+    assert trainer.step()["staleness/max"] <= 1
+    counts = trainer.collection.pipeline.ledger.counts()
+    assert trainer.version == 8 and counts.trained == 8 and counts.accounted == counts.dispatched
+
+
+def test_a_run_that_goes_on_with_a_narrower_bound_drops_what_is_too_old(letters, tmp_path):
+    fitted(letters, tmp_path, "pipeline.max_staleness=2", "steps=3")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    resumed = toy_trainer("grpo", letters, tmp_path, "steps=5", f"checkpoint.resume={folder}")
+    history = resumed.fit()
+    assert [metrics["staleness/max"] for metrics in history] == [0, 0]
+    assert resumed.collection.pipeline.ledger.counts().dropped == {"surplus": 8}
+
+
+def test_a_reward_that_failed_is_asked_for_again_and_no_other(letters, tmp_path):
+    calls = []
+
+    def flaky(prompt, response):
+        calls.append(prompt)
+        if len(calls) == 5:
+            raise ConnectionError("the judge is down")
+        return len(set(response))
+
+    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", reward_fn=flaky)
+    metrics = trainer.step()
+    assert len(calls) == 17 and metrics["failed_share"] == 0 and metrics["pipeline/retried_reward"] == 1
+
+
+def test_what_needs_all_rows_of_a_step_is_refused_before_it_starts(letters, tmp_path):
+    config = toy_config("gspo", letters, tmp_path, *SERVED, "pipeline.batches=streamed")
+    with pytest.raises(ValueError, match=r"pipeline.batches=streamed, but algorithm.epochs=1 and algorithm.minibatches=2 make several"):
+        Trainer(config, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("batches", ["arrival", "streamed", "deterministic"])
+def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches, letters, tmp_path):
+    settings = (*SERVED, "steps=6", "pipeline.max_staleness=1", f"pipeline.batches={batches}", "checkpoint.every_steps=3")
+    trainer = Trainer(toy_config("grpo", letters, tmp_path, *settings), console=Console(file=io.StringIO()))
+    try:
+        history = trainer.fit()
+        assert all(metrics["staleness/max"] <= 1 for metrics in history) and any(metrics["staleness/mean"] > 0 for metrics in history)
+        assert all(metrics["kl_sampler"] < 0.5 and len(trainer.last) == 16 for metrics in history)
+        if batches == "deterministic":
+            assert [metrics["staleness/mean"] for metrics in history] == [0, 1, 1, 1, 1, 1]
+    finally:
+        trainer.close()
+    report = read_ledger(tmp_path / "run")
+    assert not (report.missing or report.twice or report.differences) and report.counts.trained == 24
+
+
+@pytest.mark.servers
+def test_on_servers_two_deterministic_runs_learn_from_the_same_prompts_of_the_same_versions(letters, tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        settings = (*SERVED, "steps=4", "pipeline.max_staleness=2", "pipeline.batches=deterministic")
+        trainer = toy_trainer("grpo", letters, tmp_path / name, *settings)
+        try:
+            steps = [(trainer.step(), [(t.prompt.index, t.group, t.versions[0]) for t in trainer.last]) for _ in range(4)]
+        finally:
+            trainer.close()
+        runs.append(steps)
+    assert [batch for _, batch in runs[0]] == [batch for _, batch in runs[1]]
+    losses = [[metrics["loss"] for metrics, _ in steps] for steps in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.servers
+def test_a_streamed_step_is_the_whole_step(letters, tmp_path):
+    whole = ("algorithm.epochs=1", "algorithm.minibatches=1", "algorithm.advantage.whiten=false")
+    ends = []
+    for batches in ("arrival", "streamed"):
+        trainer = toy_trainer("ppo", letters, tmp_path / batches, *SERVED, f"pipeline.batches={batches}", *whole)
+        try:
+            history = [trainer.step() for _ in range(3)]
+        finally:
+            trainer.close()
+        ends.append({name: [metrics[name] for metrics in history] for name in ("reward", "loss", "critic/loss", "grad_norm", "entropy")})
+    for name, values in ends[0].items():
+        assert ends[1][name] == pytest.approx(values, rel=2e-3, abs=1e-4), name
+
+
+@pytest.mark.servers
+def test_a_reward_that_asks_the_program_to_end_ends_the_run_and_not_the_engines(letters, tmp_path):
+    def leaves(prompt, response):
+        raise SystemExit(3)
+
+    trainer = toy_trainer("grpo", letters, tmp_path, *SERVED, "rewards.functions=[]", reward_fn=leaves)
+    try:
+        with pytest.raises(RuntimeError, match="a reward function asked the program to end: SystemExit 3"):
+            trainer.step()
+        assert trainer.rollout.pool.members[0].state == "serving"
+    finally:
+        trainer.close()

@@ -1,0 +1,58 @@
+"""Whether a process that wrote down who it is still lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from verl.utils.process_id import ProcessId, life, this_process
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+@pytest.fixture
+def child():
+    """A process that has said who it is and waits, and what it said."""
+    code = "from verl.utils.process_id import this_process as t; p = t(); print(p.host, p.pid, p.started, flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, env=environment) as process:
+        host, pid, started = process.stdout.readline().split()
+        yield process, ProcessId(host, int(pid), int(started))
+        process.kill()
+
+
+def wait_for(process: ProcessId, wanted: str) -> None:
+    while life(process) != wanted:
+        pass
+
+
+def test_this_process_works():
+    assert life(this_process()) == "works" and this_process().pid == os.getpid()
+
+
+def test_a_process_is_seen_to_work_to_be_stopped_and_to_be_gone(child):
+    process, told = child
+    assert life(told) == "works"
+    process.send_signal(signal.SIGSTOP)
+    wait_for(told, "is stopped")
+    process.send_signal(signal.SIGCONT)
+    wait_for(told, "works")
+    process.kill()
+    wait_for(told, "is gone")  # before anybody has asked for its exit code
+    process.wait()
+    assert life(told) == "is gone"
+
+
+def test_another_process_of_the_same_number_is_not_taken_for_it():
+    assert life(replace(this_process(), started=1)) == "is gone"
+    assert life(replace(this_process(), started=0)) == "works"
+
+
+def test_a_process_of_another_host_is_not_looked_for():
+    assert life(ProcessId("elsewhere", os.getpid(), 1)) == "is on another host"

@@ -1,0 +1,30 @@
+"""What each rank runs in the tests of layouts: a real model is spread, and tells its pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from verl.config.settings import ParallelConfig
+from verl.engines.hf.hf_io import own_pieces
+from verl.engines.tensor_parallel import make_meshes, parallelize
+from verl.weight_sync.layout import Piece
+
+
+def pieces_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[list[Piece]]:
+    """Pieces of this rank, of a model that is spread in each of the ways."""
+    found = []
+    for parallel in parallels:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        meshes = make_meshes(ParallelConfig(**parallel), torch.device("cpu"))
+        if meshes.tensor is not None:
+            parallelize(model, meshes.tensor)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=meshes.data)
+        fully_shard(model, mesh=meshes.data)
+        found.append(own_pieces(model))
+    return found

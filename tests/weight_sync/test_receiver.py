@@ -1,0 +1,179 @@
+"""An engine of two ranks, threads of this process with loaders as engines have them, that takes a policy in every way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.rollout.pool.pools import changed, group_of
+from tests.tiny import tiny_policy
+from verl.rollout.engine import Chunk, EngineError, EngineSpec, ServedEngine
+from verl.rollout.pool.replica import Member
+from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.weight_sync.fingerprint import fingerprint_of_ranks
+from verl.weight_sync.receiver import Arrivals
+from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.types import Part, TensorInfo
+
+RANKS = 2
+
+
+def part_of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """What a loader takes: rows, or columns where a sum is split; norms whole; embeddings padded to 64 rows per rank."""
+    if "norm" in name:
+        return tensor.clone()
+    if "embed_tokens" in name:
+        rows = tensor.narrow(0, 64 * rank, min(64, tensor.shape[0] - 64 * rank))
+        return torch.cat([rows, torch.zeros(64 - rows.shape[0], tensor.shape[1], dtype=tensor.dtype)])
+    return tensor.chunk(RANKS, dim=1 if "o_proj" in name or "down_proj" in name else 0)[rank].clone()
+
+
+class Threads(ServedEngine):
+    """Two ranks; what they are told has been JSON, as it is on the way to real ones."""
+
+    vias = ("shm", "group", "direct")
+    num_ranks = RANKS
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.arrivals = [Arrivals(torch.device("cpu"), keeps=True) for _ in range(RANKS)]
+        self.weights: list[dict[str, Tensor]] = [{}, {}]
+        self.received_bytes: list[int] = []
+
+    async def on_ranks(self, work: Callable[[int], Any]) -> None:
+        def run() -> None:
+            with ThreadPoolExecutor(RANKS) as threads:
+                list(threads.map(work, range(RANKS)))
+
+        await asyncio.to_thread(run)
+
+    async def open(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    async def check(self) -> None:
+        return
+
+    async def pause(self) -> None:
+        return
+
+    async def resume(self) -> None:
+        return
+
+    def sample(self, prompt_ids: Any, params: Any, *, number: int) -> AsyncIterator[Chunk]:
+        raise NotImplementedError
+
+    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
+        place = {"num_ranks": num_ranks, "backend": backend, "timeout_s": self.spec.timeout_s}
+        await self.on_ranks(lambda rank: self.arrivals[rank].join(address, port, rank=first_rank + rank, **place))
+
+    async def begin_update(self) -> None:
+        for arrivals in self.arrivals:
+            arrivals.begin()
+
+    async def load(self, part: Part) -> None:
+        def take(rank: int) -> None:
+            own = part.of_rank(rank)
+            where, reads = json.loads(json.dumps([own.where, own.reads]))
+            own = Part(part.tensors, part.via, where, tuple(as_reads(read) for read in reads))
+            for batch in self.arrivals[rank].batches(own, records=self.records):
+                for name, tensor in batch:
+                    self.look_at(tensor)
+                    self.weights[rank][name] = part_of_rank(name, tensor, rank)
+
+        try:
+            await self.on_ranks(take)
+        except RuntimeError as error:
+            raise EngineError(f"a rank failed: {error}") from None
+
+    def look_at(self, tensor: Tensor) -> None:
+        return
+
+    async def end_update(self, version: int) -> str:
+        self.received_bytes = [arrivals.num_bytes for arrivals in self.arrivals]
+        if self.records and all(arrivals.reads for arrivals in self.arrivals):
+            self.reads = tuple(arrivals.reads for arrivals in self.arrivals)
+        return fingerprint_of_ranks([arrivals.digests for arrivals in self.arrivals])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("via", ["shm", "group", "direct"])
+def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
+    policy = tiny_policy("llama")
+    weights = PolicyWeights(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
+    engine = Threads(EngineSpec("threads", "unused", via=via, timeout_s=20.0))
+    notes: list[str] = []
+    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
+    tensors = dict(policy.transformer.named_parameters())
+    itemsize = vars(torch)[dtype].itemsize
+    num_bytes = itemsize * sum(tensor.numel() for tensor in tensors.values())
+    norms = itemsize * sum(tensor.numel() for name, tensor in tensors.items() if "norm" in name)
+
+    async def follows() -> None:
+        await member.open()
+        for version in range(1, 5):
+            if version == 4:  # as if the engine had come to read otherwise
+                engine.reads = (engine.reads[1], engine.reads[0])
+            changed(policy, seed=version)
+            await member.take(weights.write(version))
+            for rank, own in enumerate(engine.weights):
+                assert own.keys() == tensors.keys()
+                for name, tensor in tensors.items():
+                    assert torch.equal(own[name], part_of_rank(name, tensor.detach().to(vars(torch)[dtype]), rank)), name
+            is_whole = version in (1, 4)
+            assert member.taken_bytes == sum(engine.received_bytes) == (2 * num_bytes if is_whole else num_bytes + norms)
+            assert member.repaired == (version == 4) and member.version == version
+
+    try:
+        asyncio.run(follows())
+    finally:
+        weights.close()
+    assert len(notes) == 1 and "the engine reads" in notes[0] and "it is sent again" in notes[0]
+
+
+class Picky(Threads):
+    """An engine with loaders that know plain tensors alone."""
+
+    def look_at(self, tensor: Tensor) -> None:
+        if type(tensor) is not Tensor:
+            raise RuntimeError("what is that?")
+
+
+def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
+    policy = tiny_policy("llama")
+    weights = PolicyWeights(group_of(policy), "float32", tmp_path)
+    engine, notes = Picky(EngineSpec("picky", "unused", via="shm")), []
+    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
+
+    async def follows() -> None:
+        await member.open()
+        for version in (1, 2):
+            await member.take(weights.write(version))
+
+    try:
+        asyncio.run(follows())
+    finally:
+        weights.close()
+    assert member.version == 2 and member.repaired == 1 and engine.reads is None and "what is that?" in notes[0]
+    assert engine.received_bytes == [sum(tensor.nbytes for tensor in policy.transformer.parameters())] * RANKS
+
+
+def test_whole_tensors_that_are_not_to_be_recorded_are_plain(tmp_path):
+    path, info = tmp_path / "part", TensorInfo("w", (2, 3), "float32")
+    path.write_bytes(torch.arange(6.0).view(torch.uint8).numpy().tobytes())
+    arrivals = Arrivals(None, keeps=False)
+    for records in (False, True):
+        part = Part((info,), "shm", {"path": str(path)})
+        ((name, tensor),) = (one for batch in arrivals.batches(part, records=records) for one in batch)
+        assert name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records
+    assert arrivals.reads == {"w": (((0, 2), (0, 3)),)}

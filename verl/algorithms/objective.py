@@ -1,0 +1,334 @@
+"""The five choices of a configuration put together: from rewards to advantages, from logprobs to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from verl.algorithms.advantages import ADVANTAGES
+from verl.algorithms.aggregations import AGGREGATIONS
+from verl.algorithms.correction import CORRECTIONS
+from verl.algorithms.dry_run import learns_from_zero_advantages, try_out
+from verl.algorithms.functional import masked_mean
+from verl.algorithms.kl import KL_ESTIMATORS, k3
+from verl.algorithms.losses import POLICY_LOSSES
+from verl.algorithms.mismatch import mismatch, weight_monitors
+from verl.algorithms.registry import COLUMNS, Bound, bind
+from verl.algorithms.value_losses import VALUE_LOSSES
+from verl.config.settings import AlgorithmConfig
+from verl.data.batch import Batch
+
+# Columns of ids, which no function reads.
+_IDS = ("prompt_ids", "response_ids", "teacher_top_ids")
+
+# Columns that are written later than a function is called, or elsewhere.
+_NOT_THERE: dict[str, set[str]] = {
+    "advantage": {"advantages", "returns", "logprobs", "new_values", "top_logprobs", "minibatch_mask"},
+    "policy_loss": {"token_rewards", "new_values"},
+    "correction": {"token_rewards", "returns", "new_values", "top_logprobs", "minibatch_mask"},
+    "value_loss": {"token_rewards", "logprobs", "top_logprobs", "minibatch_mask"},
+    "kl": {"token_rewards", "new_values", "top_logprobs", "minibatch_mask"},
+}
+
+Columns = Mapping[str, Tensor]
+Monitors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Bound functions; which columns they read decides which models exist.
+
+    Attributes:
+        kl: None if KL is off.
+        kl_in_reward: subtract it from the reward instead of adding it to the loss.
+        likelihood_coef: weight of the likelihood of answers with a reward above 0.
+        reads: all columns that some chosen function reads.
+    """
+
+    advantage: Bound
+    policy_loss: Bound
+    value_loss: Bound
+    aggregation: Bound
+    correction: Bound
+    kl: Bound | None
+    kl_in_reward: bool
+    entropy_coef: float
+    likelihood_coef: float
+    skip_zero_advantages: bool
+    reads: frozenset[str]
+
+    @classmethod
+    def bind(cls, config: AlgorithmConfig) -> Algorithm:
+        """Looks every choice up, checks its options, and calls each function once on small columns.
+
+        Raises:
+            ValueError: an unknown function or option, an option out of its bounds, or choices that do not go together.
+        """
+        advantage = bind(config.advantage, ADVANTAGES, columns=_there("advantage"))
+        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=_there("policy_loss"))
+        correction = bind(config.correction, CORRECTIONS, columns=_there("correction"))
+        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=_there("value_loss"))
+        aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask", "group_ids"))
+        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=_there("kl"))
+        chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
+        try_out([*chosen, value_loss, aggregation])
+        reads = frozenset(column for bound in chosen for column in bound.columns)
+        _check_together(config, policy_loss, value_loss, reads)
+        _check_kl_in_reward(config, advantage, policy_loss)
+        if {"values", "prm_logprobs"} & reads:
+            reads |= set(value_loss.columns)
+        return cls(
+            advantage,
+            policy_loss,
+            value_loss,
+            aggregation,
+            correction,
+            kl,
+            config.kl.where == "reward",
+            config.entropy_coef,
+            config.likelihood_coef,
+            config.skip_zero_advantages,
+            reads,
+        )
+
+    @property
+    def corrects_in_update(self) -> bool:
+        """Whether the correction compares with the policy as it is in each update, not as it was before the first."""
+        return "logprobs" in self.correction.columns
+
+    @property
+    def needs_whole_minibatch(self) -> bool:
+        """Whether the policy loss has statistics over all rows of an update."""
+        return "minibatch_mask" in self.policy_loss.columns
+
+    def policy_objective(self, columns: Columns, entropy: Tensor, kl_coef: float) -> tuple[Tensor, Monitors]:
+        """Loss of some rows and sums of monitors over their sampled tokens; of one whose name ends in `_max`, the largest.
+
+        Args:
+            columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and `weights` (the
+                share of each token in the loss of the whole minibatch, so that losses of parts add up); with
+                `loss_gradients`, from `minibatch_gradients`, the policy loss is not called again.
+            entropy: [b, T], with gradient if the entropy bonus is on.
+            kl_coef: weight of the KL in the loss.
+
+        Returns:
+            A scalar, and scalars by name.
+        """
+        mask, columns = columns["mask"], _sampled_only(columns)
+        logprobs, monitors = columns["logprobs"], {"entropy": entropy.detach()}
+        if "loss_gradients" in columns:
+            weighted = columns["weighted_losses"] + columns["loss_gradients"] * (logprobs - logprobs.detach())
+        else:
+            loss, own = self._policy_loss(columns)
+            weighted, monitors = loss * columns["weights"], own | monitors
+        if self.entropy_coef:
+            weighted = weighted - self.entropy_coef * entropy * columns["weights"]
+        if self.likelihood_coef:
+            weighted = weighted - self.likelihood_coef * logprobs * columns["likelihood_weights"]
+        if self.kl and not self.kl_in_reward:
+            kl = self.kl(columns)
+            weighted = weighted + kl_coef * kl * columns["weights"]
+            monitors["kl"] = kl.detach()
+        if "rollout_logprobs" in columns:
+            sampled = columns["rollout_logprobs"]
+            monitors |= {"kl_sampler": k3(sampled, logprobs.detach()), "sampler_gap": (sampled - logprobs.detach()).abs()}
+        sums = _masked_sums(monitors, mask)
+        if "sampler_gap" in monitors and mask.numel():
+            sums["sampler_gap_max"] = torch.where(mask, monitors["sampler_gap"], 0).max()
+        return _masked_sum(weighted, mask), sums
+
+    def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
+        """The policy loss of all rows of an update, for a loss whose statistics are over all of them.
+
+        The gradient with respect to the logprobs is all that the backward pass of a part needs (gradient caching,
+        https://arxiv.org/abs/2101.06983), so the update is the same for every split.
+
+        Args:
+            columns: as for `policy_objective`, of the whole minibatch.
+
+        Returns:
+            Gradients of the weighted loss [B, T], the weighted losses [B, T], both constant and 0 at masked positions, and sums of
+            monitors.
+        """
+        mask, columns = columns["mask"], _sampled_only(columns)
+        leaf = columns["logprobs"].detach().requires_grad_()
+        with torch.enable_grad():
+            loss, monitors = self._policy_loss({**columns, "logprobs": leaf})
+            weighted = torch.where(mask, loss * columns["weights"], 0)
+            # A loss without any pair or eligible token may not depend on the policy at all.
+            (gradients,) = torch.autograd.grad(weighted.sum() + 0 * leaf.sum(), leaf)
+        return gradients, weighted.detach(), _masked_sums(monitors, mask)
+
+    def value_objective(self, columns: Columns, vf_coef: float) -> tuple[Tensor, Monitors]:
+        """Loss of the critic on some rows and sums of monitors over their sampled tokens.
+
+        Args:
+            columns: [b, T] each, with `new_values` (or `prm_logprobs`) with gradient, `mask`, `weights` and `row_weights` [b].
+            vf_coef: weight of the loss.
+        """
+        mask, columns = columns["mask"], _sampled_only(columns)
+        loss, monitors = self.value_loss(columns)
+        if loss.ndim == 1:
+            tokens = mask.sum(1)
+            return vf_coef * (loss * columns["row_weights"]).sum(), {name: (m.float() * tokens).sum() for name, m in monitors.items()}
+        return vf_coef * _masked_sum(loss * columns["weights"], mask), _masked_sums(monitors, mask)
+
+    def _policy_loss(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Monitors]:
+        """Loss per token with the correction's weights, and monitors."""
+        columns = {**columns, "minibatch_mask": columns["mask"]}
+        if self.corrects_in_update:
+            with torch.no_grad():
+                columns["old_logprobs"], weights = self.correction({**columns, "logprobs": columns["logprobs"].detach()})
+            if weights is not None:
+                columns["correction_weights"] = weights
+        loss, monitors = self.policy_loss(columns)
+        if "correction_weights" not in columns:
+            return loss, monitors
+        weights = columns["correction_weights"]
+        if self.corrects_in_update:  # those of the whole step are reported with it
+            monitors = monitors | {"correction_weight": weights, "rejected_share": (weights == 0).to(weights.dtype)}
+        return loss * weights, monitors
+
+
+def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0) -> dict[str, float]:
+    """Adds the columns that the losses read (old_logprobs, advantages, returns, ...) to a rewarded batch.
+
+    Args:
+        batch: with whatever the chosen functions read.
+        algorithm: the choices.
+        kl_coef: weight of the KL in the reward.
+        version: of the policy that is about to learn.
+        seed: of the run, for `noise`.
+
+    Returns:
+        Metrics: kl (if it is in the reward), kl_teacher (if there is a teacher), explained_variance (if there is a critic),
+        mismatch/* (if the trainer's logprobs are there beside the sampler's), correction/* (if the correction has weights).
+    """
+    mask = batch["mask"]
+    if "staleness" in algorithm.reads:
+        batch.write("staleness", (version - batch["versions"]).clamp(min=0))
+    if "noise" in algorithm.reads:
+        # The generator takes 32 bits: runs of neighbouring seeds meet only after a million steps.
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + version) % 2**32)
+        batch.write("noise", torch.rand(mask.shape, generator=generator))
+    columns = {name: batch[name] for name in batch.names if name not in _IDS}
+    metrics = _write_correction(batch, columns, algorithm)
+    if "teacher_logprobs" in columns:
+        metrics["kl_teacher"] = float(masked_mean(columns["old_logprobs"] - columns["teacher_logprobs"], mask))
+    if "rewards" in columns:
+        columns["rewards"] = columns["rewards"].float()
+        columns["token_rewards"] = token_rewards(columns["rewards"], mask, columns.get("turn_rewards"))
+    if algorithm.kl and algorithm.kl_in_reward:
+        kl = algorithm.kl({**columns, "logprobs": columns["old_logprobs"]})
+        penalties = kl_coef * torch.where(mask, kl, 0)
+        # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the reward that it got.
+        columns["rewards"] = columns["rewards"] - penalties.sum(1)
+        columns["token_rewards"] = columns["token_rewards"] - penalties
+        metrics["kl"] = float(masked_mean(kl, mask))
+    result = algorithm.advantage(columns)
+    advantages, returns = result if isinstance(result, tuple) else (result, None)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    batch.write("advantages", torch.where(mask, advantages, 0))
+    if returns is not None:
+        batch.write("returns", returns)
+    if returns is not None and "values" in columns:
+        metrics["explained_variance"] = _explained_variance(columns["values"][mask], returns[mask])
+    return metrics
+
+
+def token_rewards(rewards: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
+    """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last True of `mask` [B, T]."""
+    if turn_rewards is None:
+        return at_last_sampled_token(rewards, mask)
+    return turn_rewards + at_last_sampled_token(rewards - turn_rewards.sum(1), mask)
+
+
+def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] with the reward [B] of each row at its last True of `mask` [B, T]; a row without any gets none."""
+    last = torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1)
+    out = torch.zeros(mask.shape)
+    rows = (last >= 0).nonzero().squeeze(1)
+    out[rows, last[rows]] = rewards[rows].float()
+    return out
+
+
+def _there(choice: str) -> list[str]:
+    """The columns that are there when the function of that choice is called."""
+    return [name for name in COLUMNS if name not in _NOT_THERE[choice]]
+
+
+def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]) -> None:
+    if "prm_logprobs" in reads and ("prm_logprobs" not in value_loss.columns or "values" in reads):
+        raise ValueError(
+            f"need a loss of the process reward model for algorithm.advantage {config.advantage.name}, got algorithm.value_loss "
+            f"{value_loss.name}; set algorithm.value_loss=outcome_cross_entropy, and read `values` nowhere"
+        )
+    if "prm_logprobs" not in reads and "prm_logprobs" in value_loss.columns:
+        raise ValueError(f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime")
+    if {"minibatch_mask", "top_logprobs"} <= set(policy_loss.columns):
+        raise ValueError(f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone")
+    # The statistics of a whole minibatch are also over its rows without advantage.
+    if config.skip_zero_advantages and ("minibatch_mask" in policy_loss.columns or learns_from_zero_advantages(policy_loss)):
+        raise ValueError(
+            f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
+            "set skip_zero_advantages to false"
+        )
+
+
+def _check_kl_in_reward(config: AlgorithmConfig, advantage: Bound, policy_loss: Bound) -> None:
+    if config.kl.where != "reward":
+        return
+    if not {"rewards", "token_rewards"} & set(advantage.columns) or "advantages" not in policy_loss.columns:
+        raise ValueError(
+            f"need an advantage of rewards that the policy loss reads for algorithm.kl.where reward, got {advantage.name} and "
+            f"{policy_loss.name}, which would ignore it; set algorithm.kl.where to loss or off"
+        )
+
+
+def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algorithm) -> dict[str, float]:
+    """Adds old_logprobs and the correction's weights to both; returns what there is to say of sampler and trainer."""
+    metrics: dict[str, float] = {}
+    mask = columns["mask"]
+    if {"trainer_logprobs", "rollout_logprobs"} <= columns.keys():
+        monitors = mismatch(columns["trainer_logprobs"], columns["rollout_logprobs"], mask)
+        metrics |= {f"mismatch/{name}": float(value) for name, value in monitors.items()}
+    if algorithm.corrects_in_update:  # until then, what the sampler says
+        columns["old_logprobs"], weights = columns["rollout_logprobs"], None
+    else:
+        columns["old_logprobs"], weights = algorithm.correction(columns)
+    batch.write("old_logprobs", columns["old_logprobs"])
+    if weights is not None:
+        batch.write("correction_weights", weights)
+        metrics |= {f"correction/{name}": float(value) for name, value in weight_monitors(weights, mask).items()}
+    return metrics
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else 0.0
+
+
+def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns over tokens with 0 at masked positions, as at padding: a NaN there would reach the gradient as 0 * NaN."""
+    mask = columns["mask"]
+
+    def clean(column: Tensor) -> Tensor:
+        if not column.is_floating_point() or column.ndim < 2 or column.shape[:2] != mask.shape:
+            return column
+        return torch.where(mask.view(*mask.shape, *[1] * (column.ndim - 2)), column, 0)
+
+    return {name: clean(column) for name, column in columns.items()}
+
+
+def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    # Not a product: at masked positions a value may be anything, and 0 * inf is no number.
+    return torch.where(mask, values.float(), 0).sum()
+
+
+def _masked_sums(monitors: Monitors, mask: Tensor) -> Monitors:
+    return {name: _masked_sum(values, mask) for name, values in monitors.items()}

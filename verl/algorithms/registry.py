@@ -1,0 +1,165 @@
+"""From a choice in the settings to a function with its columns and options, all of it checked before the first step."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from verl.config.settings import Choice
+
+# Every column that a function may read; B rows, T response positions, right-padded, K reward functions; fp32 unless said otherwise.
+COLUMNS: dict[str, str] = {
+    "rewards": "[B] sum of the trajectory's reward, minus the KL penalty where that is in the reward",
+    "token_rewards": "[B, T] rewards of turns at the last sampled token of each, what remains at the last one of the trajectory, minus "
+    "the KL penalty of each token where that is in the reward",
+    "reward_parts": "[B, K] value of each reward function before its weight",
+    "reward_weights": "[B, K] weight of each reward function",
+    "greedy_rewards": "[B] reward of the most likely answer to the same prompt",
+    "group_ids": "[B] int64, equal for the trajectories of one prompt",
+    "mask": "[B, T] bool, True where the policy sampled the token",
+    "minibatch_mask": "[B, T] bool, the mask; a policy loss that reads it is given all rows of an optimizer update at once",
+    "truncated": "[B] bool, cut off at the length limit",
+    "versions": "[B, T] int64, version of the policy that sampled the token",
+    "staleness": "[B, T] int64, steps between that version and the trainer's before the first update, at least 0",
+    "noise": "[B, T] uniform in [0, 1), drawn anew in each step from the seed of the run",
+    "values": "[B, T] of the critic before the update",
+    "new_values": "[B, T] of the critic in the update, with gradient",
+    "returns": "[B, T] what the critic learns",
+    "advantages": "[B, T] credit of each token",
+    "logprobs": "[B, T] of the policy in the update, with gradient; a correction gets them detached, in every update",
+    "old_logprobs": "[B, T] what the ratio divides by",
+    "rollout_logprobs": "[B, T] from the sampler",
+    "trainer_logprobs": "[B, T] recomputed by the trainer before the first update",
+    "sum_squared_probs": "[B, T] sum of the squares of all probabilities at that place, recomputed by the trainer before the first update",
+    "ref_logprobs": "[B, T] of the reference policy",
+    "prm_logprobs": "[B, T] of the implicit process reward model before its update",
+    "teacher_logprobs": "[B, T] of the teacher",
+    "teacher_top_logprobs": "[B, T, k] of the teacher's k most likely tokens at each place",
+    "top_logprobs": "[B, T, k] of the policy in the update for the teacher's k most likely tokens, with gradient",
+}
+_CHECKED_TYPES = {"bool", "int", "float", "str", "None"}
+
+
+class Columns(Protocol):
+    """Anything that has columns by name: a dict or a batch."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A chosen function, called with columns by name.
+
+    Attributes:
+        name: as it was chosen.
+        function: what is called.
+        columns: its positional parameters, the columns that it reads.
+        options: its keyword arguments.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    columns: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, columns: Columns) -> Any:
+        """What the function returns for these columns; ValueError if one that it reads is not there."""
+        for column in self.columns:
+            if column not in columns:
+                raise ValueError(f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; write it first")
+        return self.function(*(columns[column] for column in self.columns), **self.options)
+
+
+def bind(choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Collection[str] | None = None) -> Bound:
+    """The function of a choice: positional parameters are columns, keyword-only ones options.
+
+    The convention is the project's own; see the functions of `ADVANTAGES` for examples.
+
+    Args:
+        choice: name in the table or "package.module:function", and options.
+        table: name -> function.
+        columns: names of all columns that can exist, to find a misspelt parameter now; None: not checked.
+
+    Returns:
+        The function with its columns and options.
+
+    Raises:
+        ValueError: unknown name or module, unknown, missing or mistyped option, unknown column, or a function that takes *args,
+            **kwargs or a positional parameter with a default.
+    """
+    function = _chosen(choice.name, table)
+    parameters = inspect.signature(function).parameters.values()
+    for p in parameters:
+        _check_parameter(choice.name, p, columns)
+    _check_options(choice, {p.name: p for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
+    reads = tuple(p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY)
+    return Bound(choice.name, function, reads, choice.options)
+
+
+def _chosen(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The function of that name, from the table or from a module."""
+    if name in table:
+        return table[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f'need one of {", ".join(table)} or "package.module:function", got {name!r}{_nearest(name, table)}')
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} for {name!r}: {error}; put its folder on PYTHONPATH or install it") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"{module_name!r} has no function {attribute!r}{_nearest(attribute, dir(module))}")
+    return function
+
+
+def _check_parameter(name: str, parameter: Parameter, columns: Collection[str] | None) -> None:
+    if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+        raise ValueError(f"{name} must name its columns and options, but takes {parameter}; write them out")
+    if parameter.kind is Parameter.KEYWORD_ONLY:
+        return
+    if parameter.default is not Parameter.empty:
+        raise ValueError(f"{name}: a column has no default, got {parameter}; put * before the options")
+    if columns is not None and parameter.name not in columns:
+        known = f"the columns are {', '.join(columns)}"
+        kind = "no column that is there when it is called" if parameter.name in COLUMNS else "no column"
+        raise ValueError(f"{name} reads {parameter.name!r}, which is {kind}{_nearest(parameter.name, columns)}; {known}")
+
+
+def _check_options(choice: Choice, valid: Mapping[str, Parameter]) -> None:
+    takes = f"{choice.name} takes " + (f"the options {', '.join(map(str, valid.values()))}" if valid else "no options")
+    for option, value in choice.options.items():
+        if option not in valid:
+            raise ValueError(f"{takes}; got {option!r}{_nearest(option, valid)}")
+        if not _fits(value, _spelled(valid[option])):
+            raise ValueError(f"{takes}; got {option}={value!r}, which is not of type {_spelled(valid[option])}")
+    for option, parameter in valid.items():
+        if parameter.default is Parameter.empty and option not in choice.options:
+            raise ValueError(f"{takes}; {option!r} has no default; write {{name: {choice.name}, {option}: ...}}")
+
+
+def _spelled(parameter: Parameter) -> str:
+    """Its annotation as in the source: a string already under `from __future__ import annotations`, else a type."""
+    annotation = parameter.annotation
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether the value is of a type such as `float | None`; annotations of other kinds are not checked."""
+    types = {part.strip() for part in annotation.split("|")}
+    came = "None" if value is None else type(value).__name__
+    return not types <= _CHECKED_TYPES or came in types or (came == "int" and "float" in types)
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,157 @@
+"""Engines of a running job, seen and changed from outside: an endpoint on the loopback interface that asks for the secret of the run."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from aiohttp import web
+
+from verl.rollout.engine import EngineSpec
+from verl.rollout.pool.threaded_pool import EnginePool
+from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
+
+# In the folder of a run: where its endpoint is, and what it asks for; readable by the user of the run alone.
+FILE = "control.json"
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+NewSpec = Callable[[str, str | None], EngineSpec]
+
+
+class Control(RolloutEngine):
+    """A pool of engines that `verl engines` can list and change while it works.
+
+    Args:
+        pool: the engines.
+        folder: of the run.
+        new_spec: describes an engine of a name, to start or, with an address, to join.
+    """
+
+    def __init__(self, pool: EnginePool, folder: Path, new_spec: NewSpec) -> None:
+        self.pool = pool
+        self._file = folder / FILE
+        self._new_spec = new_spec
+        self._secret = secrets.token_hex(32)
+        self._runner, port = pool.run(self._serve())
+        self._told = {"address": f"http://127.0.0.1:{port}", "secret": self._secret}
+        self._is_known = False
+
+    def publish(self, version: int) -> None:
+        """See `RolloutEngine.publish`."""
+        super().publish(version)
+        self.pool.publish(version)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """See `EnginePool.generate`."""
+        self._tell()
+        return self.pool.generate(prompts, params)
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self.pool.sleep()
+
+    def take_metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.take_metrics`."""
+        return self.pool.take_metrics()
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        if self.pool.loop.is_closed():
+            return
+        try:
+            if self._is_known:
+                self._file.unlink(missing_ok=True)
+            self.pool.run(self._runner.cleanup())
+        finally:
+            self.pool.close()
+
+    def _tell(self) -> None:
+        """Says where the endpoint is, once the run has its folder for itself; an older file may have another mode."""
+        if self._is_known:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.unlink(missing_ok=True)
+        with os.fdopen(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            json.dump(self._told, file)
+        self._is_known = True
+
+    async def _serve(self) -> tuple[web.AppRunner, int]:
+        app = web.Application(middlewares=[self._guard])
+        app.router.add_get("/engines", self._list)
+        app.router.add_post("/engines", self._add)
+        app.router.add_delete("/engines/{name}", self._remove)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner, runner.addresses[0][1]
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._secret.encode()):
+            return web.json_response({"error": "need the secret of this run"}, status=401)
+        try:
+            response: web.StreamResponse = await handler(request)
+            return response
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        now = self.pool.loop.time()
+        rows = [
+            {
+                "name": member.name,
+                "state": member.state,
+                "for_s": round(now - member.since_s, 1),
+                "version": member.version,
+                "running": member.life.running,
+                "served": member.served,
+                "cause": member.cause,
+            }
+            for member in self.pool.fleet.members
+        ]
+        return web.json_response({"version": self.pool.version, "engines": rows})
+
+    async def _add(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        name = asked.get("name") or f"added-{len(self.pool.fleet.members)}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
+        await self.pool.fleet.add(self._new_spec(name, asked.get("address")))
+        return web.json_response({"name": name})
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        await self.pool.fleet.remove(request.match_info["name"])
+        return web.json_response({"name": request.match_info["name"]})
+
+
+def ask(folder: Path, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the endpoint of the run in a folder answers.
+
+    Raises:
+        ValueError: no run with servers works there, or it refuses.
+    """
+    try:
+        known = json.loads((folder / FILE).read_text())
+    except OSError as error:
+        raise ValueError(f"need the output_dir of a run that works and has servers (rollout.servers), got {folder}: {error}") from error
+    headers = {"Authorization": f"Bearer {known['secret']}", "Content-Type": "application/json"}
+    request = Request(known["address"] + path, json.dumps(body).encode() if body is not None else None, headers, method=method)
+    try:
+        with urlopen(request, timeout=30) as reply:
+            answered: dict[str, Any] = json.load(reply)
+            return answered
+    except HTTPError as error:
+        told = error.read().decode(errors="replace")
+        raise ValueError(json.loads(told)["error"] if told.startswith("{") else f"the run answers {error.code}: {told[:200]}") from error
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"the run in {folder} does not answer ({error}); it has probably ended") from error

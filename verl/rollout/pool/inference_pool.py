@@ -1,0 +1,466 @@
+"""Engines that start, take the policy's weights, serve, fail and leave while answers are asked of them, all in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from verl.rollout.engine import EngineError, EngineSpec, RefusedError, ServedEngine
+from verl.rollout.pool.replica import Interrupted, Life, Member
+from verl.rollout.pool.request import Answer
+from verl.rollout.pool.router import Rooms, Session
+from verl.rollout.pool.weight_publisher import Update
+from verl.utils.sampling_types import Completion, SamplingParams, check_requests
+from verl.utils.tokens import TextCodec
+
+T = TypeVar("T")
+MakeEngine = Callable[[EngineSpec], ServedEngine]
+# What becomes of requests that run when weights come, see `rollout.on_update`.
+OnUpdate = Literal["keep", "recompute", "abort"]
+# How often engines are asked whether they are well, and how often one answer may move to another engine.
+_CHECK_S, _MAX_MOVES = 2.0, 8
+# Failures without one good answer between them, after which an engine is given up, and the pauses before its restarts.
+_MAX_FAILURES, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 6, 1.0, 30.0
+_DRAIN_POLL_S = 0.05
+# More than a prompt has answers.
+_NUMBERS = 2**20
+
+
+@dataclass
+class _Counts:
+    """What happened since it was last asked."""
+
+    moved: int = 0
+    kept_tokens: int = 0
+    thrown_tokens: int = 0
+    recomputed_tokens: int = 0
+    failures: int = 0
+    sync_s: float = 0.0
+    write_s: float = 0.0
+    sync_bytes: int = 0
+
+
+class Fleet:
+    """Lets several engines answer, each the prompts for which it has room; what one has not finished, another goes on with.
+
+    Everything is asked in the event loop in which it was opened. The time of that loop is the only one that it knows.
+
+    Args:
+        make: makes an engine from what describes it.
+        codec: of the policy.
+        vocabulary: of the policy.
+        context: of the policy, in tokens.
+        max_running: requests that an engine gets at a time.
+        wait_s: longest time without any engine that serves, while there are weights for them.
+        on_update: requests that run when weights come are kept by their engines and go on with them (keep); are cut, and asked again with
+            the tokens that they have, so that the new weights compute their cache (recompute, "interruptible rollout" of AReaL,
+            https://arxiv.org/abs/2505.24298, section 4.1); or begin anew (abort).
+        note: is told what happened, for people.
+
+    Attributes:
+        members: the engines, also those that are gone.
+        version: of the policy.
+        update: its weights; None: they are not written yet, and no engine that follows the policy is asked anything.
+        policy_is_at_hand: the policy can be asked for weights that only it has.
+        loop: in which it was opened.
+    """
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        make: MakeEngine,
+        codec: TextCodec,
+        *,
+        vocabulary: int,
+        context: int,
+        max_running: int = 256,
+        wait_s: float = 1200.0,
+        on_update: OnUpdate = "keep",
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.members: list[Member] = []
+        self.version = 0
+        self.update: Update | None = None
+        self.policy_is_at_hand = False
+        self.on_update = on_update
+        self._make, self._codec, self._note = make, codec, note
+        self._vocabulary, self._context, self._max_running, self._wait_s = vocabulary, context, max_running, wait_s
+        self._counts = _Counts()
+        self._rooms = Rooms(max_running, self._free)
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._running = 0
+        self._served_s = 0.0
+
+    @property
+    def num_running(self) -> int:
+        """Answers that engines have now."""
+        return self._running
+
+    @property
+    def num_free(self) -> int:
+        """Further requests that engines which serve this version could take now."""
+        return self._rooms.num_free
+
+    @property
+    def takes_directly(self) -> bool:
+        """Whether the weights of this version are with the policy alone."""
+        return self.update is not None and self.update.direct is not None
+
+    # Engines ----------------------------------------------------------------------------------------------------------------
+
+    async def open(self, specs: Sequence[EngineSpec]) -> None:
+        """Starts all engines at once; those that fail are tried again, unless all do.
+
+        Raises:
+            ValueError: what was given cannot be used by an engine.
+            EngineError: none of the engines starts.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._served_s = self.loop.time()
+        for spec in specs:
+            self.members.append(self._member(spec))
+        opened = await asyncio.gather(*(member.open() for member in self.members), return_exceptions=True)
+        for member, error in zip(self.members, opened, strict=True):
+            if isinstance(error, BaseException) and not isinstance(error, EngineError):
+                raise error
+            if isinstance(error, EngineError):
+                self._fail(member, member.life, error)
+        failures = [error for error in opened if isinstance(error, EngineError)]
+        if failures and len(failures) == len(opened):
+            raise failures[0]
+        self._do(self._watch())
+
+    async def add(self, spec: EngineSpec) -> None:
+        """One more engine, which serves as soon as it has started and has the weights.
+
+        Raises:
+            ValueError: there is one of this name, or it cannot be used.
+        """
+        member = self._member(spec)
+        self.members.append(member)
+        self._do(self._join(member))
+
+    async def remove(self, name: str) -> None:
+        """Gives an engine no further requests, and ends it when it has none.
+
+        Raises:
+            ValueError: there is no such engine.
+        """
+        member = next((member for member in self.members if member.name == name and member.state != "gone"), None)
+        if member is None:
+            raise ValueError(f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}")
+        member.begin_to_leave()
+        self._do(self._drain(member))
+
+    async def close(self) -> None:
+        """Ends all engines; answers that are still asked for fail. May be called again."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._rooms.close("the engines were closed")
+        await asyncio.gather(*(member.leave("the run has ended") for member in self.members), return_exceptions=True)
+
+    # Weights ----------------------------------------------------------------------------------------------------------------
+
+    async def announce(self, version: int) -> None:
+        """A version of the policy is about to be written: from here on no engine reads the one before, whose memory is given back.
+
+        Until an engine that follows the policy has the new ones, it begins no further request. Those that run go on meanwhile, or are ended
+        at once if they are to begin anew.
+        """
+        self.version = version
+        await self._forget()
+        if self.on_update == "abort":
+            await asyncio.gather(*(member.life.interrupt() for member in self.members if member.engine.follows))
+
+    async def spread(self, update: Update | None = None) -> None:
+        """Gives weights to all that have others, and returns when they serve them, or have failed.
+
+        Args:
+            update: the version that was announced; None: the present one, to engines that have come meanwhile.
+        """
+        if update is not None:
+            self.update = update
+            self._counts.write_s += update.seconds
+        start_s = self.loop.time()
+        await asyncio.gather(*(self._sync(member) for member in self.members if member.state in ("stale", "serving", "draining")))
+        self._counts.sync_s += self.loop.time() - start_s
+
+    async def settled(self) -> None:
+        """Returns when no engine takes weights."""
+        for member in self.members:
+            async with member.taking:
+                pass
+
+    async def sleep(self) -> None:
+        """Engines that serve give their device memory back until the next weights; what they were asked goes on then."""
+        await self._forget()
+        await asyncio.gather(*(self._send_to_sleep(member) for member in self.members if member.state == "serving"))
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call, for the metrics of a step."""
+        counts, self._counts = self._counts, _Counts()
+        repaired = sum(member.repaired for member in self.members)
+        for member in self.members:
+            member.repaired = 0
+        return {
+            "engines/serving": float(sum(member.state == "serving" for member in self.members)),
+            "engines/failures": float(counts.failures),
+            "engines/moved_answers": float(counts.moved),
+            "engines/kept_tokens": float(counts.kept_tokens),
+            "engines/thrown_tokens": float(counts.thrown_tokens),
+            "engines/recomputed_tokens": float(counts.recomputed_tokens),
+            "engines/repaired_updates": float(repaired),
+            "engines/sync_bytes": float(counts.sync_bytes),
+            "time/sync_write_s": counts.write_s,
+            "time/sync_load_s": counts.sync_s,
+        }
+
+    # Answers ----------------------------------------------------------------------------------------------------------------
+
+    async def answer(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion]:
+        """The `params.n` answers to one prompt, which one engine gives if it can. Cancelled, it ends its requests in the engines.
+
+        May be called at any time after `open`, as often at once as one likes; it waits for the first weights, for room, and for
+        engines that take weights or begin anew.
+
+        Raises:
+            RefusedError: no engine would ever answer: an empty prompt, prompt and answer longer than the context, or what an engine said.
+            RuntimeError: no engine has served for too long or ever will, the answer failed on one engine after the other, or the fleet was
+                closed.
+        """
+        try:
+            check_requests([prompt], [params], context=self._context)
+        except ValueError as error:
+            raise RefusedError(str(error).replace("prompt 0", "the prompt", 1)) from None
+        session, ids = Session(), list(prompt)
+        one = replace(params, n=1, stop_ids=tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids))))
+        if params.n == 1:
+            return [await self._answer(ids, one, 0, session)]
+        return await self._all([self._answer(ids, one, number, session) for number in range(params.n)])
+
+    async def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """The answers to several prompts, see `answer`."""
+        return await self._all([self.answer(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)])
+
+    async def _all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """What comes of all of them; if one fails, or this is cancelled, all have ended before it returns."""
+        tasks = [self.loop.create_task(work) for work in works]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _answer(self, prompt: list[int], params: SamplingParams, number: int, session: Session) -> Completion:
+        """One answer, from as many engines as it takes."""
+        answer = Answer(params, self._codec)
+        while answer.finish_reason is None:
+            member = await self._rooms.find(session)
+            life = member.life
+            if self.on_update == "abort" and answer.versions and answer.versions[-1] != member.version:
+                self._counts.thrown_tokens += answer.begin_anew()  # it lost its engine, and weights came before it had another one
+            self._running += 1
+            try:
+                await life.share(self._go_on(answer, member, prompt, number))
+                member.finished()
+            except Interrupted:
+                self._cut(answer, len(prompt))
+            except RefusedError as error:
+                asked = f"answer {number} to a prompt of {len(prompt)} tokens, with up to {params.max_tokens} more"
+                raise RefusedError(f"engine {member.name} refuses {asked}, and so would any other: {error}") from error
+            except EngineError as error:
+                self._fail(member, life, error)
+                self._move(answer, session, error, asked=f"answer {number} to a prompt of {len(prompt)} tokens")
+            finally:
+                self._running -= 1
+        return answer.completion(self.version)
+
+    def _cut(self, answer: Answer, prompt_tokens: int) -> None:
+        """Takes an answer from an engine that gets weights, or gives its memory back."""
+        if self.on_update == "abort":
+            self._counts.thrown_tokens += answer.begin_anew()
+            return
+        answer.end_if_due()
+        if answer.token_ids and answer.finish_reason is None:
+            self._counts.recomputed_tokens += prompt_tokens + len(answer.token_ids)
+
+    def _move(self, answer: Answer, session: Session, error: EngineError, *, asked: str) -> None:
+        """Takes an answer from an engine that failed."""
+        session.member = None
+        answer.moves += 1
+        self._counts.moved += 1
+        self._counts.kept_tokens += len(answer.token_ids)
+        if answer.moves > _MAX_MOVES:
+            sampled = f"{len(answer.token_ids)} of at most {answer.params.max_tokens} tokens"
+            raise RuntimeError(f"{asked} failed on {answer.moves} engines in turn, with {sampled} sampled; the last: {error}") from error
+        answer.end_if_due()
+
+    async def _go_on(self, answer: Answer, member: Member, prompt: list[int], number: int) -> None:
+        """Samples the rest of an answer on one engine.
+
+        Raises:
+            EngineError: it did not come to its end.
+        """
+        have = len(answer.token_ids)
+        # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn with.
+        own = number if not have or member.engine.seeds_by_place else number + _NUMBERS * have
+        rest = replace(answer.params, max_tokens=answer.params.max_tokens - have) if have else answer.params
+        row = [*prompt, *answer.token_ids] if have else prompt
+        async with aclosing(member.sample(row, rest, number=own)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                version = next(v for v in (chunk.version, member.version, self.version) if v is not None)
+                answer.add(chunk, version)
+                if chunk.finish_reason is not None and not answer.token_ids and answer.text is None:
+                    break
+                answer.finish_reason = chunk.finish_reason
+                if have:
+                    answer.end_if_due()
+                if answer.finish_reason is not None:
+                    return
+        raise EngineError(f"engine {member.name} ended an answer without a token or without saying why")
+
+    def _free(self, member: Member) -> int:
+        """Requests that an engine could take now, with the weights of this version if it follows the policy."""
+        is_current = not member.engine.follows or (member.taken is self.update and member.version == self.version)
+        return member.free if is_current else 0
+
+    # The lives of engines ---------------------------------------------------------------------------------------------------
+
+    def _member(self, spec: EngineSpec) -> Member:
+        if any(member.name == spec.name and member.state != "gone" for member in self.members):
+            raise ValueError(f"need a name that no engine has, got {spec.name!r}")
+        sizes = {"max_running": self._max_running, "vocabulary": self._vocabulary}
+        return Member(self._make(spec), clock=self.loop.time, changed=self._rooms.changed, note=self._note, **sizes)
+
+    async def _join(self, member: Member) -> None:
+        try:
+            await member.open()
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, member.life, error)
+        else:
+            await self._sync(member)
+
+    async def _drain(self, member: Member) -> None:
+        while member.life.running:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        await member.leave(f"engine {member.name} was removed")
+        self._note(f"engine {member.name} has left")
+
+    async def _forget(self) -> None:
+        """No engine reads the last update from here on."""
+        self.update = None
+        for member in self.members:
+            self._rooms.changed(member)
+        await self.settled()
+
+    async def _send_to_sleep(self, member: Member) -> None:
+        life = member.life
+        try:
+            await life.interrupt()
+            await member.sleep()
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, life, error)
+
+    async def _sync(self, member: Member) -> None:
+        """Gives an engine the newest weights, if it follows the policy and has others, and they are here or the policy can be asked."""
+        async with member.taking:
+            update = self.update
+            is_here = update is not None and (update.direct is None or self.policy_is_at_hand)
+            # Else it stays stale until it is.
+            if update is not None and is_here and member.engine.follows and member.taken is not update:
+                await self._give(update, member)
+        self._rooms.changed(member)  # it is not coming any more
+
+    async def _give(self, update: Update, member: Member) -> None:
+        life = member.life
+        if self.on_update == "recompute":
+            await life.interrupt()
+        if member.is_leaving:
+            return
+        try:
+            await member.take(update)
+            self._counts.sync_bytes += member.taken_bytes
+        except Exception as error:  # the border to a program that is not ours
+            self._fail(member, life, error)
+
+    def _fail(self, member: Member, life: Life, error: BaseException) -> None:
+        """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing of this one."""
+        if member.life is not life or life.cause is not None or member.state == "gone":
+            return
+        self._counts.failures += 1
+        member.fail(str(error) or type(error).__name__)
+        if member.is_leaving:
+            return  # it has no requests any more, so it leaves
+        self._do(self._restart(member))
+
+    async def _restart(self, member: Member) -> None:
+        """Ends it, starts it anew and gives it the newest weights; gives it up after several tries in vain."""
+        pause_s = _FIRST_PAUSE_S
+        while member.state == "failed":
+            await member.shut()
+            if member.failures >= _MAX_FAILURES:
+                self._note(f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}")
+                await member.leave(member.cause)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            if member.state != "failed":
+                return
+            try:
+                await member.open()
+            except Exception as error:  # the border to a program that is not ours
+                member.fail(str(error) or type(error).__name__)
+        if member.state == "stale":
+            await self._sync(member)
+        if member.state == "serving":
+            self._note(f"engine {member.name} is back with version {member.version}")
+
+    async def _watch(self) -> None:
+        """Asks every engine whether it is well, again and again; tells those who wait when no engine will ever serve."""
+        looks: dict[str, asyncio.Task[None]] = {}
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            for member in self.members:
+                if member.state == "serving" and (member.name not in looks or looks[member.name].done()):
+                    looks[member.name] = self._do(self._look(member, member.life))
+            self._check_waiting()
+
+    async def _look(self, member: Member, life: Life) -> None:
+        try:
+            await member.engine.check()
+        except Exception as error:  # the border to a program that is not ours
+            if member.state == "serving":
+                self._fail(member, life, error)
+
+    def _check_waiting(self) -> None:
+        """Ends the waits for an engine if none has served for too long, or none ever will."""
+        now_s = self.loop.time()
+        # While the policy has yet to give its weights, it is not the engines for which one waits.
+        is_late = self.update is not None and (not self.takes_directly or self.policy_is_at_hand)
+        is_late = is_late or not any(member.engine.follows for member in self.members)
+        if not self._rooms.has_waiters or not is_late or any(member.state == "serving" for member in self.members):
+            self._served_s = now_s
+        is_over = all(member.state == "gone" for member in self.members)
+        if is_over or now_s - self._served_s >= self._wait_s:
+            states = "; ".join(f"{member.name} {member.state}: {member.cause or 'no cause'}" for member in self.members)
+            self._rooms.give_up(f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines")
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begins something that nobody waits for; what it raises is told."""
+        task = self.loop.create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._note(f"a task of the fleet failed: {type(error).__name__}: {error}")

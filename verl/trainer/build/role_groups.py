@@ -1,0 +1,208 @@
+"""The roles of a run: which there are, where each runs, and what is asked of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import RoleConfig, TrainerConfig
+from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
+from verl.data.batch import Batch
+from verl.data.packing import Plan
+from verl.engines.roles.workers import Learner, PolicyWorker, RoleWorker, Writer
+from verl.rewards.model import Judge, on_group
+from verl.trainer.base import Metrics
+from verl.trainer.build import worker_factories
+from verl.trainer.build.placement import Placement
+from verl.trainer.checkpoint_store import Save
+from verl.utils.tokens import TextCodec
+
+_TEACHER = {"teacher_logprobs", "teacher_top_logprobs", "top_logprobs"}
+_JUDGED = {"values", "prm_logprobs"}
+
+
+@dataclass(frozen=True)
+class WriterOfColumn:
+    """Who writes a column before the update, with which method and micro-batches."""
+
+    column: str
+    group: WorkerGroup
+    method: Callable[[Any, Batch, Plan], Batch]
+    config: RoleConfig
+
+
+class Team:
+    """The policy, and the critic, the reference and the teacher if some chosen function reads their columns.
+
+    On pools of devices also the reward model, if there is one; in one process its reward function holds it.
+
+    Args:
+        config: of the run.
+        algorithm: which roles it needs.
+        source: of the policy's weights; a loaded model is trained in place where that is possible.
+        critic_source: of the critic's; none: `critic.path`, else the policy's.
+        codec: tokenizer of the policy.
+        timeline: takes the spans of all calls.
+
+    Raises:
+        ValueError: settings that do not fit together, or models or devices that cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        algorithm: Algorithm,
+        source: worker_factories.Source,
+        critic_source: PreTrainedModel | str | None,
+        *,
+        codec: TextCodec,
+        timeline: Timeline,
+    ) -> None:
+        self._config = config
+        self._algorithm = algorithm
+        wanted = self._wanted()
+        if "teacher" in wanted and config.teacher.path is None:
+            raise ValueError("need teacher.path: the folder or hub name of the model to distil from")
+        self._placement = Placement(config.placement, wanted, Path(config.output_dir), timeline)
+        sources = {
+            "reference": config.reference or source,
+            "critic": critic_source or config.critic.path or source,
+            "policy": source,
+            "teacher": config.teacher.path,
+            "reward": worker_factories.reward_model_options(config).get("path") if self._places_rewards else None,
+        }
+        factories: dict[str, WorkerFactory] = {
+            "reference": worker_factories.reference,
+            "critic": worker_factories.critic,
+            "policy": partial(worker_factories.actor, codec),
+            "teacher": worker_factories.teacher,
+            "reward": worker_factories.reward_model,
+        }
+        groups = {}
+        try:
+            # Copies of a loaded policy are made before it becomes one that learns.
+            for role in (role for role in sources if role in wanted):
+                groups[role] = self._start(role, factories[role], sources[role])
+            self.policy = groups["policy"]
+            self.reference, self.critic, self.teacher = (groups.get(role) for role in ("reference", "critic", "teacher"))
+            self._check_vocabularies()
+            self.placed_rewards = self._placed_rewards(groups.get("reward"))
+        except BaseException:
+            self.close()
+            raise
+
+    @cached_property
+    def model_config(self) -> PretrainedConfig:
+        """The configuration of the policy."""
+        return self.policy.call(RoleWorker.model_config).result()
+
+    @property
+    def writers(self) -> list[WriterOfColumn]:
+        """Those whose column a chosen function reads."""
+        reads, policy, critic = self._algorithm.reads, self._config.policy, self._config.critic
+        writers = []
+        if {"trainer_logprobs", "sum_squared_probs"} & reads:
+            writers.append(WriterOfColumn("trainer_logprobs", self.policy, Writer.write, policy))
+        if self.reference:
+            writers.append(WriterOfColumn("ref_logprobs", self.reference, Writer.write, policy))
+        elif "ref_logprobs" in reads:
+            writers.append(WriterOfColumn("ref_logprobs", self.policy, PolicyWorker.write_reference, policy))
+        if self.teacher:
+            writers.append(WriterOfColumn("teacher_logprobs", self.teacher, Writer.write, policy))
+        if self.critic:
+            column = "values" if "values" in reads else "prm_logprobs"
+            writers.append(WriterOfColumn(column, self.critic, Writer.write, critic))
+        return writers
+
+    @property
+    def saves(self) -> Mapping[str, Save]:
+        """For each model that learns, what begins to write it."""
+        return {name: partial(_save, group) for name, group in self._learning.items()}
+
+    def load(self, folder: Path) -> None:
+        """Reads the models of a checkpoint."""
+        for name, group in self._learning.items():
+            group.call(Learner.load, folder / name).result()
+
+    def memory(self) -> Metrics:
+        """Bytes in use, at most and in all, of the fullest device of the policy."""
+        return self.policy.call(RoleWorker.memory).result()
+
+    def close(self) -> None:
+        """Ends all workers."""
+        self._placement.close()
+
+    @property
+    def _learning(self) -> dict[str, WorkerGroup]:
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    def _wanted(self) -> set[str]:
+        reads, config = self._algorithm.reads, self._config
+        # Switched off, the low-rank additions of a policy leave the model that it started from.
+        is_own_reference = config.policy.lora.rank > 0 and config.reference is None
+        exists = {
+            "policy": True,
+            "reference": "ref_logprobs" in reads and not is_own_reference,
+            "critic": bool(_JUDGED & reads),
+            "teacher": bool(_TEACHER & reads),
+            "reward": self._places_rewards and bool(worker_factories.reward_model_options(config)),
+        }
+        return {role for role, needed in exists.items() if needed}
+
+    @property
+    def _places_rewards(self) -> bool:
+        return self._config.placement.name != "local"
+
+    def _placed_rewards(self, group: WorkerGroup | None) -> dict[str, Callable[..., Any]]:
+        """Reward functions whose models run on ranks of their own."""
+        if group is None:
+            return {}
+        options = worker_factories.reward_model_options(self._config)
+        return {"model": on_group(Judge.of(group, options["path"], options.get("system_prompt")))}
+
+    def _start(self, role: str, factory: WorkerFactory, source: worker_factories.Source | None) -> WorkerGroup:
+        parallel = self._placement.parallel(role)
+        assert source is not None
+        if parallel is not None and not isinstance(source, str):
+            source = worker_factories.saved(source, Path(self._config.output_dir) / "start" / role)
+        return self._placement.start(role, factory, self._config, source, parallel)
+
+    def _check_vocabularies(self) -> None:
+        vocabulary, config = self.model_config.get_text_config().vocab_size, self._config
+        is_prm = "prm_logprobs" in self._algorithm.reads
+        others = {
+            "reference": self.reference if config.reference else None,
+            "critic.path": self.critic if is_prm else None,
+            "teacher.path": self.teacher,
+        }
+        for setting, group in others.items():
+            other = group.call(RoleWorker.model_config).result().get_text_config().vocab_size if group else vocabulary
+            if other != vocabulary:
+                raise ValueError(
+                    f"need the policy's vocabulary of {vocabulary} tokens in {setting}, got {other}; take a model of its family"
+                )
+        top_k = worker_factories.teacher_top_k(config)
+        if self.teacher and top_k > vocabulary:
+            raise ValueError(f"need teacher.top_k within the vocabulary of {vocabulary} tokens, got {top_k}; lower it")
+
+
+def _save(group: WorkerGroup, folder: Path) -> Callable[[], None]:
+    """Begins to write the model of a group; returns what waits for it, between the calls of the steps that go on."""
+    group.call(Learner.begin_save, folder).result()
+
+    def wait() -> None:
+        pause_s = 0.01
+        # Asked now and then: to wait in the ranks would keep them from the next step.
+        while not group.call(Learner.is_saved).result():
+            time.sleep(pause_s)
+            pause_s = min(1.0, 2 * pause_s)
+        group.call(Learner.finish_save).result()
+
+    return wait

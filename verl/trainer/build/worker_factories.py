@@ -1,0 +1,237 @@
+"""What a rank of each role is made of: its model, its engine, its worker; called where the rank is."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from verl.algorithms.objective import Algorithm
+from verl.config.settings import Choice, ParallelConfig, RoleConfig, TrainerConfig
+from verl.engines.base import ForwardEngine, TrainEngine
+from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.local import LocalEngine, LocalForwardEngine
+from verl.engines.roles.workers import CriticWorker, Learner, ProcessRewardWorker, ReferenceWorker, TeacherWorker
+from verl.rewards.model import RewardWorker
+from verl.rollout.actor_worker import ActorWorker
+from verl.rollout.embedded.hybrid_engine import HybridEngine, fitting_tensor, has_equal_layout
+from verl.rollout.engine import OwnWeightsEngine
+from verl.utils.device import PRECISIONS, pick_device
+from verl.utils.tokens import TextCodec
+
+# A folder or hub name; or, in this process, a loaded model.
+Source = str | PreTrainedModel
+Kind = Literal["policy", "value"]
+# Engines in the processes of the policy that have weights of their own.
+IN_PROCESS = {"vllm": "verl.rollout.vllm.in_process:VLLMEngine"}
+# What spreads a model over the ranks of its pool, by the name of `placement.ROLE.engine`; loaded where it is chosen.
+ENGINES = {"fsdp": "verl.engines.fsdp:sharded_engine", "megatron": "verl.engines.megatron.engine:megatron_engine"}
+_TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
+
+
+def actor(codec: TextCodec, config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ActorWorker:
+    """The policy; a loaded model is trained in place.
+
+    Args:
+        codec: its tokenizer.
+        config: of the run.
+        source: of the weights.
+        parallel: how they are spread over the ranks of the pool; None: this process alone.
+    """
+    engine = _trained(config, config.policy, source, _as_mapped(config, parallel))
+    generator = _generator(config, source, codec)
+    return ActorWorker(
+        engine,
+        Algorithm.bind(config.algorithm),
+        codec,
+        max_slots=config.rollout.max_slots,
+        temperature=config.sampling.temperature,
+        epochs=config.algorithm.epochs,
+        chunk=config.policy.logits_chunk_tokens,
+        generator=generator,
+        hybrid=_hybrid(config, engine) if generator is None and not _has_servers(config) else None,
+    )
+
+
+def _as_mapped(config: TrainerConfig, parallel: ParallelConfig | None) -> ParallelConfig | None:
+    """How the policy is spread, by the engine that `hybrid_engine.actor_repartition.strategy_mapping` names."""
+    wanted = config.hybrid_engine.actor_repartition
+    training = wanted.strategy_mapping.training
+    if not wanted.enabled or training == "auto":
+        return parallel
+    if parallel is None and training == "megatron":
+        raise ValueError(
+            "need placement=colocated, split or standalone for strategy_mapping.training=megatron; it trains on ranks of its own"
+        )
+    if parallel is None or parallel.engine.name == training:
+        return parallel
+    if parallel.engine != Choice(name="fsdp"):
+        raise ValueError(
+            f"need one engine for the policy, got {parallel.engine.name} in placement.policy and strategy_mapping.training={training}"
+        )
+    return parallel.model_copy(update={"engine": Choice(name=training)})
+
+
+def _has_servers(config: TrainerConfig) -> bool:
+    return bool(config.rollout.servers or config.rollout.addresses)
+
+
+def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
+    """The policy in a layout to generate in, if one is wanted, or needed as it cannot generate in that of training."""
+    wanted = config.hybrid_engine.actor_repartition
+    if not wanted.enabled and engine.generates:
+        return None
+    if (num_ranks := dist.get_world_size() if dist.is_initialized() else 1) != engine.mesh.num_ranks:
+        raise ValueError(
+            f"need an engine whose `mesh` says how its {num_ranks} ranks hold the weights, got {engine.mesh} of {type(engine).__name__}"
+        )
+    tensor = wanted.tensor or fitting_tensor(engine.config, engine.mesh)
+    if num_ranks == 1 and tensor > 1:
+        raise ValueError(f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several")
+    if has_equal_layout(engine, tensor):
+        return None
+    return HybridEngine(engine, tensor=tensor, precision=config.policy.precision, overlap=wanted.communication_overlap)
+
+
+def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWeightsEngine | None:
+    """An engine with weights of its own in the processes of the policy, if one is chosen."""
+    rollout = config.rollout
+    if rollout.engine not in IN_PROCESS or _has_servers(config):
+        return None
+    module, _, name = IN_PROCESS[rollout.engine].partition(":")
+    folder = source if isinstance(source, str) else source.config.name_or_path
+    dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
+    try:
+        made = vars(importlib.import_module(module))[name]
+    except ImportError as error:
+        raise ValueError(f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}") from error
+    engine: OwnWeightsEngine = made(folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots)
+    return engine
+
+
+def critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
+    """The learned judge of tokens: a value model, or a process reward model if the algorithm reads one; its own copy of a loaded model."""
+    algorithm, role = Algorithm.bind(config.algorithm), config.critic
+    is_prm = "prm_logprobs" in algorithm.reads
+    engine = _trained(config, role, _own(source), parallel, kind="policy" if is_prm else "value")
+    if not is_prm:
+        return CriticWorker(engine, algorithm, vf_coef=role.vf_coef, epochs=config.algorithm.epochs)
+    temperature, chunk = config.sampling.temperature, role.logits_chunk_tokens
+    return ProcessRewardWorker(engine, algorithm, temperature=temperature, epochs=config.algorithm.epochs, chunk=chunk)
+
+
+def reference(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ReferenceWorker:
+    """The policy that must not be left; its own copy of a loaded model."""
+    engine = _read(config, _own(source), parallel)
+    return ReferenceWorker(engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens)
+
+
+def teacher(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> TeacherWorker:
+    """The model to distil from."""
+    engine = _read(config, _own(source), parallel)
+    chunk, temperature = config.policy.logits_chunk_tokens, config.sampling.temperature
+    return TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=teacher_top_k(config))
+
+
+def reward_model(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> RewardWorker:
+    """The reward model that the reward function `model` asks, on ranks of its own."""
+    assert parallel is not None, "in this process the reward function loads it itself"
+    options = reward_model_options(config)
+    role = RoleConfig(precision=options.get("precision", "fp32"))
+    return RewardWorker(_spread(config, "reward", role, source, parallel, updates=None))
+
+
+def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
+    """Options of the reward function `model`; none if it is not chosen.
+
+    Raises:
+        ValueError: it is chosen twice, or without a path.
+    """
+    chosen = [choice.options for choice in config.rewards.functions if choice.name == "model"]
+    if len(chosen) > 1 or any(not options.get("path") for options in chosen):
+        raise ValueError("need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see rewards.functions")
+    return chosen[0] if chosen else {}
+
+
+def teacher_top_k(config: TrainerConfig) -> int:
+    """Most likely tokens whose logprobs a chosen function reads."""
+    return config.teacher.top_k if _TEACHER_TOP & Algorithm.bind(config.algorithm).reads else 0
+
+
+def total_updates(config: TrainerConfig) -> int:
+    """Optimizer updates of the whole run."""
+    return config.steps * config.algorithm.epochs * config.algorithm.minibatches
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    """The folder that a loaded model was written into, for ranks of other processes to read."""
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _own(source: Source) -> Source:
+    # Two optimizers on one storage would undo each other's steps, and a reference would follow the policy.
+    return source if isinstance(source, str) else copy.deepcopy(source)
+
+
+def _trained(
+    config: TrainerConfig, role: RoleConfig, source: Source, parallel: ParallelConfig | None, *, kind: Kind = "policy"
+) -> TrainEngine:
+    """The engine of a model that learns."""
+    device, updates = pick_device(config.device), total_updates(config)
+    if parallel is not None:
+        engine = _spread(config, kind, role, source, parallel, updates=updates)
+        assert isinstance(engine, TrainEngine), f"{parallel.engine.name} was to give a TrainEngine"
+        return engine
+    return LocalEngine(_model(source, kind, role).to(device), role, device=device, total_updates=updates)
+
+
+def _read(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ForwardEngine:
+    """The engine of a language model that is only read, with the precision and packing of the policy."""
+    device = pick_device(config.device)
+    if parallel is not None:
+        return _spread(config, "policy", config.policy, source, parallel, updates=None)
+    return LocalForwardEngine(_model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device)
+
+
+def _spread(
+    config: TrainerConfig, kind: str, role: RoleConfig, source: Source, parallel: ParallelConfig, *, updates: int | None
+) -> ForwardEngine:
+    """The engine of a model that is spread over the ranks of its pool, by whichever library is chosen."""
+    engine: ForwardEngine = engine_maker(parallel.engine.name)(
+        _path(source), kind, role, parallel, device=pick_device(config.device), total_updates=updates
+    )
+    return engine
+
+
+def engine_maker(name: str) -> Callable[..., ForwardEngine]:
+    """What makes an engine, by its name in `ENGINES`, or as "package.module:function"; called as `verl.engines.fsdp.sharded_engine` is.
+
+    Raises:
+        ValueError: there is none, or its library is not installed.
+    """
+    module, colon, attribute = ENGINES.get(name, name).partition(":")
+    try:
+        found = vars(importlib.import_module(module))[attribute] if colon else None
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"cannot load the engine {name} of placement: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"need an engine of {', '.join(ENGINES)}, or package.module:function, got {name!r}")
+    return found
+
+
+def _model(source: Source, kind: Kind, role: RoleConfig) -> Backbone:
+    transformer = load_language_model(source) if isinstance(source, str) else source.float()
+    model = value_model(transformer, role.precision) if kind == "value" else PolicyModel(transformer, role.precision)
+    model.check_forward()
+    return model
+
+
+def _path(source: Source) -> str:
+    assert isinstance(source, str), "a loaded model is saved before it is spread over processes"
+    return source

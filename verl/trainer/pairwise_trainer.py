@@ -1,0 +1,191 @@
+"""What training on pairs of answers shares: a step, held-out pairs, and plans that never split a pair."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from verl.algorithms.registry import Bound
+from verl.config.settings import PairsConfig, RoleConfig
+from verl.data.batch import Batch, ModelInput, Ragged
+from verl.data.dataset import LoadReport, PromptLoader
+from verl.data.packing import balance
+from verl.data.preference_pairs import Pair, load_pairs
+from verl.trainer.base import Metrics
+from verl.trainer.single_model_trainer import OneModelTrainer
+from verl.utils.sampling_types import Prompt
+
+SIDES = ("chosen", "rejected")
+_PROBED_PAIRS = 2
+
+
+class PairsTrainer(OneModelTrainer):
+    """Trains on pairs: row 2i of a step is the chosen answer of pair i, row 2i + 1 the rejected one.
+
+    The loss is the mean over the pairs of the step, whatever the micro-batches are.
+
+    Attributes:
+        loss: of a pair; subclasses choose it before anything is loaded.
+    """
+
+    config: PairsConfig
+    loss: Bound
+
+    def step(self) -> Metrics:
+        """See `BaseTrainer.step`."""
+        assert self.loader is not None
+        return self.learn(self.loader.take(self.config.pairs_per_step))
+
+    def learn(self, pairs: list[Prompt]) -> Metrics:
+        """One update on prompts whose answers are pairs."""
+        rows = self.encode(pairs)
+        plan = plan_pairs(rows, self.config.policy)
+        self.write(rows, plan)
+        with self.clock.phase("update_policy"):
+            metrics = self.policy_engine.update(rows, plan, partial(self._objective, rows))
+        self.version += 1
+        answer_tokens = float(self.answer_tokens(rows).sum())
+        tokens = float(rows.ragged("prompt_ids").lengths.sum()) + answer_tokens
+        return metrics | {"response_tokens": answer_tokens / rows.num_rows, "tokens": tokens}
+
+    @abstractmethod
+    def encode(self, pairs: list[Prompt]) -> Batch:
+        """Both answers of each pair as rows."""
+
+    @abstractmethod
+    def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
+        """[M] of every response token with gradient, and [M] entropies where there are some."""
+
+    @abstractmethod
+    def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
+        """Columns [B] of the loss, without `chosen_` and `rejected_`, from the values [B, T] of the response tokens."""
+
+    def answer_tokens(self, rows: Batch) -> Tensor:
+        """[B] int64, tokens of the answers, with their end."""
+        return rows.response_lengths
+
+    def write(self, rows: Batch, plan: list[list[int]]) -> None:
+        """Adds columns that the loss reads and the update does not change; none here."""
+        return
+
+    def monitors(self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch) -> dict[str, Tensor]:
+        """Further metrics as sums over the rows of a micro-batch, divided by what there is in the whole step; none here."""
+        return {}
+
+    def load_train_data(self) -> LoadReport:
+        """See `BaseTrainer.load_train_data`; also reads the held-out pairs, to fail early."""
+        pairs, report = self.read_pairs(self.config.data.train, "train")
+        self.loader = PromptLoader(pairs, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        if self.eval_every:
+            self.test_rows  # noqa: B018  # read now, so that a mistake is found before the first step
+            self.clock.take()  # what a reference took for them is no part of a step
+        return report
+
+    def read_pairs(self, source: str | None, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+        """Pairs of a data set whose prompts are short enough.
+
+        Raises:
+            ValueError: no source, nothing usable in it, or an answer that ends beyond the context of the model.
+        """
+        if source is None:
+            raise ValueError(
+                f"need data.{split}: rows {{prompt, chosen, rejected}}, as a file, a saved data set's folder, or task:NAME such as "
+                "task:add-2"
+            )
+        pairs, report = self.short_enough(*load_pairs(source, self.config.data, split=split))
+        self.check_answers(pairs, lambda pair: pair.answer)
+        return pairs, report
+
+    @property
+    def eval_every(self) -> int:
+        """See `BaseTrainer.eval_every`."""
+        return 0 if self.config.data.test is None else self.config.eval_every_steps or self.config.steps
+
+    @property
+    def eval_at_start(self) -> bool:
+        """See `BaseTrainer.eval_at_start`."""
+        return self.eval_every > 0
+
+    @cached_property
+    def test_rows(self) -> Batch:
+        """The held-out pairs, with all columns that training does not change."""
+        rows = self.encode(self.read_pairs(self.config.data.test, "test")[0])
+        self.write(rows, plan_pairs(rows, self.config.policy))
+        return rows
+
+    def evaluate(self) -> Metrics:
+        """`eval/loss` and `eval/accuracy`: means over the held-out pairs."""
+        rows = self.test_rows
+        with self.clock.phase("evaluate"):
+            values = self.policy_engine.infer(rows, plan_pairs(rows, self.config.policy), lambda inputs: self.token_values(inputs)[0])
+        columns = of_pairs(self.row_columns(rows, values))
+        losses, monitors = self.loss(columns)
+        return self.evaluation(columns) | {"eval/loss": float(losses.mean()), "eval/accuracy": float(monitors["accuracy"].mean())}
+
+    def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
+        """Further metrics of held-out pairs; none here."""
+        return {}
+
+    def _objective(self, step: Batch, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+        values, entropy = self.token_values(inputs)
+        if rows.num_rows % 2:
+            # The engine looks for the row that made a loss not finite; alone, its values say whether it was this one.
+            return values.sum(), {}
+        padded = Ragged(values, inputs.response_lengths.to(values.device)).padded()
+        columns = of_pairs(self.row_columns(rows, padded))
+        losses, monitors = self.loss(columns)
+        num_pairs = step.num_rows // 2
+        means = {name: monitor.sum() / num_pairs for name, monitor in monitors.items()}
+        return losses.sum() / num_pairs, means | self.monitors(columns, entropy, step)
+
+
+def answers_of(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """The prompt and the text of each row."""
+    prompts: list[Prompt] = []
+    answers: list[str] = []
+    for prompt in pairs:
+        assert isinstance(prompt.answer, Pair)
+        prompts += [prompt, prompt]
+        answers += prompt.answer
+    return prompts, answers
+
+
+def of_pairs(row_columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Columns [P] of the chosen and of the rejected answers, from columns [2 P] of rows."""
+    return {f"{side}_{name}": column[i::2] for name, column in row_columns.items() for i, side in enumerate(SIDES)}
+
+
+def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
+    """Micro-batches of whole pairs: of at most `micro_batch_tokens`, and at most `micro_batch_rows` rows, but never less than a pair."""
+    num_tokens = rows.num_tokens.view(-1, 2).sum(1)
+    max_pairs = role.micro_batch_rows and max(1, role.micro_batch_rows // 2)
+    plan = balance(num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=max_pairs)
+    return [[row for pair in pairs for row in (2 * pair, 2 * pair + 1)] for pairs in plan.minibatches[0][0]]
+
+
+def try_out(loss: Bound, columns: Collection[str]) -> Bound:
+    """The loss itself, called once on small columns, so that a wrong option is found before anything is loaded.
+
+    Raises:
+        ValueError: it refuses its options, or does not return what a loss of pairs must.
+    """
+    probe: dict[str, Any] = {
+        name: torch.full((_PROBED_PAIRS,), 3) if name.endswith("_tokens") else -torch.ones(_PROBED_PAIRS) for name in columns
+    }
+    try:
+        losses, monitors = loss(probe)
+    except ValueError as error:
+        raise ValueError(f"{loss.name}: {error}") from error
+    except Exception as error:  # the process border to a user's function
+        raise ValueError(f"{loss.name} fails on {_PROBED_PAIRS} small pairs: {type(error).__name__}: {error}; correct it") from error
+    if losses.shape != (_PROBED_PAIRS,) or "accuracy" not in monitors:
+        raise ValueError(
+            f"need a loss for each of {_PROBED_PAIRS} pairs and a monitor 'accuracy' of {loss.name}, got {tuple(losses.shape)} and "
+            f"{', '.join(monitors) or 'no monitors'}"
+        )
+    return loss

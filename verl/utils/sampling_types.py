@@ -1,0 +1,140 @@
+"""Types of generation: prompts, sampling parameters, completions, and the contract of an engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is answered.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_p: the smallest set of tokens with at least this mass is kept, in (0, 1].
+        top_k: number of most likely tokens kept; 0 keeps all.
+        min_p: tokens less likely than min_p times the most likely one are dropped, in [0, 1].
+        max_tokens: longest answer in tokens, the stop token included.
+        n: answers per prompt.
+        stop: texts that end an answer; the token that completes one is the last of the answer.
+        stop_ids: token ids that end an answer, and are its last token.
+        seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being generated.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 128
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got {self}")
+        if self.max_tokens < 1 or self.n < 1:
+            raise ValueError(f"need max_tokens >= 1 and n >= 1, got max_tokens={self.max_tokens} and n={self.n}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens of the model's distribution can never be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass
+class Completion:
+    """One answer, as it was sampled.
+
+    Attributes:
+        token_ids: sampled ids, the stop token included.
+        logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation applied;
+            with temperature 0, of the model's own distribution); None if the engine gave text only.
+        finish_reason: stop, length (max_tokens reached) or abort.
+        version: of the policy weights that sampled it; of its first token, if they changed on the way.
+        text: the answer as text, where the engine gives it; else None.
+        versions: of each token, where they may differ; None: all of `version`.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] | None
+    finish_reason: FinishReason
+    version: int = 0
+    text: str | None = None
+    versions: Sequence[int] | None = None
+
+
+class RolloutEngine(ABC):
+    """Token ids in, token ids and logprobs out.
+
+    Attributes:
+        version: of the policy weights that it samples with.
+    """
+
+    version: int = 0
+
+    def publish(self, version: int) -> None:
+        """Takes over the trainer's weights under a new version; an engine that shares their storage only notes it."""
+        self.version = version
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """Answers every prompt; one list of `params[i].n` completions per prompt, in order."""
+
+    def sleep(self) -> None:
+        """Gives device memory back until the next `publish`, where the engine shares a device with training; here nothing."""
+        return
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call, for the metrics of a step; here nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Ends what the engine has started; here nothing."""
+        return
+
+
+def check_requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, context: int) -> None:
+    """Refuses what no engine can answer.
+
+    Args:
+        prompts: token ids.
+        params: one for each prompt.
+        context: of the model, in tokens.
+
+    Raises:
+        ValueError: an empty prompt, prompt and answer longer than the context, or another number of parameters.
+    """
+    if len(prompts) != len(params):
+        raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
+    for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        if not prompt or len(prompt) + wanted.max_tokens > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
+                f"{context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of a data set.
+
+    Attributes:
+        content: text, or chat messages as `[{"role": ..., "content": ...}]`.
+        answer: reference answer for the rewards, None if there is none.
+        source: name of the data set that it is from, for metrics by source.
+        index: its number in the data set.
+        columns: all other columns of its row, handed to the reward functions by name.
+    """
+
+    content: str | list[dict[str, Any]]
+    answer: Any = None
+    source: str = ""
+    index: int = 0
+    columns: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,93 @@
+"""Tensors end to end as bytes in a file that several processes map."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from verl.weight_sync.layout import Bounds, sizes
+from verl.weight_sync.shard_tracking import Reads
+from verl.weight_sync.types import Part, TensorInfo
+
+
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """The dtype that is named."""
+    dtype = vars(torch)[info.dtype]
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def num_bytes_of(infos: Sequence[TensorInfo]) -> int:
+    """Bytes of these tensors."""
+    return sum(torch.Size(info.shape).numel() * dtype_of(info).itemsize for info in infos)
+
+
+def make_file(path: Path, num_bytes: int) -> None:
+    """An empty file of a size, for this user alone.
+
+    Raises:
+        RuntimeError: it does not fit.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise RuntimeError(
+            f"need {num_bytes} bytes in {path.parent} for the weights that engines take, but {free} are free; enlarge it "
+            "(containers: --shm-size), or serve in 16 bits"
+        )
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.truncate(num_bytes)
+
+
+def map_file(path: Path, num_bytes: int, *, for_writing: bool = False) -> Tensor:
+    """[num_bytes] uint8, the content of a file in place.
+
+    Raises:
+        RuntimeError: the file is smaller.
+    """
+    if path.stat().st_size < num_bytes:
+        raise RuntimeError(f"need {num_bytes} bytes of weights in {path}, got {path.stat().st_size}")
+    return torch.from_file(str(path), shared=for_writing, size=num_bytes, dtype=torch.uint8)
+
+
+def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in the safetensors files of a folder.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"need weights as *.safetensors in {folder}, found none")
+    for path in files:
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in list(file.keys()):
+                yield name, file.get_tensor(name)
+
+
+def pieces_in(infos: Sequence[TensorInfo], reads: Reads) -> list[tuple[TensorInfo, Bounds]]:
+    """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
+    return [(TensorInfo(info.name, sizes(bounds), info.dtype), bounds) for info in infos for bounds in reads[info.name]]
+
+
+def part_of(reads: Sequence[Reads], part: Part) -> tuple[Reads, ...]:
+    """Of what ranks read, what is in a part."""
+    return tuple({info.name: own[info.name] for info in part.tensors} for own in reads)
+
+
+def unpacked(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:
+    """Tensors whose bytes are end to end in `content`, uint8; in place where they are aligned."""
+    tensors, start = [], 0
+    for info in infos:
+        stop = start + num_bytes_of([info])
+        own = content[start:stop]
+        # A view as another dtype needs an aligned start.
+        aligned = own if own.data_ptr() % dtype_of(info).itemsize == 0 else own.clone()
+        tensors.append((info, aligned.view(dtype_of(info)).view(info.shape)))
+        start = stop
+    return tensors
