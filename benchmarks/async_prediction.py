@@ -1,6 +1,8 @@
-"""What the modelled cluster says of a run that was measured: one engine and one trainer, each with a core of its own.
+"""What the modelled cluster says of a run that was measured: one engine and one trainer, each with a core of
+its own.
 
-The seconds of the parts are those of the side that does not run ahead, in which nothing happens at the same time; predicted are the others.
+The seconds of the parts are those of the side that does not run ahead, in which nothing happens at the same
+time; predicted are the others.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Seconds:
     """What the parts of a step take.
 
     Attributes:
-        generation_s: for the answers of a batch, all at once; more at once take longer in proportion, as on a CPU.
+        generation_s: for the answers of a batch, all at once; more at once take longer in proportion, as on a
+            CPU.
         training_s: on a batch, and all else that is neither of the others.
         write_s: until the weights can be loaded.
         load_s: in which the engine stands still.
@@ -37,16 +40,31 @@ class Seconds:
 
     @classmethod
     def of(cls, steps: Sequence[Mapping[str, float]]) -> Seconds:
-        """Medians over steps of a side that does not run ahead, each with the `wall` seconds and those of its phases."""
-        rest = [step["wall"] - step["wait_training"] - step["sync_write"] - step["sync_load"] for step in steps]
-        parts = [statistics.median(step[name] for step in steps) for name in ("wait_training", "sync_write", "sync_load")]
+        """Medians over steps of a side that does not run ahead, each with the `wall` seconds and those of its
+        phases.
+        """
+        rest = [
+            step["wall"] - step["wait_training"] - step["sync_write"] - step["sync_load"] for step in steps
+        ]
+        parts = [
+            statistics.median(step[name] for step in steps)
+            for name in ("wait_training", "sync_write", "sync_load")
+        ]
         return cls(parts[0], statistics.median(rest), parts[1], parts[2])
 
 
 def step_s(seconds: Seconds, max_staleness: int, *, prompts: int = 8, samples: int = 8) -> float:
     """Seconds of a step of the real pipeline over one modelled engine, mean after a warm-up."""
     num_answers, tokens = prompts * samples, 16
-    pace = Pace(0.0, seconds.generation_s / (tokens * num_answers), 0.0, 0.0, num_answers * (max_staleness + 2), seconds.load_s, 0.0)
+    pace = Pace(
+        0.0,
+        seconds.generation_s / (tokens * num_answers),
+        0.0,
+        0.0,
+        num_answers * (max_staleness + 2),
+        seconds.load_s,
+        0.0,
+    )
     plan = Plan(
         devices=2,
         generation=1,
@@ -64,7 +82,9 @@ def step_s(seconds: Seconds, max_staleness: int, *, prompts: int = 8, samples: i
 
 
 def steps_of(side: str, measured: Mapping[str, Any], *, warmup: int = 2) -> list[dict[str, float]]:
-    """The steps of a side, as `benchmarks/asynchrony.py` writes them, without the first burst and the first steps of each."""
+    """The steps of a side, as `benchmarks/asynchrony.py` writes them, without the first burst and the first
+    steps of each.
+    """
     steps, number = [], 0
     for i, burst in enumerate(measured["bursts"][side]):
         for j, wall_s in enumerate(burst["wall_s"]):
@@ -96,5 +116,7 @@ def compared(results: Mapping[str, Any]) -> str:
                 continue
             predicted = 1 / step_s(seconds, int(side.removeprefix(_AHEAD)))
             got = 1 / statistics.median(step["wall"] for step in steps_of(side, measured))
-            lines.append(f"| {workload} | {parts} | {side} | {predicted:.2f} | {got:.2f} | {predicted / got:.2f} |")
+            lines.append(
+                f"| {workload} | {parts} | {side} | {predicted:.2f} | {got:.2f} | {predicted / got:.2f} |"
+            )
     return "\n".join(lines)

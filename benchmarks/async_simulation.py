@@ -1,7 +1,9 @@
-"""Throughput of a cluster by how far generation runs ahead: the real pipeline and fleet on virtual time, over modelled engines.
+"""Throughput of a cluster by how far generation runs ahead: the real pipeline and fleet on virtual time, over
+modelled engines.
 
-All ways have the same devices. In turn, all of them generate and then all of them train; else some generate and the others train, and the
-number of those that generate is the best one that a search in steps of 5 % finds on a smaller cluster.
+All ways have the same devices. In turn, all of them generate and then all of them train; else some generate
+and the others train, and the number of those that generate is the best one that a search in steps of 5 %
+finds on a smaller cluster.
 """
 
 from __future__ import annotations
@@ -54,12 +56,19 @@ class Way:
             batches=self.batches,  # type: ignore[arg-type]
             oversample=round(self.oversample * base.prompts_per_step),
         )
-        # What begins together is due together, a bound later: batches come fast until one waits for its slowest answers. So whole rounds
-        # are counted, after two in which this is spread.
+        # What begins together is due together, a bound later: batches come fast until one waits for its
+        # slowest answers. So whole rounds are counted, after two in which this is spread.
         round_steps = self.max_staleness + 1
         warmup, counted = 2 * round_steps, round_steps * math.ceil(base.steps / round_steps)
         generation = None if part is None else max(1, min(base.devices - 1, round(base.devices * part / 20)))
-        return replace(base, generation=generation, config=config, on_update=self.on_update, steps=warmup + counted, warmup=warmup)
+        return replace(
+            base,
+            generation=generation,
+            config=config,
+            on_update=self.on_update,
+            steps=warmup + counted,
+            warmup=warmup,
+        )
 
 
 WAYS = (
@@ -96,7 +105,9 @@ class Row:
     cpu_s: float
 
 
-def base_plan(devices: int, *, slots: int, samples: int, steps: int, batch: float = 1.0, **changes: Any) -> Plan:
+def base_plan(
+    devices: int, *, slots: int, samples: int, steps: int, batch: float = 1.0, **changes: Any
+) -> Plan:
     """A cluster whose batches have `batch` answers for each slot of its devices."""
     prompts = max(1, round(devices * slots * batch / samples))
     return replace(Plan(devices, None, prompts, samples, steps=steps, pace=Pace(slots=slots)), **changes)
@@ -129,7 +140,9 @@ def row(way: Way, base: Plan, small: Plan) -> Row:
 
 HEAD = (
     "| way | devices that generate | updates per hour | against in turn | tokens/s | training busy | slots busy | staleness, mean (max) "
-    "| tokens of an answer | thrown tokens | read / sampled | groups dropped | simulated in, CPU s |\n| --- |" + " --- |" * 12
+    "| tokens of an answer | thrown tokens | read / sampled | groups dropped | simulated in, CPU s |\n| --- |"
+    + " --- |"
+    * 12
 )
 
 
@@ -172,7 +185,10 @@ def scenario(name: str, make: Callable[..., Plan]) -> list[Row]:
 def scenario_line(name: str, rows: Sequence[Row], devices: int) -> str:
     """A row of the second table."""
     first, *others = (one.figures.updates_per_h for one in rows)
-    cells = [f"{updates:.1f} ({updates / first:.2f}; {one.generation} of {devices})" for updates, one in zip(others, rows[1:], strict=True)]
+    cells = [
+        f"{updates:.1f} ({updates / first:.2f}; {one.generation} of {devices})"
+        for updates, one in zip(others, rows[1:], strict=True)
+    ]
     return f"| {name} | {first:.1f} | {' | '.join(cells)} |"
 
 
@@ -181,7 +197,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 0.28 * len(rows) + 0.9), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     shown = list(reversed(rows))
-    bars = axes.barh([one.way for one in shown], [one.figures.updates_per_h for one in shown], color="#4878a8")
+    bars = axes.barh(
+        [one.way for one in shown], [one.figures.updates_per_h for one in shown], color="#4878a8"
+    )
     axes.bar_label(bars, [f"{one.figures.updates_per_h:.1f}" for one in shown], padding=3, fontsize=8)
     axes.set_xlabel("updates per hour")
     axes.tick_params(labelsize=8)
@@ -193,17 +211,30 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", type=int, default=1000, help="devices of the cluster; each is worth an engine")
-    parser.add_argument("--small", type=int, default=60, help="devices of the cluster on which the search is done, and the second table")
+    parser.add_argument(
+        "--engines", type=int, default=1000, help="devices of the cluster; each is worth an engine"
+    )
+    parser.add_argument(
+        "--small",
+        type=int,
+        default=60,
+        help="devices of the cluster on which the search is done, and the second table",
+    )
     parser.add_argument("--slots", type=int, default=32, help="answers that an engine has at a time")
     parser.add_argument("--samples", type=int, default=16, help="answers of a group")
     parser.add_argument(
-        "--steps", type=int, default=6, help="steps that count, in whole rounds of max_staleness + 1; two more rounds before"
+        "--steps",
+        type=int,
+        default=6,
+        help="steps that count, in whole rounds of max_staleness + 1; two more rounds before",
     )
     parser.add_argument("--ways", nargs="+", default=None, help="some of them, by name")
     parser.add_argument("--skip", nargs="+", default=[], choices=("ways", "scenarios"))
     parser.add_argument(
-        "--measured", type=Path, default=None, help="figures of benchmarks/asynchrony.py: they are predicted, and nothing else is done"
+        "--measured",
+        type=Path,
+        default=None,
+        help="figures of benchmarks/asynchrony.py: they are predicted, and nothing else is done",
     )
     parser.add_argument("--json", type=Path, default=None, help="write all figures")
     parser.add_argument("--png", type=Path, default=None, help="draw the first table")
@@ -213,13 +244,17 @@ def main() -> None:
         return
 
     def made(devices: int, **changes: Any) -> Plan:
-        return base_plan(devices, slots=options.slots, samples=options.samples, steps=options.steps, **changes)
+        return base_plan(
+            devices, slots=options.slots, samples=options.samples, steps=options.steps, **changes
+        )
 
     results: dict[str, list[Row]] = {}
     if "ways" not in options.skip:
         base, small = made(options.engines), made(options.small)
         ways = [way for way in WAYS if options.ways is None or way.name in options.ways]
-        print(f"{date.today().isoformat()}, {options.engines} devices, batches of {base.prompts_per_step} x {options.samples}\n\n{HEAD}")
+        print(
+            f"{date.today().isoformat()}, {options.engines} devices, batches of {base.prompts_per_step} x {options.samples}\n\n{HEAD}"
+        )
         rows = results["ways"] = []
         for way in ways:
             rows.append(row(way, base, small))
@@ -228,7 +263,10 @@ def main() -> None:
             draw(rows, options.png)
     if "scenarios" not in options.skip:
         names = " | ".join(way.name for way in _COMPARED[1:])
-        print(f"\n{options.small} devices\n\n| | in turn | {names} |\n| --- |" + " --- |" * len(_COMPARED), flush=True)
+        print(
+            f"\n{options.small} devices\n\n| | in turn | {names} |\n| --- |" + " --- |" * len(_COMPARED),
+            flush=True,
+        )
         for name in SCENARIOS:
             results[name] = scenario(name, lambda **changes: made(options.small, **changes))
             print(scenario_line(name, results[name], options.small), flush=True)

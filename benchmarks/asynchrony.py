@@ -1,7 +1,9 @@
-"""Updates per second of GRPO where generation runs ahead of training, beside taking turns and beside TRL, one thread per process.
+"""Updates per second of GRPO where generation runs ahead of training, beside taking turns and beside TRL, one
+thread per process.
 
-All sides train the same model on the same prompts. They take turns in bursts of some steps; while one works the others stand still as
-they are, answers in flight included, so that no side fills its buffers while another one is measured.
+All sides train the same model on the same prompts. They take turns in bursts of some steps; while one works
+the others stand still as they are, answers in flight included, so that no side fills its buffers while
+another one is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from typing import Any, Literal
 from sides import TRL_FOLDER, Side, machine, trl_python, write_workload
 from stepping import Workload
 
-_SERVED = ("rollout.engine=served", "rollout.servers=1", "rollout.engine_options.threads=1", "rollout.timeout_s=600")
+_SERVED = (
+    "rollout.engine=served",
+    "rollout.servers=1",
+    "rollout.engine_options.threads=1",
+    "rollout.timeout_s=600",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ class Loop:
     def workload(self, work: Workload, name: str) -> Workload:
         """Its own."""
         settings = (*self.settings, *(("policy.precision=bf16",) if self.bf16 else ()))
-        return replace(work, name=name.replace(" ", "-"), settings=settings, trl_bf16=self.bf16, threads=self.threads)
+        return replace(
+            work, name=name.replace(" ", "-"), settings=settings, trl_bf16=self.bf16, threads=self.threads
+        )
 
 
 SIDES = {
@@ -57,7 +66,8 @@ SIDES = {
     "in turn 2 threads": Loop("verl", threads=2),
     "trl 2 threads": Loop("trl", threads=2),
 }
-# Name of a workload -> width of the model of four layers, prompts and answers of a step, tokens of an answer and of a prompt.
+# Name of a workload -> width of the model of four layers, prompts and answers of a step, tokens of an answer
+# and of a prompt.
 WORKLOADS = {
     "0.8M": (128, 8, 8, 16, 8),
     "3.2M": (256, 8, 8, 16, 8),
@@ -96,8 +106,12 @@ class Row:
     reward: float
 
 
-def measure(python: Path, work: Workload, names: Sequence[str], *, rounds: int, burst: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Bursts of all sides in turn, the first round to warm up; the readings of each side, burst by burst, and their reports."""
+def measure(
+    python: Path, work: Workload, names: Sequence[str], *, rounds: int, burst: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Bursts of all sides in turn, the first round to warm up; the readings of each side, burst by burst, and
+    their reports.
+    """
     with ExitStack() as stack:
         sides = []
         for name in names:
@@ -113,14 +127,24 @@ def measure(python: Path, work: Workload, names: Sequence[str], *, rounds: int, 
         return bursts, {name: side.stop() for name, side in zip(names, sides, strict=True)}
 
 
-def row(name: str, bursts: Sequence[Mapping[str, Sequence[float]]], report: Mapping[str, Any], *, burst: int, warmup: int) -> Row:
+def row(
+    name: str,
+    bursts: Sequence[Mapping[str, Sequence[float]]],
+    report: Mapping[str, Any],
+    *,
+    burst: int,
+    warmup: int,
+) -> Row:
     """What a side did after the first burst."""
     kept = [(first * burst + warmup, (first + 1) * burst) for first in range(1, len(bursts))]
     steps = [step for start, stop in kept for step in report["steps"][start:stop]]
     totals = {clock: [sum(one[clock][warmup:]) for one in bursts[1:]] for clock in bursts[0]}
     wall_s = [seconds / (burst - warmup) for seconds in totals["wall_s"]]
     low, middle, high = statistics.quantiles(wall_s, n=4) if len(wall_s) > 1 else wall_s * 3
-    waited = {stage: sum(step["phases"].get(f"wait_{stage}", 0.0) for step in steps) for stage in ("training", "admission")}
+    waited = {
+        stage: sum(step["phases"].get(f"wait_{stage}", 0.0) for step in steps)
+        for stage in ("training", "admission")
+    }
     everything = sum(totals["wall_s"])
     server = totals.get("server_cpu_s", [0.0])
     tenth = report["steps"][-max(1, len(report["steps"]) // 10) :]
@@ -139,8 +163,8 @@ def row(name: str, bursts: Sequence[Mapping[str, Sequence[float]]], report: Mapp
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each side; how many times TRL's updates, by the clock, and by the CPU seconds of the busier process, as a machine with a
-    free core for each would give."""
+    """A line for each side; how many times TRL's updates, by the clock, and by the CPU seconds of the busier
+    process, as a machine with a free core for each would give."""
     trl = next((one for one in rows if one.name == "trl"), None)
     lines = [
         "| side | updates/s (quartiles) | of TRL's | by CPU | trainer CPU s | server CPU s | training busy | its CPU | generation busy "
@@ -148,9 +172,21 @@ def table(rows: Sequence[Row]) -> str:
         "| --- |" + " --- |" * 11,
     ]
     for one in rows:
-        ratios = ["", ""] if trl is None else [f"{trl.wall_s / one.wall_s:.2f}", f"{trl.cpu_s / max(one.cpu_s, one.server_cpu_s):.2f}"]
-        shares = [one.trainer_busy, one.cpu_s / one.wall_s, one.generation_busy, one.server_cpu_s / one.wall_s]
-        told = ["" if share is None or (i > 1 and one.generation_busy is None) else f"{share:.0%}" for i, share in enumerate(shares)]
+        ratios = (
+            ["", ""]
+            if trl is None
+            else [f"{trl.wall_s / one.wall_s:.2f}", f"{trl.cpu_s / max(one.cpu_s, one.server_cpu_s):.2f}"]
+        )
+        shares = [
+            one.trainer_busy,
+            one.cpu_s / one.wall_s,
+            one.generation_busy,
+            one.server_cpu_s / one.wall_s,
+        ]
+        told = [
+            "" if share is None or (i > 1 and one.generation_busy is None) else f"{share:.0%}"
+            for i, share in enumerate(shares)
+        ]
         lines.append(
             f"| {one.name} | {1 / one.wall_s:.2f} ({1 / one.high_s:.2f} to {1 / one.low_s:.2f}) | {' | '.join(ratios)} | {one.cpu_s:.3f} "
             f"| {one.server_cpu_s:.3f} | {' | '.join(told)} | {one.staleness:.2f} | {one.reward:.3f} |"
@@ -181,22 +217,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=["0.8M", "3.2M"], choices=list(WORKLOADS))
     parser.add_argument("--sides", nargs="+", default=list(SIDES)[:5], choices=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of each side that count; one more warms up")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="bursts of each side that count; one more warms up"
+    )
     parser.add_argument("--burst", type=int, default=10, help="steps of a burst")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each burst that do not count")
     parser.add_argument("--env", type=Path, default=TRL_FOLDER, help="folder of TRL's environment")
-    parser.add_argument("--trl-keeps-activations", action="store_true", help="turn TRL's default off that recomputes activations")
+    parser.add_argument(
+        "--trl-keeps-activations",
+        action="store_true",
+        help="turn TRL's default off that recomputes activations",
+    )
     parser.add_argument("--json", type=Path, help="file for all figures, each step's too")
     options = parser.parse_args()
     # As after an interrupt: sides that stand still would stay for ever.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    python = trl_python(options.env.resolve()) if any(SIDES[name].worker == "trl" for name in options.sides) else Path(sys.executable)
+    python = (
+        trl_python(options.env.resolve())
+        if any(SIDES[name].worker == "trl" for name in options.sides)
+        else Path(sys.executable)
+    )
     results = {}
-    print(f"{machine()}, {date.today().isoformat()}; {options.rounds} bursts of {options.burst} steps, {options.warmup} of each left out")
+    print(
+        f"{machine()}, {date.today().isoformat()}; {options.rounds} bursts of {options.burst} steps, {options.warmup} of each left out"
+    )
     for name in options.workloads:
         bursts, reports, told = run(name, python, options)
         results[name] = {"bursts": bursts, "reports": reports}
-        rows = [row(side, bursts[side], reports[side], burst=options.burst, warmup=options.warmup) for side in options.sides]
+        rows = [
+            row(side, bursts[side], reports[side], burst=options.burst, warmup=options.warmup)
+            for side in options.sides
+        ]
         print(f"\n{told}\n\n{table(rows)}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

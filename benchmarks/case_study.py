@@ -1,4 +1,6 @@
-"""Examples, preferences, rewards: fine-tuning, a reward model from pairs, PPO on its scores alone, and DPO on the same pairs."""
+"""Examples, preferences, rewards: fine-tuning, a reward model from pairs, PPO on its scores alone, and DPO on
+the same pairs.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ TASK = "sort-6"
 CHARACTERS = "0123456789="
 # Sampled accuracy up to which examples are shown.
 WARM_ACCURACY = 0.2
-# What every run must reach: of held-out pairs by the reward model, and gained on held-out prompts by PPO and by DPO.
+# What every run must reach: of held-out pairs by the reward model, and gained on held-out prompts by PPO and
+# by DPO.
 PAIR_ACCURACY, GAIN = 0.9, 0.2
-# Answers of the fine-tuned model to each prompt, of which the wrong ones are learned from, and near misses besides.
+# Answers of the fine-tuned model to each prompt, of which the wrong ones are learned from, and near misses
+# besides.
 OWN_SAMPLES, NEAR_MISSES = 6, 2
 OPTIMIZER = "warmup_steps: 10, betas: [0.9, 0.95], schedule: cosine"
 REWARD_MODEL = (f"policy.optimizer={{lr: 3e-3, {OPTIMIZER}}}", "loss.center_coef=0.01")
@@ -83,7 +87,11 @@ class Study:
         self._done("fine-tuning on examples", steps, {"accuracy": before})
         files = {"train": self._write_pairs(taught, "train"), "test": self._write_pairs(taught, "test")}
         self._done("sampling for pairs", 0, {"pairs": files["train"][1], "of own answers": files["train"][2]})
-        pairs = [f"data.train={files['train'][0]}", f"data.test={files['test'][0]}", f"policy.path={self.folder / 'warm'}"]
+        pairs = [
+            f"data.train={files['train'][0]}",
+            f"data.test={files['test'][0]}",
+            f"policy.path={self.folder / 'warm'}",
+        ]
         common = [*pairs, "pairs_per_step=128", f"seed={self.seed}", "tracking.sinks=[]"]
         self._train_reward_model(common)
         self._train_on_scores()
@@ -91,24 +99,32 @@ class Study:
 
     def _config(self, *functions: str) -> TrainerConfig:
         rewards = (f"rewards.functions=[{', '.join(functions)}]",) if functions else ()
-        return quickstart_config(self.folder, seed=self.seed, algo="ppo", overrides=(*self._overrides, *rewards))
+        return quickstart_config(
+            self.folder, seed=self.seed, algo="ppo", overrides=(*self._overrides, *rewards)
+        )
 
     def _write_pairs(self, taught: Trainer, split: Literal["train", "test"]) -> tuple[Path, float, float]:
-        """Pairs of a split: the right answer with each wrong one of the model's own, told by the reference, and with near misses.
+        """Pairs of a split: the right answer with each wrong one of the model's own, told by the reference,
+        and with near misses.
 
         Returns:
             The file, the number of pairs, and that of pairs with an answer of the model's own.
         """
         prompts, _ = taught.read_prompts(f"task:{TASK}", split)
         sampling = replace(sampling_params(taught.config, OWN_SAMPLES), temperature=1.0)
-        groups = taught.collector.answer(prompts, [replace(sampling, seed=(1 << 61) + i) for i in range(len(prompts))])
+        groups = taught.collector.answer(
+            prompts, [replace(sampling, seed=(1 << 61) + i) for i in range(len(prompts))]
+        )
         rows: list[dict[str, Any]] = []
         num_own = 0
         for group in groups:
             prompt = group[0].prompt
             own = sorted({t.text for t in group if t.text and t.text != prompt.answer})
             near = [near_miss(prompt.answer, key=f"{prompt.content} {i}") for i in range(NEAR_MISSES)]
-            rows += [{"prompt": prompt.content, "chosen": prompt.answer, "rejected": wrong} for wrong in (*own, *near)]
+            rows += [
+                {"prompt": prompt.content, "chosen": prompt.answer, "rejected": wrong}
+                for wrong in (*own, *near)
+            ]
             num_own += len(own)
         path = self.folder / f"pairs-{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,14 +132,22 @@ class Study:
 
     def _train_reward_model(self, common: list[str]) -> None:
         own = [f"output_dir={self.folder / 'judge'}", f"steps={self.reward_steps}"]
-        trainer = RewardModelTrainer(load_run(RewardModelConfig, None, [*REWARD_MODEL, *common, *own]), console=QUIET)
+        trainer = RewardModelTrainer(
+            load_run(RewardModelConfig, None, [*REWARD_MODEL, *common, *own]), console=QUIET
+        )
         last = trainer.fit()[-1]
         measured = {name: last[f"eval/{name}"] for name in ("accuracy", "calibration_error", "brier_score")}
-        self._done("reward model on pairs", self.reward_steps, {f"pair {name}": value for name, value in measured.items()})
+        self._done(
+            "reward model on pairs",
+            self.reward_steps,
+            {f"pair {name}": value for name, value in measured.items()},
+        )
 
     def _train_on_scores(self) -> None:
         # The true reward has no weight: it is measured, and teaches nothing.
-        config = self._config(f"{{name: model, path: {self.folder / 'judge' / 'model'}}}", "{name: exact, weight: 0.0}")
+        config = self._config(
+            f"{{name: model, path: {self.folder / 'judge' / 'model'}}}", "{name: exact, weight: 0.0}"
+        )
         trainer = Trainer(config, console=QUIET)
         first = trainer.evaluate()
         history = trainer.fit()
@@ -135,11 +159,19 @@ class Study:
 
     def _train_on_pairs(self, common: list[str]) -> None:
         own = [f"output_dir={self.folder / 'preferred'}", f"steps={self.dpo_steps}"]
-        trainer = PreferenceTrainer(load_run(PreferenceConfig, None, [*PREFERENCE, *common, *own]), console=QUIET)
+        trainer = PreferenceTrainer(
+            load_run(PreferenceConfig, None, [*PREFERENCE, *common, *own]), console=QUIET
+        )
         last, config = trainer.fit()[-1], self._config()
-        policy = Trainer(config, actor_model=trainer.policy_engine.model.transformer, codec=trainer.codec, console=QUIET)
+        policy = Trainer(
+            config, actor_model=trainer.policy_engine.model.transformer, codec=trainer.codec, console=QUIET
+        )
         accuracy = accuracy_of(answer_all(policy.collector, policy.test_prompts, config))
-        self._done("DPO on the same pairs", self.dpo_steps, {"accuracy": accuracy, "pair accuracy": last["eval/accuracy"]})
+        self._done(
+            "DPO on the same pairs",
+            self.dpo_steps,
+            {"accuracy": accuracy, "pair accuracy": last["eval/accuracy"]},
+        )
 
     def _done(self, name: str, steps: int, figures: dict[str, float]) -> None:
         now = time.process_time()
@@ -164,7 +196,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reward-steps", type=int, default=900, help="of the reward model (900)")
     parser.add_argument("--ppo-steps", type=int, default=60, help="of the policy (60)")
-    parser.add_argument("--dpo-steps", type=int, default=200, help="of the policy without a reward model (200)")
+    parser.add_argument(
+        "--dpo-steps", type=int, default=200, help="of the policy without a reward model (200)"
+    )
     parser.add_argument("--output", type=Path, help="folder to keep models and pairs in")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
@@ -172,14 +206,20 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        steps = {"reward_steps": options.reward_steps, "ppo_steps": options.ppo_steps, "dpo_steps": options.dpo_steps}
+        steps = {
+            "reward_steps": options.reward_steps,
+            "ppo_steps": options.ppo_steps,
+            "dpo_steps": options.dpo_steps,
+        }
         study = Study(options.output or Path(place), seed=options.seed, **steps)
         study.run()
     print(f"\n{table(study.stages)}\n\nby PPO step, accuracy and score:")
     for step in range(0, len(study.curve), max(1, len(study.curve) // 10)):
         print(f"{step + 1:4}  {study.curve[step][0]:.3f}  {study.curve[step][1]:.2f}")
     if options.json:
-        options.json.write_text(json.dumps({"stages": [asdict(s) for s in study.stages], "curve": study.curve}, indent=1))
+        options.json.write_text(
+            json.dumps({"stages": [asdict(s) for s in study.stages], "curve": study.curve}, indent=1)
+        )
     before, judge = study.stages[0].figures["accuracy"], study.stages[2].figures["pair accuracy"]
     gained = min(stage.figures["accuracy"] for stage in study.stages[3:]) - before
     return int(judge < PAIR_ACCURACY or gained < GAIN)

@@ -1,4 +1,6 @@
-"""A cluster that is only modelled, on virtual time: the real pipeline, fleet and ledger over engines and training that only take time."""
+"""A cluster that is only modelled, on virtual time: the real pipeline, fleet and ledger over engines and
+training that only take time.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,17 @@ from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.virtual_time import run
 from verl.weight_sync.types import Part, TensorInfo
 
-# Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of the time.
+# Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of
+# the time.
 _GC_THRESHOLDS = (200_000, 50, 1000)
 # Until requests that are ended have left their engines.
 _LEAVING_S = 1e-3
 
 
 class _Answers:
-    """Stands for the collector of a trainer: prompts are numbers, rewards take no time, and every group teaches something."""
+    """Stands for the collector of a trainer: prompts are numbers, rewards take no time, and every group
+    teaches something.
+    """
 
     reward_names = "modelled rewards"
 
@@ -50,7 +55,10 @@ class _Answers:
     async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
         answers = await fleet.answer(self._prompt, params)
         ids = self._prompt
-        return [Trajectory(prompt, ids, a.token_ids, [True] * len(a.token_ids), None, list(a.versions or ()), 0) for a in answers]
+        return [
+            Trajectory(prompt, ids, a.token_ids, [True] * len(a.token_ids), None, list(a.versions or ()), 0)
+            for a in answers
+        ]
 
     def reward(self, answers: Sequence[Trajectory]) -> None:
         return
@@ -133,7 +141,8 @@ class Figures:
         updates_per_h: of the policy.
         tokens_per_s: that were trained on.
         training_busy: share of the time in which training was at work.
-        slots_busy: share of the slots of all engines, over the time, that had an answer which was sampled or read.
+        slots_busy: share of the slots of all engines, over the time, that had an answer which was sampled or
+            read.
         staleness_mean, staleness_max: of the tokens of batches, in steps.
         answer_tokens: of an answer that was trained on, on average.
         thrown: share of the sampled tokens.
@@ -182,7 +191,10 @@ class Cluster:
 
     async def _main(self) -> Figures:
         plan, loop = self.plan, asyncio.get_running_loop()
-        sizes = {"vocabulary": VOCABULARY, "context": plan.lengths.blocks(plan.lengths.prompt) + plan.lengths.blocks(plan.lengths.longest)}
+        sizes = {
+            "vocabulary": VOCABULARY,
+            "context": plan.lengths.blocks(plan.lengths.prompt) + plan.lengths.blocks(plan.lengths.longest),
+        }
         self.fleet = Fleet(
             self.world.engine,
             _NoText(),  # type: ignore[arg-type]
@@ -194,7 +206,9 @@ class Cluster:
         )
         waits = Waits(clock=loop.time)
         source = FromFleet(_Answers(self.world), plan.samples, self.fleet, waits)  # type: ignore[arg-type]
-        self.pipeline = Pipeline(self.draw, source, self.ledger, plan.config, prompts_per_step=plan.prompts_per_step, waits=waits)
+        self.pipeline = Pipeline(
+            self.draw, source, self.ledger, plan.config, prompts_per_step=plan.prompts_per_step, waits=waits
+        )
         await self.fleet.open([EngineSpec(f"e{i}", "modelled") for i in range(self._num_engines)])
         await self._publish(0)
         start_s, before = await self._stood()
@@ -218,7 +232,9 @@ class Cluster:
             if self.plan.generation is None:
                 await self.fleet.sleep()
             await self._train([group.number for group in batch.groups])
-        versions = Counter(version for group in batch.groups for answer in group.answers for version in answer.versions)
+        versions = Counter(
+            version for group in batch.groups for answer in group.answers for version in answer.versions
+        )
         self._ages.append(Counter({step - 1 - version: count for version, count in versions.items()}))
         await self.pipeline.settle()
         await self._publish(step)
@@ -233,7 +249,9 @@ class Cluster:
         """Takes the time that the tokens of these groups take on the devices that train."""
         plan, tokens = self.plan, sum(sum(self.world.tokens(number)) for number in groups)
         share = 1.0 if plan.generation is None else 1 - plan.generation / plan.devices
-        seconds = plan.train_s * tokens / (plan.prompts_per_step * plan.samples * plan.lengths.average) / share
+        seconds = (
+            plan.train_s * tokens / (plan.prompts_per_step * plan.samples * plan.lengths.average) / share
+        )
         self.world.totals.training_s += seconds
         await asyncio.sleep(seconds)
 
@@ -257,7 +275,13 @@ class Cluster:
         groups = {"groups": float(counts.trained), "dropped": float(sum(counts.dropped.values()))}
         return asyncio.get_running_loop().time(), {**vars(self.world.totals), **groups}
 
-    def _figures(self, start_s: float, before: dict[str, float], now: tuple[float, dict[str, float]], ends_s: Sequence[float]) -> Figures:
+    def _figures(
+        self,
+        start_s: float,
+        before: dict[str, float],
+        now: tuple[float, dict[str, float]],
+        ends_s: Sequence[float],
+    ) -> Figures:
         plan, passed_s = self.plan, now[0] - start_s
         done = {name: value - before[name] for name, value in now[1].items()}
         num_steps = plan.steps - plan.warmup

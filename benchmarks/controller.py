@@ -1,9 +1,10 @@
-"""What the controller itself costs: seconds and bytes per row of a step over workers without weights, beside a plain Ray gather.
+"""What the controller itself costs: seconds and bytes per row of a step over workers without weights, beside
+a plain Ray gather.
 
-A step: every rank makes its share of the rows (32 to 96 tokens with logprobs) and tells the rewards; the rows are planned by
-their lengths; another role writes a column over their tokens; advantages of groups of eight come from the rewards; an update
-reads everything. By references, tokens stay with the ranks that made them. The gather brings every row to the driver, which
-joins them and sends each rank its slice.
+A step: every rank makes its share of the rows (32 to 96 tokens with logprobs) and tells the rewards; the rows
+are planned by their lengths; another role writes a column over their tokens; advantages of groups of eight
+come from the rewards; an update reads everything. By references, tokens stay with the ranks that made them.
+The gather brings every row to the driver, which joins them and sends each rank its slice.
 
     python benchmarks/controller.py [--quick]
 """
@@ -55,7 +56,9 @@ def by_gather(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     ids_of, logprobs_of = ([part.clone() for part in column.split(sizes)] for column in (ids, logprobs))
     written = torch.cat(group.call(Weightless.write_all, logprobs_of).result())
     advantages = [part.clone() for part in group_advantages(rewards).tensor_split(num_ranks)]
-    group.call(Weightless.update_all, ids_of, [part.clone() for part in written.split(sizes)], advantages).result()
+    group.call(
+        Weightless.update_all, ids_of, [part.clone() for part in written.split(sizes)], advantages
+    ).result()
 
 
 def measured(step: Callable[[], None]) -> tuple[float, float]:
@@ -90,12 +93,15 @@ def bytes_moved(step: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two ranks and few rows")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 64])
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    # Several copies of all rows at once in the driver: beyond this many they do not fit into 24 GiB beside the store.
+    # Several copies of all rows at once in the driver: beyond this many they do not fit into 24 GiB beside
+    # the store.
     parser.add_argument("--gather-rows", type=int, default=100_000, help="most rows that are gathered")
     args = parser.parse_args()
     ranks, sizes = ([2], [1_000, 10_000]) if args.quick else (args.ranks, args.rows)
@@ -107,13 +113,19 @@ def main() -> None:
                 options = {"hang_limit_s": 600.0, "log_folder": Path(logs), "timeline": Timeline()}
                 group = backend.RayPool(cluster, "fake", num_ranks, **options).start("fake", Weightless)
                 for num_rows in sizes:
-                    ways = {"reference": by_reference, "gather": by_gather} if num_rows <= args.gather_rows else {"reference": by_reference}
+                    ways = (
+                        {"reference": by_reference, "gather": by_gather}
+                        if num_rows <= args.gather_rows
+                        else {"reference": by_reference}
+                    )
                     compare(group, ways, num_rows, num_ranks, args.rounds)
         finally:
             cluster.close()
 
 
-def compare(group: WorkerGroup, ways: dict[str, Callable[..., None]], num_rows: int, num_ranks: int, rounds: int) -> None:
+def compare(
+    group: WorkerGroup, ways: dict[str, Callable[..., None]], num_rows: int, num_ranks: int, rounds: int
+) -> None:
     """All ways, alternating; medians."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     moved = {name: bytes_moved(lambda way=way: way(group, num_rows, num_ranks)) for name, way in ways.items()}
@@ -121,8 +133,13 @@ def compare(group: WorkerGroup, ways: dict[str, Callable[..., None]], num_rows: 
         for name, way in ways.items():
             seconds[name].append(measured(lambda way=way: way(group, num_rows, num_ranks)))
     for name in ways:
-        cpu, wall = (statistics.median(column) * 1e6 / num_rows for column in zip(*seconds[name], strict=True))
-        print(f"{num_ranks:>5} {num_rows:>9} {name:>10} {cpu:>11.2f} {wall:>12.2f} {moved[name] / num_rows:>10.1f}", flush=True)
+        cpu, wall = (
+            statistics.median(column) * 1e6 / num_rows for column in zip(*seconds[name], strict=True)
+        )
+        print(
+            f"{num_ranks:>5} {num_rows:>9} {name:>10} {cpu:>11.2f} {wall:>12.2f} {moved[name] / num_rows:>10.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ class Weightless(Worker):
         lengths = torch.randint(TOKENS // 2, 3 * TOKENS // 2, (num_rows,), generator=generator)
         num_tokens = int(lengths.sum())
         ids = torch.randint(0, 1000, (num_tokens,), generator=generator)
-        columns = {"response_ids": Ragged(ids, lengths), "rollout_logprobs": Ragged(torch.rand(num_tokens, generator=generator), lengths)}
+        columns = {
+            "response_ids": Ragged(ids, lengths),
+            "rollout_logprobs": Ragged(torch.rand(num_tokens, generator=generator), lengths),
+        }
         return torch.rand(num_rows, generator=generator), Batch(columns)
 
     @register(DP_PROTO)
@@ -45,7 +48,11 @@ class Weightless(Worker):
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
         """Reads every column."""
-        total = batch.ragged("response_ids").values.sum() + batch.ragged("ref_logprobs").values.sum() + batch["advantages"].sum()
+        total = (
+            batch.ragged("response_ids").values.sum()
+            + batch.ragged("ref_logprobs").values.sum()
+            + batch["advantages"].sum()
+        )
         return {"total": float(total)}
 
     @register(DP_PROTO)

@@ -1,4 +1,6 @@
-"""Learning curves of small tasks over several seeds: what each algorithm makes of a model, on prompts that it never saw."""
+"""Learning curves of small tasks over several seeds: what each algorithm makes of a model, on prompts that it
+never saw.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,15 @@ DAPO = (
 TASKS: dict[str, Task] = {
     "add-2": Task("0123456789+=", 64, 3, 0.22, 0.7, (), {"grpo": (), "ppo": (), "dapo": DAPO}),
     # PPO's curve is flat after 120 steps; with 240, one seed of GRPO ended at 0.58.
-    "sort-6": Task("0123456789=", 64, 3, 0.1, 0.6, ("sampling.max_tokens=7",), {"grpo": ("steps=360",), "ppo": ("steps=120",)}),
+    "sort-6": Task(
+        "0123456789=",
+        64,
+        3,
+        0.1,
+        0.6,
+        ("sampling.max_tokens=7",),
+        {"grpo": ("steps=360",), "ppo": ("steps=120",)},
+    ),
     "copy-8": Task(
         "abcdefgh=",
         64,
@@ -99,17 +109,27 @@ class Curve:
     def points(self) -> list[float]:
         """Means over equal parts of the run."""
         size = len(self.rewards) / NUM_POINTS
-        return [statistics.fmean(self.rewards[round(i * size) : round((i + 1) * size)]) for i in range(NUM_POINTS)]
+        return [
+            statistics.fmean(self.rewards[round(i * size) : round((i + 1) * size)]) for i in range(NUM_POINTS)
+        ]
 
 
 def run(name: str, algo: str, seed: int) -> Curve:
     """Makes, warms up, trains and measures a model; meant for a process of its own."""
     torch.set_num_threads(1)
     task, start, console = TASKS[name], time.process_time(), Console(quiet=True)
-    overrides = (f"data.train=task:{name}", f"data.test=task:{name}", "tracking.sinks=[]", *task.overrides, *task.algos[algo])
+    overrides = (
+        f"data.train=task:{name}",
+        f"data.test=task:{name}",
+        "tracking.sinks=[]",
+        *task.overrides,
+        *task.algos[algo],
+    )
     with tempfile.TemporaryDirectory() as place:
         folder, warm_steps = Path(place), 0
-        make_tiny_model(folder / "start", hidden=task.hidden, layers=task.layers, seed=seed, characters=task.characters)
+        make_tiny_model(
+            folder / "start", hidden=task.hidden, layers=task.layers, seed=seed, characters=task.characters
+        )
         config = quickstart_config(folder, seed=seed, algo=algo, overrides=overrides)
         if task.warm is None:
             (folder / "start").rename(folder / "warm")
@@ -119,7 +139,16 @@ def run(name: str, algo: str, seed: int) -> Curve:
         before = trainer.evaluate()["eval/reward"]
         history = trainer.fit()
         after = trainer.evaluate()["eval/reward"]
-    return Curve(name, algo, seed, before, after, warm_steps, time.process_time() - start, [step["reward"] for step in history])
+    return Curve(
+        name,
+        algo,
+        seed,
+        before,
+        after,
+        warm_steps,
+        time.process_time() - start,
+        [step["reward"] for step in history],
+    )
 
 
 def in_own_process(name: str, algo: str, seed: int) -> Curve:
@@ -163,14 +192,18 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """A PNG with a panel per task: each algorithm's mean over the seeds, in a band from the lowest to the highest."""
+    """A PNG with a panel per task: each algorithm's mean over the seeds, in a band from the lowest to the
+    highest.
+    """
     tasks = list(dict.fromkeys(curve.task for curve in curves))
     figure = Figure(figsize=(4 * len(tasks), 3.2), dpi=100, layout="constrained")
     panels = dict(zip(tasks, figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], strict=True))
     for (name, algo), runs in by_pair(curves).items():
         smooth = [smoothed(run.rewards) for run in runs]
         steps = range(1, len(smooth[0]) + 1)
-        (line,) = panels[name].plot(steps, [statistics.fmean(values) for values in zip(*smooth, strict=True)], label=algo.upper())
+        (line,) = panels[name].plot(
+            steps, [statistics.fmean(values) for values in zip(*smooth, strict=True)], label=algo.upper()
+        )
         low, high = ([pick(values) for values in zip(*smooth, strict=True)] for pick in (min, max))
         panels[name].fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     for name, axes in panels.items():
@@ -196,8 +229,17 @@ def main() -> int:
     """Runs what was asked for, one after the other; 1 if a run stays below what its task wants."""
     algos = list(dict.fromkeys(algo for task in TASKS.values() for algo in task.algos))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--algos", nargs="+", choices=algos, default=algos, metavar="ALGO", help=f"of {', '.join(algos)}")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"of {', '.join(TASKS)}",
+    )
+    parser.add_argument(
+        "--algos", nargs="+", choices=algos, default=algos, metavar="ALGO", help=f"of {', '.join(algos)}"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between")
     parser.add_argument("--json", type=Path, help="file for all figures, each step's too")
     parser.add_argument("--png", type=Path, help="file for a picture of the curves")
@@ -212,7 +254,11 @@ def main() -> int:
                 print(run_line(curves[-1]), flush=True)
                 if options.json:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps({"date": date.today().isoformat(), "runs": [asdict(c) for c in curves]}, indent=1))
+                    options.json.write_text(
+                        json.dumps(
+                            {"date": date.today().isoformat(), "runs": [asdict(c) for c in curves]}, indent=1
+                        )
+                    )
     if not curves:
         parser.error("none of these tasks is learned by one of these algorithms")
     print(f"\n{table(curves)}")

@@ -1,7 +1,8 @@
 """The same run in other layouts and with other engines: what each learns, and what it costs.
 
 .venv/bin/python benchmarks/engines.py --algo ppo --engines embedded fsdp-4 megatron-2x2
-.venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2    # made by `make engines`
+.venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2    # made by `make
+engines`
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ POINTS = 6
 
 @dataclass(frozen=True)
 class Run:
-    """What a run measured: accuracy of one sampled answer to each of 512 held-out prompts, and medians over its steps."""
+    """What a run measured: accuracy of one sampled answer to each of 512 held-out prompts, and medians over
+    its steps.
+    """
 
     engine: str
     seed: int
@@ -66,7 +69,11 @@ def warmed(folder: Path, seed: int, steps: int) -> None:
     """A model that is right now and then, the same for every engine."""
     torch.set_num_threads(1)
     make_tiny_model(folder / "start", hidden=HIDDEN, layers=LAYERS, seed=seed, characters="0123456789+=")
-    warm_up(folder, quickstart_config(folder, seed=seed, algo="grpo", overrides=[f"steps={steps}"]), Console(quiet=True))
+    warm_up(
+        folder,
+        quickstart_config(folder, seed=seed, algo="grpo", overrides=[f"steps={steps}"]),
+        Console(quiet=True),
+    )
 
 
 def run(engine: str, algo: str, seed: int, steps: int, start: str) -> Run:
@@ -110,14 +117,21 @@ def line(run: Run) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["embedded", "vllm", "vllm-2"])
     parser.add_argument("--algo", choices=("grpo", "ppo"), default="grpo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     runs: list[Run] = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as place:
@@ -126,7 +140,11 @@ def main() -> None:
             for engine in args.engines:
                 start = time.time()
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    runs.append(pool.submit(run, engine, args.algo, seed, args.steps, str(Path(place) / "warm")).result())
+                    runs.append(
+                        pool.submit(
+                            run, engine, args.algo, seed, args.steps, str(Path(place) / "warm")
+                        ).result()
+                    )
                 print(f"{line(runs[-1])}, {time.time() - start:.0f} s in all", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps([asdict(run) for run in runs], indent=1))

@@ -1,4 +1,6 @@
-"""Every recipe on the same small tasks from the same warm start, with the same number of answers and updates, over several seeds."""
+"""Every recipe on the same small tasks from the same warm start, with the same number of answers and updates,
+over several seeds.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,11 @@ from verl.config import RECIPES, load_config
 from verl.engines.hf.models import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
-# Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and more steps.
+# Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and
+# more steps.
 ANSWERS_PER_STEP, UPDATES_PER_STEP = 512, 4
-# Mean held-out accuracy of the seeds must rise by at least so much; one figure has a standard error of 0.022, that of 512 answers.
+# Mean held-out accuracy of the seeds must rise by at least so much; one figure has a standard error of 0.022,
+# that of 512 answers.
 CLEARLY = 0.1
 
 
@@ -71,8 +75,15 @@ ON_POLICY = ("gpg", "maxrl", "opo", "optimal_token_baseline", "remax", "rloo")
 # What belongs to a recipe at this size.
 OWN: dict[str, tuple[str, ...]] = {
     "ppo": (*ALONE, *CRITIC, "algorithm.advantage.lam=1.0"),
-    # lambda of 1 - 1 / (alpha l) is 0.95 for l = 4 tokens; with the paper's alpha, made for thousands, it would be 0.
-    "vapo": (*CRITIC, "critic.warmup_steps=2", "algorithm.advantage.alpha=5.0", "samples_per_prompt=16", "prompts_per_step=32"),
+    # lambda of 1 - 1 / (alpha l) is 0.95 for l = 4 tokens; with the paper's alpha, made for thousands, it
+    # would be 0.
+    "vapo": (
+        *CRITIC,
+        "critic.warmup_steps=2",
+        "algorithm.advantage.alpha=5.0",
+        "samples_per_prompt=16",
+        "prompts_per_step=32",
+    ),
     # A process reward model that learns as fast as the policy forgets what the start of training taught it.
     "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
@@ -81,7 +92,11 @@ OWN: dict[str, tuple[str, ...]] = {
     "gpg": ("policy.optimizer.lr=5e-4",),
     "sapo": ("policy.optimizer.lr=5e-4",),
     "scalerl": ("policy.optimizer.lr=5e-4",),
-    "online_dpo": ("samples_per_prompt=2", f"prompts_per_step={ANSWERS_PER_STEP // 2}", "policy.optimizer.lr=5e-4"),
+    "online_dpo": (
+        "samples_per_prompt=2",
+        f"prompts_per_step={ANSWERS_PER_STEP // 2}",
+        "policy.optimizer.lr=5e-4",
+    ),
     # Two rewards: the share of right positions is worth less than the whole.
     "gdpo": ("rewards.functions=[exact, {name: position_share, weight: 0.5}]",),
 }
@@ -115,17 +130,33 @@ def overrides(name: str, recipe: str, seed: int, folder: Path) -> list[str]:
         steps, answers, updates = steps * updates, answers // updates, 1
     samples = load_config(recipe).samples_per_prompt
     own = [setting.replace(f"={ANSWERS_PER_STEP}", f"={answers}") for setting in OWN.get(recipe, ())]
-    sizes = [] if any("prompts_per_step" in s for s in own) else ["samples_per_prompt=8", f"prompts_per_step={answers // 8}"]
+    sizes = (
+        []
+        if any("prompts_per_step" in s for s in own)
+        else ["samples_per_prompt=8", f"prompts_per_step={answers // 8}"]
+    )
     if samples == 1 and recipe not in OWN:
         raise ValueError(f"need sizes for the recipe {recipe}, whose groups have one answer; add it to OWN")
-    paths = [f"policy.path={folder / 'warm'}", f"output_dir={folder / recipe}", f"data.train=task:{name}", f"data.test=task:{name}"]
+    paths = [
+        f"policy.path={folder / 'warm'}",
+        f"output_dir={folder / recipe}",
+        f"data.train=task:{name}",
+        f"data.test=task:{name}",
+    ]
     teacher = [f"teacher.path={folder / 'grpo' / 'model'}"] if recipe == "distillation" else []
-    minibatches = [f"algorithm.minibatches={updates}", f"sampling.max_tokens={task.max_tokens}", f"seed={seed}", f"steps={steps}"]
+    minibatches = [
+        f"algorithm.minibatches={updates}",
+        f"sampling.max_tokens={task.max_tokens}",
+        f"seed={seed}",
+        f"steps={steps}",
+    ]
     return [*SMALL, *minibatches, *sizes, *own, *paths, *teacher, *_without_what_is_too_long(recipe)]
 
 
 def _without_what_is_too_long(recipe: str) -> list[str]:
-    """Settings of long answers, which make no sense for a few characters, and of draws that would multiply the answers."""
+    """Settings of long answers, which make no sense for a few characters, and of draws that would multiply
+    the answers.
+    """
     config = load_config(recipe)
     off = ["algorithm.overlong_buffer_tokens=0"] if config.algorithm.overlong_buffer_tokens else []
     if config.algorithm.aggregation.name == "seq_mean_token_sum_norm":
@@ -140,8 +171,15 @@ def warm_start(name: str, seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     task, console = TASKS[name], Console(quiet=True)
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters=task.characters)
-    data = [f"data.train=task:{name}", f"data.test=task:{name}", "tracking.sinks=[]", f"sampling.max_tokens={task.max_tokens}"]
-    warm_up(folder, quickstart_config(folder, seed=seed, algo="grpo", overrides=data), console, enough=task.warm)
+    data = [
+        f"data.train=task:{name}",
+        f"data.test=task:{name}",
+        "tracking.sinks=[]",
+        f"sampling.max_tokens={task.max_tokens}",
+    ]
+    warm_up(
+        folder, quickstart_config(folder, seed=seed, algo="grpo", overrides=data), console, enough=task.warm
+    )
 
 
 def run(name: str, recipe: str, seed: int, folder: Path) -> Curve:
@@ -154,7 +192,10 @@ def run(name: str, recipe: str, seed: int, folder: Path) -> Curve:
     after = trainer.evaluate()["eval/accuracy"]
     accuracies = [step["accuracy"] for step in history]
     if recipe in ON_POLICY:
-        accuracies = [statistics.fmean(accuracies[i : i + UPDATES_PER_STEP]) for i in range(0, len(accuracies), UPDATES_PER_STEP)]
+        accuracies = [
+            statistics.fmean(accuracies[i : i + UPDATES_PER_STEP])
+            for i in range(0, len(accuracies), UPDATES_PER_STEP)
+        ]
     shutil.rmtree(folder / recipe / "checkpoints", ignore_errors=True)
     return Curve(name, recipe, seed, before, after, time.process_time() - start, accuracies)
 
@@ -173,7 +214,9 @@ def table(curves: Sequence[Curve]) -> str:
         "| Task | Recipe | Before, mean | After, mean (min to max) | CPU s of a run | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    rows = sorted(by_pair(curves).items(), key=lambda item: (item[0][0], -statistics.fmean(c.after for c in item[1])))
+    rows = sorted(
+        by_pair(curves).items(), key=lambda item: (item[0][0], -statistics.fmean(c.after for c in item[1]))
+    )
     for (name, recipe), runs in rows:
         after = [run.after for run in runs]
         lines.append(
@@ -190,7 +233,9 @@ def improves(runs: Sequence[Curve]) -> bool:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """A PNG with a small panel per recipe: the mean over the seeds in each task, before the curve of GRPO in grey."""
+    """A PNG with a small panel per recipe: the mean over the seeds in each task, before the curve of GRPO in
+    grey.
+    """
     pairs = by_pair(curves)
     recipes, tasks = sorted({recipe for _, recipe in pairs}), sorted({task for task, _ in pairs})
     columns = 5
@@ -205,7 +250,13 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
                     continue
                 smooth = [smoothed(run.accuracies) for run in pairs[task, shown]]
                 mean = [statistics.fmean(values) for values in zip(*smooth, strict=True)]
-                axes.plot([(i + 1) / len(mean) for i in range(len(mean))], mean, color=color, linewidth=1.2, label=task)
+                axes.plot(
+                    [(i + 1) / len(mean) for i in range(len(mean))],
+                    mean,
+                    color=color,
+                    linewidth=1.2,
+                    label=task,
+                )
         axes.set_title(recipe, fontsize=8)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.tick_params(labelsize=6)
@@ -214,7 +265,11 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         axes.set_axis_off()
     figure.supxlabel("share of the run", fontsize=8)
     figure.supylabel("accuracy of the sampled answers", fontsize=8)
-    figure.legend(handles=[panels[0].plot([], [], color=colors[t], label=t)[0] for t in tasks], loc="outside lower right", fontsize=8)
+    figure.legend(
+        handles=[panels[0].plot([], [], color=colors[t], label=t)[0] for t in tasks],
+        loc="outside lower right",
+        fontsize=8,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
@@ -223,11 +278,22 @@ def main() -> int:
     """Runs what was asked for; 1 if a recipe does not improve clearly."""
     known = [name for name in RECIPES if name not in LEFT_OUT]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--recipes", nargs="+", choices=known, default=known, metavar="RECIPE", help=f"of {', '.join(known)}")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help=f"of {', '.join(TASKS)}",
+    )
+    parser.add_argument(
+        "--recipes", nargs="+", choices=known, default=known, metavar="RECIPE", help=f"of {', '.join(known)}"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time, one thread each")
-    parser.add_argument("--json", type=Path, help="file for all figures; runs that are in it already are not repeated")
+    parser.add_argument(
+        "--json", type=Path, help="file for all figures; runs that are in it already are not repeated"
+    )
     parser.add_argument("--png", type=Path, help="file for a picture of the curves")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -236,12 +302,16 @@ def main() -> int:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     wanted = [(task, recipe, seed) for recipe in options.recipes for task in options.tasks for seed in seeds]
     # GRPO first: its policy is the teacher of the distillation.
-    wanted = sorted((w for w in wanted if w not in done), key=lambda w: (w[1] != "grpo", w[1] == "distillation"))
+    wanted = sorted(
+        (w for w in wanted if w not in done), key=lambda w: (w[1] != "grpo", w[1] == "distillation")
+    )
     with tempfile.TemporaryDirectory() as place:
         for batch in _stages(wanted, Path(place), options.processes):
             for curve in batch:
                 curves.append(curve)
-                points = " ".join(f"{p:.2f}" for p in smoothed(curve.accuracies)[:: max(1, len(curve.accuracies) // 8)])
+                points = " ".join(
+                    f"{p:.2f}" for p in smoothed(curve.accuracies)[:: max(1, len(curve.accuracies) // 8)]
+                )
                 line = f"{curve.task:<7}{curve.recipe:<24} seed {curve.seed}  {curve.before:.3f} -> {curve.after:.3f}"
                 print(f"{line}  {curve.cpu_s:4.0f} CPU s  {points}", flush=True)
                 _write(options.json, curves)
@@ -252,7 +322,9 @@ def main() -> int:
 
 
 def _stages(wanted, place: Path, processes: int):
-    """Results of the warm starts' runs as they come: GRPO's, then the others', then those that need GRPO's policy."""
+    """Results of the warm starts' runs as they come: GRPO's, then the others', then those that need GRPO's
+    policy.
+    """
     starts = sorted({(task, seed) for task, _, seed in wanted})
     folders = {start: place / f"{start[0]}-{start[1]}" for start in starts}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -277,7 +349,10 @@ def _read(path: Path | None) -> list[Curve]:
 def _write(path: Path | None, curves: Sequence[Curve]) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(c) | {"cpu_s": round(c.cpu_s, 1), "accuracies": [round(a, 3) for a in c.accuracies]} for c in curves]
+        rows = [
+            asdict(c) | {"cpu_s": round(c.cpu_s, 1), "accuracies": [round(a, 3) for a in c.accuracies]}
+            for c in curves
+        ]
         rows.sort(key=lambda row: (row["recipe"], row["task"], row["seed"]))
         text = ",\n".join(json.dumps(row) for row in rows)
         path.write_text(f'{{"date": "{date.today().isoformat()}", "runs": [\n{text}\n]}}\n')

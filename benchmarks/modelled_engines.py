@@ -1,6 +1,7 @@
 """Engines that are only modelled, made for speed: a timer for each answer's end, and none for its tokens.
 
-A modelled token stands for a block of real ones, which costs the pipeline and the fleet less and is all the same to them.
+A modelled token stands for a block of real ones, which costs the pipeline and the fleet less and is all the
+same to them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _DELIVERY = 3
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that an engine takes, for a step of `base_s + answer_s * answers + token_s * tokens in its cache`.
+    """Seconds that an engine takes, for a step of `base_s + answer_s * answers + token_s * tokens in its
+    cache`.
 
     Attributes:
         base_s: of each step, to read the weights.
@@ -125,7 +127,8 @@ class World:
         lengths: of answers.
         samples: answers to a prompt.
         totals: what was done.
-        of_group: tokens that were sampled for a group, by its number, while it is neither trained on nor dropped.
+        of_group: tokens that were sampled for a group, by its number, while it is neither trained on nor
+            dropped.
         on_update: what becomes of answers that are sampled when weights come.
         parts: of answers that were cut, and go on: the tokens of their last block, which is not complete.
         engines: all of them.
@@ -160,7 +163,9 @@ class World:
         return self.of_group.pop(group, 0.0)
 
     async def deliver(self) -> None:
-        """Engines send what they have sampled so far, as they do all the time; here it is done when it will be asked for."""
+        """Engines send what they have sampled so far, as they do all the time; here it is done when it will
+        be asked for.
+        """
         for engine in self.engines:
             engine.send()
         for _ in range(_DELIVERY):
@@ -190,7 +195,14 @@ class _Work:
     __slots__ = ("group", "had", "is_over", "left", "number", "ready", "sent", "start", "woken")
 
     def __init__(self, group: int, number: int, start: float, had: float, left: float, sent: int) -> None:
-        self.group, self.number, self.start, self.had, self.left, self.sent = group, number, start, had, left, sent
+        self.group, self.number, self.start, self.had, self.left, self.sent = (
+            group,
+            number,
+            start,
+            had,
+            left,
+            sent,
+        )
         self.ready: list[tuple[int, int]] = []
         self.is_over = False
         self.woken: asyncio.Future[None] | None = None
@@ -202,10 +214,12 @@ class _Work:
 
 
 class ModelledEngine(ServedEngine):
-    """An engine that takes the time of its world's pace; all its answers go on at the same speed, which hangs on how many there are.
+    """An engine that takes the time of its world's pace; all its answers go on at the same speed, which hangs
+    on how many there are.
 
     While `n` answers with `k` tokens in the cache are sampled, `x` further tokens of each take
-    `(base_s + answer_s n + token_s k) x + token_s n x^2 / 2` seconds: with each step the cache has `n` tokens more.
+    `(base_s + answer_s n + token_s k) x + token_s n x^2 / 2` seconds: with each step the cache has `n` tokens
+    more.
     """
 
     vias = ("shm",)
@@ -236,7 +250,9 @@ class ModelledEngine(ServedEngine):
         """See `ServedEngine.check`."""
         await asyncio.sleep(_CHECK_S)
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         work = self._begin(params.seed, number, len(prompt_ids) - self._prompt_blocks)
         try:
@@ -248,7 +264,9 @@ class ModelledEngine(ServedEngine):
                 is_over, ready = work.is_over, work.ready or [(self._version, 0)]
                 work.ready = []
                 for i, (version, blocks) in enumerate(ready, 1):
-                    yield Chunk([TOKEN] * blocks, None, "stop" if is_over and i == len(ready) else None, version)
+                    yield Chunk(
+                        [TOKEN] * blocks, None, "stop" if is_over and i == len(ready) else None, version
+                    )
         finally:
             self._leave(work)
 
@@ -368,7 +386,11 @@ class ModelledEngine(ServedEngine):
         if self._is_paused or not self._ends:
             return
         tokens = max(0.0, self._ends[0][0] - self._progress)
-        seconds = self._prefill_s + self._step_s() * tokens + self._pace.token_s * len(self._works) * tokens * tokens / 2
+        seconds = (
+            self._prefill_s
+            + self._step_s() * tokens
+            + self._pace.token_s * len(self._works) * tokens * tokens / 2
+        )
         self._timer = self._loop.call_at(self._now_s + seconds, self._end)
 
     def _end(self) -> None:

@@ -1,6 +1,8 @@
-"""What one GPU does with models of the shape of Qwen2.5: tokens per second of the FSDP2 engine and of the embedded engine.
+"""What one GPU does with models of the shape of Qwen2.5: tokens per second of the FSDP2 engine and of the
+embedded engine.
 
-The weights are random. Beside the figures stands what the card reaches in a large matrix product and a copy, measured in the same run.
+The weights are random. Beside the figures stands what the card reaches in a large matrix product and a copy,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,15 +36,35 @@ from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
 }
 
 
 def build(size: str, device: torch.device) -> PreTrainedModel:
     """A model with random weights in fp32."""
-    config = Qwen2Config(**SHAPES[size], vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True)
+    config = Qwen2Config(
+        **SHAPES[size], vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True
+    )
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -65,8 +87,13 @@ def rows_of(args: argparse.Namespace, vocabulary: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
 
     def row(number: int) -> Trajectory:
-        prompt, answer = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (args.prompt_tokens, args.new_tokens))
-        return Trajectory(Prompt(""), prompt, answer, [True] * len(answer), [-12.0] * len(answer), [0] * len(answer), number)
+        prompt, answer = (
+            torch.randint(vocabulary, (n,), generator=generator).tolist()
+            for n in (args.prompt_tokens, args.new_tokens)
+        )
+        return Trajectory(
+            Prompt(""), prompt, answer, [True] * len(answer), [-12.0] * len(answer), [0] * len(answer), number
+        )
 
     rows = Batch.from_trajectories([row(number) for number in range(args.rows)])
     shape = (args.rows, args.new_tokens)
@@ -77,7 +104,9 @@ def rows_of(args: argparse.Namespace, vocabulary: int) -> Batch:
 
 def train(size: str, args: argparse.Namespace, device: torch.device, speed: MachineSpeed) -> dict[str, Any]:
     """Tokens per second of updates of the FSDP2 engine in bf16."""
-    algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="grpo"), policy_loss=Choice(name="ppo_clip")))
+    algorithm = Algorithm.bind(
+        AlgorithmConfig(advantage=Choice(name="grpo"), policy_loss=Choice(name="ppo_clip"))
+    )
     with tempfile.TemporaryDirectory() as folder, one_rank(device):
         build(size, device).save_pretrained(folder)
         role = RoleConfig(precision="bf16", gradient_checkpointing=args.recompute)
@@ -108,19 +137,29 @@ def train(size: str, args: argparse.Namespace, device: torch.device, speed: Mach
     }
 
 
-def generate(size: str, args: argparse.Namespace, device: torch.device, speed: MachineSpeed) -> dict[str, Any]:
+def generate(
+    size: str, args: argparse.Namespace, device: torch.device, speed: MachineSpeed
+) -> dict[str, Any]:
     """Tokens per second of the embedded engine in bf16."""
     transformer = build(size, device)
     shape = ModelShape.from_hf_config(transformer.config)
-    engine = EmbeddedEngine(PolicyModel(transformer, "bf16"), TextCodec(character_tokenizer()), max_slots=args.prompts * args.answers)
+    engine = EmbeddedEngine(
+        PolicyModel(transformer, "bf16"),
+        TextCodec(character_tokenizer()),
+        max_slots=args.prompts * args.answers,
+    )
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(100, shape.vocab, (args.prompts, args.prompt_tokens), generator=generator).tolist()
+    prompts = torch.randint(
+        100, shape.vocab, (args.prompts, args.prompt_tokens), generator=generator
+    ).tolist()
     seconds = []
     tokens = 0
     for length in (16, *[args.new_tokens] * args.repeats):
         synchronize(device)
         start_s = time.perf_counter()
-        answers = engine.generate(prompts, [SamplingParams(n=args.answers, max_tokens=length, seed=i) for i in range(len(prompts))])
+        answers = engine.generate(
+            prompts, [SamplingParams(n=args.answers, max_tokens=length, seed=i) for i in range(len(prompts))]
+        )
         synchronize(device)
         seconds.append(time.perf_counter() - start_s)
         tokens = sum(len(answer.token_ids) for group in answers for answer in group)
@@ -160,10 +199,23 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speed = measure_speed(device, torch.bfloat16)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    print(json.dumps({"device": name, "torch": torch.__version__, "transformers": transformers.__version__, **vars(speed)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "device": name,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                **vars(speed),
+            }
+        ),
+        flush=True,
+    )
     for size in args.sizes:
         for what in args.what:
-            print(json.dumps({"train": train, "generate": generate}[what](size, args, device, speed)), flush=True)
+            print(
+                json.dumps({"train": train, "generate": generate}[what](size, args, device, speed)),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

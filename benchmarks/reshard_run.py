@@ -1,8 +1,10 @@
-"""The change from training to generation on real processes: FSDP2 shards into tensor parallel, by the plan and by whole tensors.
+"""The change from training to generation on real processes: FSDP2 shards into tensor parallel, by the plan
+and by whole tensors.
 
 .venv/bin/python benchmarks/reshard_run.py --ranks 4 --tensor 2
 
-Both ways fill the same generation weights, in turn; medians of seconds, and the memory that a process has more at its peak than before.
+Both ways fill the same generation weights, in turn; medians of seconds, and the memory that a process has
+more at its peak than before.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def rank_main(rank: int, args: argparse.Namespace, folder: str, results: Any) ->
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": "lo"}
     dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
     device = torch.device("cpu")
-    engine = sharded_engine(folder, "policy", RoleConfig(), ParallelConfig(), device=device, total_updates=None)
+    engine = sharded_engine(
+        folder, "policy", RoleConfig(), ParallelConfig(), device=device, total_updates=None
+    )
     hybrid = HybridEngine(engine, tensor=args.tensor, precision="fp32", bucket_bytes=args.bucket_mib * 2**20)
     ways = {"plan": lambda: by_plan(hybrid), "whole tensors": lambda: by_whole_tensors(engine, hybrid)}
     found: dict[str, list[tuple[float, int, int]]] = {way: [] for way in ways}
@@ -87,7 +91,9 @@ def rank_main(rank: int, args: argparse.Namespace, folder: str, results: Any) ->
 
 def main() -> None:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
@@ -104,14 +110,20 @@ def main() -> None:
         ranks = [results.get() for _ in range(args.ranks)]
         running.join()
     model_bytes = ranks[0][2]
-    print(f"{model_bytes / 1e6:.1f} MB in fp32, {args.ranks} ranks, generation tensor={args.tensor}, buckets of {args.bucket_mib} MiB\n")
-    print("| way | received MB (fullest rank) | share of the model | seconds (median) | peak MB beside training (fullest rank) |")
+    print(
+        f"{model_bytes / 1e6:.1f} MB in fp32, {args.ranks} ranks, generation tensor={args.tensor}, buckets of {args.bucket_mib} MiB\n"
+    )
+    print(
+        "| way | received MB (fullest rank) | share of the model | seconds (median) | peak MB beside training (fullest rank) |"
+    )
     print("|---|---|---|---|---|")
     for way in ranks[0][1]:
         received = max(run[1] for _, runs, _ in ranks for run in runs[way])
         seconds = statistics.median(max(runs[way][i][0] for _, runs, _ in ranks) for i in range(args.repeats))
         peak = max(statistics.median(run[2] for run in runs[way]) for _, runs, _ in ranks)
-        print(f"| {way} | {received / 1e6:.1f} | {received / model_bytes:.3f} | {seconds:.3f} | {peak / 1e6:.1f} |")
+        print(
+            f"| {way} | {received / 1e6:.1f} | {received / model_bytes:.3f} | {seconds:.3f} | {peak / 1e6:.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ class Side:
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._signal(signal.SIGCONT)
         self._process.kill()
         self._process.wait()
@@ -78,7 +80,9 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             tail = "\n".join(self._log_path.read_text().splitlines()[-15:])
-            raise RuntimeError(f"the {self.name} worker ended before it answered; the end of its log:\n{tail}")
+            raise RuntimeError(
+                f"the {self.name} worker ended before it answered; the end of its log:\n{tail}"
+            )
         answer: dict[str, Any] = json.loads(line)
         self._servers = answer.get("servers", self._servers)
         return answer
@@ -91,7 +95,9 @@ class Side:
         return self.answer()
 
     def burst(self, steps: int) -> dict[str, list[float]]:
-        """Some steps in a row, after which the worker and its servers stand still as they are; the readings of its clocks for each step."""
+        """Some steps in a row, after which the worker and its servers stand still as they are; the readings
+        of its clocks for each step.
+        """
         self._signal(signal.SIGCONT)
         try:
             return self.ask(steps)
@@ -110,15 +116,27 @@ class Side:
 
 
 def trl_python(folder: Path) -> Path:
-    """The interpreter of an environment with TRL and this project's versions of PyTorch and Transformers, made if it is not there."""
+    """The interpreter of an environment with TRL and this project's versions of PyTorch and Transformers,
+    made if it is not there.
+    """
     python, stamp = folder / "bin/python", folder / "installed.txt"
     wanted = f"torch=={torch.__version__} {TRL}"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"installing {wanted} into {folder}, some minutes the first time", flush=True)
     venv.create(folder, with_pip=True, symlinks=os.name != "nt")
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt")]
-    # First PyTorch, in the build that is used here: TRL alone would bring the one with gigabytes of CUDA libraries.
+    pip = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--disable-pip-version-check",
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
+    # First PyTorch, in the build that is used here: TRL alone would bring the one with gigabytes of CUDA
+    # libraries.
     index = ["--retries", "1", "--extra-index-url", _CPU_INDEX] if torch.__version__.endswith("+cpu") else []
     subprocess.run([*pip, *index, f"torch=={torch.__version__}"], check=True)
     subprocess.run([*pip, TRL], check=True)
@@ -126,11 +144,13 @@ def trl_python(folder: Path) -> Path:
     return python
 
 
-def write_workload(work: Workload, *, num_prompts: int, hidden: int = 256, prompt_characters: int = 8, seed: int = 0) -> int:
+def write_workload(
+    work: Workload, *, num_prompts: int, hidden: int = 256, prompt_characters: int = 8, seed: int = 0
+) -> int:
     """Writes the model and so many prompts; returns the number of parameters.
 
-    The end token is one that the tokenizer knows and the model has no output for. All sides look for it after every
-    token, as they always do, and never find it: every answer has the same length.
+    The end token is one that the tokenizer knows and the model has no output for. All sides look for it after
+    every token, as they always do, and never find it: every answer has the same length.
     """
     make_tiny_model(work.model, hidden=hidden, layers=4, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(work.model)
@@ -139,7 +159,9 @@ def write_workload(work: Workload, *, num_prompts: int, hidden: int = 256, promp
     path = work.model / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": tokenizer.eos_token_id}))
     vocabulary = json.loads((work.model / "config.json").read_text())["vocab_size"]
-    assert tokenizer.eos_token_id >= vocabulary, f"the end token {tokenizer.eos_token_id} is one of the {vocabulary} outputs"
+    assert tokenizer.eos_token_id >= vocabulary, (
+        f"the end token {tokenizer.eos_token_id} is one of the {vocabulary} outputs"
+    )
     rng = random.Random(seed)
     texts = ["".join(rng.choices(string.ascii_lowercase, k=prompt_characters)) for _ in range(num_prompts)]
     work.prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))

@@ -1,7 +1,9 @@
-"""What staleness costs in learning, and what decoupled PPO wins back: two-digit addition at each bound on staleness, several seeds.
+"""What staleness costs in learning, and what decoupled PPO wins back: two-digit addition at each bound on
+staleness, several seeds.
 
-Generation and training take turns in one process, with as much staleness as the bound allows in every step: the worst case, and the same
-in each run. The table has the shape of that of AReaL, https://arxiv.org/abs/2505.24298.
+Generation and training take turns in one process, with as much staleness as the bound allows in every step:
+the worst case, and the same in each run. The table has the shape of that of AReaL,
+https://arxiv.org/abs/2505.24298.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from verl.config import load_config
 from verl.engines.hf.models import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
-# The ratio of the loss is to the sampler's probabilities; or to those of the policy before the step, weighted by the ratio of these two.
+# The ratio of the loss is to the sampler's probabilities; or to those of the policy before the step, weighted
+# by the ratio of these two.
 OBJECTIVES = {
     "naive": ("algorithm.correction=bypass",),
     "decoupled": ("algorithm.correction={name: token_tis, cap: 5.0}",),
     "loglinear": ("algorithm.correction={name: loglinear, cap: 5.0}",),
 }
-# Four updates of a step, each answer in one of them, as in AReaL; a rate at which a model of this size learns in minutes.
+# Four updates of a step, each answer in one of them, as in AReaL; a rate at which a model of this size learns
+# in minutes.
 SETTINGS = (
     "algorithm.epochs=1",
     "algorithm.minibatches=4",
@@ -69,7 +73,12 @@ def run(objective: str, max_staleness: int, seed: int, steps: int, rate: float, 
     """Trains the warm start; meant for a process of its own."""
     torch.set_num_threads(1)
     start_s = time.process_time()
-    own = [f"policy.path={folder / 'warm'}", f"output_dir={folder / f'{objective}-{max_staleness}'}", f"seed={seed}", f"steps={steps}"]
+    own = [
+        f"policy.path={folder / 'warm'}",
+        f"output_dir={folder / f'{objective}-{max_staleness}'}",
+        f"seed={seed}",
+        f"steps={steps}",
+    ]
     more = [f"pipeline.max_staleness={max_staleness}", f"policy.optimizer.lr={rate}", *OBJECTIVES[objective]]
     trainer = Trainer(load_config("quickstart", [*SETTINGS, *own, *more]), console=Console(quiet=True))
     before = trainer.evaluate()["eval/accuracy"]
@@ -97,7 +106,12 @@ def warm_start(seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
     data = ["data.train=task:add-2", "data.test=task:add-2", "tracking.sinks=[]"]
-    warm_up(folder, quickstart_config(folder, seed=seed, algo="grpo", overrides=data), Console(quiet=True), enough=0.22)
+    warm_up(
+        folder,
+        quickstart_config(folder, seed=seed, algo="grpo", overrides=data),
+        Console(quiet=True),
+        enough=0.22,
+    )
 
 
 def table(runs: list[Run]) -> str:
@@ -111,7 +125,9 @@ def table(runs: list[Run]) -> str:
         cells = []
         for name in objectives:
             after = [r.after for r in runs if (r.objective, r.max_staleness) == (name, bound)]
-            cells.append(f"{statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f})" if after else "")
+            cells.append(
+                f"{statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f})" if after else ""
+            )
         lines.append(f"| {bound} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -128,7 +144,10 @@ def main() -> None:
     parser.add_argument("--json", default=None, help="write all figures")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as parent, ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as processes:
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as processes,
+    ):
         folders = {seed: Path(parent) / str(seed) for seed in args.seeds}
         list(processes.map(warm_start, folders, folders.values()))
         jobs = [

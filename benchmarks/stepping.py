@@ -1,4 +1,6 @@
-"""What all sides of a step benchmark share: the workload, and the gate that lets a training loop through some steps at a time."""
+"""What all sides of a step benchmark share: the workload, and the gate that lets a training loop through some
+steps at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Workload:
         num_samples: answers per prompt.
         answer_tokens: tokens of every answer; nothing ends one earlier.
         lr: learning rate, constant.
-        trl_checkpointing: let TRL recompute activations, as it does by default; this project does so only when asked.
+        trl_checkpointing: let TRL recompute activations, as it does by default; this project does so only
+            when asked.
         trl_bf16: let TRL compute in bf16.
         threads: of PyTorch in the process that trains.
         settings: further settings of this project's side, each KEY=VALUE.
@@ -68,12 +71,15 @@ class Workload:
 
 
 def share_of_vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The reward on all sides: the share of vowels in an answer, in a form that all call once for many answers."""
+    """The reward on all sides: the share of vowels in an answer, in a form that all call once for many
+    answers.
+    """
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 
 class Gate:
-    """Stands at one place of a loop; JSON lines on standard output, a number of steps or `stop` on standard input.
+    """Stands at one place of a loop; JSON lines on standard output, a number of steps or `stop` on standard
+    input.
 
     What libraries print goes to standard error, so that nothing but answers is on standard output.
 
@@ -93,8 +99,8 @@ class Gate:
         self._left = 0
 
     def wait(self) -> bool:
-        """Once as many steps as were asked for are done, answers with what each clock counted in each of them and blocks until the
-        next request; returns whether one more step is wanted."""
+        """Once as many steps as were asked for are done, answers with what each clock counted in each of them
+        and blocks until the next request; returns whether one more step is wanted."""
         reading = {name: clock() for name, clock in self.clocks.items()}
         if self._left:
             self._left -= 1

@@ -1,4 +1,5 @@
-"""Bytes and seconds until engines have new weights, beside a plain load of the full state into a model of the same process.
+"""Bytes and seconds until engines have new weights, beside a plain load of the full state into a model of the
+same process.
 
 .venv/bin/python benchmarks/sync.py                      # servers of the embedded engine
 .venv-engines/bin/python benchmarks/sync.py --vllm       # vLLM in process, too (make engines)
@@ -40,18 +41,28 @@ def policy_of(folder: Path, *, lora_rank: int = 0) -> tuple[PolicyModel, Any]:
     """A policy of a folder and its ranks: this process."""
     policy = PolicyModel(load_language_model(str(folder)), "fp32")
     engine = LocalEngine(policy, RoleConfig(lora=LoraConfig(rank=lora_rank)), device=CPU, total_updates=1)
-    codec, options = TextCodec.load(str(folder)), {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 4096}
-    return policy, LocalPool().start("policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), codec, **options))
+    codec, options = (
+        TextCodec.load(str(folder)),
+        {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 4096},
+    )
+    return policy, LocalPool().start(
+        "policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), codec, **options)
+    )
 
 
 @contextmanager
 def pool(folder: Path, place: Path, via: Via | None, count: int, lora_rank: int = 0) -> Iterator[EnginePool]:
     """Servers that follow the policy."""
     policy, group = policy_of(folder, lora_rank=lora_rank)
-    specs = [EngineSpec(f"engine-{i}", str(folder), via=via, secret="benchmark", log=place / f"{i}.log") for i in range(count)]
+    specs = [
+        EngineSpec(f"engine-{i}", str(folder), via=via, secret="benchmark", log=place / f"{i}.log")
+        for i in range(count)
+    ]
     weights = PolicyWeights(group, "float32", place / "weights")
     size = policy.transformer.config.vocab_size
-    with closing(EnginePool(specs, EmbeddedServer, TextCodec.load(str(folder)), weights, vocabulary=size, context=1024)) as made:
+    with closing(
+        EnginePool(specs, EmbeddedServer, TextCodec.load(str(folder)), weights, vocabulary=size, context=1024)
+    ) as made:
         yield made
 
 
@@ -67,7 +78,9 @@ def timed(call: Callable[[], Any], rounds: int) -> float:
 
 
 def row(size: str, way: str, num_bytes: float, write_s: float, load_s: float) -> None:
-    print(f"| {size} | {way} | {num_bytes / 1e6:.2f} | {write_s * 1e3:.1f} | {load_s * 1e3:.1f} |", flush=True)
+    print(
+        f"| {size} | {way} | {num_bytes / 1e6:.2f} | {write_s * 1e3:.1f} | {load_s * 1e3:.1f} |", flush=True
+    )
 
 
 def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
@@ -87,7 +100,9 @@ def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
             for version in range(rounds):
                 made.publish(2 + version)
                 taken.append(made.take_metrics())
-        write, load = (statistics.median(t[f"time/sync_{part}_s"] for t in taken) for part in ("write", "load"))
+        write, load = (
+            statistics.median(t[f"time/sync_{part}_s"] for t in taken) for part in ("write", "load")
+        )
         row(size, way, taken[0]["engines/sync_bytes"], write, load)
 
 
@@ -104,7 +119,9 @@ def vllm(size: str, folder: Path, rounds: int) -> None:
     model = load_language_model(str(folder))
     num_bytes = sum(p.nbytes for p in model.parameters())
     options = {"max_model_len": 128}
-    with closing(engine_class(str(folder), TextCodec.load(str(folder)), options=options, dtype="float32", max_slots=8)) as engine:
+    with closing(
+        engine_class(str(folder), TextCodec.load(str(folder)), options=options, dtype="float32", max_slots=8)
+    ) as engine:
         ours = timed(lambda: engine.load(model.named_parameters(), 1), rounds)
         row(size, "vLLM in process, with digests and a check of completeness", num_bytes, 0, ours)
 
@@ -116,19 +133,30 @@ def vllm(size: str, folder: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vllm", action="store_true", help="vLLM in process alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     print("| Parameters | Way | MB | write, ms | load, ms |\n| --- | --- | --- | --- | --- |")
     for size, (hidden, layers) in SIZES.items():
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             make_tiny_model(folder, hidden=hidden, layers=layers)
             plain(size, folder, args.rounds)
-            (vllm(size, folder, args.rounds) if args.vllm else servers(size, folder, Path(place), args.rounds))
+            (
+                vllm(size, folder, args.rounds)
+                if args.vllm
+                else servers(size, folder, Path(place), args.rounds)
+            )
 
 
 if __name__ == "__main__":

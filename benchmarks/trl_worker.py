@@ -1,4 +1,6 @@
-"""TRL's side, run by an environment of its own: GRPOTrainer's own loop, stopped after each step until the next one is asked for."""
+"""TRL's side, run by an environment of its own: GRPOTrainer's own loop, stopped after each step until the
+next one is asked for.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class GateCallback(TrainerCallback):
-    """Waits at the end of each step; from one wait to the next is a step with all that the loop does around it."""
+    """Waits at the end of each step; from one wait to the next is a step with all that the loop does around
+    it.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -81,13 +85,24 @@ def main() -> None:
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"},
     )
-    prompts = load_dataset("json", data_files=str(work.prompts), split="train", cache_dir=f"{work.folder}/datasets")
+    prompts = load_dataset(
+        "json", data_files=str(work.prompts), split="train", cache_dir=f"{work.folder}/datasets"
+    )
     trainer = TimedTrainer(
-        model=str(work.model), args=args, reward_funcs=share_of_vowels, train_dataset=prompts, callbacks=[GateCallback(gate)]
+        model=str(work.model),
+        args=args,
+        reward_funcs=share_of_vowels,
+        train_dataset=prompts,
+        callbacks=[GateCallback(gate)],
     )
     trainer.train()
-    columns = zip(trainer.generate_s, trainer.noted["completions/mean_length"], trainer.noted["reward"], strict=True)
-    steps = [{"phases": {"generate": s}, "answer_tokens": tokens, "reward": reward} for s, tokens, reward in columns]
+    columns = zip(
+        trainer.generate_s, trainer.noted["completions/mean_length"], trainer.noted["reward"], strict=True
+    )
+    steps = [
+        {"phases": {"generate": s}, "answer_tokens": tokens, "reward": reward}
+        for s, tokens, reward in columns
+    ]
     names = ("trl", "torch", "transformers", "accelerate")
     gate.answer({"versions": {name: version(name) for name in names}, "steps": steps})
 

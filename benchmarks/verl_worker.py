@@ -51,11 +51,20 @@ def main() -> None:
     trainer = GatedTrainer(load_config("grpo", given), reward_fn=share_of_vowels)
     pool = pool_of(trainer.rollout)
     # Those that are servers of this run have a process.
-    gate.servers = [member.engine.pid for member in pool.members if isinstance(member.engine, EmbeddedServer)] if pool else []
+    gate.servers = (
+        [member.engine.pid for member in pool.members if isinstance(member.engine, EmbeddedServer)]
+        if pool
+        else []
+    )
     gate.clocks |= {"server_cpu_s": lambda: sum(map(cpu_seconds, gate.servers))}
     trainer.gate = gate
     steps = trainer.fit()[: work.steps]
-    gate.answer({"versions": {name: version(name) for name in ("verl", "torch", "transformers")}, "steps": [_measured(s) for s in steps]})
+    gate.answer(
+        {
+            "versions": {name: version(name) for name in ("verl", "torch", "transformers")},
+            "steps": [_measured(s) for s in steps],
+        }
+    )
 
 
 def cpu_seconds(pid: int) -> float:
@@ -67,7 +76,11 @@ def cpu_seconds(pid: int) -> float:
 
 def _measured(metrics: Metrics) -> dict[str, Any]:
     return {
-        "phases": {name.removeprefix("time/").removesuffix("_s"): s for name, s in metrics.items() if name.startswith("time/")},
+        "phases": {
+            name.removeprefix("time/").removesuffix("_s"): s
+            for name, s in metrics.items()
+            if name.startswith("time/")
+        },
         "answer_tokens": metrics["response_tokens"],
         "prompt_tokens": metrics["prompt_tokens"],
         "reward": metrics["reward"],

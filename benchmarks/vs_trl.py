@@ -1,7 +1,8 @@
-"""Seconds of a GRPO step of this project beside TRL's, on the same model, prompts and lengths, with one thread each, alternating.
+"""Seconds of a GRPO step of this project beside TRL's, on the same model, prompts and lengths, with one
+thread each, alternating.
 
-TRL gets an environment of its own, made on the first run. One process per side lives through the whole run; while one
-does a step the other one waits, so both see the same machine.
+TRL gets an environment of its own, made on the first run. One process per side lives through the whole run;
+while one does a step the other one waits, so both see the same machine.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ WARMUP_STEPS = 3
 
 
 def measure(python: Path, work: Workload) -> dict[str, Any]:
-    """Alternates steps of the two sides; their seconds, step by step and without the warm-up, and their reports."""
+    """Alternates steps of the two sides; their seconds, step by step and without the warm-up, and their
+    reports.
+    """
     load_before = os.getloadavg()
-    with Side("verl", Path(sys.executable), work) as ours, Side("trl", python, replace(work, name="trl")) as theirs:
+    with (
+        Side("verl", Path(sys.executable), work) as ours,
+        Side("trl", python, replace(work, name="trl")) as theirs,
+    ):
         sides = (ours, theirs)
         for side in sides:
             side.answer()
@@ -53,7 +59,9 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
     for name, report in measured["reports"].items():
         steps = report["steps"][WARMUP_STEPS:]
         result[name] = {
-            "phases": {phase: statistics.median(s["phases"][phase] for s in steps) for phase in steps[0]["phases"]},
+            "phases": {
+                phase: statistics.median(s["phases"][phase] for s in steps) for phase in steps[0]["phases"]
+            },
             "answer_tokens": statistics.mean(s["answer_tokens"] for s in steps),
             "first_rewards": statistics.mean(s["reward"] for s in report["steps"][:3]),
             "last_rewards": statistics.mean(s["reward"] for s in report["steps"][-3:]),
@@ -76,7 +84,9 @@ def report_lines(result: dict[str, Any], work: Workload) -> list[str]:
             low, middle, high = times[name]
             lines.append(f"{title:<21}{name:<5} median {middle:.4f}  quartiles {low:.4f} to {high:.4f}")
         pairs = times["median_of_pairwise_ratios"]
-        lines.append(f"{title:<21}ratio verl / trl {times['ratio_of_medians']:.3f} of medians, {pairs:.3f} median of pairs")
+        lines.append(
+            f"{title:<21}ratio verl / trl {times['ratio_of_medians']:.3f} of medians, {pairs:.3f} median of pairs"
+        )
     for name in ("verl", "trl"):
         side = result[name]
         phases = ", ".join(f"{phase} {seconds:.4f}" for phase, seconds in side["phases"].items())
@@ -95,15 +105,26 @@ def main() -> int:
     parser.add_argument("--env", type=Path, default=TRL_FOLDER, help="folder of TRL's environment")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each side")
     parser.add_argument("--most", type=float, default=0.7, help="largest ratio of medians that is a success")
-    parser.add_argument("--trl-keeps-activations", action="store_true", help="turn TRL's default off that recomputes activations")
+    parser.add_argument(
+        "--trl-keeps-activations",
+        action="store_true",
+        help="turn TRL's default off that recomputes activations",
+    )
     parser.add_argument("--json", type=Path, help="file for all figures, each step's too")
     options = parser.parse_args()
     python = trl_python(options.env.resolve())
     with tempfile.TemporaryDirectory() as folder:
-        work = Workload(folder, steps=WARMUP_STEPS + options.rounds, trl_checkpointing=not options.trl_keeps_activations)
+        work = Workload(
+            folder, steps=WARMUP_STEPS + options.rounds, trl_checkpointing=not options.trl_keeps_activations
+        )
         parameters = write_workload(work, num_prompts=(work.steps + 2) * work.num_prompts)
         measured = measure(python, work)
-    result = {"date": date.today().isoformat(), "machine": machine(), "parameters": parameters, "raw": measured["seconds"]}
+    result = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "parameters": parameters,
+        "raw": measured["seconds"],
+    }
     result |= {name: measured[name] for name in ("load_before", "load_after")} | summary(measured)
     print("\n".join(report_lines(result, work)))
     if options.json:

@@ -1,4 +1,6 @@
-"""What the documentation takes from the code and the benchmarks: settings, the reference of every module, learning curves."""
+"""What the documentation takes from the code and the benchmarks: settings, the reference of every module,
+learning curves.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def modules(package: str) -> list[str]:
 def pages() -> dict[str, str]:
     """Page -> its Markdown."""
     reference = {f"reference/{package}.md": (f"verl.{package}", modules(package)) for package in PACKAGES}
-    texts = {page: "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)]) for page, (title, names) in reference.items()}
+    texts = {
+        page: "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])
+        for page, (title, names) in reference.items()
+    }
     return {"reference/settings.md": settings_markdown(), **texts}
 
 
@@ -63,7 +68,9 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`, and those of all for `<!-- curves: all -->`."""
+    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`, and those of all for
+    `<!-- curves: all -->`.
+    """
     markdown = re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- curves: all -->$", lambda _: curves(), markdown, flags=re.MULTILINE)
 
@@ -80,22 +87,35 @@ def runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
 def curve(recipe: str) -> str:
     """A drawing per task and a table of what was measured, as Markdown."""
     tasks = sorted({task for _, task in runs()})
-    lines = ["| task | accuracy before | after, mean (min to max) of the seeds | |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| task | accuracy before | after, mean (min to max) of the seeds | |",
+        "| --- | --- | --- | --- |",
+    ]
     for task in tasks:
         if measured := runs().get((recipe, task)):
             before, after = ([row[name] for row in measured] for name in ("before", "after"))
             figures = f"{statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
-            lines.append(f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |")
+            lines.append(
+                f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |"
+            )
     link = "[What was run](../benchmarks.md#every-recipe)"
-    return "\n".join(lines) + f"\n\nThe accuracy of the sampled answers over the run, `{recipe}` in blue before `grpo` in grey. {link}."
+    return (
+        "\n".join(lines)
+        + f"\n\nThe accuracy of the sampled answers over the run, `{recipe}` in blue before `grpo` in grey. {link}."
+    )
 
 
 def curves() -> str:
     """A table of all recipes with their curves, the best of the first task first, as Markdown."""
     tasks = sorted({task for _, task in runs()})
-    lines = ["| recipe | " + " | ".join(f"`{task}` | " for task in tasks) + "|", "| --- | " + " | ".join("--- | ---" for _ in tasks) + " |"]
+    lines = [
+        "| recipe | " + " | ".join(f"`{task}` | " for task in tasks) + "|",
+        "| --- | " + " | ".join("--- | ---" for _ in tasks) + " |",
+    ]
     mean = {key: statistics.fmean(row["after"] for row in measured) for key, measured in runs().items()}
-    for recipe in sorted({recipe for recipe, _ in runs()}, key=lambda recipe: -mean.get((recipe, tasks[0]), 0)):
+    for recipe in sorted(
+        {recipe for recipe, _ in runs()}, key=lambda recipe: -mean.get((recipe, tasks[0]), 0)
+    ):
         cells = [f"[`{recipe}`](algorithms/{recipe}.md)"]
         for task in tasks:
             after = [row["after"] for row in runs().get((recipe, task), [])]
@@ -112,7 +132,11 @@ def drawing(recipe: str, task: str) -> str:
         curves = [row["accuracies"] for row in runs().get((name, task), [])]
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
         smooth = [statistics.fmean(mean[max(0, i - 4) : i + 1]) for i in range(len(mean))]
-        points = " ".join(f"{200 * i / max(1, len(smooth) - 1):.0f},{60 - 58 * value:.1f}" for i, value in enumerate(smooth))
+        points = " ".join(
+            f"{200 * i / max(1, len(smooth) - 1):.0f},{60 - 58 * value:.1f}" for i, value in enumerate(smooth)
+        )
         paths.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
     frame = '<rect x="0" y="0" width="200" height="61" fill="none" stroke="#8884"/>'
-    return f'<svg width="200" height="62" role="img" aria-label="learning curve">{frame}{"".join(paths)}</svg>'
+    return (
+        f'<svg width="200" height="62" role="img" aria-label="learning curve">{frame}{"".join(paths)}</svg>'
+    )

@@ -1,7 +1,8 @@
-"""A training engine from outside of verl: DeepSpeed ZeRO-3 behind the verbs of `TrainEngine`; see docs/deepspeed.md.
+"""A training engine from outside of verl: DeepSpeed ZeRO-3 behind the verbs of `TrainEngine`; see
+docs/deepspeed.md.
 
-`placement.policy={engine: {name: "examples.deepspeed_engine:deepspeed_engine"}}` takes it; options go to DeepSpeed's section
-`zero_optimization` as they are.
+`placement.policy={engine: {name: "examples.deepspeed_engine:deepspeed_engine"}}` takes it; options go to
+DeepSpeed's section `zero_optimization` as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from torch.distributed.tensor import DTensor, Shard
 from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save
-from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model, save_model, value_model
+from verl.engines.hf.models import (
+    Backbone,
+    PolicyModel,
+    RewardModel,
+    load_language_model,
+    load_reward_model,
+    save_model,
+    value_model,
+)
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.tensor_parallel import Meshes, make_meshes
 from verl.utils.sampling_types import Prompt
@@ -40,14 +49,17 @@ from verl.weight_sync.layout import Bounds, Piece, sizes
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# DeepSpeed puts its own in this place, for the whole process; here it has it while its model computes, and DTensors have PyTorch's.
+# DeepSpeed puts its own in this place, for the whole process; here it has it while its model computes, and
+# DTensors have PyTorch's.
 _LINEAR = nn.functional.linear
 # A parameter stays whole as long as this is among the modules that use it; DeepSpeed numbers those from 0.
 _KEPT = -1
 
 
 class Policy(PolicyModel):
-    """A policy whose head is used without DeepSpeed's hooks: how often it is, chunk by chunk, differs between ranks."""
+    """A policy whose head is used without DeepSpeed's hooks: how often it is, chunk by chunk, differs between
+    ranks.
+    """
 
     def logits(self, states: Tensor) -> Tensor:
         """See `PolicyModel.logits`."""
@@ -64,24 +76,37 @@ def deepspeed_engine(
     device: torch.device,
     total_updates: int | None,
 ) -> DeepSpeedForwardEngine:
-    """The engine of a model that ZeRO-3 spreads over all ranks; its arguments are those of `verl.engines.fsdp.sharded_engine`.
+    """The engine of a model that ZeRO-3 spreads over all ranks; its arguments are those of
+    `verl.engines.fsdp.sharded_engine`.
 
     Each rank reads the whole model into the memory of its host once, and keeps its share.
 
     Raises:
         ValueError: sizes or precisions that this example does not have.
     """
-    if parallel.model_copy(update={"engine": None, "offload": False}) != ParallelConfig().model_copy(update={"engine": None}):
-        raise ValueError(f"need no sizes in placement for this engine, every rank is a data rank, got {parallel}")
+    if parallel.model_copy(update={"engine": None, "offload": False}) != ParallelConfig().model_copy(
+        update={"engine": None}
+    ):
+        raise ValueError(
+            f"need no sizes in placement for this engine, every rank is a data rank, got {parallel}"
+        )
     if parallel.engine.options.get("stage", 3) != 3:
         raise ValueError(f"need ZeRO stage 3 for this engine, got {parallel.engine.options['stage']}")
     if role.precision == "fp16" or role.lora.rank:
-        raise ValueError(f"need precision fp32 or bf16 and no LoRA for this engine, got {role.precision} and rank {role.lora.rank}")
-    transformer = load_reward_model(source, new_head=False) if kind == "reward" else load_language_model(source)
+        raise ValueError(
+            f"need precision fp32 or bf16 and no LoRA for this engine, got {role.precision} and rank {role.lora.rank}"
+        )
+    transformer = (
+        load_reward_model(source, new_head=False) if kind == "reward" else load_language_model(source)
+    )
     if kind == "value":
         model: Backbone = value_model(transformer, role.precision)
     else:
-        model = RewardModel(transformer, role.precision) if kind == "reward" else Policy(transformer, role.precision)
+        model = (
+            RewardModel(transformer, role.precision)
+            if kind == "reward"
+            else Policy(transformer, role.precision)
+        )
     model.check_forward()
     meshes = make_meshes(ParallelConfig(), device)
     if total_updates is None:
@@ -92,13 +117,23 @@ def deepspeed_engine(
 class DeepSpeedForwardEngine(LocalForwardEngine):
     """A model that is only read, its parameters divided over the ranks (ZeRO-3)."""
 
-    def __init__(self, model: Backbone, config: RoleConfig, parallel: ParallelConfig, meshes: Meshes, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        config: RoleConfig,
+        parallel: ParallelConfig,
+        meshes: Meshes,
+        *,
+        device: torch.device,
+    ) -> None:
         self.model = model
         self.model.eval()
         self.model.compute_device = device
         self.places, self.mesh = meshes.places, meshes.mesh
         self._config, self._parallel, self._meshes = config, parallel, meshes
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.transformer.named_parameters()}
+        self._shapes = {
+            name: tuple(parameter.shape) for name, parameter in model.transformer.named_parameters()
+        }
         self._begin(device)
 
     def _begin(self, device: torch.device) -> None:
@@ -116,12 +151,19 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
             "zero_optimization": {"stage": 3, **offload, **self._parallel.engine.options},
         }
         if self._config.precision == "bf16":
-            # No modules named: weights are gathered and gradients summed in fp32, so that whole weights are those that train.
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+            # No modules named: weights are gathered and gradients summed in fp32, so that whole weights are
+            # those that train.
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
         # What DeepSpeed's own launcher would set: a rank of a Ray pool sees its device alone.
         os.environ.setdefault("LOCAL_RANK", str(self.model.device.index or 0))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-        engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        engine = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
         self._linear, nn.functional.linear = nn.functional.linear, _LINEAR
         return engine
 
@@ -165,11 +207,15 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         return {piece.home: home for piece, home in self._boxes()}
 
     def _parameters(self) -> dict[str, Any]:
-        """Those of the Hugging Face model, with what DeepSpeed adds to them: `ds_tensor` is the share of this rank."""
+        """Those of the Hugging Face model, with what DeepSpeed adds to them: `ds_tensor` is the share of this
+        rank.
+        """
         return dict(self.model.transformer.named_parameters())
 
     def _boxes(self) -> Iterator[tuple[Piece, Tensor]]:
-        """A share is a range of a tensor's elements, which is a few boxes: a part of a row, whole rows, a part of a row."""
+        """A share is a range of a tensor's elements, which is a few boxes: a part of a row, whole rows, a
+        part of a row.
+        """
         for name, parameter in self._parameters().items():
             start, stop = _own_range(parameter)
             place = 0
@@ -197,7 +243,8 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
             self._backward(loss)
 
     def _backward(self, loss: Tensor) -> None:
-        # DeepSpeed divides by the number of ranks; a loss is a sum over all rows of an update, so are its gradients.
+        # DeepSpeed divides by the number of ranks; a loss is a sum over all rows of an update, so are its
+        # gradients.
         with self._until_backward:
             self._deepspeed.backward(loss * dist.get_world_size())
 
@@ -209,7 +256,14 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
     accumulates = False
 
     def __init__(
-        self, model: Backbone, config: RoleConfig, parallel: ParallelConfig, meshes: Meshes, *, device: torch.device, total_updates: int
+        self,
+        model: Backbone,
+        config: RoleConfig,
+        parallel: ParallelConfig,
+        meshes: Meshes,
+        *,
+        device: torch.device,
+        total_updates: int,
     ) -> None:
         self._total_updates = total_updates
         # A group for each model: two that are saved at once would answer each other.
@@ -227,7 +281,9 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
 
     def _step(self) -> float:
         # Of this engine: DeepSpeed's has a number where a gradient has none, and would step.
-        squares = sum(_own_part(p, safe_get_local_grad(p)).double().square().sum() for p in self.model.parameters())
+        squares = sum(
+            _own_part(p, safe_get_local_grad(p)).double().square().sum() for p in self.model.parameters()
+        )
         assert isinstance(squares, Tensor)
         dist.all_reduce(squares)
         norm = math.sqrt(float(squares))
@@ -241,7 +297,9 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         return super()._skipped(what, rows)
 
     def _culprits(self, batch: Batch, rows: Any, objective: Any) -> list[int]:
-        return batch.row_ids[list(rows)].tolist()  # A forward pass of each row alone would need the other ranks.
+        return batch.row_ids[
+            list(rows)
+        ].tolist()  # A forward pass of each row alone would need the other ranks.
 
     def save(self, folder: Path) -> Callable[[], None]:
         """See `TrainEngine.save`; each rank writes its share."""
@@ -261,7 +319,9 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
             state = self._state()
             dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
         except (OSError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-            raise ValueError(f"cannot go on from {folder}: {error}; start with `checkpoint.resume=never`") from error
+            raise ValueError(
+                f"cannot go on from {folder}: {error}; start with `checkpoint.resume=never`"
+            ) from error
         for name, parameter in self.model.named_parameters():
             self._take(parameter, *(state[key].to_local() for key in _keys(name) if key in state))
         self._go_on(progress)
@@ -282,11 +342,17 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         named: dict[str, Any] = dict(self.model.named_parameters())
         for name, parameter in named.items():
             parts = [safe_get_local_fp32_param(parameter)]
-            parts += [safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS if self._optimizer.state]
+            parts += [
+                safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS if self._optimizer.state
+            ]
             for key, part in zip(_keys(name), parts, strict=False):
                 size = torch.Size([parameter.ds_numel])
-                own = _own_part(parameter, part).clone()  # A view that begins elsewhere cannot be saved as a DTensor on the CPU.
-                state[key] = DTensor.from_local(own, self._meshes.data, [Shard(0)], run_check=False, shape=size, stride=(1,))
+                own = _own_part(
+                    parameter, part
+                ).clone()  # A view that begins elsewhere cannot be saved as a DTensor on the CPU.
+                state[key] = DTensor.from_local(
+                    own, self._meshes.data, [Shard(0)], run_check=False, shape=size, stride=(1,)
+                )
         return state
 
 
@@ -322,7 +388,9 @@ def _own_part(parameter: Any, part: Tensor) -> Tensor:
 
 
 def _padded(parameter: Any, part: Tensor) -> Tensor:
-    return nn.functional.pad(part.to(parameter.ds_tensor.device), (0, parameter.ds_tensor.numel() - part.numel()))
+    return nn.functional.pad(
+        part.to(parameter.ds_tensor.device), (0, parameter.ds_tensor.numel() - part.numel())
+    )
 
 
 def _boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bounds]:
@@ -336,5 +404,7 @@ def _boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bounds]
             start = last * row
         else:
             end = min(stop, (first + 1) * row)
-            yield from (((first, first + 1), *rest) for rest in _boxes_of(shape[1:], offset, end - first * row))
+            yield from (
+                ((first, first + 1), *rest) for rest in _boxes_of(shape[1:], offset, end - first * row)
+            )
             start = end

@@ -1,4 +1,6 @@
-"""What every test shares: one thread, no model hub, and properties that are tried on the same examples in every run."""
+"""What every test shares: one thread, no model hub, and properties that are tried on the same examples in
+every run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 import torch
 from hypothesis import settings
 
-# Read by Hugging Face libraries at import; a test that reaches for the network fails at once instead of waiting.
+# Read by Hugging Face libraries at import; a test that reaches for the network fails at once instead of
+# waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Small products on two threads cost more than on one, and their sums depend on the split.
 torch.set_num_threads(1)

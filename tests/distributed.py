@@ -1,4 +1,6 @@
-"""Several processes that form one world over gloo, for tests: started together, ended together, whatever happens."""
+"""Several processes that form one world over gloo, for tests: started together, ended together, whatever
+happens.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def on_ranks(function: str, num_ranks: int, *args: Any, limit_s: float = 150.0) 
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         world = (num_ranks, port, folder)
-        ranks = [context.Process(target=_rank, args=(function, rank, world, args), daemon=True) for rank in range(num_ranks)]
+        ranks = [
+            context.Process(target=_rank, args=(function, rank, world, args), daemon=True)
+            for rank in range(num_ranks)
+        ]
         for process in ranks:
             process.start()
         try:
@@ -55,7 +60,9 @@ def _rank(function: str, rank: int, world: tuple[int, int, str], args: tuple[Any
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks
+        )
         module, _, name = function.partition(":")
         result = getattr(importlib.import_module(module), name)(*args)
         torch.save(result, f"{folder}/part-result-{rank}")

@@ -1,4 +1,6 @@
-"""Every recipe has its page, every page its place, and every function of a table its line on the page of all algorithms."""
+"""Every recipe has its page, every page its place, and every function of a table its line on the page of all
+algorithms.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,19 @@ def pages(nav: Any) -> Iterator[str]:
 def rows(section: str) -> dict[str, list[str]]:
     """The table of a section of the index: name in code at its start -> cells."""
     text = INDEX.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith(("| `", "| [`"))]
-    found = {cells[0].strip(" []").split("`")[1]: cells for cells in lines if not cells[0].startswith("`algorithm.")}
-    assert len(found) == sum(not cells[0].startswith("`algorithm.") for cells in lines), f"a name twice in {section}"
+    lines = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith(("| `", "| [`"))
+    ]
+    found = {
+        cells[0].strip(" []").split("`")[1]: cells
+        for cells in lines
+        if not cells[0].startswith("`algorithm.")
+    }
+    assert len(found) == sum(not cells[0].startswith("`algorithm.") for cells in lines), (
+        f"a name twice in {section}"
+    )
     return found
 
 
@@ -76,7 +88,10 @@ def test_the_row_of_a_recipe_says_what_it_chooses(recipe):
     chosen = load_config(recipe).algorithm
     assert link == f"[`{recipe}`]({recipe}.md)"
     assert advantage.startswith(f"`{chosen.advantage.name}`") or advantage == "none is read"
-    assert policy_loss.startswith(f"`{chosen.policy_loss.name}`") and aggregation == f"`{chosen.aggregation.name}`"
+    assert (
+        policy_loss.startswith(f"`{chosen.policy_loss.name}`")
+        and aggregation == f"`{chosen.aggregation.name}`"
+    )
     if chosen.kl.where != "off":
         assert kl == f"{chosen.kl.where}, `{chosen.kl.estimator.name}`"
     else:
@@ -96,5 +111,12 @@ def test_links_between_pages_lead_to_pages():
 
 def test_a_constant_length_in_a_recipe_is_that_of_its_longest_answer():
     configs = {recipe: load_config(recipe) for recipe in METHODS}
-    lengths = {recipe: c.algorithm.aggregation.options["length"] for recipe, c in configs.items() if c.algorithm.aggregation.options}
-    assert lengths == {recipe: configs[recipe].sampling.max_tokens for recipe in lengths} and {"dr_grpo", "dppo"} <= lengths.keys()
+    lengths = {
+        recipe: c.algorithm.aggregation.options["length"]
+        for recipe, c in configs.items()
+        if c.algorithm.aggregation.options
+    }
+    assert (
+        lengths == {recipe: configs[recipe].sampling.max_tokens for recipe in lengths}
+        and {"dr_grpo", "dppo"} <= lengths.keys()
+    )

@@ -1,8 +1,8 @@
 """Every command and program of the README and the documentation runs as printed.
 
-A page is run from top to bottom in one folder of its own, so a block finds the files of the blocks before it. The language decides:
-bash and python blocks run, a yaml block is a valid configuration; one with a title is a file, written under that name. A comment in
-front of a block takes it out: `<!-- no-run: why -->`.
+A page is run from top to bottom in one folder of its own, so a block finds the files of the blocks before it.
+The language decides: bash and python blocks run, a yaml block is a valid configuration; one with a title is a
+file, written under that name. A comment in front of a block takes it out: `<!-- no-run: why -->`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,17 @@ def run(block: Block, folder: Path) -> None:
     elif not block.title:
         command = [*RUN[block.language], block.code]
         result = subprocess.run(
-            command, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+            command,
+            cwd=folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
         )
-        assert result.returncode == 0, f"line {block.line} ended with {result.returncode}\n{block.code}\n{result.stdout}{result.stderr}"
+        assert result.returncode == 0, (
+            f"line {block.line} ended with {result.returncode}\n{block.code}\n{result.stdout}{result.stderr}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -84,12 +92,17 @@ def test_every_fence_is_understood(page):
     text = page.read_text(encoding="utf-8")
     found = blocks(text)
     assert 2 * len(found) == len(re.findall(r"^ *```", text, re.MULTILINE))
-    assert [(b.line, b.language, b.rest) for b in found if b.language not in {*RUN, "yaml", "text"} or b.rest] == []
+    assert [
+        (b.line, b.language, b.rest) for b in found if b.language not in {*RUN, "yaml", "text"} or b.rest
+    ] == []
 
 
 def test_the_first_commands_of_the_readme_start_and_check_the_project():
     first = next(block for block in blocks(PAGES[0].read_text(encoding="utf-8")) if block.language == "bash")
-    assert [line.split("#")[0].strip() for line in first.code.splitlines()] == ["make quickstart", "make test"]
+    assert [line.split("#")[0].strip() for line in first.code.splitlines()] == [
+        "make quickstart",
+        "make test",
+    ]
 
 
 def test_a_block_that_fails_is_reported(tmp_path):

@@ -16,7 +16,9 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 def output_of(program: str, *given: str, cwd: Path) -> list[str]:
     """The lines that a program prints; it must end well."""
-    paths = os.pathsep.join([str(Path(verl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join(
+        [str(Path(verl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(PROGRAMS / program), *given]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

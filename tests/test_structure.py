@@ -89,15 +89,26 @@ def over_all(check) -> list[str]:
 def test_a_module_imports_only_from_its_own_floor_or_a_lower_one():
     def upward(path: str, tree: ast.AST) -> Iterator[str]:
         floor = FLOORS[Path(path).parts[0].removesuffix(".py")]
-        return (f"floor {floor} imports {name}" for name in imported(tree) if FLOORS.get(name.split(".")[1], 99) > floor)
+        return (
+            f"floor {floor} imports {name}"
+            for name in imported(tree)
+            if FLOORS.get(name.split(".")[1], 99) > floor
+        )
 
-    found = [f"verl/{path}: {message}" for path, tree in TREES.items() if path != "__init__.py" for message in upward(path, tree)]
+    found = [
+        f"verl/{path}: {message}"
+        for path, tree in TREES.items()
+        if path != "__init__.py"
+        for message in upward(path, tree)
+    ]
     assert found == []
 
 
 def test_the_package_itself_imports_its_parts_only_for_type_checkers():
     tree = TREES["__init__.py"]
-    guards = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    guards = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     assert list(imported(tree)) == [name for guard in guards for name in imported(guard)] != []
 
 
@@ -116,7 +127,11 @@ def test_the_version_is_read_without_any_library():
 def loaded_after(code: str) -> set[str]:
     """Modules that a fresh interpreter has loaded after the code."""
     program = f"{code}\nimport sys; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True
+        ).stdout.split()
+    )
 
 
 def test_every_public_name_exists():
@@ -124,14 +139,20 @@ def test_every_public_name_exists():
 
 
 def test_files_fit_on_500_lines():
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES
+    }
     assert {path: length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
 
 
 def test_functions_fit_on_60_lines_and_the_step_on_25():
     def too_long(path: str, tree: ast.AST) -> Iterator[str]:
         for function in functions(tree):
-            limit = MAX_STEP_LINES if path == "trainer/rl_trainer.py" and function.name == "step" else MAX_FUNCTION_LINES
+            limit = (
+                MAX_STEP_LINES
+                if path == "trainer/rl_trainer.py" and function.name == "step"
+                else MAX_FUNCTION_LINES
+            )
             length = (function.end_lineno or 0) - function.lineno + 1
             if length > limit:
                 yield f"{function.name} has {length} lines, at most {limit}"
@@ -140,19 +161,37 @@ def test_functions_fit_on_60_lines_and_the_step_on_25():
 
 
 def test_blocks_nest_at_most_three_deep():
-    assert over_all(lambda _, tree: [f"{f.name} nests {nesting(f)} deep" for f in functions(tree) if nesting(f) > MAX_NESTING]) == []
+    assert (
+        over_all(
+            lambda _, tree: [
+                f"{f.name} nests {nesting(f)} deep" for f in functions(tree) if nesting(f) > MAX_NESTING
+            ]
+        )
+        == []
+    )
 
 
 def test_no_import_hides_in_a_function():
     def hidden(_: str, tree: ast.AST) -> Iterator[str]:
         for function in functions(tree):
-            yield from (f"{function.name}: {ast.unparse(node)}" for node in ast.walk(function) if isinstance(node, IMPORTS))
+            yield from (
+                f"{function.name}: {ast.unparse(node)}"
+                for node in ast.walk(function)
+                if isinstance(node, IMPORTS)
+            )
 
     assert over_all(hidden) == []
 
 
 def test_only_the_command_line_prints():
-    assert over_all(lambda path, tree: [f"line {c.lineno}" for name, c in calls(tree) if name == "print" and path != "cli/main.py"]) == []
+    assert (
+        over_all(
+            lambda path, tree: [
+                f"line {c.lineno}" for name, c in calls(tree) if name == "print" and path != "cli/main.py"
+            ]
+        )
+        == []
+    )
 
 
 def test_there_are_at_most_150_settings():
@@ -164,9 +203,18 @@ def test_every_module_class_and_public_function_says_what_it_is():
     def silent(path: str, tree: ast.Module) -> Iterator[str]:
         if tree.body and not ast.get_docstring(tree):
             yield "no docstring"
-        scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
-        members = (node for scope in scopes for node in scope.body if isinstance(node, (*FUNCTIONS, ast.ClassDef)))
-        yield from (f"{m.name} has no docstring" for m in members if not m.name.startswith("_") and not ast.get_docstring(m))
+        scopes = [
+            tree,
+            *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")),
+        ]
+        members = (
+            node for scope in scopes for node in scope.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        )
+        yield from (
+            f"{m.name} has no docstring"
+            for m in members
+            if not m.name.startswith("_") and not ast.get_docstring(m)
+        )
 
     assert over_all(silent) == []
 
@@ -182,7 +230,11 @@ def test_there_are_recipes():
 
 def is_safe_loader(loader: str, tree: ast.AST) -> bool:
     """Whether a YAML loader is PyYAML's safe one, or a class of the file that derives from it."""
-    own = {node.name: ast.unparse(node.bases[0]) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases}
+    own = {
+        node.name: ast.unparse(node.bases[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.bases
+    }
     return own.get(loader, loader).rpartition(".")[2] in {"SafeLoader", "CSafeLoader"}
 
 
@@ -209,6 +261,11 @@ def test_the_checks_see_what_they_look_for():
     tree = ast.parse(deep + "from verl import cli\nimport verl.data.batch\n")
     assert nesting(next(functions(tree))) == 4
     assert list(imported(tree)) == ["verl.cli", "verl.data.batch"]
-    bad = ["torch.load(f)", "pickle.loads(b)", "load(trust_remote_code=True)", "yaml.load(f, Loader=yaml.Loader)"]
+    bad = [
+        "torch.load(f)",
+        "pickle.loads(b)",
+        "load(trust_remote_code=True)",
+        "yaml.load(f, Loader=yaml.Loader)",
+    ]
     good = ["torch.load(f, weights_only=True)", "yaml.load(f, Loader=yaml.SafeLoader)"]
     assert [len(list(unsafe_calls(ast.parse(line)))) for line in bad + good] == [1, 1, 1, 1, 0, 0]

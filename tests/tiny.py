@@ -35,7 +35,8 @@ _LATENT = {
     "first_k_dense_replace": 1,
 }
 
-# Name -> model type of Transformers and what differs from the common sizes: grouped heads and tied ones unless said.
+# Name -> model type of Transformers and what differs from the common sizes: grouped heads and tied ones
+# unless said.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2_untied_mha": ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
@@ -46,7 +47,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _GEMMA),
     "gemma2": (
         "gemma2",
-        {**_GEMMA, **_WINDOWED, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 32},
+        {
+            **_GEMMA,
+            **_WINDOWED,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 32,
+        },
     ),
     "gemma3": ("gemma3_text", {**_GEMMA, **_WINDOWED, "query_pre_attn_scalar": 32}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
@@ -55,7 +62,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_transformer(family: str = "qwen2", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A fresh random model of a family of `FAMILIES` (or any model type of Transformers), hidden 32, 2 layers."""
+    """A fresh random model of a family of `FAMILIES` (or any model type of Transformers), hidden 32, 2
+    layers.
+    """
     model_type, own = FAMILIES.get(family, (family, {}))
     tokenizer = character_tokenizer()
     sizes: dict[str, Any] = {
@@ -70,15 +79,22 @@ def tiny_transformer(family: str = "qwen2", *, seed: int = 0, **changes: Any) ->
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        # Ten times the usual spread: with it distributions are far from uniform and attention is far from a mean.
+        # Ten times the usual spread: with it distributions are far from uniform and attention is far from a
+        # mean.
         "initializer_range": 0.2,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **own, **changes})).float().eval()
+        return (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **own, **changes}))
+            .float()
+            .eval()
+        )
 
 
-def tiny_policy(family: str = "qwen2", precision: Precision = "fp32", *, seed: int = 0, **changes: Any) -> PolicyModel:
+def tiny_policy(
+    family: str = "qwen2", precision: Precision = "fp32", *, seed: int = 0, **changes: Any
+) -> PolicyModel:
     """A fresh policy on `tiny_transformer`."""
     return PolicyModel(tiny_transformer(family, seed=seed, **changes), precision)
 
@@ -117,7 +133,9 @@ def batch_of(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]
     )
 
 
-def model_input(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, packed: bool = True) -> ModelInput:
+def model_input(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, packed: bool = True
+) -> ModelInput:
     """The same rows as a model reads them, on the CPU."""
     return ModelInput.from_batch(batch_of(prompts, responses), packed=packed, device=torch.device("cpu"))
 

@@ -25,7 +25,12 @@ CHARACTERS = "abcdefgh="
 _TOY = {
     "grpo": ["samples_per_prompt=4", "prompts_per_step=4"],
     "ppo": ["prompts_per_step=8", "critic.optimizer.lr=1e-3"],
-    "dapo": ["samples_per_prompt=4", "prompts_per_step=4", "algorithm.minibatches=2", "algorithm.overlong_buffer_tokens=3"],
+    "dapo": [
+        "samples_per_prompt=4",
+        "prompts_per_step=4",
+        "algorithm.minibatches=2",
+        "algorithm.overlong_buffer_tokens=3",
+    ],
 }
 # What a recipe needs from its user.
 _NEEDS = {"gdpo": ["rewards.functions=[position_share, exact]"]}
@@ -42,10 +47,18 @@ _RUN = [
 def toy_config(recipe: str, model: Path, folder: Path, *overrides: str) -> TrainerConfig:
     """A recipe at toy size on the model, over 12 prompts to copy; `folder` takes the prompts and the run."""
     prompts = write_prompts(folder / "prompts.jsonl")
-    paths = [f"policy.path={model}", f"data.train={prompts}", f"data.test={prompts}", f"output_dir={folder / 'run'}"]
+    paths = [
+        f"policy.path={model}",
+        f"data.train={prompts}",
+        f"data.test={prompts}",
+        f"output_dir={folder / 'run'}",
+    ]
     needs = [f"teacher.path={model}"] if recipe == "distillation" else _NEEDS.get(recipe, [])
     sizes = _TOY.get(recipe) or _toy_sizes(recipe)
-    return load_config({"recipe": recipe, "rewards": {"functions": ["position_share"]}}, [*sizes, *_RUN, *paths, *needs, *overrides])
+    return load_config(
+        {"recipe": recipe, "rewards": {"functions": ["position_share"]}},
+        [*sizes, *_RUN, *paths, *needs, *overrides],
+    )
 
 
 def _toy_sizes(recipe: str) -> list[str]:
@@ -65,7 +78,9 @@ def _toy_sizes(recipe: str) -> list[str]:
 
 def toy_trainer(recipe: str, model: Path, folder: Path, *overrides: str, **given: Any) -> Trainer:
     """A trainer of `toy_config` that writes to no screen, ready to step."""
-    trainer = Trainer(toy_config(recipe, model, folder, *overrides), console=Console(file=io.StringIO()), **given)
+    trainer = Trainer(
+        toy_config(recipe, model, folder, *overrides), console=Console(file=io.StringIO()), **given
+    )
     trainer.load_train_data()
     return trainer
 
@@ -89,14 +104,19 @@ def local_engine(*, seed: int = 0, **settings: Any) -> LocalEngine:
     optimizer = OptimizerConfig(**{"lr": 1e-3, "max_grad_norm": 1e9, **settings.pop("optimizer", {})})
     config = RoleConfig(optimizer=optimizer, **settings)
     return LocalEngine(
-        tiny_policy(precision=config.precision, seed=seed, initializer_range=0.05), config, device=torch.device("cpu"), total_updates=10
+        tiny_policy(precision=config.precision, seed=seed, initializer_range=0.05),
+        config,
+        device=torch.device("cpu"),
+        total_updates=10,
     )
 
 
 def rows_to_learn(*, with_padding: bool = False) -> Batch:
-    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to learn.
+    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to
+    learn.
 
-    With padding, some have it as an ordinary token, which a policy may sample; and the first token of a second half of the vocabulary.
+    With padding, some have it as an ordinary token, which a policy may sample; and the first token of a
+    second half of the vocabulary.
     """
     prompts, responses = random_prompts([3, 1, 5, 2, 4, 2]), random_prompts([4, 1, 7, 3, 2, 5], seed=1)
     if with_padding:
@@ -116,7 +136,11 @@ def rows_to_learn(*, with_padding: bool = False) -> Batch:
     batch.write("noise", torch.rand(mask.shape, generator=generator))
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25]))
     batch.write("group_ids", torch.tensor([0, 1, 0, 1, 2, 2]))
-    batch.adopt(TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(batch, one_update(list(range(6)))))
+    batch.adopt(
+        TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(
+            batch, one_update(list(range(6)))
+        )
+    )
     return batch
 
 

@@ -1,4 +1,6 @@
-"""How many groups may be in work, which make a batch, and which are too late: by hand, and on random histories."""
+"""How many groups may be in work, which make a batch, and which are too late: by hand, and on random
+histories.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def test_without_staleness_as_many_are_admitted_as_a_batch_needs_and_none_while_
 @pytest.mark.parametrize(("staleness", "before", "during"), [(1, 16, 8), (4, 40, 32)])
 def test_each_step_of_staleness_is_one_more_batch_in_work(staleness, before, during):
     rules = Admission(8, staleness)
-    assert (rules.room(5, batches=5, outstanding=0), rules.room(5, batches=6, outstanding=0)) == (before, during)
+    assert (rules.room(5, batches=5, outstanding=0), rules.room(5, batches=6, outstanding=0)) == (
+        before,
+        during,
+    )
 
 
 def test_oversampling_admits_more_but_none_that_no_batch_may_have():
@@ -88,7 +93,12 @@ def test_a_version_that_makes_a_group_too_stale_may_not_be_published():
 def test_whatever_arrives_when_no_batch_is_short_late_or_too_stale(seed):
     draw = random.Random(seed)
     size, staleness, oversample = draw.randint(1, 4), draw.randint(0, 3), draw.choice([0, 0, 1, 2])
-    rules, groups, numbers, arrivals = Admission(size, staleness, oversample), [], iter(range(10_000)), iter(range(10_000))
+    rules, groups, numbers, arrivals = (
+        Admission(size, staleness, oversample),
+        [],
+        iter(range(10_000)),
+        iter(range(10_000)),
+    )
     for version in range(12):
         left = size
         while left:

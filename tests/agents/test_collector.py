@@ -1,4 +1,6 @@
-"""From prompts to rewarded groups: every form of a prompt, failures, dead groups, length shaping, numbers and seeds."""
+"""From prompts to rewarded groups: every form of a prompt, failures, dead groups, length shaping, numbers and
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_an_answer_without_a_reward_is_dropped_and_counted_and_never_zero():
     assert collected.rows["rewards"].tolist() == [4, 6, 4, 6]
     assert collected.metrics["reward"] == 5
     assert collected.metrics["failed_share"] == 0.5
-    assert (collected.metrics["outcome/reward_error"], collected.metrics["outcome/reward_not_finite"]) == (2, 2)
+    assert (collected.metrics["outcome/reward_error"], collected.metrics["outcome/reward_not_finite"]) == (
+        2,
+        2,
+    )
 
 
 def test_a_step_without_any_reward_stops():
@@ -92,7 +97,9 @@ def test_a_group_is_dead_if_its_rewards_are_all_equal():
 
 def test_dynamic_sampling_replaces_dead_groups_by_fresh_prompts():
     engine = Scripted("1", "1", "1", "2", "3", "3", "4", "5")
-    collected = collector(engine, "algorithm.dynamic_sampling=true").collect(["dead", "alive"], samples=2, refill=fresh)
+    collected = collector(engine, "algorithm.dynamic_sampling=true").collect(
+        ["dead", "alive"], samples=2, refill=fresh
+    )
     assert [len(prompts) for prompts, _ in engine.calls] == [2, 1, 1]
     assert [t.reward for t in collected.trajectories] == [1, 2, 4, 5]
     assert [t.group for t in collected.trajectories] == [1, 1, 3, 3]
@@ -128,7 +135,9 @@ def test_long_answers_lose_reward_linearly_over_the_buffer():
 
 def test_answers_cut_at_the_limit_are_left_out_of_the_loss_if_asked():
     for override, counted in (("true", [[True] * 2, [False] * 8]), ("false", [[True] * 2, [True] * 8])):
-        collected = collector(Scripted("1", "100000000000"), f"algorithm.mask_truncated={override}").collect(["a"], samples=2)
+        collected = collector(Scripted("1", "100000000000"), f"algorithm.mask_truncated={override}").collect(
+            ["a"], samples=2
+        )
         assert [t.response_mask for t in collected.trajectories] == counted
         assert [t.truncated for t in collected.trajectories] == [False, True]
         assert collected.metrics["truncated_share"] == 0.5
@@ -146,9 +155,17 @@ def test_no_two_prompts_of_a_run_share_a_seed_and_no_two_runs_do():
 
 def test_sampling_settings_reach_the_engine():
     engine = Scripted("1", "2")
-    collector(engine, "sampling.temperature=0.7", "sampling.stop=[x]", "sampling.stop_ids=[9]").collect(["a"], samples=3)
+    collector(engine, "sampling.temperature=0.7", "sampling.stop=[x]", "sampling.stop_ids=[9]").collect(
+        ["a"], samples=3
+    )
     wanted = engine.calls[0][1][0]
-    assert (wanted.temperature, wanted.max_tokens, wanted.n, wanted.stop, wanted.stop_ids) == (0.7, 8, 3, ("x",), (9,))
+    assert (wanted.temperature, wanted.max_tokens, wanted.n, wanted.stop, wanted.stop_ids) == (
+        0.7,
+        8,
+        3,
+        ("x",),
+        (9,),
+    )
 
 
 def test_the_time_of_generation_and_of_rewards_is_taken_apart():
@@ -171,12 +188,16 @@ def test_a_greedy_baseline_is_one_more_answer_per_prompt_that_is_not_trained_on(
     assert collected.rows["greedy_rewards"].tolist() == [7, 7]
     (greedy,) = {(p.temperature, p.n) for p in engine.calls[1][1]}
     assert greedy == (0.0, 1)
-    assert collected.metrics["outcome/no_baseline"] == 2  # the second greedy answer has no reward, so its group cannot be used
+    assert (
+        collected.metrics["outcome/no_baseline"] == 2
+    )  # the second greedy answer has no reward, so its group cannot be used
 
 
 def test_a_length_penalty_compares_the_answers_of_a_group():
     penalty = bind(Choice(name="kimi_length"), LENGTH_PENALTIES)
-    collected = collector_with(Scripted("1", "100", "-5", "-500"), length_penalty=penalty).collect(["a"], samples=4)
+    collected = collector_with(Scripted("1", "100", "-5", "-500"), length_penalty=penalty).collect(
+        ["a"], samples=4
+    )
     # Lengths 2, 4, 3 and 5: lambda 1/2, -1/6, 1/6 and -1/2, and a wrong answer earns nothing by being short.
     assert [t.scores["length"] for t in collected.trajectories] == pytest.approx([0.5, -1 / 6, 0, -0.5])
     assert collected.rows["rewards"].tolist() == pytest.approx([1.5, 100 - 1 / 6, -5, -500.5])
@@ -184,36 +205,52 @@ def test_a_length_penalty_compares_the_answers_of_a_group():
 
 def test_an_answer_in_the_overlong_buffer_is_still_a_right_one_among_its_siblings():
     penalty = bind(Choice(name="relative_length"), LENGTH_PENALTIES)
-    collected = collector_with(Scripted("1", "1.00000"), "algorithm.overlong_buffer_tokens=4", length_penalty=penalty).collect(
-        ["a"], samples=2
-    )
+    collected = collector_with(
+        Scripted("1", "1.00000"), "algorithm.overlong_buffer_tokens=4", length_penalty=penalty
+    ).collect(["a"], samples=2)
     # Both right: lengths 2 and 8 are one deviation below and above their mean.
     assert [t.scores["length"] for t in collected.trajectories] == pytest.approx([-0.0269, -0.0731], abs=1e-4)
     assert [t.scores["overlong"] for t in collected.trajectories] == [0, -1]
 
 
 def test_each_reward_function_and_what_shapes_the_reward_are_parts_of_it():
-    overrides = ["algorithm.overlong_buffer_tokens=4", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: 0.5}]']
+    overrides = [
+        "algorithm.overlong_buffer_tokens=4",
+        'rewards.functions=[{name: "tests.agents.test_collector:long", weight: 0.5}]',
+    ]
     collected = collector_with(Scripted("1", "1234567"), *overrides).collect(["a"], samples=2)
     assert collected.rows["reward_weights"].tolist() == [[0.5, 1, 1]] * 2
     assert collected.rows["reward_parts"].tolist() == [[1, 1, 0], [7, 1234567, -1]]
 
 
 def test_a_group_of_equal_sums_is_dead_unless_the_parts_are_compared():
-    overrides = ["algorithm.dynamic_sampling=true", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]']
+    overrides = [
+        "algorithm.dynamic_sampling=true",
+        'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]',
+    ]
     shares = {}
     for by_parts in (False, True):
         # Values 1 and 2, lengths 1 and 2 that count against them: both rewards are 0.
-        collected = collector_with(Scripted("1", "02"), *overrides, by_parts=by_parts).collect(["a"], samples=2)
+        collected = collector_with(Scripted("1", "02"), *overrides, by_parts=by_parts).collect(
+            ["a"], samples=2
+        )
         shares[by_parts] = collected.metrics["dead_groups_share"]
         assert collected.rows["rewards"].tolist() == [0, 0]
     assert shares == {False: 1, True: 0}
 
 
 def test_dynamic_sampling_keeps_a_group_whose_parts_differ():
-    overrides = ["algorithm.dynamic_sampling=true", 'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]']
-    collected = collector_with(Scripted("1", "02"), *overrides, by_parts=True).collect(["a"], samples=2, refill=lambda n: ["b"] * n)
-    assert collected.metrics["resample_draws"] == 0 and collected.rows["reward_parts"].tolist() == [[1, 1], [2, 2]]
+    overrides = [
+        "algorithm.dynamic_sampling=true",
+        'rewards.functions=[{name: "tests.agents.test_collector:long", weight: -1.0}]',
+    ]
+    collected = collector_with(Scripted("1", "02"), *overrides, by_parts=True).collect(
+        ["a"], samples=2, refill=lambda n: ["b"] * n
+    )
+    assert collected.metrics["resample_draws"] == 0 and collected.rows["reward_parts"].tolist() == [
+        [1, 1],
+        [2, 2],
+    ]
 
 
 def long(prompt, response):
@@ -221,6 +258,8 @@ def long(prompt, response):
 
 
 def test_without_rewards_answers_are_kept_as_they_are():
-    collected = DataCollector(Scripted("1", "x"), tiny_codec(), None, load_config("grpo")).collect(["a"], samples=2)
+    collected = DataCollector(Scripted("1", "x"), tiny_codec(), None, load_config("grpo")).collect(
+        ["a"], samples=2
+    )
     assert "rewards" not in collected.rows and "reward" not in collected.metrics
     assert (collected.rows.num_rows, collected.metrics["failed_share"]) == (2, 0)

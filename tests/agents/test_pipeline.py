@@ -1,4 +1,6 @@
-"""Groups through the pipeline by hand: what is admitted, tried again, dropped and batched, and that the ledger knows each of them."""
+"""Groups through the pipeline by hand: what is admitted, tried again, dropped and batched, and that the
+ledger knows each of them.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class ByHand(Source):
     async def answer(self, number: int, *rewards: float | str, version: int = 0) -> None:
         """Ends a group with answers of these rewards, or outcomes without one."""
         group, future = self.asked.pop(number)
-        group.answers = group.answers or [Trajectory(group.prompt, [1], [2, 3], [True] * 2, [-1.0] * 2, [version] * 2, 0) for _ in rewards]
+        group.answers = group.answers or [
+            Trajectory(group.prompt, [1], [2, 3], [True] * 2, [-1.0] * 2, [version] * 2, 0) for _ in rewards
+        ]
         for t, reward in zip(group.answers, rewards, strict=True):
             t.reward, t.outcome = (reward, "ok") if isinstance(reward, float) else (None, reward)
         future.set_result(None)
@@ -67,7 +71,13 @@ class Bench:
         config = load_config("grpo", ["rollout.engine=served", "rollout.servers=1", *given])
         self.source, self.ledger, self.drawn, self.notes = ByHand(), Ledger(), 0, []
         self.pipeline = Pipeline(
-            self.draw, self.source, self.ledger, config.pipeline, prompts_per_step=2, waits=Waits(), replace_dead=replace_dead
+            self.draw,
+            self.source,
+            self.ledger,
+            config.pipeline,
+            prompts_per_step=2,
+            waits=Waits(),
+            replace_dead=replace_dead,
         )
 
     def draw(self, count: int) -> list[Prompt]:
@@ -172,12 +182,16 @@ async def test_a_reward_that_fails_is_asked_for_again_with_the_same_answers():
     answers = bench.source.asked[0][0].answers
     assert len(answers) == 2 and answers[1].outcome == "ok"
     await bench.source.answer(0, 1.0, 0.5)
-    await bench.source.answer(1, 1.0, "reward_not_finite")  # another try would not mend it, and one answer is left
+    await bench.source.answer(
+        1, 1.0, "reward_not_finite"
+    )  # another try would not mend it, and one answer is left
     batch = await step
     assert [len([t for t in group.answers if t.outcome == "ok"]) for group in batch.groups] == [2, 1]
 
 
-@pytest.mark.parametrize(("rule", "order", "dropped"), [("drop", [0, 1, 2], {"too_few": 1}), ("refill", [0, 1, 0], {})])
+@pytest.mark.parametrize(
+    ("rule", "order", "dropped"), [("drop", [0, 1, 2], {"too_few": 1}), ("refill", [0, 1, 0], {})]
+)
 def test_a_group_with_too_few_survivors_is_dropped_or_refilled(rule, order, dropped):
     async def scenario() -> None:
         bench = Bench(f"survivors={rule}", "survivors.least=2")
@@ -197,7 +211,10 @@ async def test_too_many_failures_in_a_row_stop_the_run_with_the_cause():
     step = await bench.begin()
     for number in range(3):
         await bench.source.fail(number, GroupError("infrastructure", "no engine serves"))
-    with pytest.raises(RuntimeError, match="3 groups failed one after the other, the last with infrastructure: no engine serves"):
+    with pytest.raises(
+        RuntimeError,
+        match="3 groups failed one after the other, the last with infrastructure: no engine serves",
+    ):
         await asyncio.wait_for(step, 5)
 
 
@@ -220,7 +237,14 @@ async def test_the_slowest_of_an_oversampled_step_are_aborted_and_counted():
     await bench.source.answer(0, 1.0, 0.0)
     assert await bench.learn(step) == [0, 2]
     assert straggler.cancelled() and bench.ledger.counts().dropped == {"straggler": 1}
-    assert bench.source.order == [0, 1, 2, 3, 4, 5]  # none of them while version 0 was current: no batch could have had it
+    assert bench.source.order == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # none of them while version 0 was current: no batch could have had it
 
 
 @in_loop
@@ -270,18 +294,28 @@ async def test_a_restart_keeps_answered_groups_and_asks_for_the_others_again_und
 async def test_what_the_trainer_and_the_generator_wait_for_has_names():
     bench = Bench()
     step = await bench.begin()
-    told = {stage.stage: stage.waits[0].what for stage in bench.pipeline._waits.snapshot().stages if stage.waits}
+    told = {
+        stage.stage: stage.waits[0].what for stage in bench.pipeline._waits.snapshot().stages if stage.waits
+    }
     assert (
-        told["training"] == "groups for the batch of version 0: it has 0, 2 are in flight, the oldest is group 0, answered since version 0"
+        told["training"]
+        == "groups for the batch of version 0: it has 0, 2 are in flight, the oldest is group 0, answered since version 0"
     )
     for number in (0, 1):
         await bench.source.answer(number, 1.0, 0.0)
     await step
-    told = {stage.stage: stage.waits[0].what for stage in bench.pipeline._waits.snapshot().stages if stage.waits}
+    told = {
+        stage.stage: stage.waits[0].what for stage in bench.pipeline._waits.snapshot().stages if stage.waits
+    }
     assert told == {"admission": "room for more groups: those within 0 steps of version 0 are answered"}
 
 
 def test_staleness_is_of_sampled_tokens():
     rows = [Trajectory(Prompt("p"), [1], [2, 3, 4], [True, False, True], [-1.0] * 3, [5, 0, 7], 0)]
     metrics = staleness_metrics(Batch.from_trajectories(rows), 7)
-    assert metrics == {"staleness/mean": 1.0, "staleness/max": 2.0, "staleness/share_0": 0.5, "staleness/share_2": 0.5}
+    assert metrics == {
+        "staleness/mean": 1.0,
+        "staleness/max": 2.0,
+        "staleness/share_0": 0.5,
+        "staleness/share_2": 0.5,
+    }

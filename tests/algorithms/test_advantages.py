@@ -1,4 +1,6 @@
-"""Advantages of whole answers by hand and against a second implementation; of the whole table, what must not change them."""
+"""Advantages of whole answers by hand and against a second implementation; of the whole table, what must not
+change them.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ UNITS = {
     "vapo_gae": 0,
 }
 UNITS |= {"rloo": 1, "opo": 1, "gpg": 1, "remax": 1, "optimal_token_baseline": 1, "grpo_turns": 0, "prime": 1}
-WITHOUT_EPS = {name: {"eps": 0.0} for name in ("grpo", "grpo_batch_std", "grpo_passk", "gdpo", "maxrl", "grpo_turns")}
+WITHOUT_EPS = {
+    name: {"eps": 0.0} for name in ("grpo", "grpo_batch_std", "grpo_passk", "gdpo", "maxrl", "grpo_turns")
+}
 
 
 def fp64(rows):
@@ -71,7 +75,9 @@ def advantages_of(name, columns, **options):
     result = bind(Choice(name=name, **options), ADVANTAGES)(columns)
     advantages = result[0] if isinstance(result, tuple) else result
     mask = columns["mask"]
-    return torch.where(mask, advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages, 0.0)
+    return torch.where(
+        mask, advantages[:, None].expand(mask.shape) if advantages.ndim == 1 else advantages, 0.0
+    )
 
 
 def per_token(columns):
@@ -85,12 +91,19 @@ def test_siblings_are_compared_only_with_each_other():
 
 
 def test_without_the_division_grpo_is_the_distance_to_the_group_mean():
-    advantages = grpo(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64), normalize_std=False)
+    advantages = grpo(
+        torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64), normalize_std=False
+    )
     assert advantages.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
 def test_rloo_compares_with_the_mean_of_the_others_and_gives_a_lone_row_nothing():
-    assert rloo(torch.tensor([3.0, 1.0, 2.0, 8.0]), torch.tensor([0, 0, 0, 1])).tolist() == [1.5, -1.5, 0.0, 0.0]
+    assert rloo(torch.tensor([3.0, 1.0, 2.0, 8.0]), torch.tensor([0, 0, 0, 1])).tolist() == [
+        1.5,
+        -1.5,
+        0.0,
+        0.0,
+    ]
 
 
 def test_opo_weighs_the_mean_by_the_number_of_sampled_tokens():
@@ -112,14 +125,20 @@ def test_maxrl_divides_by_the_rate_of_success_and_leaves_groups_without_success(
 
 
 def test_the_deviation_of_the_batch_leaves_the_weights_of_prompts_to_each_other():
-    rewards, group_ids = torch.tensor([4.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    rewards, group_ids = (
+        torch.tensor([4.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]),
+        torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
+    )
     # Distances 2, -2, 0.5, -0.5, 0.5, -0.5, 0, 0: mean square 9 / 8.
     expected = torch.tensor([2.0, -2.0, 0.5, -0.5, 0.5, -0.5, 0.0, 0.0]) / (9 / 8) ** 0.5
     torch.testing.assert_close(grpo_batch_std(rewards, group_ids, eps=0.0), expected)
 
 
 def test_only_a_single_best_answer_gets_credit_for_pass_at_k():
-    rewards, group_ids = torch.tensor([3.0, 0.0, 1.5, 2.0, 2.0, 1.0, 4.0]), torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    rewards, group_ids = (
+        torch.tensor([3.0, 0.0, 1.5, 2.0, 2.0, 1.0, 4.0]),
+        torch.tensor([0, 0, 0, 1, 1, 1, 2]),
+    )
     assert grpo_passk(rewards, group_ids, normalize_std=False).tolist() == [1.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert grpo_passk(rewards, group_ids, eps=0.0).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -139,7 +158,9 @@ def test_reinforce_pp_baseline_takes_the_scale_from_the_tokens_of_the_batch():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     advantages = reinforce_pp_baseline(torch.tensor([2.0, 0.0]), torch.tensor([0, 0]), mask)
     # Distances 1, 1, -1: mean 1/3, deviation 0.9428.
-    torch.testing.assert_close(advantages, torch.tensor([[0.7071, 0.7071, 0.0], [-1.4142, 0.0, 0.0]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        advantages, torch.tensor([[0.7071, 0.7071, 0.0], [-1.4142, 0.0, 0.0]]), atol=1e-4, rtol=0
+    )
 
 
 @given(SEEDS, st.booleans())
@@ -147,8 +168,13 @@ def test_group_advantages_agree_with_the_oracles(seed, normalize_std):
     c = random_columns(seed)
     rewards, group_ids = c["rewards"], c["group_ids"]
     lists = (rewards.tolist(), group_ids.tolist())
-    assert_near(grpo(rewards, group_ids, normalize_std=normalize_std), fp64(oracle.grpo(*lists, normalize_std)))
-    assert_near(grpo_passk(rewards, group_ids, normalize_std=normalize_std), fp64(oracle.grpo_passk(*lists, normalize_std)))
+    assert_near(
+        grpo(rewards, group_ids, normalize_std=normalize_std), fp64(oracle.grpo(*lists, normalize_std))
+    )
+    assert_near(
+        grpo_passk(rewards, group_ids, normalize_std=normalize_std),
+        fp64(oracle.grpo_passk(*lists, normalize_std)),
+    )
     assert_near(rloo(rewards, group_ids), fp64(oracle.rloo(*lists)))
     assert_near(gpg(rewards, group_ids, scale=0.5), fp64(oracle.gpg(*lists, scale=0.5)))
     assert_near(maxrl(rewards, group_ids), fp64(oracle.maxrl(*lists)))
@@ -168,7 +194,10 @@ def test_advantages_from_lengths_parts_and_batches_agree_with_the_oracles(seed):
     c = random_columns(seed)
     by_length = [c[name] for name in ("rewards", "group_ids", "mask")]
     assert_near(opo(*by_length), fp64(oracle.opo(*(column.tolist() for column in by_length))))
-    assert_near(reinforce_pp_baseline(*by_length), fp64(oracle.reinforce_pp_baseline(*(column.tolist() for column in by_length))))
+    assert_near(
+        reinforce_pp_baseline(*by_length),
+        fp64(oracle.reinforce_pp_baseline(*(column.tolist() for column in by_length))),
+    )
     parts = [c[name] for name in ("reward_parts", "reward_weights", "group_ids")]
     assert_near(gdpo(*parts), fp64(oracle.gdpo(*(column.tolist() for column in parts))))
 
@@ -188,7 +217,11 @@ def test_the_order_of_rows_and_the_names_of_groups_do_not_matter(name, seed):
 def test_padding_does_not_matter(name, seed):
     c = random_columns(seed)
     garbage = torch.full((6, 3), 1e4, dtype=torch.float64)
-    wider = c | {key: torch.cat([c[key], garbage], 1) for key in per_token(c)} | {"mask": torch.cat([c["mask"], garbage < 0], 1)}
+    wider = (
+        c
+        | {key: torch.cat([c[key], garbage], 1) for key in per_token(c)}
+        | {"mask": torch.cat([c["mask"], garbage < 0], 1)}
+    )
     advantages = advantages_of(name, wider)
     assert_near(advantages[:, :7], advantages_of(name, c))
     assert advantages[:, 7:].count_nonzero() == 0
@@ -205,7 +238,10 @@ def test_masked_positions_are_not_read(name, seed):
 @pytest.mark.parametrize("name", COMPARING)
 @given(seed=SEEDS, reward=st.floats(-10, 10, width=32))
 def test_equal_rewards_give_exactly_zero_in_fp32(name, seed, reward):
-    c = {key: column.float() if column.is_floating_point() else column for key, column in random_columns(seed).items()}
+    c = {
+        key: column.float() if column.is_floating_point() else column
+        for key, column in random_columns(seed).items()
+    }
     for key in REWARDS:
         c[key] = torch.full_like(c[key], reward)
     assert advantages_of(name, c | {"prm_logprobs": c["ref_logprobs"]}).count_nonzero() == 0
@@ -222,8 +258,15 @@ def test_a_trajectory_without_siblings_gets_nothing(name, seed):
 def test_a_reward_for_all_of_a_group_changes_nothing(name, seed, shift):
     c = random_columns(seed)
     bonus = shift * (1 + c["group_ids"].double())
-    moved = c | {key: c[key] + bonus for key in ("rewards", "greedy_rewards")} | {"reward_parts": c["reward_parts"] + bonus[:, None]}
-    assert_near(advantages_of(name, moved, **WITHOUT_EPS.get(name, {})), advantages_of(name, c, **WITHOUT_EPS.get(name, {})))
+    moved = (
+        c
+        | {key: c[key] + bonus for key in ("rewards", "greedy_rewards")}
+        | {"reward_parts": c["reward_parts"] + bonus[:, None]}
+    )
+    assert_near(
+        advantages_of(name, moved, **WITHOUT_EPS.get(name, {})),
+        advantages_of(name, c, **WITHOUT_EPS.get(name, {})),
+    )
 
 
 @pytest.mark.parametrize(("name", "power"), UNITS.items())
@@ -245,7 +288,9 @@ def test_advantages_of_a_group_sum_to_zero(name, seed):
     c = random_columns(seed)
     advantages = bind(Choice(name=name), ADVANTAGES)(c)
     sums = torch.zeros(6, dtype=torch.float64).index_add(0, c["group_ids"], advantages)
-    torch.testing.assert_close(sums, torch.zeros_like(sums), atol=1e-6 * float(1 + advantages.abs().max()), rtol=0)
+    torch.testing.assert_close(
+        sums, torch.zeros_like(sums), atol=1e-6 * float(1 + advantages.abs().max()), rtol=0
+    )
 
 
 @given(SEEDS)
@@ -259,7 +304,10 @@ def test_advantages_of_opo_sum_to_zero_over_the_tokens_of_a_group(seed):
 @EVERY_ADVANTAGE
 @pytest.mark.parametrize(("rows", "width"), [(0, 7), (3, 0), (0, 0)])
 def test_nothing_gives_nothing(name, rows, width):
-    c = {key: column[:rows, :width] if column.shape[1:2] == (7,) else column[:rows] for key, column in random_columns(0).items()}
+    c = {
+        key: column[:rows, :width] if column.shape[1:2] == (7,) else column[:rows]
+        for key, column in random_columns(0).items()
+    }
     advantages = advantages_of(name, c)
     assert advantages.shape == (rows, width) and advantages.isfinite().all()
 
@@ -276,7 +324,8 @@ def test_integer_rewards_are_refused():
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
-    [(name, "eps", -1e-6) for name in WITHOUT_EPS] + [("gpg", "scale", 0.0), ("prime", "beta", -1.0), ("vapo_gae", "alpha", 0.0)],
+    [(name, "eps", -1e-6) for name in WITHOUT_EPS]
+    + [("gpg", "scale", 0.0), ("prime", "beta", -1.0), ("vapo_gae", "alpha", 0.0)],
 )
 def test_options_out_of_bounds_are_refused_with_what_came(name, option, value):
     with pytest.raises(ValueError, match=f"need {option} .* got {option}={value}"):
@@ -284,15 +333,26 @@ def test_options_out_of_bounds_are_refused_with_what_came(name, option, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("gae", "lam"), ("gae", "gamma"), ("vapo_gae", "critic_lam"), ("reinforce_pp", "gamma"), ("prime", "gamma")]
+    ("name", "option"),
+    [
+        ("gae", "lam"),
+        ("gae", "gamma"),
+        ("vapo_gae", "critic_lam"),
+        ("reinforce_pp", "gamma"),
+        ("prime", "gamma"),
+    ],
 )
 def test_decays_above_one_are_refused(name, option):
     with pytest.raises(ValueError, match=f"{option}=1.5"):
         advantages_of(name, random_columns(0), **{option: 1.5})
 
 
-@pytest.mark.parametrize("name", ["opo", "reinforce_pp_baseline", "optimal_token_baseline", "prime", "gdpo", "grpo_turns"])
+@pytest.mark.parametrize(
+    "name", ["opo", "reinforce_pp_baseline", "optimal_token_baseline", "prime", "gdpo", "grpo_turns"]
+)
 def test_columns_with_fewer_rows_are_refused(name):
     c = random_columns(0)
     with pytest.raises(ValueError, match=r"same rows.*\(5,"):
-        advantages_of(name, c | {key: column[:5] for key, column in c.items() if key not in ("rewards", "group_ids")})
+        advantages_of(
+            name, c | {key: column[:5] for key, column in c.items() if key not in ("rewards", "group_ids")}
+        )

@@ -1,4 +1,6 @@
-"""Weights of tokens by hand, against a second implementation, and independent of padding and of the order of rows."""
+"""Weights of tokens by hand, against a second implementation, and independent of padding and of the order of
+rows.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_weighted_sums_agree_with_the_oracle(aggregation, seed):
     c = random_columns(seed)
     loss = c["advantages"]
     weights = weights_of(aggregation, c["mask"], c["group_ids"])
-    expected = oracle.aggregated(aggregation, loss.tolist(), c["mask"].tolist(), length=7, group_ids=c["group_ids"].tolist())
+    expected = oracle.aggregated(
+        aggregation, loss.tolist(), c["mask"].tolist(), length=7, group_ids=c["group_ids"].tolist()
+    )
     assert (loss * weights).sum().item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -82,8 +86,13 @@ def test_padding_changes_no_weight(aggregation, seed, padding):
 @EVERY_SUM
 @given(seed=SEEDS)
 def test_shuffling_rows_shuffles_weights(aggregation, seed):
-    mask, order = random_columns(seed)["mask"], torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(weights_of(aggregation, mask[order], GROUPS[order]), weights_of(aggregation, mask)[order])
+    mask, order = (
+        random_columns(seed)["mask"],
+        torch.randperm(6, generator=torch.Generator().manual_seed(seed)),
+    )
+    torch.testing.assert_close(
+        weights_of(aggregation, mask[order], GROUPS[order]), weights_of(aggregation, mask)[order]
+    )
 
 
 def denominator_of(aggregation, mask, group_ids):
@@ -92,7 +101,13 @@ def denominator_of(aggregation, mask, group_ids):
 
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
-    [("token_mean", 4), ("seq_mean_token_mean", 2), ("prompt_mean", 1), ("seq_mean_token_sum", 2), ("seq_mean_token_sum_norm", 2)],
+    [
+        ("token_mean", 4),
+        ("seq_mean_token_mean", 2),
+        ("prompt_mean", 1),
+        ("seq_mean_token_sum", 2),
+        ("seq_mean_token_sum_norm", 2),
+    ],
 )
 def test_denominators_by_hand(aggregation, expected):
     assert denominator_of(aggregation, MASK, torch.tensor([5, 5, 2])) == expected
@@ -105,7 +120,11 @@ def test_weights_of_portions_times_their_denominators_are_those_of_the_whole(agg
     generator = torch.Generator().manual_seed(seed)
     group_ids = torch.randint(prompts, (9,), generator=generator)
     mask = (torch.rand(9, 5, generator=generator) < 0.4) & (torch.rand(9, 1, generator=generator) < 0.7)
-    portions = [(group_ids % 2 == 0) & (group_ids < cut), (group_ids % 2 == 1) & (group_ids < cut), group_ids >= cut]
+    portions = [
+        (group_ids % 2 == 0) & (group_ids < cut),
+        (group_ids % 2 == 1) & (group_ids < cut),
+        group_ids >= cut,
+    ]
     gathered, total = torch.zeros(9, 5), max(1, denominator_of(aggregation, mask, group_ids))
     for rows in (rows for rows in portions if rows.any()):
         own = denominator_of(aggregation, mask[rows], group_ids[rows])

@@ -1,4 +1,6 @@
-"""One contract over all tables: columns are positional and known, options keyword-only, sources given, inputs left alone."""
+"""One contract over all tables: columns are positional and known, options keyword-only, sources given, inputs
+left alone.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_results_have_the_shape_of_rows_or_of_the_response_and_inputs_stay_as_th
 @EVERY_FUNCTION
 def test_fp32_columns_give_fp32_results_near_those_of_fp64(table, name):
     columns = random_columns(8)
-    single = {key: column.float() if column.is_floating_point() else column for key, column in columns.items()}
+    single = {
+        key: column.float() if column.is_floating_point() else column for key, column in columns.items()
+    }
     function = bind(Choice(name=name, **REQUIRED.get(name, {})), table)
     for low, high in zip(tensors(function(single)), tensors(function(columns)), strict=True):
         assert low.dtype == torch.float32
@@ -72,5 +76,12 @@ def test_the_random_columns_are_all_the_known_ones():
 
 def test_the_defaults_of_the_settings_are_in_the_tables():
     config = AlgorithmConfig()
-    chosen = [config.advantage, config.policy_loss, config.value_loss, config.aggregation, config.kl.estimator, config.correction]
+    chosen = [
+        config.advantage,
+        config.policy_loss,
+        config.value_loss,
+        config.aggregation,
+        config.kl.estimator,
+        config.correction,
+    ]
     assert all(bind(choice, table).options == {} for choice, table in zip(chosen, TABLES, strict=True))

@@ -1,4 +1,6 @@
-"""Corrections and the monitors of mismatch and weights by hand, by their properties, and against a second implementation."""
+"""Corrections and the monitors of mismatch and weights by hand, by their properties, and against a second
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def ratios(*rows):
 
 def column_like(columns, change):
     """Columns with the change made to those over tokens."""
-    return {name: change(column) if column.shape == columns["mask"].shape else column for name, column in columns.items()}
+    return {
+        name: change(column) if column.shape == columns["mask"].shape else column
+        for name, column in columns.items()
+    }
 
 
 def test_without_weights_the_ratio_divides_by_what_was_given():
@@ -74,13 +79,17 @@ def test_truncated_weights_are_the_capped_ratio():
     old_logprobs, weights = token_tis(trainer, rollout, mask)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 0.0]]))
     assert torch.equal(old_logprobs, trainer)
-    torch.testing.assert_close(token_tis(trainer, rollout, mask, cap=None)[1], torch.tensor([[1.0, 9.0, 0.0]]))
+    torch.testing.assert_close(
+        token_tis(trainer, rollout, mask, cap=None)[1], torch.tensor([[1.0, 9.0, 0.0]])
+    )
 
 
 def test_a_product_weighs_all_tokens_of_its_row():
     columns = ratios([1.5, 2.0], [0.5, 0.5])
     torch.testing.assert_close(seq_tis(*columns)[1], torch.tensor([[2.0, 2.0], [0.25, 0.25]]))
-    torch.testing.assert_close(seq_mis(*columns, high=4.0, low=0.5)[1], torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        seq_mis(*columns, high=4.0, low=0.5)[1], torch.tensor([[3.0, 3.0], [0.0, 0.0]])
+    )
 
 
 def test_normalized_weights_of_tokens_have_mean_1_after_the_cap():
@@ -98,13 +107,17 @@ def test_normalized_weights_of_rows_have_mean_1_whatever_their_length():
 
 
 def test_bounds_of_a_rejection_are_accepted_themselves():
-    torch.testing.assert_close(token_mis(*ratios([0.49, 0.5, 2.0, 2.01]))[1], torch.tensor([[0.0, 0.5, 2.0, 0.0]]))
+    torch.testing.assert_close(
+        token_mis(*ratios([0.49, 0.5, 2.0, 2.01]))[1], torch.tensor([[0.0, 0.5, 2.0, 0.0]])
+    )
 
 
 def test_the_geometric_mean_rejects_rows_by_their_drift_and_not_by_their_length():
     columns = ratios([1.0005] * 100, [1.002] * 100, [0.998] * 100)
     assert geometric_rs(*columns)[1][:, 0].tolist() == [1.0, 0.0, 0.0]
-    assert seq_mis(*columns, low=0.9, high=1.1)[1][:, 0].tolist() == pytest.approx([1.0005**100, 0.0, 0.0], rel=1e-4)
+    assert seq_mis(*columns, low=0.9, high=1.1)[1][:, 0].tolist() == pytest.approx(
+        [1.0005**100, 0.0, 0.0], rel=1e-4
+    )
 
 
 def test_k3_counts_differences_that_cancel_in_the_geometric_mean():
@@ -129,7 +142,10 @@ def test_loglinear_goes_the_share_of_the_versions_from_sampler_to_policy():
 
 
 def test_the_off_policy_mask_rejects_only_bad_tokens_of_rows_that_became_unlikely():
-    drift, mask = torch.tensor([[0.5, 0.7], [0.5, 0.7], [0.5, 0.5], [-9.0, -9.0]]), torch.ones(4, 2, dtype=torch.bool)
+    drift, mask = (
+        torch.tensor([[0.5, 0.7], [0.5, 0.7], [0.5, 0.5], [-9.0, -9.0]]),
+        torch.ones(4, 2, dtype=torch.bool),
+    )
     rollout, advantages = -torch.ones(4, 2), torch.tensor([[-1.0], [1.0], [-1.0], [-1.0]]).expand(4, 2)
     old_logprobs, weights = off_policy_mask(rollout - drift, rollout, advantages, mask)
     assert torch.equal(old_logprobs, rollout)
@@ -139,7 +155,10 @@ def test_the_off_policy_mask_rejects_only_bad_tokens_of_rows_that_became_unlikel
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        *[(name, {"cap": 0.0}, "cap > 0, got 0") for name in ("token_tis", "seq_tis", "geometric_rs", "k3_rs", "loglinear")],
+        *[
+            (name, {"cap": 0.0}, "cap > 0, got 0")
+            for name in ("token_tis", "seq_tis", "geometric_rs", "k3_rs", "loglinear")
+        ],
         *[(name, {"low": 1.1}, "low=1.1") for name in ("token_mis", "seq_mis", "geometric_rs")],
         *[(name, {"low": 0.0}, "0 < low") for name in ("token_mis", "seq_mis", "geometric_rs")],
         *[(name, {"high": 0.9}, "high=0.9") for name in ("token_mis", "seq_mis", "geometric_rs")],
@@ -174,10 +193,14 @@ def test_weights_agree_with_the_oracle(name, options, seed):
 @SEEDS
 def test_loglinear_agrees_with_the_oracle(seed):
     c = random_columns(seed)
-    old_logprobs, weights = loglinear(c["logprobs"], c["rollout_logprobs"], c["staleness"], c["mask"], cap=1.5)
+    old_logprobs, weights = loglinear(
+        c["logprobs"], c["rollout_logprobs"], c["staleness"], c["mask"], cap=1.5
+    )
     for b, t in c["mask"].nonzero().tolist():
         behave = 7 - c["staleness"][b, t].item()
-        expected = oracle.loglinear(c["logprobs"][b, t].item(), c["rollout_logprobs"][b, t].item(), 7, behave, 1.5)
+        expected = oracle.loglinear(
+            c["logprobs"][b, t].item(), c["rollout_logprobs"][b, t].item(), 7, behave, 1.5
+        )
         assert (old_logprobs[b, t].item(), weights[b, t].item()) == pytest.approx(expected, rel=1e-6)
 
 
@@ -191,8 +214,13 @@ def test_the_off_policy_mask_agrees_with_the_oracle(seed):
 
 @EVERY_CORRECTION
 def test_no_gradient_reaches_the_inputs(name):
-    columns = {n: c.clone().requires_grad_() if c.is_floating_point() else c for n, c in random_columns(1).items()}
-    assert not any(result is not None and result.requires_grad for result in bind(Choice(name=name), CORRECTIONS)(columns))
+    columns = {
+        n: c.clone().requires_grad_() if c.is_floating_point() else c for n, c in random_columns(1).items()
+    }
+    assert not any(
+        result is not None and result.requires_grad
+        for result in bind(Choice(name=name), CORRECTIONS)(columns)
+    )
 
 
 @EVERY_WEIGHT
@@ -222,8 +250,12 @@ def test_the_tightest_bound_keeps_a_sampler_that_agrees(name, options):
 def test_the_order_of_rows_padding_and_masked_positions_do_not_matter(name, seed):
     c = random_columns(seed)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    changed = column_like(c, lambda column: torch.where(c["mask"], column, math.nan if column.is_floating_point() else 9))
-    changed = column_like({**changed, "mask": c["mask"]}, lambda column: torch.nn.functional.pad(column[order], (1, 2)))
+    changed = column_like(
+        c, lambda column: torch.where(c["mask"], column, math.nan if column.is_floating_point() else 9)
+    )
+    changed = column_like(
+        {**changed, "mask": c["mask"]}, lambda column: torch.nn.functional.pad(column[order], (1, 2))
+    )
     options = {"normalize": True} if name.endswith("_tis") else {}
     function = bind(Choice(name=name, **options), CORRECTIONS)
     old_logprobs, weights = function(c)
@@ -246,7 +278,9 @@ def test_a_correction_that_is_called_in_every_update_treats_each_row_alone(name)
 
 @EVERY_WEIGHT
 def test_a_broken_token_leaves_everything_finite(name):
-    c = {n: column.float() if column.is_floating_point() else column for n, column in random_columns(2).items()}
+    c = {
+        n: column.float() if column.is_floating_point() else column for n, column in random_columns(2).items()
+    }
     c |= {n: torch.full((6, 7), -500.0) for n in ("logprobs", "trainer_logprobs")}
     for rollout_logprobs in (torch.zeros(6, 7), torch.full((6, 7), -1000.0)):
         _, weights = bind(Choice(name=name), CORRECTIONS)({**c, "rollout_logprobs": rollout_logprobs})
@@ -286,7 +320,9 @@ def test_monitors_of_weights_agree_with_the_oracle(seed):
     assume(bool(c["mask"].any()))
     _, weights = token_mis(c["trainer_logprobs"], c["rollout_logprobs"], c["mask"])
     monitors = {name: value.item() for name, value in weight_monitors(weights, c["mask"]).items()}
-    assert monitors == pytest.approx(oracle.weight_monitors(weights.tolist(), c["mask"].tolist()), rel=1e-6, abs=1e-9)
+    assert monitors == pytest.approx(
+        oracle.weight_monitors(weights.tolist(), c["mask"].tolist()), rel=1e-6, abs=1e-9
+    )
     assert 0 < monitors["ess_share"] <= 1 or monitors["rejected_share"] == 1
 
 
@@ -344,4 +380,6 @@ def test_half_of_the_weight_on_one_of_many_tokens_shrinks_the_effective_sample()
 def test_hopeless_ratios_still_give_numbers_in_fp32():
     columns = torch.full((2, 3), -900.0), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     monitors = mismatch(*columns)
-    assert all(bool(value.isfinite()) for value in monitors.values()) and monitors["ess_share"].item() == pytest.approx(1.0)
+    assert all(bool(value.isfinite()) for value in monitors.values()) and monitors[
+        "ess_share"
+    ].item() == pytest.approx(1.0)

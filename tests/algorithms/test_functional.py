@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from tests.oracles import advantages as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.functional import Siblings, check_same_rows, check_same_shape, log_ratio, masked_mean, masked_whiten
+from verl.algorithms.functional import (
+    Siblings,
+    check_same_rows,
+    check_same_shape,
+    log_ratio,
+    masked_mean,
+    masked_whiten,
+)
 
 
 def test_mean_is_over_sampled_tokens_and_ignores_garbage_elsewhere():
@@ -36,7 +43,9 @@ def test_equal_values_are_whitened_to_exactly_zero():
 def test_whitening_agrees_with_the_oracle(seed):
     c = random_columns(seed)
     expected = oracle.whiten(c["values"].tolist(), c["mask"].tolist())
-    torch.testing.assert_close(masked_whiten(c["values"], c["mask"]), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        masked_whiten(c["values"], c["mask"]), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0
+    )
 
 
 def test_log_ratio_is_clamped_where_exp_would_overflow():
@@ -53,7 +62,12 @@ def test_each_row_is_given_the_statistics_of_its_group():
     siblings = Siblings.of(torch.tensor([5, -1, 5, 5]))
     values = torch.tensor([1.0, 8.0, 2.0, 6.0])
     assert siblings.sum(values).tolist() == [9.0, 8.0, 9.0, 9.0]
-    assert siblings.mean(torch.stack([values, -values], 1)).tolist() == [[3.0, -3.0], [8.0, -8.0], [3.0, -3.0], [3.0, -3.0]]
+    assert siblings.mean(torch.stack([values, -values], 1)).tolist() == [
+        [3.0, -3.0],
+        [8.0, -8.0],
+        [3.0, -3.0],
+        [3.0, -3.0],
+    ]
     assert siblings.max(-values).tolist() == [-1.0, -8.0, -1.0, -1.0]
     assert siblings.leave_one_out(values).tolist() == [-3.0, 0.0, -1.5, 4.5]
 

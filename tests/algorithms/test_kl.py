@@ -31,8 +31,13 @@ POLICY, SAMPLER, REFERENCE = ([0.5, -0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]
 
 
 def expected_gradient(estimator, *, sampler=None):
-    """Gradients with respect to the logits of the KL over a vocabulary of three, and of the mean estimate under the sampling policy."""
-    logits, reference = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True), torch.tensor(REFERENCE, dtype=torch.float64).log()
+    """Gradients with respect to the logits of the KL over a vocabulary of three, and of the mean estimate
+    under the sampling policy.
+    """
+    logits, reference = (
+        torch.tensor(POLICY, dtype=torch.float64, requires_grad=True),
+        torch.tensor(REFERENCE, dtype=torch.float64).log(),
+    )
     logprobs = logits.log_softmax(0)
     sampled = logprobs.detach().exp() if sampler is None else torch.tensor(sampler, dtype=torch.float64)
     columns = (logprobs, reference) if sampler is None else (logprobs, sampled.log(), reference)
@@ -96,9 +101,13 @@ def test_k1_and_k3_have_the_kl_as_their_mean(estimator):
 
 
 def test_k3_importance_has_the_kl_as_its_mean_whoever_sampled():
-    policy, sampler, reference = (torch.tensor(values) for values in ([0.7, 0.2, 0.1], SAMPLER, [0.3, 0.3, 0.4]))
+    policy, sampler, reference = (
+        torch.tensor(values) for values in ([0.7, 0.2, 0.1], SAMPLER, [0.3, 0.3, 0.4])
+    )
     exact = (policy * (policy / reference).log()).sum()
-    torch.testing.assert_close((sampler * k3_importance(policy.log(), sampler.log(), reference.log())).sum(), exact)
+    torch.testing.assert_close(
+        (sampler * k3_importance(policy.log(), sampler.log(), reference.log())).sum(), exact
+    )
 
 
 @pytest.mark.parametrize("estimator", [k2, k1_straight_through, k3_straight_through])
@@ -116,7 +125,9 @@ def test_k1_has_no_expected_gradient_and_k3_another_one():
 def test_k3_importance_has_the_gradient_of_the_kl_when_another_policy_sampled():
     exact, estimated = expected_gradient(k3_importance, sampler=SAMPLER)
     torch.testing.assert_close(estimated, exact)
-    _, without_the_ratio = expected_gradient(lambda logprobs, _, ref_logprobs: k3(logprobs, ref_logprobs), sampler=SAMPLER)
+    _, without_the_ratio = expected_gradient(
+        lambda logprobs, _, ref_logprobs: k3(logprobs, ref_logprobs), sampler=SAMPLER
+    )
     assert not torch.allclose(without_the_ratio, exact, atol=1e-3)
 
 

@@ -1,4 +1,6 @@
-"""Policy losses by hand, against a second implementation with its gradient, and independent of padding and of the split."""
+"""Policy losses by hand, against a second implementation with its gradient, and independent of padding and of
+the split.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,41 @@ SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}
 ABOVE_ZERO = st.floats(0.01, 3)
 CLIP = {"clip_low": st.floats(0, 1), "clip_high": st.floats(0, 2)}
-# What the second implementation reads, what it is called with at once, and the options to try; `held` is logprobs without gradient.
-DPPO = {"divergence": st.sampled_from(["tv", "kl"]), "threshold_low": st.floats(0.01, 0.5), "threshold_high": st.floats(0.01, 0.5)}
+# What the second implementation reads, what it is called with at once, and the options to try; `held` is
+# logprobs without gradient.
+DPPO = {
+    "divergence": st.sampled_from(["tv", "kl"]),
+    "threshold_low": st.floats(0.01, 0.5),
+    "threshold_high": st.floats(0.01, 0.5),
+}
 PLAIN = {
     "policy_gradient": ("logprobs advantages", "token", {}),
     "importance": ("logprobs old_logprobs advantages", "token", {}),
-    "ppo_clip": ("logprobs old_logprobs advantages", "token", CLIP | {"dual_clip": st.none() | st.floats(1.01, 5)}),
+    "ppo_clip": (
+        "logprobs old_logprobs advantages",
+        "token",
+        CLIP | {"dual_clip": st.none() | st.floats(1.01, 5)},
+    ),
     "gspo": ("logprobs old_logprobs advantages", "row", CLIP),
     "gspo_token": ("logprobs held old_logprobs advantages", "row", CLIP),
     "gmpo": ("logprobs old_logprobs advantages", "row", {"clip": ABOVE_ZERO}),
-    "cispo": ("logprobs held old_logprobs advantages", "token", CLIP | {"clip_low": st.none() | st.floats(0, 1)}),
-    "sapo": ("logprobs old_logprobs advantages", "token", {"tau_positive": ABOVE_ZERO, "tau_negative": ABOVE_ZERO}),
+    "cispo": (
+        "logprobs held old_logprobs advantages",
+        "token",
+        CLIP | {"clip_low": st.none() | st.floats(0, 1)},
+    ),
+    "sapo": (
+        "logprobs old_logprobs advantages",
+        "token",
+        {"tau_positive": ABOVE_ZERO, "tau_negative": ABOVE_ZERO},
+    ),
     "dppo": ("logprobs held rollout_logprobs advantages", "token", DPPO),
 }
 EVERY_SUM = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 WITH_RATIO = [name for name in PLAIN if name != "policy_gradient"]
-IN_MICRO_BATCHES = [name for name in POLICY_LOSSES if "minibatch_mask" not in bind(Choice(name=name), POLICY_LOSSES).columns]
+IN_MICRO_BATCHES = [
+    name for name in POLICY_LOSSES if "minibatch_mask" not in bind(Choice(name=name), POLICY_LOSSES).columns
+]
 
 
 def learned_column(name):
@@ -57,14 +78,22 @@ def learned_column(name):
 
 
 def called(function, ratios, advantages, **options):
-    """Loss, monitors and gradient of one row of tokens with these ratios and advantages, the old probabilities being 1."""
+    """Loss, monitors and gradient of one row of tokens with these ratios and advantages, the old
+    probabilities being 1.
+    """
     logprobs = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
     columns = [logprobs, torch.zeros_like(logprobs), torch.tensor([advantages], dtype=torch.float64)]
     columns += [torch.ones(1, len(ratios), dtype=torch.bool)] if function in (gspo, gspo_token, gmpo) else []
     loss, monitors = function(*columns, **options)
     loss.sum().backward()
-    monitors = {name: [round(value, 5) for value in monitor[0].tolist()] for name, monitor in monitors.items()}
-    return [round(value, 5) for value in loss[0].tolist()], monitors, [round(value, 5) for value in logprobs.grad[0].tolist()]
+    monitors = {
+        name: [round(value, 5) for value in monitor[0].tolist()] for name, monitor in monitors.items()
+    }
+    return (
+        [round(value, 5) for value in loss[0].tolist()],
+        monitors,
+        [round(value, 5) for value in logprobs.grad[0].tolist()],
+    )
 
 
 def scalar(function, ratio, advantage, **options):
@@ -142,7 +171,11 @@ def test_gspo_token_clips_by_the_sequence_and_weighs_by_the_token():
 def test_gmpo_clips_each_token_before_the_geometric_mean():
     ratios = [math.e, math.exp(-0.2)]
     loss, monitors, gradient = called(gmpo, ratios, [2.0, 2.0])
-    assert (loss, monitors["clip_share"], gradient) == ([round(-2 * math.exp(0.1), 5)] * 2, [1.0, 0.0], [0.0, round(-2 * math.exp(0.1), 5)])
+    assert (loss, monitors["clip_share"], gradient) == (
+        [round(-2 * math.exp(0.1), 5)] * 2,
+        [1.0, 0.0],
+        [0.0, round(-2 * math.exp(0.1), 5)],
+    )
     loss, monitors, _ = called(gmpo, ratios, [-2.0, -2.0])
     assert (loss, monitors["clip_share"]) == ([round(2 * math.exp(0.4), 5)] * 2, [0.0, 0.0])
 
@@ -160,12 +193,23 @@ def test_sapo_is_the_policy_gradient_at_the_old_policy_and_fades_around_it():
     sigmoid = 1 / (1 + math.exp(-4.0))
     loss, monitors, gradient = called(sapo, [3.0], [-1.0], tau_negative=2.0)
     gate = 4 * sigmoid * (1 - sigmoid)
-    assert (loss, monitors["gate"], gradient) == ([round(2 * sigmoid, 5)], [round(gate, 5)], [round(3 * gate, 5)])
+    assert (loss, monitors["gate"], gradient) == (
+        [round(2 * sigmoid, 5)],
+        [round(gate, 5)],
+        [round(3 * gate, 5)],
+    )
 
 
 @pytest.mark.parametrize(
     ("probability", "advantage", "masked"),
-    [(0.8, 1.0, 1.0), (0.8, -1.0, 0.0), (0.3, -1.0, 1.0), (0.3, 1.0, 0.0), (0.65, 1.0, 0.0), (0.65, -1.0, 0.0)],
+    [
+        (0.8, 1.0, 1.0),
+        (0.8, -1.0, 0.0),
+        (0.3, -1.0, 1.0),
+        (0.3, 1.0, 0.0),
+        (0.65, 1.0, 0.0),
+        (0.65, -1.0, 0.0),
+    ],
 )
 def test_dppo_masks_tokens_that_would_leave_further(probability, advantage, masked):
     logprobs, sampler = torch.tensor([[math.log(probability)]]), torch.tensor([[math.log(0.55)]])
@@ -182,16 +226,24 @@ def test_dppo_leaves_a_rare_token_that_ppo_would_clip():
 
 
 def test_dppo_measures_the_kl_from_the_sampler_to_the_policy():
-    _, monitors = dppo(torch.tensor([[0.8]]).log(), torch.tensor([[0.5]]).log(), torch.ones(1, 1), divergence="kl")
-    assert monitors["divergence"].item() == pytest.approx(0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6)
+    _, monitors = dppo(
+        torch.tensor([[0.8]]).log(), torch.tensor([[0.5]]).log(), torch.ones(1, 1), divergence="kl"
+    )
+    assert monitors["divergence"].item() == pytest.approx(
+        0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), abs=1e-6
+    )
 
 
 def test_dppo_keeps_in_fp32_the_kl_of_tokens_that_are_nearly_certain():
     logprobs, sampler = torch.tensor([[-2e-6]]), torch.tensor([[-1e-5]])
     _, monitors = dppo(logprobs, sampler, torch.ones(1, 1), divergence="kl")
     p, q = (-math.expm1(x.item()) for x in (logprobs, sampler))
-    assert monitors["divergence"].item() == pytest.approx((1 - q) * math.log((1 - q) / (1 - p)) + q * math.log(q / p), rel=1e-3)
-    assert dppo(torch.zeros(1, 1), sampler, torch.ones(1, 1), divergence="kl")[1]["divergence"].isfinite().all()
+    assert monitors["divergence"].item() == pytest.approx(
+        (1 - q) * math.log((1 - q) / (1 - p)) + q * math.log(q / p), rel=1e-3
+    )
+    assert (
+        dppo(torch.zeros(1, 1), sampler, torch.ones(1, 1), divergence="kl")[1]["divergence"].isfinite().all()
+    )
 
 
 def test_forward_kl_is_zero_at_the_teacher_and_pulls_the_policy_to_it():
@@ -201,7 +253,9 @@ def test_forward_kl_is_zero_at_the_teacher_and_pulls_the_policy_to_it():
     loss.sum().backward()
     assert loss.item() == pytest.approx(0.25 * math.log(2))
     torch.testing.assert_close(policy.grad, -teacher.exp())
-    assert {name: value.item() for name, value in monitors.items()} == pytest.approx({"teacher_mass": 0.75, "policy_mass": 0.75})
+    assert {name: value.item() for name, value in monitors.items()} == pytest.approx(
+        {"teacher_mass": 0.75, "policy_mass": 0.75}
+    )
     assert forward_kl_topk(teacher, teacher)[0].item() == 0.0
 
 
@@ -217,7 +271,9 @@ def test_forward_kl_and_its_gradient_agree_with_the_oracle(seed):
 
     point = c["top_logprobs"].flatten().tolist()
     assert loss.flatten().tolist() == pytest.approx(plain(point), rel=1e-6, abs=1e-9)
-    differences = central_differences(lambda moved: sum(w * x for w, x in zip(weights, plain(moved), strict=True)), point)
+    differences = central_differences(
+        lambda moved: sum(w * x for w, x in zip(weights, plain(moved), strict=True)), point
+    )
     assert gradient.flatten().tolist() == pytest.approx(differences, rel=1e-6, abs=1e-6)
 
 
@@ -296,7 +352,9 @@ def test_on_policy_losses_of_sequences_have_that_gradient_under_the_mean_over_se
     c["old_logprobs"], c["advantages"] = c["logprobs"], c["rewards"][:, None].expand(6, 7)
     weights = seq_mean_token_mean(c["mask"]).double()
     _, plain = summed(c, weights, "logprobs", POLICY_LOSSES, "policy_gradient")
-    torch.testing.assert_close(summed(c, weights, "logprobs", POLICY_LOSSES, name)[1], plain, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        summed(c, weights, "logprobs", POLICY_LOSSES, name)[1], plain, rtol=1e-6, atol=1e-9
+    )
 
 
 @given(SEEDS)
@@ -304,7 +362,9 @@ def test_gspo_token_is_gspo_where_the_tokens_of_a_row_share_their_advantage(seed
     c = random_columns(seed)
     c["advantages"] = c["rewards"][:, None].expand(6, 7)
     weights = seq_mean_token_mean(c["mask"]).double()
-    by_row, by_token = (summed(c, weights, "logprobs", POLICY_LOSSES, name) for name in ("gspo", "gspo_token"))
+    by_row, by_token = (
+        summed(c, weights, "logprobs", POLICY_LOSSES, name) for name in ("gspo", "gspo_token")
+    )
     torch.testing.assert_close(by_token, by_row, rtol=1e-6, atol=1e-9)
 
 
@@ -313,13 +373,19 @@ def test_the_ratio_of_a_sequence_keeps_in_fp32_what_its_narrow_clip_compares():
     logprobs = old_logprobs + torch.tensor([[2**-13, 0.0, 0.0]])
     for function in (gspo, gspo_token):
         _, monitors = function(logprobs, old_logprobs, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
-        assert (monitors["ratio"].double() - 1).tolist()[0] == pytest.approx([math.expm1(2**-13 / 3)] * 3, rel=5e-3)
+        assert (monitors["ratio"].double() - 1).tolist()[0] == pytest.approx(
+            [math.expm1(2**-13 / 3)] * 3, rel=5e-3
+        )
 
 
 @pytest.mark.parametrize("name", WITH_RATIO)
 def test_a_token_that_became_impossible_gives_a_finite_loss_and_gradient(name):
     old = torch.tensor([[0.0, -500.0], [-500.0, 0.0]])
-    c = {"logprobs": torch.tensor([[-500.0, 0.0], [0.0, -500.0]]), "old_logprobs": old, "rollout_logprobs": old}
+    c = {
+        "logprobs": torch.tensor([[-500.0, 0.0], [0.0, -500.0]]),
+        "old_logprobs": old,
+        "rollout_logprobs": old,
+    }
     c |= {"advantages": torch.tensor([[1.0, -1.0], [1.0, -1.0]]), "mask": torch.ones(2, 2, dtype=torch.bool)}
     loss, gradient = summed(c, torch.ones(2, 2), "logprobs", POLICY_LOSSES, name)
     assert loss.isfinite() and gradient.isfinite().all()
@@ -335,7 +401,10 @@ def test_loss_and_gradient_are_the_same_in_micro_batches(aggregation, name, seed
     weights = bind(Choice(name=aggregation, **LENGTH.get(aggregation, {})), AGGREGATIONS)(c)
     whole, gradient = summed(c, weights, learned, POLICY_LOSSES, name)
     split = (slice(first), slice(first, None))
-    parts = [summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, POLICY_LOSSES, name) for rows in split]
+    parts = [
+        summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, POLICY_LOSSES, name)
+        for rows in split
+    ]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(torch.cat([grad for _, grad in parts]), gradient, rtol=1e-6, atol=0)
 
@@ -344,7 +413,10 @@ def test_loss_and_gradient_are_the_same_in_micro_batches(aggregation, name, seed
 @given(seed=SEEDS, padding=st.integers(1, 4))
 def test_padding_and_masked_tokens_change_nothing_and_get_no_gradient(name, seed, padding):
     c, learned = random_columns(seed), learned_column(name)
-    wide = {k: torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, padding)) if v.shape[1:2] == (7,) else v for k, v in c.items()}
+    wide = {
+        k: torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, padding)) if v.shape[1:2] == (7,) else v
+        for k, v in c.items()
+    }
     for column in ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "noise"):
         wide[column] = torch.where(wide["mask"], wide[column], -3.0)
     loss, gradient = summed(c, token_mean(c["mask"]), learned, POLICY_LOSSES, name)
@@ -369,11 +441,26 @@ def test_scaling_advantages_scales_the_loss_and_its_gradient_down_to_zero(name, 
 @pytest.mark.parametrize(
     ("function", "options"),
     [
-        *((ppo_clip, options) for options in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"clip_low": math.nan})),
-        *((function, options) for function in (gspo, gspo_token) for options in ({"clip_low": -0.1}, {"clip_high": -0.2})),
+        *(
+            (ppo_clip, options)
+            for options in (
+                {"clip_low": 1.5},
+                {"clip_high": -0.1},
+                {"dual_clip": 1.0},
+                {"clip_low": math.nan},
+            )
+        ),
+        *(
+            (function, options)
+            for function in (gspo, gspo_token)
+            for options in ({"clip_low": -0.1}, {"clip_high": -0.2})
+        ),
         *((cispo, options) for options in ({"clip_low": 1.5}, {"clip_high": -0.1})),
         *((sapo, options) for options in ({"tau_positive": 0.0}, {"tau_negative": -1.0})),
-        *((dppo, options) for options in ({"threshold_low": 0.0}, {"threshold_high": -1.0}, {"divergence": "js"})),
+        *(
+            (dppo, options)
+            for options in ({"threshold_low": 0.0}, {"threshold_high": -1.0}, {"divergence": "js"})
+        ),
         (gmpo, {"clip": 0.0}),
     ],
 )

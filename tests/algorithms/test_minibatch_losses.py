@@ -1,4 +1,6 @@
-"""Losses over whole minibatches by hand, against a second implementation with its gradient, and by their invariances."""
+"""Losses over whole minibatches by hand, against a second implementation with its gradient, and by their
+invariances.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ from verl.config.settings import Choice
 SEEDS = st.integers(0, 10_000)
 NAMES = ["clip_cov", "kl_cov", "online_dpo"]
 SHARE = st.floats(1e-4, 1)
-CLIP_COV = {"share": SHARE, "cov_low": st.floats(-1, 0.5), "cov_high": st.floats(0.6, 3), "clip_low": st.floats(0, 1)}
+CLIP_COV = {
+    "share": SHARE,
+    "cov_low": st.floats(-1, 0.5),
+    "cov_high": st.floats(0.6, 3),
+    "clip_low": st.floats(0, 1),
+}
 PLAIN = {
     "clip_cov": ("logprobs held old_logprobs advantages noise", CLIP_COV | {"clip_high": st.floats(0, 2)}),
     "kl_cov": ("logprobs held old_logprobs advantages", {"share": SHARE, "kl_coef": st.floats(0, 3)}),
 }
-# Two rows of two tokens: mean logprob -2.5, mean advantage 0.5, covariances 0.75, 0.25, 2.25 and 0.75; the third is masked.
+# Two rows of two tokens: mean logprob -2.5, mean advantage 0.5, covariances 0.75, 0.25, 2.25 and 0.75; the
+# third is masked.
 LOGPROBS = torch.tensor([[-1.0, -3.0, 9.0], [-4.0, -2.0, 9.0]], dtype=torch.float64)
 ADVANTAGES = torch.tensor([[1.0, 0.0, 9.0], [-1.0, 2.0, 9.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, False], [True, True, False]])
@@ -38,18 +46,30 @@ OLD = LOGPROBS - torch.tensor([[2.0, 1.0, 1.0], [0.5, 0.25, 1.0]], dtype=torch.f
 def covariance(name, **options):
     """Loss, gradient and monitors of the four tokens, in order, under a share that a test gives."""
     noise = torch.tensor([[0.9, 0.5, 0.0], [0.1, 0.2, 0.0]])
-    columns = {"logprobs": LOGPROBS, "old_logprobs": OLD, "advantages": ADVANTAGES, "minibatch_mask": MASK, "noise": noise}
+    columns = {
+        "logprobs": LOGPROBS,
+        "old_logprobs": OLD,
+        "advantages": ADVANTAGES,
+        "minibatch_mask": MASK,
+        "noise": noise,
+    }
     choice = Choice(name=name, **options)
     loss, monitors = bind(choice, POLICY_LOSSES)(columns)
     _, gradient = summed(columns, MASK.double(), "logprobs", POLICY_LOSSES, choice)
-    return loss[MASK].tolist(), gradient[MASK].tolist(), {name: monitor[MASK].tolist() for name, monitor in monitors.items()}
+    return (
+        loss[MASK].tolist(),
+        gradient[MASK].tolist(),
+        {name: monitor[MASK].tolist() for name, monitor in monitors.items()},
+    )
 
 
 def pairs(logprobs, rewards, group_ids, **options):
     """Loss and monitors per row, with one token in each row and a reference of 0."""
     column = torch.tensor(logprobs, dtype=torch.float64)[:, None]
     mask = torch.ones_like(column, dtype=torch.bool)
-    loss, monitors = online_dpo(column, torch.zeros_like(column), torch.tensor(rewards), torch.tensor(group_ids), mask, **options)
+    loss, monitors = online_dpo(
+        column, torch.zeros_like(column), torch.tensor(rewards), torch.tensor(group_ids), mask, **options
+    )
     return loss[:, 0].tolist(), {name: monitor[:, 0].tolist() for name, monitor in monitors.items()}
 
 
@@ -76,14 +96,34 @@ def test_clip_cov_drops_the_gradient_of_the_eligible_token_with_the_smallest_noi
 
 
 def test_clip_cov_counts_its_share_of_all_sampled_tokens_and_takes_no_other_than_eligible_ones():
-    assert covariance("clip_cov", share=0.5, cov_low=0.5, cov_high=5.0)[2]["cov_share"] == [0.0, 0.0, 1.0, 1.0]
-    assert covariance("clip_cov", share=1.0, cov_low=0.5, cov_high=2.0)[2]["cov_share"] == [1.0, 0.0, 0.0, 1.0]
-    assert covariance("clip_cov", share=1e-9, cov_low=0.5, cov_high=2.0)[2]["cov_share"] == [0.0, 0.0, 0.0, 1.0]
+    assert covariance("clip_cov", share=0.5, cov_low=0.5, cov_high=5.0)[2]["cov_share"] == [
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
+    assert covariance("clip_cov", share=1.0, cov_low=0.5, cov_high=2.0)[2]["cov_share"] == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
+    assert covariance("clip_cov", share=1e-9, cov_low=0.5, cov_high=2.0)[2]["cov_share"] == [
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
     assert covariance("clip_cov", share=1.0, cov_low=3.0, cov_high=5.0)[2]["cov_share"] == [0.0] * 4
 
 
 def test_a_covariance_on_a_bound_is_not_between_the_bounds():
-    assert covariance("clip_cov", share=1.0, cov_low=0.25, cov_high=2.25)[2]["cov_share"] == [1.0, 0.0, 0.0, 1.0]
+    assert covariance("clip_cov", share=1.0, cov_low=0.25, cov_high=2.25)[2]["cov_share"] == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
 
 
 def test_clip_cov_clips_the_ratio_too():
@@ -96,9 +136,13 @@ def test_clip_cov_clips_the_ratio_too():
 def test_without_an_eligible_token_clip_cov_is_ppo_clip(seed):
     c = random_columns(seed)
     columns = [c[name] for name in ("logprobs", "old_logprobs", "advantages")]
-    loss, monitors = clip_cov(*columns, c["mask"], c["noise"], cov_low=1e6, cov_high=2e6, clip_low=0.2, clip_high=0.3)
+    loss, monitors = clip_cov(
+        *columns, c["mask"], c["noise"], cov_low=1e6, cov_high=2e6, clip_low=0.2, clip_high=0.3
+    )
     expected, of_ppo = ppo_clip(*columns, clip_low=0.2, clip_high=0.3)
-    torch.testing.assert_close((loss, monitors["clip_share"]), (expected, of_ppo["clip_share"]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        (loss, monitors["clip_share"]), (expected, of_ppo["clip_share"]), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -123,7 +167,8 @@ def _plain(name, options, *columns):
 def test_kl_cov_without_coefficient_is_the_importance_loss(seed):
     c = random_columns(seed)
     free, plain = (
-        summed(c, c["mask"], "logprobs", POLICY_LOSSES, choice) for choice in (Choice(name="kl_cov", share=0.5, kl_coef=0.0), "importance")
+        summed(c, c["mask"], "logprobs", POLICY_LOSSES, choice)
+        for choice in (Choice(name="kl_cov", share=0.5, kl_coef=0.0), "importance")
     )
     torch.testing.assert_close(free, plain)
 
@@ -141,14 +186,21 @@ def test_on_policy_kl_cov_has_the_gradient_of_the_policy_gradient(seed):
 @given(SEEDS, st.floats(0.01, 1))
 def test_clip_cov_chooses_its_share_or_all_that_are_eligible_and_takes_their_gradient_alone(seed, share):
     c = random_columns(seed)
-    columns, weights = [c[name] for name in ("logprobs", "old_logprobs", "advantages", "mask", "noise")], c["mask"] * (0.5 + c["noise"])
+    columns, weights = (
+        [c[name] for name in ("logprobs", "old_logprobs", "advantages", "mask", "noise")],
+        c["mask"] * (0.5 + c["noise"]),
+    )
     options = {"cov_low": 0.1, "cov_high": 1.0, "clip_low": 0.2, "clip_high": 0.2}
     chosen = clip_cov(*columns, share=share, **options)[1]["cov_share"] == 1
     eligible = clip_cov(*columns, share=1.0, **options)[1]["cov_share"] == 1
     assert int(chosen.sum()) == min(max(1, int(share * int(c["mask"].sum()))), int(eligible.sum()))
     assert bool((chosen <= eligible).all()) and bool((eligible <= c["mask"]).all())
-    _, gradient = summed(c, weights, "logprobs", POLICY_LOSSES, Choice(name="clip_cov", share=share, **options))
-    _, of_ppo = summed(c, weights, "logprobs", POLICY_LOSSES, Choice(name="ppo_clip", clip_low=0.2, clip_high=0.2))
+    _, gradient = summed(
+        c, weights, "logprobs", POLICY_LOSSES, Choice(name="clip_cov", share=share, **options)
+    )
+    _, of_ppo = summed(
+        c, weights, "logprobs", POLICY_LOSSES, Choice(name="ppo_clip", clip_low=0.2, clip_high=0.2)
+    )
     torch.testing.assert_close(gradient, torch.where(chosen, 0.0, of_ppo))
 
 
@@ -167,7 +219,9 @@ def test_equal_advantages_have_no_covariance_to_choose_by(seed):
 
 
 def test_online_dpo_pairs_the_best_with_the_worst_answer_of_each_prompt():
-    loss, monitors = pairs([-1.0, -2.0, -4.0, -1.0, -3.0], [0.5, 1.0, 0.0, 0.0, 1.0], [7, 7, 7, 3, 3], beta=0.5)
+    loss, monitors = pairs(
+        [-1.0, -2.0, -4.0, -1.0, -3.0], [0.5, 1.0, 0.0, 0.0, 1.0], [7, 7, 7, 3, 3], beta=0.5
+    )
     first, second = math.log1p(math.exp(-1.0)), math.log1p(math.exp(1.0))
     assert loss == pytest.approx([0.0, first, first, second, second])
     assert monitors["pair_share"] == [0.0, 1.0, 1.0, 1.0, 1.0]
@@ -189,8 +243,18 @@ def test_label_smoothing_believes_the_other_order_in_part():
 
 
 def test_a_row_without_sampled_tokens_is_in_no_pair():
-    logprobs, mask = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]]), torch.tensor([[True, True], [True, False], [False, False]])
-    _, monitors = online_dpo(logprobs, torch.zeros(3, 2), torch.tensor([1.0, 0.5, 0.0]), torch.zeros(3, dtype=torch.int64), mask, beta=1.0)
+    logprobs, mask = (
+        torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]]),
+        torch.tensor([[True, True], [True, False], [False, False]]),
+    )
+    _, monitors = online_dpo(
+        logprobs,
+        torch.zeros(3, 2),
+        torch.tensor([1.0, 0.5, 0.0]),
+        torch.zeros(3, dtype=torch.int64),
+        mask,
+        beta=1.0,
+    )
     assert monitors["pair_share"].tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     assert monitors["pair_margin"].tolist() == [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
@@ -228,12 +292,17 @@ def _with_prompts(columns, c):
 @given(SEEDS, st.floats(0.01, 3), st.floats(0, 0.4))
 def test_online_dpo_is_dpo_on_the_sums_of_the_two_answers(seed, beta, label_smoothing):
     c = random_columns(seed, rows=2)
-    c |= {"group_ids": torch.zeros(2, dtype=torch.int64), "minibatch_mask": torch.arange(7) < torch.tensor([[3], [7]])}
+    c |= {
+        "group_ids": torch.zeros(2, dtype=torch.int64),
+        "minibatch_mask": torch.arange(7) < torch.tensor([[3], [7]]),
+    }
     best, worst = c["rewards"].argmax(), c["rewards"].argmin()
     sums = {name: (c[name] * c["minibatch_mask"]).sum(1) for name in ("logprobs", "ref_logprobs")}
     answers = [sums[name][row] for name in ("logprobs", "ref_logprobs") for row in (best, worst)]
     expected, of_dpo = dpo(*answers, beta=beta, label_smoothing=label_smoothing)
-    loss, monitors = bind(Choice(name="online_dpo", beta=beta, label_smoothing=label_smoothing), POLICY_LOSSES)(c)
+    loss, monitors = bind(
+        Choice(name="online_dpo", beta=beta, label_smoothing=label_smoothing), POLICY_LOSSES
+    )(c)
     torch.testing.assert_close(loss, expected.expand(2, 7))
     torch.testing.assert_close(monitors["pair_margin"], of_dpo["margin"].expand(2, 7))
 
@@ -242,16 +311,24 @@ def test_online_dpo_is_dpo_on_the_sums_of_the_two_answers(seed, beta, label_smoo
 def test_a_prompt_does_not_move_the_loss_of_another(seed):
     c = random_columns(seed)
     other = c["group_ids"] != c["group_ids"][0]
-    moved = c | {name: torch.where(other.view(-1, *[1] * (c[name].ndim - 1)), 3 - 2 * c[name], c[name]) for name in ("logprobs", "rewards")}
+    moved = c | {
+        name: torch.where(other.view(-1, *[1] * (c[name].ndim - 1)), 3 - 2 * c[name], c[name])
+        for name in ("logprobs", "rewards")
+    }
     choice = Choice(name="online_dpo")
-    for before, after in zip(*(summed(x, x["mask"], "logprobs", POLICY_LOSSES, choice)[1:] for x in (c, moved)), strict=True):
+    for before, after in zip(
+        *(summed(x, x["mask"], "logprobs", POLICY_LOSSES, choice)[1:] for x in (c, moved)), strict=True
+    ):
         torch.testing.assert_close(after[~other], before[~other])
     torch.testing.assert_close(*(bind(choice, POLICY_LOSSES)(x)[0][~other] for x in (c, moved)))
 
 
 def test_with_two_answers_per_prompt_the_mean_over_sequences_is_the_mean_over_pairs():
     c = random_columns(11, rows=6, width=7)
-    c |= {"group_ids": torch.tensor([0, 1, 2, 0, 1, 2]), "minibatch_mask": torch.arange(7) < torch.tensor([[1], [2], [3], [4], [5], [7]])}
+    c |= {
+        "group_ids": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "minibatch_mask": torch.arange(7) < torch.tensor([[1], [2], [3], [4], [5], [7]]),
+    }
     loss, monitors = bind(Choice(name="online_dpo"), POLICY_LOSSES)(c)
     margins = monitors["pair_margin"][:3, 0]
     whole = (loss * seq_mean_token_mean(c["minibatch_mask"])).sum()
@@ -265,9 +342,13 @@ def test_shuffling_rows_shuffles_losses_and_gradients(name, seed):
     choice = Choice(name=name, **({} if name == "online_dpo" else {"share": 0.3}))
     loss, _ = bind(choice, POLICY_LOSSES)(c)
     shuffled = {key: column[order] for key, column in c.items()}
-    torch.testing.assert_close(bind(choice, POLICY_LOSSES)(shuffled)[0][c["mask"][order]], loss[order][c["mask"][order]])
+    torch.testing.assert_close(
+        bind(choice, POLICY_LOSSES)(shuffled)[0][c["mask"][order]], loss[order][c["mask"][order]]
+    )
     _, gradient = summed(c, c["mask"], "logprobs", POLICY_LOSSES, choice)
-    torch.testing.assert_close(summed(shuffled, shuffled["mask"], "logprobs", POLICY_LOSSES, choice)[1], gradient[order])
+    torch.testing.assert_close(
+        summed(shuffled, shuffled["mask"], "logprobs", POLICY_LOSSES, choice)[1], gradient[order]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -277,7 +358,9 @@ def test_a_minibatch_without_sampled_tokens_has_no_loss_to_learn_from(name, rows
     c["mask"] = c["minibatch_mask"] = torch.zeros_like(c["mask"])
     loss, monitors = bind(Choice(name=name), POLICY_LOSSES)(c)
     assert loss.isfinite().all() and all(monitor.isfinite().all() for monitor in monitors.values())
-    assert all(monitors[share].count_nonzero() == 0 for share in ("cov_share", "pair_share") if share in monitors)
+    assert all(
+        monitors[share].count_nonzero() == 0 for share in ("cov_share", "pair_share") if share in monitors
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,9 +376,21 @@ def test_monitors_are_detached_and_have_the_shape_of_the_loss(name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *(("clip_cov", options) for options in ({"share": 0.0}, {"share": 1.5}, {"cov_low": 5.0}, {"clip_low": 1.5}, {"clip_high": -0.1})),
+        *(
+            ("clip_cov", options)
+            for options in (
+                {"share": 0.0},
+                {"share": 1.5},
+                {"cov_low": 5.0},
+                {"clip_low": 1.5},
+                {"clip_high": -0.1},
+            )
+        ),
         *(("kl_cov", options) for options in ({"share": 0.0}, {"share": math.nan}, {"kl_coef": -1.0})),
-        *(("online_dpo", options) for options in ({"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1})),
+        *(
+            ("online_dpo", options)
+            for options in ({"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1})
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, options):

@@ -20,7 +20,16 @@ def rows(rewards, masks, groups=None, logprob=-1.0):
     """One row per reward; masks as texts, x: sampled, -: of the environment."""
     groups = groups or [0] * len(rewards)
     trajectories = [
-        Trajectory(Prompt(""), [1], [2] * len(m), [c == "x" for c in m], [logprob] * len(m), [0] * len(m), g, reward=r)
+        Trajectory(
+            Prompt(""),
+            [1],
+            [2] * len(m),
+            [c == "x" for c in m],
+            [logprob] * len(m),
+            [0] * len(m),
+            g,
+            reward=r,
+        )
         for r, m, g in zip(rewards, masks, groups, strict=True)
     ]
     return Batch.from_trajectories(trajectories)
@@ -72,7 +81,11 @@ def broken(rewards):
 @pytest.mark.parametrize(
     ("recipe", "present", "absent"),
     [
-        ("ppo", {"values", "ref_logprobs", "token_rewards", "rollout_logprobs"}, {"group_ids", "trainer_logprobs"}),
+        (
+            "ppo",
+            {"values", "ref_logprobs", "token_rewards", "rollout_logprobs"},
+            {"group_ids", "trainer_logprobs"},
+        ),
         ("grpo", {"ref_logprobs", "group_ids", "rollout_logprobs"}, {"values", "trainer_logprobs"}),
         ("dapo", {"group_ids", "rollout_logprobs"}, {"values", "ref_logprobs", "trainer_logprobs"}),
     ],
@@ -89,7 +102,9 @@ def test_what_the_loss_of_a_critic_reads_exists_too():
 
 
 def test_a_function_that_reads_an_unknown_column_is_found_before_the_first_step():
-    with pytest.raises(ValueError, match="reads 'old_logprob', which is no column; did you mean 'old_logprobs'"):
+    with pytest.raises(
+        ValueError, match="reads 'old_logprob', which is no column; did you mean 'old_logprobs'"
+    ):
         bound(policy_loss=Choice(name=f"{__name__}:reads_clipped"))
 
 
@@ -118,7 +133,8 @@ def test_kl_in_the_reward_is_taken_from_every_sampled_token():
     batch.write("values", torch.zeros(2, 3))
     kl = KLConfig(where="reward", estimator=Choice(name="k1"))
     metrics = write_advantages(batch, bound(advantage=GAE, kl=kl), 0.1)
-    # k1 is 0.5 and 1 in the first row, 0 in the second; with gamma and lam 1 an advantage is the sum of what is to come.
+    # k1 is 0.5 and 1 in the first row, 0 in the second; with gamma and lam 1 an advantage is the sum of what
+    # is to come.
     assert metrics["kl"] == pytest.approx(1.5 / 4)
     torch.testing.assert_close(batch["advantages"], torch.tensor([[1.85, 0, 1.9], [0, 0, 0]]))
     torch.testing.assert_close(batch["returns"], batch["advantages"])
@@ -136,7 +152,9 @@ def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_one_that_knows_t
     for values, expected in (([[1.0], [3.0]], 1.0), ([[2.0], [2.0]], 0.0)):
         batch = rows([1.0, 3.0], ["x", "x"])
         batch.write("values", torch.tensor(values))
-        assert write_advantages(batch, bound(advantage=GAE), 0.0)["explained_variance"] == pytest.approx(expected)
+        assert write_advantages(batch, bound(advantage=GAE), 0.0)["explained_variance"] == pytest.approx(
+            expected
+        )
 
 
 def test_returns_without_a_critic_explain_no_variance():
@@ -148,12 +166,25 @@ def test_returns_without_a_critic_explain_no_variance():
 def test_rewards_of_turns_stand_at_their_ends_and_the_rest_at_the_last_token():
     mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
     turns = torch.tensor([[0.0, 0.5, 0, 0.25, 0], [0, 0, 0, 0, 0]])
-    assert token_rewards(torch.tensor([2.0, 1.0]), mask, turns).tolist() == [[0, 0.5, 0, 1.5, 0], [1, 0, 0, 0, 0]]
+    assert token_rewards(torch.tensor([2.0, 1.0]), mask, turns).tolist() == [
+        [0, 0.5, 0, 1.5, 0],
+        [1, 0, 0, 0, 0],
+    ]
 
 
 def test_turn_rewards_of_trajectories_reach_the_advantage():
     prompt = Prompt("")
-    turns = Trajectory(prompt, [1], [2] * 4, [True, False, True, True], [-1.0] * 4, [0] * 4, 0, reward=3.0, turn_rewards=[1.0, 0.5])
+    turns = Trajectory(
+        prompt,
+        [1],
+        [2] * 4,
+        [True, False, True, True],
+        [-1.0] * 4,
+        [0] * 4,
+        0,
+        reward=3.0,
+        turn_rewards=[1.0, 0.5],
+    )
     other = Trajectory(prompt, [1], [2], [True], [-1.0], [0], 0, reward=0.0)
     batch = Batch.from_trajectories([turns, other])
     write_advantages(batch, bound(advantage=Choice(name=f"{__name__}:as_it_comes")), 0.0)
@@ -166,9 +197,15 @@ def test_staleness_and_noise_are_written_only_if_they_are_read():
     assert not {"staleness", "noise"} & set(batch.names)
     noise = []
     for seed, version in ((0, 3), (0, 3), (0, 4), (1, 3)):
-        write_advantages(batch, bound(policy_loss=Choice(name=f"{__name__}:reads_noise")), 0.0, version=version, seed=seed)
+        write_advantages(
+            batch, bound(policy_loss=Choice(name=f"{__name__}:reads_noise")), 0.0, version=version, seed=seed
+        )
         noise.append(batch["noise"])
-    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[3])
+    assert (
+        torch.equal(noise[0], noise[1])
+        and not torch.equal(noise[0], noise[2])
+        and not torch.equal(noise[0], noise[3])
+    )
     assert batch["staleness"].tolist() == [[3, 3], [3, 0]]
 
 
@@ -185,7 +222,11 @@ def test_a_correction_that_reads_logprobs_is_made_anew_in_every_update():
     algorithm = bound(correction=Choice(name=f"{__name__}:halfway"), policy_loss=Choice(name="ppo_clip"))
     assert algorithm.corrects_in_update
     logprobs = torch.tensor([[-1.0]], requires_grad=True)
-    columns = {"logprobs": logprobs, "rollout_logprobs": torch.tensor([[-3.0]]), "advantages": torch.ones(1, 1)}
+    columns = {
+        "logprobs": logprobs,
+        "rollout_logprobs": torch.tensor([[-3.0]]),
+        "advantages": torch.ones(1, 1),
+    }
     columns |= {"mask": torch.ones(1, 1, dtype=torch.bool), "weights": torch.ones(1, 1)}
     loss, sums = algorithm.policy_objective(columns, torch.zeros(1, 1), 0.0)
     # The ratio is e, clipped to 1.2, times the weight of 3; what the correction gives has no gradient.
@@ -198,7 +239,11 @@ def test_a_correction_that_reads_logprobs_is_made_anew_in_every_update():
 def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
     algorithm = bound(policy_loss=Choice(name="policy_gradient"), likelihood_coef=0.5)
     columns = {"logprobs": torch.tensor([[-1.0, -2.0]], requires_grad=True), "advantages": torch.zeros(1, 2)}
-    columns |= {"mask": torch.ones(1, 2, dtype=torch.bool), "weights": torch.ones(1, 2), "likelihood_weights": torch.tensor([[0.5, 0.25]])}
+    columns |= {
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+        "weights": torch.ones(1, 2),
+        "likelihood_weights": torch.tensor([[0.5, 0.25]]),
+    }
     loss, _ = algorithm.policy_objective(columns, torch.zeros(1, 2), 0.0)
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * (0.5 + 0.5))
@@ -211,17 +256,35 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ({"policy_loss": Choice(name="ppo_clip", dual_clip=0.5)}, "ppo_clip: need dual_clip > 1, got 0.5"),
         ({"advantage": Choice(name="gae", lam=2.0)}, "gae: need .* got .*2.0"),
         ({"correction": Choice(name="token_tis", cap=-1.0)}, "token_tis: need cap > 0, got -1.0"),
-        ({"advantage": Choice(name=f"{__name__}:broken")}, "broken fails on 4 rows of small columns: ZeroDivisionError"),
+        (
+            {"advantage": Choice(name=f"{__name__}:broken")},
+            "broken fails on 4 rows of small columns: ZeroDivisionError",
+        ),
         (
             {"aggregation": Choice(name=f"{__name__}:by_reward")},
             "by_reward reads 'rewards', which is no column.*the columns are mask, group_ids",
         ),
-        ({"advantage": Choice(name=f"{__name__}:reads_too_early")}, "reads_too_early reads 'logprobs', which is no column .* is called"),
-        ({"advantage": Choice(name="prime")}, "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy"),
+        (
+            {"advantage": Choice(name=f"{__name__}:reads_too_early")},
+            "reads_too_early reads 'logprobs', which is no column .* is called",
+        ),
+        (
+            {"advantage": Choice(name="prime")},
+            "need a loss of the process reward model .* set algorithm.value_loss=outcome_cross_entropy",
+        ),
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
-        ({"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")}, "where reward, got gdpo and ppo_clip, which would ignore it"),
-        ({"advantage": Choice(name="reverse_kl"), "kl": KLConfig(where="reward")}, "where reward, got reverse_kl and ppo_clip"),
-        ({"policy_loss": Choice(name="online_dpo"), "kl": KLConfig(where="reward")}, "where reward, got grpo and online_dpo"),
+        (
+            {"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")},
+            "where reward, got gdpo and ppo_clip, which would ignore it",
+        ),
+        (
+            {"advantage": Choice(name="reverse_kl"), "kl": KLConfig(where="reward")},
+            "where reward, got reverse_kl and ppo_clip",
+        ),
+        (
+            {"policy_loss": Choice(name="online_dpo"), "kl": KLConfig(where="reward")},
+            "where reward, got grpo and online_dpo",
+        ),
         (
             {"policy_loss": Choice(name="kl_cov"), "skip_zero_advantages": True},
             "leave alone for algorithm.skip_zero_advantages, got kl_cov",
@@ -258,13 +321,22 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     # Policy: 2 * 1 and 0.5 * -2; entropy: 0.5 * (1 + 3); KL: 0.1 * (2 + 0).
     assert loss.item() == pytest.approx(0.25 * (2 - 1 - 2 + 0.2))
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
-        {"entropy": 4.0, "kl": 2.0, "kl_sampler": 2 - 1 - math.log(2), "sampler_gap": math.log(2), "sampler_gap_max": math.log(2)}
+        {
+            "entropy": 4.0,
+            "kl": 2.0,
+            "kl_sampler": 2 - 1 - math.log(2),
+            "sampler_gap": math.log(2),
+            "sampler_gap_max": math.log(2),
+        }
     )
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "policy_gradient"])
 def test_masked_tokens_get_no_gradient_whatever_stands_there(name):
-    columns = {column: torch.tensor([[-1.0, torch.inf, torch.nan]]) for column in ("old_logprobs", "rollout_logprobs", "advantages")}
+    columns = {
+        column: torch.tensor([[-1.0, torch.inf, torch.nan]])
+        for column in ("old_logprobs", "rollout_logprobs", "advantages")
+    }
     columns |= {"mask": torch.tensor([[True, False, False]]), "weights": torch.tensor([[1.0, 0.0, 0.0]])}
     columns["logprobs"] = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
     loss, sums = bound(policy_loss=Choice(name=name)).policy_objective(columns, torch.ones(1, 3), 0.0)

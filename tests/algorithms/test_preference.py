@@ -1,4 +1,6 @@
-"""Losses on pairs and of the implicit process reward, and calibration: by hand, by contract, and against a second implementation."""
+"""Losses on pairs and of the implicit process reward, and calibration: by hand, by contract, and against a
+second implementation.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ SEEDS = given(seed=st.integers(0, 10_000))
 def random_pairs(seed, pairs=5):
     """Every column of pairs, in fp64; the logprobs are those of answers of the given lengths."""
     g = torch.Generator().manual_seed(seed)
-    columns = {name: torch.randint(1, 30, (pairs,), generator=g) for name in ("chosen_tokens", "rejected_tokens")}
+    columns = {
+        name: torch.randint(1, 30, (pairs,), generator=g) for name in ("chosen_tokens", "rejected_tokens")
+    }
     for answer in ("chosen", "rejected"):
         noise = torch.randn(3, pairs, generator=g, dtype=torch.float64)
         columns[f"{answer}_logprobs"] = -columns[f"{answer}_tokens"] * noise[0].abs()
@@ -105,12 +109,18 @@ def test_columns_and_options_follow_the_contract(name):
     doc = inspect.getdoc(function)
     assert function.__name__ == name and "http" in doc and "Args:" in doc and "Returns:" in doc
     parameters = inspect.signature(function).parameters.values()
-    assert all(f"{p.name}:" in doc and (p.kind is not p.KEYWORD_ONLY or p.default is not p.empty) for p in parameters)
+    assert all(
+        f"{p.name}:" in doc and (p.kind is not p.KEYWORD_ONLY or p.default is not p.empty) for p in parameters
+    )
 
 
 def test_the_columns_of_a_loss_are_those_of_its_model():
     assert set(random_pairs(0)) == set(PAIR_COLUMNS)
-    assert all("rewards" not in column for name in PAIR_LOSSES for column in bind(Choice(name=name), PAIR_LOSSES).columns)
+    assert all(
+        "rewards" not in column
+        for name in PAIR_LOSSES
+        for column in bind(Choice(name=name), PAIR_LOSSES).columns
+    )
     assert bind(Choice(name="bradley_terry"), REWARD_LOSSES).columns == ("chosen_rewards", "rejected_rewards")
     assert "chosen_ref_logprobs" not in bind(Choice(name="simpo"), PAIR_LOSSES).columns
 
@@ -122,7 +132,9 @@ def test_losses_agree_with_the_oracle(name, seed):
     function = bind(Choice(name=name, **OPTIONS[name]), LOSSES)
     loss, monitors = function(columns)
     for i in range(5):
-        expected, chosen, rejected = vars(oracle)[name](*(columns[c][i].item() for c in function.columns), **OPTIONS[name])
+        expected, chosen, rejected = vars(oracle)[name](
+            *(columns[c][i].item() for c in function.columns), **OPTIONS[name]
+        )
         assert loss[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert monitors["chosen_reward"][i].item() == pytest.approx(chosen)
         assert monitors["rejected_reward"][i].item() == pytest.approx(rejected)
@@ -133,7 +145,11 @@ def test_losses_agree_with_the_oracle(name, seed):
 @EVERY_LOSS
 def test_the_gradient_raises_the_chosen_answer_and_lowers_the_other(name):
     columns = {n: torch.zeros(3) if c.is_floating_point() else c[:3] for n, c in random_pairs(0).items()}
-    answers = [n for n in bind(Choice(name=name), LOSSES).columns if n in ("chosen_logprobs", "rejected_logprobs") or n.endswith("rewards")]
+    answers = [
+        n
+        for n in bind(Choice(name=name), LOSSES).columns
+        if n in ("chosen_logprobs", "rejected_logprobs") or n.endswith("rewards")
+    ]
     columns |= {n: columns[n].clone().requires_grad_() for n in answers}
     loss, monitors = bind(Choice(name=name), LOSSES)(columns)
     chosen, rejected = torch.autograd.grad(loss.sum(), [columns[n] for n in answers])
@@ -159,17 +175,26 @@ def test_pairs_do_not_see_each_other_and_none_is_no_special_case(name):
     order = torch.tensor([3, 1, 0])
     loss, monitors = function({n: column[order] for n, column in columns.items()})
     whole, whole_monitors = function(columns)
-    torch.testing.assert_close({**monitors, "loss": loss}, {n: m[order] for n, m in {**whole_monitors, "loss": whole}.items()})
+    torch.testing.assert_close(
+        {**monitors, "loss": loss}, {n: m[order] for n, m in {**whole_monitors, "loss": whole}.items()}
+    )
     assert function({n: column[:0] for n, column in columns.items()})[0].shape == (0,)
 
 
 @EVERY_LOSS
 def test_a_hopeless_pair_and_empty_answers_have_a_finite_loss_and_gradient(name):
-    columns = {n: torch.zeros(2, dtype=c.dtype) if "tokens" in n else torch.zeros(2) for n, c in random_pairs(0).items()}
-    columns |= {n: torch.tensor([-9000.0, 9000.0], requires_grad=True) for n in ("chosen_logprobs", "chosen_rewards")}
+    columns = {
+        n: torch.zeros(2, dtype=c.dtype) if "tokens" in n else torch.zeros(2)
+        for n, c in random_pairs(0).items()
+    }
+    columns |= {
+        n: torch.tensor([-9000.0, 9000.0], requires_grad=True) for n in ("chosen_logprobs", "chosen_rewards")
+    }
     loss, _ = bind(Choice(name=name), LOSSES)(columns)
     loss.sum().backward()
-    gradients = [columns[n].grad for n in ("chosen_logprobs", "chosen_rewards") if columns[n].grad is not None]
+    gradients = [
+        columns[n].grad for n in ("chosen_logprobs", "chosen_rewards") if columns[n].grad is not None
+    ]
     assert len(gradients) == 1 and bool(loss.isfinite().all() and gradients[0].isfinite().all())
 
 
@@ -202,10 +227,18 @@ def test_columns_of_different_lengths_are_refused(name):
 
 
 def test_outcome_cross_entropy_by_hand():
-    prm_logprobs, mask = torch.tensor([[-1.0, -9.0, -1.0], [-1.0, -1.0, -1.0]]), torch.tensor([[True, False, True]] * 2)
-    loss, monitors = outcome_cross_entropy(prm_logprobs, torch.full((2, 3), -2.0), torch.tensor([1.0, -1.0]), mask, beta=0.5)
+    prm_logprobs, mask = (
+        torch.tensor([[-1.0, -9.0, -1.0], [-1.0, -1.0, -1.0]]),
+        torch.tensor([[True, False, True]] * 2),
+    )
+    loss, monitors = outcome_cross_entropy(
+        prm_logprobs, torch.full((2, 3), -2.0), torch.tensor([1.0, -1.0]), mask, beta=0.5
+    )
     assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.e)])
-    assert {name: monitor.tolist() for name, monitor in monitors.items()} == {"prm_reward": [1.0, 1.0], "prm_accuracy": [1.0, 0.0]}
+    assert {name: monitor.tolist() for name, monitor in monitors.items()} == {
+        "prm_reward": [1.0, 1.0],
+        "prm_accuracy": [1.0, 0.0],
+    }
 
 
 @SEEDS
@@ -230,10 +263,14 @@ def test_outcome_cross_entropy_reads_known_columns_and_only_sampled_tokens():
 
 def test_a_row_without_a_token_teaches_the_process_reward_nothing():
     prm_logprobs = torch.zeros(1, 2, requires_grad=True)
-    loss, monitors = outcome_cross_entropy(prm_logprobs, torch.ones(1, 2), torch.tensor([1.0]), torch.zeros(1, 2, dtype=torch.bool))
+    loss, monitors = outcome_cross_entropy(
+        prm_logprobs, torch.ones(1, 2), torch.tensor([1.0]), torch.zeros(1, 2, dtype=torch.bool)
+    )
     loss.sum().backward()
     assert loss.item() == pytest.approx(math.log(2)) and monitors["prm_accuracy"].item() == 0
-    assert prm_logprobs.grad.tolist() == [[0.0, 0.0]] and not any(monitor.requires_grad for monitor in monitors.values())
+    assert prm_logprobs.grad.tolist() == [[0.0, 0.0]] and not any(
+        monitor.requires_grad for monitor in monitors.values()
+    )
 
 
 def test_the_process_reward_refuses_what_does_not_fit():
@@ -256,7 +293,12 @@ def test_a_bin_ends_with_its_upper_bound():
     assert scores["expected_calibration_error"] == pytest.approx(0.25 / 2)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]) | st.floats(0, 1), st.booleans()), min_size=1), st.integers(1, 15))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]) | st.floats(0, 1), st.booleans()), min_size=1
+    ),
+    st.integers(1, 15),
+)
 def test_calibration_agrees_with_the_oracle(pairs, bins):
     probabilities, labels = zip(*pairs, strict=True)
     scores = calibration(torch.tensor(probabilities, dtype=torch.float64), torch.tensor(labels), bins=bins)
@@ -270,9 +312,15 @@ def test_a_perfect_judge_and_nothing_to_judge_have_no_error():
     assert calibration(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) == nothing
 
 
-@pytest.mark.parametrize("bad", [{"probabilities": [2.0]}, {"probabilities": [math.nan]}, {"labels": [2.0]}, {"labels": [0.0, 1.0]}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"probabilities": [2.0]}, {"probabilities": [math.nan]}, {"labels": [2.0]}, {"labels": [0.0, 1.0]}],
+)
 def test_calibration_refuses_what_is_no_probability_or_label(bad):
-    columns = {name: torch.tensor(values) for name, values in ({"probabilities": [0.5], "labels": [1.0]} | bad).items()}
+    columns = {
+        name: torch.tensor(values)
+        for name, values in ({"probabilities": [0.5], "labels": [1.0]} | bad).items()
+    }
     with pytest.raises(ValueError, match="need "):
         calibration(**columns)
     with pytest.raises(ValueError, match="bins >= 1, got 0"):

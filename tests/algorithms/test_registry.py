@@ -35,7 +35,11 @@ def user_module(monkeypatch):
 def test_a_choice_becomes_a_function_of_columns_by_name():
     advantage = bound(ADVANTAGES, "grpo", normalize_std=False)
     assert advantage.columns == ("rewards", "group_ids")
-    columns = {"values": torch.zeros(2), "group_ids": torch.tensor([0, 0]), "rewards": torch.tensor([1.0, 0.0])}
+    columns = {
+        "values": torch.zeros(2),
+        "group_ids": torch.tensor([0, 0]),
+        "rewards": torch.tensor([1.0, 0.0]),
+    }
     assert advantage(columns).tolist() == [0.5, -0.5]
 
 
@@ -46,24 +50,34 @@ def test_a_users_function_binds_by_module_and_name(user_module):
 
 
 def test_a_missing_column_is_named_with_the_function_that_reads_it():
-    with pytest.raises(ValueError, match="gae reads the columns token_rewards, values, mask; there is no 'values'"):
-        bound(ADVANTAGES, "gae")({"token_rewards": torch.zeros(1, 1), "mask": torch.ones(1, 1, dtype=torch.bool)})
+    with pytest.raises(
+        ValueError, match="gae reads the columns token_rewards, values, mask; there is no 'values'"
+    ):
+        bound(ADVANTAGES, "gae")(
+            {"token_rewards": torch.zeros(1, 1), "mask": torch.ones(1, 1, dtype=torch.bool)}
+        )
 
 
 def test_an_unknown_name_shows_all_and_the_nearest():
-    with pytest.raises(ValueError, match="need one of grpo, rloo, .* or .*, got 'grppo'; did you mean 'grpo'?"):
+    with pytest.raises(
+        ValueError, match="need one of grpo, rloo, .* or .*, got 'grppo'; did you mean 'grpo'?"
+    ):
         bound(ADVANTAGES, "grppo")
 
 
 def test_an_unknown_option_shows_the_valid_ones_with_defaults_and_the_nearest():
-    with pytest.raises(ValueError, match=r"clip_high: .*float.* = 0\.2.*got 'clip_hi'; did you mean 'clip_high'?"):
+    with pytest.raises(
+        ValueError, match=r"clip_high: .*float.* = 0\.2.*got 'clip_hi'; did you mean 'clip_high'?"
+    ):
         bound(POLICY_LOSSES, "ppo_clip", clip_hi=0.3)
     with pytest.raises(ValueError, match="rloo takes no options; got 'eps'"):
         bound(ADVANTAGES, "rloo", eps=1.0)
 
 
 def test_a_missing_option_without_default_says_what_to_write():
-    with pytest.raises(ValueError, match=r"'length' has no default; write \{name: seq_mean_token_sum_norm, length: ...\}"):
+    with pytest.raises(
+        ValueError, match=r"'length' has no default; write \{name: seq_mean_token_sum_norm, length: ...\}"
+    ):
         bound(AGGREGATIONS, "seq_mean_token_sum_norm")
 
 
@@ -74,7 +88,10 @@ def test_an_option_of_another_type_is_refused(value):
 
 
 def test_whole_numbers_are_numbers_and_none_is_taken_where_it_is_offered():
-    assert bound(POLICY_LOSSES, "ppo_clip", clip_low=0, dual_clip=None).options == {"clip_low": 0, "dual_clip": None}
+    assert bound(POLICY_LOSSES, "ppo_clip", clip_low=0, dual_clip=None).options == {
+        "clip_low": 0,
+        "dual_clip": None,
+    }
     with pytest.raises(ValueError, match="not of type int"):
         bound(AGGREGATIONS, "seq_mean_token_sum_norm", length=10.5)
 
@@ -84,7 +101,10 @@ def test_types_are_read_from_evaluated_annotations_too():
         return rewards
 
     function.__annotations__ = {"scale": float | None, "anything": list[int]}
-    assert bound({"f": function}, "f", scale=None, anything="unchecked").options == {"scale": None, "anything": "unchecked"}
+    assert bound({"f": function}, "f", scale=None, anything="unchecked").options == {
+        "scale": None,
+        "anything": "unchecked",
+    }
     with pytest.raises(ValueError, match="not of type float | None"):
         bound({"f": function}, "f", scale="2")
 

@@ -1,4 +1,6 @@
-"""Advantages of tokens and turns by hand and against a second implementation, and what they become in the simple cases."""
+"""Advantages of tokens and turns by hand and against a second implementation, and what they become in the
+simple cases.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 from tests.oracles import advantages as oracle
 from tests.oracles.columns import random_columns
 from verl.algorithms.advantages import grpo, rloo
-from verl.algorithms.token_advantages import gae, grpo_turns, optimal_token_baseline, prime, reinforce_pp, reverse_kl, vapo_gae
+from verl.algorithms.token_advantages import (
+    gae,
+    grpo_turns,
+    optimal_token_baseline,
+    prime,
+    reinforce_pp,
+    reverse_kl,
+    vapo_gae,
+)
 
 SEEDS = st.integers(0, 10_000)
 SHARES = st.floats(0, 1)
@@ -32,7 +42,9 @@ def chosen(columns, *names):
 
 def test_gae_by_hand():
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.4, 0.8]])
-    advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.5, whiten=False)
+    advantages, returns = gae(
+        rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.5, whiten=False
+    )
     # Errors of one step: -0.1, 0.4, 0.2; each advantage adds half of the next one.
     torch.testing.assert_close(advantages, torch.tensor([[0.15, 0.5, 0.2]]))
     torch.testing.assert_close(returns, torch.tensor([[0.65, 0.9, 1.0]]))
@@ -66,7 +78,10 @@ def test_a_row_without_the_tokens_of_the_environment_is_the_same(function, seed,
     c = random_columns(seed, rows=1, width=12)
     columns = [c[name] for name in ("token_rewards", "values", "mask")]
     kept = c["mask"]
-    long, short = function(*columns, gamma=gamma), function(*(column[kept][None] for column in columns), gamma=gamma)
+    long, short = (
+        function(*columns, gamma=gamma),
+        function(*(column[kept][None] for column in columns), gamma=gamma),
+    )
     for with_environment, without in zip(long, short, strict=True):
         assert_near(with_environment[kept][None], without)
         assert with_environment[~kept].count_nonzero() == 0
@@ -78,11 +93,17 @@ def test_returns_read_nothing_at_masked_positions_and_accept_padding(function):
     garbage = torch.where(mask, torch.tensor([[0.5, 0, 1.0, 0, 0]]), float("nan"))
     padded = function(garbage, garbage, mask)
     plain = function(garbage[:, :3], garbage[:, :3], mask[:, :3])
-    assert all(torch.equal(wide[:, :3], narrow) and wide[:, 3:].count_nonzero() == 0 for wide, narrow in zip(padded, plain, strict=True))
+    assert all(
+        torch.equal(wide[:, :3], narrow) and wide[:, 3:].count_nonzero() == 0
+        for wide, narrow in zip(padded, plain, strict=True)
+    )
 
 
 def test_vapo_takes_the_decay_of_the_policy_from_the_length_and_another_for_the_critic():
-    rewards, values = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.4, 0.8], [0.5, 0.4, 0.0]])
+    rewards, values = (
+        torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]),
+        torch.tensor([[0.5, 0.4, 0.8], [0.5, 0.4, 0.0]]),
+    )
     mask = torch.tensor([[True, True, True], [True, True, False]])
     advantages, returns = vapo_gae(rewards, values, mask, alpha=2 / 3, whiten=False)
     # Three tokens: decay 1 - 1 / 2. Two: 1 - 3 / 4.
@@ -109,7 +130,9 @@ def test_rows_too_short_for_vapo_have_errors_of_one_step():
 
 
 def test_reinforce_pp_by_hand():
-    advantages = reinforce_pp(torch.tensor([[0.0, 9.0, 0.0, 1.0]]), torch.tensor([[True, False, True, True]]), gamma=0.5)
+    advantages = reinforce_pp(
+        torch.tensor([[0.0, 9.0, 0.0, 1.0]]), torch.tensor([[True, False, True, True]]), gamma=0.5
+    )
     # Returns 0.25, 0.5, 1: mean 0.5833, deviation 0.3118.
     torch.testing.assert_close(advantages, torch.tensor([[-1.0690, 0.0, -0.2673, 1.3363]]), atol=1e-4, rtol=0)
 
@@ -122,15 +145,24 @@ def test_reinforce_pp_agrees_with_the_oracle(seed, gamma):
 
 def test_the_optimal_baseline_weighs_siblings_by_their_energy_so_far():
     mask = torch.tensor([[True, False, True], [False, True, False]])
-    probs, squares = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.8, 0.0]]), torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.68, 0.0]])
-    advantages = optimal_token_baseline(torch.tensor([1.0, 0.0]), torch.tensor([3, 3]), mask, probs.log(), squares)
+    probs, squares = (
+        torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.8, 0.0]]),
+        torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.68, 0.0]]),
+    )
+    advantages = optimal_token_baseline(
+        torch.tensor([1.0, 0.0]), torch.tensor([3, 3]), mask, probs.log(), squares
+    )
     # First tokens: energies 0.5 and 0.08, baseline 0.5 / 0.58. The second token has no counterpart.
-    torch.testing.assert_close(advantages, torch.tensor([[0.1379, 0.0, 0.0], [0.0, -0.8621, 0.0]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        advantages, torch.tensor([[0.1379, 0.0, 0.0], [0.0, -0.8621, 0.0]]), atol=1e-4, rtol=0
+    )
 
 
 @given(SEEDS)
 def test_the_optimal_baseline_agrees_with_the_oracle(seed):
-    columns, lists = chosen(random_columns(seed), "rewards", "group_ids", "mask", "trainer_logprobs", "sum_squared_probs")
+    columns, lists = chosen(
+        random_columns(seed), "rewards", "group_ids", "mask", "trainer_logprobs", "sum_squared_probs"
+    )
     assert_near(optimal_token_baseline(*columns), fp64(oracle.optimal_token_baseline(*lists)))
 
 
@@ -150,18 +182,25 @@ def test_a_turn_gets_the_normalized_rewards_of_itself_and_of_later_turns():
     rewards = torch.tensor([[0.25, 0.75, 9.0, 0.0], [0.0, 9.0, 9.0, 9.0]])
     advantages = grpo_turns(rewards, mask, torch.tensor([1, 1]), normalize_std=False)
     # Turns 1, 0 and 0: mean 1/3.
-    torch.testing.assert_close(advantages, torch.tensor([[1 / 3, 1 / 3, 0.0, -1 / 3], [-1 / 3, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        advantages, torch.tensor([[1 / 3, 1 / 3, 0.0, -1 / 3], [-1 / 3, 0.0, 0.0, 0.0]])
+    )
 
 
 def test_turns_of_two_rows_are_not_joined_where_one_ends_and_the_other_begins():
     rewards, mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool)
-    assert grpo_turns(rewards, mask, torch.tensor([0, 0]), normalize_std=False).tolist() == [[1.0, 1.0], [-1.0, -1.0]]
+    assert grpo_turns(rewards, mask, torch.tensor([0, 0]), normalize_std=False).tolist() == [
+        [1.0, 1.0],
+        [-1.0, -1.0],
+    ]
 
 
 @given(SEEDS, st.booleans())
 def test_turns_agree_with_the_oracle(seed, normalize_std):
     columns, lists = chosen(random_columns(seed), "token_rewards", "mask", "group_ids")
-    assert_near(grpo_turns(*columns, normalize_std=normalize_std), fp64(oracle.grpo_turns(*lists, normalize_std)))
+    assert_near(
+        grpo_turns(*columns, normalize_std=normalize_std), fp64(oracle.grpo_turns(*lists, normalize_std))
+    )
 
 
 @given(SEEDS)
@@ -182,7 +221,10 @@ def test_a_reward_for_every_turn_of_a_group_changes_nothing(seed, bonus):
 
 
 def test_prime_adds_the_outcome_to_process_rewards_above_those_of_the_siblings():
-    prm, ref = torch.tensor([[0.0, -8.0, 1.0], [-1.0, 0.0, 0.0]]), torch.tensor([[-1.0, 0.0, -2.0], [-3.0, 0.0, 0.0]])
+    prm, ref = (
+        torch.tensor([[0.0, -8.0, 1.0], [-1.0, 0.0, 0.0]]),
+        torch.tensor([[-1.0, 0.0, -2.0], [-3.0, 0.0, 0.0]]),
+    )
     mask = torch.tensor([[True, False, True], [True, False, False]])
     advantages = prime(torch.tensor([1.0, 0.0]), torch.tensor([5, 5]), prm, ref, mask, beta=1.0, gamma=0.5)
     # Process rewards 1, 3 and 2, the mean of the sibling is 2 for both rows.
@@ -191,7 +233,9 @@ def test_prime_adds_the_outcome_to_process_rewards_above_those_of_the_siblings()
 
 @given(SEEDS, SHARES, SHARES)
 def test_prime_agrees_with_the_oracle(seed, beta, gamma):
-    columns, lists = chosen(random_columns(seed), "rewards", "group_ids", "prm_logprobs", "ref_logprobs", "mask")
+    columns, lists = chosen(
+        random_columns(seed), "rewards", "group_ids", "prm_logprobs", "ref_logprobs", "mask"
+    )
     assert_near(prime(*columns, beta=beta, gamma=gamma), fp64(oracle.prime(*lists, beta, gamma)))
 
 
@@ -206,7 +250,10 @@ def test_prime_with_a_model_that_has_learned_nothing_is_rloo(seed):
 def test_a_process_reward_for_every_token_of_a_group_changes_nothing(seed, bonus):
     c = random_columns(seed)
     moved = c["prm_logprobs"] + bonus * (1 + c["group_ids"][:, None])
-    before, after = (prime(c["rewards"], c["group_ids"], prm, c["ref_logprobs"], c["mask"]) for prm in (c["prm_logprobs"], moved))
+    before, after = (
+        prime(c["rewards"], c["group_ids"], prm, c["ref_logprobs"], c["mask"])
+        for prm in (c["prm_logprobs"], moved)
+    )
     several = (c["group_ids"][:, None] == c["group_ids"])[:, c["mask"].any(1)].sum(1) > 1
     assert_near(after[several], before[several])
 
@@ -219,5 +266,8 @@ def test_reverse_kl_is_what_the_teacher_finds_likelier_within_limits():
 @given(SEEDS)
 def test_reverse_kl_agrees_with_the_difference(seed):
     (old, teacher), _ = chosen(random_columns(seed), "old_logprobs", "teacher_logprobs")
-    expected = [[t - o for o, t in zip(*rows, strict=True)] for rows in zip(old.tolist(), teacher.tolist(), strict=True)]
+    expected = [
+        [t - o for o, t in zip(*rows, strict=True)]
+        for rows in zip(old.tolist(), teacher.tolist(), strict=True)
+    ]
     assert_near(reverse_kl(old, teacher), fp64(expected))

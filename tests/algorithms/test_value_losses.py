@@ -27,7 +27,9 @@ def weighed(c, name):
 
 
 def test_value_clip_takes_the_worse_of_moved_and_clipped_value():
-    loss, monitors = value_clip(torch.tensor([[2.0, 2.0, 0.25]]), torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 1.0]]))
+    loss, monitors = value_clip(
+        torch.tensor([[2.0, 2.0, 0.25]]), torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 1.0]])
+    )
     assert loss.tolist() == [[1.125, 2.0, 0.28125]]
     assert monitors["value_clip_share"].tolist() == [[1.0, 0.0, 0.0]]
 
@@ -38,7 +40,15 @@ def test_value_clip_and_its_gradient_agree_with_the_oracle_and_a_wide_one_with_t
     columns = [c[name] for name in ("new_values", "values", "returns")]
     loss, _ = value_clip(*columns, clip=clip)
     _, gradient = summed(c, c["mask"], "new_values", VALUE_LOSSES, Choice(name="value_clip", clip=clip))
-    assert_agrees(loss, gradient, c["mask"].double(), columns, c["mask"], lambda *token: oracle.value_clip(*token, clip), "token")
+    assert_agrees(
+        loss,
+        gradient,
+        c["mask"].double(),
+        columns,
+        c["mask"],
+        lambda *token: oracle.value_clip(*token, clip),
+        "token",
+    )
     torch.testing.assert_close(value_clip(*columns, clip=1e6)[0], value_mse(c["new_values"], c["returns"])[0])
 
 
@@ -49,7 +59,10 @@ def test_loss_and_gradient_are_the_same_in_micro_batches(name, seed, first):
     weights = weighed(c, name)
     whole, gradient = summed(c, weights, learned, VALUE_LOSSES, name)
     split = (slice(first), slice(first, None))
-    parts = [summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, VALUE_LOSSES, name) for rows in split]
+    parts = [
+        summed({k: v[rows] for k, v in c.items()}, weights[rows], learned, VALUE_LOSSES, name)
+        for rows in split
+    ]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(torch.cat([grad for _, grad in parts]), gradient, rtol=1e-6, atol=0)
 

@@ -17,15 +17,36 @@ from verl.cli.main import main
 from verl.config import load_config, load_run, load_sft_config
 from verl.config.settings import PreferenceConfig, RewardModelConfig
 
-COMMANDS = ("train", "sft", "preference", "reward-model", "eval", "ledger", "doctor", "config", "quickstart", "make-model", "make-data")
-TOY = ["device=cpu", "steps=2", "prompts_per_step=2", "samples_per_prompt=2", "sampling.max_tokens=5", "tracking.sinks=[jsonl]"]
+COMMANDS = (
+    "train",
+    "sft",
+    "preference",
+    "reward-model",
+    "eval",
+    "ledger",
+    "doctor",
+    "config",
+    "quickstart",
+    "make-model",
+    "make-data",
+)
+TOY = [
+    "device=cpu",
+    "steps=2",
+    "prompts_per_step=2",
+    "samples_per_prompt=2",
+    "sampling.max_tokens=5",
+    "tracking.sinks=[jsonl]",
+]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model made by the command for it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    assert main(["make-model", str(folder), "--hidden", "32", "--layers", "1", "--characters", CHARACTERS]) == 0
+    assert (
+        main(["make-model", str(folder), "--hidden", "32", "--layers", "1", "--characters", CHARACTERS]) == 0
+    )
     return folder
 
 
@@ -34,7 +55,13 @@ def toy(model, tmp_path, monkeypatch):
     """Settings of a small run, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     prompts = write_prompts(tmp_path / "data" / "prompts.jsonl")
-    return [*TOY, f"policy.path={model}", f"data.train={prompts}", f"data.test={prompts}", "rewards.functions=[position_share]"]
+    return [
+        *TOY,
+        f"policy.path={model}",
+        f"data.train={prompts}",
+        f"data.test={prompts}",
+        "rewards.functions=[position_share]",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,7 +81,9 @@ def test_help_names_every_command_and_version_the_version(capsys):
         assert [word for word in words if word not in shown] == []
 
 
-@pytest.mark.parametrize("given", [[], ["trian", "grpo"], ["train"], ["train", "grpo", "--dryrun"], ["make-model"]])
+@pytest.mark.parametrize(
+    "given", [[], ["trian", "grpo"], ["train"], ["train", "grpo", "--dryrun"], ["make-model"]]
+)
 def test_a_command_line_that_is_none_ends_with_2(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main(given)
@@ -73,40 +102,65 @@ def test_train_runs_to_the_end_and_says_where_the_model_is(toy, capsys):
 
 @pytest.mark.parametrize("command", [["train", "grpo"], ["sft"]])
 def test_a_dry_run_checks_everything_prints_the_settings_and_writes_nothing(command, toy, capsys):
-    settings = toy if command[0] == "train" else [s for s in toy if s.split("=")[0] in ("device", "steps", "policy.path", "data.train")]
+    settings = (
+        toy
+        if command[0] == "train"
+        else [s for s in toy if s.split("=")[0] in ("device", "steps", "policy.path", "data.train")]
+    )
     before = sorted(Path().rglob("*"))
     assert main([*command, *settings, "--dry-run"]) == 0
     shown, _, last = capsys.readouterr().out.partition("everything fits: ")
     assert "2 steps; nothing was trained" in last
-    loaded = load_config(yaml.safe_load(shown)) if command[0] == "train" else load_sft_config(yaml.safe_load(shown))
+    loaded = (
+        load_config(yaml.safe_load(shown))
+        if command[0] == "train"
+        else load_sft_config(yaml.safe_load(shown))
+    )
     assert loaded.steps == 2
     assert sorted(Path().rglob("*")) == before
 
 
 def test_sft_learns_from_a_file_of_settings_or_without_one(toy, capsys):
-    settings = [s for s in toy if s.split("=")[0] in ("device", "steps", "policy.path", "data.train", "tracking.sinks")]
+    settings = [
+        s
+        for s in toy
+        if s.split("=")[0] in ("device", "steps", "policy.path", "data.train", "tracking.sinks")
+    ]
     Path("sft.yaml").write_text("rows_per_step: 3\noutput_dir: outputs/two\n")
     assert main(["sft", *settings, "rows_per_step=3"]) == main(["sft", "sft.yaml", *settings]) == 0
     assert "trained model: outputs/two/model" in capsys.readouterr().out
-    assert [line["loss"] for line in logged(Path("outputs/run"))] == [line["loss"] for line in logged(Path("outputs/two"))]
+    assert [line["loss"] for line in logged(Path("outputs/run"))] == [
+        line["loss"] for line in logged(Path("outputs/two"))
+    ]
 
 
 PAIRS = ["device=cpu", "steps=2", "pairs_per_step=3", "data.train=pairs.jsonl", "tracking.sinks=[jsonl]"]
 
 
-@pytest.mark.parametrize(("command", "kind"), [("preference", PreferenceConfig), ("reward-model", RewardModelConfig)])
-def test_pairs_are_learned_from_a_file_of_settings_or_without_one(command, kind, model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "kind"), [("preference", PreferenceConfig), ("reward-model", RewardModelConfig)]
+)
+def test_pairs_are_learned_from_a_file_of_settings_or_without_one(
+    command, kind, model, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    Path("pairs.jsonl").write_text("".join(json.dumps({"prompt": f"{c}=", "chosen": c, "rejected": c * 2}) + "\n" for c in "abcd"))
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{c}=", "chosen": c, "rejected": c * 2}) + "\n" for c in "abcd")
+    )
     settings = [*PAIRS, f"policy.path={model}"]
     assert main([command, *settings, "--dry-run"]) == 0
     shown, _, last = capsys.readouterr().out.partition("everything fits: ")
-    assert "4 rows from pairs.jsonl, 2 steps; nothing was trained" in last and load_run(kind, yaml.safe_load(shown)).pairs_per_step == 3
+    assert (
+        "4 rows from pairs.jsonl, 2 steps; nothing was trained" in last
+        and load_run(kind, yaml.safe_load(shown)).pairs_per_step == 3
+    )
     assert [path.name for path in Path().iterdir()] == ["pairs.jsonl"]
     Path("mine.yaml").write_text("output_dir: outputs/two\n")
     assert main([command, *settings]) == main([command, "mine.yaml", *settings]) == 0
     assert "trained model: outputs/two/model" in capsys.readouterr().out
-    assert [line["loss"] for line in logged(Path("outputs/run"))] == [line["loss"] for line in logged(Path("outputs/two"))]
+    assert [line["loss"] for line in logged(Path("outputs/run"))] == [
+        line["loss"] for line in logged(Path("outputs/two"))
+    ]
 
 
 def test_eval_prints_metrics_and_answers_and_trains_nothing(toy, capsys):
@@ -121,7 +175,19 @@ def test_eval_prints_metrics_and_answers_and_trains_nothing(toy, capsys):
 
 
 def test_eval_takes_the_reward_of_the_task_that_it_measures(model, tmp_path, capsys):
-    assert main(["eval", "grpo", f"policy.path={model}", "data.test=task:copy-8", "sampling.max_tokens=9", "evaluation.prompts=2"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "grpo",
+                f"policy.path={model}",
+                "data.test=task:copy-8",
+                "sampling.max_tokens=9",
+                "evaluation.prompts=2",
+            ]
+        )
+        == 0
+    )
     assert "eval/accuracy" in capsys.readouterr().out
 
 
@@ -140,7 +206,13 @@ def test_config_lists_all_settings_one_of_them_or_those_of_a_recipe(capsys):
 
 def test_the_settings_are_shown_without_loading_a_model_library():
     program = "import sys; from verl.cli.main import main; main(['config']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(verl.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(verl.__file__).parents[1],
+    )
     assert result.stdout.splitlines()[-1] == "False"
 
 
@@ -169,23 +241,47 @@ def test_make_data_writes_pairs_of_a_task(tmp_path):
 MISTAKES = {
     "recipe": (["train", "grop"], ["unknown recipe grop", "the nearest is grpo"]),
     "file": (["train", "missing.yaml"], ["got missing.yaml: No such file"]),
-    "key": (["train", "grpo", "policy.optimizer.learning_rate=1"], ["unknown setting", "the nearest is policy.optimizer.lr"]),
+    "key": (
+        ["train", "grpo", "policy.optimizer.learning_rate=1"],
+        ["unknown setting", "the nearest is policy.optimizer.lr"],
+    ),
     "type": (["train", "grpo", "steps=many"], ["steps (override): need an integer >= 1", '"many"']),
     "bound": (["train", "grpo", "steps=0"], ["need an integer >= 1", "got 0"]),
     "no override": (["train", "grpo", "steps"], ['need overrides like key=value, got "steps"']),
-    "ignored": (["train", "grpo", "critic.vf_coef=2.0"], ["critic.vf_coef (override) would be ignored", "take gae"]),
+    "ignored": (
+        ["train", "grpo", "critic.vf_coef=2.0"],
+        ["critic.vf_coef (override) would be ignored", "take gae"],
+    ),
     "relation": (["train", "grpo", "samples_per_prompt=1"], ["need siblings to compare with"]),
-    "function": (["train", "grpo", "algorithm.advantage=gea"], ["need one of grpo, rloo, ", "did you mean 'gae'"]),
-    "option": (["train", "grpo", "algorithm.policy_loss.clip_hihg=0.3"], ["got 'clip_hihg'; did you mean 'clip_high'"]),
-    "option type": (["train", "grpo", "algorithm.policy_loss.clip_high=wide"], ["clip_high='wide', which is not of type float"]),
+    "function": (
+        ["train", "grpo", "algorithm.advantage=gea"],
+        ["need one of grpo, rloo, ", "did you mean 'gae'"],
+    ),
+    "option": (
+        ["train", "grpo", "algorithm.policy_loss.clip_hihg=0.3"],
+        ["got 'clip_hihg'; did you mean 'clip_high'"],
+    ),
+    "option type": (
+        ["train", "grpo", "algorithm.policy_loss.clip_high=wide"],
+        ["clip_high='wide', which is not of type float"],
+    ),
     "module": (["train", "grpo", "algorithm.advantage=nowhere:f"], ["cannot import 'nowhere'"]),
     "no model": (["train", "grpo", "policy.path=null"], ["need policy.path"]),
-    "model": (["train", "grpo", "policy.path=./nowhere"], ["cannot load a causal language model from './nowhere'"]),
+    "model": (
+        ["train", "grpo", "policy.path=./nowhere"],
+        ["cannot load a causal language model from './nowhere'"],
+    ),
     "no data": (["train", "grpo", "data.train=null"], ["need data.train"]),
     "data": (["train", "grpo", "data.train=missing.jsonl"], ["missing.jsonl"]),
     "task": (["train", "grpo", "data.train=task:copy8"], ["copy-8"]),
-    "reward": (["train", "grpo", "rewards.functions=[exakt]"], ["need a reward function by name (exact, ", "got 'exakt'"]),
-    "reward option": (["train", "grpo", "rewards.functions=[{name: exact, strict: true}]"], ["'exact' takes (none), got strict"]),
+    "reward": (
+        ["train", "grpo", "rewards.functions=[exakt]"],
+        ["need a reward function by name (exact, ", "got 'exakt'"],
+    ),
+    "reward option": (
+        ["train", "grpo", "rewards.functions=[{name: exact, strict: true}]"],
+        ["'exact' takes (none), got strict"],
+    ),
     "engine": (["train", "grpo", "rollout.engine=embeded"], ["got 'embeded'", "embedded"]),
     "sink": (["train", "grpo", "tracking.sinks=[jsnl]"], ["got 'jsnl'; did you mean 'jsonl'"]),
     "resume": (["train", "grpo", "checkpoint.resume=nowhere"], ["nowhere is not a checkpoint"]),
@@ -196,9 +292,15 @@ MISTAKES = {
     "sft key": (["sft", "prompts_per_step=3"], ["unknown setting prompts_per_step"]),
     "preference key": (["preference", "rows_per_step=3"], ["unknown setting rows_per_step"]),
     "preference loss": (["preference", "loss=dop"], ["need one of dpo, ipo, simpo", "did you mean 'dpo'"]),
-    "preference reference": (["preference", "loss=simpo", "reference=x"], ["reference (override) would be ignored"]),
+    "preference reference": (
+        ["preference", "loss=simpo", "reference=x"],
+        ["reference (override) would be ignored"],
+    ),
     "reward-model loss": (["reward-model", "loss.margin=-1"], ["need margin >= 0, got -1"]),
-    "reward-model model": (["reward-model", "policy.path=./nowhere"], ["cannot load a reward model from './nowhere'"]),
+    "reward-model model": (
+        ["reward-model", "policy.path=./nowhere"],
+        ["cannot load a reward model from './nowhere'"],
+    ),
     "sft file": (["sft", "missing.yaml"], ["missing.yaml"]),
     "config key": (["config", "algorithm.klx"], ["algorithm.kl"]),
     "make-model": (["make-model", "m", "--hidden", "33"], ["need hidden as a multiple of 32", "hidden=33"]),

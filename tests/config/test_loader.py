@@ -24,7 +24,13 @@ from verl.config.introspection import places
 from verl.config.reference import describe_settings, settings_markdown
 from verl.config.settings import KLAdaptive, KLSchedule, PreferenceConfig, RewardModelConfig, TrainerConfig
 
-CASE_STUDY = {"actor_micro_batch_size": 4, "critic_micro_batch_size": 4, "rollouts_per_device": 64, "vf_coef": 0.1, "clip_eps": 0.2}
+CASE_STUDY = {
+    "actor_micro_batch_size": 4,
+    "critic_micro_batch_size": 4,
+    "rollouts_per_device": 64,
+    "vf_coef": 0.1,
+    "clip_eps": 0.2,
+}
 
 
 @pytest.fixture
@@ -51,7 +57,13 @@ def test_the_recipes_are_the_files_of_the_folder_by_name():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_survives_being_written_and_read(recipe, write):
     config = load_config(
-        recipe, ["steps=70", "sampling.stop=['off', '1e-6', \"a\\nb\"]", 'tracking.project="1e-6"', "tracking.sinks=[wandb]"]
+        recipe,
+        [
+            "steps=70",
+            "sampling.stop=['off', '1e-6', \"a\\nb\"]",
+            'tracking.project="1e-6"',
+            "tracking.sinks=[wandb]",
+        ],
     )
     assert load_config(write(to_yaml(config))) == config
 
@@ -92,19 +104,37 @@ def test_one_changed_setting_of_the_critic_keeps_its_other_defaults():
 
 def test_another_function_loses_the_options_of_the_old_one_and_the_same_keeps_them():
     assert load_config("ppo", ["algorithm.policy_loss=mine:loss"]).algorithm.policy_loss.options == {}
-    assert load_config("ppo", ["algorithm.advantage={name: gae, lam: 0.9}"]).algorithm.advantage.options["whiten"] is True
-    assert load_config("ppo", ["algorithm.advantage.lam=0.9"]).algorithm.advantage.options == {"gamma": 1.0, "lam": 0.9, "whiten": True}
+    assert (
+        load_config("ppo", ["algorithm.advantage={name: gae, lam: 0.9}"]).algorithm.advantage.options[
+            "whiten"
+        ]
+        is True
+    )
+    assert load_config("ppo", ["algorithm.advantage.lam=0.9"]).algorithm.advantage.options == {
+        "gamma": 1.0,
+        "lam": 0.9,
+        "whiten": True,
+    }
 
 
 def test_a_kl_coefficient_changes_its_form_or_a_part_of_it():
     schedule = ["algorithm.kl.coef={start: 0.1, end: 0.2, steps: 5}"]
-    assert load_config("ppo", [*schedule, "algorithm.kl.coef.end=0.3"]).algorithm.kl.coef == KLSchedule(start=0.1, end=0.3, steps=5)
-    assert load_config("ppo", [*schedule, "algorithm.kl.coef={target: 0.2}"]).algorithm.kl.coef == KLAdaptive(target=0.2)
+    assert load_config("ppo", [*schedule, "algorithm.kl.coef.end=0.3"]).algorithm.kl.coef == KLSchedule(
+        start=0.1, end=0.3, steps=5
+    )
+    assert load_config("ppo", [*schedule, "algorithm.kl.coef={target: 0.2}"]).algorithm.kl.coef == KLAdaptive(
+        target=0.2
+    )
 
 
 def test_lists_are_given_anew():
-    functions = load_config("grpo", ["rewards.functions=[exact, {name: format, weight: 0.5, pattern: x}]"]).rewards.functions
-    assert [(f.name, f.weight, f.options) for f in functions] == [("exact", 1.0, {}), ("format", 0.5, {"pattern": "x"})]
+    functions = load_config(
+        "grpo", ["rewards.functions=[exact, {name: format, weight: 0.5, pattern: x}]"]
+    ).rewards.functions
+    assert [(f.name, f.weight, f.options) for f in functions] == [
+        ("exact", 1.0, {}),
+        ("format", 0.5, {"pattern": "x"}),
+    ]
 
 
 def test_every_problem_is_named_with_its_line_in_one_message(write):
@@ -112,7 +142,10 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
     message = problems(path)
     assert message.startswith("3 problems in the settings:")
     assert 'steps (run.yaml:2): need an integer >= 1, got "many"' in message
-    assert "unknown setting policy.optimizer.learning_rate (run.yaml:5); the nearest is policy.optimizer.lr\n" in message + "\n"
+    assert (
+        "unknown setting policy.optimizer.learning_rate (run.yaml:5); the nearest is policy.optimizer.lr\n"
+        in message + "\n"
+    )
     assert "policy.optimizer.lr (run.yaml:6): need a number > 0, got -1" in message
 
 
@@ -130,8 +163,14 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
         ("algorithm.advantage=5", "algorithm.advantage (override): need a name or {name, options}, got 5"),
         ("algorithm.kl.coef=-1", "algorithm.kl.coef (override): need a number >= 0, got -1"),
         ("algorithm.kl.coef.end=x", 'algorithm.kl.coef.end (override): need a number >= 0, got "x"'),
-        ("algorithm.kl.coef=[1]", "need a number or {start, end, steps} or {initial, target, horizon}, got [1]"),
-        ("rewards.functions=[{weight: 2}]", 'need a list, each a name or {name, weight, options}, got [{"weight": 2}]'),
+        (
+            "algorithm.kl.coef=[1]",
+            "need a number or {start, end, steps} or {initial, target, horizon}, got [1]",
+        ),
+        (
+            "rewards.functions=[{weight: 2}]",
+            'need a list, each a name or {name, weight, options}, got [{"weight": 2}]',
+        ),
         ("steps", 'need overrides like key=value, got "steps"'),
         ("steps=[1", 'override "steps=[1":1: need valid YAML'),
     ],
@@ -146,7 +185,10 @@ def test_a_wrong_override_says_what_must_hold_and_what_came(override, message):
         ("steps: [1\nseed: 2", "run.yaml:2: need valid YAML"),
         ("steps: 1\nsteps: 2", "run.yaml:2: steps is given twice, first in run.yaml:1"),
         ("- 1", "run.yaml: need settings at its top, `key: value`, got [1]"),
-        ("recipe: gropo", "unknown recipe gropo (run.yaml:1); the nearest is grpo, and there are cispo, clip_cov, "),
+        (
+            "recipe: gropo",
+            "unknown recipe gropo (run.yaml:1); the nearest is grpo, and there are cispo, clip_cov, ",
+        ),
         ("resolved: 3", "resolved: need true or false, got 3"),
         ("policy.path: x", "need nested keys, got policy.path in one (run.yaml:1); put path under policy"),
         ("policy:", "policy (run.yaml:1): need `key: value` settings, got null"),
@@ -172,26 +214,58 @@ def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
         ("ppo", ["sampling.top_k=5"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.min_p=0.1"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.temperature=0"], "set a temperature above 0, or algorithm.correction=recompute"),
-        ("grpo", ["sampling.top_p=0.9", "algorithm.correction=loglinear"], "with algorithm.correction loglinear"),
-        ("grpo", ["sampling.top_p=0.9", "algorithm.correction=off_policy_mask"], "with algorithm.correction off_policy_mask"),
+        (
+            "grpo",
+            ["sampling.top_p=0.9", "algorithm.correction=loglinear"],
+            "with algorithm.correction loglinear",
+        ),
+        (
+            "grpo",
+            ["sampling.top_p=0.9", "algorithm.correction=off_policy_mask"],
+            "with algorithm.correction off_policy_mask",
+        ),
         (
             "dppo",
             ["sampling.top_p=0.9", "algorithm.correction=recompute"],
             "algorithm.policy_loss dppo; set algorithm.correction=recompute",
         ),
-        ("remax", ["sampling.temperature=0", "algorithm.correction=recompute"], "where every advantage is 0; set a temperature above 0"),
-        ("ppo", ["algorithm.kl.estimator=k1_straight_through"], "got k1_straight_through; set algorithm.kl.estimator to k1 or k3"),
+        (
+            "remax",
+            ["sampling.temperature=0", "algorithm.correction=recompute"],
+            "where every advantage is 0; set a temperature above 0",
+        ),
+        (
+            "ppo",
+            ["algorithm.kl.estimator=k1_straight_through"],
+            "got k1_straight_through; set algorithm.kl.estimator to k1 or k3",
+        ),
         (
             "grpo",
             ["sampling.temperature=0", "algorithm.correction=recompute"],
             "need different answers in a group, got samples_per_prompt 8",
         ),
-        ("grpo", ["samples_per_prompt=1"], "algorithm.advantage grpo, which would learn nothing; set samples_per_prompt above 1"),
-        ("ppo", ["algorithm.dynamic_sampling=true"], "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1"),
-        ("dapo", ["sampling.max_tokens=512"], "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got 512 and 512"),
+        (
+            "grpo",
+            ["samples_per_prompt=1"],
+            "algorithm.advantage grpo, which would learn nothing; set samples_per_prompt above 1",
+        ),
+        (
+            "ppo",
+            ["algorithm.dynamic_sampling=true"],
+            "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1",
+        ),
+        (
+            "dapo",
+            ["sampling.max_tokens=512"],
+            "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got 512 and 512",
+        ),
         ("ppo", ["algorithm.kl.where=loss"], "got k1; set algorithm.kl.estimator to k2 or k3"),
         ("ppo", ["critic.warmup_steps=100"], "got 100 and 100: the policy would never learn"),
-        ("ppo", ["evaluation.samples=4", "evaluation.temperature=0", "evaluation.every_steps=1"], "need different answers to a prompt"),
+        (
+            "ppo",
+            ["evaluation.samples=4", "evaluation.temperature=0", "evaluation.every_steps=1"],
+            "need different answers to a prompt",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_an_error_with_a_remedy(recipe, overrides, message):
@@ -213,7 +287,11 @@ def test_truncated_sampling_is_fine_when_the_logprobs_are_recomputed():
         ("grpo", ["algorithm.value_loss=value_mse"], "algorithm.value_loss"),
         ("grpo", ["policy.optimizer.min_lr_ratio=0.1"], "policy.optimizer.min_lr_ratio"),
         ("ppo", ["critic.optimizer.min_lr_ratio=0.1"], "critic.optimizer.min_lr_ratio"),
-        ("ppo", ["sampling.temperature=0", "algorithm.correction=recompute", "sampling.top_p=0.9"], "sampling.top_p"),
+        (
+            "ppo",
+            ["sampling.temperature=0", "algorithm.correction=recompute", "sampling.top_p=0.9"],
+            "sampling.top_p",
+        ),
         ("grpo", ["evaluation.at_start=false"], "evaluation.at_start"),
         ("grpo", ["evaluation.samples=4"], "evaluation.samples"),
         ("grpo", ["tracking.samples_every_steps=0", "tracking.num_samples=3"], "tracking.num_samples"),
@@ -243,7 +321,9 @@ def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
 def test_the_readers_of_a_column_are_those_whose_signature_names_it():
     functions = {**ADVANTAGES, **POLICY_LOSSES, **CORRECTIONS}
     for column, readers in READERS.items():
-        assert {name for name, function in functions.items() if column in inspect.signature(function).parameters} == set(readers)
+        assert {
+            name for name, function in functions.items() if column in inspect.signature(function).parameters
+        } == set(readers)
 
 
 def test_the_rules_name_settings_that_exist():
@@ -258,9 +338,13 @@ def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(w
     spread = write("recipe: ppo\nplacement: {name: split, devices: [4, 2], policy: {tensor: 2}}\n")
     assert load_config(spread).placement.devices == (4, 2)
     assert (
-        load_config(spread, ["placement=local"]).placement.name == load_config(spread, ["placement.name=local"]).placement.name == "local"
+        load_config(spread, ["placement=local"]).placement.name
+        == load_config(spread, ["placement.name=local"]).placement.name
+        == "local"
     )
-    assert "algorithm.kl.coef (run.yaml:2) would be ignored" in problems(write("algorithm:\n  kl: {where: off, coef: 0.1}\n"))
+    assert "algorithm.kl.coef (run.yaml:2) would be ignored" in problems(
+        write("algorithm:\n  kl: {where: off, coef: 0.1}\n")
+    )
 
 
 def test_the_flat_call_of_the_case_study_sets_what_it_names():
@@ -301,11 +385,15 @@ def test_a_kl_to_a_reference_beside_a_teacher_is_in_the_loss():
 
 
 def test_flat_keywords_reach_their_settings():
-    config = make_trainer_config("ppo", actor_lr=2e-6, critic_lr=3e-6, gamma=0.9, lam=0.8, temperature=0.7, seed=3, output_dir="out")
+    config = make_trainer_config(
+        "ppo", actor_lr=2e-6, critic_lr=3e-6, gamma=0.9, lam=0.8, temperature=0.7, seed=3, output_dir="out"
+    )
     assert (config.policy.optimizer.lr, config.critic.optimizer.lr) == (2e-6, 3e-6)
     assert config.algorithm.advantage.options == {"gamma": 0.9, "lam": 0.8, "whiten": True}
     assert (config.sampling.temperature, config.seed, config.output_dir) == (0.7, 3, "out")
-    config = make_trainer_config("grpo", group_size=4, rollouts_per_device=8, max_tokens=9, max_prompt_length=5, overrides=["steps=2"])
+    config = make_trainer_config(
+        "grpo", group_size=4, rollouts_per_device=8, max_tokens=9, max_prompt_length=5, overrides=["steps=2"]
+    )
     assert (config.prompts_per_step, config.samples_per_prompt, config.steps) == (2, 4, 2)
     assert (config.sampling.max_tokens, config.data.max_prompt_tokens) == (9, 5)
 
@@ -313,14 +401,38 @@ def test_flat_keywords_reach_their_settings():
 @pytest.mark.parametrize(
     ("algo", "keywords", "message"),
     [
-        ("ppo", {"clip": 0.2}, "unknown keyword clip; the nearest is clip_eps; there are actor_micro_batch_size, "),
-        ("grpo", {"rollouts_per_device": 65}, "keyword rollouts_per_device: need a multiple of samples_per_prompt (8), got 65; change it"),
-        ("grpo", {"lam": 0.9}, "keyword lam: need algorithm.advantage gae, got grpo, which has no lam; leave the keyword out"),
+        (
+            "ppo",
+            {"clip": 0.2},
+            "unknown keyword clip; the nearest is clip_eps; there are actor_micro_batch_size, ",
+        ),
+        (
+            "grpo",
+            {"rollouts_per_device": 65},
+            "keyword rollouts_per_device: need a multiple of samples_per_prompt (8), got 65; change it",
+        ),
+        (
+            "grpo",
+            {"lam": 0.9},
+            "keyword lam: need algorithm.advantage gae, got grpo, which has no lam; leave the keyword out",
+        ),
         ("grpo", {"vf_coef": 0.1}, "critic.vf_coef (keyword vf_coef) would be ignored"),
-        ("ppo", {"lr": 1e-5, "actor_lr": 1e-6}, "need one keyword per setting, got lr and actor_lr, which both set policy.optimizer.lr"),
-        ("ppo", {"mixed_precision": "bf8"}, 'policy.precision (keyword mixed_precision): need one of fp32, bf16, fp16, got "bf8"'),
+        (
+            "ppo",
+            {"lr": 1e-5, "actor_lr": 1e-6},
+            "need one keyword per setting, got lr and actor_lr, which both set policy.optimizer.lr",
+        ),
+        (
+            "ppo",
+            {"mixed_precision": "bf8"},
+            'policy.precision (keyword mixed_precision): need one of fp32, bf16, fp16, got "bf8"',
+        ),
         ("ppo", {"kl_coef": (1, 2, 3)}, "keyword kl_coef: need kl_coef as (start, end), got [1, 2, 3]"),
-        ("ppo", {"kl_coef": 0.1, "overrides": ["algorithm.kl.where=off"]}, "algorithm.kl.coef (keyword kl_coef) would be ignored"),
+        (
+            "ppo",
+            {"kl_coef": 0.1, "overrides": ["algorithm.kl.where=off"]},
+            "algorithm.kl.coef (keyword kl_coef) would be ignored",
+        ),
         ("ppo", {"overrides": "steps=1"}, 'need a list of overrides, got the text "steps=1"'),
     ],
 )
@@ -337,7 +449,11 @@ def test_every_setting_is_described_with_value_default_and_source():
     lr = docs["critic.optimizer.lr"]
     assert (lr.default, lr.type, lr.bounds, lr.source) == (1e-5, "a number", "> 0", "verl")
     assert docs["policy.optimizer.lr"].source == "GRPO, 2402.03300, 4.2"
-    assert (docs["sampling.max_tokens"].value, docs["sampling.max_tokens"].default, docs["sampling.max_tokens"].unit) == (
+    assert (
+        docs["sampling.max_tokens"].value,
+        docs["sampling.max_tokens"].default,
+        docs["sampling.max_tokens"].unit,
+    ) == (
         2560,
         128,
         "tokens",
@@ -356,7 +472,10 @@ def test_a_fine_tuning_run_has_settings_of_its_own_and_the_shared_rules(write):
     config = load_sft_config({"policy": {"path": "model"}}, ["rows_per_step=4"])
     assert (config.policy.path, config.rows_per_step, load_sft_config().rows_per_step) == ("model", 4, 64)
     assert load_sft_config(write(to_yaml(config))) == config
-    for override, message in (("samples=1", "unknown setting samples"), ("tracking.project=mine", "would be ignored")):
+    for override, message in (
+        ("samples=1", "unknown setting samples"),
+        ("tracking.project=mine", "would be ignored"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load_sft_config(None, [override])
 

@@ -1,4 +1,6 @@
-"""Splitting and joining: the six protocols by hand against table 3 of the paper, uneven rows, and order that comes back."""
+"""Splitting and joining: the six protocols by hand against table 3 of the paper, uneven rows, and order that
+comes back.
+"""
 
 from __future__ import annotations
 
@@ -87,10 +89,17 @@ def rows(lengths):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 3))
 def test_rows_come_back_in_the_order_in_which_they_went(lengths, num_ranks, num_minibatches):
     batch = rows(lengths)
-    plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=12, num_minibatches=min(num_minibatches, len(lengths)))
+    plan = balance(
+        batch.num_tokens,
+        num_ranks=num_ranks,
+        micro_batch_tokens=12,
+        num_minibatches=min(num_minibatches, len(lengths)),
+    )
     results = []
     for part, own in PLANNED.split((batch, plan), num_ranks):
-        assert sorted(row for minibatch in own.minibatches for row in sum(minibatch[0], [])) == list(range(part.num_rows))
+        assert sorted(row for minibatch in own.minibatches for row in sum(minibatch[0], [])) == list(
+            range(part.num_rows)
+        )
         results.append(part.only(["response_ids"]))
     joined = PLANNED.join(results, (batch, plan))
     assert joined.ragged("response_ids").values.tolist() == batch.ragged("response_ids").values.tolist()
@@ -116,7 +125,11 @@ def test_a_plan_for_other_ranks_or_none_is_refused():
 
 
 def test_what_all_ranks_know_is_taken_from_the_first():
-    assert PLANNED_METRICS.join([{"loss": 1.0}, {"loss": 1.0}], ()) == SAME_ON_ALL.join([{"loss": 1.0}], ()) == {"loss": 1.0}
+    assert (
+        PLANNED_METRICS.join([{"loss": 1.0}, {"loss": 1.0}], ())
+        == SAME_ON_ALL.join([{"loss": 1.0}], ())
+        == {"loss": 1.0}
+    )
 
 
 def test_results_that_cannot_be_joined_are_named():
@@ -126,7 +139,9 @@ def test_results_that_cannot_be_joined_are_named():
         DP_PROTO.join([rows([1]), Batch({"x": torch.ones(1)})], ())
 
 
-@pytest.mark.parametrize("places", [[(0, True), (0, True)], [(1, True)], [(0, False)]], ids=["twice", "from 1", "none"])
+@pytest.mark.parametrize(
+    "places", [[(0, True), (0, True)], [(1, True)], [(0, False)]], ids=["twice", "from 1", "none"]
+)
 def test_layouts_that_leave_a_part_out_or_count_it_twice_are_refused(places):
     with pytest.raises(ValueError, match="need parts numbered from 0"):
         of_ranks(places)

@@ -30,7 +30,10 @@ def test_who_waits_and_who_has_not_arrived_are_named_after_the_limit():
     assert looked(stuck, stuck) is None
     hang = looked(stuck, stuck, stuck)
     assert hang.rank == 1
-    assert "ranks 0, 2 waited 10 s in all_reduce (called at verl/engines/fsdp.py:3 in f) for rank 1" in hang.story
+    assert (
+        "ranks 0, 2 waited 10 s in all_reduce (called at verl/engines/fsdp.py:3 in f) for rank 1"
+        in hang.story
+    )
     assert "rank 1 is at verl/engines/hf/models.py:5 in hidden < verl/engines/local.py:8" in hang.story
 
 
@@ -40,7 +43,12 @@ def test_long_work_of_all_is_no_hang():
 
 
 def test_anything_that_moves_starts_the_clock_anew():
-    looks = [[status(8, WAITS), status(7)], [status(8, WAITS), status(7)], [status(9, WAITS), status(8)], [status(9, WAITS), status(8)]]
+    looks = [
+        [status(8, WAITS), status(7)],
+        [status(8, WAITS), status(7)],
+        [status(9, WAITS), status(8)],
+        [status(9, WAITS), status(8)],
+    ]
     assert looked(*looks) is None
     assert looked(*looks, looks[-1]).rank == 1
 

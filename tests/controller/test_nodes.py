@@ -23,7 +23,11 @@ def nodes(tmp_path):
     second = cluster.add_node(num_cpus=2)
     connection = connect(cluster.address, num_devices=4)
     try:
-        yield cluster, second, RayPool(connection, "wide", 4, hang_limit_s=60, log_folder=tmp_path, timeline=Timeline())
+        yield (
+            cluster,
+            second,
+            RayPool(connection, "wide", 4, hang_limit_s=60, log_folder=tmp_path, timeline=Timeline()),
+        )
     finally:
         connection.close()
         cluster.shutdown()
@@ -52,7 +56,9 @@ def test_a_node_that_goes_down_ends_the_run_and_is_named(nodes):
     time.sleep(1)
     lost = next(rank for rank, where in enumerate(pool.ranks) if where.node == second.node_id)
     cluster.remove_node(second, allow_graceful=False)
-    with pytest.raises(WorkerError, match=rf"rank [{lost}{lost + 1}] of pool wide on node .* died in echo.sleep"):
+    with pytest.raises(
+        WorkerError, match=rf"rank [{lost}{lost + 1}] of pool wide on node .* died in echo.sleep"
+    ):
         call.result()
     assert time.monotonic() - start < 20
     assert ray.is_initialized()

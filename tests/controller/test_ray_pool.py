@@ -29,8 +29,12 @@ def cluster():
     connected.close()
 
 
-def new_pool(cluster, folder: Path, name: str = "pool", num_devices: int = 4, hang_limit_s: float = 60.0) -> RayPool:
-    return RayPool(cluster, name, num_devices, hang_limit_s=hang_limit_s, log_folder=folder, timeline=Timeline())
+def new_pool(
+    cluster, folder: Path, name: str = "pool", num_devices: int = 4, hang_limit_s: float = 60.0
+) -> RayPool:
+    return RayPool(
+        cluster, name, num_devices, hang_limit_s=hang_limit_s, log_folder=folder, timeline=Timeline()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,9 @@ def hosts_of(pool) -> list[int]:
 
 def gone(pids: list[int], limit_s: float = 10.0) -> bool:
     deadline = time.monotonic() + limit_s
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids
+    ):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
@@ -94,7 +100,9 @@ def test_tokens_stay_with_the_ranks_that_made_them_until_somebody_reads_them(ech
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=6)
     written = echo.call(Echo.write, rows, plan).result()
     rows.adopt(written)
-    assert isinstance(rows._columns["response_ids"], KeptColumn) and isinstance(rows._columns["doubled"], KeptColumn)
+    assert isinstance(rows._columns["response_ids"], KeptColumn) and isinstance(
+        rows._columns["doubled"], KeptColumn
+    )
     taken = {row: rank for rank in range(4) for row in plan.rows_of(rank)}
     assert written["rank"].tolist() == [taken[row] for row in range(5)]
     metrics = echo.call(Echo.update, rows, plan).result()
@@ -130,7 +138,10 @@ def test_what_a_factory_refuses_is_the_users_mistake(pool):
 
 
 def test_devices_that_are_not_there_are_said_to_be_missing(cluster, tmp_path):
-    with pytest.raises(ValueError, match=r"need \d+ devices for .*, but the cluster has 8 \(CPUs on 1 nodes\); lower placement.devices"):
+    with pytest.raises(
+        ValueError,
+        match=r"need \d+ devices for .*, but the cluster has 8 \(CPUs on 1 nodes\); lower placement.devices",
+    ):
         new_pool(cluster, tmp_path, "large", 100)
     cluster.pools.pop().close()
 
@@ -140,7 +151,9 @@ def test_a_rank_that_raises_is_named_with_its_log_while_others_wait_for_it(doome
     with pytest.raises(WorkerError) as error:
         echo.call(Echo.fail, 1).result()
     assert time.monotonic() - start < 10
-    assert "rank 1 of pool doomed on node" in str(error.value) and "failed in echo.fail: KeyError: 'a bug of rank'" in str(error.value)
+    assert "rank 1 of pool doomed on node" in str(
+        error.value
+    ) and "failed in echo.fail: KeyError: 'a bug of rank'" in str(error.value)
     assert "about to fail on 1" in str(error.value) and 'raise KeyError("a bug of rank")' in str(error.value)
     assert gone(pids)
 
@@ -150,7 +163,9 @@ def test_a_rank_that_is_killed_is_named(doomed):
     call, start = echo.call(Echo.sleep, 100.0), time.monotonic()
     time.sleep(0.5)
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"rank 0 of pool doomed on node .* \(process \d+\) died in echo.sleep"):
+    with pytest.raises(
+        WorkerError, match=r"rank 0 of pool doomed on node .* \(process \d+\) died in echo.sleep"
+    ):
         call.result()
     assert time.monotonic() - start < 10
     assert gone(pids)
@@ -185,13 +200,19 @@ def test_long_work_is_no_hang(doomed):
 
 def test_ranks_find_each_other_on_the_loopback_and_rays_own_port_asks_for_the_token(pool):
     for pid in hosts_of(pool):
-        listening = [c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]
+        listening = [
+            c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN
+        ]
         assert sum(address not in ("127.0.0.1", "::1") for address in listening) <= 1  # that of Ray itself
     script = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}); print('inside')"
     strangers = [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]
     for settings in strangers:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | settings
-        out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+        } | settings
+        out = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
         assert out.returncode != 0 and "inside" not in out.stdout and "uthentication" in out.stderr
 
 
@@ -220,4 +241,6 @@ def test_a_cluster_that_is_closed_leaves_no_process_port_or_shared_memory(tmp_pa
 
 
 def subprocess_output(script: Path, environment: dict[str, str]) -> str:
-    return subprocess.run([sys.executable, script], env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        [sys.executable, script], env=environment, check=True, capture_output=True, text=True, timeout=120
+    ).stdout

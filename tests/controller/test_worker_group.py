@@ -44,7 +44,9 @@ def test_spans_say_what_ran_when_and_the_trace_is_one_that_viewers_read(tmp_path
         append_trace(tmp_path / "trace.json", pool.timeline.take())
     assert pool.timeline.take() == []
     events = json.loads((tmp_path / "trace.json").read_text().rstrip().removesuffix(",") + "]")
-    assert [(event["name"], event["pid"], event["tid"], event["ph"]) for event in events] == [("doubler.double", "here", 0, "X")] * 2
+    assert [(event["name"], event["pid"], event["tid"], event["ph"]) for event in events] == [
+        ("doubler.double", "here", 0, "X")
+    ] * 2
     assert events[0]["ts"] + events[0]["dur"] <= events[1]["ts"]
 
 

@@ -102,7 +102,12 @@ class Echo(Worker):
     def write(self, batch: Batch, plan: Plan) -> Batch:
         """Each row doubled, as a column."""
         ids = batch.ragged("response_ids")
-        return Batch({"doubled": Ragged(2.0 * ids.values, ids.lengths), "rank": torch.full((batch.num_rows,), self.rank)})
+        return Batch(
+            {
+                "doubled": Ragged(2.0 * ids.values, ids.lengths),
+                "rank": torch.full((batch.num_rows,), self.rank),
+            }
+        )
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: Plan) -> dict[str, float]:

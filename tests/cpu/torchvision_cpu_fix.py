@@ -1,7 +1,9 @@
-"""Lets torchvision be imported beside a PyTorch without CUDA, whose compiled part cannot load: its operators are declared before.
+"""Lets torchvision be imported beside a PyTorch without CUDA, whose compiled part cannot load: its operators
+are declared before.
 
-Transforms and pictures work then, the compiled operators (nms and the like) do not. Does nothing until torchvision is imported; a line
-`import torchvision_cpu_fix` in a .pth file of site-packages brings it into every process.
+Transforms and pictures work then, the compiled operators (nms and the like) do not. Does nothing until
+torchvision is imported; a line `import torchvision_cpu_fix` in a .pth file of site-packages brings it into
+every process.
 """
 
 from __future__ import annotations

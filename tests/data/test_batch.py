@@ -13,7 +13,16 @@ from verl.utils.sampling_types import Prompt
 
 def trajectory(prompt_ids, response_ids, **changes):
     logprobs = [-0.5 * i for i, _ in enumerate(response_ids)]
-    row = Trajectory(Prompt("?"), prompt_ids, response_ids, [True] * len(response_ids), logprobs, [2] * len(response_ids), 0, reward=1.0)
+    row = Trajectory(
+        Prompt("?"),
+        prompt_ids,
+        response_ids,
+        [True] * len(response_ids),
+        logprobs,
+        [2] * len(response_ids),
+        0,
+        reward=1.0,
+    )
     return replace(row, **changes)
 
 
@@ -54,7 +63,9 @@ def test_padding_keeps_the_gradient():
 
 
 def test_ragged_values_and_lengths_must_agree():
-    with pytest.raises(ValueError, match="need one value per position, got 3 values and lengths that sum to 4"):
+    with pytest.raises(
+        ValueError, match="need one value per position, got 3 values and lengths that sum to 4"
+    ):
         Ragged(torch.zeros(3), torch.tensor([1, 3]))
 
 
@@ -77,12 +88,22 @@ def test_trajectories_become_columns():
 
 
 def test_columns_have_the_types_that_training_needs():
-    rows, kinds = batch(), {"prompt_ids": torch.int64, "mask": torch.bool, "rollout_logprobs": torch.float32, "rewards": torch.float32}
+    rows, kinds = (
+        batch(),
+        {
+            "prompt_ids": torch.int64,
+            "mask": torch.bool,
+            "rollout_logprobs": torch.float32,
+            "rewards": torch.float32,
+        },
+    )
     assert {name: rows[name].dtype for name in kinds} == kinds
     assert rows["truncated"].dtype == torch.bool and rows["group_ids"].dtype == torch.int64
 
 
-@pytest.mark.parametrize(("missing", "column"), [({"reward": None}, "rewards"), ({"rollout_logprobs": None}, "rollout_logprobs")])
+@pytest.mark.parametrize(
+    ("missing", "column"), [({"reward": None}, "rewards"), ({"rollout_logprobs": None}, "rollout_logprobs")]
+)
 def test_a_column_is_there_only_if_every_trajectory_has_it(missing, column):
     rows = Batch.from_trajectories([ROWS[0], replace(ROWS[2], **missing)])
     assert column not in rows and "response_ids" in rows
@@ -96,13 +117,18 @@ def test_a_batch_needs_trajectories():
 
 
 def test_all_columns_have_the_same_number_of_rows():
-    with pytest.raises(ValueError, match="need the same number of rows in every column, got {'a': 2, 'b': 3}"):
+    with pytest.raises(
+        ValueError, match="need the same number of rows in every column, got {'a': 2, 'b': 3}"
+    ):
         Batch({"a": torch.zeros(2), "b": Ragged.from_rows([[1], [], [2]], torch.int64)})
 
 
 def test_rows_are_selected_in_any_order():
     rows = batch().select([2, 0])
-    assert rows["response_ids"].tolist() == [[34, 0, 0], [13, 14, 15]] and rows["rewards"].tolist() == [0.5, 1]
+    assert rows["response_ids"].tolist() == [[34, 0, 0], [13, 14, 15]] and rows["rewards"].tolist() == [
+        0.5,
+        1,
+    ]
     assert rows.names == batch().names
 
 
@@ -162,7 +188,8 @@ def test_packed_rows_lie_end_to_end_with_positions_from_0():
     assert packed.input_ids.tolist() == [[11, 12, 13, 14, 21, 31, 32, 33]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
     assert packed.lengths == [4, 1, 3] and packed.response_lengths.tolist() == [3, 0, 1]
-    # Token 13 at place 2 is predicted at place 1; the last token of an answer predicts nothing and is not there.
+    # Token 13 at place 2 is predicted at place 1; the last token of an answer predicts nothing and is not
+    # there.
     assert packed.predictors.tolist() == [1, 2, 3, 7] and packed.targets.tolist() == [13, 14, 15, 34]
 
 
@@ -175,16 +202,26 @@ def test_padded_rows_have_a_line_each():
 
 
 def test_packed_rows_with_one_prompt_share_it():
-    shared = inputs(packed=True, rows=[trajectory([1, 2], [3, 4]), trajectory([1, 2], [5]), trajectory([1, 2], [6, 7, 8])])
-    assert shared.input_ids.tolist() == [[1, 2, 3, 6, 7]] and shared.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+    shared = inputs(
+        packed=True, rows=[trajectory([1, 2], [3, 4]), trajectory([1, 2], [5]), trajectory([1, 2], [6, 7, 8])]
+    )
+    assert shared.input_ids.tolist() == [[1, 2, 3, 6, 7]] and shared.position_ids.tolist() == [
+        [0, 1, 2, 2, 3]
+    ]
     assert shared.predictors.tolist() == [1, 2, 1, 1, 3, 4] and shared.targets.tolist() == [3, 4, 5, 6, 7, 8]
     to_padded, to_packed = shared.index
-    assert to_padded.view(3, 4).tolist() == [[0, 1, 2, 0], [0, 1, 0, 0], [0, 1, 3, 4]] and to_packed.tolist() == [0, 1, 2, 10, 11]
+    assert to_padded.view(3, 4).tolist() == [
+        [0, 1, 2, 0],
+        [0, 1, 0, 0],
+        [0, 1, 3, 4],
+    ] and to_packed.tolist() == [0, 1, 2, 10, 11]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_every_response_token_is_predicted_from_the_token_before_it(packed):
-    read = inputs(packed, rows=[trajectory([10 * i], list(range(10 * i + 1, 10 * i + 1 + i))) for i in range(1, 6)])
+    read = inputs(
+        packed, rows=[trajectory([10 * i], list(range(10 * i + 1, 10 * i + 1 + i))) for i in range(1, 6)]
+    )
     assert torch.equal(read.input_ids.flatten()[read.predictors] + 1, read.targets)
 
 
@@ -193,5 +230,7 @@ def test_rows_without_a_response_predict_nothing():
 
 
 def test_a_row_without_a_prompt_is_an_error():
-    with pytest.raises(ValueError, match="row 1 has an empty prompt; a model needs at least one token before the answer"):
+    with pytest.raises(
+        ValueError, match="row 1 has an empty prompt; a model needs at least one token before the answer"
+    ):
         inputs(packed=True, rows=[ROWS[0], trajectory([], [5])])

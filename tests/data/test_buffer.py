@@ -76,13 +76,28 @@ def numbers(records):
 
 
 def test_every_kind_of_value_comes_back_as_it_was(buffer):
-    scalars = {"text": "ü\ud800 \U0001f600", "count": -(2**70), "reward": 0.1, "inf": float("inf"), "ok": True, "none": None, "raw": b"\0"}
-    nested = {"messages": [{"role": "user", "content": ["list", 1]}, []], "pair": (1, {"deep": (b"", ())}), "": {}}
+    scalars = {
+        "text": "ü\ud800 \U0001f600",
+        "count": -(2**70),
+        "reward": 0.1,
+        "inf": float("inf"),
+        "ok": True,
+        "none": None,
+        "raw": b"\0",
+    }
+    nested = {
+        "messages": [{"role": "user", "content": ["list", 1]}, []],
+        "pair": (1, {"deep": (b"", ())}),
+        "": {},
+    }
     buffer.push(scalars | nested)
     assert buffer.sample(1) == [scalars | nested]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", "float16", "float32", "float64", "int8", "int64", "bool", "complex64", "float8_e4m3fn"],
+)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3)])
 def test_tensors_keep_dtype_shape_and_bits(buffer, dtype, shape):
     tensor = torch.arange(1, 1 + int(np.prod(shape))).reshape(shape).to(getattr(torch, dtype))
@@ -94,7 +109,14 @@ def test_tensors_keep_dtype_shape_and_bits(buffer, dtype, shape):
 
 def test_strided_arrays_keep_dtype_and_order_and_are_writable(buffer):
     array = np.arange(12, dtype=">i2").reshape(3, 4).T[::2]
-    buffer.push({"array": array, "view": torch.arange(12).reshape(3, 4).T, "scalar": np.float32(0.5), "zero": np.array(7)})
+    buffer.push(
+        {
+            "array": array,
+            "view": torch.arange(12).reshape(3, 4).T,
+            "scalar": np.float32(0.5),
+            "zero": np.array(7),
+        }
+    )
     (record,) = buffer.sample(1)
     np.testing.assert_array_equal(record["array"], array, strict=True)
     assert record["view"][1].tolist() == [1, 5, 9]
@@ -122,7 +144,14 @@ def test_the_oldest_records_come_first_and_once(buffer):
     assert numbers(buffer.sample(batch_size=3)) == [0, 1, 2]
     assert len(buffer) == 2
     assert numbers(buffer.sample(2)) == [3, 4]
-    assert buffer.stats() == {"records": 0, "pushed": 5, "taken": 5, "dropped": 0, "recovered": 0, "bytes_used": 0}
+    assert buffer.stats() == {
+        "records": 0,
+        "pushed": 5,
+        "taken": 5,
+        "dropped": 0,
+        "recovered": 0,
+        "bytes_used": 0,
+    }
 
 
 def test_two_producers_and_two_consumers_hand_on_every_record_exactly_once():
@@ -162,10 +191,16 @@ def test_a_push_waits_while_the_buffer_is_full(limit):
 
 def test_the_limit_of_a_wait_says_for_what_since_when_and_how_full():
     with SharedMemoryBuffer(capacity=2, timeout_s=0.05) as buffer:
-        with pytest.raises(TimeoutError, match=r"waited 0.05 s, since \d\d:\d\d:\d\d, for 1 records in .* holds 0 of 2 records"):
+        with pytest.raises(
+            TimeoutError,
+            match=r"waited 0.05 s, since \d\d:\d\d:\d\d, for 1 records in .* holds 0 of 2 records",
+        ):
             buffer.sample(1)
         push_numbers(buffer, 2)
-        with pytest.raises(TimeoutError, match=r"waited 0 s, since .*, for room for \d+ bytes in .* holds 2 of 2 records in \d+ of"):
+        with pytest.raises(
+            TimeoutError,
+            match=r"waited 0 s, since .*, for room for \d+ bytes in .* holds 2 of 2 records in \d+ of",
+        ):
             buffer.push({}, timeout_s=0)
         assert numbers(buffer.sample(2)) == [0, 1]
 
@@ -186,7 +221,10 @@ def test_what_can_never_fit_is_refused_at_once():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(0, 700), st.just("sample")), max_size=60), st.sampled_from(["wait", "drop_oldest"]))
+@given(
+    st.lists(st.one_of(st.integers(0, 700), st.just("sample")), max_size=60),
+    st.sampled_from(["wait", "drop_oldest"]),
+)
 def test_the_ring_behaves_like_a_queue_for_records_of_all_sizes(actions, overflow):
     expected = deque()
     with SharedMemoryBuffer(capacity=6, buffer_bytes=1001, overflow=overflow, timeout_s=0) as buffer:
@@ -213,7 +251,14 @@ def test_a_producer_killed_inside_a_push_leaves_nothing_of_it(buffer, dying):
     assert exit_code(start(lambda: dying.attach(buffer.name).push({"number": 9}))) == -signal.SIGKILL
     buffer.push({"number": 2})
     assert numbers(buffer.sample(3)) == [0, 1, 2]
-    assert buffer.stats() == {"records": 0, "pushed": 3, "taken": 3, "dropped": 0, "recovered": 1, "bytes_used": 0}
+    assert buffer.stats() == {
+        "records": 0,
+        "pushed": 3,
+        "taken": 3,
+        "dropped": 0,
+        "recovered": 1,
+        "bytes_used": 0,
+    }
 
 
 def test_a_producer_killed_while_it_overwrites_the_oldest_tears_no_record():
@@ -221,7 +266,10 @@ def test_a_producer_killed_while_it_overwrites_the_oldest_tears_no_record():
         for number in range(8):
             buffer.push({"number": number, "payload": bytes(120)})
         before = len(buffer)
-        assert exit_code(start(lambda: DiesInPayload.attach(buffer.name).push({"payload": bytes(300)}))) == -signal.SIGKILL
+        assert (
+            exit_code(start(lambda: DiesInPayload.attach(buffer.name).push({"payload": bytes(300)})))
+            == -signal.SIGKILL
+        )
         assert len(buffer) < before
         assert numbers(buffer.sample(len(buffer)))[-1] == 7
 
@@ -264,7 +312,9 @@ def test_producers_killed_at_any_moment_leave_whole_records_in_order(buffer):
         exit_code(producer)
         taken += buffer.sample(len(buffer)) if len(buffer) else []
         assert numbers(taken) == list(range(len(taken)))
-        assert all(record["payload"].tolist() == [record["number"]] * (record["number"] % 50) for record in taken)
+        assert all(
+            record["payload"].tolist() == [record["number"]] * (record["number"] % 50) for record in taken
+        )
 
 
 def test_a_stopped_process_inside_the_lock_is_named_when_others_time_out(buffer):
@@ -332,7 +382,9 @@ def test_garbage_collection_leaves_nothing():
 def test_the_exit_of_the_creator_leaves_nothing_and_says_nothing():
     program = "from verl.data.buffer import SharedMemoryBuffer as B; b = B(); b.push({}); print(b.name)"
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert not os.path.exists(result.stdout.strip())
 

@@ -29,7 +29,9 @@ ANSWER = {"role": "assistant", "content": "2"}
 def jsonl(folder: Path, *rows: Any) -> str:
     """A file of these rows; a text is a line as it is."""
     path = folder / "sums.jsonl"
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -63,7 +65,9 @@ def test_every_kind_of_source_gives_the_same_prompts(tmp_path: Path, name: str):
 
 
 def test_a_saved_dataset_of_several_splits_is_taken_by_split(tmp_path: Path):
-    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[1:]))
+    splits = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[1:])
+    )
     splits.save_to_disk(tmp_path / "both")
     assert [p.answer for p in load_prompts(str(tmp_path / "both"), DataConfig(), split="test")[0]] == ["4"]
     datasets.DatasetDict(validation=splits["test"]).save_to_disk(tmp_path / "one")
@@ -88,22 +92,35 @@ def test_the_public_parquet_layout_is_read_as_it_is(tmp_path: Path):
     }
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
     (prompt,), _ = load_prompts(str(tmp_path / "train.parquet"), DataConfig(), split="train")
-    assert (prompt.content, prompt.answer, prompt.source, prompt.index) == ([QUESTION], "2", "openai/gsm8k", 0)
+    assert (prompt.content, prompt.answer, prompt.source, prompt.index) == (
+        [QUESTION],
+        "2",
+        "openai/gsm8k",
+        0,
+    )
     assert prompt.columns == {name: row[name] for name in ("ability", "reward_model", "extra_info")}
 
 
 def test_columns_may_have_other_names(tmp_path: Path):
     source = jsonl(tmp_path, {"question": "1+1=", "solution": 2, "prompt": "unused"})
     config = DataConfig(prompt_key="question", answer_key="solution")
-    assert load_prompts(source, config, split="train")[0] == [Prompt("1+1=", 2, "sums", 0, {"prompt": "unused"})]
+    assert load_prompts(source, config, split="train")[0] == [
+        Prompt("1+1=", 2, "sums", 0, {"prompt": "unused"})
+    ]
 
 
 def test_keys_that_a_message_lacks_are_not_there_after_reading_a_table(tmp_path: Path):
-    image = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "which colour?"}]}
+    image = {
+        "role": "user",
+        "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "which colour?"}],
+    }
     call = {"role": "assistant", "tool_calls": [{"name": "look"}]}
     for number, messages in enumerate([[image], [QUESTION, call, {"role": "tool", "content": "red"}]]):
         pq.write_table(pa.Table.from_pylist([{"prompt": messages}]), tmp_path / f"{number}.parquet")
-    read = [load_prompts(str(tmp_path / f"{number}.parquet"), DataConfig(), split="train")[0][0].content for number in (0, 1)]
+    read = [
+        load_prompts(str(tmp_path / f"{number}.parquet"), DataConfig(), split="train")[0][0].content
+        for number in (0, 1)
+    ]
     assert read == [[image], [QUESTION, {"content": "", **call}, {"role": "tool", "content": "red"}]]
 
 
@@ -131,7 +148,9 @@ MALFORMED = {
 @pytest.mark.parametrize("line", MALFORMED, ids=lambda line: line[:50])
 def test_a_malformed_row_stops_the_start_with_its_place_and_reason(tmp_path: Path, line: str):
     source = jsonl(tmp_path, ROWS[0], "", line)
-    with pytest.raises(ValueError, match=f"(?s)1 of 2 rows.*sums.jsonl, line 3: .*{MALFORMED[line]}.*on_malformed=skip"):
+    with pytest.raises(
+        ValueError, match=f"(?s)1 of 2 rows.*sums.jsonl, line 3: .*{MALFORMED[line]}.*on_malformed=skip"
+    ):
         load_prompts(source, DataConfig(), split="train")
     prompts, report = load_prompts(source, SKIP, split="train")
     assert prompts == EXPECTED[:1] and (report.num_rows, report.num_malformed) == (2, 1)
@@ -153,7 +172,9 @@ def test_a_row_of_a_table_is_named_by_its_number(tmp_path: Path):
     pq.write_table(table, tmp_path / "a.parquet")
     prompts, report = load_prompts(str(tmp_path / "a.parquet"), SKIP, split="train")
     assert [(p.content, p.answer) for p in prompts] == [("a", 1.0)]
-    assert report.problems[0].startswith("row 1: need an answer, got NaN") and report.problems[1].startswith("row 2: ")
+    assert report.problems[0].startswith("row 1: need an answer, got NaN") and report.problems[1].startswith(
+        "row 2: "
+    )
 
 
 def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
@@ -168,7 +189,10 @@ def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
         ("table.csv", "ends with .jsonl, .json, .parquet, .arrow"),
         ("task:ad-2", r"no task 'ad-2'; did you mean task:add-2\? there are copy-8"),
         ("empty.jsonl", "at least one usable row, .* has none among 0"),
-        ("useless.jsonl", "(?s)at least one usable row, .* has none among 1:.*line 1: need a column 'prompt'"),
+        (
+            "useless.jsonl",
+            "(?s)at least one usable row, .* has none among 1:.*line 1: need a column 'prompt'",
+        ),
         ("broken.parquet", "cannot read .*broken.parquet: "),
         ("broken.arrow", "cannot read .*broken.arrow: "),
         ("folder", "cannot read .*folder: "),
@@ -176,7 +200,13 @@ def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
 )
 def test_a_source_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path, source: str, message: str):
     (tmp_path / "folder").mkdir()
-    files = {"table.csv": "a,b", "empty.jsonl": "\n", "useless.jsonl": "{}", "broken.parquet": "PAR1", "broken.arrow": "x"}
+    files = {
+        "table.csv": "a,b",
+        "empty.jsonl": "\n",
+        "useless.jsonl": "{}",
+        "broken.parquet": "PAR1",
+        "broken.arrow": "x",
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -184,7 +214,9 @@ def test_a_source_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path, 
 
 
 def test_examples_are_prompts_with_the_text_to_learn(tmp_path: Path):
-    source = jsonl(tmp_path, ROWS[0], {"messages": [QUESTION, ANSWER], "level": 1}, {"prompt": [QUESTION], "answer": "2"})
+    source = jsonl(
+        tmp_path, ROWS[0], {"messages": [QUESTION, ANSWER], "level": 1}, {"prompt": [QUESTION], "answer": "2"}
+    )
     examples, _ = load_examples(source, DataConfig(), split="train")
     assert examples == [
         EXPECTED[0],
@@ -200,7 +232,10 @@ def test_examples_are_prompts_with_the_text_to_learn(tmp_path: Path):
         ({"prompt": "a", "answer": 4}, "answer that is a text and not empty, got int 4"),
         ({"messages": [ANSWER]}, "messages with a question and an answer"),
         ({"messages": [ANSWER, QUESTION]}, "end with the assistant's, got one of role 'user'"),
-        ({"messages": [QUESTION, {**ANSWER, "content": ""}]}, "answer that is a text and not empty, got str ''"),
+        (
+            {"messages": [QUESTION, {**ANSWER, "content": ""}]},
+            "answer that is a text and not empty, got str ''",
+        ),
     ],
 )
 def test_an_example_without_a_text_to_learn_is_malformed(tmp_path: Path, row: dict[str, Any], message: str):
@@ -211,7 +246,9 @@ def test_an_example_without_a_text_to_learn_is_malformed(tmp_path: Path, row: di
 def test_prompts_over_the_limit_are_dropped_and_counted():
     kept, fields = drop_long_prompts(EXPECTED, [4, 9], 8)
     assert kept == EXPECTED[:1] and fields == {"num_too_long": 1, "longest": 9}
-    with pytest.raises(ValueError, match="at most 3 tokens, but the shortest of 2 has 4; raise data.max_prompt_tokens"):
+    with pytest.raises(
+        ValueError, match="at most 3 tokens, but the shortest of 2 has 4; raise data.max_prompt_tokens"
+    ):
         drop_long_prompts(EXPECTED, [4, 9], 3)
     with pytest.raises(ValueError, match="one length per prompt, got 2 prompts and 1 lengths"):
         drop_long_prompts(EXPECTED, [4], 3)
@@ -225,7 +262,12 @@ def indices(prompts: Sequence[Prompt]) -> list[int]:
     return [prompt.index for prompt in prompts]
 
 
-@given(st.integers(1, 20), st.lists(st.integers(1, 30), min_size=1, max_size=10), st.booleans(), st.integers(0, 2**63))
+@given(
+    st.integers(1, 20),
+    st.lists(st.integers(1, 30), min_size=1, max_size=10),
+    st.booleans(),
+    st.integers(0, 2**63),
+)
 def test_each_epoch_has_every_prompt_once_whatever_is_taken_at_a_time(count, sizes, shuffle, seed):
     loader = PromptLoader(numbered(count), seed=seed, shuffle=shuffle)
     drawn = [i for size in sizes for i in indices(loader.take(size))]
@@ -251,7 +293,20 @@ def test_the_order_changes_with_the_epoch_and_with_the_seed():
 
 
 def test_the_order_is_the_same_in_every_version():
-    assert indices(PromptLoader(numbered(8), seed=0, shuffle=True).take(12)) == [0, 2, 1, 5, 4, 3, 6, 7, 5, 3, 7, 2]
+    assert indices(PromptLoader(numbered(8), seed=0, shuffle=True).take(12)) == [
+        0,
+        2,
+        1,
+        5,
+        4,
+        3,
+        6,
+        7,
+        5,
+        3,
+        7,
+        2,
+    ]
 
 
 def test_without_shuffling_prompts_come_in_the_order_given():

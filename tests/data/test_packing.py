@@ -25,7 +25,8 @@ def loads_of(plan: Plan, num_tokens: list[int]) -> list[int]:
 
 def test_a_small_batch_is_dealt_as_by_hand():
     plan = balance(torch.tensor([2, 7, 3, 5, 4, 3]), num_ranks=2, micro_batch_tokens=8)
-    # 7 to the first; 5 and 4 to the second; 3 to the 7; the other 3 to the 9; 2 to the 10. With 5, 3 fits under 8, 4 does not.
+    # 7 to the first; 5 and 4 to the second; 3 to the 7; the other 3 to the 9; 2 to the 10. With 5, 3 fits
+    # under 8, 4 does not.
     assert plan.minibatches == [[[[1], [2, 0]], [[3, 5], [4]]]]
 
 
@@ -33,7 +34,11 @@ def test_a_small_batch_is_dealt_as_by_hand():
 def test_every_row_is_planned_exactly_once(num_tokens, num_ranks, budget, limit, num_minibatches):
     num_minibatches = min(num_minibatches, len(num_tokens))
     plan = balance(
-        torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=budget, micro_batch_rows=limit, num_minibatches=num_minibatches
+        torch.tensor(num_tokens),
+        num_ranks=num_ranks,
+        micro_batch_tokens=budget,
+        micro_batch_rows=limit,
+        num_minibatches=num_minibatches,
     )
     parts = [sorted(row for rank in minibatch for row in rows_of(rank)) for minibatch in plan.minibatches]
     # Sorted within each part and joined they count up: the parts are consecutive, too.
@@ -42,16 +47,24 @@ def test_every_row_is_planned_exactly_once(num_tokens, num_ranks, budget, limit,
 
 
 @given(lengths, ranks, budgets, row_limits)
-def test_micro_batches_hold_their_budgets_unless_one_row_breaks_it_alone(num_tokens, num_ranks, budget, limit):
-    plan = balance(torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=budget, micro_batch_rows=limit)
+def test_micro_batches_hold_their_budgets_unless_one_row_breaks_it_alone(
+    num_tokens, num_ranks, budget, limit
+):
+    plan = balance(
+        torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=budget, micro_batch_rows=limit
+    )
     for micro_batch in (m for rank in plan.minibatches[0] for m in rank):
         assert len(micro_batch) <= (limit or len(num_tokens))
         assert len(micro_batch) <= 1 or sum(num_tokens[row] for row in micro_batch) <= budget
 
 
 @given(lengths, ranks, budgets, row_limits)
-def test_ranks_have_equally_many_micro_batches_and_empty_ones_only_for_want_of_rows(num_tokens, num_ranks, budget, limit):
-    plan = balance(torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=budget, micro_batch_rows=limit)
+def test_ranks_have_equally_many_micro_batches_and_empty_ones_only_for_want_of_rows(
+    num_tokens, num_ranks, budget, limit
+):
+    plan = balance(
+        torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=budget, micro_batch_rows=limit
+    )
     (count,) = {len(rank) for rank in plan.minibatches[0]}
     for rank in plan.minibatches[0]:
         assert sum(map(bool, rank)) == min(count, len(rows_of(rank)))
@@ -70,7 +83,11 @@ def test_ranks_differ_by_no_more_than_the_longest_row(num_tokens, num_ranks):
 def test_the_busiest_rank_has_at_most_four_thirds_of_the_least_possible(num_tokens, num_ranks):
     best = {(0,) * num_ranks}
     for n in num_tokens:  # every possible deal
-        best = {tuple(sorted(load + n * (i == rank) for i, load in enumerate(loads))) for loads in best for rank in range(num_ranks)}
+        best = {
+            tuple(sorted(load + n * (i == rank) for i, load in enumerate(loads)))
+            for loads in best
+            for rank in range(num_ranks)
+        }
     plan = balance(torch.tensor(num_tokens), num_ranks=num_ranks, micro_batch_tokens=10_000)
     assert max(loads_of(plan, num_tokens)) <= 4 / 3 * min(max(loads) for loads in best)
 
@@ -88,7 +105,9 @@ def test_rows_are_dealt_evenly_where_a_rank_would_lack_rows_for_its_micro_batche
 
 
 def test_a_rank_that_needs_fewer_micro_batches_halves_its_own():
-    costs = torch.tensor([3.9, 3.8, 4.0, 3.0, 0.5, 0.1])  # the first two rows to one rank, the others, 100 tokens, to the other
+    costs = torch.tensor(
+        [3.9, 3.8, 4.0, 3.0, 0.5, 0.1]
+    )  # the first two rows to one rank, the others, 100 tokens, to the other
     plan = balance(torch.tensor([60, 50, 40, 30, 20, 10]), num_ranks=2, micro_batch_tokens=100, cost=costs)
     assert plan.minibatches == [[[[2, 4], [3, 5]], [[0], [1]]]]
 
@@ -110,7 +129,10 @@ def test_ranks_are_balanced_by_cost_where_one_is_given():
 
 
 def test_attention_doubles_the_cost_at_twelve_times_the_width():
-    torch.testing.assert_close(compute_cost(torch.tensor([0, 768, 12]), 64), torch.tensor([0.0, 1536.0, 12.1875], dtype=torch.float64))
+    torch.testing.assert_close(
+        compute_cost(torch.tensor([0, 768, 12]), 64),
+        torch.tensor([0.0, 1536.0, 12.1875], dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +154,14 @@ def test_what_cannot_be_planned_is_an_error_that_says_so(num_tokens, changed, me
 
 def test_groups_that_belong_together_are_in_one_minibatch():
     group_ids = torch.tensor([0, 0, 0, 1, 2, 2, 5])
-    plan = balance(torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=2, group_ids=group_ids)
-    assert [sorted(row for micro in minibatch[0] for row in micro) for minibatch in plan.minibatches] == [[0, 1, 2, 3], [4, 5, 6]]
+    plan = balance(
+        torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=2, group_ids=group_ids
+    )
+    assert [sorted(row for micro in minibatch[0] for row in micro) for minibatch in plan.minibatches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6],
+    ]
     with pytest.raises(ValueError, match="need a group for each minibatch, got 4 groups for 5"):
-        balance(torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=5, group_ids=group_ids)
+        balance(
+            torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=5, group_ids=group_ids
+        )

@@ -29,8 +29,14 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
     "a chat and messages": ({"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]}, [ASKED]),
     "whole chats": ({"chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}, [ASKED]),
     "whole chats of several turns": ({"chosen": [*BEFORE, RIGHT], "rejected": [*BEFORE, WRONG]}, BEFORE),
-    "whole chats beside their prompt": ({"prompt": [ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}, [ASKED]),
-    "whole chats beside its first question": ({"prompt": "hi", "chosen": [*BEFORE, RIGHT], "rejected": [*BEFORE, WRONG]}, BEFORE),
+    "whole chats beside their prompt": (
+        {"prompt": [ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+        [ASKED],
+    ),
+    "whole chats beside its first question": (
+        {"prompt": "hi", "chosen": [*BEFORE, RIGHT], "rejected": [*BEFORE, WRONG]},
+        BEFORE,
+    ),
 }
 
 
@@ -60,16 +66,30 @@ def test_tables_and_saved_data_sets_are_read_as_files_are(tmp_path: Path):
 def test_columns_of_pairs_may_have_other_names(tmp_path: Path):
     config = PairsDataConfig(prompt_key="question", chosen_key="better", rejected_key="worse")
     row = {"question": "1+1=", "better": "2", "worse": "3", "chosen": "unused"}
-    assert load_pairs(jsonl(tmp_path, row), config, split="train")[0] == [Prompt("1+1=", Pair("2", "3"), "pairs", 0, {"chosen": "unused"})]
+    assert load_pairs(jsonl(tmp_path, row), config, split="train")[0] == [
+        Prompt("1+1=", Pair("2", "3"), "pairs", 0, {"chosen": "unused"})
+    ]
 
 
 MALFORMED = {
     "no rejected": ({"prompt": "a", "chosen": "b"}, "need a column 'rejected', there are 'prompt', 'chosen'"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "need a column 'prompt'"),
-    "empty": ({"prompt": "a", "chosen": "", "rejected": "c"}, "need an answer in chosen that is a text and not empty, got str ''"),
-    "number": ({"prompt": "a", "chosen": "b", "rejected": 3}, "need an answer in rejected that is a text and not empty, got int 3"),
-    "no messages": ({"chosen": [], "rejected": [WRONG]}, "need an answer in chosen that is a text and not empty, got list"),
-    "alike": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "need two different answers, got twice str 'b'"),
+    "empty": (
+        {"prompt": "a", "chosen": "", "rejected": "c"},
+        "need an answer in chosen that is a text and not empty, got str ''",
+    ),
+    "number": (
+        {"prompt": "a", "chosen": "b", "rejected": 3},
+        "need an answer in rejected that is a text and not empty, got int 3",
+    ),
+    "no messages": (
+        {"chosen": [], "rejected": [WRONG]},
+        "need an answer in chosen that is a text and not empty, got list",
+    ),
+    "alike": (
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        "need two different answers, got twice str 'b'",
+    ),
     "no answer": (
         {"chosen": [ASKED], "rejected": [ASKED, WRONG]},
         "messages in chosen that end with the assistant's, got one of role 'user'",
@@ -79,7 +99,10 @@ MALFORMED = {
         {"prompt": "2+2?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
         "but the chats of chosen and rejected begin",
     ),
-    "mixed": ({"prompt": "a", "chosen": [RIGHT], "rejected": [WRONG]}, "need a prompt of chat messages where the answers are"),
+    "mixed": (
+        {"prompt": "a", "chosen": [RIGHT], "rejected": [WRONG]},
+        "need a prompt of chat messages where the answers are",
+    ),
     "surrogate": ({"prompt": "a", "chosen": "\ud83d", "rejected": "c"}, "half a surrogate pair"),
 }
 
@@ -109,7 +132,10 @@ def test_a_task_gives_right_answers_and_near_misses(name: str, tmp_path: Path):
     assert [p.answer for p in written] == [p.answer for p in pairs]
 
 
-@given(st.text("0123456789abcdefgh,", min_size=1, max_size=9).filter(lambda text: text.strip(",")), st.text(max_size=5))
+@given(
+    st.text("0123456789abcdefgh,", min_size=1, max_size=9).filter(lambda text: text.strip(",")),
+    st.text(max_size=5),
+)
 def test_a_near_miss_is_never_the_answer_nor_empty_and_always_the_same(answer: str, key: str):
     wrong = near_miss(answer, key=key)
     assert wrong and wrong != answer
@@ -118,7 +144,9 @@ def test_a_near_miss_is_never_the_answer_nor_empty_and_always_the_same(answer: s
 
 def test_near_misses_are_of_every_kind_and_stay_the_same_in_every_version():
     wrong = [near_miss("0123", key=str(i)) for i in range(200)]
-    differences = [sum(a != b for a, b in zip("0123", w, strict=True)) if len(w) == 4 else "missing" for w in wrong]
+    differences = [
+        sum(a != b for a, b in zip("0123", w, strict=True)) if len(w) == 4 else "missing" for w in wrong
+    ]
     assert {1, 2, "missing"} <= set(differences)
     assert any(sorted(w) == list("0123") for w in wrong)
     assert wrong[:6] == ["013", "012", "0322", "012", "1023", "1023"]
@@ -127,7 +155,11 @@ def test_near_misses_are_of_every_kind_and_stay_the_same_in_every_version():
 def test_a_loader_of_pairs_notices_other_answers(tmp_path: Path):
     loaders = []
     for rejected in ("3", "4"):
-        pairs, _ = load_pairs(jsonl(tmp_path, {"prompt": "1+1=", "chosen": "2", "rejected": rejected}), PairsDataConfig(), split="train")
+        pairs, _ = load_pairs(
+            jsonl(tmp_path, {"prompt": "1+1=", "chosen": "2", "rejected": rejected}),
+            PairsDataConfig(),
+            split="train",
+        )
         loaders.append(PromptLoader(pairs, seed=0, shuffle=True))
     with pytest.raises(ValueError, match="fingerprint was"):
         loaders[1].load_state_dict(loaders[0].state_dict())

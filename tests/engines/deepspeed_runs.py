@@ -1,4 +1,6 @@
-"""What each rank runs in the tests of the example of a DeepSpeed engine: the updates of one process, on its rows."""
+"""What each rank runs in the tests of the example of a DeepSpeed engine: the updates of one process, on its
+rows.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,17 @@ DIVIDED = {"stage3_param_persistence_threshold": 0}
 
 
 def engine_on(source: str, case: dict[str, Any], total_updates: int | None = 100) -> Any:
-    parallel = ParallelConfig(engine=Choice(name="examples.deepspeed_engine:deepspeed_engine", **case.get("options", DIVIDED)))
-    return deepspeed_engine(source, case.get("kind", "policy"), role_config(case), parallel, device=CPU, total_updates=total_updates)
+    parallel = ParallelConfig(
+        engine=Choice(name="examples.deepspeed_engine:deepspeed_engine", **case.get("options", DIVIDED))
+    )
+    return deepspeed_engine(
+        source,
+        case.get("kind", "policy"),
+        role_config(case),
+        parallel,
+        device=CPU,
+        total_updates=total_updates,
+    )
 
 
 def run_cases(source: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -46,15 +57,21 @@ def run_case(source: str, case: dict[str, Any]) -> dict[str, Any]:
     homes = engine.homes()
     for piece in engine.pieces():
         part = part_of(homes[piece.home], piece.bounds, piece.offset)
-        torch.testing.assert_close(part, weights[piece.name][tuple(slice(*bound) for bound in piece.bounds)], rtol=0, atol=0)
+        torch.testing.assert_close(
+            part, weights[piece.name][tuple(slice(*bound) for bound in piece.bounds)], rtol=0, atol=0
+        )
     held = sum(home.numel() for home in homes.values())
     return {"history": history, "written": rows, "weights": weights, "shapes": engine.shapes(), "held": held}
 
 
 def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
-    """A step, answers, a step whose loss is not finite on one rank, a checkpoint, an export, a step, answers of a layout of their own."""
+    """A step, answers, a step whose loss is not finite on one rank, a checkpoint, an export, a step, answers
+    of a layout of their own.
+    """
     engine, rank = engine_on(source, {}), dist.get_rank()
-    actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    actor = ActorWorker(
+        engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
+    )
     out: dict[str, Any] = {"before": steps(actor, 2, {}, rank, updates=1)}
     # One rank has more to answer than the other.
     out["answers"] = answered(actor, prompts[: 2 * rank + 1])
@@ -65,7 +82,16 @@ def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> di
     out["after"] = steps(actor, 2, {}, rank, updates=1)
     wait()
     hybrid = HybridEngine(engine, tensor=2, precision="fp32")
-    switched = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100, hybrid=hybrid)
+    switched = ActorWorker(
+        engine,
+        algorithm_of({}),
+        tiny_codec(),
+        max_slots=8,
+        temperature=1.0,
+        epochs=1,
+        chunk=100,
+        hybrid=hybrid,
+    )
     out["switched"] = answered(switched, prompts)
     out["reference"] = reference(source, rank)
     return out

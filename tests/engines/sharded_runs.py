@@ -10,7 +10,14 @@ import torch
 from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, Choice, LoraConfig, OptimizerConfig, ParallelConfig, RoleConfig
+from verl.config.settings import (
+    AlgorithmConfig,
+    Choice,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoleConfig,
+)
 from verl.controller.dispatch import by_plan
 from verl.data.batch import Batch
 from verl.data.packing import Plan, balance
@@ -32,7 +39,11 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, max_grad_norm=0.05)
 
 
 def role_config(case: dict[str, Any]) -> RoleConfig:
-    lora = LoraConfig(rank=4, targets=("q_proj", "v_proj", "o_proj", "down_proj", "up_proj")) if case.get("lora") else LoraConfig()
+    lora = (
+        LoraConfig(rank=4, targets=("q_proj", "v_proj", "o_proj", "down_proj", "up_proj"))
+        if case.get("lora")
+        else LoraConfig()
+    )
     return RoleConfig(
         optimizer=OPTIMIZER,
         lora=lora,
@@ -45,7 +56,11 @@ def algorithm_of(case: dict[str, Any]) -> Algorithm:
     loss = case.get("loss", "ppo_clip")
     options = {"share": 0.2, "cov_low": 0.05} if loss == "clip_cov" else {}
     return Algorithm.bind(
-        AlgorithmConfig(advantage=Choice(name="gae"), value_loss=Choice(name="value_mse"), policy_loss=Choice(name=loss, **options))
+        AlgorithmConfig(
+            advantage=Choice(name="gae"),
+            value_loss=Choice(name="value_mse"),
+            policy_loss=Choice(name=loss, **options),
+        )
     )
 
 
@@ -58,23 +73,36 @@ def worker_on(engine: Any, case: dict[str, Any]) -> Any:
 
 def local_engine_on(source: str, case: dict[str, Any]) -> LocalEngine:
     transformer = load_language_model(source)
-    model: Backbone = value_model(transformer, "fp32") if case.get("kind") == "value" else PolicyModel(transformer, "fp32")
+    model: Backbone = (
+        value_model(transformer, "fp32") if case.get("kind") == "value" else PolicyModel(transformer, "fp32")
+    )
     return LocalEngine(model, role_config(case), device=CPU, total_updates=100)
 
 
 def engine_on(source: str, case: dict[str, Any]) -> Any:
     parallel = ParallelConfig(**case.get("parallel", {}))
-    return sharded_engine(source, case.get("kind", "policy"), role_config(case), parallel, device=CPU, total_updates=100)
+    return sharded_engine(
+        source, case.get("kind", "policy"), role_config(case), parallel, device=CPU, total_updates=100
+    )
 
 
-def steps(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates: int = UPDATES) -> list[dict[str, float]]:
+def steps(
+    worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates: int = UPDATES
+) -> list[dict[str, float]]:
     """Steps on uneven rows, each of two updates; rank -1 is a single process with all rows."""
     batch, history = rows_to_learn(with_padding=True), []
     for _ in range(updates):
-        plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8, num_minibatches=case.get("minibatches", 2))
+        plan = balance(
+            batch.num_tokens,
+            num_ranks=num_ranks,
+            micro_batch_tokens=8,
+            num_minibatches=case.get("minibatches", 2),
+        )
         write_weights(batch, plan, algorithm_of(case))
         if rank < 0:
-            plan = Plan([[[micro for share in minibatch for micro in share]] for minibatch in plan.minibatches])
+            plan = Plan(
+                [[[micro for share in minibatch for micro in share]] for minibatch in plan.minibatches]
+            )
             own = (batch, plan)
         else:
             own = by_plan((batch, plan), num_ranks)[rank] if num_ranks > 1 else (batch, plan)
@@ -82,8 +110,12 @@ def steps(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, updates:
     return history
 
 
-def streamed_step(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, batch: Batch) -> dict[str, float]:
-    """One update from rows that come in three portions; between two of them the model is read, and made whole as it is to generate."""
+def streamed_step(
+    worker: Any, num_ranks: int, case: dict[str, Any], rank: int, batch: Batch
+) -> dict[str, float]:
+    """One update from rows that come in three portions; between two of them the model is read, and made whole
+    as it is to generate.
+    """
     portions = Portions(algorithm_of(case), num_groups=3)
     for rows in PORTIONS:
         portion = batch.select(rows)
@@ -98,9 +130,17 @@ def streamed_step(worker: Any, num_ranks: int, case: dict[str, Any], rank: int, 
 
 
 def stream_case(case: dict[str, Any], engine: Any, updates: int) -> dict[str, Any]:
-    """Steps in portions; then bad ones, in which row 0 of the second portion has no finite loss, until the engine gives up."""
-    worker, rank, num_data = worker_on(engine, case), engine.places["train"].data_rank, len(engine.gather_over_data(None))
-    history = [streamed_step(worker, num_data, case, rank, rows_to_learn(with_padding=True)) for _ in range(updates)]
+    """Steps in portions; then bad ones, in which row 0 of the second portion has no finite loss, until the
+    engine gives up.
+    """
+    worker, rank, num_data = (
+        worker_on(engine, case),
+        engine.places["train"].data_rank,
+        len(engine.gather_over_data(None)),
+    )
+    history = [
+        streamed_step(worker, num_data, case, rank, rows_to_learn(with_padding=True)) for _ in range(updates)
+    ]
     whole = {name: tensor.clone() for name, tensor in engine.whole_tensors()}
     batch = rows_to_learn(with_padding=True)
     for name in ("advantages", "returns"):
@@ -121,7 +161,11 @@ def trained_weights(model: Backbone, folder: Path) -> dict[str, torch.Tensor]:
     export_model(model, folder)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    whole = dict(load_language_model(str(folder)).named_parameters()) if not (folder / "value_head.safetensors").exists() else {}
+    whole = (
+        dict(load_language_model(str(folder)).named_parameters())
+        if not (folder / "value_head.safetensors").exists()
+        else {}
+    )
     return {name: parameter.detach() for name, parameter in whole.items()}
 
 
@@ -132,16 +176,24 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     worker = worker_on(engine, case)
     num_data = len(engine.gather_over_data(None))
     history = steps(worker, num_data, case, place.data_rank)
-    out = {"history": history, "weights": trained_weights(engine.model, Path(folder) / case["name"]), "data": num_data}
+    out = {
+        "history": history,
+        "weights": trained_weights(engine.model, Path(folder) / case["name"]),
+        "data": num_data,
+    }
     batch = rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     own, own_plan = by_plan((batch, plan), num_data)[place.data_rank] if num_data > 1 else (batch, plan)
     written = worker.write(own, own_plan)
     written.write("row_ids", own.row_ids)
-    out["written"] = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(written["row_ids"])}
+    out["written"] = {
+        int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(written["row_ids"])
+    }
     if case.get("lora"):
         reference = worker.write_reference(own, own_plan)
-        out["reference"] = {int(row): reference.ragged("ref_logprobs").row(i) for i, row in enumerate(own.row_ids)}
+        out["reference"] = {
+            int(row): reference.ragged("ref_logprobs").row(i) for i, row in enumerate(own.row_ids)
+        }
     return out
 
 
@@ -153,25 +205,35 @@ def generate(source: str, parallel: dict[str, int], prompts: list[list[int]]) ->
     """Answers of this rank, to more prompts the higher its number."""
     case = {"parallel": parallel}
     engine = engine_on(source, case)
-    actor = ActorWorker(engine, algorithm_of(case), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    actor = ActorWorker(
+        engine, algorithm_of(case), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
+    )
     rank = engine.places["generate"].data_rank
     mine = prompts[: rank + 1]
-    before = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
+    before = steps(
+        actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1
+    )
     answers = answered(actor, mine)
-    after = steps(actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1)
+    after = steps(
+        actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1
+    )
     return answers, before, after
 
 
 def answered(actor: ActorWorker, prompts: list[list[int]]) -> list[Any]:
     """Ids and logprobs of two answers to each prompt."""
-    groups, tokens = actor.generate(prompts, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(prompts))], 1)
+    groups, tokens = actor.generate(
+        prompts, [SamplingParams(max_tokens=6, n=2, seed=i) for i in range(len(prompts))], 1
+    )
     rows = zip(tokens.rows("response_ids"), tokens.rows("rollout_logprobs"), strict=True)
     return [[next(rows) for _ in group] for group in groups]
 
 
 def generate_alone(source: str, prompts: list[list[int]]) -> list[Any]:
     engine = local_engine_on(source, {})
-    actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    actor = ActorWorker(
+        engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
+    )
     before = steps(actor, 2, {}, -1, updates=1)
     answers = answered(actor, prompts)
     return answers, before, steps(actor, 2, {}, -1, updates=1)
@@ -184,7 +246,9 @@ def not_finite(source: str) -> list[dict[str, float]]:
     rank, num_ranks = engine.places["train"].data_rank, len(engine.gather_over_data(None))
     advantages, history = batch["advantages"], []
     for bad in (True, False):
-        batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan if bad else 1.0, advantages))
+        batch.write(
+            "advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan if bad else 1.0, advantages)
+        )
         plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
         write_weights(batch, plan, algorithm_of({}))
         history.append(worker.update(*by_plan((batch, plan), num_ranks)[rank], 0.0))

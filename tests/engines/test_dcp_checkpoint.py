@@ -23,7 +23,10 @@ def engine_on(model) -> LocalEngine:
 
 
 def likely(engine):
-    return lambda rows, inputs: (-engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0].mean(), {})
+    return lambda rows, inputs: (
+        -engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0].mean(),
+        {},
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "llama"])
@@ -33,7 +36,9 @@ def test_a_policy_is_restored_in_place_tied_or_not(family, tmp_path):
     places = [p.data_ptr() for p in other.model.parameters()]
     other.load(tmp_path)
     assert [p.data_ptr() for p in other.model.parameters()] == places
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True)
+    )
 
 
 def test_a_value_model_is_restored_with_its_head(tmp_path):
@@ -41,7 +46,9 @@ def test_a_value_model_is_restored_with_its_head(tmp_path):
     torch.nn.init.normal_(first.model.head.weight)
     first.save(tmp_path)()
     other.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,9 @@ def test_weights_of_another_model_are_not_restored(other, tmp_path):
 def test_an_optimizer_that_has_not_stepped_is_saved_as_such_and_left_alone(tmp_path):
     engine = local_engine()
     engine.save(tmp_path)()
-    assert not engine._optimizer.state and not [name for name in read_saved(tmp_path) if name.startswith("optimizer.")]
+    assert not engine._optimizer.state and not [
+        name for name in read_saved(tmp_path) if name.startswith("optimizer.")
+    ]
     stepped = local_engine()
     stepped.update(rows_to_learn(), WHOLE, likely(stepped))
     stepped.load(tmp_path)

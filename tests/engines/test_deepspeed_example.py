@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tests.distributed import on_ranks
-from tests.engines.sharded_runs import CPU, algorithm_of, answered, local_engine_on, role_config, steps, worker_on
+from tests.engines.sharded_runs import (
+    CPU,
+    algorithm_of,
+    answered,
+    local_engine_on,
+    role_config,
+    steps,
+    worker_on,
+)
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
 from tests.training import rows_to_learn
 from verl.config.settings import ParallelConfig
@@ -20,7 +28,10 @@ from verl.trainer.build.worker_factories import engine_maker
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed, see docs/deepspeed.md"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None,
+        reason="DeepSpeed is not installed, see docs/deepspeed.md",
+    ),
 ]
 
 CASES: dict[str, dict[str, Any]] = {
@@ -43,7 +54,13 @@ def source(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def ran(source) -> list[dict[str, Any]]:
     """Every case on two ranks."""
-    return on_ranks("tests.engines.deepspeed_runs:run_cases", 2, source, CASES | {"bf16": {"precision": "bf16"}}, limit_s=LIMIT_S)
+    return on_ranks(
+        "tests.engines.deepspeed_runs:run_cases",
+        2,
+        source,
+        CASES | {"bf16": {"precision": "bf16"}},
+        limit_s=LIMIT_S,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,7 +79,9 @@ def test_five_steps_on_two_ranks_are_those_of_one_process(name, ran, source):
         for key, weight in weights.items():
             torch.testing.assert_close(rank["weights"][key], weight, rtol=1e-5, atol=2e-6)
         for row, values in rank["written"].items():
-            torch.testing.assert_close(values, written.ragged(written.names[0]).row(row), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                values, written.ragged(written.names[0]).row(row), rtol=1e-5, atol=1e-5
+            )
     # No element is on two ranks.
     assert sum(rank[name]["held"] for rank in ran) == sum(weight.numel() for weight in weights.values())
 
@@ -93,7 +112,9 @@ def test_it_generates_skips_what_is_not_finite_and_goes_on_from_a_checkpoint_on_
     prompts = random_prompts([3, 5, 2])
     alone = generated_alone(source, prompts)
     (tmp_path / "checkpoint").mkdir()
-    for rank in on_ranks("tests.engines.deepspeed_runs:generate_and_go_on", 2, source, str(tmp_path), prompts, limit_s=LIMIT_S):
+    for rank in on_ranks(
+        "tests.engines.deepspeed_runs:generate_and_go_on", 2, source, str(tmp_path), prompts, limit_s=LIMIT_S
+    ):
         for step in ("before", "after"):
             assert rank[step][0] == pytest.approx(alone[step][0], rel=1e-5, abs=1e-7)
         for answers in ("answers", "switched"):
@@ -113,7 +134,9 @@ def generated_alone(source: str, prompts: list[list[int]]) -> dict[str, Any]:
     engine, batch = local_engine_on(source, {}), rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100)
     out: dict[str, Any] = {"reference": worker_on(engine, {}).write(batch, plan).ragged("trainer_logprobs")}
-    actor = ActorWorker(engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100)
+    actor = ActorWorker(
+        engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
+    )
     out |= {"before": steps(actor, 2, {}, -1, updates=1), "answers": answered(actor, prompts)}
     return out | {"after": steps(actor, 2, {}, -1, updates=1), "switched": answered(actor, prompts)}
 

@@ -70,7 +70,10 @@ def ran(sources, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """Every case on its ranks; the results of all ranks."""
     results: dict[str, list[dict[str, Any]]] = {}
     for num_ranks, table in ((2, TWO), (4, FOUR)):
-        cases = [{**case, "name": name, "source": sources[case.get("family", "qwen2")]} for name, case in table.items()]
+        cases = [
+            {**case, "name": name, "source": sources[case.get("family", "qwen2")]}
+            for name, case in table.items()
+        ]
         folder = str(tmp_path_factory.mktemp("exported"))
         ranks = on_ranks("tests.engines.sharded_runs:run_cases", num_ranks, cases, folder)
         results |= {name: [rank[name] for rank in ranks] for name in table}
@@ -126,14 +129,20 @@ def test_without_its_additions_a_policy_is_what_it_started_from(name, ran, sourc
     written = start.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     for rank in ran[name]:
         for row, values in rank["reference"].items():
-            torch.testing.assert_close(values, written.ragged("trainer_logprobs").row(row), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                values, written.ragged("trainer_logprobs").row(row), rtol=1e-5, atol=1e-5
+            )
 
 
-@pytest.mark.parametrize(("num_ranks", "parallel"), [(2, {}), (2, {"tensor": 2}), (4, {"tensor": 2}), (2, {"sequence": 2})])
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel"), [(2, {}), (2, {"tensor": 2}), (4, {"tensor": 2}), (2, {"sequence": 2})]
+)
 def test_ranks_generate_what_one_process_does_each_as_much_as_it_is_asked(num_ranks, parallel, sources):
     prompts = random_prompts([3, 5, 2, 4])
     expected, before, after = generate_alone(sources["qwen2"], prompts)
-    for answers, *learned in on_ranks("tests.engines.sharded_runs:generate", num_ranks, sources["qwen2"], parallel, prompts):
+    for answers, *learned in on_ranks(
+        "tests.engines.sharded_runs:generate", num_ranks, sources["qwen2"], parallel, prompts
+    ):
         for ours, theirs in zip(answers, expected, strict=False):
             for (ids, logprobs), (expected_ids, expected_logprobs) in zip(ours, theirs, strict=True):
                 assert ids == expected_ids
@@ -153,14 +162,21 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_two_by_two_and_at_one(sources, tm
     model.mkdir()
     going_on = on_ranks("tests.engines.sharded_runs:save_at", 4, source, {"parallel": {}}, str(model))[0]
     for num_ranks, parallel in ((4, {"tensor": 2}), (2, {})):
-        for history in on_ranks("tests.engines.sharded_runs:load_at", num_ranks, source, {"parallel": parallel}, str(model)):
+        for history in on_ranks(
+            "tests.engines.sharded_runs:load_at", num_ranks, source, {"parallel": parallel}, str(model)
+        ):
             assert history[0] == pytest.approx(going_on[0], rel=1e-5, abs=1e-7)
     alone = local_engine_on(source, {})
     alone.load(Path(model))
-    assert steps(worker_on(alone, {}), 4, {}, -1, updates=1)[0] == pytest.approx(going_on[0], rel=1e-5, abs=1e-7)
+    assert steps(worker_on(alone, {}), 4, {}, -1, updates=1)[0] == pytest.approx(
+        going_on[0], rel=1e-5, abs=1e-7
+    )
 
 
-STREAMED = {2: ["data 2", "data 2, value", "data 2, low rank", "tensor 2"], 4: ["data 4", "tensor 2 x data 2", "hybrid shard 2 x 2"]}
+STREAMED = {
+    2: ["data 2", "data 2, value", "data 2, low rank", "tensor 2"],
+    4: ["data 4", "tensor 2 x data 2", "hybrid shard 2 x 2"],
+}
 
 
 @pytest.mark.parametrize("num_ranks", STREAMED)
@@ -177,4 +193,7 @@ def test_a_step_in_portions_is_that_of_one_process_over_all_rows(num_ranks, sour
             for key, value in weights.items():
                 torch.testing.assert_close(rank["weights"][key], value, rtol=1e-5, atol=2e-6)
             # Ranks that cannot ask each row alone name its micro-batch.
-            assert "not finite in 3 updates in a row, the last time for row" in rank["error"] and " 3" in rank["error"]
+            assert (
+                "not finite in 3 updates in a row, the last time for row" in rank["error"]
+                and " 3" in rank["error"]
+            )

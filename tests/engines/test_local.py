@@ -1,4 +1,6 @@
-"""The local engine: exact accumulation, its schedule and decay, precision, and what it does with numbers that are none."""
+"""The local engine: exact accumulation, its schedule and decay, precision, and what it does with numbers that
+are none.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def distance(a, b):
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_any_split_into_micro_batches_learns_what_the_whole_batch_does(loss, aggregation, packing):
     batch = rows_to_learn()
-    # The bias of the keys has no gradient but rounding errors; with the usual eps Adam would take them for a direction.
+    # The bias of the keys has no gradient but rounding errors; with the usual eps Adam would take them for a
+    # direction.
     settings = {"loss": loss, "aggregation": aggregation, "optimizer": {"eps": 1e-4}}
     whole, expected = learn(batch, WHOLE, **settings)
     for split in SPLITS:
@@ -55,7 +58,11 @@ def test_any_split_into_micro_batches_learns_what_the_whole_batch_does(loss, agg
 def test_gradient_checkpointing_and_chunks_of_logits_change_memory_only():
     batch = rows_to_learn()
     plain, _ = learn(batch, WHOLE)
-    for settings in ({"gradient_checkpointing": True}, {"chunk": 3}, {"gradient_checkpointing": True, "chunk": 3}):
+    for settings in (
+        {"gradient_checkpointing": True},
+        {"chunk": 3},
+        {"gradient_checkpointing": True, "chunk": 3},
+    ):
         assert distance(gradient(learn(batch, WHOLE, **settings)[0]), gradient(plain)) < 1e-6
 
 
@@ -66,7 +73,9 @@ def test_the_schedules_go_through_their_points():
 
     assert rates("constant", [0, 1, 2, 3, 99], warmup_steps=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates("linear", [0, 5, 10, 20]) == [1.0, 0.5, 0.0, 0.0]
-    assert rates("linear", [0, 1, 2, 6, 10], warmup_steps=2, min_lr_ratio=0.5) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5])
+    assert rates("linear", [0, 1, 2, 6, 10], warmup_steps=2, min_lr_ratio=0.5) == pytest.approx(
+        [1 / 3, 2 / 3, 1.0, 0.75, 0.5]
+    )
     assert rates("cosine", [0, 5, 10], min_lr_ratio=0.1) == pytest.approx([1.0, 0.55, 0.1])
     assert rates("cosine", [2.5]) == pytest.approx([(1 + math.sqrt(0.5)) / 2])
 
@@ -74,7 +83,9 @@ def test_the_schedules_go_through_their_points():
 def test_an_update_reports_the_rate_that_it_was_made_with():
     engine = local_engine(optimizer={"lr": 0.4, "warmup_steps": 3})
     zero = objective_of(engine, lambda logprobs: 0 * logprobs.sum())
-    assert [engine.update(rows_to_learn(), WHOLE, zero)["lr"] for _ in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [engine.update(rows_to_learn(), WHOLE, zero)["lr"] for _ in range(4)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4]
+    )
 
 
 def test_a_long_gradient_is_scaled_down_and_a_short_one_left_alone():
@@ -92,7 +103,9 @@ def test_weight_decay_shrinks_matrices_only():
     before = copy.deepcopy(dict(engine.model.named_parameters()))
     engine.update(rows_to_learn(), WHOLE, objective_of(engine, lambda logprobs: 0 * logprobs.sum()))
     for name, parameter in engine.model.named_parameters():
-        torch.testing.assert_close(parameter, before[name] * (0.95 if parameter.ndim >= 2 else 1.0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            parameter, before[name] * (0.95 if parameter.ndim >= 2 else 1.0), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -107,7 +120,9 @@ def test_every_precision_trains_and_keeps_its_weights_in_fp32(precision):
 def test_an_overflow_of_fp16_halves_the_loss_scale_and_is_no_bad_update():
     engine = local_engine(precision="fp16", max_bad_updates=1)
     before, scale = weights(engine), engine._scale.value
-    metrics = engine.update(rows_to_learn(), WHOLE, objective_of(engine, lambda logprobs: -1e6 * logprobs.mean()))
+    metrics = engine.update(
+        rows_to_learn(), WHOLE, objective_of(engine, lambda logprobs: -1e6 * logprobs.mean())
+    )
     assert metrics["skipped_updates"] == 1
     assert engine._scale.value == scale / 2
     assert torch.equal(weights(engine), before)
@@ -138,7 +153,10 @@ def row_3_is_nan(rows, logprobs):
 def bad_objective(engine, kind):
     if kind == "gradient":
         return objective_of(engine, gradient_is_nan)
-    return lambda rows, inputs: (row_3_is_nan(rows, engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0]), {})
+    return lambda rows, inputs: (
+        row_3_is_nan(rows, engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0]),
+        {},
+    )
 
 
 def rows_with_nan_in_row_3():
@@ -161,7 +179,9 @@ def test_an_update_that_is_not_finite_changes_nothing(kind):
     assert engine._schedule.last_epoch == 1
 
 
-@pytest.mark.parametrize(("kind", "named"), [("loss", r"row 3 of the step"), ("gradient", r"row 0, 1, 2, 3, 4, 5 of the step")])
+@pytest.mark.parametrize(
+    ("kind", "named"), [("loss", r"row 3 of the step"), ("gradient", r"row 0, 1, 2, 3, 4, 5 of the step")]
+)
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_rows(kind, named):
     engine, batch = local_engine(max_bad_updates=3), rows_with_nan_in_row_3()
     good, bad = objective_of(engine, lambda logprobs: -logprobs.mean()), bad_objective(engine, kind)
@@ -182,7 +202,10 @@ def test_inference_puts_every_value_at_its_token_whatever_the_split():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_that_was_saved_goes_on_as_if_it_never_stopped(precision, tmp_path):
-    settings = {"precision": precision, "optimizer": {"schedule": "linear", "weight_decay": 0.1, "warmup_steps": 2}}
+    settings = {
+        "precision": precision,
+        "optimizer": {"schedule": "linear", "weight_decay": 0.1, "warmup_steps": 2},
+    }
     first, second = local_engine(**settings), local_engine(seed=1, **settings)
     shared = next(second.model.parameters()).data_ptr()
     for _ in range(3):
@@ -192,7 +215,10 @@ def test_an_engine_that_was_saved_goes_on_as_if_it_never_stopped(precision, tmp_
     second.load(tmp_path)
     assert (second._bad_updates, second._scale.value) == {"fp32": (1, 1.0), "fp16": (0, 2.0**15)}[precision]
     assert next(second.model.parameters()).data_ptr() == shared
-    results = [e.update(rows_to_learn(), WHOLE, objective_of(e, lambda logprobs: -logprobs.mean())) for e in (first, second)]
+    results = [
+        e.update(rows_to_learn(), WHOLE, objective_of(e, lambda logprobs: -logprobs.mean()))
+        for e in (first, second)
+    ]
     assert results[0] == results[1]
     assert torch.equal(weights(first), weights(second))
 

@@ -1,4 +1,6 @@
-"""A step in portions is the step over all of its rows: weights, metrics, skipped updates and names of rows; what cannot be is refused."""
+"""A step in portions is the step over all of its rows: weights, metrics, skipped updates and names of rows;
+what cannot be is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from verl.data.packing import Plan, balance
 from verl.engines.base import NotFiniteError, TrainEngine
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
-from verl.engines.roles.workers import MODEL_COLUMNS, CriticWorker, PolicyWorker, ProcessRewardWorker, critic_reads, policy_reads
+from verl.engines.roles.workers import (
+    MODEL_COLUMNS,
+    CriticWorker,
+    PolicyWorker,
+    ProcessRewardWorker,
+    critic_reads,
+    policy_reads,
+)
 from verl.engines.streaming import Portions, StreamedUpdate, joined, why_not_streamed
 
 NEAR = ("loss", "grad_norm", "lr", "ratio", "entropy", "kl", "skipped_updates")
@@ -30,8 +39,14 @@ GROUPS = torch.tensor([0, 1, 0, 1, 2, 2, 3, 4, 3, 4, 5, 5])
 KL_IN_LOSS = KLConfig(where="loss", estimator=Choice(name="k3"), coef=0.1)
 KL_IN_REWARD = KLConfig(where="reward", estimator=Choice(name="k1"), coef=0.1)
 GAE = Choice(name="gae", whiten=False)
-DR_GRPO = {"advantage": Choice(name="grpo", normalize_std=False), "aggregation": Choice(name="seq_mean_token_sum_norm", length=7)}
-GSPO = {"policy_loss": Choice(name="gspo", clip_low=0.1, clip_high=0.1), "aggregation": Choice(name="seq_mean_token_mean")}
+DR_GRPO = {
+    "advantage": Choice(name="grpo", normalize_std=False),
+    "aggregation": Choice(name="seq_mean_token_sum_norm", length=7),
+}
+GSPO = {
+    "policy_loss": Choice(name="gspo", clip_low=0.1, clip_high=0.1),
+    "aggregation": Choice(name="seq_mean_token_mean"),
+}
 PRIME = {"advantage": Choice(name="prime"), "value_loss": Choice(name="outcome_cross_entropy")}
 CASES = {
     "ppo": {"advantage": GAE},
@@ -42,14 +57,19 @@ CASES = {
     "gspo": GSPO,
     "gspo, kl": {**GSPO, "kl": KL_IN_LOSS},
     **{
-        f"grpo, {name}": {"aggregation": Choice(name=name, **({"length": 7} if name.endswith("norm") else {})), "kl": KL_IN_LOSS}
+        f"grpo, {name}": {
+            "aggregation": Choice(name=name, **({"length": 7} if name.endswith("norm") else {})),
+            "kl": KL_IN_LOSS,
+        }
         for name in AGGREGATIONS
     },
 }
 
 
 def rows_of_six_prompts() -> Batch:
-    """Two rows for each, with columns of every writer; one prompt has nothing to learn in one of its answers, as has another."""
+    """Two rows for each, with columns of every writer; one prompt has nothing to learn in one of its answers,
+    as has another.
+    """
     batch = Batch.concat([rows_to_learn(), rows_to_learn()])
     batch.write("group_ids", GROUPS)
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25, 0.0, 3.0, 0.0, 1.0, -1.0, 0.5]))
@@ -58,16 +78,22 @@ def rows_of_six_prompts() -> Batch:
 
 def roles(config, *, epochs=1, **settings):
     """What learns under the algorithm: the policy, and who judges its tokens if somebody does."""
-    # The bias of the keys has no gradient but rounding errors; with the usual eps Adam would take them for a direction.
+    # The bias of the keys has no gradient but rounding errors; with the usual eps Adam would take them for a
+    # direction.
     optimizer = {"lr": 1e-2, "eps": 1e-4, "max_grad_norm": 0.5}
-    algorithm, engine = Algorithm.bind(AlgorithmConfig(**config)), partial(local_engine, optimizer=optimizer, **settings)
+    algorithm, engine = (
+        Algorithm.bind(AlgorithmConfig(**config)),
+        partial(local_engine, optimizer=optimizer, **settings),
+    )
     learners = {"policy": PolicyWorker(engine(), algorithm, temperature=1.0, epochs=epochs, chunk=100)}
     if "values" in algorithm.reads:
         role = CriticConfig(optimizer=OptimizerConfig(**optimizer))
         critic = LocalEngine(value_model(tiny_transformer(), "fp32"), role, device=CPU, total_updates=10)
         learners["critic"] = CriticWorker(critic, algorithm, vf_coef=0.5, epochs=epochs)
     if "prm_logprobs" in algorithm.reads:
-        learners["critic"] = ProcessRewardWorker(engine(), algorithm, temperature=1.0, epochs=epochs, chunk=100)
+        learners["critic"] = ProcessRewardWorker(
+            engine(), algorithm, temperature=1.0, epochs=epochs, chunk=100
+        )
     return algorithm, learners
 
 
@@ -126,7 +152,9 @@ def in_portions(batch, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = batch["group_ids"].unique()
     cuts = torch.randint(1, 4, (len(ids),), generator=generator).cumsum(0)
-    for chosen in ids[torch.randperm(len(ids), generator=generator)].tensor_split(cuts[cuts < len(ids)].tolist()):
+    for chosen in ids[torch.randperm(len(ids), generator=generator)].tensor_split(
+        cuts[cuts < len(ids)].tolist()
+    ):
         yield batch.select(torch.isin(batch["group_ids"], chosen).nonzero().squeeze(1))
 
 
@@ -157,9 +185,15 @@ def test_steps_in_any_portions_are_those_over_all_rows(case, seed):
         assert distance(learner, start[name]) > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"precision": "fp16"}, {"packing": False, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "bf16"}, {"precision": "fp16"}, {"packing": False, "gradient_checkpointing": True}],
+)
 def test_so_they_are_in_each_precision_and_form(settings):
-    (algorithm, whole), (_, parts) = roles(CASES["gspo, kl"], **settings), roles(CASES["gspo, kl"], **settings)
+    (algorithm, whole), (_, parts) = (
+        roles(CASES["gspo, kl"], **settings),
+        roles(CASES["gspo, kl"], **settings),
+    )
     for seed in range(3):
         expected = whole_step(rows_of_six_prompts(), algorithm, whole)
         metrics = streamed_step(rows_of_six_prompts(), algorithm, parts, seed=seed)
@@ -184,7 +218,10 @@ def test_one_portion_of_all_rows_is_the_step_itself_bit_by_bit():
 def likely(engine, rows, inputs):
     """Minus the logprobs of all tokens, and two monitors."""
     logprobs = engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0]
-    return -logprobs.sum(), {"tokens": torch.tensor(float(len(logprobs))), "longest_max": rows["mask"].sum(1).max()}
+    return -logprobs.sum(), {
+        "tokens": torch.tensor(float(len(logprobs))),
+        "longest_max": rows["mask"].sum(1).max(),
+    }
 
 
 def test_the_scale_is_of_the_loss_and_its_gradient_and_not_of_sums():
@@ -251,7 +288,9 @@ def test_an_overflow_of_fp16_in_one_portion_halves_the_loss_scale_once():
     engine, batch = local_engine(precision="fp16", max_bad_updates=1), rows_to_learn()
     before, scale = weights(engine), engine._scale.value
     for rows, factor in (([0, 1], 1.0), ([2, 3], 1e6), ([4, 5], 1.0)):
-        engine.accumulate(batch, [rows], lambda rows, inputs, factor=factor: (factor * likely(engine, rows, inputs)[0], {}))
+        engine.accumulate(
+            batch, [rows], lambda rows, inputs, factor=factor: (factor * likely(engine, rows, inputs)[0], {})
+        )
     assert engine.finish(1 / 22)["skipped_updates"] == 1
     assert engine._scale.value == scale / 2 and torch.equal(weights(engine), before)
 
@@ -372,12 +411,27 @@ def test_a_function_that_only_seemed_to_be_of_each_group_is_found_before_the_upd
     [
         ({"epochs": 2}, "algorithm.epochs=2 and algorithm.minibatches=1 make several updates"),
         ({"minibatches": 4}, "algorithm.epochs=1 and algorithm.minibatches=4 make several updates"),
-        ({"policy_loss": Choice(name="kl_cov")}, "algorithm.policy_loss kl_cov has statistics over all rows of an update"),
-        ({"advantage": Choice(name="gae", whiten=True)}, "algorithm.advantage gae, whiten=True has statistics over all groups"),
-        ({"correction": Choice(name="seq_tis", normalize=True)}, "algorithm.correction seq_tis, normalize=True has statistics"),
+        (
+            {"policy_loss": Choice(name="kl_cov")},
+            "algorithm.policy_loss kl_cov has statistics over all rows of an update",
+        ),
+        (
+            {"advantage": Choice(name="gae", whiten=True)},
+            "algorithm.advantage gae, whiten=True has statistics over all groups",
+        ),
+        (
+            {"correction": Choice(name="seq_tis", normalize=True)},
+            "algorithm.correction seq_tis, normalize=True has statistics",
+        ),
         ({"likelihood_coef": 0.1}, "algorithm.likelihood_coef has a denominator of its own"),
-        ({"aggregation": Choice(name=f"{__name__}:own_aggregation")}, "own_aggregation is none of token_mean, "),
-        ({"advantage": Choice(name=f"{__name__}:scaled_by_longest")}, "scaled_by_longest has statistics over all groups"),
+        (
+            {"aggregation": Choice(name=f"{__name__}:own_aggregation")},
+            "own_aggregation is none of token_mean, ",
+        ),
+        (
+            {"advantage": Choice(name=f"{__name__}:scaled_by_longest")},
+            "scaled_by_longest has statistics over all groups",
+        ),
         ({"advantage": GAE, "kl": KL_IN_REWARD}, None),
         ({**GSPO, "correction": Choice(name="geometric_rs"), "kl": KL_IN_LOSS, "entropy_coef": 0.1}, None),
         ({"correction": Choice(name="loglinear"), "skip_zero_advantages": True}, None),
@@ -415,8 +469,15 @@ def rows_of_all_columns() -> Batch:
     batch, generator = rows_of_six_prompts(), torch.Generator().manual_seed(3)
     rewards = torch.where(GROUPS == 2, 0.5, batch["rewards"])
     for name in ("trainer_logprobs", "prm_logprobs", "sum_squared_probs"):
-        batch.write(name, batch["rollout_logprobs"] + 0.1 * torch.randn(batch["mask"].shape, generator=generator))
+        batch.write(
+            name, batch["rollout_logprobs"] + 0.1 * torch.randn(batch["mask"].shape, generator=generator)
+        )
     parts = torch.stack([rewards, torch.rand(12, generator=generator)], 1)
-    of_rows = {"rewards": rewards, "greedy_rewards": rewards.flip(0), "reward_parts": parts, "reward_weights": torch.ones(12, 2)}
+    of_rows = {
+        "rewards": rewards,
+        "greedy_rewards": rewards.flip(0),
+        "reward_parts": parts,
+        "reward_weights": torch.ones(12, 2),
+    }
     batch.adopt(Batch({**of_rows, "number": torch.arange(12)}))
     return batch

@@ -16,7 +16,17 @@ NOW = 10_000.0
 
 def look(*stages: StageWaits, still_s: float = 5.0, parts: tuple[Part, ...] = (), **changes) -> RunLook:
     """A run of 1000 s that was looked at a second ago."""
-    found = RunLook("running", "", ProcessId("node7", 42, 1), NOW - 1000, NOW - 1, 1.0, 1800.0, Snapshot(still_s, 0.0, stages), parts)
+    found = RunLook(
+        "running",
+        "",
+        ProcessId("node7", 42, 1),
+        NOW - 1000,
+        NOW - 1,
+        1.0,
+        1800.0,
+        Snapshot(still_s, 0.0, stages),
+        parts,
+    )
     return replace(found, **changes)
 
 
@@ -29,9 +39,18 @@ WORKS = StageWaits("training", 5.0)
 FAILED = (Part("engine a", "serving"), Part("engine b", "failed", "out of memory"))
 
 CAUSES = {
-    "an engine that failed": (look(TRAINING, parts=FAILED), "engine b is failed: out of memory; training has to wait for the others"),
-    "one that nobody needs": (look(WORKS, parts=FAILED), "engine b is failed: out of memory; the others do its work"),
-    "publishing": (look(waits("publishing", "engine b to take version 7", 20)), "new weights wait for engine b to take version 7"),
+    "an engine that failed": (
+        look(TRAINING, parts=FAILED),
+        "engine b is failed: out of memory; training has to wait for the others",
+    ),
+    "one that nobody needs": (
+        look(WORKS, parts=FAILED),
+        "engine b is failed: out of memory; the others do its work",
+    ),
+    "publishing": (
+        look(waits("publishing", "engine b to take version 7", 20)),
+        "new weights wait for engine b to take version 7",
+    ),
     "training is slower": (
         look(WORKS, waits("admission", "room for more groups", 60)),
         "training is slower than generation, which is ahead",
@@ -46,14 +65,21 @@ CAUSES = {
         "generation is slower than training: it has waited 60 s for answers of group 7, and has 4 such waits; more engines would help",
     ),
     "a reward": (
-        look(TRAINING, waits("generation", "answers of group 7", 60), waits("rewards", "the function judge", 250)),
+        look(
+            TRAINING,
+            waits("generation", "answers of group 7", 60),
+            waits("rewards", "the function judge", 250),
+        ),
         "rewards holds training up: it has waited 4 min for the function judge",
     ),
     "generation hangs": (
         look(TRAINING, waits("generation", "answers of group 7", 1000), still_s=1000),
         "generation holds training up: it has waited 17 min for answers of group 7",
     ),
-    "training hangs": (look(WORKS, still_s=1000), "the trainer computes for long, or is stuck: `py-spy dump --pid 42` shows where"),
+    "training hangs": (
+        look(WORKS, still_s=1000),
+        "the trainer computes for long, or is stuck: `py-spy dump --pid 42` shows where",
+    ),
     "nobody works": (look(TRAINING, still_s=1000), "training waits, and nothing is known to work for it"),
 }
 
@@ -74,11 +100,31 @@ def test_a_run_that_stands_still_is_told_when_it_will_end():
 @pytest.mark.parametrize(
     ("life", "story", "cause"),
     [
-        ("works", "process 42 on node7 works, and has told nothing for 60 s", "something keeps the interpreter and does not give it back"),
-        ("is stopped", "process 42 on node7 is stopped, and has told nothing for 60 s", "`kill -CONT 42` lets it go on"),
-        ("waits in the system", "process 42 on node7 waits in the system", "a device or a file system does not answer it"),
-        ("is on another host", "process 42 is on another host, node7, and has told nothing for 60 s", "ask on node7"),
-        ("is gone", "process 42 is gone without a word; it was last seen 60 s ago", "it was killed, by a scheduler or for want of memory"),
+        (
+            "works",
+            "process 42 on node7 works, and has told nothing for 60 s",
+            "something keeps the interpreter and does not give it back",
+        ),
+        (
+            "is stopped",
+            "process 42 on node7 is stopped, and has told nothing for 60 s",
+            "`kill -CONT 42` lets it go on",
+        ),
+        (
+            "waits in the system",
+            "process 42 on node7 waits in the system",
+            "a device or a file system does not answer it",
+        ),
+        (
+            "is on another host",
+            "process 42 is on another host, node7, and has told nothing for 60 s",
+            "ask on node7",
+        ),
+        (
+            "is gone",
+            "process 42 is gone without a word; it was last seen 60 s ago",
+            "it was killed, by a scheduler or for want of memory",
+        ),
     ],
 )
 def test_a_run_that_tells_nothing_any_more_is_asked_for_its_process(life, story, cause):
@@ -103,9 +149,14 @@ def test_a_run_that_tells_nothing_any_more_is_asked_for_its_process(life, story,
     ],
 )
 def test_a_run_that_has_ended_is_told_how(state, life, is_well, story, cause):
-    diagnosis = diagnose(look(TRAINING, state=state, cause="judge is down", written_at=NOW - 60, parts=FAILED), life, NOW)
+    diagnosis = diagnose(
+        look(TRAINING, state=state, cause="judge is down", written_at=NOW - 60, parts=FAILED), life, NOW
+    )
     assert (diagnosis.is_well, diagnosis.story) == (is_well, story) and diagnosis.cause.startswith(cause)
 
 
 def test_a_run_that_stalled_and_still_puts_its_things_away_is_told_so():
-    assert diagnose(look(state="stalled"), "works", NOW).story == "it stalled and was ended 1.0 s ago, and still puts its things away"
+    assert (
+        diagnose(look(state="stalled"), "works", NOW).story
+        == "it stalled and was ended 1.0 s ago, and still puts its things away"
+    )

@@ -1,4 +1,6 @@
-"""Every group is under way, trained on, dropped or failed, once, in memory and in the file, whatever happens to the run."""
+"""Every group is under way, trained on, dropped or failed, once, in memory and in the file, whatever happens
+to the run.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_groups_are_numbered_and_each_fate_is_counted():
     ledger.retry(4, "infrastructure", "engine b died")
     ledger.fail(4, "reward", "judge is down")
     assert numbers == [0, 1, 2, 3, 4, 5]
-    assert ledger.counts() == LedgerCounts(6, 1, 1, 1, {"dead": 1, "straggler": 1}, {"reward": 1}, {"infrastructure": 1})
+    assert ledger.counts() == LedgerCounts(
+        6, 1, 1, 1, {"dead": 1, "straggler": 1}, {"reward": 1}, {"infrastructure": 1}
+    )
     assert ledger.counts().accounted == 6 and ledger.open.keys() == {2, 5}
 
 
@@ -91,7 +95,9 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize(("acts", "message"), IMPOSSIBLE, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("acts", "message"), IMPOSSIBLE, ids=lambda value: "-".join(value) if isinstance(value, list) else ""
+)
 def test_what_cannot_happen_to_a_group_is_refused_with_its_number_and_state(acts, message):
     ledger = begun(*acts[:-1])
     before = ledger.counts()
@@ -107,7 +113,9 @@ def test_a_group_that_was_never_sent_out_is_refused():
 
 def test_what_was_given_wrongly_is_refused():
     ledger = begun()
-    with pytest.raises(ValueError, match="need a class of infrastructure, data, reward, environment, got 'bad luck'"):
+    with pytest.raises(
+        ValueError, match="need a class of infrastructure, data, reward, environment, got 'bad luck'"
+    ):
         ledger.fail(0, "bad luck", "x")
     with pytest.raises(ValueError, match="the oldest version, then the newest"):
         ledger.arrive(0, versions=(2, 1))
@@ -122,7 +130,9 @@ def test_a_group_that_gets_lost_is_named_when_the_step_is_closed(tmp_path):
     ledger = written(tmp_path)
     ledger.dispatch(1, version=3)
     del ledger._open[8]  # a defect that the methods do not allow
-    with pytest.raises(RuntimeError, match="step 4 does not add up: groups missing: 8; twice: none; 8 of 9 accounted for"):
+    with pytest.raises(
+        RuntimeError, match="step 4 does not add up: groups missing: 8; twice: none; 8 of 9 accounted for"
+    ):
         ledger.commit(4)
 
 
@@ -151,9 +161,22 @@ def test_the_file_has_a_line_for_each_group_that_ended_and_one_for_the_step(tmp_
     ledger.fail(2, "reward", "judge is down")
     ledger.commit(1)
     trained, failed, summary = map(json.loads, (tmp_path / FILE).read_text().splitlines())
-    common = {"group": 1, "prompt": 5, "fate": "trained", "step": 1, "reason": None, "attempts": 2, "versions": [0, 1]}
+    common = {
+        "group": 1,
+        "prompt": 5,
+        "fate": "trained",
+        "step": 1,
+        "reason": None,
+        "attempts": 2,
+        "versions": [0, 1],
+    }
     assert trained == {**common, "retries": {"infrastructure": [1, "engine b died"]}}
-    assert (failed["fate"], failed["reason"], failed["cause"], failed["step"]) == ("failed", "reward", "judge is down", 1)
+    assert (failed["fate"], failed["reason"], failed["cause"], failed["step"]) == (
+        "failed",
+        "reward",
+        "judge is down",
+        1,
+    )
     assert (summary["dispatched"], summary["trained"], summary["failed"]) == (3, 1, {"reward": 1})
     assert (summary["answering_groups"], summary["waiting_groups"]) == ([0], [])
 
@@ -164,13 +187,20 @@ def test_what_is_read_is_what_was_kept(tmp_path):
     assert report.adds_up and report.step == 3 and report.counts == ledger.counts()
     assert report.open == {6: "answering", 7: "waiting"} and report.staleness == {0: 6}
     assert [step["trained"] for step in report.steps] == [2, 4, 6]
-    assert [line["prompt"] for line in lines_of_group(tmp_path, 3)] == [21] and lines_of_group(tmp_path, 7) == []
+    assert [line["prompt"] for line in lines_of_group(tmp_path, 3)] == [21] and lines_of_group(
+        tmp_path, 7
+    ) == []
 
 
 def test_groups_under_way_keep_their_numbers_over_a_restart_and_are_sent_again(tmp_path):
     ledger = loaded(saved(written(tmp_path)), tmp_path / FILE)
-    assert {number: (group.prompt, group.state) for number, group in ledger.left.items()} == {6: (90, "answering"), 7: (91, "waiting")}
-    with pytest.raises(RuntimeError, match="cannot take group 6, which is answering since before the run was restarted"):
+    assert {number: (group.prompt, group.state) for number, group in ledger.left.items()} == {
+        6: (90, "answering"),
+        7: (91, "waiting"),
+    }
+    with pytest.raises(
+        RuntimeError, match="cannot take group 6, which is answering since before the run was restarted"
+    ):
         ledger.arrive(6, versions=(3, 3))
     ledger.again(6, version=3)
     ledger.train(7, step=4)  # its answers were in the checkpoint
@@ -265,7 +295,9 @@ def test_a_file_that_cannot_be_written_costs_no_line(tmp_path):
     (tmp_path / "kept").rename(folder / FILE)
     for goes_on in (loaded(state, folder / FILE), ledger):
         goes_on.commit(5)
-        assert [step["step"] for step in read_ledger(folder).steps] == [1, 2, 3, 4, 5] and read_ledger(folder).adds_up
+        assert [step["step"] for step in read_ledger(folder).steps] == [1, 2, 3, 4, 5] and read_ledger(
+            folder
+        ).adds_up
 
 
 def changed(path: Path, old: str, new: str) -> None:
@@ -280,7 +312,10 @@ def test_groups_that_are_missing_or_twice_and_sums_that_are_wrong_are_found(tmp_
     report = read_ledger(tmp_path)
     assert (report.missing, report.twice, report.differences) == ([2], [3], [])
     changed(tmp_path, '"dropped": {}', '"dropped": {"dead": 1}')
-    assert "line 3, the sum of step 1, says {'trained': 2, 'dropped': {'dead': 1}" in read_ledger(tmp_path).differences[0]
+    assert (
+        "line 3, the sum of step 1, says {'trained': 2, 'dropped': {'dead': 1}"
+        in read_ledger(tmp_path).differences[0]
+    )
     changed(tmp_path, '{"group": 4,', '{"group": 40,')
     assert "line 7 is of group 40, which was never sent out" in read_ledger(tmp_path).differences[2]
     changed(tmp_path, '{"group": 40,', '{"group" 4,')
@@ -312,7 +347,21 @@ def test_memory_holds_open_groups_alone(tmp_path):
 
 
 # What may happen next, each with a number that picks a group.
-OPERATIONS = ("dispatch", "dispatch", "retry", "arrive", "arrive", "train", "train", "drop", "fail", "commit", "commit", "save", "crash")
+OPERATIONS = (
+    "dispatch",
+    "dispatch",
+    "retry",
+    "arrive",
+    "arrive",
+    "train",
+    "train",
+    "drop",
+    "fail",
+    "commit",
+    "commit",
+    "save",
+    "crash",
+)
 
 
 class Course:
@@ -342,7 +391,9 @@ class Course:
             self.fates[self.ledger.dispatch(pick, version=self.step)] = "answering"
         elif operation == "commit":
             self.step += 1
-            self.fates = {number: fate.replace("now trained", "trained") for number, fate in self.fates.items()}
+            self.fates = {
+                number: fate.replace("now trained", "trained") for number, fate in self.fates.items()
+            }
             self.ledger.commit(self.step)
         else:
             self.act(operation, pick)
@@ -384,6 +435,10 @@ def test_whatever_happens_every_group_is_there_once(operations):
             }
         report = read_ledger(Path(folder))
         assert report.adds_up and report.counts == course.ledger.counts() and report.num_cut_off == 0
-        assert report.open == {number: fate for number, fate in course.fates.items() if fate in ("answering", "waiting")}
+        assert report.open == {
+            number: fate for number, fate in course.fates.items() if fate in ("answering", "waiting")
+        }
         ended = {n: fate.split()[0] for n, fate in course.fates.items() if n not in report.open}
-        assert {n: [line["fate"] for line in lines_of_group(Path(folder), n)] for n in ended} == {n: [fate] for n, fate in ended.items()}
+        assert {n: [line["fate"] for line in lines_of_group(Path(folder), n)] for n in ended} == {
+            n: [fate] for n, fate in ended.items()
+        }

@@ -34,12 +34,19 @@ def run(tmp_path, monkeypatch):
 def shown(capsys, *command: str) -> tuple[int, str]:
     """Exit code and what was printed."""
     code = main([*command])
-    return code, "\n".join(" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines())
+    return code, "\n".join(
+        " ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()
+    )
 
 
 def test_the_ledger_is_summed_up(run, capsys):
     code, told = shown(capsys, "ledger", "run")
-    lines = ["8 groups sent out, up to step 2", "trained on 2 25.0%", "being answered 2 25.0%", "dropped: straggler 2 25.0%"]
+    lines = [
+        "8 groups sent out, up to step 2",
+        "trained on 2 25.0%",
+        "being answered 2 25.0%",
+        "dropped: straggler 2 25.0%",
+    ]
     lines += [
         "failed: reward 2 25.0%",
         "tried again after: infrastructure 2",
@@ -95,10 +102,21 @@ def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkey
     parts = (Part("engine a", "serving"), Part("engine b", "failed", "out of memory"))
     with waits.on("training", "a batch", limit_s=90), Watch(waits, Path("run"), 1800, parts=lambda: parts):
         code, told = shown(capsys, "doctor", "run")
-    assert code == 0 and "training a batch 0.0 s 90 s 0.0 s ago" in told and "engine b failed out of memory" in told
-    assert told.splitlines()[-1] == "likely cause: engine b is failed: out of memory; training has to wait for the others"
+    assert (
+        code == 0
+        and "training a batch 0.0 s 90 s 0.0 s ago" in told
+        and "engine b failed out of memory" in told
+    )
+    assert (
+        told.splitlines()[-1]
+        == "likely cause: engine b is failed: out of memory; training has to wait for the others"
+    )
     code, told = shown(capsys, "doctor", "run")
-    assert code == 0 and told.startswith("run: it has finished") and told.endswith("likely cause: nothing is the matter")
+    assert (
+        code == 0
+        and told.startswith("run: it has finished")
+        and told.endswith("likely cause: nothing is the matter")
+    )
 
 
 def test_a_run_that_was_killed_is_found_to_be_gone(tmp_path, monkeypatch, capsys):
@@ -111,19 +129,35 @@ from verl.monitoring.watchdog import Watch
 with Watch(Waits(), Path("run"), 1800):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{code}"])
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{code}"]
+    )
     code, told = shown(capsys, "doctor", "run")
-    assert code == 1 and "is gone without a word" in told and "it was killed, by a scheduler or for want of memory" in told
+    assert (
+        code == 1
+        and "is gone without a word" in told
+        and "it was killed, by a scheduler or for want of memory" in told
+    )
 
 
-@pytest.mark.parametrize("command", [["ledger", "nowhere"], ["doctor", "nowhere"], ["ledger", "run", "--group", "8"]])
+@pytest.mark.parametrize(
+    "command", [["ledger", "nowhere"], ["doctor", "nowhere"], ["ledger", "run", "--group", "8"]]
+)
 def test_what_cannot_be_found_is_one_clear_message(command, run, capsys):
     assert main(command) == 2
-    assert capsys.readouterr().err.startswith(("verl: need the output_dir of a run", "verl: need a group from 0 to 7, got 8"))
+    assert capsys.readouterr().err.startswith(
+        ("verl: need the output_dir of a run", "verl: need a group from 0 to 7, got 8")
+    )
 
 
 @pytest.mark.parametrize("command", ["ledger", "doctor"])
 def test_a_run_is_asked_about_without_loading_a_model_library(command):
     program = f"import sys; from verl.cli.main import main; main(['{command}', 'nowhere']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert result.stdout.splitlines()[-1] == "False"

@@ -17,11 +17,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from verl.config.settings import TrackingConfig
 from verl.monitoring.tracking import SINKS, Clock, Sink, Tracker, samples_table, save_curve, terminal_curve
 
-METRICS = {"reward": 0.25, "accuracy": 0.5, "response_tokens": 120.0, "kl": 0.001, "entropy": 2.0, "tokens_per_s": 12345.0, "seconds": 60.0}
+METRICS = {
+    "reward": 0.25,
+    "accuracy": 0.5,
+    "response_tokens": 120.0,
+    "kl": 0.001,
+    "entropy": 2.0,
+    "tokens_per_s": 12345.0,
+    "seconds": 60.0,
+}
 
 
 def tracker(folder: Path, *sinks: str, console: Console | None = None, **steps: int) -> Tracker:
-    return Tracker(TrackingConfig(sinks=sinks), folder, console=console or screen(), **{"total_steps": 100} | steps)
+    return Tracker(
+        TrackingConfig(sinks=sinks), folder, console=console or screen(), **{"total_steps": 100} | steps
+    )
 
 
 def screen(width: int = 80) -> Console:
@@ -58,7 +68,11 @@ def test_the_clock_waits_for_queued_work_and_counts_it():
 
 def test_phases_do_not_nest_and_an_error_ends_one():
     clock = Clock()
-    with pytest.raises(AssertionError, match="'b' began inside phase 'a'"), clock.phase("a"), clock.phase("b"):
+    with (
+        pytest.raises(AssertionError, match="'b' began inside phase 'a'"),
+        clock.phase("a"),
+        clock.phase("b"),
+    ):
         pass
     with clock.phase("c"):
         pass
@@ -68,7 +82,9 @@ def test_phases_do_not_nest_and_an_error_ends_one():
 def test_every_step_is_a_line_of_valid_json_on_disk_at_once(tmp_path):
     out = tracker(tmp_path, "jsonl")
     out.log(1, {"reward": 0.5, "kl": math.nan, "entropy": math.inf})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "reward": 0.5, "kl": null, "entropy": null}\n'
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "reward": 0.5, "kl": null, "entropy": null}\n'
 
 
 def test_a_resumed_run_has_each_step_once_and_no_torn_line(tmp_path):
@@ -81,7 +97,11 @@ def test_a_resumed_run_has_each_step_once_and_no_torn_line(tmp_path):
     second = tracker(tmp_path, "jsonl", first_step=3)
     second.log(3, {"reward": 30.0})
     second.close()
-    assert [(line["step"], line["reward"]) for line in lines_of(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(line["step"], line["reward"]) for line in lines_of(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
 
 
 def test_a_new_run_in_the_same_folder_begins_with_its_own_step_0(tmp_path):
@@ -118,10 +138,34 @@ def test_the_console_has_one_aligned_plain_line_per_step_within_80_columns(tmp_p
     console = screen()
     out = tracker(tmp_path, "console", console=console, total_steps=100_000)
     out.log(1, METRICS)
-    out.log(99_999, METRICS | {"reward": -1.234e-5, "kl": -123456.0, "entropy": -999.99, "response_tokens": 131072.0})
+    out.log(
+        99_999,
+        METRICS | {"reward": -1.234e-5, "kl": -123456.0, "entropy": -999.99, "response_tokens": 131072.0},
+    )
     header, first, second = shown(console)
-    assert header.split() == ["step", "reward", "accuracy", "length", "KL", "entropy", "tokens/s", "seconds", "left"]
-    assert first.split() == ["1/100000", "0.250", "0.500", "120.0", "0.001", "2.000", "12.3k", "60.00", "69d", "10h"]
+    assert header.split() == [
+        "step",
+        "reward",
+        "accuracy",
+        "length",
+        "KL",
+        "entropy",
+        "tokens/s",
+        "seconds",
+        "left",
+    ]
+    assert first.split() == [
+        "1/100000",
+        "0.250",
+        "0.500",
+        "120.0",
+        "0.001",
+        "2.000",
+        "12.3k",
+        "60.00",
+        "69d",
+        "10h",
+    ]
     assert len(header) == len(first) == len(second) <= 80
     assert second.split()[1:6] == ["-1e-05", "0.500", "131.1k", "-123.5k", "-1000.0"]
     assert "\x1b" not in console.file.getvalue()
@@ -138,7 +182,9 @@ def test_metrics_that_are_absent_are_a_dash_and_a_step_without_any_is_silent(tmp
 
 def test_fine_tuning_shows_its_loss_in_place_of_rewards(tmp_path):
     console = screen()
-    tracker(tmp_path, "console", console=console).log(1, {"loss": 2.5, "response_tokens": 3.0, "entropy": 1.0, "seconds": 0.5})
+    tracker(tmp_path, "console", console=console).log(
+        1, {"loss": 2.5, "response_tokens": 3.0, "entropy": 1.0, "seconds": 0.5}
+    )
     header, first = shown(console)
     assert header.split() == ["step", "loss", "length", "entropy", "tokens/s", "seconds", "left"]
     assert first.split() == ["1/100", "2.500", "3.000", "1.000", "-", "0.500", "0:50"]
@@ -163,7 +209,15 @@ def test_events_are_lines_between_the_steps_and_never_wrapped(tmp_path):
 
 
 def test_samples_are_one_json_line_each_whatever_the_model_wrote(tmp_path):
-    rows = [{"prompt": "2 + 2", "response": "四\ud800\n", "reward": 1.0, "scores": {"math": math.nan}, "finish": "stop"}]
+    rows = [
+        {
+            "prompt": "2 + 2",
+            "response": "四\ud800\n",
+            "reward": 1.0,
+            "scores": {"math": math.nan},
+            "finish": "stop",
+        }
+    ]
     tracker(tmp_path, "jsonl").samples(10, rows)
     (row,) = lines_of(tmp_path / "samples" / "step-000010.jsonl")
     assert row == rows[0] | {"scores": {"math": None}}
@@ -205,7 +259,9 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path):
         "for step in (1, 2, 3): out.log(step, {'reward': 1.0})\n"
         "out.close()"
     )
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     run.stdout.close()  # Like `| head`, before the first line.
     run.stdin.close()
     assert run.wait(60) == 0
@@ -238,7 +294,9 @@ def test_mlflow_goes_on_with_the_same_run_after_a_resume(tmp_path):
         out.log(first_step, {"eval/pass@8": float(first_step)})
         assert out.failures == {}
         out.close()
-    history = mlflow.MlflowClient().get_metric_history((tmp_path / "mlflow_run_id").read_text(), "eval/pass_8")
+    history = mlflow.MlflowClient().get_metric_history(
+        (tmp_path / "mlflow_run_id").read_text(), "eval/pass_8"
+    )
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]
 
 
@@ -258,7 +316,10 @@ def test_wandb_keeps_its_run_id_over_a_resume_and_takes_a_new_one_for_a_new_run(
 
 def test_what_is_not_chosen_is_not_loaded():
     program = "import sys, verl.monitoring.tracking; print(*({'torch', 'matplotlib', 'tensorboard', 'wandb', 'mlflow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+        == "\n"
+    )
 
 
 def test_a_curve_rises_from_the_lower_left_to_the_upper_right():
@@ -271,7 +332,11 @@ def test_a_curve_rises_from_the_lower_left_to_the_upper_right():
 
 
 def test_a_straight_line_has_its_dots_on_one_level():
-    middle = [line for line in terminal_curve([2.0] * 9, width=20, height=3).splitlines() if "⠤" in line or "⠒" in line]
+    middle = [
+        line
+        for line in terminal_curve([2.0] * 9, width=20, height=3).splitlines()
+        if "⠤" in line or "⠒" in line
+    ]
     assert len(middle) == 1 and set(middle[0].split("┤")[1]) <= {"⠤", "⠒"}
 
 
@@ -292,15 +357,26 @@ def test_several_curves_have_a_letter_each_and_a_legend():
 
 def test_a_saved_curve_is_a_picture_and_leaves_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
-    save_curve(tmp_path / "new" / "reward.png", [1, 2, 3], [0.1, 0.5, math.nan], title="reward", ylabel="reward per answer")
+    save_curve(
+        tmp_path / "new" / "reward.png",
+        [1, 2, 3],
+        [0.1, 0.5, math.nan],
+        title="reward",
+        ylabel="reward per answer",
+    )
     assert (tmp_path / "new" / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_the_table_of_samples_shows_text_as_it_is_and_lets_nothing_steer_the_terminal():
     console = screen(width=100)
-    rows = [{"prompt": "2 + 2 [red]?", "response": "\x1b[2Jfour", "reference": 4, "reward": 0.5}, {"prompt": "x" * 5000}]
+    rows = [
+        {"prompt": "2 + 2 [red]?", "response": "\x1b[2Jfour", "reference": 4, "reward": 0.5},
+        {"prompt": "x" * 5000},
+    ]
     console.print(samples_table(rows))
     text = console.file.getvalue()
-    assert all(part in text for part in ("prompt", "answer", "reference", "2 + 2 [red]?", "four", "0.500", "…"))
+    assert all(
+        part in text for part in ("prompt", "answer", "reference", "2 + 2 [red]?", "four", "0.500", "…")
+    )
     assert "\x1b" not in text and text.count("x") < 700

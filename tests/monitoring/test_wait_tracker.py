@@ -1,4 +1,6 @@
-"""What is waited for, for how long, and when nothing moves any more: on a clock of the test, in threads and in coroutines."""
+"""What is waited for, for how long, and when nothing moves any more: on a clock of the test, in threads and
+in coroutines.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def waits(clock):
 def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, waits):
     with waits.on("training", "a batch", limit_s=60.0):
         clock.pass_s(5)
-        assert waits.snapshot() == Snapshot(5.0, 60.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 60.0),)),))
+        assert waits.snapshot() == Snapshot(
+            5.0, 60.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 60.0),)),)
+        )
     assert waits.snapshot() == Snapshot(0.0, 0.0, (StageWaits("training", 0.0),))
 
 
@@ -55,7 +59,10 @@ def test_several_waits_of_a_stage_count_once_and_the_oldest_is_told(clock, waits
     clock.pass_s(3)
     second.__enter__()
     clock.pass_s(1)
-    assert str(waits.snapshot().stages[0]) == "rewards has waited 4.0 s for group 1, the first of 2 waits, moved 4.0 s ago"
+    assert (
+        str(waits.snapshot().stages[0])
+        == "rewards has waited 4.0 s for group 1, the first of 2 waits, moved 4.0 s ago"
+    )
     first.__exit__(None, None, None)
     clock.pass_s(1)
     assert str(waits.snapshot().stages[0]) == "rewards has waited 2.0 s for group 2, moved 1.0 s ago"
@@ -84,7 +91,10 @@ def test_words_are_asked_for_when_someone_wants_to_know(waits):
 
 def test_words_that_cannot_be_told_cost_nothing(waits):
     with waits.on("training", lambda: str(1 / 0)):
-        assert waits.snapshot().stages[0].waits[0].what == "something that cannot be told (ZeroDivisionError: division by zero)"
+        assert (
+            waits.snapshot().stages[0].waits[0].what
+            == "something that cannot be told (ZeroDivisionError: division by zero)"
+        )
 
 
 def test_words_are_asked_again_if_what_they_are_about_changed_meanwhile(waits):
@@ -127,17 +137,24 @@ def test_whatever_moves_in_any_stage_keeps_the_run_going(clock, waits):
 
 def test_a_run_that_never_named_a_stage_can_stall_too(clock, waits):
     clock.pass_s(10)
-    assert stall(waits.snapshot(), 10) == "nothing has moved for 10 s, and may stand still for 10 s; no stage has begun"
+    assert (
+        stall(waits.snapshot(), 10)
+        == "nothing has moved for 10 s, and may stand still for 10 s; no stage has begun"
+    )
 
 
-def test_a_wait_over_its_own_limit_is_a_stall_though_others_move_and_though_it_is_not_the_oldest(clock, waits):
+def test_a_wait_over_its_own_limit_is_a_stall_though_others_move_and_though_it_is_not_the_oldest(
+    clock, waits
+):
     with waits.on("rewards", "group 1"), waits.on("rewards", "group 2", limit_s=5):
         clock.pass_s(5)
         waits.moved("generation")
         assert stall(waits.snapshot(), 100) is None
         clock.pass_s(0.1)
         waits.moved("generation")
-        assert stall(waits.snapshot(), 100).startswith("rewards has waited 5.1 s for group 2, and may for 5.0 s; rewards has waited")
+        assert stall(waits.snapshot(), 100).startswith(
+            "rewards has waited 5.1 s for group 2, and may for 5.0 s; rewards has waited"
+        )
 
 
 def test_a_wait_that_may_take_longer_than_the_limit_may(clock, waits):
@@ -154,14 +171,20 @@ def test_only_a_few_of_many_waits_are_told_and_one_over_its_limit_is_among_them(
         context.__enter__()
     clock.pass_s(6)
     (stage,) = waits.snapshot().stages
-    assert stage.num_waits == 500 and [wait.what for wait in stage.waits] == ["group 400", "group 0", "group 1"]
+    assert stage.num_waits == 500 and [wait.what for wait in stage.waits] == [
+        "group 400",
+        "group 0",
+        "group 1",
+    ]
 
 
 def test_time_in_which_nothing_could_move_is_forgiven(clock, waits):
     with waits.on("training", "a batch", limit_s=20):
         clock.pass_s(1000)
         waits.forgive(995)
-        assert waits.snapshot() == Snapshot(5.0, 20.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 20.0),)),))
+        assert waits.snapshot() == Snapshot(
+            5.0, 20.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 20.0),)),)
+        )
         waits.forgive(995)
         assert waits.snapshot().still_s == 0.0
 

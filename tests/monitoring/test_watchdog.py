@@ -1,4 +1,6 @@
-"""A run in which nothing moves ends with the reason, wherever its code is stuck; one that moves is left alone. Each in a process."""
+"""A run in which nothing moves ends with the reason, wherever its code is stuck; one that moves is left
+alone. Each in a process.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def forever():
 
 def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PRELUDE + code], cwd=folder, capture_output=True, text=True, timeout=OUTER_LIMIT_S, env=ENV
+        [sys.executable, "-c", PRELUDE + code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=OUTER_LIMIT_S,
+        env=ENV,
     )
 
 
@@ -81,7 +88,8 @@ except StalledError as error:
     result = ran(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.match(
-        r"nothing has moved for [\d.]+ s, and may stand still for 0.5 s; training has waited [\d.]+ s for a batch, ", result.stdout
+        r"nothing has moved for [\d.]+ s, and may stand still for 0.5 s; training has waited [\d.]+ s for a batch, ",
+        result.stdout,
     )
     assert f"all stacks: {DIAGNOSIS}" in result.stdout
     assert kept(tmp_path).state == "stalled" and "a batch" in kept(tmp_path).cause
@@ -106,7 +114,9 @@ with watch(parts=lambda: [Part("engine b", "failed", "out of memory")]):
 """
     assert "StalledError" in ran(code, tmp_path).stderr
     told = (tmp_path / DIAGNOSIS).read_text()
-    assert "engine b is failed: out of memory" in told and "thread MainThread:" in told and "in forever" in told
+    assert (
+        "engine b is failed: out of memory" in told and "thread MainThread:" in told and "in forever" in told
+    )
     assert re.search(r"2 tasks of thread engines:\n.*in answer\n.*in ask_engine", told, re.DOTALL)
 
 
@@ -125,7 +135,10 @@ threading.Thread(target=move, daemon=True).start()
 with watch(limit_s=100), waits.on("rewards", "the function judge", limit_s=0.5):
     forever()
 """
-    assert re.search(r"StalledError: rewards has waited [\d.]+ s for the function judge, and may for 0.5 s", ran(code, tmp_path).stderr)
+    assert re.search(
+        r"StalledError: rewards has waited [\d.]+ s for the function judge, and may for 0.5 s",
+        ran(code, tmp_path).stderr,
+    )
 
 
 def test_code_that_keeps_the_interpreter_ends_the_process_and_shows_where_it_is(tmp_path):
@@ -150,8 +163,15 @@ with watch(grace_s=0.5), waits.on("training", "a batch"):
     deadlock()
 """
     result = ran(code, tmp_path)
-    assert result.returncode == 1 and "The run could not be interrupted within 0.5 s, so its process ends." in result.stderr
-    assert "for a batch" in result.stderr and "in deadlock" in result.stderr and kept(tmp_path).state == "stalled"
+    assert (
+        result.returncode == 1
+        and "The run could not be interrupted within 0.5 s, so its process ends." in result.stderr
+    )
+    assert (
+        "for a batch" in result.stderr
+        and "in deadlock" in result.stderr
+        and kept(tmp_path).state == "stalled"
+    )
 
 
 def test_code_that_swallows_the_interrupt_ends_the_process(tmp_path):
@@ -272,7 +292,11 @@ def test_a_run_in_another_thread_gets_the_error_there_when_it_runs_python(tmp_pa
 
 def test_a_run_in_another_thread_that_waits_for_a_lock_ends_the_process(tmp_path):
     result = ran(IN_A_THREAD.format(grace_s=0.5, stuck="forever()"), tmp_path)
-    assert result.returncode == 1 and "could not be interrupted" in result.stderr and "in forever" in result.stderr
+    assert (
+        result.returncode == 1
+        and "could not be interrupted" in result.stderr
+        and "in forever" in result.stderr
+    )
 
 
 def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
@@ -286,7 +310,15 @@ with watch(limit_s=2):
     time.sleep(0.5)  # for several looks
 print("finished")
 """
-    process = subprocess.Popen([sys.executable, "-c", PRELUDE + code], cwd=tmp_path, env=ENV, stdin=-1, stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code],
+        cwd=tmp_path,
+        env=ENV,
+        stdin=-1,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    )
     while process.stdout.readline() != "stop me\n":
         pass
     process.send_signal(signal.SIGSTOP)
@@ -304,7 +336,9 @@ with watch(limit_s=100):
     with waits.on("training", "a batch"):
         sys.stdin.readline()
 """
-    process = subprocess.Popen([sys.executable, "-c", PRELUDE + code], cwd=tmp_path, env=ENV, stdin=-1, stdout=-1, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code], cwd=tmp_path, env=ENV, stdin=-1, stdout=-1, text=True
+    )
     process.stdout.readline()
     times = set()
     while len(times) < 20:

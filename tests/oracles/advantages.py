@@ -147,7 +147,9 @@ def turns(row):
 
 def grpo_turns(token_rewards, mask, group_ids, normalize_std=True, eps=1e-6):
     """2402.03300, section 4.1.3, a turn being a step."""
-    found = [(b, turn, sum(token_rewards[b][t] for t in turn)) for b, row in enumerate(mask) for turn in turns(row)]
+    found = [
+        (b, turn, sum(token_rewards[b][t] for t in turn)) for b, row in enumerate(mask) for turn in turns(row)
+    ]
     normalized = []
     for b, _, reward in found:
         rewards = [r for c, _, r in found if group_ids[c] == group_ids[b]]
@@ -157,14 +159,19 @@ def grpo_turns(token_rewards, mask, group_ids, normalize_std=True, eps=1e-6):
     out = [[0.0] * len(row) for row in mask]
     for b, turn, _ in found:
         for t in turn:
-            out[b][t] = sum(n for n, (c, other, _) in zip(normalized, found, strict=True) if c == b and other[-1] >= t)
+            out[b][t] = sum(
+                n for n, (c, other, _) in zip(normalized, found, strict=True) if c == b and other[-1] >= t
+            )
     return out
 
 
 def prime(rewards, group_ids, prm_logprobs, ref_logprobs, mask, beta=0.05, gamma=1.0):
     """2502.01456, equation 5, with the mean per token as the process reward of a sibling."""
     actions = [[t for t, sampled in enumerate(row) if sampled] for row in mask]
-    gains = [[beta * (p - r) for p, r in zip(prm, ref, strict=True)] for prm, ref in zip(prm_logprobs, ref_logprobs, strict=True)]
+    gains = [
+        [beta * (p - r) for p, r in zip(prm, ref, strict=True)]
+        for prm, ref in zip(prm_logprobs, ref_logprobs, strict=True)
+    ]
     outcome = rloo(rewards, group_ids)
     out = [[0.0] * len(row) for row in mask]
     for b, positions in enumerate(actions):
@@ -172,7 +179,13 @@ def prime(rewards, group_ids, prm_logprobs, ref_logprobs, mask, beta=0.05, gamma
         means = [sum(gains[j][t] for t in actions[j]) / len(actions[j]) for j in others]
         for i, t in enumerate(positions):
             process = (
-                sum(gamma ** (k - i) * (gains[b][s] - sum(means) / len(means)) for k, s in enumerate(positions) if k >= i) if means else 0.0
+                sum(
+                    gamma ** (k - i) * (gains[b][s] - sum(means) / len(means))
+                    for k, s in enumerate(positions)
+                    if k >= i
+                )
+                if means
+                else 0.0
             )
             out[b][t] = process + outcome[b]
     return out
@@ -206,7 +219,9 @@ def gae(token_rewards, values, mask, gamma, lam):
 
 def whiten(values, mask, eps=1e-8):
     """Mean 0, population deviation 1 over the sampled tokens."""
-    sampled = [v for row, flags in zip(values, mask, strict=True) for v, flag in zip(row, flags, strict=True) if flag]
+    sampled = [
+        v for row, flags in zip(values, mask, strict=True) for v, flag in zip(row, flags, strict=True) if flag
+    ]
     if not sampled:
         return [[0.0] * len(row) for row in values]
     mean = sum(sampled) / len(sampled)

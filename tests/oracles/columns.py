@@ -32,7 +32,9 @@ def random_columns(seed: int, rows: int = 6, width: int = 7) -> dict[str, Tensor
     columns["greedy_rewards"] = normal(rows)[group_ids]
     probability = columns["trainer_logprobs"].exp().clamp(max=1)
     # At least the square of the sampled token's own, at most with all that is left on one other token.
-    columns["sum_squared_probs"] = probability.square() + (1 - probability).square() * torch.rand(rows, width, generator=g).double()
+    columns["sum_squared_probs"] = (
+        probability.square() + (1 - probability).square() * torch.rand(rows, width, generator=g).double()
+    )
     for name in ("prm_logprobs", "teacher_logprobs"):
         columns[name] = (columns["ref_logprobs"] + 0.5 * normal(rows, width)) * present
     teacher, student = (torch.log_softmax(normal(rows, width, 8), -1) for _ in range(2))

@@ -1,4 +1,6 @@
-"""Weights of corrections and their monitors, one row and one token at a time in Python floats (fp64); for ratios within the clamp."""
+"""Weights of corrections and their monitors, one row and one token at a time in Python floats (fp64); for
+ratios within the clamp.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,12 @@ def seq_mis(rows, low, high):
 def geometric_rs(rows, low, high, cap):
     """The T-th root of the product decides."""
     return [
-        [(1.0 if cap is None else min(ratio, cap)) if low <= product(row) ** (1 / len(row)) <= high else 0.0 for ratio in row]
+        [
+            (1.0 if cap is None else min(ratio, cap))
+            if low <= product(row) ** (1 / len(row)) <= high
+            else 0.0
+            for ratio in row
+        ]
         for row in rows
     ]
 
@@ -74,7 +81,9 @@ def k3_rs(rows, threshold, cap):
 
 
 def loglinear(logprob, rollout_logprob, version, behave, cap):
-    """AReaL's interpolation for one token, with v_prox = version and v_theta = version + 1: old logprob and weight."""
+    """AReaL's interpolation for one token, with v_prox = version and v_theta = version + 1: old logprob and
+    weight.
+    """
     alpha = (version - behave) / (version + 1 - behave)
     old = rollout_logprob + alpha * (logprob - rollout_logprob)
     weight = exp(old) / exp(rollout_logprob)
@@ -87,7 +96,12 @@ def off_policy_mask(logprobs, rollout_logprobs, advantages, mask, threshold):
     for b, flags in enumerate(mask):
         places = [t for t, flag in enumerate(flags) if flag]
         drift = sum(rollout_logprobs[b][t] - logprobs[b][t] for t in places) / max(1, len(places))
-        out.append([0.0 if not flag or (advantages[b][t] < 0 and drift > threshold) else 1.0 for t, flag in enumerate(flags)])
+        out.append(
+            [
+                0.0 if not flag or (advantages[b][t] < 0 and drift > threshold) else 1.0
+                for t, flag in enumerate(flags)
+            ]
+        )
     return out
 
 
@@ -101,7 +115,12 @@ def row_monitors(logprobs, rollout_logprobs, mask):
 
 def weight_monitors(weights, mask):
     """Shares over the sampled tokens."""
-    ws = [w for row, flags in zip(weights, mask, strict=True) for w, flag in zip(row, flags, strict=True) if flag]
+    ws = [
+        w
+        for row, flags in zip(weights, mask, strict=True)
+        for w, flag in zip(row, flags, strict=True)
+        if flag
+    ]
     squares = sum(w * w for w in ws)
     return {
         "rejected_share": sum(w == 0 for w in ws) / len(ws),

@@ -1,4 +1,6 @@
-"""Gradients of losses: by autograd through a table's function, and by finite differences of a plain one over the sampled tokens."""
+"""Gradients of losses: by autograd through a table's function, and by finite differences of a plain one over
+the sampled tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,22 @@ from verl.config.settings import Choice
 
 
 def summed(columns, weights, learned, table, choice):
-    """Weighted loss and its gradient with respect to the learned column; a loss [B] is weighted by its row's first weight."""
+    """Weighted loss and its gradient with respect to the learned column; a loss [B] is weighted by its row's
+    first weight.
+    """
     leaf = columns[learned].clone().requires_grad_()
-    loss, _ = bind(choice if isinstance(choice, Choice) else Choice(name=choice), table)({**columns, learned: leaf})
+    loss, _ = bind(choice if isinstance(choice, Choice) else Choice(name=choice), table)(
+        {**columns, learned: leaf}
+    )
     total = (loss * (weights if loss.ndim == 2 else weights[:, 0])).sum()
     total.backward()
     return total.detach(), leaf.grad
 
 
 def units(unit, mask):
-    """Flat places of the sampled tokens that a plain loss is called with at once: those of a token, of a row, or of the minibatch."""
+    """Flat places of the sampled tokens that a plain loss is called with at once: those of a token, of a row,
+    or of the minibatch.
+    """
     rows = [[b * len(row) + t for t, sampled in enumerate(row) if sampled] for b, row in enumerate(mask)]
     places = [place for row in rows for place in row]
     groups = {"token": [[place] for place in places], "row": rows, "minibatch": [places]}[unit]
@@ -26,7 +34,9 @@ def units(unit, mask):
 
 
 def plain_losses(function, unit, columns, mask):
-    """Flat place -> loss, of a function of floats (token) or of lists (row, minibatch); columns are flat lists."""
+    """Flat place -> loss, of a function of floats (token) or of lists (row, minibatch); columns are flat
+    lists.
+    """
     losses = {}
     for group in units(unit, mask):
         given = [[column[place] for place in group] for column in columns]
@@ -42,15 +52,22 @@ def central_differences(function, point, step=1e-5):
 
 
 def assert_agrees(loss, gradient, weights, columns, mask, function, unit):
-    """The loss at sampled tokens, and the gradient of its weighted sum with respect to the first column, are those of the plain one."""
+    """The loss at sampled tokens, and the gradient of its weighted sum with respect to the first column, are
+    those of the plain one.
+    """
     first, *others = (column.flatten().tolist() for column in columns)
     flags, flat_weights = mask.tolist(), weights.flatten().tolist()
 
     def total(point):
-        return sum(flat_weights[place] * value for place, value in plain_losses(function, unit, [point, *others], flags).items())
+        return sum(
+            flat_weights[place] * value
+            for place, value in plain_losses(function, unit, [point, *others], flags).items()
+        )
 
     expected = plain_losses(function, unit, [first, *others], flags)
     found = loss.detach().flatten()[list(expected)]
-    torch.testing.assert_close(found, torch.tensor(list(expected.values()), dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        found, torch.tensor(list(expected.values()), dtype=torch.float64), atol=1e-6, rtol=1e-6
+    )
     differences = torch.tensor(central_differences(total, first), dtype=torch.float64)
     torch.testing.assert_close(gradient.flatten(), differences, atol=1e-6, rtol=1e-6)

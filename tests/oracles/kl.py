@@ -13,12 +13,20 @@ def estimate(name, logprob, ref_logprob):
 
 def straight_through(name, logprob, held, ref_logprob):
     """The value of k1 or k3 at `held`, where the gradient is taken, plus how far k2 has moved from there."""
-    return estimate(name, held, ref_logprob) + estimate("k2", logprob, ref_logprob) - estimate("k2", held, ref_logprob)
+    return (
+        estimate(name, held, ref_logprob)
+        + estimate("k2", logprob, ref_logprob)
+        - estimate("k2", held, ref_logprob)
+    )
 
 
 def k3_importance(logprob, old_logprob, ref_logprob):
     """2512.02556, equation 7."""
-    return exp(logprob) / exp(old_logprob) * (exp(ref_logprob) / exp(logprob) - log(exp(ref_logprob) / exp(logprob)) - 1)
+    return (
+        exp(logprob)
+        / exp(old_logprob)
+        * (exp(ref_logprob) / exp(logprob) - log(exp(ref_logprob) / exp(logprob)) - 1)
+    )
 
 
 def mismatch(logprobs, rollout_logprobs, mask):

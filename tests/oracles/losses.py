@@ -9,7 +9,9 @@ from math import exp, log, prod
 
 
 def ppo_clip(logprob, old_logprob, advantage, clip_low, clip_high, dual_clip=None):
-    """1707.06347, equation 7 as an objective to maximise, bounded from below for bad tokens as in 1912.09729; returned as a loss."""
+    """1707.06347, equation 7 as an objective to maximise, bounded from below for bad tokens as in 1912.09729;
+    returned as a loss.
+    """
     ratio = exp(logprob - old_logprob)
     clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
     objective = min(ratio * advantage, clipped * advantage)
@@ -76,7 +78,9 @@ def gspo_token(logprobs, held, old_logprobs, advantages, clip_low, clip_high):
 
 
 def gmpo(logprobs, old_logprobs, advantages, clip):
-    """2507.20673, equation 4: the absolute value of each clipped term, their geometric mean, and the sign of the advantage."""
+    """2507.20673, equation 4: the absolute value of each clipped term, their geometric mean, and the sign of
+    the advantage.
+    """
     n = len(logprobs)
     advantage = sum(advantages) / n
     ratios = [exp(p - q) for p, q in zip(logprobs, old_logprobs, strict=True)]
@@ -97,7 +101,9 @@ def clip_cov(logprobs, held, old_logprobs, advantages, noise, share, cov_low, co
 def kl_cov(logprobs, held, old_logprobs, advantages, share, kl_coef):
     """2505.22617, equations 12 and 13, over the sampled tokens of a minibatch in any order."""
     covariance = covariances(held, advantages)
-    chosen = sorted(range(len(held)), key=lambda i: covariance[i], reverse=True)[: max(1, int(share * len(held)))]
+    chosen = sorted(range(len(held)), key=lambda i: covariance[i], reverse=True)[
+        : max(1, int(share * len(held)))
+    ]
     loss = []
     for i, (p, q, a) in enumerate(zip(logprobs, old_logprobs, advantages, strict=True)):
         loss.append(-exp(p - q) * a + (kl_coef * abs(p - q) if i in chosen else 0.0))
@@ -111,7 +117,9 @@ def covariances(logprobs, advantages):
 
 
 def online_dpo(rows, beta, label_smoothing):
-    """2402.04792 and 2305.18290, equation 7; a row is (logprobs, ref_logprobs, reward, group), and gets one number."""
+    """2402.04792 and 2305.18290, equation 7; a row is (logprobs, ref_logprobs, reward, group), and gets one
+    number.
+    """
     loss = [0.0] * len(rows)
     for group in {row[3] for row in rows}:
         members = [i for i, row in enumerate(rows) if row[3] == group and row[0]]
@@ -121,7 +129,9 @@ def online_dpo(rows, beta, label_smoothing):
         worst = min(members, key=lambda i: (rows[i][2], i))
         h_best, h_worst = (sum(rows[i][0]) - sum(rows[i][1]) for i in (best, worst))
         preferred = 1 / (1 + exp(-beta * (h_best - h_worst)))
-        loss[best] = loss[worst] = -(1 - label_smoothing) * log(preferred) - label_smoothing * log(1 - preferred)
+        loss[best] = loss[worst] = -(1 - label_smoothing) * log(preferred) - label_smoothing * log(
+            1 - preferred
+        )
     return loss
 
 
@@ -138,9 +148,14 @@ def value_clip(new_value, value, target, clip):
 
 def aggregated(name, loss, mask, length=None, group_ids=None):
     """The loss of the whole batch, as each paper writes the sums."""
-    rows = [[v for v, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(loss, mask, strict=True)]
+    rows = [
+        [v for v, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(loss, mask, strict=True)
+    ]
     if name == "prompt_mean":
-        prompts = [[v for row, g in zip(rows, group_ids, strict=True) if g == group for v in row] for group in set(group_ids)]
+        prompts = [
+            [v for row, g in zip(rows, group_ids, strict=True) if g == group for v in row]
+            for group in set(group_ids)
+        ]
         prompts = [prompt for prompt in prompts if prompt]
         return sum(sum(prompt) / len(prompt) for prompt in prompts) / max(1, len(prompts))
     rows = [row for row in rows if row]
@@ -157,5 +172,17 @@ def aggregated(name, loss, mask, length=None, group_ids=None):
 
 TABLE = {
     function.__name__: function
-    for function in (ppo_clip, policy_gradient, importance, gspo, gspo_token, gmpo, cispo, sapo, dppo, clip_cov, kl_cov)
+    for function in (
+        ppo_clip,
+        policy_gradient,
+        importance,
+        gspo,
+        gspo_token,
+        gmpo,
+        cispo,
+        sapo,
+        dppo,
+        clip_cov,
+        kl_cov,
+    )
 }

@@ -1,4 +1,6 @@
-"""Losses on pairs, of the implicit process reward and calibration, one pair or row at a time in Python floats (fp64)."""
+"""Losses on pairs, of the implicit process reward and calibration, one pair or row at a time in Python floats
+(fp64).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def simpo(chosen, rejected, chosen_tokens, rejected_tokens, beta, margin):
 
 def bradley_terry(chosen, rejected, margin, center_coef):
     """2307.09288, equation 2, plus the square of the sum."""
-    return -log(sigmoid(chosen - rejected - margin)) + center_coef * (chosen + rejected) ** 2, chosen, rejected
+    return (
+        -log(sigmoid(chosen - rejected - margin)) + center_coef * (chosen + rejected) ** 2,
+        chosen,
+        rejected,
+    )
 
 
 def outcome_cross_entropy(prm_logprobs, ref_logprobs, reward, mask, beta):
@@ -47,9 +53,14 @@ def calibration(probabilities, labels, bins):
     """1706.04599, equation 3, bin by bin, and the Brier score."""
     n, error = len(labels), 0.0
     for k in range(bins):
-        inside = [i for i, p in enumerate(probabilities) if k / bins < p <= (k + 1) / bins or (k == 0 and p == 0)]
+        inside = [
+            i for i, p in enumerate(probabilities) if k / bins < p <= (k + 1) / bins or (k == 0 and p == 0)
+        ]
         if inside:
-            accuracy, confidence = sum(labels[i] for i in inside) / len(inside), sum(probabilities[i] for i in inside) / len(inside)
+            accuracy, confidence = (
+                sum(labels[i] for i in inside) / len(inside),
+                sum(probabilities[i] for i in inside) / len(inside),
+            )
             error += len(inside) / n * abs(accuracy - confidence)
     return {
         "expected_calibration_error": error,

@@ -13,15 +13,32 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.distributed import on_ranks
 from tests.weight_sync.arrays import assert_equal, carried_out, filled, tensors, window
 from verl.planner.architectures import SIZES, Architecture, architecture, named_architecture
-from verl.planner.model_layouts import Part, Where, fsdp, generation_layout, model_pieces, replicated, training_layout
+from verl.planner.model_layouts import (
+    Part,
+    Where,
+    fsdp,
+    generation_layout,
+    model_pieces,
+    replicated,
+    training_layout,
+)
 from verl.planner.traffic import formula, traffic
 from verl.weight_sync.layout import Layout
 from verl.weight_sync.meshes import Mesh
 from verl.weight_sync.reshard_plan import make_plan
 
-SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 2, "vocab_size": 70}
+SMALL = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 2,
+    "vocab_size": 70,
+}
 DENSE = architecture({**SMALL, "model_type": "qwen3", "num_key_value_heads": 4})
-TIED = architecture({**SMALL, "model_type": "qwen2", "num_key_value_heads": 8, "tie_word_embeddings": True, "head_dim": 1})
+TIED = architecture(
+    {**SMALL, "model_type": "qwen2", "num_key_value_heads": 8, "tie_word_embeddings": True, "head_dim": 1}
+)
 SPARSE = architecture(
     {
         **SMALL,
@@ -47,7 +64,9 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_a_folder_that_transformers_writes(family, tmp_path):
     sizes = {**SMALL, "num_key_value_heads": 4, "num_hidden_layers": 2, **FAMILIES[family]}
-    config = AutoConfig.for_model(family, **{name: size for name, size in sizes.items() if family != "qwen2" or name != "head_dim"})
+    config = AutoConfig.for_model(
+        family, **{name: size for name, size in sizes.items() if family != "qwen2" or name != "head_dim"}
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -74,7 +93,9 @@ def test_fsdp_shards_are_the_chunks_of_pytorch(shards):
             index = rank % shards
             if index < len(chunks):
                 # Behind what it holds, a home of the tests has a row of padding.
-                np.testing.assert_array_equal(homes[name][tuple(slice(0, -1) for _ in values.shape)], chunks[index].numpy())
+                np.testing.assert_array_equal(
+                    homes[name][tuple(slice(0, -1) for _ in values.shape)], chunks[index].numpy()
+                )
             else:
                 assert name not in homes
 
@@ -82,12 +103,20 @@ def test_fsdp_shards_are_the_chunks_of_pytorch(shards):
 @pytest.mark.distributed
 def test_layouts_of_fsdp_and_tensor_parallel_are_those_of_real_models():
     # 22 rows over 4 shards, or 11 over 2, are uneven; of 2 rows, two of 4 shards are empty.
-    config = {**SMALL, "model_type": "qwen3", "num_key_value_heads": 4, "intermediate_size": 22, "num_hidden_layers": 1}
+    config = {
+        **SMALL,
+        "model_type": "qwen3",
+        "num_key_value_heads": 4,
+        "intermediate_size": 22,
+        "num_hidden_layers": 1,
+    }
     parallels = [{}, {"tensor": 2}, {"replicas": 2}, {"sequence": 2}]
     ranks = on_ranks("tests.weight_sync.layout_runs:pieces_of", 4, config, parallels)
     for i, sizes in enumerate(parallels):
         tensor, replicas = sizes.get("tensor", 1), sizes.get("replicas", 1)
-        expected = training_layout(architecture(config), Mesh(tensor=tensor, shards=4 // (tensor * replicas), replicas=replicas))
+        expected = training_layout(
+            architecture(config), Mesh(tensor=tensor, shards=4 // (tensor * replicas), replicas=replicas)
+        )
         for rank in range(4):
             assert set(ranks[rank][i]) == set(expected.ranks[rank]), (sizes, rank)
 
@@ -125,20 +154,30 @@ def test_fewer_key_value_heads_than_ranks_are_repeated():
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_megatron_has_each_key_value_head_behind_its_queries(tensor):
     for kind in ("weight", "bias"):
-        model = architecture({**SMALL, "model_type": "llama", "num_key_value_heads": 4, "attention_bias": True})
+        model = architecture(
+            {**SMALL, "model_type": "llama", "num_key_value_heads": 4, "attention_bias": True}
+        )
         wholes = {name: torch.from_numpy(values) for name, values in tensors(model.shapes).items()}
         grouped = [wholes[f"model.layers.1.self_attn.{x}_proj.{kind}"].unflatten(0, (4, -1)) for x in "qkv"]
         expected = torch.cat(grouped, 1).flatten(0, 1).chunk(tensor)
         for rank in range(tensor):
-            home = home_of(model, Where(Part(rank, tensor)), "megatron", f"model.layers.1.self_attn.qkv_proj.{kind}")
+            home = home_of(
+                model, Where(Part(rank, tensor)), "megatron", f"model.layers.1.self_attn.qkv_proj.{kind}"
+            )
             np.testing.assert_array_equal(home, expected[rank])
 
 
 def test_the_vocabulary_is_padded_before_it_is_split_and_padding_is_part_of_nothing():
-    for homes, tensor, rows in (("vllm", 4, [32, 32, 6, 0]), ("megatron", 2, [70, 0]), ("transformers", 4, [18, 18, 18, 16])):
+    for homes, tensor, rows in (
+        ("vllm", 4, [32, 32, 6, 0]),
+        ("megatron", 2, [70, 0]),
+        ("transformers", 4, [18, 18, 18, 16]),
+    ):
         found = []
         for rank in range(tensor):
-            pieces = {piece.name: piece for piece in model_pieces(DENSE, Where(Part(rank, tensor)), homes=homes)}
+            pieces = {
+                piece.name: piece for piece in model_pieces(DENSE, Where(Part(rank, tensor)), homes=homes)
+            }
             head = pieces.get("lm_head.weight")
             found.append(head.bounds[0][1] - head.bounds[0][0] if head else 0)
             assert head is None or (head.bounds[0][0] == sum(rows[:rank]) and head.offset == (0, 0))
@@ -155,17 +194,25 @@ def test_experts_are_stacked_in_one_home_or_have_one_each():
         np.testing.assert_array_equal(split[expert], torch.cat([parts(gate, 2, 1), parts(up, 2, 1)]))
         if expert >= 4:
             np.testing.assert_array_equal(of_experts[expert - 4], np.concatenate([gate, up]))
-    single = home_of(SPARSE, Where(Part(1, 2), experts=Part(1, 2)), "megatron", f"{prefix}.5.down_proj.weight")
+    single = home_of(
+        SPARSE, Where(Part(1, 2), experts=Part(1, 2)), "megatron", f"{prefix}.5.down_proj.weight"
+    )
     np.testing.assert_array_equal(single, wholes[f"{prefix}.5.down_proj.weight"])
 
 
 def test_stages_have_their_layers_and_a_tied_embedding_is_the_head_of_the_last():
     pieces = [model_pieces(TIED, Where(stage=Part(stage, 3)), homes="megatron") for stage in range(3)]
-    layers = [sorted({p.name.split(".")[2] for p in stage if p.name.startswith("model.layers")}) for stage in pieces]
+    layers = [
+        sorted({p.name.split(".")[2] for p in stage if p.name.startswith("model.layers")}) for stage in pieces
+    ]
     assert layers == [["0", "1"], ["2"], ["3"]]
     homes = [{piece.home for piece in stage if piece.name == "model.embed_tokens.weight"} for stage in pieces]
     assert homes == [{"model.embed_tokens.weight"}, set(), {"lm_head.weight"}]
-    assert [{"model.norm.weight"} & {p.name for p in stage} for stage in pieces] == [set(), set(), {"model.norm.weight"}]
+    assert [{"model.norm.weight"} & {p.name for p in stage} for stage in pieces] == [
+        set(),
+        set(),
+        {"model.norm.weight"},
+    ]
 
 
 def layouts(model: Architecture) -> dict[str, Layout]:
@@ -180,14 +227,24 @@ def layouts(model: Architecture) -> dict[str, Layout]:
         "stages 4 x tensor 4": Mesh(tensor=4, pipeline=4),
     }
     found |= {name: training_layout(model, mesh) for name, mesh in meshes.items()}
-    megatron = {"megatron 4 x 2 x 2": Mesh(tensor=4, pipeline=2, replicas=2), "megatron 2 x 4 x 2": Mesh(tensor=2, pipeline=4, replicas=2)}
+    megatron = {
+        "megatron 4 x 2 x 2": Mesh(tensor=4, pipeline=2, replicas=2),
+        "megatron 2 x 4 x 2": Mesh(tensor=2, pipeline=4, replicas=2),
+    }
     if model is SPARSE:
         # Its other weights lie as those of the other model.
         found = {name: found[name] for name in ("fsdp 16", "fsdp 4 x tensor 2 x 2", "replicated")}
-        megatron = {"megatron 4 x 2 x 2": megatron["megatron 4 x 2 x 2"], "experts over 8": Mesh(tensor=4, replicas=4, experts=8)}
+        megatron = {
+            "megatron 4 x 2 x 2": megatron["megatron 4 x 2 x 2"],
+            "experts over 8": Mesh(tensor=4, replicas=4, experts=8),
+        }
     found |= {name: training_layout(model, mesh, homes="megatron") for name, mesh in megatron.items()}
-    found["vllm 8"] = generation_layout(model, flat, tensor=8, grouping="consecutive", has_split_experts=model is not SPARSE)
-    found["vllm 2 x 2"] = generation_layout(model, Mesh(tensor=4, pipeline=2, replicas=2), tensor=2, pipeline=2)
+    found["vllm 8"] = generation_layout(
+        model, flat, tensor=8, grouping="consecutive", has_split_experts=model is not SPARSE
+    )
+    found["vllm 2 x 2"] = generation_layout(
+        model, Mesh(tensor=4, pipeline=2, replicas=2), tensor=2, pipeline=2
+    )
     return found
 
 
@@ -203,7 +260,10 @@ def mask(layout: Layout, rank: int, wholes: dict[str, np.ndarray], size: int) ->
 def test_between_all_pairs_of_layouts_everything_arrives_and_only_what_is_lacking_travels(model):
     wholes = tensors(model.shapes)
     found = layouts(model)
-    masks = {name: [mask(layout, rank, wholes, 1 + model.num_elements) for rank in range(16)] for name, layout in found.items()}
+    masks = {
+        name: [mask(layout, rank, wholes, 1 + model.num_elements) for rank in range(16)]
+        for name, layout in found.items()
+    }
     homes = {name: filled(layout, wholes) for name, layout in found.items()}
     for source, target in itertools.product(found, found):
         plan = make_plan(found[source], found[target], itemsize=4, bucket_bytes=2000)
@@ -213,15 +273,25 @@ def test_between_all_pairs_of_layouts_everything_arrives_and_only_what_is_lackin
             assert plan.received_bytes(rank) == 4 * lacking, (source, target, rank)
 
 
-@pytest.mark.parametrize("source", ["megatron 4 x 2 x 2", "fsdp 4 x tensor 2 x 2", "experts over 8", "replicated"])
+@pytest.mark.parametrize(
+    "source", ["megatron 4 x 2 x 2", "fsdp 4 x tensor 2 x 2", "experts over 8", "replicated"]
+)
 def test_traffic_without_listing_copies_is_that_of_the_plan(source):
     found = layouts(SPARSE)
     for target, bucket_bytes in itertools.product(("vllm 8", "fsdp 16"), (300, 5000)):
-        plan = make_plan(found[source], found[target], itemsize=2, bucket_bytes=bucket_bytes, ranks_per_node=4)
-        counted = traffic(found[source], found[target], itemsize=2, bucket_bytes=bucket_bytes, ranks_per_node=4)
+        plan = make_plan(
+            found[source], found[target], itemsize=2, bucket_bytes=bucket_bytes, ranks_per_node=4
+        )
+        counted = traffic(
+            found[source], found[target], itemsize=2, bucket_bytes=bucket_bytes, ranks_per_node=4
+        )
         for rank in range(16):
-            assert counted.received[rank] == plan.received_bytes(rank) and counted.sent[rank] == plan.sent_bytes(rank)
-            assert counted.local[rank] == plan.local_bytes(rank) and counted.messages[rank] == plan.num_messages(rank)
+            assert counted.received[rank] == plan.received_bytes(rank) and counted.sent[
+                rank
+            ] == plan.sent_bytes(rank)
+            assert counted.local[rank] == plan.local_bytes(rank) and counted.messages[
+                rank
+            ] == plan.num_messages(rank)
         assert len(counted.buckets) == len(plan.buckets)
 
 
@@ -236,10 +306,18 @@ def test_traffic_without_listing_copies_is_that_of_the_plan(source):
     ],
 )
 def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(mesh, tensor, pipeline, homes):
-    model = architecture({**SMALL, "model_type": "llama", "num_key_value_heads": 4, "vocab_size": 512, "num_hidden_layers": 8})
+    model = architecture(
+        {**SMALL, "model_type": "llama", "num_key_value_heads": 4, "vocab_size": 512, "num_hidden_layers": 8}
+    )
     split = {name: shape for name, shape in model.shapes.items() if "norm" not in name and "layers" in name}
-    source, target = training_layout(model, mesh, homes=homes), generation_layout(model, mesh, tensor=tensor, pipeline=pipeline)
-    both = [Layout(split, tuple(tuple(p for p in ranks if p.name in split) for ranks in layout.ranks)) for layout in (source, target)]
+    source, target = (
+        training_layout(model, mesh, homes=homes),
+        generation_layout(model, mesh, tensor=tensor, pipeline=pipeline),
+    )
+    both = [
+        Layout(split, tuple(tuple(p for p in ranks if p.name in split) for ranks in layout.ranks))
+        for layout in (source, target)
+    ]
     counted = traffic(*both, itemsize=2)
     total = 2 * sum(int(np.prod(shape)) for shape in split.values())
     assert set(counted.received) == {formula(mesh, tensor=tensor, pipeline=pipeline) * total}
@@ -249,8 +327,13 @@ def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(mesh
 
 def test_the_most_loaded_sender_is_near_the_mean():
     model = named_architecture("llama-7b")
-    for mesh, homes in ((Mesh(tensor=8, pipeline=2, replicas=2), "megatron"), (Mesh(shards=8, replicas=2), "transformers")):
-        moved = traffic(training_layout(model, mesh, homes=homes), generation_layout(model, mesh, tensor=2), itemsize=2)
+    for mesh, homes in (
+        (Mesh(tensor=8, pipeline=2, replicas=2), "megatron"),
+        (Mesh(shards=8, replicas=2), "transformers"),
+    ):
+        moved = traffic(
+            training_layout(model, mesh, homes=homes), generation_layout(model, mesh, tensor=2), itemsize=2
+        )
         assert moved.sent.max() <= 1.1 * moved.sent.mean()
 
 
@@ -258,8 +341,11 @@ def test_the_most_loaded_sender_is_near_the_mean():
 def test_all_stages_of_a_pipeline_send_at_a_time(replicas):
     model = named_architecture("llama-7b")
     mesh = Mesh(tensor=2, pipeline=8, replicas=replicas)
-    moved = traffic(training_layout(model, mesh, homes="megatron"), generation_layout(model, mesh, tensor=2), itemsize=2)
-    # One stage after the other would take 8 times what the fullest rank receives; embedding and head make two stages larger.
+    moved = traffic(
+        training_layout(model, mesh, homes="megatron"), generation_layout(model, mesh, tensor=2), itemsize=2
+    )
+    # One stage after the other would take 8 times what the fullest rank receives; embedding and head make two
+    # stages larger.
     assert moved.critical_bytes < 1.3 * moved.received.max()
 
 
@@ -267,13 +353,27 @@ def test_all_stages_of_a_pipeline_send_at_a_time(replicas):
     ("make", "message"),
     [
         (lambda: architecture({"model_type": "mamba"}), "need a model of llama, .* got model_type 'mamba'"),
-        (lambda: architecture({"model_type": "llama"}), "need hidden_size in the configuration of a model of family llama"),
-        (lambda: named_architecture("llama-7"), "or one of llama-7b, .*did you mean 'llama-7b'"),
-        (lambda: training_layout(DENSE, Mesh(tensor=3)), "need tensor parallel sizes that divide .*got 8 queries for tensor=3"),
-        (lambda: training_layout(DENSE, Mesh(tensor=8), homes="megatron"), "need key-value heads that tensor=8 divides, got 4"),
-        (lambda: training_layout(DENSE, Mesh(pipeline=5)), "need at most as many stages as layers, got 5 for 4"),
         (
-            lambda: training_layout(architecture({**SMALL, "model_type": "llama"}, {"model.layers.0.mixer": (2, 2)}), Mesh()),
+            lambda: architecture({"model_type": "llama"}),
+            "need hidden_size in the configuration of a model of family llama",
+        ),
+        (lambda: named_architecture("llama-7"), "or one of llama-7b, .*did you mean 'llama-7b'"),
+        (
+            lambda: training_layout(DENSE, Mesh(tensor=3)),
+            "need tensor parallel sizes that divide .*got 8 queries for tensor=3",
+        ),
+        (
+            lambda: training_layout(DENSE, Mesh(tensor=8), homes="megatron"),
+            "need key-value heads that tensor=8 divides, got 4",
+        ),
+        (
+            lambda: training_layout(DENSE, Mesh(pipeline=5)),
+            "need at most as many stages as layers, got 5 for 4",
+        ),
+        (
+            lambda: training_layout(
+                architecture({**SMALL, "model_type": "llama"}, {"model.layers.0.mixer": (2, 2)}), Mesh()
+            ),
             "need a tensor whose split is known, got model.layers.0.mixer",
         ),
     ],

@@ -45,13 +45,23 @@ def test_the_table_shows_the_plan_beside_the_paper_and_other_ways(tmp_path, monk
     figures = planned("--model", "llama-7b", "--training", "tensor=8,data=2", "--generation", "tensor=2")
     shown = capsys.readouterr().out
     assert "6.74B weights, 13.5 GB, on 16 ranks" in shown
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in shown.splitlines() if len(cells := line.split("│")) > 3}
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in shown.splitlines()
+        if len(cells := line.split("│")) > 3
+    }
     assert rows["share"] == ["0.376", "0.500", "0.876", "0.876", "0.938"]
     assert rows["in paper"] == ["0.375", "", "0.875", "0.875", "0.938"]
     assert rows["received"] == [gigabytes(way["received_bytes"]) for way in figures["ways"]]
-    assert "8 replicas of generation: [0, 4], [1, 5], [2, 6], [3, 7], ..." in shown and "several nodes" not in shown
+    assert (
+        "8 replicas of generation: [0, 4], [1, 5], [2, 6], [3, 7], ..." in shown
+        and "several nodes" not in shown
+    )
     assert figures["ways"][0]["received_bytes"] == max(figures["received_bytes"])
-    assert sum(figures["received_bytes"]) == sum(figures["sent_bytes"]) and max(figures["from_other_nodes_bytes"]) == 0
+    assert (
+        sum(figures["received_bytes"]) == sum(figures["sent_bytes"])
+        and max(figures["from_other_nodes_bytes"]) == 0
+    )
 
 
 def test_the_copies_of_a_rank_are_all_that_it_receives_keeps_and_sends(tiny, capsys):
@@ -86,31 +96,64 @@ def test_ranks_of_a_line_have_different_shards_under_fsdp_and_equal_weights_othe
     sharded = planned("--model", tiny, "--training", "fsdp=4,sequence=2", *generation)
     assert sharded == planned("--model", tiny, "--training", "fsdp=8", *generation)
     equal = planned("--model", tiny, "--training", "tensor=4,sequence=2", *generation)
-    assert equal["received_bytes"] == planned("--model", tiny, "--training", "tensor=4,data=2", *generation)["received_bytes"]
+    assert (
+        equal["received_bytes"]
+        == planned("--model", tiny, "--training", "tensor=4,data=2", *generation)["received_bytes"]
+    )
 
 
 def test_layouts_that_are_equal_need_no_byte(tiny):
-    figures = planned("--model", f"{tiny}/config.json", "--training", "tensor=4,data=2", "--generation", "tensor=4")
+    figures = planned(
+        "--model", f"{tiny}/config.json", "--training", "tensor=4,data=2", "--generation", "tensor=4"
+    )
     assert figures["ways"][0]["received_bytes"] == figures["num_buckets"] == 0
     assert figures["ways"][0]["formula"] == 0 and figures["ways"][0]["num_messages"] == 0
 
 
 @pytest.mark.parametrize(("name", "start"), [("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")])
 def test_the_drawing_is_a_picture(name, start, tiny, capsys):
-    assert main(["plan", "reshard", "--model", tiny, "--training", "pipeline=2,tensor=2", "--generation", "tensor=2", "--plot", name]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "reshard",
+                "--model",
+                tiny,
+                "--training",
+                "pipeline=2,tensor=2",
+                "--generation",
+                "tensor=2",
+                "--plot",
+                name,
+            ]
+        )
+        == 0
+    )
     assert f"drawing: {name}" in capsys.readouterr().out
     assert Path(name).read_bytes().startswith(start) and Path(name).stat().st_size > 5000
 
 
 def test_numbers_are_told_for_people():
-    assert [gigabytes(n) for n in (0, 999, 1e3, 15.13e6, 1.5e11)] == ["0 B", "999 B", "1 kB", "15.1 MB", "150 GB"]
+    assert [gigabytes(n) for n in (0, 999, 1e3, 15.13e6, 1.5e11)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "15.1 MB",
+        "150 GB",
+    ]
     assert [seconds(s) for s in (0.00844, 4.938)] == ["8.44 ms", "4.94 s"]
 
 
 def test_planning_loads_no_model_library():
     given = ["plan", "reshard", "--model", "llama-7b", "--training", "tensor=2", "--generation", "tensor=1"]
     program = f"import sys; from verl.cli.main import main; main({given}); print(*({{'torch', 'transformers', 'matplotlib'}} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(verl.__file__).parents[1])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(verl.__file__).parents[1],
+    )
     assert result.stdout.splitlines()[-1] == ""
 
 
@@ -120,13 +163,22 @@ MISTAKES = {
     "no object": ({"--model": "list.json"}, ["need a configuration as a JSON object, got list"]),
     "family": ({"--model": "other.json"}, ["need a model of llama, mistral, qwen2", "got model_type 'gpt2'"]),
     "lacks": ({"--model": "lacks.json"}, ["need hidden_size in the configuration"]),
-    "key": ({"--training": "tensr=2"}, ["need sizes of training as name=number", "got 'tensr=2'; did you mean tensor?"]),
+    "key": (
+        {"--training": "tensr=2"},
+        ["need sizes of training as name=number", "got 'tensr=2'; did you mean tensor?"],
+    ),
     "generation key": ({"--generation": "data=2"}, ["of tensor, pipeline, experts, got 'data=2'"]),
-    "number": ({"--training": "tensor=two"}, ["need a number from 1 for tensor of training, got 'tensor=two'"]),
+    "number": (
+        {"--training": "tensor=two"},
+        ["need a number from 1 for tensor of training, got 'tensor=two'"],
+    ),
     "no number": ({"--training": "tensor"}, ["need a number from 1 for tensor of training, got 'tensor'"]),
     "zero": ({"--generation": "tensor=0"}, ["need a number from 1 for tensor of generation"]),
     "twice": ({"--training": "tensor=2,tensor=4"}, ["need tensor of training once"]),
-    "divide": ({"--generation": "tensor=3"}, ["to divide those of training, got tensor=3 for 2 tensor ranks x 1 shards"]),
+    "divide": (
+        {"--generation": "tensor=3"},
+        ["to divide those of training, got tensor=3 for 2 tensor ranks x 1 shards"],
+    ),
     "heads": ({"--training": "tensor=3", "--generation": "tensor=1"}, ["got 8 queries for tensor=3"]),
     "key-value heads": ({"--training": "tensor=8"}, ["need key-value heads that tensor=8 divides, got 4"]),
     "stages": ({"--training": "pipeline=5,tensor=2"}, ["need at most as many stages as layers, got 5 for 4"]),
@@ -136,7 +188,10 @@ MISTAKES = {
     "devices": ({"--devices-per-node": "0"}, ["need --devices-per-node from 1"]),
     "bucket": ({"--bucket-mib": "0"}, ["need --bucket-mib from 1"]),
     "rank": ({"--copies": "4"}, ["need a rank from 0 to 3, got 4"]),
-    "picture": ({"--plot": "plan.txt"}, ["need --plot with a picture that ends with .png, .svg, .pdf, got 'plan.txt'"]),
+    "picture": (
+        {"--plot": "plan.txt"},
+        ["need --plot with a picture that ends with .png, .svg, .pdf, got 'plan.txt'"],
+    ),
 }
 
 
@@ -154,7 +209,9 @@ def test_a_mistake_is_one_clear_message(mistake, tiny, capsys):
     assert [message for message in messages if message not in shown] == []
 
 
-@pytest.mark.parametrize("given", [["plan"], ["plan", "resard"], ["plan", "reshard"], ["plan", "reshard", "--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "given", [["plan"], ["plan", "resard"], ["plan", "reshard"], ["plan", "reshard", "--dtype", "int8"]]
+)
 def test_a_command_line_that_is_none_ends_with_2(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main(given)

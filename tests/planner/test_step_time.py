@@ -10,9 +10,15 @@ from verl.planner.step_time import ModelShape, StepWork, forward_flops, rollout_
 from verl.utils.device import MachineSpeed
 
 TINY = ModelShape(layers=1, hidden=4, q_heads=2, kv_heads=1, head_dim=2, intermediate=8, vocab=10)
-QWEN25_05B = ModelShape(layers=24, hidden=896, q_heads=14, kv_heads=2, head_dim=64, intermediate=4864, vocab=151936)
-QWEN25_15B = ModelShape(layers=28, hidden=1536, q_heads=12, kv_heads=2, head_dim=128, intermediate=8960, vocab=151936)
-QWEN3_4B = ModelShape(layers=36, hidden=2560, q_heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocab=151936)
+QWEN25_05B = ModelShape(
+    layers=24, hidden=896, q_heads=14, kv_heads=2, head_dim=64, intermediate=4864, vocab=151936
+)
+QWEN25_15B = ModelShape(
+    layers=28, hidden=1536, q_heads=12, kv_heads=2, head_dim=128, intermediate=8960, vocab=151936
+)
+QWEN3_4B = ModelShape(
+    layers=36, hidden=2560, q_heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocab=151936
+)
 H200 = MachineSpeed(flops_per_s=790e12, bytes_per_s=4.3e12)
 
 
@@ -34,18 +40,26 @@ def test_forward_operations_of_a_tiny_shape_by_hand():
 
 
 def test_phases_of_a_tiny_step_by_hand():
-    limit = step_limit(TINY, work([3, 3], [2, 4], num_prompts=1, updates=5, epochs=2), MachineSpeed(flops_per_s=10.0, bytes_per_s=1.0))
+    limit = step_limit(
+        TINY,
+        work([3, 3], [2, 4], num_prompts=1, updates=5, epochs=2),
+        MachineSpeed(flops_per_s=10.0, bytes_per_s=1.0),
+    )
     cache_reads = 3 * 2 + 2 + 3 * 4 + 8
     assert limit.prefill_s == pytest.approx((2 * 144 * 3 + 8 * 9) / 10)
     assert limit.generate_s == pytest.approx(4 * (184 * 4 + 4 * cache_reads))
     assert limit.train_s == pytest.approx(2 * 3 * (2 * 144 * 12 + 2 * 40 * 6 + 8 * (25 + 49)) / 10)
     assert limit.optimizer_s == pytest.approx(5 * 28 * 184)
-    assert limit.total_s == pytest.approx(limit.prefill_s + limit.generate_s + limit.train_s + limit.optimizer_s)
+    assert limit.total_s == pytest.approx(
+        limit.prefill_s + limit.generate_s + limit.train_s + limit.optimizer_s
+    )
 
 
 def test_fewer_slots_read_the_matrices_more_often():
     slow_memory = MachineSpeed(flops_per_s=1e30, bytes_per_s=1.0)
-    all_at_once, one_by_one = (rollout_seconds(TINY, work([1] * 4, [8] * 4, max_slots=slots), slow_memory) for slots in (4, 1))
+    all_at_once, one_by_one = (
+        rollout_seconds(TINY, work([1] * 4, [8] * 4, max_slots=slots), slow_memory) for slots in (4, 1)
+    )
     assert one_by_one - all_at_once == pytest.approx(4 * 184 * (32 - 8))
 
 
@@ -55,7 +69,9 @@ def test_generation_is_bound_by_arithmetic_when_memory_is_fast():
 
 
 def test_a_16_bit_copy_of_the_weights_is_written_by_the_optimizer_too():
-    limit = step_limit(TINY, work([1], [1], bytes_per_weight=2), MachineSpeed(flops_per_s=1.0, bytes_per_s=1.0))
+    limit = step_limit(
+        TINY, work([1], [1], bytes_per_weight=2), MachineSpeed(flops_per_s=1.0, bytes_per_s=1.0)
+    )
     assert limit.optimizer_s == pytest.approx(30 * 184)
 
 
@@ -69,7 +85,9 @@ def test_a_16_bit_copy_of_the_weights_is_written_by_the_optimizer_too():
         (QWEN3_4B, 128, 512, 7.88, 20.1, 28.3),
     ],
 )
-def test_limits_on_an_h200_agree_with_those_worked_out_apart(shape, prompt, response, generate_s, train_s, total_s):
+def test_limits_on_an_h200_agree_with_those_worked_out_apart(
+    shape, prompt, response, generate_s, train_s, total_s
+):
     step = work([prompt] * 1024, [response] * 1024, num_prompts=128, updates=4, bytes_per_weight=2)
     limit = step_limit(shape, step, H200)
     assert limit.generate_s == pytest.approx(generate_s, rel=0.02)
@@ -79,7 +97,9 @@ def test_limits_on_an_h200_agree_with_those_worked_out_apart(shape, prompt, resp
 
 def test_the_shape_is_read_from_a_configuration():
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
-    config = Qwen2Config(num_hidden_layers=24, hidden_size=896, intermediate_size=4864, tie_word_embeddings=True, **heads)
+    config = Qwen2Config(
+        num_hidden_layers=24, hidden_size=896, intermediate_size=4864, tie_word_embeddings=True, **heads
+    )
     assert ModelShape.from_hf_config(config) == QWEN25_05B
 
 
@@ -89,7 +109,8 @@ def test_untied_embeddings_are_stored_but_cost_no_arithmetic():
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), [(Qwen3MoeConfig(), "experts"), (Gemma3TextConfig(), "sliding"), (GPT2Config(), "intermediate_size")]
+    ("config", "reason"),
+    [(Qwen3MoeConfig(), "experts"), (Gemma3TextConfig(), "sliding"), (GPT2Config(), "intermediate_size")],
 )
 def test_a_model_that_the_formulas_do_not_cover_is_refused(config, reason):
     with pytest.raises(ValueError, match=f"need a dense decoder .*{reason}"):
@@ -97,7 +118,8 @@ def test_a_model_that_the_formulas_do_not_cover_is_refused(config, reason):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "responses", "changes"), [([1, 2], [1], {}), ([], [], {}), ([1], [1], {"num_prompts": 2}), ([1], [1], {"max_slots": 0})]
+    ("prompts", "responses", "changes"),
+    [([1, 2], [1], {}), ([], [], {}), ([1], [1], {"num_prompts": 2}), ([1], [1], {"max_slots": 0})],
 )
 def test_impossible_work_is_refused(prompts, responses, changes):
     with pytest.raises(ValueError, match="need "):

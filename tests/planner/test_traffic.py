@@ -37,8 +37,12 @@ def test_buckets_one_after_the_other_take_as_long_as_the_busiest_rank_of_each():
 def test_gathering_costs_whole_tensors_in_a_replica_or_over_all_ranks():
     training = fsdp(SHAPES, 4, replicas=2)
     target = Layout(SHAPES, HALVES.ranks * 2)
-    by_bucket, vanilla, all_ranks = gathered(training, target, Mesh(shards=4, replicas=2), itemsize=2, bucket_bytes=30, ranks_per_node=2)
-    assert by_bucket == Cost("by bucket", 36, 36, node_bytes=24, peak_bytes=24 + 48, num_messages=3, formula=0.75)
+    by_bucket, vanilla, all_ranks = gathered(
+        training, target, Mesh(shards=4, replicas=2), itemsize=2, bucket_bytes=30, ranks_per_node=2
+    )
+    assert by_bucket == Cost(
+        "by bucket", 36, 36, node_bytes=24, peak_bytes=24 + 48, num_messages=3, formula=0.75
+    )
     assert vanilla == Cost("HybridFlow-V", 36, 36, node_bytes=24, peak_bytes=M, num_messages=3, formula=0.75)
     assert all_ranks == Cost("DS-Chat", 42, 42, node_bytes=36, peak_bytes=M, num_messages=7, formula=0.875)
 

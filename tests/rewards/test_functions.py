@@ -10,7 +10,13 @@ import torch
 
 from verl.config.settings import RewardsConfig
 from verl.data.batch import Trajectory
-from verl.rewards.functions import RewardFunction, RewardFunctions, build_rewards, load_function, overlong_penalty
+from verl.rewards.functions import (
+    RewardFunction,
+    RewardFunctions,
+    build_rewards,
+    load_function,
+    overlong_penalty,
+)
 from verl.utils.sampling_types import Prompt
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
@@ -92,16 +98,37 @@ def test_further_parameters_are_filled_from_the_data():
     seen = {}
 
     def f(prompt, response, answer, level, *, ground_truth, source, unit="m", bonus=1):
-        seen.update(prompt=prompt, answer=answer, level=level, ground_truth=ground_truth, source=source, unit=unit, bonus=bonus)
+        seen.update(
+            prompt=prompt,
+            answer=answer,
+            level=level,
+            ground_truth=ground_truth,
+            source=source,
+            unit=unit,
+            bonus=bonus,
+        )
         return 0.0
 
-    (row,) = scored(rows("x", content=CHAT, answer=7, level=3, unit="km"), RewardFunction(f, options={"bonus": 2}))
+    (row,) = scored(
+        rows("x", content=CHAT, answer=7, level=3, unit="km"), RewardFunction(f, options={"bonus": 2})
+    )
     assert row.outcome == "ok", row.detail
-    assert seen == {"prompt": CHAT, "answer": 7, "level": 3, "ground_truth": 7, "source": "set", "unit": "km", "bonus": 2}
+    assert seen == {
+        "prompt": CHAT,
+        "answer": 7,
+        "level": 3,
+        "ground_truth": 7,
+        "source": "set",
+        "unit": "km",
+        "bonus": 2,
+    }
 
 
 def test_double_starred_parameters_take_all_columns_of_a_row():
-    (row,) = scored(rows("x", level=3, prompt="other"), lambda prompt, response, **columns: columns["level"] + len(columns))
+    (row,) = scored(
+        rows("x", level=3, prompt="other"),
+        lambda prompt, response, **columns: columns["level"] + len(columns),
+    )
     assert row.reward == 4.0
 
 
@@ -120,7 +147,10 @@ def test_a_batched_function_gets_columns_as_lists_and_completions_in_the_format_
 
 
 def test_a_batched_function_without_double_star_gets_only_what_it_names():
-    (row,) = scored(rows("x", level=3, other=4), lambda completions, level, absent=None: [level[0] if absent is None else 0])
+    (row,) = scored(
+        rows("x", level=3, other=4),
+        lambda completions, level, absent=None: [level[0] if absent is None else 0],
+    )
     assert row.reward == 3.0
 
 
@@ -144,7 +174,9 @@ def test_the_reward_is_the_weighted_sum():
 
 
 def test_a_mapping_adds_named_scores_and_no_score_hides_another():
-    (row,) = scored(rows("ab"), lambda p, r: {"reward": 1, "accuracy": True}, lambda p, r: {"reward": 2, "accuracy": 0.0})
+    (row,) = scored(
+        rows("ab"), lambda p, r: {"reward": 1, "accuracy": True}, lambda p, r: {"reward": 2, "accuracy": 0.0}
+    )
     assert row.reward == 3.0
     assert row.scores == {"lambda": 1.0, "lambda_2": 2.0, "accuracy": 1.0, "lambda_2/accuracy": 0.0}
 
@@ -157,7 +189,10 @@ def test_numbers_of_other_libraries_are_numbers(value):
 
 
 def test_a_batched_function_may_return_a_tensor():
-    assert [t.reward for t in scored(rows("x", "y"), lambda completions: torch.tensor([1.0, 2.0]))] == [1.0, 2.0]
+    assert [t.reward for t in scored(rows("x", "y"), lambda completions: torch.tensor([1.0, 2.0]))] == [
+        1.0,
+        2.0,
+    ]
 
 
 def raising(prompt, response):
@@ -210,7 +245,9 @@ def test_what_is_no_finite_number_is_never_a_reward(value, outcome):
     ],
 )
 def test_a_batched_call_without_one_value_per_row_fails_all_rows(values, outcome):
-    assert [(t.reward, t.outcome) for t in scored(rows("x", "y"), lambda completions: values)] == [(None, outcome)] * 2
+    assert [(t.reward, t.outcome) for t in scored(rows("x", "y"), lambda completions: values)] == [
+        (None, outcome)
+    ] * 2
 
 
 def test_one_bad_value_of_a_batched_call_fails_only_its_row():
@@ -258,7 +295,8 @@ def _released():
 
 @pytest.mark.usefixtures("_released")
 @pytest.mark.parametrize(
-    ("function", "num_hanging"), [(hang, 1), (hang, 12), (hang_async, 1), (hang_async, 70), (hang_without_awaiting, 2)]
+    ("function", "num_hanging"),
+    [(hang, 1), (hang, 12), (hang_async, 1), (hang_async, 70), (hang_without_awaiting, 2)],
 )
 def test_hanging_calls_fail_alone_and_block_neither_the_others_nor_the_next_call(function, num_hanging):
     functions = rewards_of(function, timeout_s=0.25)
@@ -303,7 +341,9 @@ def test_the_clock_of_a_call_starts_with_the_call_and_not_in_the_queue():
 @pytest.mark.usefixtures("_released")
 def test_calls_that_never_return_are_limited_in_number():
     functions = rewards_of(hang, timeout_s=0.02)
-    with pytest.raises(RuntimeError, match=r"at most 16 reward calls that never return, got \d\d, the last one of 'hang'"):
+    with pytest.raises(
+        RuntimeError, match=r"at most 16 reward calls that never return, got \d\d, the last one of 'hang'"
+    ):
         functions.score(rows(*["hang"] * 40))
     with pytest.raises(RuntimeError, match="never return"):
         functions.score(rows("good"))
@@ -347,7 +387,9 @@ def test_two_scorings_at_the_same_time_keep_apart():
 
 
 def test_too_many_failures_stop_the_run_with_their_causes_and_the_remedy():
-    message = r"2 of 3 have none \(reward_error 2\); first: raising: ZeroDivisionError.*rewards.max_failed_share"
+    message = (
+        r"2 of 3 have none \(reward_error 2\); first: raising: ZeroDivisionError.*rewards.max_failed_share"
+    )
     with pytest.raises(RuntimeError, match=message):
         scored(rows("", "", "a"), raising, max_failed_share=0.5)
     scored(rows("", "a"), raising, max_failed_share=0.5)
@@ -400,7 +442,9 @@ def test_a_weight_that_is_not_finite_is_refused():
 
 
 def test_settings_name_functions_with_weights_and_options(tmp_path, monkeypatch):
-    (tmp_path / "my_module_of_rewards.py").write_text("def f(prompt, response, *, scale=1):\n    return scale * len(response)\n")
+    (tmp_path / "my_module_of_rewards.py").write_text(
+        "def f(prompt, response, *, scale=1):\n    return scale * len(response)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     config = RewardsConfig(functions=["exact", {"name": "my_module_of_rewards:f", "weight": 0.5, "scale": 3}])
     (row,) = trajectories = rows("a")
@@ -411,7 +455,9 @@ def test_settings_name_functions_with_weights_and_options(tmp_path, monkeypatch)
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
     file = tmp_path / "rewards.py"
-    file.write_text("import dataclasses\n\n@dataclasses.dataclass\nclass A:\n    x: int\n\ndef f(trajectory):\n    return 2.0\n")
+    file.write_text(
+        "import dataclasses\n\n@dataclasses.dataclass\nclass A:\n    x: int\n\ndef f(trajectory):\n    return 2.0\n"
+    )
     assert scored(rows("x"), load_function(f"{file}:f"))[0].scores == {"f": 2.0}
     assert load_function(f"{file}:f") is load_function(f"{file}:f")
 
@@ -470,7 +516,9 @@ def test_an_overlong_buffer_of_nothing_punishes_nothing_and_one_too_long_is_refu
 
 def two_turns(**changes):
     """A trajectory of two turns with an answer of the environment between them."""
-    return Trajectory(Prompt("q"), [1], [2, 3, 4], [True, False, True], [-1.0] * 3, [0] * 3, 0, text="a", **changes)
+    return Trajectory(
+        Prompt("q"), [1], [2, 3, 4], [True, False, True], [-1.0] * 3, [0] * 3, 0, text="a", **changes
+    )
 
 
 def test_rewards_of_turns_are_part_of_the_reward_and_weighted_like_it():
@@ -480,18 +528,26 @@ def test_rewards_of_turns_are_part_of_the_reward_and_weighted_like_it():
     def plain(trajectory):
         return 3.0
 
-    functions = RewardFunctions([RewardFunction(by_turn, weight=2.0), RewardFunction(plain)], timeout_s=5, max_failed_share=1)
+    functions = RewardFunctions(
+        [RewardFunction(by_turn, weight=2.0), RewardFunction(plain)], timeout_s=5, max_failed_share=1
+    )
     trajectory = two_turns()
     functions.score([trajectory])
     assert (trajectory.reward, trajectory.turn_rewards) == (6.5, [1.0, 0.5])
-    assert trajectory.scores == {"by_turn": 1.75, "plain": 3.0} and trajectory.parts == [(2.0, 1.75), (1.0, 3.0)]
+    assert trajectory.scores == {"by_turn": 1.75, "plain": 3.0} and trajectory.parts == [
+        (2.0, 1.75),
+        (1.0, 3.0),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("values", "outcome"), [([1.0], "reward_wrong_count"), ([1.0, math.nan], "reward_wrong_type"), (0.5, "reward_wrong_type")]
+    ("values", "outcome"),
+    [([1.0], "reward_wrong_count"), ([1.0, math.nan], "reward_wrong_type"), (0.5, "reward_wrong_type")],
 )
 def test_turn_rewards_that_are_not_a_number_for_each_turn_are_a_failure(values, outcome):
-    functions = RewardFunctions([RewardFunction(lambda t: {"reward": 1.0, "turn_rewards": values})], timeout_s=5, max_failed_share=1)
+    functions = RewardFunctions(
+        [RewardFunction(lambda t: {"reward": 1.0, "turn_rewards": values})], timeout_s=5, max_failed_share=1
+    )
     trajectory = two_turns()
     functions.score([trajectory])
     assert (trajectory.reward, trajectory.outcome, trajectory.turn_rewards) == (None, outcome, [])

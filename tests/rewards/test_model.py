@@ -1,4 +1,6 @@
-"""A reward model as a reward function: the scores of the trainer, from a folder, and what is no reward model is refused."""
+"""A reward model as a reward function: the scores of the trainer, from a folder, and what is no reward model
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.training import CHARACTERS
 from verl.config.settings import RewardsConfig, WeightedChoice
 from verl.data.batch import Trajectory
-from verl.engines.hf.models import RewardModel, as_reward_model, load_language_model, make_tiny_model, save_model
+from verl.engines.hf.models import (
+    RewardModel,
+    as_reward_model,
+    load_language_model,
+    make_tiny_model,
+    save_model,
+)
 from verl.rewards.functions import build_rewards
 from verl.rewards.model import model
 from verl.utils.sampling_types import Prompt
@@ -33,7 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(folder: Path, texts: list[str]) -> list[float]:
-    own, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    own, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     return [own(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
 
 
@@ -42,20 +53,30 @@ def test_scores_are_those_of_the_saved_model(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = tokenizer.apply_chat_template(PROMPTS[3], tokenize=False, add_generation_prompt=True)
     assert all(type(score) is float for score in scores)
-    assert scores == pytest.approx(by_hand(folder, ["abc=abc<eos>", "abc=a<eos>", "h=hhhhh<eos>", f"{chat}ba<eos>"]), abs=1e-5)
+    assert scores == pytest.approx(
+        by_hand(folder, ["abc=abc<eos>", "abc=a<eos>", "h=hhhhh<eos>", f"{chat}ba<eos>"]), abs=1e-5
+    )
 
 
 def test_scores_do_not_depend_on_the_others_or_on_the_micro_batches(folder):
     together = model(PROMPTS, COMPLETIONS, path=str(folder))
-    assert model(PROMPTS, COMPLETIONS, path=str(folder), micro_batch_tokens=1) == pytest.approx(together, abs=1e-5)
-    assert [model([p], [c], path=str(folder))[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)] == pytest.approx(together, abs=1e-5)
-    assert model(PROMPTS[::-1], COMPLETIONS[::-1], path=str(folder)) == pytest.approx(together[::-1], abs=1e-5)
+    assert model(PROMPTS, COMPLETIONS, path=str(folder), micro_batch_tokens=1) == pytest.approx(
+        together, abs=1e-5
+    )
+    assert [
+        model([p], [c], path=str(folder))[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+    ] == pytest.approx(together, abs=1e-5)
+    assert model(PROMPTS[::-1], COMPLETIONS[::-1], path=str(folder)) == pytest.approx(
+        together[::-1], abs=1e-5
+    )
     assert model(PROMPTS, COMPLETIONS, path=str(folder), precision="bf16") == pytest.approx(together, abs=0.2)
     assert model([], [], path=str(folder)) == []
 
 
 def test_a_system_prompt_is_read_where_a_chat_has_none(folder):
-    plain, told = (model(PROMPTS, COMPLETIONS, path=str(folder), system_prompt=text) for text in (None, "abc"))
+    plain, told = (
+        model(PROMPTS, COMPLETIONS, path=str(folder), system_prompt=text) for text in (None, "abc")
+    )
     assert told[:3] == pytest.approx(plain[:3], abs=1e-5) and abs(plain[3] - told[3]) > 1e-3
 
 
@@ -76,7 +97,8 @@ def test_it_is_a_reward_function_by_name(folder):
 def test_a_folder_without_a_trained_head_is_refused_with_the_remedy(tmp_path):
     make_tiny_model(tmp_path, hidden=32, layers=1)
     with pytest.raises(
-        ValueError, match=r"have no head \(score.weight\), so its scores would be random; train one with `verl reward-model"
+        ValueError,
+        match=r"have no head \(score.weight\), so its scores would be random; train one with `verl reward-model",
     ):
         model(["a"], ["b"], path=str(tmp_path))
 
@@ -94,5 +116,7 @@ def test_a_path_without_a_model_is_an_error_that_names_it(given, message):
 
 
 def test_a_completion_without_a_text_is_an_error(folder):
-    with pytest.raises(ValueError, match="need completions that are texts or end with a message's text, got list"):
+    with pytest.raises(
+        ValueError, match="need completions that are texts or end with a message's text, got list"
+    ):
         model(["a"], [[]], path=str(folder))

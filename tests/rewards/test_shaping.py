@@ -25,7 +25,10 @@ def by_hand(group, weight):
     if max(lengths) == min(lengths):
         return [0.0] * len(group)
     shares = [0.5 - (n - min(lengths)) / (max(lengths) - min(lengths)) for n in lengths]
-    return [weight * (share if reward > 0 else min(0.0, share)) for share, (reward, _) in zip(shares, group, strict=True)]
+    return [
+        weight * (share if reward > 0 else min(0.0, share))
+        for share, (reward, _) in zip(shares, group, strict=True)
+    ]
 
 
 def efficient(group, weight):
@@ -36,7 +39,10 @@ def efficient(group, weight):
     mean = sum(right) / len(right)
     std = math.sqrt(sum((n - mean) ** 2 for n in right) / len(right))
     scores = [(n - mean) / std if std else 0.0 for _, n in group]
-    return [-weight / (1 + math.exp(-s)) if reward > 0 else 0.0 for s, (reward, _) in zip(scores, group, strict=True)]
+    return [
+        -weight / (1 + math.exp(-s)) if reward > 0 else 0.0
+        for s, (reward, _) in zip(scores, group, strict=True)
+    ]
 
 
 def test_short_right_answers_gain_and_long_wrong_ones_lose():
@@ -64,8 +70,14 @@ def test_the_order_of_siblings_does_not_matter_and_longer_is_never_better(functi
     added = function(rewards, lengths)
     torch.testing.assert_close(function(rewards.flip(0), lengths.flip(0)).flip(0), added)
     for right in (0.0, 1.0):
-        mine = sorted((int(n), float(a)) for n, a, r in zip(lengths, added, rewards, strict=True) if r == right)
-        assert all(first[1] >= second[1] - 1e-12 for first, second in zip(mine, mine[1:], strict=False) if first[0] < second[0])
+        mine = sorted(
+            (int(n), float(a)) for n, a, r in zip(lengths, added, rewards, strict=True) if r == right
+        )
+        assert all(
+            first[1] >= second[1] - 1e-12
+            for first, second in zip(mine, mine[1:], strict=False)
+            if first[0] < second[0]
+        )
 
 
 @pytest.mark.parametrize("function", LENGTH_PENALTIES.values(), ids=LENGTH_PENALTIES)

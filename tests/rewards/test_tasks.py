@@ -9,19 +9,32 @@ def answered(text, answer):
     return Trajectory(Prompt("q", answer=answer), [1], [2], [True], None, [0], 0, text=text)
 
 
-@pytest.mark.parametrize(("text", "answer", "right"), [(" 42\n", "42", 1.0), ("42", 42, 1.0), ("4 2", "42", 0.0), ("", "42", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "answer", "right"), [(" 42\n", "42", 1.0), ("42", 42, 1.0), ("4 2", "42", 0.0), ("", "42", 0.0)]
+)
 def test_exact_compares_stripped_texts(text, answer, right):
     assert exact(answered(text, answer)) == {"reward": right, "accuracy": right}
 
 
 @pytest.mark.parametrize(
-    ("text", "share"), [("abcd", 1.0), ("abxd", 0.75), ("ab", 0.5), ("xxabcd", 0.0), ("abcdabcd", 0.5), ("", 0.0), ("dcba", 0.0)]
+    ("text", "share"),
+    [
+        ("abcd", 1.0),
+        ("abxd", 0.75),
+        ("ab", 0.5),
+        ("xxabcd", 0.0),
+        ("abcdabcd", 0.5),
+        ("", 0.0),
+        ("dcba", 0.0),
+    ],
 )
 def test_position_share_counts_right_positions_and_longer_answers_lose(text, share):
     assert position_share(answered(text, "abcd")) == {"reward": share, "accuracy": float(text == "abcd")}
 
 
-@pytest.mark.parametrize(("text", "share"), [("abcd", 1.0), ("abxd", 0.5), ("xbcd", 0.0), ("abc", 0.75), ("abcdx", 1.0), ("", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("abcd", 1.0), ("abxd", 0.5), ("xbcd", 0.0), ("abc", 0.75), ("abcdx", 1.0), ("", 0.0)]
+)
 def test_prefix_share_stops_at_the_first_error(text, share):
     assert prefix_share(answered(text, "abcd")) == {"reward": share, "accuracy": float(text == "abcd")}
 

@@ -1,4 +1,6 @@
-"""A policy on several ranks, each a process of its own, called as a worker group: what Ray does on a cluster, over pipes."""
+"""A policy on several ranks, each a process of its own, called as a worker group: what Ray does on a cluster,
+over pipes.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ def policy_ranks(model: str, num_ranks: int, **parallel: Any) -> Iterator[Proces
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes = [context.Pipe() for _ in range(num_ranks)]
-    ranks = [context.Process(target=_rank, args=(model, rank, num_ranks, port, pipes[rank][1], parallel)) for rank in range(num_ranks)]
+    ranks = [
+        context.Process(target=_rank, args=(model, rank, num_ranks, port, pipes[rank][1], parallel))
+        for rank in range(num_ranks)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -74,7 +79,9 @@ def _rank(model: str, rank: int, num_ranks: int, port: int, pipe: Any, parallel:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
     config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2))
-    engine = sharded_engine(model, "policy", config, ParallelConfig(**parallel), device=torch.device("cpu"), total_updates=100)
+    engine = sharded_engine(
+        model, "policy", config, ParallelConfig(**parallel), device=torch.device("cpu"), total_updates=100
+    )
     options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
     worker = ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options)
     while True:
@@ -88,7 +95,9 @@ def _rank(model: str, rank: int, num_ranks: int, port: int, pipe: Any, parallel:
 
 @torch.no_grad()
 def moved(worker: ActorWorker, seed: int) -> None:
-    """Moves every weight, by an amount that hangs on the seed and the place of the weight in the whole tensor."""
+    """Moves every weight, by an amount that hangs on the seed and the place of the weight in the whole
+    tensor.
+    """
     for name, tensor in worker.engine.homes().items():
         (piece,) = [piece for piece in worker.engine.pieces() if piece.name == name] or [None]
         if piece is not None:

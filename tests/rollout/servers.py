@@ -49,7 +49,9 @@ def running(options: dict[str, Any], *, secret: bool = True, key: bool = True) -
     """The address of a server that runs inside the block."""
     port = free_port()
     command = [sys.executable, "-m", "verl.rollout.server.app", json.dumps({**options, "port": port})]
-    command += (["--secret-env", "TEST_SECRET"] if secret else []) + (["--api-key-env", "TEST_KEY"] if key else [])
+    command += (["--secret-env", "TEST_SECRET"] if secret else []) + (
+        ["--api-key-env", "TEST_KEY"] if key else []
+    )
     with tempfile.TemporaryFile() as log:
         settings = {**environment(), "TEST_SECRET": SECRET, "TEST_KEY": KEY}
         process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

@@ -24,7 +24,8 @@ PROMPTS = random_prompts([3, 11, 1, 6])
 ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
 # Without a GPU SGLang draws by no seed; docs/sglang.md says when it does.
 UNSEEDED = ("sglang",)
-# They apply several truncations one after the other, ours to the whole distribution each; the order of each is tested with its engine.
+# They apply several truncations one after the other, ours to the whole distribution each; the order of each
+# is tested with its engine.
 OTHER_ORDER = ("vllm", "vllm server", "sglang")
 
 
@@ -38,7 +39,15 @@ def served(module: str, folder: Path, **options: Any) -> RolloutEngine:
     """A pool of one server that follows the policy."""
     path, _, name = module.partition(":")
     make = vars(import_module(path))[name]
-    return pool_of(group_of(policy()), saved(policy(), folder / "model"), folder, 1, make=make, options=options, timeout_s=60.0)
+    return pool_of(
+        group_of(policy()),
+        saved(policy(), folder / "model"),
+        folder,
+        1,
+        make=make,
+        options=options,
+        timeout_s=60.0,
+    )
 
 
 def vllm_in_process(folder: Path) -> RolloutEngine:
@@ -61,7 +70,10 @@ def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
         options = {"model": "tiny", "api_key_env": "TEST_KEY", "processed_logprobs": True}
         make = import_module("verl.rollout.openai_engine").HTTPEngine
         return pool_of(None, model, folder, 1, make=make, options=options, address=address, policy=policy())
-    modules = {"served": "verl.rollout.server.backend:EmbeddedServer", "vllm server": "verl.rollout.vllm.server:VLLMServer"}
+    modules = {
+        "served": "verl.rollout.server.backend:EmbeddedServer",
+        "vllm server": "verl.rollout.vllm.server:VLLMServer",
+    }
     options = {"vllm server": {"max_model_len": 256}}.get(name, {})
     return served(modules.get(name, "verl.rollout.sglang.server:SGLangServer"), folder, **options)
 
@@ -107,13 +119,19 @@ def next_logits(ids: list[int]) -> Tensor:
 
 
 def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine, seeded):
-    params = [SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)]
+    params = [
+        SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)
+    ]
     together = engine.generate(PROMPTS, params)
     reverse = engine.generate(PROMPTS[::-1], params[::-1])[::-1]
     alone = [engine.generate([prompt], [wanted])[0] for prompt, wanted in zip(PROMPTS, params, strict=True)]
     ids = [[c.token_ids for c in group] for group in together]
     assert [len(group) for group in ids] == [2, 3, 1, 5]
-    assert ids == [[c.token_ids for c in group] for group in reverse] == [[c.token_ids for c in group] for group in alone]
+    assert (
+        ids
+        == [[c.token_ids for c in group] for group in reverse]
+        == [[c.token_ids for c in group] for group in alone]
+    )
 
 
 def test_a_group_begins_with_the_answers_of_a_smaller_one(engine, seeded):
@@ -127,7 +145,9 @@ def test_answers_of_a_group_and_of_other_seeds_differ(engine):
 
 
 def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(engine):
-    for prompt, (completion,) in zip(PROMPTS, engine.generate(PROMPTS, [SamplingParams(0, max_tokens=10)] * 4), strict=True):
+    for prompt, (completion,) in zip(
+        PROMPTS, engine.generate(PROMPTS, [SamplingParams(0, max_tokens=10)] * 4), strict=True
+    ):
         ids = list(prompt)
         for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
             logits = next_logits(ids)
@@ -137,7 +157,11 @@ def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(eng
 
 
 def test_a_stop_id_ends_an_answer_and_belongs_to_it(engine):
-    completions = [c for group in engine.generate(PROMPTS, [SamplingParams(max_tokens=40, n=4, stop_ids=ENDS)] * 4) for c in group]
+    completions = [
+        c
+        for group in engine.generate(PROMPTS, [SamplingParams(max_tokens=40, n=4, stop_ids=ENDS)] * 4)
+        for c in group
+    ]
     stopped = [c for c in completions if c.finish_reason == "stop"]
     assert len(stopped) > 8
     assert all(c.token_ids[-1] in (*ENDS, 1) and not {*ENDS, 1} & {*c.token_ids[:-1]} for c in stopped)
@@ -151,7 +175,9 @@ def test_the_end_of_the_tokenizer_ends_an_answer(engine):
 
 
 def test_an_answer_without_an_end_has_max_tokens(engine):
-    groups = engine.generate(PROMPTS, [SamplingParams(max_tokens=n, stop_ids=ENDS, n=3) for n in (1, 2, 7, 20)])
+    groups = engine.generate(
+        PROMPTS, [SamplingParams(max_tokens=n, stop_ids=ENDS, n=3) for n in (1, 2, 7, 20)]
+    )
     for limit, group in zip((1, 2, 7, 20), groups, strict=True):
         for c in group:
             ends = c.token_ids[-1] in (*ENDS, 1)
@@ -192,7 +218,9 @@ def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, nam
         probs = (next_logits(ids) / params.temperature).softmax(-1).tolist()
         kept = kept_by_hand(probs, params)
         assert token in kept
-        assert torch.tensor(logprob).exp() == pytest.approx(probs[token] / sum(probs[t] for t in kept), rel=1e-4)
+        assert torch.tensor(logprob).exp() == pytest.approx(
+            probs[token] / sum(probs[t] for t in kept), rel=1e-4
+        )
         ids.append(token)
 
 
@@ -214,10 +242,15 @@ def test_an_empty_prompt_is_an_error(engine):
 
 def test_a_prompt_whose_answer_may_not_fit_the_context_is_an_error(engine):
     assert len(answer(engine, [5] * 250, max_tokens=6, temperature=0)) == 1
-    with pytest.raises(ValueError, match="prompt 0 has 250 tokens and may get 7 more; need at least one, and at most 256 in all"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 0 has 250 tokens and may get 7 more; need at least one, and at most 256 in all",
+    ):
         answer(engine, [5] * 250, max_tokens=7)
 
 
 def test_every_prompt_needs_its_parameters(engine):
-    with pytest.raises(ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"):
+    with pytest.raises(
+        ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"
+    ):
         engine.generate(PROMPTS[:2], [SamplingParams()])

@@ -1,4 +1,6 @@
-"""Engines behind HTTP: `verl serve` as an engine whose weights follow, and any server with OpenAI's interface."""
+"""Engines behind HTTP: `verl serve` as an engine whose weights follow, and any server with OpenAI's
+interface.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def own_answer(model: PolicyModel, folder: Path, params: SamplingParams, seed: i
     return engine.generate([PROMPT], [SamplingParams(**{**vars(params), "seed": seed})])[0][0]
 
 
-async def answer(engine: ServedEngine, params: SamplingParams, *, seed: int = 0, prompt: list[int] = PROMPT) -> list[Chunk]:
+async def answer(
+    engine: ServedEngine, params: SamplingParams, *, seed: int = 0, prompt: list[int] = PROMPT
+) -> list[Chunk]:
     return [chunk async for chunk in engine.sample(prompt, replace(params, seed=seed), number=0)]
 
 
@@ -78,7 +82,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def spec(folder: Path, log: Path, **changes: Any) -> EngineSpec:
     options = {"max_slots": 4, "device": "cpu", "threads": 1}
-    return EngineSpec(**{"name": "one", "model": str(folder), "log": log, "timeout_s": 20.0, "options": options, **changes})
+    return EngineSpec(
+        **{"name": "one", "model": str(folder), "log": log, "timeout_s": 20.0, "options": options, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,11 @@ def address(folder) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def joined(folder, address, tmp_path_factory) -> Iterator[EmbeddedServer]:
-    engine = EmbeddedServer(spec(folder, tmp_path_factory.mktemp("log") / "engine.log", address=address, secret=SECRET, options={}))
+    engine = EmbeddedServer(
+        spec(
+            folder, tmp_path_factory.mktemp("log") / "engine.log", address=address, secret=SECRET, options={}
+        )
+    )
     run(engine.open())
     yield engine
     run(engine.close())
@@ -105,7 +115,10 @@ def served(joined, folder) -> EmbeddedServer:
 
 
 def weights(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {name: parameter.detach().to(dtype) for name, parameter in load_language_model(str(folder)).named_parameters()}
+    return {
+        name: parameter.detach().to(dtype)
+        for name, parameter in load_language_model(str(folder)).named_parameters()
+    }
 
 
 def expected(tensors: dict[str, Tensor]) -> str:
@@ -113,7 +126,9 @@ def expected(tensors: dict[str, Tensor]) -> str:
 
 
 def infos(tensors: dict[str, Tensor]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items())
+    return tuple(
+        TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
+    )
 
 
 def packed(tensors: dict[str, Tensor]) -> Tensor:
@@ -151,12 +166,18 @@ def has_weights_of(engine: ServedEngine, folder: Path, version: int) -> bool:
 
 
 def test_an_answer_is_that_of_the_embedded_engine_in_chunks(served, folder):
-    params = SamplingParams(max_tokens=60, temperature=0.9, top_p=0.95, top_k=60, min_p=0.001, stop=("ab", "0"), stop_ids=(30, 31))
+    params = SamplingParams(
+        max_tokens=60, temperature=0.9, top_p=0.95, top_k=60, min_p=0.001, stop=("ab", "0"), stop_ids=(30, 31)
+    )
     for seed in (0, 1, 2**63 - 1):
         chunks = run(answer(served, params, seed=seed))
         completion = own_answer(policy(folder), folder, params, seed)
-        assert ids(chunks) == completion.token_ids and logprobs(chunks) == pytest.approx(completion.logprobs, abs=1e-5)
-        assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [completion.finish_reason]
+        assert ids(chunks) == completion.token_ids and logprobs(chunks) == pytest.approx(
+            completion.logprobs, abs=1e-5
+        )
+        assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [
+            completion.finish_reason
+        ]
 
 
 def test_another_engine_goes_on_with_an_answer_as_this_one_would_have(served):
@@ -166,7 +187,9 @@ def test_another_engine_goes_on_with_an_answer_as_this_one_would_have(served):
 
 
 def test_a_prompt_that_does_not_fit_is_refused(served):
-    with pytest.raises(RefusedError, match="context is 1024 tokens, but the prompt has 1000 and the answer may get 100"):
+    with pytest.raises(
+        RefusedError, match="context is 1024 tokens, but the prompt has 1000 and the answer may get 100"
+    ):
         run(answer(served, SamplingParams(max_tokens=100), prompt=[5] * 1000))
 
 
@@ -191,7 +214,9 @@ def test_weights_come_over_a_group(served, others):
     async def send() -> str:
         place = {"num_ranks": 2, "backend": "gloo"}
         opened = asyncio.to_thread(open_group, "127.0.0.1", port, rank=0, timeout_s=20, **place)
-        group, _ = await asyncio.gather(opened, served.join_group(address="127.0.0.1", port=port, first_rank=1, **place))
+        group, _ = await asyncio.gather(
+            opened, served.join_group(address="127.0.0.1", port=port, first_rank=1, **place)
+        )
         await served.begin_update()
         sent = asyncio.to_thread(broadcast, group, packed(tensors))
         await asyncio.gather(sent, served.load(Part(infos(tensors), "group")))
@@ -212,7 +237,9 @@ def test_an_update_that_lacks_tensors_is_an_error_and_the_next_one_repairs_it(se
     parts = shm_parts(tensors, tmp_path)
     assert run(update(served, parts, 1)) == expected(tensors)
     # The tensors of the update before do not count.
-    with pytest.raises(EngineError, match="need all weights in an update, but 1. were not sent: model.layers"):
+    with pytest.raises(
+        EngineError, match="need all weights in an update, but 1. were not sent: model.layers"
+    ):
         run(torn(served, parts))
     with pytest.raises(EngineError, match="the last update of the weights was not completed"):
         run(served.check())
@@ -259,7 +286,12 @@ def test_a_running_request_is_kept_while_paused_and_goes_on(served, folder):
         chunks: list[Chunk] = []
 
         async def collect() -> None:
-            chunks.extend([chunk async for chunk in _noted(served.sample(PROMPT, replace(LONG, seed=4), number=0), chunks)][:0])
+            chunks.extend(
+                [
+                    chunk
+                    async for chunk in _noted(served.sample(PROMPT, replace(LONG, seed=4), number=0), chunks)
+                ][:0]
+            )
 
         task = asyncio.create_task(collect())
         while not chunks:
@@ -296,7 +328,15 @@ async def answer_over_update(engine: ServedEngine, parts: list[Part], version: i
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_an_answer_goes_on_with_new_weights_and_caches_as_chosen(served, folder, others, tmp_path, recompute):
-    engine = EmbeddedServer(spec(folder, tmp_path / "log", address=served.spec.address, secret=SECRET, options={"recompute": recompute}))
+    engine = EmbeddedServer(
+        spec(
+            folder,
+            tmp_path / "log",
+            address=served.spec.address,
+            secret=SECRET,
+            options={"recompute": recompute},
+        )
+    )
     run(engine.open())
     try:
         chunks = run(answer_over_update(engine, shm_parts(weights(others[0]), tmp_path), 1))
@@ -315,7 +355,10 @@ def test_an_answer_goes_on_with_new_weights_and_caches_as_chosen(served, folder,
 def own_logprobs(folder: Path, answer_ids: list[int]) -> Tensor:
     model = policy(folder)
     with torch.no_grad():
-        logits = model.transformer(torch.tensor([[*PROMPT, *answer_ids]])).logits[0, len(PROMPT) - 1 : -1] / LONG.temperature
+        logits = (
+            model.transformer(torch.tensor([[*PROMPT, *answer_ids]])).logits[0, len(PROMPT) - 1 : -1]
+            / LONG.temperature
+        )
     return logits.log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).squeeze(1)
 
 
@@ -328,15 +371,22 @@ def test_additions_replace_those_before(served, folder, tmp_path):
         torch.manual_seed(version)
         target = "model.layers.1.mlp.up_proj"
         down, up = torch.randn(2, 32), torch.randn(96, 2)
-        files = {f"base_model.model.{target}.lora_A.weight": down, f"base_model.model.{target}.lora_B.weight": up}
+        files = {
+            f"base_model.model.{target}.lora_A.weight": down,
+            f"base_model.model.{target}.lora_B.weight": up,
+        }
         save_file(files, additions / "adapter_model.safetensors")
-        (additions / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+        (additions / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+        )
         assert run(served.load_additions(additions, version)) == expected(files)
     model = policy(folder)
     with torch.no_grad():
         model.transformer.get_parameter(f"{target}.weight").add_(1.5 * up @ down)
     chunks = run(answer(served, SamplingParams(max_tokens=20), seed=1))
-    torch.testing.assert_close(torch.tensor(logprobs(chunks)), next_logprobs(model, PROMPT, ids(chunks)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(logprobs(chunks)), next_logprobs(model, PROMPT, ids(chunks)), atol=1e-4, rtol=0
+    )
     assert {chunk.version for chunk in chunks} == {12}
     # All weights anew, without additions.
     run(update(served, shm_parts(tensors, tmp_path), 13))
@@ -377,12 +427,18 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
     engine = EmbeddedServer(spec(tmp_path / "nowhere", tmp_path / "log"))
     with pytest.raises(EngineError, match="one has ended with code 1\n.*\n(.*\n)*.*nowhere"):
         run(engine.open())
-    with pytest.raises(ValueError, match="the engine served has no option 'max_slot'; did you mean max_slots"):
+    with pytest.raises(
+        ValueError, match="the engine served has no option 'max_slot'; did you mean max_slots"
+    ):
         EmbeddedServer(spec(tmp_path, tmp_path / "log", options={"max_slot": 1}))
 
 
 def http_engine(folder: Path, url: str, **options: Any) -> HTTPEngine:
-    return HTTPEngine(EngineSpec("far", str(folder), {"model": "tiny", "backoff": 0.05, **options}, address=url, timeout_s=3.0))
+    return HTTPEngine(
+        EngineSpec(
+            "far", str(folder), {"model": "tiny", "backoff": 0.05, **options}, address=url, timeout_s=3.0
+        )
+    )
 
 
 def one_chunk(engine: HTTPEngine, params: SamplingParams, *, seed: int = 0) -> Chunk:
@@ -401,7 +457,9 @@ def one_chunk(engine: HTTPEngine, params: SamplingParams, *, seed: int = 0) -> C
 def test_a_server_that_gives_token_ids_is_asked_for_them(served, address, folder, monkeypatch, suffix):
     monkeypatch.setenv("FAR_KEY", KEY)
     params = SamplingParams(max_tokens=20, temperature=0.8, top_k=40, min_p=0.01, stop_ids=(30,), stop=("q",))
-    chunk = one_chunk(http_engine(folder, address + suffix, api_key_env="FAR_KEY", processed_logprobs=True), params, seed=5)
+    chunk = one_chunk(
+        http_engine(folder, address + suffix, api_key_env="FAR_KEY", processed_logprobs=True), params, seed=5
+    )
     completion = own_answer(policy(folder), folder, params, seed_of(replace(params, seed=5), 0))
     assert list(chunk.token_ids) == completion.token_ids and chunk.finish_reason == completion.finish_reason
     assert list(chunk.logprobs) == pytest.approx(completion.logprobs, abs=1e-5) and chunk.text is None
@@ -410,7 +468,10 @@ def test_a_server_that_gives_token_ids_is_asked_for_them(served, address, folder
 def test_logprobs_that_may_be_of_another_distribution_are_left_out(served, address, folder, monkeypatch):
     monkeypatch.setenv("FAR_KEY", KEY)
     engine = http_engine(folder, address, api_key_env="FAR_KEY")
-    warm, plain = one_chunk(engine, SamplingParams(max_tokens=8, temperature=0.8)), one_chunk(engine, SamplingParams(max_tokens=8))
+    warm, plain = (
+        one_chunk(engine, SamplingParams(max_tokens=8, temperature=0.8)),
+        one_chunk(engine, SamplingParams(max_tokens=8)),
+    )
     assert warm.token_ids and warm.logprobs is None
     assert len(plain.token_ids) == len(plain.logprobs)
 
@@ -421,17 +482,35 @@ def test_a_chat_gets_the_prompts_text_and_gives_text(served, address, folder, mo
     chunk = one_chunk(engine, SamplingParams(max_tokens=12))
     codec = TextCodec.load(str(folder))
     prompt = codec.encode(f"u:{codec.read_text(PROMPT)}\na:")
-    (completion,) = EmbeddedEngine(policy(folder), codec).generate([prompt], [SamplingParams(0, max_tokens=12)])[0]
-    assert chunk.text == codec.decode(completion.token_ids) and not chunk.token_ids and chunk.finish_reason == completion.finish_reason
+    (completion,) = EmbeddedEngine(policy(folder), codec).generate(
+        [prompt], [SamplingParams(0, max_tokens=12)]
+    )[0]
+    assert (
+        chunk.text == codec.decode(completion.token_ids)
+        and not chunk.token_ids
+        and chunk.finish_reason == completion.finish_reason
+    )
 
 
-def test_a_refusal_is_told_in_the_servers_own_words_and_a_wrong_key_without_the_key(served, address, folder, monkeypatch):
+def test_a_refusal_is_told_in_the_servers_own_words_and_a_wrong_key_without_the_key(
+    served, address, folder, monkeypatch
+):
     monkeypatch.setenv("FAR_KEY", KEY)
     engine = http_engine(folder, address, api_key_env="FAR_KEY")
-    with pytest.raises(RefusedError, match="far answers /completions with status 400: this model's context is 1024 tokens"):
+    with pytest.raises(
+        RefusedError, match="far answers /completions with status 400: this model's context is 1024 tokens"
+    ):
         one_chunk(engine, SamplingParams(max_tokens=2000))
     monkeypatch.setenv("FAR_KEY", "wrong key")
-    engine = HTTPEngine(EngineSpec("far", str(folder), {"model": "tiny", "api_key_env": "FAR_KEY"}, address=address, start_timeout_s=0.1))
+    engine = HTTPEngine(
+        EngineSpec(
+            "far",
+            str(folder),
+            {"model": "tiny", "api_key_env": "FAR_KEY"},
+            address=address,
+            start_timeout_s=0.1,
+        )
+    )
     with pytest.raises(EngineError, match="status 401: need the key") as error:
         run(engine.open())
     assert "wrong key" not in str(error.value)
@@ -453,7 +532,9 @@ def test_options_are_checked(folder, monkeypatch):
 
 @asynccontextmanager
 async def faulty(reply: Callable[[int, web.Request], Any]) -> AsyncIterator[tuple[str, list[float]]]:
-    """The address of a server whose completions are what `reply` makes of the number of the request, and when each came."""
+    """The address of a server whose completions are what `reply` makes of the number of the request, and when
+    each came.
+    """
     came_s: list[float] = []
 
     async def complete(request: web.Request) -> web.StreamResponse:
@@ -480,7 +561,9 @@ async def no_models(_: web.Request) -> web.Response:
 GOOD = {"choices": [{"text": "fine", "finish_reason": "stop"}]}
 
 
-def against(folder: Path, reply: Callable[[int, web.Request], Any], **options: Any) -> tuple[Chunk, list[float]]:
+def against(
+    folder: Path, reply: Callable[[int, web.Request], Any], **options: Any
+) -> tuple[Chunk, list[float]]:
     """The chunk that an engine gets from a faulty server, and the seconds between its attempts."""
 
     async def asked() -> tuple[Chunk, list[float]]:
@@ -498,12 +581,22 @@ def against(folder: Path, reply: Callable[[int, web.Request], Any], **options: A
 
 def test_a_server_that_asks_to_wait_is_asked_again_after_that_time(folder):
     busy = web.Response
-    chunk, waits_s = against(folder, lambda i, _: busy(status=429, headers={"Retry-After": "1"}) if i == 0 else web.json_response(GOOD))
-    assert chunk.text == "fine" and chunk.finish_reason == "stop" and len(waits_s) == 1 and 1.0 <= waits_s[0] < 2.0
+    chunk, waits_s = against(
+        folder,
+        lambda i, _: busy(status=429, headers={"Retry-After": "1"}) if i == 0 else web.json_response(GOOD),
+    )
+    assert (
+        chunk.text == "fine"
+        and chunk.finish_reason == "stop"
+        and len(waits_s) == 1
+        and 1.0 <= waits_s[0] < 2.0
+    )
 
 
 def test_failures_that_may_pass_are_retried_ever_more_slowly(folder):
-    chunk, waits_s = against(folder, lambda i, _: web.Response(status=500 + i) if i < 3 else web.json_response(GOOD), backoff=0.1)
+    chunk, waits_s = against(
+        folder, lambda i, _: web.Response(status=500 + i) if i < 3 else web.json_response(GOOD), backoff=0.1
+    )
     assert chunk.text == "fine" and len(waits_s) == 3
     assert all(0.05 * 2**i <= wait_s < 0.1 * 2**i + 3 for i, wait_s in enumerate(waits_s))
 
@@ -511,7 +604,9 @@ def test_failures_that_may_pass_are_retried_ever_more_slowly(folder):
 def test_after_the_last_retry_the_failure_is_told_without_the_key(folder, monkeypatch):
     monkeypatch.setenv("FAR_KEY", "sk-hidden")
     repeat = lambda i, request: web.Response(status=503, text=f"bad key {request.headers['Authorization']}")  # noqa: E731
-    with pytest.raises(EngineError, match=r"status 503: .*\*\*\*.* \(attempt 3; 2 retries within 3 s\)") as error:
+    with pytest.raises(
+        EngineError, match=r"status 503: .*\*\*\*.* \(attempt 3; 2 retries within 3 s\)"
+    ) as error:
         against(folder, repeat, retries=2, api_key_env="FAR_KEY")
     assert "sk-hidden" not in str(error.value)
 
@@ -523,7 +618,9 @@ def test_a_server_that_hangs_is_given_up_in_time(folder):
     assert 2.5 < time.monotonic() - start_s < 30
 
 
-@pytest.mark.parametrize("body", ["<html>", "[]", "{}", '{"choices": []}', '{"choices": [{"finish_reason": "stop"}]}'])
+@pytest.mark.parametrize(
+    "body", ["<html>", "[]", "{}", '{"choices": []}', '{"choices": [{"finish_reason": "stop"}]}']
+)
 def test_an_answer_that_is_none_is_an_error(folder, body):
     with pytest.raises(EngineError, match="far answers"):
         against(folder, lambda i, _: web.Response(text=body), retries=1)
@@ -535,10 +632,16 @@ def test_a_server_that_knows_no_token_ids_is_asked_with_texts(folder):
     async def reply(request: web.Request) -> web.Response:
         seen.append(await request.json())
         known = "return_token_ids" not in seen[-1]
-        return web.json_response(GOOD if known else {"error": {"message": "unknown: return_token_ids"}}, status=200 if known else 400)
+        return web.json_response(
+            GOOD if known else {"error": {"message": "unknown: return_token_ids"}},
+            status=200 if known else 400,
+        )
 
     chunk, _ = against(folder, lambda i, request: reply(request), extra={"user": "me"})
-    assert chunk.text == "fine" and [body["prompt"] for body in seen] == [PROMPT, TextCodec.load(str(folder)).read_text(PROMPT)]
+    assert chunk.text == "fine" and [body["prompt"] for body in seen] == [
+        PROMPT,
+        TextCodec.load(str(folder)).read_text(PROMPT),
+    ]
     assert all(body["user"] == "me" for body in seen)
 
 

@@ -42,7 +42,9 @@ def numbered(prompts: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("kind", [Worker, LaterWorker])
 def test_every_prompt_is_asked_n_times_and_the_texts_are_tokenized_once(kind):
     worker = kind(numbered)
-    groups = TextWorkerEngine(worker, CODEC).generate(PROMPTS, [SamplingParams(n=2, max_tokens=9), SamplingParams(max_tokens=20)])
+    groups = TextWorkerEngine(worker, CODEC).generate(
+        PROMPTS, [SamplingParams(n=2, max_tokens=9), SamplingParams(max_tokens=20)]
+    )
     assert worker.asked == [(["1+1=", "1+1=", "2+2="], 20)]
     assert [[c.text for c in group] for group in groups] == [["1+1=0", "1+1=1"], ["2+2=2"]]
     assert groups[1][0].token_ids == [*CODEC.encode("2+2=2"), 1]
@@ -61,7 +63,9 @@ def test_a_worker_reads_the_marks_of_the_chat_template_but_no_start_token():
 
 def test_a_text_longer_than_its_own_limit_is_cut():
     engine = TextWorkerEngine(Worker(lambda prompts: ["abcdef"] * 2), CODEC)
-    (short,), (enough,) = engine.generate(PROMPTS, [SamplingParams(max_tokens=4), SamplingParams(max_tokens=7)])
+    (short,), (enough,) = engine.generate(
+        PROMPTS, [SamplingParams(max_tokens=4), SamplingParams(max_tokens=7)]
+    )
     assert (CODEC.decode(short.token_ids), short.finish_reason) == ("abcd", "length")
     assert (enough.token_ids[-1], enough.finish_reason) == (1, "stop")
 
@@ -100,5 +104,7 @@ def test_an_error_of_the_worker_is_raised_as_it_is():
 
 
 def test_a_worker_must_define_generate():
-    with pytest.raises(NotImplementedError, match=r"BaseRolloutWorker must define generate\(prompts, max_tokens=128\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"BaseRolloutWorker must define generate\(prompts, max_tokens=128\)"
+    ):
         TextWorkerEngine(BaseRolloutWorker(), CODEC).generate(PROMPTS, [SamplingParams()] * 2)

@@ -1,4 +1,6 @@
-"""Engines that are only modelled, on virtual time: they do what engines are asked, and all that may go wrong with it, by a seed."""
+"""Engines that are only modelled, on virtual time: they do what engines are asked, and all that may go wrong
+with it, by a seed.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ _NUMBERS = 2**20
 _NUM_PARTS = 2
 
 # What may go wrong, and where.
-# kill: the process ends, and so does all that is asked of it; late: the same, but what it has sent comes in for a while.
-# hang: the process stops and says nothing any more; silence: one call or stream of it does.
+# kill: the process ends, and so does all that is asked of it; late: the same, but what it has sent comes in
+# for a while. hang: the process stops and says nothing any more; silence: one call or stream of it does.
 # slow: it takes many times as long, but not too long.
 # lost: it is done, but the answer never comes; unheard: it is not even done.
 # garbage: a chunk that no policy gives; torn: some of the weights are not those that were sent.
@@ -153,14 +155,17 @@ class World:
 
     def specs(self, count: int, *, timeout_s: float = 10.0) -> list[EngineSpec]:
         """Engines to begin with."""
-        return [EngineSpec(f"e{i}", "unused", timeout_s=timeout_s, start_timeout_s=60.0) for i in range(count)]
+        return [
+            EngineSpec(f"e{i}", "unused", timeout_s=timeout_s, start_timeout_s=60.0) for i in range(count)
+        ]
 
     def write(self, version: int) -> Update:
         """A version of the policy, as `PolicyWeights` writes it: the memory of the one before is given back."""
         self._writes += 1
         self._memory = f"weights-{self._writes}"
         parts = tuple(
-            Part((TensorInfo(f"w{i}", (1,), "float32"),), "shm", {"path": self._memory, "version": version}) for i in range(_NUM_PARTS)
+            Part((TensorInfo(f"w{i}", (1,), "float32"),), "shm", {"path": self._memory, "version": version})
+            for i in range(_NUM_PARTS)
         )
         return Update(version, parts, None, f"print-{version}", 4 * _NUM_PARTS, 0.0, Path("unused"))
 
@@ -193,7 +198,12 @@ def after(state: int, token: int) -> int:
 
 def drawn(state: int, seed: int, number: int, version: int, end_in: int) -> tuple[int, float]:
     """The token that a version of the policy samples after a row, and its logprob."""
-    mixed = (state ^ (seed * 0x9E3779B97F4A7C15) ^ (number * 0xC2B2AE3D27D4EB4F) ^ ((version + 7) * 0x165667B19E3779F9)) & _MASK
+    mixed = (
+        state
+        ^ (seed * 0x9E3779B97F4A7C15)
+        ^ (number * 0xC2B2AE3D27D4EB4F)
+        ^ ((version + 7) * 0x165667B19E3779F9)
+    ) & _MASK
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
     mixed ^= mixed >> 31
@@ -237,7 +247,11 @@ def problem_of(
     if END in ids[:-1]:
         return f"goes on after its end: {ids}"
     expected = "stop" if ids[-1] == END else "length" if len(ids) == params.max_tokens else "no end yet"
-    return "" if answer.finish_reason == expected else f"ended by {answer.finish_reason} after {len(ids)} tokens: {expected}"
+    return (
+        ""
+        if answer.finish_reason == expected
+        else f"ended by {answer.finish_reason} after {len(ids)} tokens: {expected}"
+    )
 
 
 @dataclass(eq=False)
@@ -346,7 +360,9 @@ class _Server:
 
 
 class SimulatedEngine(ServedEngine):
-    """An engine whose answers are `drawn`, whose time is the loop's, and to which the faults of its world happen."""
+    """An engine whose answers are `drawn`, whose time is the loop's, and to which the faults of its world
+    happen.
+    """
 
     vias = ("shm",)
 
@@ -379,11 +395,20 @@ class SimulatedEngine(ServedEngine):
         """See `ServedEngine.check`."""
         await self._command("check", self._pace.command_s, lambda server: None)
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         server, fate = self._asked, self._meet("sample")
-        is_ready = server.weights is not None and server.weights >= 0 and server.loading is None and not server.is_asleep
-        self._world.must(is_ready or bool(server.cause), f"{self.spec.name} was asked while it had no version whole")
+        is_ready = (
+            server.weights is not None
+            and server.weights >= 0
+            and server.loading is None
+            and not server.is_asleep
+        )
+        self._world.must(
+            is_ready or bool(server.cause), f"{self.spec.name} was asked while it had no version whole"
+        )
         while server.busy >= self._pace.slots or server.is_paused:
             await server.wait(math.inf, math.inf)
         server.busy += 1
@@ -392,7 +417,9 @@ class SimulatedEngine(ServedEngine):
                 self._answer_nobody(server)
             state, have, wait_s = state_of(prompt_ids), 0, self._time(fate, self._pace.prefill_s)
             while True:
-                chunk, state, wait_s = await self._chunk(server, params, number, state, params.max_tokens - have, wait_s)
+                chunk, state, wait_s = await self._chunk(
+                    server, params, number, state, params.max_tokens - have, wait_s
+                )
                 have += len(chunk.token_ids)
                 if chunk.finish_reason and self._world.ends_apart:
                     yield replace(chunk, finish_reason=None)
@@ -415,7 +442,10 @@ class SimulatedEngine(ServedEngine):
         """See `ServedEngine.resume`."""
 
         def go_on(server: _Server) -> None:
-            self._world.must(server.weights is None or server.weights >= 0, f"{self.spec.name} was to go on with torn weights")
+            self._world.must(
+                server.weights is None or server.weights >= 0,
+                f"{self.spec.name} was to go on with torn weights",
+            )
             server.is_paused = False
             server.wake()
 
@@ -425,7 +455,10 @@ class SimulatedEngine(ServedEngine):
         """See `ServedEngine.begin_update`."""
 
         def begin(server: _Server) -> None:
-            self._world.must(server.is_paused and not server.is_asleep, f"{self.spec.name} was given weights while it sampled or slept")
+            self._world.must(
+                server.is_paused and not server.is_asleep,
+                f"{self.spec.name} was given weights while it sampled or slept",
+            )
             server.loading = []
 
         await self._command("begin_update", self._pace.command_s, begin)
@@ -434,7 +467,9 @@ class SimulatedEngine(ServedEngine):
         """See `ServedEngine.load`."""
 
         def look() -> None:
-            self._world.must(self._world.is_memory(part), f"{self.spec.name} read weights whose memory was given back")
+            self._world.must(
+                self._world.is_memory(part), f"{self.spec.name} read weights whose memory was given back"
+            )
 
         def take(server: _Server, fate: str) -> None:
             look()
@@ -497,7 +532,11 @@ class SimulatedEngine(ServedEngine):
         if fate == "silence":
             return math.inf
         longest_s = 0.9 * (limit_s or self.spec.timeout_s)
-        return min(longest_s, seconds * self._faults.random.choice((3.0, 30.0, 300.0))) if fate == "slow" else seconds
+        return (
+            min(longest_s, seconds * self._faults.random.choice((3.0, 30.0, 300.0)))
+            if fate == "slow"
+            else seconds
+        )
 
     async def _command(self, place: str, seconds: float, do: Callable[..., T]) -> T:
         """Does something in the process."""
@@ -523,7 +562,9 @@ class SimulatedEngine(ServedEngine):
         logprobs: list[float] = []
         states, end_in = [state], pace.end_in
         while len(ids) < min(pace.part_tokens, room) and not (ids and ids[-1] == END):
-            token, logprob = drawn(states[-1], params.seed, number, -9 if version is None else version, end_in)
+            token, logprob = drawn(
+                states[-1], params.seed, number, -9 if version is None else version, end_in
+            )
             ids.append(token)
             logprobs.append(logprob)
             states.append(after(states[-1], token))
@@ -535,7 +576,9 @@ class SimulatedEngine(ServedEngine):
             ids, logprobs = ids[:done], logprobs[:done]
         if fate == "lost":
             raise EngineError(f"{self.spec.name}: the connection was reset by the peer")
-        reason: FinishReason | None = "stop" if ids and ids[-1] == END else "length" if len(ids) == room else None
+        reason: FinishReason | None = (
+            "stop" if ids and ids[-1] == END else "length" if len(ids) == room else None
+        )
         chunk = Chunk(ids, logprobs, reason, version if self._world.tells_versions else None)
         if fate == "garbage":
             chunk = self._garbage(chunk, room)
@@ -543,7 +586,11 @@ class SimulatedEngine(ServedEngine):
 
     def _garbage(self, chunk: Chunk, room: int) -> Chunk:
         """What no policy can have given."""
-        ids, logprobs, version = list(chunk.token_ids) or [50], list(chunk.logprobs or ()) or [-1.0], chunk.version
+        ids, logprobs, version = (
+            list(chunk.token_ids) or [50],
+            list(chunk.logprobs or ()) or [-1.0],
+            chunk.version,
+        )
         kinds = [
             Chunk([*ids[:-1], VOCABULARY], logprobs, chunk.finish_reason, version),
             Chunk([*ids[:-1], -1], logprobs, chunk.finish_reason, version),

@@ -1,4 +1,6 @@
-"""Whole runs on virtual time: the pipeline, ledger and fleet that train a model, with modelled engines, rewards and training."""
+"""Whole runs on virtual time: the pipeline, ledger and fleet that train a model, with modelled engines,
+rewards and training.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ _BAD_DATA = -1
 
 @dataclass
 class Answers:
-    """Stands for the collector of a trainer: prompts are numbers, and a reward is what the answer's tokens give.
+    """Stands for the collector of a trainer: prompts are numbers, and a reward is what the answer's tokens
+    give.
 
     Attributes:
         world: of the engines.
@@ -66,14 +69,18 @@ class Answers:
         # A prompt that is longer than the context of the policy is refused by every engine.
         answers = await fleet.answer([*ids, *[12] * 400] if prompt.answer == _BAD_DATA else ids, params)
         for i, answer in enumerate(answers):
-            problem = problem_of(answer, ids, params, number=i, world=self.world, versions=(oldest, fleet.version))
+            problem = problem_of(
+                answer, ids, params, number=i, world=self.world, versions=(oldest, fleet.version)
+            )
             if problem:
                 self.problems.append(f"answer {i} to prompt {prompt.index}: {problem}")
         return [self._trajectory(prompt, ids, answer) for answer in answers]
 
     def _trajectory(self, prompt: Prompt, ids: list[int], answer: Completion) -> Trajectory:
         length = len(answer.token_ids)
-        return Trajectory(prompt, ids, answer.token_ids, [True] * length, answer.logprobs, list(answer.versions or ()), 0)
+        return Trajectory(
+            prompt, ids, answer.token_ids, [True] * length, answer.logprobs, list(answer.versions or ()), 0
+        )
 
     async def reward(self, answers: Sequence[Trajectory]) -> None:
         once, always, long = self.failing
@@ -181,12 +188,16 @@ class Run:
         self.ended = ""
         self.batches: list[list[int]] = []
         self.fates: Counter[str] = Counter()
-        self.world = World(Faults.of(seed, most=most_faults), self.case.pace, seeds_by_place=self.rng.random() < 0.7)
+        self.world = World(
+            Faults.of(seed, most=most_faults), self.case.pace, seeds_by_place=self.rng.random() < 0.7
+        )
         self.drawn = 0
 
     async def main(self) -> None:
         """The run, and the one that goes on from its checkpoint."""
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.problems.append(f"unhandled: {context}"))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: self.problems.append(f"unhandled: {context}")
+        )
         state = await self.process(None, 0, self.case.stops_after or self.case.steps)
         if self.case.stops_after and state is not None:
             self.world.oldest = self.case.stops_after
@@ -206,7 +217,9 @@ class Run:
             note=self.notes.append,
         )
         waits, ledger = Waits(clock=loop.time), Ledger()
-        answers = Answers(self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems)
+        answers = Answers(
+            self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
+        )
         source = ModelledRewards(answers, case.samples, fleet, waits)  # type: ignore[arg-type]
         pipeline = Pipeline(
             self.draw,
@@ -244,7 +257,9 @@ class Run:
         await pipeline.settle()
         await self.publish(fleet, step)
         if fleet.num_running > (known := self.case.samples * len(pipeline._futures)):
-            self.problems.append(f"{fleet.num_running} answers in engines after step {step}, of groups in work at most {known}")
+            self.problems.append(
+                f"{fleet.num_running} answers in engines after step {step}, of groups in work at most {known}"
+            )
         pipeline.published(step)
 
     async def streamed(self, pipeline: Pipeline) -> Taken:
@@ -255,7 +270,9 @@ class Run:
             await asyncio.sleep(0.1 * self.case.train_s)
         batch = pipeline.taken()
         if sorted(numbers) != [group.number for group in batch.groups]:
-            self.problems.append(f"portions of {numbers}, a batch of {[group.number for group in batch.groups]}")
+            self.problems.append(
+                f"portions of {numbers}, a batch of {[group.number for group in batch.groups]}"
+            )
         return batch
 
     async def publish(self, fleet: Fleet, version: int) -> None:
@@ -283,25 +300,46 @@ class Run:
         trajectories = [t for group in batch.groups for t in group.answers]
         ages = [step - 1 - version for t in trajectories for version in t.versions]
         if max(ages, default=0) > case.config.max_staleness or min(ages, default=0) < 0:
-            self.problems.append(f"tokens {max(ages)} steps old in step {step}, the bound is {case.config.max_staleness}")
+            self.problems.append(
+                f"tokens {max(ages)} steps old in step {step}, the bound is {case.config.max_staleness}"
+            )
         told = staleness_metrics(Batch.from_trajectories(trajectories), pipeline.version)
-        if told and not (told["staleness/max"] == max(ages) and abs(told["staleness/mean"] - sum(ages) / len(ages)) < 1e-9):
+        if told and not (
+            told["staleness/max"] == max(ages) and abs(told["staleness/mean"] - sum(ages) / len(ages)) < 1e-9
+        ):
             self.problems.append(f"staleness {told}, counted {max(ages)}")
         for group in batch.groups:
-            params = SamplingParams(n=case.samples, max_tokens=case.max_tokens, seed=(group.draw << 26) + group.number)
-            self.problems += [told for i, t in enumerate(group.answers) if (told := self.wrong_with(t, params, i, step))]
-            if len(group.answers) != case.samples or {t.prompt.index for t in group.answers} != {group.prompt.index}:
-                self.problems.append(f"group {group.number} has answers to {[t.prompt.index for t in group.answers]}")
-            if case.config.batches == "deterministic" and len({v for t in group.answers for v in t.versions}) > 1:
-                self.problems.append(f"group {group.number} is of several versions, though each was to be of one")
+            params = SamplingParams(
+                n=case.samples, max_tokens=case.max_tokens, seed=(group.draw << 26) + group.number
+            )
+            self.problems += [
+                told for i, t in enumerate(group.answers) if (told := self.wrong_with(t, params, i, step))
+            ]
+            if len(group.answers) != case.samples or {t.prompt.index for t in group.answers} != {
+                group.prompt.index
+            }:
+                self.problems.append(
+                    f"group {group.number} has answers to {[t.prompt.index for t in group.answers]}"
+                )
+            if (
+                case.config.batches == "deterministic"
+                and len({v for t in group.answers for v in t.versions}) > 1
+            ):
+                self.problems.append(
+                    f"group {group.number} is of several versions, though each was to be of one"
+                )
 
     def wrong_with(self, answer: Trajectory, params: SamplingParams, number: int, step: int) -> str:
         """What is wrong with an answer that is learned from: it must be of the last try of its group."""
         reason = "stop" if answer.response_ids[-1] == END else "length"
         # A checkpoint keeps fp32; the modelled ones have three digits.
         logprobs = [round(value, 3) for value in answer.rollout_logprobs or ()]
-        completion = Completion(answer.response_ids, logprobs, reason, answer.versions[0], versions=answer.versions)
-        return problem_of(completion, answer.prompt_ids, params, number=number, world=self.world, versions=(0, step))
+        completion = Completion(
+            answer.response_ids, logprobs, reason, answer.versions[0], versions=answer.versions
+        )
+        return problem_of(
+            completion, answer.prompt_ids, params, number=number, world=self.world, versions=(0, step)
+        )
 
     def look_at(self, ledger: Ledger) -> None:
         """Notes what is wrong with the ledger at the end of a process."""
@@ -360,7 +398,13 @@ def check(made: Run) -> None:
     assert made.world.breaches == [], told
     assert not any("task of the fleet failed" in note for note in made.notes), told
     if made.ended:
-        known = ("groups failed one after the other", "no engine serves", "at open", "ended while it started", "said nothing")
+        known = (
+            "groups failed one after the other",
+            "no engine serves",
+            "at open",
+            "ended while it started",
+            "said nothing",
+        )
         assert any(cause in made.ended for cause in known), told
     else:
         assert len(made.batches) == made.case.steps, told

@@ -1,4 +1,6 @@
-"""A fleet of modelled engines to which everything happens that may: no answer is lost, doubled, torn or waited for in vain."""
+"""A fleet of modelled engines to which everything happens that may: no answer is lost, doubled, torn or
+waited for in vain.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from verl.utils.virtual_time import run
 
 # VERL_SIMULATOR_SEEDS raises their number, VERL_SIMULATOR_SEED replays one.
 SEEDS = max(300, int(os.environ.get("VERL_SIMULATOR_SEEDS", "0")))
-CHOSEN = [int(os.environ["VERL_SIMULATOR_SEED"])] if "VERL_SIMULATOR_SEED" in os.environ else list(range(SEEDS))
+CHOSEN = (
+    [int(os.environ["VERL_SIMULATOR_SEED"])] if "VERL_SIMULATOR_SEED" in os.environ else list(range(SEEDS))
+)
 # Far more virtual seconds than any run needs.
 LIMIT_S = 20_000.0
 CODEC = tiny_codec()
@@ -51,7 +55,9 @@ class Run:
             end_in=rng.choice((8, 60)),
         )
         names = ("seeds_by_place", "tells_versions", "ends_apart")
-        self.world = World(Faults.of(self.seed, most=self.most_faults), pace, **{name: rng.random() < 0.6 for name in names})
+        self.world = World(
+            Faults.of(self.seed, most=self.most_faults), pace, **{name: rng.random() < 0.6 for name in names}
+        )
         self.fleet = Fleet(
             self.world.engine,
             CODEC,
@@ -64,7 +70,9 @@ class Run:
 
     async def main(self) -> None:
         """The whole run."""
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.problems.append(f"unhandled: {context}"))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: self.problems.append(f"unhandled: {context}")
+        )
         try:
             await self.fleet.open(self.world.specs(self.rng.randint(1, 4)))
         except EngineError:
@@ -83,7 +91,9 @@ class Run:
         rng, fleet = random.Random(f"{self.seed} {i}"), self.fleet
         await asyncio.sleep(rng.uniform(0, 20))
         prompt = [rng.randrange(10, VOCABULARY) for _ in range(rng.randint(1, 20))]
-        params = SamplingParams(n=rng.randint(1, 4), max_tokens=rng.choice((1, 5, 100)), seed=rng.randrange(2**40))
+        params = SamplingParams(
+            n=rng.randint(1, 4), max_tokens=rng.choice((1, 5, 100)), seed=rng.randrange(2**40)
+        )
         oldest = fleet.version
         work = asyncio.ensure_future(fleet.answer(prompt, params))
         if rng.random() < 0.2:
@@ -102,9 +112,13 @@ class Run:
         for number, answer in enumerate(answers):
             self.look(i, number, answer, prompt, params, oldest)
 
-    def look(self, i: int, number: int, answer: Completion, prompt: list[int], params: SamplingParams, oldest: int) -> None:
+    def look(
+        self, i: int, number: int, answer: Completion, prompt: list[int], params: SamplingParams, oldest: int
+    ) -> None:
         """Notes what is wrong with an answer."""
-        problem = problem_of(answer, prompt, params, number=number, world=self.world, versions=(oldest, self.fleet.version))
+        problem = problem_of(
+            answer, prompt, params, number=number, world=self.world, versions=(oldest, self.fleet.version)
+        )
         if not problem and self.fleet.on_update == "abort" and len(set(answer.versions or ())) > 1:
             problem = f"versions {answer.versions}, though answers begin anew"
         if problem:
@@ -124,7 +138,9 @@ class Run:
         rng, fleet = random.Random(f"{self.seed} disturb"), self.fleet
         for i in range(rng.randint(0, 4)):
             await asyncio.sleep(rng.uniform(0, 10))
-            staying = [member.name for member in fleet.members if member.state != "gone" and not member.is_leaving]
+            staying = [
+                member.name for member in fleet.members if member.state != "gone" and not member.is_leaving
+            ]
             if rng.random() < 0.5:
                 await fleet.add(EngineSpec(f"added-{i}", "unused", timeout_s=10.0, start_timeout_s=60.0))
             elif len(staying) > 1:
@@ -161,7 +177,11 @@ def done(seed: int, most_faults: int, *, may_fail: bool = False) -> Run:
 
 def wrong_with(made: Run) -> str:
     """What was; nothing: ""."""
-    found = [*made.problems, *made.world.breaches, *(note for note in made.notes if "task of the fleet failed" in note)]
+    found = [
+        *made.problems,
+        *made.world.breaches,
+        *(note for note in made.notes if "task of the fleet failed" in note),
+    ]
     return "; ".join(found if made.may_fail else [*found, *made.failed])
 
 
@@ -176,8 +196,12 @@ def all_runs(seeds: Sequence[int], most_faults: int, *, may_fail: bool = False) 
             continue
         runs.append(made)
         if problem := wrong_with(made):
-            wrong[seed] = f"{problem} ({made.fleet.on_update}, {dict(made.world.faults.happened)}, {made.notes})"
-    assert not wrong, "\n".join(f"VERL_SIMULATOR_SEED={seed}: {problem}" for seed, problem in list(wrong.items())[:5])
+            wrong[seed] = (
+                f"{problem} ({made.fleet.on_update}, {dict(made.world.faults.happened)}, {made.notes})"
+            )
+    assert not wrong, "\n".join(
+        f"VERL_SIMULATOR_SEED={seed}: {problem}" for seed, problem in list(wrong.items())[:5]
+    )
     return runs
 
 
@@ -191,13 +215,22 @@ def test_whatever_happens_every_answer_is_whole_and_right():
         happened.update(made.world.faults.happened)
         metrics.update(made.fleet.take_metrics())
     # Else the seeds show less than they seem to.
-    assert {kind for kind in PLACES if not any(fault.startswith(f"{kind} at ") for fault in happened)} == set()
+    assert {
+        kind for kind in PLACES if not any(fault.startswith(f"{kind} at ") for fault in happened)
+    } == set()
     assert {
         place
         for place in {place for places in PLACES.values() for place in places}
         if not any(fault.endswith(f" at {place}") for fault in happened)
     } == set()
-    names = ("moved_answers", "kept_tokens", "thrown_tokens", "recomputed_tokens", "repaired_updates", "failures")
+    names = (
+        "moved_answers",
+        "kept_tokens",
+        "thrown_tokens",
+        "recomputed_tokens",
+        "repaired_updates",
+        "failures",
+    )
     assert [name for name in names if not metrics[f"engines/{name}"]] == []
     assert sum(made.cancelled for made in runs) > 0 and sum(len(made.answered) for made in runs) > 10_000
 
@@ -207,7 +240,9 @@ def test_where_too_much_happens_answers_are_right_or_say_why_there_are_none():
     for made in runs:
         states = {member.state for member in made.fleet.members}
         for told in made.failed:
-            assert "failed on 9 engines in turn" in told or ("no engine serves version" in told and states == {"gone"}), told
+            assert "failed on 9 engines in turn" in told or (
+                "no engine serves version" in told and states == {"gone"}
+            ), told
     assert len(CHOSEN) < 50 or any(made.failed for made in runs)
 
 
@@ -218,7 +253,11 @@ def test_a_seed_says_all_that_happens():
 
 
 def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
-    world, prompt, params = World(Faults.none(), Pace(end_in=10**9)), [20, 30], SamplingParams(max_tokens=6, seed=3)
+    world, prompt, params = (
+        World(Faults.none(), Pace(end_in=10**9)),
+        [20, 30],
+        SamplingParams(max_tokens=6, seed=3),
+    )
 
     async def main() -> Completion:
         fleet = Fleet(world.engine, CODEC, vocabulary=VOCABULARY, context=400)
@@ -232,8 +271,20 @@ def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
     answer = run(main())
     ids, logprobs = list(answer.token_ids), list(answer.logprobs or ())
 
-    def problem(order: Sequence[int], versions: Sequence[int] = (4,) * 6, reason: FinishReason = "length", number: int = 0) -> str:
-        changed = Completion([ids[i] for i in order], [logprobs[i] for i in order], reason, versions[0], None, versions[: len(order)])
+    def problem(
+        order: Sequence[int],
+        versions: Sequence[int] = (4,) * 6,
+        reason: FinishReason = "length",
+        number: int = 0,
+    ) -> str:
+        changed = Completion(
+            [ids[i] for i in order],
+            [logprobs[i] for i in order],
+            reason,
+            versions[0],
+            None,
+            versions[: len(order)],
+        )
         return problem_of(changed, prompt, params, number=number, world=world, versions=(3, 4))
 
     assert problem(range(6)) == ""
@@ -243,5 +294,9 @@ def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
         and "token 3 is" in problem([0, 1, 2, 4, 3, 5])
     )
     assert "no end yet" in problem(range(5)) and "ended by stop" in problem(range(6), reason="stop")
-    assert "not what version 3 samples" in problem(range(6), [3] * 6) and "allowed are (3, 4)" in problem(range(6), [5] * 6)
-    assert "versions [4, 3" in problem(range(6), [4, 3, 4, 4, 4, 4]) and "token 0 is" in problem(range(6), number=1)
+    assert "not what version 3 samples" in problem(range(6), [3] * 6) and "allowed are (3, 4)" in problem(
+        range(6), [5] * 6
+    )
+    assert "versions [4, 3" in problem(range(6), [4, 3, 4, 4, 4, 4]) and "token 0 is" in problem(
+        range(6), number=1
+    )

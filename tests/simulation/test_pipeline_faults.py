@@ -1,4 +1,6 @@
-"""Ten thousand seeded runs in which everything happens that may: no wedge, no group lost or doubled, no token too old, a true ledger."""
+"""Ten thousand seeded runs in which everything happens that may: no wedge, no group lost or doubled, no token
+too old, a true ledger.
+"""
 
 from __future__ import annotations
 

@@ -27,10 +27,21 @@ def modules():
 
 @pytest.fixture
 def equal(modules):
-    """A run with answers of equal length, on engines whose step takes 1 ms for each answer: a batch of 8 answers for each takes 8 s."""
+    """A run with answers of equal length, on engines whose step takes 1 ms for each answer: a batch of 8
+    answers for each takes 8 s.
+    """
     pace = modules["modelled_engines"].Pace(0.0, 1e-3, 0.0, 0.0, SLOTS, LOAD_S, SWITCH_S)
-    lengths = modules["modelled_engines"].Lengths(mean=LENGTH, sigma=0.0, longest=LENGTH, prompt=PROMPT, block=100)
-    sizes = {"prompts_per_step": PROMPTS, "samples": SAMPLES, "train_s": 5.0, "write_s": WRITE_S, "steps": 12, "warmup": 4}
+    lengths = modules["modelled_engines"].Lengths(
+        mean=LENGTH, sigma=0.0, longest=LENGTH, prompt=PROMPT, block=100
+    )
+    sizes = {
+        "prompts_per_step": PROMPTS,
+        "samples": SAMPLES,
+        "train_s": 5.0,
+        "write_s": WRITE_S,
+        "steps": 12,
+        "warmup": 4,
+    }
     return modules["cluster"].Plan(NUM_ENGINES, None, pace=pace, lengths=lengths, **sizes)
 
 
@@ -43,16 +54,23 @@ def varied(modules):
 
 
 def figures(modules, plan, **config):
-    return modules["cluster"].Cluster(replace(plan, config=PipelineConfig(**config)) if config else plan).figures()
+    return (
+        modules["cluster"]
+        .Cluster(replace(plan, config=PipelineConfig(**config)) if config else plan)
+        .figures()
+    )
 
 
 def test_in_turn_a_step_takes_generation_and_training_one_after_the_other(modules, equal):
     pace = replace(equal.pace, base_s=5e-3, token_s=1e-6, prefill_s=2e-3)
     steps = figures(modules, replace(equal, pace=pace)).step_s
-    # An engine has 2 prompts with 4 answers each; a step reads what is in the cache, to which each answer adds a token.
+    # An engine has 2 prompts with 4 answers each; a step reads what is in the cache, to which each answer
+    # adds a token.
     prefill_s = 2 * PROMPT * 2e-3
     decoding_s = (5e-3 + 8 * 1e-3 + 8 * PROMPT * 1e-6) * LENGTH + 8 * 1e-6 * LENGTH**2 / 2
-    assert steps[1:] == pytest.approx([prefill_s + decoding_s + SWITCH_S + 5.0 + WRITE_S + SWITCH_S + LOAD_S] * 11)
+    assert steps[1:] == pytest.approx(
+        [prefill_s + decoding_s + SWITCH_S + 5.0 + WRITE_S + SWITCH_S + LOAD_S] * 11
+    )
 
 
 @pytest.mark.parametrize("part", [4, 16])
@@ -63,9 +81,12 @@ def test_one_step_off_a_step_takes_the_longer_of_generation_and_training(modules
 
 
 def test_what_is_learned_from_as_it_comes_is_learned_earlier(modules, equal):
-    # As many answers as there are slots, in four waves: three quarters of the training are over when the last ones are there.
+    # As many answers as there are slots, in four waves: three quarters of the training are over when the last
+    # ones are there.
     plan = replace(equal, generation=10, pace=replace(equal.pace, slots=4))
-    whole, streamed = (figures(modules, plan, batches=batches).step_s[-1] for batches in ("arrival", "streamed"))
+    whole, streamed = (
+        figures(modules, plan, batches=batches).step_s[-1] for batches in ("arrival", "streamed")
+    )
     assert whole - streamed == pytest.approx(0.75 * 10.0)
 
 
@@ -76,7 +97,10 @@ def test_no_more_groups_are_in_work_than_batches_within_the_bound_hold(modules, 
 
         def draw(self, count):
             counts = self.ledger.counts()
-            self.most = max(self.most, counts.trained + counts.answering + counts.waiting + count - self.pipeline.version * PROMPTS)
+            self.most = max(
+                self.most,
+                counts.trained + counts.answering + counts.waiting + count - self.pipeline.version * PROMPTS,
+            )
             return super().draw(count)
 
     run = Watched(replace(varied, config=PipelineConfig(max_staleness=bound, oversample=more)))
@@ -111,9 +135,14 @@ def test_a_measured_run_is_predicted_by_its_parts(modules):
     prediction = modules["async_prediction"]
     phases = {"wait_training": 0.5, "sync_write": 0.03, "sync_load": 0.02}
     burst = {"wall_s": [9.0, 9.0, 0.8, 0.8]}
-    measured = {"bursts": {"ahead 0": [burst] * 2}, "reports": {"ahead 0": {"steps": [{"phases": phases}] * 8}}}
+    measured = {
+        "bursts": {"ahead 0": [burst] * 2},
+        "reports": {"ahead 0": {"steps": [{"phases": phases}] * 8}},
+    }
     steps = prediction.steps_of("ahead 0", measured)
     seconds = prediction.Seconds.of(steps)
-    assert vars(seconds) == pytest.approx({"generation_s": 0.5, "training_s": 0.25, "write_s": 0.03, "load_s": 0.02})
+    assert vars(seconds) == pytest.approx(
+        {"generation_s": 0.5, "training_s": 0.25, "write_s": 0.03, "load_s": 0.02}
+    )
     assert prediction.step_s(seconds, 0) == pytest.approx(0.8)
     assert prediction.step_s(seconds, 1) == pytest.approx(0.52, rel=1e-3)

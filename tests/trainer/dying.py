@@ -1,4 +1,6 @@
-"""An engine of a user whose rank 2 dies in its third switch to the generation layout, for tests, as long as a file is there."""
+"""An engine of a user whose rank 2 dies in its third switch to the generation layout, for tests, as long as a
+file is there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class DyingEngine(FSDPEngine):
 
 
 def engine(source: str, kind: Any, role: Any, parallel: ParallelConfig, **given: Any) -> ForwardEngine:
-    made = sharded_engine(source, kind, role, parallel.model_copy(update={"engine": Choice(name="fsdp")}), **given)
+    made = sharded_engine(
+        source, kind, role, parallel.model_copy(update={"engine": Choice(name="fsdp")}), **given
+    )
     made.__class__ = DyingEngine
     made.when = Path(parallel.engine.options["when"])
     return made

@@ -18,7 +18,18 @@ from verl.trainer.checkpoint_store import only_run_in
 from verl.trainer.rl_trainer import Trainer
 
 # What a run learned, but not how long it took.
-LEARNED = ("step", "reward", "loss", "kl", "kl_coef", "entropy", "grad_norm", "lr", "critic/loss", "explained_variance")
+LEARNED = (
+    "step",
+    "reward",
+    "loss",
+    "kl",
+    "kl_coef",
+    "entropy",
+    "grad_norm",
+    "lr",
+    "critic/loss",
+    "explained_variance",
+)
 
 
 def fitted(recipe, model, folder, *overrides, **given):
@@ -30,7 +41,11 @@ def fitted(recipe, model, folder, *overrides, **given):
 
 def learned(folder):
     """The metrics of a run's steps, without evaluations."""
-    return [{name: line[name] for name in LEARNED if name in line} for line in logged(folder / "run") if "reward" in line]
+    return [
+        {name: line[name] for name in LEARNED if name in line}
+        for line in logged(folder / "run")
+        if "reward" in line
+    ]
 
 
 def checkpoints(folder):
@@ -51,11 +66,20 @@ def assert_same_end(one, other, step):
 
 
 def test_a_run_leaves_its_settings_metrics_samples_checkpoints_and_model(letters, tmp_path):
-    trainer = fitted("grpo", letters, tmp_path, "tracking.samples_every_steps=2", "tracking.num_samples=3", "checkpoint.every_steps=2")
+    trainer = fitted(
+        "grpo",
+        letters,
+        tmp_path,
+        "tracking.samples_every_steps=2",
+        "tracking.num_samples=3",
+        "checkpoint.every_steps=2",
+    )
     run = tmp_path / "run"
     assert load_config(run / "config.yaml") == trainer.config
     assert [line["step"] for line in logged(run)] == [1, 2, 3]
-    assert {"reward", "loss", "seconds", "tokens_per_s", "limit_share", "time/generate_s"} <= logged(run)[0].keys()
+    assert {"reward", "loss", "seconds", "tokens_per_s", "limit_share", "time/generate_s"} <= logged(run)[
+        0
+    ].keys()
     assert [path.name for path in (run / "samples").iterdir()] == ["step-000002.jsonl"]
     assert len((run / "samples" / "step-000002.jsonl").read_text().splitlines()) == 3
     assert checkpoints(tmp_path) == ["step-00000002", "step-00000003"]
@@ -88,9 +112,13 @@ def test_a_run_evaluates_at_the_start_at_the_interval_and_at_the_end(letters, tm
 
 def test_evaluations_are_lines_for_people(letters, tmp_path):
     console = Console(file=io.StringIO(), width=80)
-    config = toy_config("grpo", letters, tmp_path, "evaluation.every_steps=2", "steps=2", "tracking.sinks=[console]")
+    config = toy_config(
+        "grpo", letters, tmp_path, "evaluation.every_steps=2", "steps=2", "tracking.sinks=[console]"
+    )
     Trainer(config, console=console).fit()
-    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("evaluation after step")]
+    lines = [
+        line for line in console.file.getvalue().splitlines() if line.startswith("evaluation after step")
+    ]
     assert [line.split(":")[0] for line in lines] == ["evaluation after step 0", "evaluation after step 2"]
     assert "accuracy" in lines[1] and "reward" in lines[1]
 
@@ -121,7 +149,8 @@ def test_evaluation_does_not_change_what_is_learned(letters, tmp_path):
         ("grpo", ["algorithm.kl.coef={start: 0.1, end: 0.0, steps: 5}", "policy.optimizer.warmup_steps=4"]),
         ("ppo", ["algorithm.kl.coef={initial: 0.1, target: 0.01, horizon: 50}", "algorithm.epochs=2"]),
         ("dapo", ["policy.precision=fp16"]),
-        # A draw in each step, a second language model that learns, greedy answers between the sampled ones, versions of tokens.
+        # A draw in each step, a second language model that learns, greedy answers between the sampled ones,
+        # versions of tokens.
         ("clip_cov", ["algorithm.policy_loss={share: 0.2, cov_low: -10.0, cov_high: 10.0}"]),
         ("prime", []),
         ("remax", ["policy.optimizer.schedule=constant"]),
@@ -152,7 +181,13 @@ class StopsOnce:
 
 
 def test_a_run_that_was_stopped_between_checkpoints_goes_on_from_the_last_one(letters, tmp_path):
-    settings = ["steps=6", "checkpoint.every_steps=2", "rewards.functions=[]", "rewards.max_failed_share=0.0", "pipeline.retries.reward=0"]
+    settings = [
+        "steps=6",
+        "checkpoint.every_steps=2",
+        "rewards.functions=[]",
+        "rewards.max_failed_share=0.0",
+        "pipeline.retries.reward=0",
+    ]
     fitted("grpo", letters, tmp_path / "one", *settings, reward_fn=StopsOnce(0))
     with pytest.raises(RuntimeError, match="power cut"):
         fitted("grpo", letters, tmp_path / "two", *settings, reward_fn=StopsOnce(5 * 16))
@@ -181,7 +216,10 @@ def test_a_run_that_is_over_is_left_as_it_is(letters, tmp_path):
 
 def test_a_run_does_not_go_on_with_other_settings_and_says_which(letters, tmp_path):
     fitted("grpo", letters, tmp_path, "steps=1")
-    with pytest.raises(ValueError, match=r"other settings \(policy.optimizer.lr was 0.001, is 0.002; algorithm.kl.coef was 0.04, is 0.1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"other settings \(policy.optimizer.lr was 0.001, is 0.002; algorithm.kl.coef was 0.04, is 0.1\)",
+    ):
         fitted("grpo", letters, tmp_path, "policy.optimizer.lr=0.002", "algorithm.kl.coef=0.1")
     assert [line["step"] for line in logged(tmp_path / "run")] == [1]
 
@@ -189,7 +227,9 @@ def test_a_run_does_not_go_on_with_other_settings_and_says_which(letters, tmp_pa
 def test_a_run_goes_on_with_other_settings_from_a_checkpoint_that_is_named(letters, tmp_path):
     fitted("grpo", letters, tmp_path, "steps=2", "checkpoint.every_steps=1")
     first = tmp_path / "run" / "checkpoints" / "step-00000001"
-    trainer = toy_trainer("grpo", letters, tmp_path, "steps=4", "policy.optimizer.lr=0.002", f"checkpoint.resume={first}")
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path, "steps=4", "policy.optimizer.lr=0.002", f"checkpoint.resume={first}"
+    )
     assert len(trainer.fit()) == 3
     assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -218,7 +258,10 @@ def test_so_many_checkpoints_are_kept(letters, tmp_path):
         ("data.train=missing.jsonl", "missing.jsonl"),
         ("data.train=null", "need data.train"),
         ("rewards.functions=[exakt]", "need a reward function by name"),
-        ("sampling.max_tokens=2000", "within the policy's context of 1024 tokens, got prompts of up to 4 and sampling.max_tokens 2000"),
+        (
+            "sampling.max_tokens=2000",
+            "within the policy's context of 1024 tokens, got prompts of up to 4 and sampling.max_tokens 2000",
+        ),
         ("checkpoint.resume=nowhere", "nowhere is not a checkpoint"),
         ("tracking.sinks=[jsonll]", "did you mean 'jsonl'"),
     ],

@@ -1,4 +1,6 @@
-"""The pipeline in real runs: the same losses as the plain loop, bounded staleness, restarts, and servers that work beside training."""
+"""The pipeline in real runs: the same losses as the plain loop, bounded staleness, restarts, and servers that
+work beside training.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ SERVED = ("rollout.engine=served", "rollout.servers=1")
 def plain_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
     """Steps of a loop in the user's hands, without a pipeline."""
     config, take = trainer.config, trainer.loader.take
-    return [trainer.update_policy(trainer.collect_data(take(config.prompts_per_step), refill=take)) for _ in range(steps)]
+    return [
+        trainer.update_policy(trainer.collect_data(take(config.prompts_per_step), refill=take))
+        for _ in range(steps)
+    ]
 
 
 def followed(history: list[dict[str, float]]) -> list[dict[str, str]]:
@@ -31,7 +36,12 @@ def test_dynamic_sampling_gives_up_after_as_many_rounds_as_the_plain_loop(letter
     runs = []
     for name in ("plain", "piped"):
         given = {"reward_fn": lambda prompt, response: float(prompt == "aac=") * len(response)}
-        settings = ("rewards.functions=[]", "algorithm.max_resamples=2", "algorithm.overlong_buffer_tokens=0", "data.shuffle=false")
+        settings = (
+            "rewards.functions=[]",
+            "algorithm.max_resamples=2",
+            "algorithm.overlong_buffer_tokens=0",
+            "data.shuffle=false",
+        )
         trainer = toy_trainer("dapo", letters, tmp_path / name, *settings, **given)
         runs.append(plain_steps(trainer, 1) if name == "plain" else [trainer.step()])
         assert {t.prompt.content for t in trainer.last} == {"aac="}
@@ -46,7 +56,9 @@ def test_without_staleness_the_losses_are_those_of_the_plain_loop_to_the_last_bi
     assert piped.collection.pipeline.ledger.counts().answering == 0
 
 
-def stepped(letters: Any, folder: Any, *overrides: str, steps: int = 6) -> tuple[Trainer, list[dict[str, float]]]:
+def stepped(
+    letters: Any, folder: Any, *overrides: str, steps: int = 6
+) -> tuple[Trainer, list[dict[str, float]]]:
     trainer = toy_trainer("grpo", letters, folder, *overrides)
     return trainer, [trainer.step() for _ in range(steps)]
 
@@ -71,7 +83,9 @@ def fitted(letters: Any, folder: Any, *overrides: str) -> Trainer:
     return trainer
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_its_ledger_adds_up(letters, tmp_path):
+def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_its_ledger_adds_up(
+    letters, tmp_path
+):
     settings = ("pipeline.max_staleness=2", "checkpoint.every_steps=1")
     whole = fitted(letters, tmp_path / "whole", *settings, "steps=6")
     fitted(letters, tmp_path / "cut", *settings, "steps=3")
@@ -89,10 +103,16 @@ def test_a_group_without_a_reward_gives_way_to_another_prompt(letters, tmp_path)
             raise ValueError("no judgement")
         return len(set(response))
 
-    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "data.shuffle=false", reward_fn=picky)
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path, "rewards.functions=[]", "data.shuffle=false", reward_fn=picky
+    )
     metrics = trainer.step()
     assert len(trainer.last) == 16 and "aac=" not in {t.prompt.content for t in trainer.last}
-    assert (metrics["pipeline/dropped_too_few"], metrics["pipeline/retried_reward"], metrics["outcome/reward_error"]) == (1, 1, 4)
+    assert (
+        metrics["pipeline/dropped_too_few"],
+        metrics["pipeline/retried_reward"],
+        metrics["outcome/reward_error"],
+    ) == (1, 1, 4)
 
 
 def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_path):
@@ -106,12 +126,16 @@ def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_
                 raise KeyboardInterrupt
             return len(set(response))
 
-    trainer = toy_trainer("grpo", letters, tmp_path, "rewards.functions=[]", "pipeline.max_staleness=1", reward_fn=Once())
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path, "rewards.functions=[]", "pipeline.max_staleness=1", reward_fn=Once()
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.step()
     metrics = [trainer.step() for _ in range(3)]
     counts = trainer.collection.pipeline.ledger.counts()
-    assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1]["staleness/max"] == 1
+    assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1][
+        "staleness/max"
+    ] == 1
 
 
 def test_an_update_that_fails_leaves_its_groups_to_the_next_step(letters, tmp_path):
@@ -166,18 +190,29 @@ def test_a_reward_that_failed_is_asked_for_again_and_no_other(letters, tmp_path)
 
 def test_what_needs_all_rows_of_a_step_is_refused_before_it_starts(letters, tmp_path):
     config = toy_config("gspo", letters, tmp_path, *SERVED, "pipeline.batches=streamed")
-    with pytest.raises(ValueError, match=r"pipeline.batches=streamed, but algorithm.epochs=1 and algorithm.minibatches=2 make several"):
+    with pytest.raises(
+        ValueError,
+        match=r"pipeline.batches=streamed, but algorithm.epochs=1 and algorithm.minibatches=2 make several",
+    ):
         Trainer(config, console=Console(file=io.StringIO()))
 
 
 @pytest.mark.servers
 @pytest.mark.parametrize("batches", ["arrival", "streamed", "deterministic"])
 def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches, letters, tmp_path):
-    settings = (*SERVED, "steps=6", "pipeline.max_staleness=1", f"pipeline.batches={batches}", "checkpoint.every_steps=3")
+    settings = (
+        *SERVED,
+        "steps=6",
+        "pipeline.max_staleness=1",
+        f"pipeline.batches={batches}",
+        "checkpoint.every_steps=3",
+    )
     trainer = Trainer(toy_config("grpo", letters, tmp_path, *settings), console=Console(file=io.StringIO()))
     try:
         history = trainer.fit()
-        assert all(metrics["staleness/max"] <= 1 for metrics in history) and any(metrics["staleness/mean"] > 0 for metrics in history)
+        assert all(metrics["staleness/max"] <= 1 for metrics in history) and any(
+            metrics["staleness/mean"] > 0 for metrics in history
+        )
         assert all(metrics["kl_sampler"] < 0.5 and len(trainer.last) == 16 for metrics in history)
         if batches == "deterministic":
             assert [metrics["staleness/mean"] for metrics in history] == [0, 1, 1, 1, 1, 1]
@@ -188,13 +223,18 @@ def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches,
 
 
 @pytest.mark.servers
-def test_on_servers_two_deterministic_runs_learn_from_the_same_prompts_of_the_same_versions(letters, tmp_path):
+def test_on_servers_two_deterministic_runs_learn_from_the_same_prompts_of_the_same_versions(
+    letters, tmp_path
+):
     runs = []
     for name in ("one", "two"):
         settings = (*SERVED, "steps=4", "pipeline.max_staleness=2", "pipeline.batches=deterministic")
         trainer = toy_trainer("grpo", letters, tmp_path / name, *settings)
         try:
-            steps = [(trainer.step(), [(t.prompt.index, t.group, t.versions[0]) for t in trainer.last]) for _ in range(4)]
+            steps = [
+                (trainer.step(), [(t.prompt.index, t.group, t.versions[0]) for t in trainer.last])
+                for _ in range(4)
+            ]
         finally:
             trainer.close()
         runs.append(steps)
@@ -208,12 +248,19 @@ def test_a_streamed_step_is_the_whole_step(letters, tmp_path):
     whole = ("algorithm.epochs=1", "algorithm.minibatches=1", "algorithm.advantage.whiten=false")
     ends = []
     for batches in ("arrival", "streamed"):
-        trainer = toy_trainer("ppo", letters, tmp_path / batches, *SERVED, f"pipeline.batches={batches}", *whole)
+        trainer = toy_trainer(
+            "ppo", letters, tmp_path / batches, *SERVED, f"pipeline.batches={batches}", *whole
+        )
         try:
             history = [trainer.step() for _ in range(3)]
         finally:
             trainer.close()
-        ends.append({name: [metrics[name] for metrics in history] for name in ("reward", "loss", "critic/loss", "grad_norm", "entropy")})
+        ends.append(
+            {
+                name: [metrics[name] for metrics in history]
+                for name in ("reward", "loss", "critic/loss", "grad_norm", "entropy")
+            }
+        )
     for name, values in ends[0].items():
         assert ends[1][name] == pytest.approx(values, rel=2e-3, abs=1e-4), name
 

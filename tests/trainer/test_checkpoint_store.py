@@ -12,7 +12,9 @@ from verl.trainer.checkpoint_store import CheckpointStore, load_state, only_run_
 
 
 def writes(text="weights", *, broken="never"):
-    """Begins to write a text; `broken` says when the disk is full: at once, or only when the rest is waited for."""
+    """Begins to write a text; `broken` says when the disk is full: at once, or only when the rest is waited
+    for.
+    """
 
     def save(folder):
         (folder / "part").write_text(text)
@@ -40,7 +42,9 @@ def steps(root):
 
 def test_what_was_saved_is_read_back(tmp_path):
     state = {"version": 3, "nested": {"texts": ["a"]}, "tensor": torch.arange(3)}
-    folder = saved(CheckpointStore(tmp_path, keep=2), 3, {"policy": writes("p"), "critic": writes("c")}, state)
+    folder = saved(
+        CheckpointStore(tmp_path, keep=2), 3, {"policy": writes("p"), "critic": writes("c")}, state
+    )
     assert folder == CheckpointStore(tmp_path, keep=2).newest() == tmp_path / "step-00000003"
     assert (folder / "critic" / "part").read_text() == (folder / "critic" / "rest").read_text() == "c"
     loaded = load_state(folder)
@@ -76,7 +80,9 @@ def test_half_written_checkpoints_are_not_taken_for_whole_ones(tmp_path):
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_can_be_repeated(broken, tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     whole = saved(store, 1, {"policy": writes()}, {})
-    with pytest.raises(RuntimeError, match="MiB of its disk are free now: no space left on device; make room"):
+    with pytest.raises(
+        RuntimeError, match="MiB of its disk are free now: no space left on device; make room"
+    ):
         saved(store, 2, {"policy": writes("half", broken=broken)}, {})
     assert store.newest() == whole
     saved(store, 2, {"policy": writes("again")}, {})
@@ -113,7 +119,10 @@ def test_a_run_that_starts_anew_replaces_the_later_steps_of_the_old_one(tmp_path
 
 def test_a_folder_takes_one_run_at_a_time_and_is_free_after_it(tmp_path):
     with only_run_in(tmp_path / "run"):
-        with pytest.raises(RuntimeError, match=f"but process {os.getpid()} writes its run there"), only_run_in(tmp_path / "run"):
+        with (
+            pytest.raises(RuntimeError, match=f"but process {os.getpid()} writes its run there"),
+            only_run_in(tmp_path / "run"),
+        ):
             pass
         with only_run_in(tmp_path / "other"):
             pass

@@ -15,11 +15,16 @@ from verl.utils.sampling_types import Prompt
 def answer(reward, accuracy=None, *, tokens=1, truncated=False):
     scores = {} if accuracy is None else {"accuracy": accuracy}
     known = {"reward": reward, "scores": scores, "outcome": "reward_error" if reward is None else "ok"}
-    return Trajectory(Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, **known)
+    return Trajectory(
+        Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, **known
+    )
 
 
 def test_mean_and_pass_at_k_are_taken_over_answers_and_over_prompts():
-    groups = [[answer(1.0, 1.0), answer(0.0, 0.0)], [answer(0.5, 0.0, tokens=3), answer(0.5, 0.0, truncated=True)]]
+    groups = [
+        [answer(1.0, 1.0), answer(0.0, 0.0)],
+        [answer(0.5, 0.0, tokens=3), answer(0.5, 0.0, truncated=True)],
+    ]
     assert summarize(groups) == {
         "eval/reward": 0.5,
         "eval/accuracy": 0.25,
@@ -42,14 +47,28 @@ def test_rewards_without_accuracy_have_no_accuracy():
 
 
 def test_a_run_without_rewards_has_no_reward_and_no_failures_to_show(letters, tmp_path):
-    trainer = toy_trainer("distillation", letters, tmp_path, "rewards.functions=[]", "evaluation.every_steps=1", "evaluation.prompts=2")
+    trainer = toy_trainer(
+        "distillation",
+        letters,
+        tmp_path,
+        "rewards.functions=[]",
+        "evaluation.every_steps=1",
+        "evaluation.prompts=2",
+    )
     assert trainer.evaluate().keys() == {"eval/response_tokens", "eval/truncated_share", "eval/failed_share"}
     assert trainer.evaluate()["eval/failed_share"] == 0
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_the_same_weights_are_measured_the_same_at_any_time(samples, letters, tmp_path):
-    trainer = toy_trainer("grpo", letters, tmp_path, "evaluation.every_steps=1", f"evaluation.samples={samples}", "evaluation.prompts=4")
+    trainer = toy_trainer(
+        "grpo",
+        letters,
+        tmp_path,
+        "evaluation.every_steps=1",
+        f"evaluation.samples={samples}",
+        "evaluation.prompts=4",
+    )
     first = trainer.evaluate()
     trainer.collect_data(trainer.loader.take(4))
     assert trainer.evaluate() == first

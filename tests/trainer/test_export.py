@@ -1,4 +1,6 @@
-"""A checkpoint as a model for everyone: the same weights as the run's own, additions merged, tokenizer beside."""
+"""A checkpoint as a model for everyone: the same weights as the run's own, additions merged, tokenizer
+beside.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,16 @@ from verl.cli.main import main
 from verl.trainer.export import export_checkpoint
 
 
-@pytest.mark.parametrize("overrides", [[], ["policy.lora.rank=4", "policy.optimizer.lr=0.01"]], ids=["weights", "low rank"])
+@pytest.mark.parametrize(
+    "overrides", [[], ["policy.lora.rank=4", "policy.optimizer.lr=0.01"]], ids=["weights", "low rank"]
+)
 def test_the_policy_of_the_last_checkpoint_is_the_model_of_the_run(overrides, letters, tmp_path):
     toy_trainer("grpo", letters, tmp_path, "steps=2", *overrides).fit()
     assert main(["export", str(tmp_path / "run/checkpoints/step-00000002"), str(tmp_path / "exported")]) == 0
-    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "run/model", tmp_path / "exported", letters)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (tmp_path / "run/model", tmp_path / "exported", letters)
+    ]
     ids = torch.tensor([[4, 5, 6, 12]])
     own, exported, start = (model(ids).logits for model in models)
     torch.testing.assert_close(exported, own, rtol=1e-6, atol=1e-6)
@@ -29,7 +36,9 @@ def test_a_reward_model_learns_its_head_and_is_exported_with_it(overrides, lette
     reward_trainer(letters, tmp_path, "steps=2", *overrides).fit()
     export_checkpoint(tmp_path / "run/checkpoints/step-00000002", tmp_path / "exported")
     folders = (tmp_path / "run/model", tmp_path / "exported")
-    own, exported = (AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1) for folder in folders)
+    own, exported = (
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1) for folder in folders
+    )
     assert own.score.weight.any()
     ids = torch.tensor([[4, 5, 6, 12]])
     torch.testing.assert_close(exported(ids).logits, own(ids).logits, rtol=1e-6, atol=1e-6)

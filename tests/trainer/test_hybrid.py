@@ -37,7 +37,9 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
 
 @pytest.mark.ray
 def test_four_shards_that_generate_in_pairs_learn_what_one_process_does(alone, letters, tmp_path):
-    trainer = toy_trainer("grpo", letters, tmp_path, *RUN, *SPREAD, "placement={name: colocated, devices: [4]}")
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path, *RUN, *SPREAD, "placement={name: colocated, devices: [4]}"
+    )
     try:
         assert_same(trainer.fit(), alone)
     finally:
@@ -49,7 +51,9 @@ def test_four_shards_that_generate_in_pairs_learn_what_one_process_does(alone, l
 @pytest.mark.ray
 def test_two_stages_of_two_tensor_ranks_on_megatron_learn_it_too_and_go_on_from_their_checkpoint(tmp_path):
     pytest.importorskip("megatron.core")
-    placement = "placement={name: colocated, devices: [4], policy: {tensor: 2, pipeline: 2, engine: megatron}}"
+    placement = (
+        "placement={name: colocated, devices: [4], policy: {tensor: 2, pipeline: 2, engine: megatron}}"
+    )
     lines = []
     for steps in (2, 4):
         trainer = toy_trainer("grpo", deep(tmp_path), tmp_path, *RUN, *SPREAD, placement, f"steps={steps}")
@@ -70,7 +74,9 @@ def deep(folder: Path) -> Path:
 
 
 @pytest.mark.ray
-def test_a_rank_that_dies_in_the_middle_of_a_switch_is_named_and_the_run_goes_on_from_its_checkpoint(alone, letters, tmp_path):
+def test_a_rank_that_dies_in_the_middle_of_a_switch_is_named_and_the_run_goes_on_from_its_checkpoint(
+    alone, letters, tmp_path
+):
     when = tmp_path / "when"
     when.touch()
     policy = f"policy: {{engine: {{name: 'tests.trainer.dying:engine', when: {when}}}}}"
@@ -106,13 +112,25 @@ def test_the_yaml_of_the_founding_documents_needs_one_device_only(letters, tmp_p
 
 
 def test_engines_that_are_not_there_and_sizes_that_one_does_not_have_are_refused(letters, tmp_path):
-    with pytest.raises(ValueError, match="need placement=colocated, split or standalone for strategy_mapping.training=megatron"):
+    with pytest.raises(
+        ValueError,
+        match="need placement=colocated, split or standalone for strategy_mapping.training=megatron",
+    ):
         Trainer(
-            toy_config("grpo", letters, tmp_path, "hybrid_engine.actor_repartition={enabled: true, strategy_mapping: {training: megatron}}")
+            toy_config(
+                "grpo",
+                letters,
+                tmp_path,
+                "hybrid_engine.actor_repartition={enabled: true, strategy_mapping: {training: megatron}}",
+            )
         )
-    with pytest.raises(ValueError, match="need an engine of fsdp, megatron, or package.module:function, got 'nothing'"):
+    with pytest.raises(
+        ValueError, match="need an engine of fsdp, megatron, or package.module:function, got 'nothing'"
+    ):
         engine_maker("nothing")
     for settings in ({"pipeline": 2}, {"engine": {"name": "fsdp", "speed": 3}}):
         with pytest.raises(ValueError, match="need pipeline=1 and no options for the engine fsdp"):
             parallel = ParallelConfig(**settings)
-            sharded_engine(str(letters), "policy", RoleConfig(), parallel, device=torch.device("cpu"), total_updates=None)
+            sharded_engine(
+                str(letters), "policy", RoleConfig(), parallel, device=torch.device("cpu"), total_updates=None
+            )

@@ -1,4 +1,6 @@
-"""Training on preferences: the loss of the pairs of a step whatever the split, references where they are read, whole runs."""
+"""Training on preferences: the loss of the pairs of a step whatever the split, references where they are
+read, whole runs.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,28 @@ def write_pairs(path: Path, count: int = 24) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         prompts = ["abcdefgh"[i % 8] + "abcdefgh"[(i // 8 + 1 + i) % 8] for i in range(count)]
-        path.write_text("".join(json.dumps({"prompt": f"{p}=", "chosen": p, "rejected": p[0] * 2}) + "\n" for p in prompts))
+        path.write_text(
+            "".join(
+                json.dumps({"prompt": f"{p}=", "chosen": p, "rejected": p[0] * 2}) + "\n" for p in prompts
+            )
+        )
     return path
 
 
 def preference(model: Path, folder: Path, *overrides: str) -> PreferenceTrainer:
     """A small run on `write_pairs`."""
     data = write_pairs(folder / "pairs.jsonl")
-    paths = [f"policy.path={model}", f"output_dir={folder / 'run'}", "device=cpu", "tracking.sinks=[jsonl]", f"data.train={data}"]
+    paths = [
+        f"policy.path={model}",
+        f"output_dir={folder / 'run'}",
+        "device=cpu",
+        "tracking.sinks=[jsonl]",
+        f"data.train={data}",
+    ]
     toy = ["pairs_per_step=6", "steps=3", "policy.optimizer.lr=3e-3", "policy.optimizer.max_grad_norm=1e9"]
-    return PreferenceTrainer(load_run(PreferenceConfig, None, [*paths, *toy, *overrides]), console=Console(file=io.StringIO()))
+    return PreferenceTrainer(
+        load_run(PreferenceConfig, None, [*paths, *toy, *overrides]), console=Console(file=io.StringIO())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +70,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sums_by_hand(model, trainer):
-    """Summed logprobs of all answers, [P] chosen and [P] rejected, by Transformers' own forward pass on one row at a time."""
+    """Summed logprobs of all answers, [P] chosen and [P] rejected, by Transformers' own forward pass on one
+    row at a time.
+    """
 
     def total(prompt, answer):
         ids, target = trainer.codec.encode_prompt(prompt), trainer.codec.encode_answer(answer)
@@ -66,11 +82,16 @@ def sums_by_hand(model, trainer):
     return [torch.stack([total(pair, pair.answer[side]) for pair in PAIRS]) for side in (0, 1)]
 
 
-@pytest.mark.parametrize("split", ["policy.packing=true", "policy.packing=false", "policy.micro_batch_rows=3"])
+@pytest.mark.parametrize(
+    "split", ["policy.packing=true", "policy.packing=false", "policy.micro_batch_rows=3"]
+)
 def test_the_loss_of_a_step_is_dpos_mean_over_its_pairs(split, letters, other, tmp_path):
     trainer = preference(letters, tmp_path, split, f"reference={other}", "loss={name: dpo, beta: 0.5}")
     own, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (letters, other))
-    (chosen, rejected), (ref_chosen, ref_rejected) = sums_by_hand(own, trainer), sums_by_hand(reference, trainer)
+    (chosen, rejected), (ref_chosen, ref_rejected) = (
+        sums_by_hand(own, trainer),
+        sums_by_hand(reference, trainer),
+    )
     margin = 0.5 * ((chosen - ref_chosen) - (rejected - ref_rejected))
     loss = torch.log1p(torch.exp(-margin)).mean()
     loss.backward()
@@ -79,7 +100,9 @@ def test_the_loss_of_a_step_is_dpos_mean_over_its_pairs(split, letters, other, t
     assert metrics["margin"] == pytest.approx(margin.mean().item(), rel=1e-4)
     assert metrics["chosen_reward"] == pytest.approx(0.5 * (chosen - ref_chosen).mean().item(), rel=1e-4)
     assert metrics["accuracy"] == pytest.approx((margin > 0).float().mean().item())
-    assert metrics["chosen_logprobs"] == pytest.approx(chosen.sum().item() / 19, rel=1e-5)  # 14 letters and 5 ends
+    assert metrics["chosen_logprobs"] == pytest.approx(
+        chosen.sum().item() / 19, rel=1e-5
+    )  # 14 letters and 5 ends
     assert metrics["rejected_logprobs"] == pytest.approx(rejected.sum().item() / 20, rel=1e-5)
     assert metrics["tokens"] == 2 * 17 + 39 and metrics["response_tokens"] == 3.9
     assert 0 < metrics["entropy"] <= math.log(16)
@@ -102,10 +125,18 @@ def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(loss, lett
 def test_a_pair_is_never_split_and_every_pair_is_in_one_micro_batch(letters, tmp_path):
     trainer = preference(letters, tmp_path)
     rows = trainer.encode(PAIRS)
-    for role in ({"micro_batch_rows": 1}, {"micro_batch_rows": 5}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 30}):
+    for role in (
+        {"micro_batch_rows": 1},
+        {"micro_batch_rows": 5},
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 30},
+    ):
         plan = plan_pairs(rows, trainer.config.policy.model_copy(update=role))
         assert sorted(row for micro in plan for row in micro) == list(range(10))
-        assert all(micro[1::2] == [row + 1 for row in micro[::2]] and all(row % 2 == 0 for row in micro[::2]) for micro in plan)
+        assert all(
+            micro[1::2] == [row + 1 for row in micro[::2]] and all(row % 2 == 0 for row in micro[::2])
+            for micro in plan
+        )
         assert all(len(micro) <= max(2, role.get("micro_batch_rows", 10)) for micro in plan)
     assert rows["group_ids"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
@@ -116,14 +147,27 @@ def test_a_reference_is_there_if_and_only_if_the_loss_reads_it(letters, tmp_path
     # Still the policy of the start when that has moved on.
     before = weights(trainers["dpo"].reference)
     metrics = [trainers["dpo"].learn(PAIRS) for _ in range(2)]
-    assert torch.equal(before, weights(trainers["dpo"].reference)) and not torch.equal(before, weights(trainers["dpo"].policy_engine))
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), rel=1e-6) and metrics[0]["margin"] == 0 != metrics[1]["margin"]
+    assert torch.equal(before, weights(trainers["dpo"].reference)) and not torch.equal(
+        before, weights(trainers["dpo"].policy_engine)
+    )
+    assert (
+        metrics[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+        and metrics[0]["margin"] == 0 != metrics[1]["margin"]
+    )
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_the_loss_falls_and_the_margin_rises_on_held_out_pairs_too(loss, letters, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", 40)
-    trainer = preference(letters, tmp_path, f"loss={loss}", "steps=40", f"data.test={data}", "eval_every_steps=25", "pairs_per_step=16")
+    trainer = preference(
+        letters,
+        tmp_path,
+        f"loss={loss}",
+        "steps=40",
+        f"data.test={data}",
+        "eval_every_steps=25",
+        "pairs_per_step=16",
+    )
     history = trainer.fit()
     assert history[-1]["loss"] < 0.7 * history[0]["loss"] and history[-1]["margin"] > history[0]["margin"]
     evaluated = [line for line in logged(tmp_path / "run") if "eval/loss" in line]
@@ -150,13 +194,17 @@ def test_training_in_two_parts_is_the_same_as_in_one(letters, tmp_path):
     two = preference(letters, tmp_path / "two", "steps=4", "eval_every_steps=1")
     assert len(two.fit()) == 2
     assert torch.equal(weights(one.policy_engine), weights(two.policy_engine))
-    assert [line["loss"] for line in logged(tmp_path / "one" / "run")] == [line["loss"] for line in logged(tmp_path / "two" / "run")]
+    assert [line["loss"] for line in logged(tmp_path / "one" / "run")] == [
+        line["loss"] for line in logged(tmp_path / "two" / "run")
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_told_of_its_row(letters, tmp_path):
     trainer = preference(letters, tmp_path, "policy.max_bad_updates=1")
     with torch.no_grad():
-        trainer.policy_engine.model.transformer.get_input_embeddings().weight[trainer.codec.encode("f")[0]] = float("nan")
+        trainer.policy_engine.model.transformer.get_input_embeddings().weight[
+            trainer.codec.encode("f")[0]
+        ] = float("nan")
         trainer.policy_engine.model.transformer.config.tie_word_embeddings = False
     with pytest.raises(RuntimeError, match="the loss was not finite in 1 updates in a row"):
         trainer.learn(PAIRS)
@@ -182,7 +230,9 @@ def test_a_mistake_is_found_before_anything_is_written(override, message, letter
 
 
 def test_a_pair_beyond_the_context_is_refused(letters, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "ab=", "chosen": "a", "rejected": "b" * 1021}) + "\n")
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"prompt": "ab=", "chosen": "a", "rejected": "b" * 1021}) + "\n"
+    )
     with pytest.raises(ValueError, match="context of 1024 tokens, got 1025 in row 0 of long"):
         preference(letters, tmp_path, f"data.train={tmp_path / 'long.jsonl'}").fit()
 
@@ -199,5 +249,7 @@ def nothing_to_tell(chosen_logprobs, rejected_logprobs):
 
 
 def test_a_loss_of_a_user_must_say_which_answer_wins(letters, tmp_path):
-    with pytest.raises(ValueError, match="a monitor 'accuracy' of tests.trainer.test_preference:nothing_to_tell"):
+    with pytest.raises(
+        ValueError, match="a monitor 'accuracy' of tests.trainer.test_preference:nothing_to_tell"
+    ):
         preference(letters, tmp_path, "loss='tests.trainer.test_preference:nothing_to_tell'")

@@ -53,7 +53,15 @@ def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     before = weights(engine_of(trainer))
     metrics = trainer.step()
     assert trainer.version == trainer.rollout.version == 1
-    assert {"reward", "loss", "grad_norm", "entropy", "kl_sampler", "response_tokens", "failed_share"} <= metrics.keys()
+    assert {
+        "reward",
+        "loss",
+        "grad_norm",
+        "entropy",
+        "kl_sampler",
+        "response_tokens",
+        "failed_share",
+    } <= metrics.keys()
     assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
     assert metrics["skipped_updates"] == 0
     assert not torch.equal(weights(engine_of(trainer)), before)
@@ -63,14 +71,25 @@ def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
 
 def test_a_policy_comes_nearer_to_its_teacher_without_any_reward(letters, tmp_path):
     teacher = tmp_path / "teacher"
-    tiny_transformer(seed=3, vocab_size=AutoModelForCausalLM.from_pretrained(letters).config.vocab_size).save_pretrained(teacher)
-    trainer = toy_trainer("distillation", letters, tmp_path, f"teacher.path={teacher}", "rewards.functions=[]", "policy.optimizer.lr=3e-3")
+    tiny_transformer(
+        seed=3, vocab_size=AutoModelForCausalLM.from_pretrained(letters).config.vocab_size
+    ).save_pretrained(teacher)
+    trainer = toy_trainer(
+        "distillation",
+        letters,
+        tmp_path,
+        f"teacher.path={teacher}",
+        "rewards.functions=[]",
+        "policy.optimizer.lr=3e-3",
+    )
     history = [trainer.step() for _ in range(12)]
     assert trainer.rewards is None and "reward" not in history[0]
     assert history[-1]["kl_teacher"] < 0.7 * history[0]["kl_teacher"]
 
 
-def test_the_teachers_most_likely_tokens_are_kept_only_if_they_are_read_and_within_the_vocabulary(letters, tmp_path):
+def test_the_teachers_most_likely_tokens_are_kept_only_if_they_are_read_and_within_the_vocabulary(
+    letters, tmp_path
+):
     trainer = toy_trainer("distillation", letters, tmp_path)
     assert columns_of(trainer, trainer.collect_data(trainer.loader.take(2))) == {"teacher_logprobs"}
     top = "algorithm.policy_loss=forward_kl_topk"
@@ -80,13 +99,20 @@ def test_the_teachers_most_likely_tokens_are_kept_only_if_they_are_read_and_with
         "teacher_top_logprobs",
         "teacher_top_ids",
     }
-    with pytest.raises(ValueError, match=r"need teacher.top_k within the vocabulary of \d+ tokens, got 999; lower it"):
+    with pytest.raises(
+        ValueError, match=r"need teacher.top_k within the vocabulary of \d+ tokens, got 999; lower it"
+    ):
         toy_trainer("distillation", letters, tmp_path, top, "teacher.top_k=999")
 
 
 @pytest.mark.parametrize(
     "setting",
-    ["likelihood_coef=0.1", "length_penalty=kimi_length", "overlong_buffer_tokens=3", "dynamic_sampling=true"],
+    [
+        "likelihood_coef=0.1",
+        "length_penalty=kimi_length",
+        "overlong_buffer_tokens=3",
+        "dynamic_sampling=true",
+    ],
 )
 def test_what_acts_on_rewards_needs_a_reward_before_the_first_step(setting, letters, tmp_path):
     with pytest.raises(ValueError, match="need at least one reward function, got none"):
@@ -112,7 +138,13 @@ def by_text(text):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "role"), [("distillation", "teacher.path"), ("grpo", "reference"), ("prime", "critic.path"), ("ppo", "critic.path")]
+    ("recipe", "role"),
+    [
+        ("distillation", "teacher.path"),
+        ("grpo", "reference"),
+        ("prime", "critic.path"),
+        ("ppo", "critic.path"),
+    ],
 )
 def test_a_second_model_whose_family_cannot_be_run_by_rows_is_refused(recipe, role, letters, tmp_path):
     size = AutoModelForCausalLM.from_pretrained(letters).config.vocab_size
@@ -125,15 +157,21 @@ def test_a_critic_from_the_policys_own_model_does_not_share_its_weights(letters,
     model = AutoModelForCausalLM.from_pretrained(letters)
     trainer = toy_trainer("prime", letters, tmp_path, actor_model=model, critic_model=model)
     assert engine_of(trainer).model.transformer is model
-    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in engine_of(trainer, "critic").model.parameters()}
+    assert not {p.data_ptr() for p in model.parameters()} & {
+        p.data_ptr() for p in engine_of(trainer, "critic").model.parameters()
+    }
 
 
 def test_a_made_up_advantage_is_one_function_and_one_row(letters, tmp_path, monkeypatch):
     monkeypatch.setitem(ADVANTAGES, "best_only", best_only)
     for name in ("best_only", f"{__name__}:best_only"):
-        trainer = toy_trainer("grpo", letters, tmp_path, f"algorithm.advantage={{name: '{name}', share: 0.5}}")
+        trainer = toy_trainer(
+            "grpo", letters, tmp_path, f"algorithm.advantage={{name: '{name}', share: 0.5}}"
+        )
         assert trainer.step()["grad_norm"] > 0
-    with pytest.raises(ValueError, match="best_only takes the options share.*got 'shar'; did you mean 'share'"):
+    with pytest.raises(
+        ValueError, match="best_only takes the options share.*got 'shar'; did you mean 'share'"
+    ):
         toy_trainer("grpo", letters, tmp_path, "algorithm.advantage={name: best_only, shar: 0.5}")
     with pytest.raises(ValueError, match="got 'best_onyl'; did you mean 'best_only'"):
         toy_trainer("grpo", letters, tmp_path, "algorithm.advantage=best_onyl")
@@ -171,11 +209,15 @@ def test_a_step_makes_epochs_times_minibatches_updates(recipe, updates, letters,
     trainer = toy_trainer(recipe, letters, tmp_path, "algorithm.epochs=2")
     trainer.step()
     for role in trainer.saves:
-        assert {float(state["step"]) for state in engine_of(trainer, role)._optimizer.state.values()} == {float(updates)}
+        assert {float(state["step"]) for state in engine_of(trainer, role)._optimizer.state.values()} == {
+            float(updates)
+        }
 
 
 def test_two_trainers_of_one_seed_take_the_same_way_and_of_another_seed_not(letters, tmp_path):
-    runs = [toy_trainer("grpo", letters, tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1))]
+    runs = [
+        toy_trainer("grpo", letters, tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1))
+    ]
     rewards = [[trainer.step()["reward"] for _ in range(3)] for trainer in runs]
     assert rewards[0] == rewards[1] != rewards[2]
     assert torch.equal(weights(engine_of(runs[0])), weights(engine_of(runs[1])))
@@ -190,7 +232,9 @@ def test_a_policy_that_cannot_move_has_no_kl_and_one_that_moves_has_some(letters
 
 def test_kl_in_the_loss_pulls_the_policy_back(letters, tmp_path):
     def final_kl(coef):
-        trainer = toy_trainer("grpo", letters, tmp_path / str(coef), "policy.optimizer.lr=0.01", f"algorithm.kl.coef={coef}")
+        trainer = toy_trainer(
+            "grpo", letters, tmp_path / str(coef), "policy.optimizer.lr=0.01", f"algorithm.kl.coef={coef}"
+        )
         return [trainer.step()["kl"] for _ in range(6)][-1]
 
     assert final_kl(10) < final_kl(0) / 3
@@ -205,7 +249,9 @@ def test_kl_in_the_reward_is_taken_from_what_the_critic_learns(letters, tmp_path
     metrics = trainer.update_policy(data)
     kl = (data.rows["old_logprobs"] - data.rows["ref_logprobs"]).sum(1)
     assert kl.abs().min() > 1e-3
-    torch.testing.assert_close(data.rows["returns"][:, 0], data.rows["rewards"] - 2 * kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        data.rows["returns"][:, 0], data.rows["rewards"] - 2 * kl, rtol=1e-4, atol=1e-4
+    )
     assert metrics["kl"] == pytest.approx(float(kl.sum() / data.rows["mask"].sum()), rel=1e-4)
 
 
@@ -215,7 +261,9 @@ def test_the_kl_coefficient_follows_its_schedule(letters, tmp_path):
 
 
 def test_the_adaptive_kl_coefficient_falls_below_its_target_and_rises_above(letters, tmp_path):
-    trainer = toy_trainer("grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}")
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}"
+    )
     assert trainer.step()["kl_coef"] == 0.5
     assert trainer.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
     high = next_kl_coef(trainer.config, trainer.kl_coef, {"kl": 0.11}, version=1, num_trajectories=16)
@@ -247,7 +295,9 @@ def test_a_policy_learns_to_earn(recipe, letters, tmp_path):
 def test_the_loop_may_be_the_users(letters, tmp_path):
     config = make_trainer_config("ppo", rollouts_per_device=8, max_tokens=6, device="cpu")
     actor, critic = (AutoModelForCausalLM.from_pretrained(letters) for _ in range(2))
-    trainer = Trainer(config, actor_model=actor, critic_model=critic, reward_fn=lambda prompt, response: len(response))
+    trainer = Trainer(
+        config, actor_model=actor, critic_model=critic, reward_fn=lambda prompt, response: len(response)
+    )
     data = trainer.collect_data(QUESTIONS)
     assert [t.reward for t in data.trajectories] == [len(t.text) for t in data.trajectories]
     metrics = trainer.update_policy(data)
@@ -281,7 +331,10 @@ def test_a_worker_that_answers_in_text_trains_the_policy(worker, letters, tmp_pa
 
 
 def test_a_worker_that_answers_in_text_cannot_bypass_the_trainers_logprobs(letters, tmp_path):
-    with pytest.raises(ValueError, match="gives no logprobs, but .* reads rollout_logprobs; set algorithm.correction=recompute"):
+    with pytest.raises(
+        ValueError,
+        match="gives no logprobs, but .* reads rollout_logprobs; set algorithm.correction=recompute",
+    ):
         toy_trainer("ppo", letters, tmp_path, rollout=Echo())
 
 
@@ -300,7 +353,12 @@ def test_records_of_text_train_through_the_buffer(letters):
     assert metrics["reward"] == pytest.approx(0.5)
     assert all(map(math.isfinite, metrics.values()))
     assert not torch.equal(weights(engine_of(trainer.trainer)), before)
-    assert trainer.update([{"prompt": [{"role": "user", "content": "abc"}], "response": "abc", "reward": 1}])["reward"] == 1
+    assert (
+        trainer.update([{"prompt": [{"role": "user", "content": "abc"}], "response": "abc", "reward": 1}])[
+            "reward"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,7 +366,10 @@ def test_records_of_text_train_through_the_buffer(letters):
     [
         ([], "need at least one record"),
         ([{"prompt": "abc=", "reward": 1.0}], "record 0 has no response"),
-        ([{"prompt": "abc=", "response": "a", "reward": math.nan}], "need a finite reward in each record, got nan in record 0"),
+        (
+            [{"prompt": "abc=", "response": "a", "reward": math.nan}],
+            "need a finite reward in each record, got nan in record 0",
+        ),
     ],
 )
 def test_records_that_cannot_be_learned_from_are_refused(records, message, letters):
@@ -318,13 +379,20 @@ def test_records_that_cannot_be_learned_from_are_refused(records, message, lette
 
 def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tmp_path):
     trainer = PPOTrainer(model_name=str(letters), kl_coef=0, seed=3, overrides=["algorithm.minibatches=2"])
-    assert (trainer.trainer.team.reference, trainer.trainer.config.seed, trainer.trainer.config.algorithm.minibatches) == (None, 3, 2)
+    assert (
+        trainer.trainer.team.reference,
+        trainer.trainer.config.seed,
+        trainer.trainer.config.algorithm.minibatches,
+    ) == (None, 3, 2)
     trainer.save_model(tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
 
 
 def test_an_engine_that_is_not_known_is_refused_at_the_start(letters, tmp_path):
-    with pytest.raises(ValueError, match="need rollout.engine as one of embedded, vllm, sglang, served, http, or .* got 'vlm'"):
+    with pytest.raises(
+        ValueError,
+        match="need rollout.engine as one of embedded, vllm, sglang, served, http, or .* got 'vlm'",
+    ):
         toy_trainer("grpo", letters, tmp_path, "rollout.engine=vlm")
     with pytest.raises(ValueError, match="cannot load rollout.engine no.module:Engine"):
         toy_trainer("grpo", letters, tmp_path, "rollout={engine: 'no.module:Engine', servers: 1}")
@@ -332,14 +400,18 @@ def test_an_engine_that_is_not_known_is_refused_at_the_start(letters, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is in this environment")
 def test_an_engine_that_is_not_installed_is_refused_at_the_start(letters, tmp_path):
-    with pytest.raises(ValueError, match="need vllm in this environment, or rollout.servers and rollout.python of another"):
+    with pytest.raises(
+        ValueError, match="need vllm in this environment, or rollout.servers and rollout.python of another"
+    ):
         toy_trainer("grpo", letters, tmp_path, use_vllm=True)
 
 
 def test_models_may_be_given_as_folders(letters, tmp_path):
     given = {"actor_model": str(letters), "critic_model": str(letters)}
     overrides = ("policy.path=null", "rewards.functions=[]")
-    trainer = toy_trainer("ppo", letters, tmp_path, *overrides, reward_fn=lambda prompt, response: len(response), **given)
+    trainer = toy_trainer(
+        "ppo", letters, tmp_path, *overrides, reward_fn=lambda prompt, response: len(response), **given
+    )
     data = trainer.collect_data(["abc=", "bca="] * 4)
     assert torch.isfinite(torch.tensor(trainer.update_policy(data)["loss"]))
 
@@ -353,7 +425,12 @@ def test_pairs_meet_in_one_update_also_where_answers_failed(letters, tmp_path):
             raise ValueError("no judgement")
         return len(set(response))
 
-    overrides = ["rewards.functions=[]", "algorithm.minibatches=2", "pipeline.retries.reward=0", "data.shuffle=false"]
+    overrides = [
+        "rewards.functions=[]",
+        "algorithm.minibatches=2",
+        "pipeline.retries.reward=0",
+        "data.shuffle=false",
+    ]
     trainer = toy_trainer("online_dpo", letters, tmp_path, *overrides, reward_fn=some_fail)
     metrics = trainer.step()
     assert metrics["outcome/reward_error"] == 1 and len(trainer.last) == 15
@@ -369,5 +446,7 @@ def test_a_reward_that_needs_a_column_that_no_prompt_has_is_refused_before_the_f
     def by_level(prompt, response, level):
         return level
 
-    with pytest.raises(ValueError, match="reward function 'by_level': the data needs the columns level, it has answer"):
+    with pytest.raises(
+        ValueError, match="reward function 'by_level': the data needs the columns level, it has answer"
+    ):
         toy_trainer("grpo", letters, tmp_path, reward_fn=by_level)

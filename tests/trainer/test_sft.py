@@ -42,7 +42,9 @@ def by_hand(model, trainer, examples):
     return loss.item(), torch.cat([p.grad.flatten() for p in own.parameters()])
 
 
-@pytest.mark.parametrize("split", ["policy.packing=true", "policy.packing=false", "policy.micro_batch_rows=1"])
+@pytest.mark.parametrize(
+    "split", ["policy.packing=true", "policy.packing=false", "policy.micro_batch_rows=1"]
+)
 def test_only_answers_and_their_end_are_learned_however_rows_are_split(split, letters, tmp_path):
     trainer = sft(letters, tmp_path, split)
     loss, expected = by_hand(letters, trainer, EXAMPLES)
@@ -68,7 +70,10 @@ def test_chats_are_learned_as_prompts_with_an_answer(letters, tmp_path):
     rows = [{"messages": chat}, {"prompt": chat[:1], "answer": "cab"}]
     for i, row in enumerate(rows):
         (tmp_path / f"{i}.jsonl").write_text(json.dumps(row) + "\n")
-    runs = [sft(letters, tmp_path / str(i), f"data.train={tmp_path / str(i)}.jsonl", "rows_per_step=1") for i in range(2)]
+    runs = [
+        sft(letters, tmp_path / str(i), f"data.train={tmp_path / str(i)}.jsonl", "rows_per_step=1")
+        for i in range(2)
+    ]
     losses = [[metrics["loss"] for metrics in trainer.fit()] for trainer in runs]
     assert losses[0] == losses[1]
 

@@ -22,7 +22,13 @@ CPU = torch.device("cpu")
 
 
 def draws() -> list[float]:
-    return [random.gauss(0, 1), random.random(), float(np.random.randn()), float(np.random.rand()), float(torch.rand(()))]
+    return [
+        random.gauss(0, 1),
+        random.random(),
+        float(np.random.randn()),
+        float(np.random.rand()),
+        float(torch.rand(())),
+    ]
 
 
 def test_auto_takes_what_is_there_and_cpu_is_taken_as_said():
@@ -41,7 +47,9 @@ def test_an_unknown_device_is_an_error():
         pick_device("tpu")
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_matrix_products_run_in_the_precision_and_weights_keep_theirs(precision, dtype):
     layer = torch.nn.Linear(4, 4)
     with autocast(CPU, precision):

@@ -21,7 +21,9 @@ def child():
     """A process that has said who it is and waits, and what it said."""
     code = "from verl.utils.process_id import this_process as t; p = t(); print(p.host, p.pid, p.started, flush=True); input()"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, env=environment
+    ) as process:
         host, pid, started = process.stdout.readline().split()
         yield process, ProcessId(host, int(pid), int(started))
         process.kill()

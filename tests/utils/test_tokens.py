@@ -21,7 +21,9 @@ def closing_tokenizer(template: str = "<bos> $A <eos>") -> PreTrainedTokenizerFa
     """The character tokenizer, but one that puts special tokens around texts."""
     tokenizer = character_tokenizer()
     specials = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=specials
+    )
     return tokenizer
 
 
@@ -55,7 +57,9 @@ def test_a_text_prompt_has_no_messages():
 
 
 def test_messages_need_a_chat_template():
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; use text prompts or an instruct model"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has no chat template; use text prompts or an instruct model"
+    ):
         TextCodec(merging_tokenizer()).encode_prompt(Prompt([USER]))
 
 

@@ -1,4 +1,6 @@
-"""Virtual time: programs that wait for hours end at once, in the same order in every run, and those that would wait forever say where."""
+"""Virtual time: programs that wait for hours end at once, in the same order in every run, and those that
+would wait forever say where.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_who_waits_for_what_never_comes_is_named_with_the_line():
         await asyncio.sleep(5)
         await task
 
-    with pytest.raises(RuntimeError, match=r"at 5 s nothing will ever happen again.*Task-\d+ in main.*the one in the corner in wait"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"at 5 s nothing will ever happen again.*Task-\d+ in main.*the one in the corner in wait",
+    ):
         run(main())
 
 

@@ -1,4 +1,6 @@
-"""Layouts with numbers in them: homes of every rank as arrays, a plan carried out on them, and what it should have cost."""
+"""Layouts with numbers in them: homes of every rank as arrays, a plan carried out on them, and what it should
+have cost.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,19 @@ def filled(layout: Layout, wholes: dict[str, np.ndarray]) -> list[dict[str, np.n
     return ranks
 
 
-def carried_out(plan: Plan, source: list[dict[str, np.ndarray]], target: Layout) -> list[dict[str, np.ndarray]]:
+def carried_out(
+    plan: Plan, source: list[dict[str, np.ndarray]], target: Layout
+) -> list[dict[str, np.ndarray]]:
     """Homes of every rank of the target after all copies; an element that is written twice is a fault."""
     ranks = [empty_homes(pieces) for pieces in target.ranks]
 
     def carry(copy: Copy) -> None:
-        values = source[copy.sender][copy.sender_home][(..., *slices_at_home(copy.bounds, copy.sender_offset))].reshape(sizes(copy.bounds))
-        view = ranks[copy.receiver][copy.receiver_home][(..., *slices_at_home(copy.bounds, copy.receiver_offset))]
+        values = source[copy.sender][copy.sender_home][
+            (..., *slices_at_home(copy.bounds, copy.sender_offset))
+        ].reshape(sizes(copy.bounds))
+        view = ranks[copy.receiver][copy.receiver_home][
+            (..., *slices_at_home(copy.bounds, copy.receiver_offset))
+        ]
         assert (view == -1).all()
         view[...] = values.reshape(view.shape)
 

@@ -37,7 +37,9 @@ for line in sys.stdin:
 @pytest.mark.gpu
 def test_another_process_reads_and_shares_the_bytes_of_a_part_of_a_tensor():
     whole = torch.arange(2**20, device="cuda", dtype=torch.int64).view(torch.uint8)
-    reader = subprocess.Popen([sys.executable, "-c", _READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", _READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         for part in (whole, whole[4096:8192]):
             expected = digest(part)
@@ -62,20 +64,28 @@ def test_a_gpu_that_is_not_there_is_named():
 def test_servers_on_the_gpu_of_the_policy_read_its_weights_there(tmp_path):
     policy = tiny_policy("llama", initializer_range=0.02)
     model = saved(policy, tmp_path / "model")
-    pool = pool_of(group_of(policy, device=torch.device("cuda")), model, tmp_path, 2, via="ipc", policy=policy)
+    pool = pool_of(
+        group_of(policy, device=torch.device("cuda")), model, tmp_path, 2, via="ipc", policy=policy
+    )
     try:
         for version in (1, 2):
             changed(policy, version)
             pool.publish(version)
             here = copy.deepcopy(policy).cpu()
-            for prompt, (c,) in zip(PROMPTS, pool.generate(PROMPTS, [SamplingParams(max_tokens=5)] * len(PROMPTS)), strict=True):
+            for prompt, (c,) in zip(
+                PROMPTS, pool.generate(PROMPTS, [SamplingParams(max_tokens=5)] * len(PROMPTS)), strict=True
+            ):
                 assert set(c.versions) == {version}
-                assert list(c.logprobs) == pytest.approx(own_logprobs(here, prompt, list(c.token_ids)), abs=1e-3)
+                assert list(c.logprobs) == pytest.approx(
+                    own_logprobs(here, prompt, list(c.token_ids)), abs=1e-3
+                )
     finally:
         pool.close()
 
 
 def test_a_policy_that_is_on_no_gpu_has_none_to_share():
     group = group_of(tiny_policy())
-    with pytest.raises(ValueError, match="need the policy on a GPU for rollout.weights_via=ipc, it is on cpu; take auto"):
+    with pytest.raises(
+        ValueError, match="need the policy on a GPU for rollout.weights_via=ipc, it is on cpu; take auto"
+    ):
         group.call(ActorWorker.share_weights, [], {}).result()

@@ -12,16 +12,24 @@ from verl.weight_sync.fingerprint import digest, fingerprint
 
 def by_hand(content: bytes, numel: int) -> int:
     """The sum over 8-byte words, in whole numbers of Python."""
-    words = [int.from_bytes(content[i : i + 8], "little", signed=True) for i in range(0, len(content) // 8 * 8, 8)]
+    words = [
+        int.from_bytes(content[i : i + 8], "little", signed=True) for i in range(0, len(content) // 8 * 8, 8)
+    ]
     mixed = [word ^ ((word >> 32) & 0xFFFFFFFF) for word in words]
     rest = int.from_bytes(content[len(words) * 8 :], "little")
-    total = sum(word * (1 + 2 * i * 1_099_511_627_689) for i, word in enumerate(mixed)) + (2 * rest + 1) * (2 * numel + 1)
+    total = sum(word * (1 + 2 * i * 1_099_511_627_689) for i, word in enumerate(mixed)) + (2 * rest + 1) * (
+        2 * numel + 1
+    )
     return total % 2**64
 
 
 @given(st.binary(max_size=200))
 def test_a_digest_is_the_weighted_sum_of_the_words(content):
-    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8)
+    tensor = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.zeros(0, dtype=torch.uint8)
+    )
     assert digest(tensor) == by_hand(content, len(content))
 
 
@@ -59,4 +67,6 @@ def test_blocks_are_one_sum():
 def test_a_fingerprint_is_of_names_and_digests_in_any_order():
     one = fingerprint({"a": 1, "b": 2})
     assert one == fingerprint({"b": 2, "a": 1}) and len(one) == 16
-    assert len({one, fingerprint({"a": 2, "b": 1}), fingerprint({"a": 1}), fingerprint({"a": 1, "c": 2})}) == 4
+    assert (
+        len({one, fingerprint({"a": 2, "b": 1}), fingerprint({"a": 1}), fingerprint({"a": 1, "c": 2})}) == 4
+    )

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.weight_sync.layout import Layout, Piece, difference, intersection, offset_of, sizes, slices_at_home, volume, whole
+from verl.weight_sync.layout import (
+    Layout,
+    Piece,
+    difference,
+    intersection,
+    offset_of,
+    sizes,
+    slices_at_home,
+    volume,
+    whole,
+)
 
 PAIR = st.tuples(st.integers(0, 5), st.integers(0, 5)).map(lambda pair: tuple(sorted(pair)))
 BOXES = st.integers(0, 3).flatmap(lambda ndim: st.tuples(*[st.tuples(*[PAIR] * ndim)] * 2))
@@ -30,7 +40,9 @@ def test_parts_meet_in_the_elements_that_both_have(boxes):
     if common is not None:
         assert (mask(common) == both).all()
         rest = [mask(part) for part in difference(one, common)]
-        assert (sum(part.astype(int) for part in rest) == (mask(one) & ~both)).all() if rest else common == one
+        assert (
+            (sum(part.astype(int) for part in rest) == (mask(one) & ~both)).all() if rest else common == one
+        )
 
 
 def test_a_scalar_is_a_part_of_one_element():
@@ -40,9 +52,25 @@ def test_a_scalar_is_a_part_of_one_element():
 @pytest.mark.parametrize(
     ("bounds", "offset", "part", "begin", "at_home"),
     [
-        pytest.param(((4, 8), (0, 3)), (10, 0), ((5, 7), (1, 3)), (11, 1), (slice(11, 13), slice(1, 3)), id="fused"),
-        pytest.param(((2, 3), (0, 4), (0, 3)), (4, 0), ((2, 3), (1, 4), (0, 3)), (5, 0), (slice(5, 8), slice(0, 3)), id="one expert"),
-        pytest.param(((0, 4), (0, 3)), (2, 4, 0), ((1, 4), (0, 3)), (2, 5, 0), (slice(2, 3), slice(5, 8), slice(0, 3)), id="stacked"),
+        pytest.param(
+            ((4, 8), (0, 3)), (10, 0), ((5, 7), (1, 3)), (11, 1), (slice(11, 13), slice(1, 3)), id="fused"
+        ),
+        pytest.param(
+            ((2, 3), (0, 4), (0, 3)),
+            (4, 0),
+            ((2, 3), (1, 4), (0, 3)),
+            (5, 0),
+            (slice(5, 8), slice(0, 3)),
+            id="one expert",
+        ),
+        pytest.param(
+            ((0, 4), (0, 3)),
+            (2, 4, 0),
+            ((1, 4), (0, 3)),
+            (2, 5, 0),
+            (slice(2, 3), slice(5, 8), slice(0, 3)),
+            id="stacked",
+        ),
         pytest.param(((3, 4), (2, 3)), (), ((3, 4), (2, 3)), (), (), id="all dropped"),
     ],
 )

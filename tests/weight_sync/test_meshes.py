@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from verl.weight_sync.meshes import GenerationPlace, Mesh, TrainingPlace, generation_place, groups, stage_layers
+from verl.weight_sync.meshes import (
+    GenerationPlace,
+    Mesh,
+    TrainingPlace,
+    generation_place,
+    groups,
+    stage_layers,
+)
 
 
 def test_ranks_of_training_are_numbered_tensor_first_then_shards_stages_and_replicas():
     mesh = Mesh(tensor=2, pipeline=3, replicas=2)
     assert mesh.num_ranks == 12
-    assert [(mesh.place(rank).replica, mesh.place(rank).stage, mesh.place(rank).tensor) for rank in (0, 1, 2, 5, 6, 11)] == [
+    assert [
+        (mesh.place(rank).replica, mesh.place(rank).stage, mesh.place(rank).tensor)
+        for rank in (0, 1, 2, 5, 6, 11)
+    ] == [
         (0, 0, 0),
         (0, 0, 1),
         (0, 1, 0),
@@ -36,9 +46,14 @@ def test_stages_that_one_rank_takes_over_are_next_to_each_other():
 
 
 def test_shards_play_the_part_of_tensor_ranks():
-    assert [generation_place(rank, Mesh(shards=8), tensor=2).tensor for rank in range(8)] == [rank // 4 for rank in range(8)]
-    assert [generation_place(rank, Mesh(shards=8), tensor=2).replica for rank in range(8)] == [rank % 4 for rank in range(8)]
-    # Shards lie within tensor ranks: of 2 x 2, tensor rank 0 has the first half of a column, in shards 0 and 1.
+    assert [generation_place(rank, Mesh(shards=8), tensor=2).tensor for rank in range(8)] == [
+        rank // 4 for rank in range(8)
+    ]
+    assert [generation_place(rank, Mesh(shards=8), tensor=2).replica for rank in range(8)] == [
+        rank % 4 for rank in range(8)
+    ]
+    # Shards lie within tensor ranks: of 2 x 2, tensor rank 0 has the first half of a column, in shards 0 and
+    # 1.
     assert groups(Mesh(tensor=2, shards=2), tensor=2) == [[0, 1], [2, 3]]
     assert groups(Mesh(tensor=2, shards=2), tensor=4) == [[0, 2, 1, 3]]
 
@@ -46,12 +61,22 @@ def test_shards_play_the_part_of_tensor_ranks():
 @pytest.mark.parametrize("grouping", ["zero-redundancy", "consecutive"])
 @pytest.mark.parametrize(
     ("mesh", "tensor", "pipeline"),
-    [(Mesh(tensor=4, pipeline=2, replicas=2), 2, 1), (Mesh(tensor=2, shards=2, sequence=2, replicas=2), 4, 1), (Mesh(pipeline=4), 1, 2)],
+    [
+        (Mesh(tensor=4, pipeline=2, replicas=2), 2, 1),
+        (Mesh(tensor=2, shards=2, sequence=2, replicas=2), 4, 1),
+        (Mesh(pipeline=4), 1, 2),
+    ],
 )
 def test_every_place_of_generation_is_taken_by_one_rank(mesh, tensor, pipeline, grouping):
-    places = [generation_place(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping) for rank in range(mesh.num_ranks)]
+    places = [
+        generation_place(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
+        for rank in range(mesh.num_ranks)
+    ]
     expected = {
-        GenerationPlace(r, s, t) for r in range(mesh.num_ranks // (tensor * pipeline)) for s in range(pipeline) for t in range(tensor)
+        GenerationPlace(r, s, t)
+        for r in range(mesh.num_ranks // (tensor * pipeline))
+        for s in range(pipeline)
+        for t in range(tensor)
     }
     assert len(places) == len(expected) and set(places) == expected
 
@@ -68,10 +93,19 @@ def test_layers_are_dealt_to_stages_in_order():
         (lambda: Mesh(tensor=0), "need sizes from 1, got Mesh.*tensor=0"),
         (lambda: Mesh(tensor=2, experts=4), "need experts that divide the ranks of a stage"),
         (lambda: Mesh(shards=4, experts=2), "no shards beside them"),
-        (lambda: generation_place(0, Mesh(tensor=4), tensor=3), "to divide those of training, got tensor=3 for 4 tensor ranks x 1 shards"),
-        (lambda: generation_place(0, Mesh(pipeline=2, replicas=2), tensor=1, pipeline=4), "pipeline=4 for 2 stages"),
+        (
+            lambda: generation_place(0, Mesh(tensor=4), tensor=3),
+            "to divide those of training, got tensor=3 for 4 tensor ranks x 1 shards",
+        ),
+        (
+            lambda: generation_place(0, Mesh(pipeline=2, replicas=2), tensor=1, pipeline=4),
+            "pipeline=4 for 2 stages",
+        ),
         (lambda: generation_place(0, Mesh(tensor=4), tensor=0), "need sizes from 1, got tensor=0"),
-        (lambda: generation_place(0, Mesh(tensor=6), tensor=4, grouping="consecutive"), r"to divide the 6 ranks, got 4 \* 1"),
+        (
+            lambda: generation_place(0, Mesh(tensor=6), tensor=4, grouping="consecutive"),
+            r"to divide the 6 ranks, got 4 \* 1",
+        ),
         (
             lambda: generation_place(0, Mesh(), tensor=1, grouping="vanilla"),
             "need a grouping of zero-redundancy, consecutive, got 'vanilla'",

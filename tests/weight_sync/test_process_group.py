@@ -31,8 +31,14 @@ def test_each_rank_receives_what_it_alone_was_sent():
 
     in_threads(join, 4)
     contents = [torch.zeros(size, dtype=torch.uint8) for size in (0, 3, 0, 5)]
-    sent = {1: torch.full((3,), 1, dtype=torch.uint8), 2: torch.empty(0, dtype=torch.uint8), 3: torch.full((5,), 3, dtype=torch.uint8)}
-    in_threads(lambda rank: receive(groups[rank], contents[rank], sender=0) if rank else send(groups[0], sent), 4)
+    sent = {
+        1: torch.full((3,), 1, dtype=torch.uint8),
+        2: torch.empty(0, dtype=torch.uint8),
+        3: torch.full((5,), 3, dtype=torch.uint8),
+    }
+    in_threads(
+        lambda rank: receive(groups[rank], contents[rank], sender=0) if rank else send(groups[0], sent), 4
+    )
     assert [content.tolist() for content in contents] == [[], [1] * 3, [], [3] * 5]
 
 

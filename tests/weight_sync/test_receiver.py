@@ -1,4 +1,6 @@
-"""An engine of two ranks, threads of this process with loaders as engines have them, that takes a policy in every way."""
+"""An engine of two ranks, threads of this process with loaders as engines have them, that takes a policy in
+every way.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ RANKS = 2
 
 
 def part_of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
-    """What a loader takes: rows, or columns where a sum is split; norms whole; embeddings padded to 64 rows per rank."""
+    """What a loader takes: rows, or columns where a sum is split; norms whole; embeddings padded to 64 rows
+    per rank.
+    """
     if "norm" in name:
         return tensor.clone()
     if "embed_tokens" in name:
@@ -73,9 +77,13 @@ class Threads(ServedEngine):
     def sample(self, prompt_ids: Any, params: Any, *, number: int) -> AsyncIterator[Chunk]:
         raise NotImplementedError
 
-    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
+    async def join_group(
+        self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
+    ) -> None:
         place = {"num_ranks": num_ranks, "backend": backend, "timeout_s": self.spec.timeout_s}
-        await self.on_ranks(lambda rank: self.arrivals[rank].join(address, port, rank=first_rank + rank, **place))
+        await self.on_ranks(
+            lambda rank: self.arrivals[rank].join(address, port, rank=first_rank + rank, **place)
+        )
 
     async def begin_update(self) -> None:
         for arrivals in self.arrivals:
@@ -113,7 +121,9 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     weights = PolicyWeights(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
     engine = Threads(EngineSpec("threads", "unused", via=via, timeout_s=20.0))
     notes: list[str] = []
-    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
+    member = Member(
+        engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+    )
     tensors = dict(policy.transformer.named_parameters())
     itemsize = vars(torch)[dtype].itemsize
     num_bytes = itemsize * sum(tensor.numel() for tensor in tensors.values())
@@ -129,9 +139,15 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
             for rank, own in enumerate(engine.weights):
                 assert own.keys() == tensors.keys()
                 for name, tensor in tensors.items():
-                    assert torch.equal(own[name], part_of_rank(name, tensor.detach().to(vars(torch)[dtype]), rank)), name
+                    assert torch.equal(
+                        own[name], part_of_rank(name, tensor.detach().to(vars(torch)[dtype]), rank)
+                    ), name
             is_whole = version in (1, 4)
-            assert member.taken_bytes == sum(engine.received_bytes) == (2 * num_bytes if is_whole else num_bytes + norms)
+            assert (
+                member.taken_bytes
+                == sum(engine.received_bytes)
+                == (2 * num_bytes if is_whole else num_bytes + norms)
+            )
             assert member.repaired == (version == 4) and member.version == version
 
     try:
@@ -153,7 +169,9 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
     policy = tiny_policy("llama")
     weights = PolicyWeights(group_of(policy), "float32", tmp_path)
     engine, notes = Picky(EngineSpec("picky", "unused", via="shm")), []
-    member = Member(engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
+    member = Member(
+        engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+    )
 
     async def follows() -> None:
         await member.open()
@@ -164,7 +182,9 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
         asyncio.run(follows())
     finally:
         weights.close()
-    assert member.version == 2 and member.repaired == 1 and engine.reads is None and "what is that?" in notes[0]
+    assert (
+        member.version == 2 and member.repaired == 1 and engine.reads is None and "what is that?" in notes[0]
+    )
     assert engine.received_bytes == [sum(tensor.nbytes for tensor in policy.transformer.parameters())] * RANKS
 
 
@@ -175,5 +195,7 @@ def test_whole_tensors_that_are_not_to_be_recorded_are_plain(tmp_path):
     for records in (False, True):
         part = Part((info,), "shm", {"path": str(path)})
         ((name, tensor),) = (one for batch in arrivals.batches(part, records=records) for one in batch)
-        assert name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records
+        assert (
+            name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records
+        )
     assert arrivals.reads == {"w": (((0, 2), (0, 3)),)}

@@ -1,4 +1,6 @@
-"""Plans: every element arrives, no byte travels that need not, senders share the work, and every rank knows the same plan."""
+"""Plans: every element arrives, no byte travels that need not, senders share the work, and every rank knows
+the same plan.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def assert_exact(source: Layout, target: Layout, **options) -> Plan:
     for rank in range(source.num_ranks):
         assert plan.received_bytes(rank) == 2 * lacking(source, target, rank, wholes)
         assert plan.received_bytes(rank) + plan.local_bytes(rank) == 2 * target.num_elements(rank)
-    assert sum(map(plan.sent_bytes, range(plan.num_ranks))) == sum(map(plan.received_bytes, range(plan.num_ranks)))
+    assert sum(map(plan.sent_bytes, range(plan.num_ranks))) == sum(
+        map(plan.received_bytes, range(plan.num_ranks))
+    )
     limit = options.get("bucket_bytes", 2**28)
     for bucket in plan.buckets:
         assert max(received_in(bucket).values()) <= max(limit, 2)
@@ -58,7 +62,9 @@ def received_in(bucket) -> Counter[int]:
 
 @st.composite
 def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete: bool) -> Layout:
-    """Any parts anywhere: overlapping between ranks, empty, fused into one home, or of a home with one more dimension."""
+    """Any parts anywhere: overlapping between ranks, empty, fused into one home, or of a home with one more
+    dimension.
+    """
     ranks: list[list[Piece]] = [[] for _ in range(num_ranks)]
     for rank in range(num_ranks):
         end = 0
@@ -72,7 +78,9 @@ def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete
                 end += 1
     if complete:
         for name, shape in shapes.items():
-            ranks[draw(st.integers(0, num_ranks - 1))].append(Piece(name, whole(shape), f"whole {name}", (0,) * len(shape)))
+            ranks[draw(st.integers(0, num_ranks - 1))].append(
+                Piece(name, whole(shape), f"whole {name}", (0,) * len(shape))
+            )
     return Layout(shapes, tuple(map(tuple, ranks)))
 
 
@@ -83,7 +91,11 @@ def cases(draw):
     num_ranks = draw(st.integers(1, 5))
     source = draw(scattered(shapes, num_ranks, complete=True))
     target = draw(scattered(shapes, num_ranks, complete=False))
-    return source, target, {"bucket_bytes": draw(st.integers(1, 40)), "ranks_per_node": draw(st.integers(1, 5))}
+    return (
+        source,
+        target,
+        {"bucket_bytes": draw(st.integers(1, 40)), "ranks_per_node": draw(st.integers(1, 5))},
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,7 +113,9 @@ def test_a_rank_that_lists_only_its_own_copies_has_those_of_the_whole_plan(case)
     for rank in range(source.num_ranks):
         own = make_plan(source, target, itemsize=2, rank=rank, **options)
         assert own.local == tuple(copy for copy in whole_plan.local if copy.receiver == rank)
-        mine = tuple(tuple(c for c in bucket if rank in (c.sender, c.receiver)) for bucket in whole_plan.buckets)
+        mine = tuple(
+            tuple(c for c in bucket if rank in (c.sender, c.receiver)) for bucket in whole_plan.buckets
+        )
         assert own.buckets == mine
         for count in ("sent_bytes", "received_bytes", "local_bytes", "num_messages"):
             assert getattr(own, count)(rank) == getattr(whole_plan, count)(rank)
@@ -119,7 +133,12 @@ def test_a_slice_that_grows_in_place_receives_only_the_rest():
         (3, 2, (6, 8), (2, 0)),
         (2, 3, (4, 6), (0, 0)),
     ]
-    assert [(c.receiver, c.receiver_offset) for c in plan.local] == [(0, (0, 0)), (1, (2, 0)), (2, (0, 0)), (3, (2, 0))]
+    assert [(c.receiver, c.receiver_offset) for c in plan.local] == [
+        (0, (0, 0)),
+        (1, (2, 0)),
+        (2, (0, 0)),
+        (3, (2, 0)),
+    ]
     assert [plan.num_messages(rank) for rank in range(4)] == [1, 1, 1, 1]
 
 
@@ -165,7 +184,11 @@ def test_a_tensor_that_is_larger_than_a_bucket_comes_in_several():
         [("v", (2,))],
     ]
     plan = assert_exact(only_on(0, shapes, 2), replicated(shapes, 2), bucket_bytes=4)
-    assert Counter(sizes(copy.bounds) for bucket in plan.buckets for copy in bucket) == {(1, 2): 6, (1, 1): 3, (2,): 1}
+    assert Counter(sizes(copy.bounds) for bucket in plan.buckets for copy in bucket) == {
+        (1, 2): 6,
+        (1, 1): 3,
+        (2,): 1,
+    }
 
 
 def test_layers_that_lie_alike_are_planned_once():
@@ -180,7 +203,9 @@ def test_layers_that_lie_alike_are_planned_once():
 
 def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
     source = only_on(0, {"w": (4,)}, 2)
-    twice = Layout(source.shapes, ((), (Piece("w", ((0, 4),), "embedding", (0,)), Piece("w", ((0, 4),), "head", (1,)))))
+    twice = Layout(
+        source.shapes, ((), (Piece("w", ((0, 4),), "embedding", (0,)), Piece("w", ((0, 4),), "head", (1,))))
+    )
     plan = make_plan(source, twice, itemsize=2)
     assert {copy.receiver_home for copy in plan.buckets[0]} == {"embedding", "head"}
 
@@ -189,7 +214,11 @@ def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
     ("source", "target", "message"),
     [
         (sharded((8,), 2), sharded((8,), 4), "need layouts of the same ranks, got 2 and 4"),
-        (replicated({"v": (8,)}, 2), sharded((8,), 2), r"need w with \(8,\) in the source, it has no such tensor"),
+        (
+            replicated({"v": (8,)}, 2),
+            sharded((8,), 2),
+            r"need w with \(8,\) in the source, it has no such tensor",
+        ),
         (replicated({"w": (4,)}, 2), sharded((8,), 2), r"need w with \(8,\) in the source, it has \(4,\)"),
         (
             Layout({"w": (8,)}, (sharded((8,), 2).ranks[0], ())),
@@ -206,7 +235,11 @@ def test_layouts_that_do_not_belong_together_are_refused(source, target, message
 
 def test_sizes_and_ranks_that_cannot_be_are_refused():
     layout = sharded((8,), 2)
-    for options in ({"itemsize": 0}, {"itemsize": 2, "bucket_bytes": 0}, {"itemsize": 2, "ranks_per_node": 0}):
+    for options in (
+        {"itemsize": 0},
+        {"itemsize": 2, "bucket_bytes": 0},
+        {"itemsize": 2, "ranks_per_node": 0},
+    ):
         with pytest.raises(ValueError, match="need sizes from 1"):
             make_plan(layout, layout, **options)
     with pytest.raises(ValueError, match="need a rank from 0 to 1, got 2"):

@@ -1,4 +1,6 @@
-"""Tensors that stand for whole ones: what an engine reads of them is noted, and a part passes for the whole where nothing else is read."""
+"""Tensors that stand for whole ones: what an engine reads of them is noted, and a part passes for the whole
+where nothing else is read.
+"""
 
 from __future__ import annotations
 
@@ -55,23 +57,34 @@ READS = {
 
 @pytest.mark.parametrize("operation, expected", READS.values(), ids=READS)
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(operation, expected, inference):
+def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
+    operation, expected, inference
+):
     reads: list = []
     with torch.inference_mode(inference):
         right = operation(WHOLE)
         assert torch.equal(operation(recorded("w", WHOLE, reads)), right) and reads == expected
         parts = [(bounds, WHOLE[slices_of(bounds)].clone()) for bounds in disjoint(reads)]
         passed = partial("w", WHOLE.shape, parts, like=WHOLE)
-        assert (passed.shape, passed.dtype, passed.device, passed.stride()) == (WHOLE.shape, WHOLE.dtype, WHOLE.device, WHOLE.stride())
+        assert (passed.shape, passed.dtype, passed.device, passed.stride()) == (
+            WHOLE.shape,
+            WHOLE.dtype,
+            WHOLE.device,
+            WHOLE.stride(),
+        )
         assert torch.equal(operation(passed), right)
 
 
 @pytest.mark.parametrize(
-    "operation", [lambda t: t.clone(), lambda t: t[1:3] + 1, lambda t: t[2:6], lambda t: torch.zeros(8, 12).copy_(t)], ids=range(4)
+    "operation",
+    [lambda t: t.clone(), lambda t: t[1:3] + 1, lambda t: t[2:6], lambda t: torch.zeros(8, 12).copy_(t)],
+    ids=range(4),
 )
 def test_reading_what_is_not_here_is_an_error_that_says_what(operation):
     part = partial("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
-    with pytest.raises(OutsideError, match=r"the engine reads \d:\d,0:12 of w, of which it was sent 2:5,0:12"):
+    with pytest.raises(
+        OutsideError, match=r"the engine reads \d:\d,0:12 of w, of which it was sent 2:5,0:12"
+    ):
         operation(part).add(1)
     with pytest.raises(OutsideError, match="was sent nothing"):
         operation(partial("w", (8, 12), [], like=WHOLE)).add(1)
@@ -105,4 +118,7 @@ def test_reads_that_overlap_become_one_that_holds_them():
 
 
 def test_a_part_has_a_key_of_its_own():
-    assert key_of("w", ALL, shape=(8, 12)) == "w" and key_of("w", ((2, 5), (0, 12)), shape=(8, 12)) == "w@2:5,0:12"
+    assert (
+        key_of("w", ALL, shape=(8, 12)) == "w"
+        and key_of("w", ((2, 5), (0, 12)), shape=(8, 12)) == "w@2:5,0:12"
+    )

@@ -1,4 +1,6 @@
-"""Which groups may be asked for, which make a batch, and which are aborted: the arithmetic of staleness, without waiting for anything."""
+"""Which groups may be asked for, which make a batch, and which are aborted: the arithmetic of staleness,
+without waiting for anything.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,15 @@ class Outstanding(Protocol):
 class Admission:
     """How far generation may be ahead.
 
-    At version v of the policy, with b batches taken of B groups each, at most (v + max_staleness + 1 - b) B + oversample groups are
-    outstanding, and none if that is for no batch: AReaL, https://arxiv.org/abs/2505.24298, equation 3. As each version is followed by one
-    batch, a group that was admitted
-    at version v is then needed for the batch of version v + max_staleness at the latest.
+    At version v of the policy, with b batches taken of B groups each, at most (v + max_staleness + 1 - b) B +
+    oversample groups are outstanding, and none if that is for no batch: AReaL,
+    https://arxiv.org/abs/2505.24298, equation 3. As each version is followed by one batch, a group that was
+    admitted at version v is then needed for the batch of version v + max_staleness at the latest.
 
     Attributes:
         prompts_per_step: B, groups of a batch.
-        max_staleness: steps between the version that learns from a token and the one that sampled it, at most.
+        max_staleness: steps between the version that learns from a token and the one that sampled it, at
+            most.
         oversample: groups beyond those that are needed; as many may be aborted in a step.
         in_order: batches are of the oldest groups, whichever are complete first.
     """
@@ -48,18 +51,30 @@ class Admission:
         return max(0, ahead * self.prompts_per_step + self.oversample - outstanding) if ahead > 0 else 0
 
     def chosen(self, groups: Sequence[Outstanding], version: int, *, left: int) -> list[int]:
-        """Numbers of complete groups for the batch of a version that still needs `left`, those that were complete first in front.
+        """Numbers of complete groups for the batch of a version that still needs `left`, those that were
+        complete first in front.
 
-        One is passed over if its place is needed by a group that is not complete: of those that may be trained on up to version v + k, no
-        more may be left than k batches hold (and `oversample`). So slow groups are waited for rather than thrown away.
+        One is passed over if its place is needed by a group that is not complete: of those that may be
+        trained on up to version v + k, no more may be left than k batches hold (and `oversample`). So slow
+        groups are waited for rather than thrown away.
         """
-        ready = sorted((group for group in groups if group.arrival is not None), key=lambda group: group.arrival or 0)
+        ready = sorted(
+            (group for group in groups if group.arrival is not None), key=lambda group: group.arrival or 0
+        )
         if self.in_order:
             first = min((group.number for group in groups if group.arrival is None), default=None)
             return sorted(group.number for group in ready if first is None or group.number < first)[:left]
-        last = {group.number: max(0, group.oldest + self.max_staleness - version) for group in groups}  # batch that it may be in, from now
+        last = {
+            group.number: max(0, group.oldest + self.max_staleness - version) for group in groups
+        }  # batch that it may be in, from now
         needed = [
-            min(left, max(0, sum(batch <= k for batch in last.values()) - k * self.prompts_per_step - self.oversample))
+            min(
+                left,
+                max(
+                    0,
+                    sum(batch <= k for batch in last.values()) - k * self.prompts_per_step - self.oversample,
+                ),
+            )
             for k in range(self.max_staleness + 1)
         ]
         taken: list[int] = []

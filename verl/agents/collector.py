@@ -1,4 +1,6 @@
-"""Prompts in, rewarded trajectories out: encode, generate, decode, reward, drop what failed, replace dead groups."""
+"""Prompts in, rewarded trajectories out: encode, generate, decode, reward, drop what failed, replace dead
+groups.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class DataCollector:
         clock: Clock | None = None,
     ) -> None:
         self.engine = engine
-        self.dispatched = 0  # prompts ever sent out; the seed of an answer hangs on it, so it belongs into a checkpoint
+        self.dispatched = (
+            0  # prompts ever sent out; the seed of an answer hangs on it, so it belongs into a checkpoint
+        )
         self._codec = codec
         self._rewards = rewards
         self._config = config
@@ -75,24 +79,35 @@ class DataCollector:
         self.clock = clock or Clock()
 
     def collect(
-        self, prompts: Sequence[PromptLike], *, samples: int, refill: Callable[[int], Sequence[PromptLike]] | None = None
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        samples: int,
+        refill: Callable[[int], Sequence[PromptLike]] | None = None,
     ) -> Collected:
         """Answers every prompt `samples` times and rewards the answers.
 
         Args:
             prompts: texts, chat messages or `Prompt`s.
             samples: answers per prompt.
-            refill: gives n more prompts; with it and `algorithm.dynamic_sampling`, groups without any spread of rewards
-                are replaced, at most `algorithm.max_resamples` times.
+            refill: gives n more prompts; with it and `algorithm.dynamic_sampling`, groups without any spread
+                of rewards are replaced, at most `algorithm.max_resamples` times.
 
         Raises:
             RuntimeError: no answer has a reward, or too many have none.
         """
         algorithm = self._config.algorithm
         everything = groups = self._groups(prompts, samples)
-        alive = [g for g in groups if not self.is_dead(g)] if algorithm.dynamic_sampling and refill else groups
+        alive = (
+            [g for g in groups if not self.is_dead(g)] if algorithm.dynamic_sampling and refill else groups
+        )
         draws = 0
-        while refill and len(alive) < len(prompts) and algorithm.dynamic_sampling and draws < algorithm.max_resamples:
+        while (
+            refill
+            and len(alive) < len(prompts)
+            and algorithm.dynamic_sampling
+            and draws < algorithm.max_resamples
+        ):
             draws += 1
             groups = self._groups(refill(len(prompts) - len(alive)), samples)
             everything = [*everything, *groups]
@@ -101,8 +116,11 @@ class DataCollector:
         collected.metrics["resample_draws"] = float(draws)
         return collected
 
-    def collected(self, groups: Sequence[Sequence[Trajectory]], everything: Sequence[Sequence[Trajectory]]) -> Collected:
-        """What a step learns from: the answers of `groups` that have a reward, with metrics over everything, by which groups are numbered.
+    def collected(
+        self, groups: Sequence[Sequence[Trajectory]], everything: Sequence[Sequence[Trajectory]]
+    ) -> Collected:
+        """What a step learns from: the answers of `groups` that have a reward, with metrics over everything,
+        by which groups are numbered.
 
         Raises:
             RuntimeError: no answer has a reward.
@@ -112,8 +130,12 @@ class DataCollector:
                 trajectory.group = number
         kept = [t for group in groups for t in group if t.outcome == "ok"]
         if not kept:
-            raise RuntimeError("no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples")
-        return Collected(kept, Batch.from_trajectories(kept), collection_metrics(everything, by_parts=self._by_parts))
+            raise RuntimeError(
+                "no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples"
+            )
+        return Collected(
+            kept, Batch.from_trajectories(kept), collection_metrics(everything, by_parts=self._by_parts)
+        )
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
         """One group of rewarded trajectories per prompt.
@@ -161,18 +183,26 @@ class DataCollector:
 
     def params(self, samples: int, *, number: int, draw: int = 0) -> SamplingParams:
         """How the prompt of a group is answered in its `draw`-th try: other tries have other random numbers."""
-        return replace(sampling_params(self._config, samples), seed=(self._config.seed << 32) + (draw << 26) + number)
+        return replace(
+            sampling_params(self._config, samples), seed=(self._config.seed << 32) + (draw << 26) + number
+        )
 
     def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
         """How the most likely answer to the same prompt is sampled, if it is read; else nothing."""
-        return [replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)] if self._greedy_baseline else []
+        return (
+            [replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)]
+            if self._greedy_baseline
+            else []
+        )
 
     def is_dead(self, group: Sequence[Trajectory]) -> bool:
         """Whether a group teaches nothing."""
         return is_dead(group, by_parts=self._by_parts)
 
     def finish(self, group: Sequence[Trajectory], baseline: Trajectory | None) -> None:
-        """Adds to the rewards of a group what lengths are worth, and notes the reward of the most likely answer, if it is read."""
+        """Adds to the rewards of a group what lengths are worth, and notes the reward of the most likely
+        answer, if it is read.
+        """
         # First: which answers are right is not yet hidden by the overlong penalty.
         self._compare_lengths(group)
         for trajectory in group:
@@ -187,7 +217,9 @@ class DataCollector:
         self.dispatched += len(asked)
         groups = self.answer(asked, params)
         greedy = [g for p in params for g in self.greedy_params(p)]
-        baselines = [baseline for (baseline,) in self.answer(asked, greedy)] if greedy else [None] * len(asked)
+        baselines = (
+            [baseline for (baseline,) in self.answer(asked, greedy)] if greedy else [None] * len(asked)
+        )
         for group, baseline in zip(groups, baselines, strict=True):
             self.finish(group, baseline)
         return groups
@@ -209,7 +241,10 @@ class DataCollector:
         for trajectory in group:
             trajectory.greedy_reward = baseline.reward
             if baseline.reward is None and trajectory.outcome == "ok":
-                trajectory.outcome, trajectory.detail = "no_baseline", f"the greedy answer has no reward: {baseline.detail}"
+                trajectory.outcome, trajectory.detail = (
+                    "no_baseline",
+                    f"the greedy answer has no reward: {baseline.detail}",
+                )
 
     def _shape_length(self, trajectory: Trajectory) -> None:
         algorithm = self._config.algorithm
@@ -231,7 +266,9 @@ class DataCollector:
         """The answers to a prompt, without rewards."""
         return [self._trajectory(prompt, prompt_ids, answer, params) for answer in answers]
 
-    def _trajectory(self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams) -> Trajectory:
+    def _trajectory(
+        self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams
+    ) -> Trajectory:
         length = len(answer.token_ids)
         return Trajectory(
             prompt,
@@ -242,7 +279,9 @@ class DataCollector:
             [answer.version] * length if answer.versions is None else list(answer.versions),
             0,
             truncated=answer.finish_reason == "length",
-            text=self._codec.answer_text(answer.token_ids, params.stop) if answer.text is None else answer.text,
+            text=self._codec.answer_text(answer.token_ids, params.stop)
+            if answer.text is None
+            else answer.text,
         )
 
 

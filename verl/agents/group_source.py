@@ -1,4 +1,6 @@
-"""Where the answers of a group come from: the policy itself, which answers all prompts in turn with training, or engines beside it."""
+"""Where the answers of a group come from: the policy itself, which answers all prompts in turn with training,
+or engines beside it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _MAX_REWARDED = 16
 
 @contextmanager
 def outside_loops() -> Iterator[None]:
-    """Inside, this thread is in no event loop, so that what it calls may run one; the one that it is in stands still."""
+    """Inside, this thread is in no event loop, so that what it calls may run one; the one that it is in
+    stands still.
+    """
     outer = asyncio._get_running_loop()
     asyncio._set_running_loop(None)
     try:
@@ -91,7 +95,9 @@ class Source(ABC):
 
     @abstractmethod
     def start(self, groups: Sequence[Group]) -> list[asyncio.Future[None]]:
-        """Begins to answer groups, or to reward again what has answers; a future of each raises `GroupError` if it cannot be."""
+        """Begins to answer groups, or to reward again what has answers; a future of each raises `GroupError`
+        if it cannot be.
+        """
 
     @abstractmethod
     def finish(self, group: Group) -> bool:
@@ -133,7 +139,9 @@ class CollectorSource(Source):
 
 
 class InTurn(CollectorSource):
-    """All prompts that are admitted, in one call of an engine that shares this process or its devices with training."""
+    """All prompts that are admitted, in one call of an engine that shares this process or its devices with
+    training.
+    """
 
     is_in_turn = True
 
@@ -153,7 +161,10 @@ class InTurn(CollectorSource):
         params = [collector.params(self._samples, number=group.number, draw=group.draw) for group in fresh]
         with self._waits.on("generation", f"answers to {len(fresh)} prompts"):
             self._sample(fresh, params)
-        with collector.clock.phase("reward"), self._waits.on("rewards", f"{collector.reward_names} of {len(groups)} groups"):
+        with (
+            collector.clock.phase("reward"),
+            self._waits.on("rewards", f"{collector.reward_names} of {len(groups)} groups"),
+        ):
             collector.reward([t for group in groups for t in group.everything])
 
     def _sample(self, fresh: Sequence[Group], params: Sequence[SamplingParams]) -> None:
@@ -162,7 +173,9 @@ class InTurn(CollectorSource):
             for group, answers in zip(fresh, collector.sample(prompts, params), strict=True):
                 group.answers = answers
         greedy = [g for p in params for g in collector.greedy_params(p)]
-        for group, (baseline,) in zip(fresh, collector.sample(prompts, greedy), strict=True) if greedy else ():
+        for group, (baseline,) in (
+            zip(fresh, collector.sample(prompts, greedy), strict=True) if greedy else ()
+        ):
             group.baseline = baseline
 
 
@@ -204,8 +217,13 @@ class FromFleet(CollectorSource):
     def _reward_here(self, answers: Sequence[Trajectory]) -> None:
         try:
             self._collector.reward(answers)
-        except (KeyboardInterrupt, SystemExit) as error:  # which would end the loop of the engines, and not the run
-            raise RuntimeError(f"a reward function asked the program to end: {type(error).__name__} {error}") from error
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+        ) as error:  # which would end the loop of the engines, and not the run
+            raise RuntimeError(
+                f"a reward function asked the program to end: {type(error).__name__} {error}"
+            ) from error
 
     async def _sample(self, group: Group) -> None:
         collector = self._collector

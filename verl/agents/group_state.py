@@ -15,7 +15,8 @@ from verl.agents.group_source import Group
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 
-# What a trajectory has for each token: end to end in one array for all of them, as there may be hundreds of millions.
+# What a trajectory has for each token: end to end in one array for all of them, as there may be hundreds of
+# millions.
 _COLUMNS: dict[str, type] = {"prompt_ids": np.int32, "response_ids": np.int32, "rollout_logprobs": np.float32}
 # The same for what is alike for many tokens in a row: values and how often each of them comes.
 _RUNS = ("response_mask", "versions")
@@ -26,7 +27,9 @@ def saved_groups(groups: Sequence[Group]) -> dict[str, Any]:
     complete = [group.answers if group.arrival is not None else [] for group in groups]
     answers = [t for of_group in complete for t in of_group]
     return {
-        "groups": [_saved_group(group, len(of_group)) for group, of_group in zip(groups, complete, strict=True)],
+        "groups": [
+            _saved_group(group, len(of_group)) for group, of_group in zip(groups, complete, strict=True)
+        ],
         "answers": [_saved_answer(t) for t in answers],
         "columns": {name: _column([vars(t)[name] for t in answers], kind) for name, kind in _COLUMNS.items()},
     }
@@ -42,7 +45,9 @@ def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list
     Raises:
         ValueError: a prompt is not in the data any more.
     """
-    columns = {name: iter(values.split(lengths.tolist())) for name, (values, lengths) in saved["columns"].items()}
+    columns = {
+        name: iter(values.split(lengths.tolist())) for name, (values, lengths) in saved["columns"].items()
+    }
     rows = iter(saved["answers"])
     groups = []
     for facts in saved["groups"]:
@@ -53,7 +58,10 @@ def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list
                 f"need the prompts that the checkpoint's groups were asked with, but row {index} is not in the data; go on with the same "
                 "data.train and data.max_prompt_tokens, or take checkpoint.resume=never"
             )
-        answers = [_answer(prompts[index], next(rows), {name: next(columns[name]) for name in _COLUMNS}) for _ in range(num_answers)]
+        answers = [
+            _answer(prompts[index], next(rows), {name: next(columns[name]) for name in _COLUMNS})
+            for _ in range(num_answers)
+        ]
         groups.append(Group(prompt=prompts[index], answers=answers, **facts))
     return groups
 
@@ -68,8 +76,15 @@ def _saved_group(group: Group, num_answers: int) -> dict[str, Any]:
 
 
 def _saved_answer(trajectory: Trajectory) -> dict[str, Any]:
-    facts = {f.name: vars(trajectory)[f.name] for f in fields(Trajectory) if f.name not in ("prompt", *_COLUMNS, *_RUNS)}
-    runs = {name: [(value, sum(1 for _ in run)) for value, run in groupby(vars(trajectory)[name])] for name in _RUNS}
+    facts = {
+        f.name: vars(trajectory)[f.name]
+        for f in fields(Trajectory)
+        if f.name not in ("prompt", *_COLUMNS, *_RUNS)
+    }
+    runs = {
+        name: [(value, sum(1 for _ in run)) for value, run in groupby(vars(trajectory)[name])]
+        for name in _RUNS
+    }
     return {**facts, **runs, "has_logprobs": trajectory.rollout_logprobs is not None}
 
 
@@ -77,7 +92,10 @@ def _answer(prompt: Prompt, saved: Mapping[str, Any], columns: Mapping[str, Tens
     facts = dict(saved)
     facts |= {name: [value for value, count in facts[name] for _ in range(count)] for name in _RUNS}
     has_logprobs = facts.pop("has_logprobs")
-    facts |= {name: column.tolist() if name != "rollout_logprobs" or has_logprobs else None for name, column in columns.items()}
+    facts |= {
+        name: column.tolist() if name != "rollout_logprobs" or has_logprobs else None
+        for name, column in columns.items()
+    }
     return Trajectory(prompt=prompt, **facts)
 
 

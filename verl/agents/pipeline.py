@@ -1,4 +1,6 @@
-"""Groups that are answered ahead of training: admitted, tried again, dropped, and made into batches within a bound on their staleness."""
+"""Groups that are answered ahead of training: admitted, tried again, dropped, and made into batches within a
+bound on their staleness.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from verl.utils.sampling_types import Prompt
 Draw = Callable[[int], Sequence[Prompt]]
 # Failures of a reward that another try may mend.
 _PASSING = ("reward_error", "reward_timeout")
-# Before a group is tried again beside training, and by how much longer each time: what is down needs time to come back.
+# Before a group is tried again beside training, and by how much longer each time: what is down needs time to
+# come back.
 _FIRST_PAUSE_S, _LONGER = 2.0, 3.0
 # Largest staleness whose share is a metric of its own.
 _MOST_SHARES = 8
@@ -50,9 +53,10 @@ class Taken:
 class Pipeline:
     """Keeps groups in work ahead of the step; runs in one event loop, of which it reads the time.
 
-    A group is dispatched, and then trained on, dropped, failed or in work: the ledger says so of each. Samples are paced, not thrown
-    away: as many groups are admitted as batches within `max_staleness` need. A version of the policy is published only if no group
-    becomes too stale by it.
+    A group is dispatched, and then trained on, dropped, failed or in work: the ledger says so of each.
+    Samples are paced, not thrown
+    away: as many groups are admitted as batches within `max_staleness` need. A version of the policy is
+    published only if no group becomes too stale by it.
 
     Args:
         draw: gives so many prompts.
@@ -61,7 +65,8 @@ class Pipeline:
         config: staleness, retries and the other rules.
         prompts_per_step: groups of a batch.
         waits: takes what is waited for.
-        replace_dead: a group that teaches nothing gives way to another prompt, at most so many times the prompts of a step; 0: it stays.
+        replace_dead: a group that teaches nothing gives way to another prompt, at most so many times the
+            prompts of a step; 0: it stays.
         note: is told what happened, for people.
 
     Attributes:
@@ -125,7 +130,9 @@ class Pipeline:
         return batch
 
     async def portions(self, *, least: int = 1) -> AsyncIterator[list[Group]]:
-        """The next batch, some groups at a time: as soon as `least` of them, or all that are left, are complete."""
+        """The next batch, some groups at a time: as soon as `least` of them, or all that are left, are
+        complete.
+        """
         left = self.rules.prompts_per_step
         self._begin_anew()
         while left > 0:
@@ -142,19 +149,29 @@ class Pipeline:
         self._fill_unless_in_turn()
 
     def _begin_anew(self) -> None:
-        """What an interrupted step has left behind is taken up again: groups not learned from, and those that nobody answers any more."""
+        """What an interrupted step has left behind is taken up again: groups not learned from, and those that
+        nobody answers any more.
+        """
         self._groups.update({group.number: group for group in self._hand})
         self._hand, self._batches = [], self.version
-        self._again = [group for group in self._groups.values() if group.arrival is None and group.number not in self._futures]
+        self._again = [
+            group
+            for group in self._groups.values()
+            if group.arrival is None and group.number not in self._futures
+        ]
 
     async def settle(self) -> None:
-        """Returns when the next version may be published: where each group is answered by one version, nothing is in flight.
+        """Returns when the next version may be published: where each group is answered by one version,
+        nothing is in flight.
 
         Raises:
             RuntimeError: a group would be too stale.
         """
         while self._in_order and self._futures and not self._error:
-            with self._waits.on("publishing", lambda: f"{len(self._futures)} groups that are still answered by version {self.version}"):
+            with self._waits.on(
+                "publishing",
+                lambda: f"{len(self._futures)} groups that are still answered by version {self.version}",
+            ):
                 await self._change()
         self._raise_error()
         if not self._hand:  # learned from a batch of the user's own
@@ -182,7 +199,9 @@ class Pipeline:
         return {"pipeline/in_flight": float(len(self._futures)), "pipeline/in_queue": float(len(waiting))}
 
     def snapshot(self) -> tuple[dict[str, Any], list[Group]]:
-        """For a checkpoint: the ledger, the groups that wait with their answers, and those in flight, as they are now."""
+        """For a checkpoint: the ledger, the groups that wait with their answers, and those in flight, as they
+        are now.
+        """
         return self.ledger.state_dict(), [replace(group) for group in self._groups.values()]
 
     def load_state(self, state: Mapping[str, Any], version: int, prompts: Mapping[int, Prompt]) -> None:
@@ -203,7 +222,9 @@ class Pipeline:
             if group.arrival is None:
                 group.oldest = version
                 self.ledger.again(group.number, version=version)
-        self._arrivals = max([group.arrival + 1 for group in self._groups.values() if group.arrival is not None], default=0)
+        self._arrivals = max(
+            [group.arrival + 1 for group in self._groups.values() if group.arrival is not None], default=0
+        )
 
     def close(self) -> None:
         """Aborts what is in flight."""
@@ -216,7 +237,9 @@ class Pipeline:
     def _fill(self) -> None:
         """Admits as many groups as there is room for, and those that go on after a restart."""
         again, self._again = self._again, []
-        room = self.rules.room(self.version, batches=self._batches, outstanding=len(self._groups) + len(self._hand_in_work))
+        room = self.rules.room(
+            self.version, batches=self._batches, outstanding=len(self._groups) + len(self._hand_in_work)
+        )
         fresh = [self._admitted(prompt) for prompt in self._draw(room)] if room else []
         self._start([*again, *fresh])
 
@@ -257,7 +280,13 @@ class Pipeline:
             return  # what becomes of one decides which prompt comes next
         landed, self._landed = self._landed, {}
         num_dead = self._num_dead
-        self._start([self._groups[number] for number in sorted(landed) if self._goes_on(self._groups[number], landed[number])])
+        self._start(
+            [
+                self._groups[number]
+                for number in sorted(landed)
+                if self._goes_on(self._groups[number], landed[number])
+            ]
+        )
         if self._num_dead > num_dead:
             self._num_rounds += 1
             self._next.num_refills += 1
@@ -271,12 +300,18 @@ class Pipeline:
     def _goes_on(self, group: Group, future: asyncio.Future[None]) -> bool:
         """What becomes of a group that has landed; whether it is tried again."""
         del self._futures[group.number]
-        error = RuntimeError(f"group {group.number} was cancelled by nobody") if future.cancelled() else future.exception()
+        error = (
+            RuntimeError(f"group {group.number} was cancelled by nobody")
+            if future.cancelled()
+            else future.exception()
+        )
         if isinstance(error, GroupError):
             return self._may_go_on(group, error.failure, error.cause)
         if error is not None:
             raise error
-        if passing := [t for t in group.everything if t.outcome in _PASSING and self._has_try(group, "reward")]:
+        if passing := [
+            t for t in group.everything if t.outcome in _PASSING and self._has_try(group, "reward")
+        ]:
             self._note_try(group, "reward", passing[0].detail)
             for trajectory in passing:
                 trajectory.outcome, trajectory.detail = "ok", ""
@@ -306,7 +341,9 @@ class Pipeline:
         return False
 
     def _refilled(self, group: Group, failed: Trajectory) -> bool:
-        """A group with too few rewarded answers is answered anew, or gives way to another prompt; whether it is the former."""
+        """A group with too few rewarded answers is answered anew, or gives way to another prompt; whether it
+        is the former.
+        """
         failure: FailureClass = "environment" if failed.outcome.startswith("environment") else "reward"
         cause = f"{failed.outcome}: {failed.detail}"
         if self._config.survivors.name == "refill":
@@ -366,7 +403,9 @@ class Pipeline:
             self._raise_error()
             # While more of these are in flight, a whole batch cannot be made.
             num_late = sum(group.number in self._futures and self._is_due(group) for group in due)
-            is_near = len(self._groups) - len(self._futures) >= least and (least < left or num_late <= self._config.oversample)
+            is_near = len(self._groups) - len(self._futures) >= least and (
+                least < left or num_late <= self._config.oversample
+            )
             if is_near or not self._futures:
                 numbers = self.rules.chosen(list(self._groups.values()), self.version, left=left)
                 if numbers:
@@ -396,7 +435,9 @@ class Pipeline:
     def _wanted(self) -> str:
         """What a batch waits for, for people."""
         late = [group for group in self._groups.values() if group.arrival is None]
-        oldest = f", the oldest is group {late[0].number}, answered since version {late[0].oldest}" if late else ""
+        oldest = (
+            f", the oldest is group {late[0].number}, answered since version {late[0].oldest}" if late else ""
+        )
         return f"groups for the batch of version {self.version}: it has {len(self._hand)}, {len(late)} are in flight{oldest}"
 
     def _note_idleness(self) -> None:
@@ -414,7 +455,9 @@ class Pipeline:
 
 
 def staleness_metrics(rows: Batch, version: int) -> dict[str, float]:
-    """How many steps before the version that learns from them tokens were sampled: mean, most, and the share of each number."""
+    """How many steps before the version that learns from them tokens were sampled: mean, most, and the share
+    of each number.
+    """
     ages = (version - rows.ragged("versions").values)[rows.ragged("mask").values]
     if not len(ages):
         return {}

@@ -1,4 +1,6 @@
-"""Credit of whole answers, compared with their siblings, and the table of all advantages; credit of tokens is in returns."""
+"""Credit of whole answers, compared with their siblings, and the table of all advantages; credit of tokens is
+in returns.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,22 @@ from verl.algorithms.functional import (
     masked_whiten,
     siblings_of,
 )
-from verl.algorithms.token_advantages import gae, grpo_turns, optimal_token_baseline, prime, reinforce_pp, reverse_kl, vapo_gae
+from verl.algorithms.token_advantages import (
+    gae,
+    grpo_turns,
+    optimal_token_baseline,
+    prime,
+    reinforce_pp,
+    reverse_kl,
+    vapo_gae,
+)
 
 
 def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
     """Advantage of each trajectory over its siblings, A_i = (r_i - mean(r)) / (std(r) + eps).
 
-    GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2; without the division Dr. GRPO, https://arxiv.org/abs/2503.20783.
-    A trajectory without siblings gets 0.
+    GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2; without the division Dr. GRPO,
+    https://arxiv.org/abs/2503.20783. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -45,7 +55,8 @@ def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps:
 
 
 def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Advantage over the mean of the other siblings, A_i = r_i - mean_{j != i}(r_j) = n / (n - 1) (r_i - mean(r)).
+    """Advantage over the mean of the other siblings, A_i = r_i - mean_{j != i}(r_j) = n / (n - 1) (r_i -
+    mean(r)).
 
     RLOO, https://arxiv.org/abs/2402.14740. A trajectory without siblings gets 0.
 
@@ -63,11 +74,12 @@ def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def opo(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
-    """Advantage over the mean reward per token, A_i = r_i - sum_j(l_j r_j) / sum_j(l_j), l the number of sampled tokens.
+    """Advantage over the mean reward per token, A_i = r_i - sum_j(l_j r_j) / sum_j(l_j), l the number of
+    sampled tokens.
 
-    OPO, https://arxiv.org/abs/2505.23585: the baseline of least variance if the squared norm of an answer's gradient grows with
-    its length. It assumes one update per batch with the policy that sampled. A trajectory without siblings gets 0, and so does a
-    group without sampled tokens.
+    OPO, https://arxiv.org/abs/2505.23585: the baseline of least variance if the squared norm of an answer's
+    gradient grows with its length. It assumes one update per batch with the policy that sampled. A trajectory
+    without siblings gets 0, and so does a group without sampled tokens.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -91,11 +103,13 @@ def opo(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Distance to the group mean, scaled up by the groups that teach nothing, A_i = B / B' (r_i - mean(r)) / scale.
+    """Distance to the group mean, scaled up by the groups that teach nothing, A_i = B / B' (r_i - mean(r)) /
+    scale.
 
-    GPG, https://arxiv.org/abs/2504.02546: B rows, B' of them in groups whose rewards are not all equal, so that the
-    mean over the batch is one over the groups with a gradient. https://github.com/volcengine/verl counts as B' the rows with a
-    reward other than 0 instead. A trajectory without siblings gets 0 and does not count in B'.
+    GPG, https://arxiv.org/abs/2504.02546: B rows, B' of them in groups whose rewards are not all equal, so
+    that the mean over the batch is one over the groups with a gradient. https://github.com/volcengine/verl
+    counts as B' the rows with a reward other than 0 instead. A trajectory without siblings gets 0 and does
+    not count in B'.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -116,10 +130,12 @@ def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
 
 
 def grpo_batch_std(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Distance to the group mean in units of the batch, A_i = (r_i - mean(r)) / (s + eps), s^2 the mean square of all such distances.
+    """Distance to the group mean in units of the batch, A_i = (r_i - mean(r)) / (s + eps), s^2 the mean
+    square of all such distances.
 
-    ScaleRL, https://arxiv.org/abs/2510.13786, section 3: prompts that are nearly solved or nearly hopeless weigh no more than others,
-    as they do under GRPO's deviation of the group. A trajectory without siblings gets 0.
+    ScaleRL, https://arxiv.org/abs/2510.13786, section 3: prompts that are nearly solved or nearly hopeless
+    weigh no more than others, as they do under GRPO's deviation of the group. A trajectory without siblings
+    gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -139,12 +155,14 @@ def grpo_batch_std(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> 
 
 
 def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Distance to the group mean in units of that mean, A_i = (r_i - mean(r)) / (mean(r) + eps): rare success counts more.
+    """Distance to the group mean in units of that mean, A_i = (r_i - mean(r)) / (mean(r) + eps): rare success
+    counts more.
 
-    MaxRL, https://arxiv.org/abs/2602.02710. It is meant for rewards of 0 or more, where the mean is the rate of success: for
-    binary ones its expectation is the gradient of a truncated series of the log-likelihood of success. A group whose mean is 0
-    or below gets 0 as a whole, which is the paper's rule for groups without success; take another advantage for rewards that may
-    be negative, a KL penalty or a length penalty among them. A trajectory without siblings gets 0.
+    MaxRL, https://arxiv.org/abs/2602.02710. It is meant for rewards of 0 or more, where the mean is the rate
+    of success: for binary ones its expectation is the gradient of a truncated series of the log-likelihood of
+    success. A group whose mean is 0 or below gets 0 as a whole, which is the paper's rule for groups without
+    success; take another advantage for rewards that may be negative, a KL penalty or a length penalty among
+    them. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -163,11 +181,14 @@ def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
     return torch.where(means > 0, siblings.deviation(rewards) / (means + eps), 0.0).to(rewards.dtype)
 
 
-def grpo_passk(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Only the best of a group gets credit, A = (r_max - r_second) / (std(r) + eps): what the best of n loses without it.
+def grpo_passk(
+    rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """Only the best of a group gets credit, A = (r_max - r_second) / (std(r) + eps): what the best of n loses
+    without it.
 
-    Leave-one-out advantage of the best of n, https://arxiv.org/abs/2503.19595; the division is GRPO's. Two best ones make each
-    other superfluous: all get 0. A trajectory without siblings gets 0.
+    Leave-one-out advantage of the best of n, https://arxiv.org/abs/2503.19595; the division is GRPO's. Two
+    best ones make each other superfluous: all get 0. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -193,12 +214,13 @@ def grpo_passk(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True
 
 
 def gdpo(reward_parts: Tensor, reward_weights: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Sum over reward functions of weight times GRPO's advantage for that function alone, then normalized over the batch.
+    """Sum over reward functions of weight times GRPO's advantage for that function alone, then normalized
+    over the batch.
 
-    GDPO, https://arxiv.org/abs/2601.05242: A_ik = (r_ik - mean(r_k)) / (std(r_k) + eps) in the group, S_i = sum_k w_ik A_ik,
-    A_i = (S_i - mean(S)) / (std(S) + eps) over all trajectories of the batch, each counted once. https://github.com/volcengine/verl
-    counts each sampled token once instead, which makes long answers weigh more. KL in the reward is not seen here. A trajectory
-    without siblings has S = 0.
+    GDPO, https://arxiv.org/abs/2601.05242: A_ik = (r_ik - mean(r_k)) / (std(r_k) + eps) in the group, S_i =
+    sum_k w_ik A_ik, A_i = (S_i - mean(S)) / (std(S) + eps) over all trajectories of the batch, each counted
+    once. https://github.com/volcengine/verl counts each sampled token once instead, which makes long answers
+    weigh more. KL in the reward is not seen here. A trajectory without siblings has S = 0.
 
     Args:
         reward_parts: [B, K] float, value of each reward function before its weight.
@@ -207,7 +229,8 @@ def gdpo(reward_parts: Tensor, reward_weights: Tensor, group_ids: Tensor, *, eps
         eps: added to both deviations (n - 1), at least 0.
 
     Returns:
-        [B], dtype of the parts, mean 0 and deviation 1 over the batch, mean 0 in groups with one weight per function.
+        [B], dtype of the parts, mean 0 and deviation 1 over the batch, mean 0 in groups with one weight per
+        function.
 
     Raises:
         ValueError: shapes differ, or eps is negative.
@@ -216,15 +239,17 @@ def gdpo(reward_parts: Tensor, reward_weights: Tensor, group_ids: Tensor, *, eps
     check_same_rows(reward_parts=reward_parts, group_ids=group_ids)
     check_not_negative(eps=eps)
     siblings, batch = Siblings.of(group_ids), Siblings.of(torch.zeros_like(group_ids))
-    sums = (reward_weights * siblings.over_std(siblings.deviation(reward_parts), reward_parts, eps=eps)).sum(1)
+    sums = (reward_weights * siblings.over_std(siblings.deviation(reward_parts), reward_parts, eps=eps)).sum(
+        1
+    )
     return batch.over_std(batch.deviation(sums), sums, eps=eps).to(reward_parts.dtype)
 
 
 def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """Advantage over the most likely answer, A_i = r_i - r(greedy answer to the same prompt).
 
-    ReMax, https://arxiv.org/abs/2310.10505, algorithm 1. One trajectory per prompt is enough: siblings are not compared. A KL
-    penalty in the reward is taken from r_i alone.
+    ReMax, https://arxiv.org/abs/2310.10505, algorithm 1. One trajectory per prompt is enough: siblings are
+    not compared. A KL penalty in the reward is taken from r_i alone.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -241,10 +266,12 @@ def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
 
 
 def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
-    """Distance to the group mean, A_i = r_i - mean(r), at each sampled token, whitened over the sampled tokens of the batch.
+    """Distance to the group mean, A_i = r_i - mean(r), at each sampled token, whitened over the sampled
+    tokens of the batch.
 
-    REINFORCE++-baseline, https://arxiv.org/abs/2501.03262: the scale comes from the whole batch, not from the few siblings. A
-    trajectory without siblings enters with a distance of 0; the whitening moves it as all others.
+    REINFORCE++-baseline, https://arxiv.org/abs/2501.03262: the scale comes from the whole batch, not from the
+    few siblings. A trajectory without siblings enters with a distance of 0; the whitening moves it as all
+    others.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -262,7 +289,8 @@ def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> T
     return masked_whiten(siblings.deviation(rewards)[:, None].expand(mask.shape), mask).to(rewards.dtype)
 
 
-# Each returns [B] (spread over the row's sampled tokens by the caller), [B, T], or (advantages [B, T], returns [B, T]).
+# Each returns [B] (spread over the row's sampled tokens by the caller), [B, T], or (advantages [B, T],
+# returns [B, T]).
 ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "grpo": grpo,
     "rloo": rloo,

@@ -1,11 +1,14 @@
-"""Difference between the sampler's and the trainer's logprobs: what the ratio divides by, and weights of the tokens.
+"""Difference between the sampler's and the trainer's logprobs: what the ratio divides by, and weights of the
+tokens.
 
-A correction returns old_logprobs [B, T], as they came at masked positions, and weights [B, T] or None, both without gradient: a weight
-is a change of measure, and a gradient through it would train the policy to change the weight. Weights multiply the policy loss of the
-tokens; 0 stands for a rejected token, and at masked positions. One that names `logprobs` is called in every update on whole rows of a
-micro-batch and so keeps no statistics over the batch; the others once per step on the whole batch.
+A correction returns old_logprobs [B, T], as they came at masked positions, and weights [B, T] or None, both
+without gradient: a weight is a change of measure, and a gradient through it would train the policy to change
+the weight. Weights multiply the policy loss of the tokens; 0 stands for a rejected token, and at masked
+positions. One that names `logprobs` is called in every update on whole rows of a micro-batch and so keeps no
+statistics over the batch; the others once per step on the whole batch.
 
-rho is exp(trainer - sampler) of a token. Its logarithm is clamped at +-20, and so is the sum of these over a row.
+rho is exp(trainer - sampler) of a token. Its logarithm is clamped at +-20, and so is the sum of these over a
+row.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ def bypass(rollout_logprobs: Tensor) -> tuple[Tensor, None]:
 
 
 def recompute(trainer_logprobs: Tensor) -> tuple[Tensor, None]:
-    """The ratio divides by the trainer's own probabilities before the first update; the sampler's differences are ignored.
+    """The ratio divides by the trainer's own probabilities before the first update; the sampler's differences
+    are ignored.
 
     PPO, https://arxiv.org/abs/1707.06347, section 3.
 
@@ -49,13 +53,19 @@ def recompute(trainer_logprobs: Tensor) -> tuple[Tensor, None]:
 
 
 def token_tis(
-    trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None = 2.0, normalize: bool = False
+    trainer_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    cap: float | None = 2.0,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The trainer's probabilities, and truncated importance weights w = min(rho, cap) for each token.
 
     Truncated importance sampling, https://fengyao.notion.site/off-policy-rl; cap and normalization:
-    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, token level. With cap None it is decoupled PPO,
-    https://arxiv.org/abs/2110.00641 and for stale samples AReaL, https://arxiv.org/abs/2505.24298, section 5.2.
+    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, token level. With cap None it is
+    decoupled PPO, https://arxiv.org/abs/2110.00641 and for stale samples AReaL,
+    https://arxiv.org/abs/2505.24298, section 5.2.
 
     Args:
         trainer_logprobs: [B, T] float, nats, recomputed by the trainer.
@@ -76,18 +86,25 @@ def token_tis(
 
 
 def seq_tis(
-    trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None = 2.0, normalize: bool = False
+    trainer_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    cap: float | None = 2.0,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The trainer's probabilities, and w = min(prod_t rho_t, cap), the same for all tokens of a row.
 
-    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, sequence level: without a cap free of bias, of high variance.
+    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, sequence level: without a cap free of
+    bias, of high variance.
 
     Args:
         trainer_logprobs: [B, T] float, nats, recomputed by the trainer.
         rollout_logprobs: [B, T] float, nats, from the sampler.
         mask: [B, T] bool.
         cap: largest weight, above 0; values from 2 to 10 are in use; None: no cap below exp(20).
-        normalize: divide the truncated weights by their mean over the rows of the batch that have a sampled token.
+        normalize: divide the truncated weights by their mean over the rows of the batch that have a sampled
+            token.
 
     Returns:
         old_logprobs [B, T] and weights [B, T], in (0, cap] before they are normalized.
@@ -130,10 +147,11 @@ def token_mis(
 def seq_mis(
     trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, low: float = 0.5, high: float = 2.0
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities, and w = prod_t rho_t for all tokens of a row where it lies in [low, high], else 0 for all.
+    """The trainer's probabilities, and w = prod_t rho_t for all tokens of a row where it lies in [low, high],
+    else 0 for all.
 
-    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, rejection at the sequence level. The product grows with the
-    length, so long rows are rejected first; geometric_rs does not depend on it.
+    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, rejection at the sequence level. The
+    product grows with the length, so long rows are rejected first; geometric_rs does not depend on it.
 
     Args:
         trainer_logprobs: [B, T] float, nats, recomputed by the trainer.
@@ -162,10 +180,11 @@ def geometric_rs(
     high: float = 1.001,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities; rows whose (prod_t rho_t)^(1/T), T sampled tokens, is not in [low, high] are rejected.
+    """The trainer's probabilities; rows whose (prod_t rho_t)^(1/T), T sampled tokens, is not in [low, high]
+    are rejected.
 
-    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, geometric level. Differences of both signs cancel in the
-    mean; k3_rs counts them all.
+    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, geometric level. Differences of both
+    signs cancel in the mean; k3_rs counts them all.
 
     Args:
         trainer_logprobs: [B, T] float, nats, recomputed by the trainer.
@@ -182,16 +201,23 @@ def geometric_rs(
         ValueError: shapes differ, a bound is on the wrong side of 1, or cap is not above 0.
     """
     log_rho = sampled_log_ratio(trainer_logprobs, rollout_logprobs, mask)
-    return trainer_logprobs.detach(), _accepted(log_rho, mask, _within(row_mean(log_rho, mask), low, high), cap)
+    return trainer_logprobs.detach(), _accepted(
+        log_rho, mask, _within(row_mean(log_rho, mask), low, high), cap
+    )
 
 
 def k3_rs(
-    trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, threshold: float = 0.01, cap: float | None = None
+    trainer_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    threshold: float = 0.01,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The trainer's probabilities; rows with mean_t(rho - log rho - 1) above the threshold are rejected.
 
-    That mean estimates KL(sampler || trainer) of a token, http://joschu.net/blog/kl-approx.html; rejection by it:
-    https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html.
+    That mean estimates KL(sampler || trainer) of a token, http://joschu.net/blog/kl-approx.html; rejection by
+    it: https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html.
 
     Args:
         trainer_logprobs: [B, T] float, nats, recomputed by the trainer.
@@ -208,7 +234,8 @@ def k3_rs(
     """
     _check_threshold(threshold)
     log_rho = sampled_log_ratio(trainer_logprobs, rollout_logprobs, mask)
-    # expm1: at the usual differences of 1e-4 the estimate is 5e-9, which fp32 loses when it subtracts 1 from rho.
+    # expm1: at the usual differences of 1e-4 the estimate is 5e-9, which fp32 loses when it subtracts 1 from
+    # rho.
     kept = row_mean(torch.expm1(log_rho) - log_rho, mask) <= threshold
     return trainer_logprobs.detach(), _accepted(log_rho, mask, kept, cap)
 
@@ -216,18 +243,20 @@ def k3_rs(
 def loglinear(
     logprobs: Tensor, rollout_logprobs: Tensor, staleness: Tensor, mask: Tensor, *, cap: float | None = 5.0
 ) -> tuple[Tensor, Tensor]:
-    """Decoupled PPO without a forward pass for log p_old = log p_roll + s / (s + 1) log(p / p_roll); weights min(p_old / p_roll, cap).
+    """Decoupled PPO without a forward pass for log p_old = log p_roll + s / (s + 1) log(p / p_roll); weights
+    min(p_old / p_roll, cap).
 
-    https://inclusionai.github.io/AReaL/algorithms/prox_approx.html, with the versions v - s of the sampler, v of the trainer before
-    the step and v + 1 of the policy in the update. In the first update of a step the policy still is version v, so that there the
-    estimate stops short of it. Without staleness it is `bypass`.
+    https://inclusionai.github.io/AReaL/algorithms/prox_approx.html, with the versions v - s of the sampler, v
+    of the trainer before the step and v + 1 of the policy in the update. In the first update of a step the
+    policy still is version v, so that there the estimate stops short of it. Without staleness it is `bypass`.
 
     Args:
         logprobs: [B, T] float, nats, of the policy in the update.
         rollout_logprobs: [B, T] float, nats, from the sampler.
         staleness: [B, T] int64, s, steps between the versions of sampler and trainer, at least 0.
         mask: [B, T] bool.
-        cap: largest weight, above 0; the default is that of AReaL's recipes, which reject above it; None: no cap below exp(20).
+        cap: largest weight, above 0; the default is that of AReaL's recipes, which reject above it; None: no
+            cap below exp(20).
 
     Returns:
         old_logprobs [B, T] and weights [B, T] in (0, cap].
@@ -245,10 +274,12 @@ def loglinear(
 def off_policy_mask(
     logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """The sampler's probabilities; tokens with A < 0 are rejected in rows with mean_t log(p_roll / p) above the threshold.
+    """The sampler's probabilities; tokens with A < 0 are rejected in rows with mean_t log(p_roll / p) above
+    the threshold.
 
-    DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, off-policy sequence masking: whole rows if all tokens of a row have
-    the same advantage. The paper gives no threshold; the default is that of https://huggingface.co/docs/trl/paper_index.
+    DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, off-policy sequence masking: whole rows if
+    all tokens of a row have the same advantage. The paper gives no threshold; the default is that of
+    https://huggingface.co/docs/trl/paper_index.
 
     Args:
         logprobs: [B, T] float, nats, of the policy in the update.
@@ -280,9 +311,13 @@ def _truncated(log_weights: Tensor, cap: float | None) -> Tensor:
 
 
 def _within(log_values: Tensor, low: float, high: float) -> Tensor:
-    """Whether exp(log_values) lies in [low, high], compared as logarithms: near 1 fp32 keeps more digits of them."""
+    """Whether exp(log_values) lies in [low, high], compared as logarithms: near 1 fp32 keeps more digits of
+    them.
+    """
     if not 0 < low <= 1 <= high:
-        raise ValueError(f"need 0 < low <= 1 <= high, got low={low} and high={high}; other bounds reject a sampler without a difference")
+        raise ValueError(
+            f"need 0 < low <= 1 <= high, got low={low} and high={high}; other bounds reject a sampler without a difference"
+        )
     return (log_values >= math.log(low)) & (log_values <= math.log(high))
 
 
@@ -300,7 +335,9 @@ def _over_mean(weights: Tensor, sampled: Tensor) -> Tensor:
 
 def _check_threshold(threshold: float) -> None:
     if not threshold >= 0:
-        raise ValueError(f"need threshold >= 0, got {threshold}; below it a sampler without a difference would be rejected")
+        raise ValueError(
+            f"need threshold >= 0, got {threshold}; below it a sampler without a difference would be rejected"
+        )
 
 
 CORRECTIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

@@ -1,4 +1,6 @@
-"""Chosen functions tried on small columns before anything is loaded, so that a wrong option is found at the start."""
+"""Chosen functions tried on small columns before anything is loaded, so that a wrong option is found at the
+start.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _ROWS, _WIDTH, _TOP = 4, 3, 2
 
 
 def probe_columns() -> dict[str, Tensor]:
-    """Every column of `COLUMNS` for two groups of two rows with rewards of 0 and 1, the same ones at every call."""
+    """Every column of `COLUMNS` for two groups of two rows with rewards of 0 and 1, the same ones at every
+    call.
+    """
     g = torch.Generator().manual_seed(0)
     shape = (_ROWS, _WIDTH)
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, True], [True, True, False]])
@@ -23,9 +27,15 @@ def probe_columns() -> dict[str, Tensor]:
     def near(column: Tensor) -> Tensor:
         return (column + 0.1 * torch.randn(column.shape, generator=g)).clamp(max=-0.01)
 
-    columns = {name: near(logprobs) for name in ("old_logprobs", "rollout_logprobs", "trainer_logprobs", "ref_logprobs")}
+    columns = {
+        name: near(logprobs)
+        for name in ("old_logprobs", "rollout_logprobs", "trainer_logprobs", "ref_logprobs")
+    }
     columns |= {name: near(logprobs) for name in ("prm_logprobs", "teacher_logprobs")}
-    columns |= {name: torch.rand(shape, generator=g) for name in ("values", "new_values", "returns", "token_rewards", "noise")}
+    columns |= {
+        name: torch.rand(shape, generator=g)
+        for name in ("values", "new_values", "returns", "token_rewards", "noise")
+    }
     top = torch.log_softmax(torch.randn(*shape, 5, generator=g), -1)[..., :_TOP]
     return columns | {
         "logprobs": logprobs,
@@ -58,7 +68,9 @@ def try_out(functions: Sequence[Bound]) -> None:
         except ValueError as error:
             raise ValueError(f"{bound.name}: {error}") from error
         except Exception as error:  # the process border to a user's function, told before the run instead of in its first step
-            raise ValueError(f"{bound.name} fails on {_ROWS} rows of small columns: {type(error).__name__}: {error}; correct it") from error
+            raise ValueError(
+                f"{bound.name} fails on {_ROWS} rows of small columns: {type(error).__name__}: {error}; correct it"
+            ) from error
 
 
 def learns_from_zero_advantages(loss: Bound) -> bool:
@@ -70,5 +82,7 @@ def learns_from_zero_advantages(loss: Bound) -> bool:
     values, _ = loss(columns)
     if not values.requires_grad:
         return False
-    grads = torch.autograd.grad(values.sum(), [columns["logprobs"], columns["top_logprobs"]], allow_unused=True)
+    grads = torch.autograd.grad(
+        values.sum(), [columns["logprobs"], columns["top_logprobs"]], allow_unused=True
+    )
     return any(grad is not None and bool(grad[:2].any()) for grad in grads)

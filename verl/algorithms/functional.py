@@ -1,4 +1,6 @@
-"""Statistics over sampled tokens and over groups, the clamped log-ratio and the guards that the algorithm functions share."""
+"""Statistics over sampled tokens and over groups, the clamped log-ratio and the guards that the algorithm
+functions share.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +9,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp overflows fp32 at 88, and inf times a weight of 0 is NaN: one broken token would poison the loss of the whole batch.
-# exp(20) = 5e8 is far outside every clip range, and its square still sums over a batch without loss.
+# exp overflows fp32 at 88, and inf times a weight of 0 is NaN: one broken token would poison the loss of the
+# whole batch. exp(20) = 5e8 is far outside every clip range, and its square still sums over a batch without
+# loss.
 LOG_RATIO_LIMIT = 20.0
 
 
 def check_same_shape(**columns: Tensor) -> None:
-    """Raises ValueError unless all columns have one shape; a column that broadcasts would be read for the wrong tokens."""
+    """Raises ValueError unless all columns have one shape; a column that broadcasts would be read for the
+    wrong tokens.
+    """
     if len({column.shape for column in columns.values()}) > 1:
         came = ", ".join(f"{name} {tuple(column.shape)}" for name, column in columns.items())
-        raise ValueError(f"need columns of the same shape, got {came}; pass them padded to the same rows and positions")
+        raise ValueError(
+            f"need columns of the same shape, got {came}; pass them padded to the same rows and positions"
+        )
 
 
 def check_same_rows(**columns: Tensor) -> None:
     """Raises ValueError unless all columns have one number of rows."""
     if len({len(column) for column in columns.values()}) > 1:
         came = ", ".join(f"{name} {tuple(column.shape)}" for name, column in columns.items())
-        raise ValueError(f"need columns with the same rows, got {came}; pass one entry per trajectory in each")
+        raise ValueError(
+            f"need columns with the same rows, got {came}; pass one entry per trajectory in each"
+        )
 
 
 def check_not_negative(**options: float) -> None:
     """Raises ValueError unless all options are 0 or more."""
     for name, value in options.items():
         if not value >= 0:
-            raise ValueError(f"need {name} of at least 0, got {name}={value}; turn its sign, or set 0 to do without")
+            raise ValueError(
+                f"need {name} of at least 0, got {name}={value}; turn its sign, or set 0 to do without"
+            )
 
 
 def check_in_unit_interval(**options: float) -> None:
     """Raises ValueError unless all options are in [0, 1]."""
     if not all(0 <= value <= 1 for value in options.values()):
         came = " and ".join(f"{name}={value}" for name, value in options.items())
-        raise ValueError(f"need {' and '.join(options)} in [0, 1], got {came}; 1 keeps all that comes later, 0 nothing")
+        raise ValueError(
+            f"need {' and '.join(options)} in [0, 1], got {came}; 1 keeps all that comes later, 0 nothing"
+        )
 
 
 def log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
@@ -46,7 +59,8 @@ def log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the sampled tokens, for monitors; a loss takes its denominator from the whole optimizer batch instead.
+    """Mean over the sampled tokens, for monitors; a loss takes its denominator from the whole optimizer batch
+    instead.
 
     Args:
         values: [B, T]; what stands at masked positions, NaN included, is not read.
@@ -67,7 +81,8 @@ def row_mean(values: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the sampled tokens, with the population variance.
 
-    Whitening of advantages in https://github.com/openai/lm-human-preferences, code of https://arxiv.org/abs/1909.08593.
+    Whitening of advantages in https://github.com/openai/lm-human-preferences, code of
+    https://arxiv.org/abs/1909.08593.
 
     Args:
         values: [B, T].
@@ -78,7 +93,8 @@ def masked_whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
         [B, T] in the dtype of the values, mean 0 and deviation 1 over the sampled tokens, 0 at the others.
     """
     check_same_shape(values=values, mask=mask)
-    # In fp64: equal fp32 values must give exactly 0, and rounding of the mean is amplified by up to 1 / sqrt(eps).
+    # In fp64: equal fp32 values must give exactly 0, and rounding of the mean is amplified by up to 1 /
+    # sqrt(eps).
     sampled = values[mask].double()
     whitened = torch.zeros_like(values)
     if sampled.numel():
@@ -91,8 +107,8 @@ def masked_whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
 class Siblings:
     """Which rows belong to one group; each row is given the statistic of its group, in fp64.
 
-    In fp64 the mean of equal fp32 rewards is that reward: a group without a winner gets exactly 0, not rounding noise
-    divided by eps.
+    In fp64 the mean of equal fp32 rewards is that reward: a group without a winner gets exactly 0, not
+    rounding noise divided by eps.
 
     Attributes:
         group: [B] int64 below B, equal for the rows of one group.
@@ -110,7 +126,9 @@ class Siblings:
 
     def sum(self, values: Tensor) -> Tensor:
         """[B, ...] sum of the values [B, ...] over the rows of the group."""
-        return torch.zeros_like(values, dtype=torch.float64).index_add(0, self.group, values.double())[self.group]
+        return torch.zeros_like(values, dtype=torch.float64).index_add(0, self.group, values.double())[
+            self.group
+        ]
 
     def mean(self, values: Tensor) -> Tensor:
         """[B, ...] mean of the values [B, ...] over the rows of the group."""
@@ -119,18 +137,24 @@ class Siblings:
     def max(self, values: Tensor) -> Tensor:
         """[B] largest of the values [B] in the group."""
         values = values.double()
-        return torch.zeros_like(values).scatter_reduce(0, self.group, values, "amax", include_self=False)[self.group]
+        return torch.zeros_like(values).scatter_reduce(0, self.group, values, "amax", include_self=False)[
+            self.group
+        ]
 
     def deviation(self, values: Tensor) -> Tensor:
         """[B, ...] value minus the mean of the group."""
         return values.double() - self.mean(values)
 
     def leave_one_out(self, values: Tensor) -> Tensor:
-        """[B] value minus the mean of the other rows of the group, n / (n - 1) (value - mean); 0 in a group of one."""
+        """[B] value minus the mean of the other rows of the group, n / (n - 1) (value - mean); 0 in a group
+        of one.
+        """
         return self.deviation(values) * (self.sizes / (self.sizes - 1).clamp(min=1))
 
     def over_std(self, advantages: Tensor, values: Tensor, *, eps: float) -> Tensor:
-        """[B, ...] advantages / (s + eps), s the sample deviation (n - 1) of the values in the group; 0 / 0 is 0."""
+        """[B, ...] advantages / (s + eps), s the sample deviation (n - 1) of the values in the group; 0 / 0
+        is 0.
+        """
         degrees = (self.sum(torch.ones_like(values)) - 1).clamp(min=1)
         std = (self.sum(self.deviation(values).square()) / degrees).sqrt()
         return advantages / (std + eps).clamp(min=torch.finfo(std.dtype).tiny)
@@ -152,5 +176,7 @@ def siblings_of(rewards: Tensor, group_ids: Tensor) -> Siblings:
             "pass per-trajectory sums, not per-token rewards"
         )
     if not rewards.is_floating_point():
-        raise ValueError(f"need floating point rewards, got {rewards.dtype}; integers would round the advantages away")
+        raise ValueError(
+            f"need floating point rewards, got {rewards.dtype}; integers would round the advantages away"
+        )
     return Siblings.of(group_ids)

@@ -9,14 +9,20 @@ from verl.algorithms.functional import log_ratio
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """r = exp(logprobs - old_logprobs) [B, T], and the detached monitors `ratio` and `approx_kl`, the k3 estimate of KL(old || current)."""
+    """r = exp(logprobs - old_logprobs) [B, T], and the detached monitors `ratio` and `approx_kl`, the k3
+    estimate of KL(old || current).
+    """
     difference = log_ratio(logprobs, old_logprobs)
     ratio = difference.exp()
     return ratio, {"ratio": ratio.detach(), "approx_kl": (torch.expm1(difference) - difference).detach()}
 
 
-def clipped_loss(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), and 1 where the clip removed the gradient; ValueError for other bounds."""
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), and 1 where the clip removed the gradient;
+    ValueError for other bounds.
+    """
     check_clip(clip_low, clip_high)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages

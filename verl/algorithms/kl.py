@@ -12,7 +12,8 @@ from verl.algorithms.functional import check_same_shape, log_ratio
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p - log p_ref: unbiased, of either sign; for the reward, since its gradient in a loss is zero in expectation.
+    """log p - log p_ref: unbiased, of either sign; for the reward, since its gradient in a loss is zero in
+    expectation.
 
     http://joschu.net/blog/kl-approx.html and https://arxiv.org/abs/2402.14740.
 
@@ -52,8 +53,9 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(d) - d - 1 with d = log p_ref - log p: unbiased and never negative.
 
-    GRPO, https://arxiv.org/abs/2402.03300, equation 4, and http://joschu.net/blog/kl-approx.html. d is clamped at +-20, beyond
-    which there is no gradient: exp(d) overflows fp32 at 88, and such a token would already outweigh the whole batch.
+    GRPO, https://arxiv.org/abs/2402.03300, equation 4, and http://joschu.net/blog/kl-approx.html. d is
+    clamped at +-20, beyond which there is no gradient: exp(d) overflows fp32 at 88, and such a token would
+    already outweigh the whole batch.
 
     Args:
         logprobs: [B, T] float, nats, of the policy that sampled.
@@ -72,7 +74,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The value of k1 with the gradient of k2, k2 - sg(k2) + sg(k1), sg: stop-gradient: unbiased in value and, on-policy, in gradient.
+    """The value of k1 with the gradient of k2, k2 - sg(k2) + sg(k1), sg: stop-gradient: unbiased in value
+    and, on-policy, in gradient.
 
     http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
 
@@ -90,7 +93,8 @@ def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: as k1_straight_through, never negative.
+    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: as
+    k1_straight_through, never negative.
 
     http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
 
@@ -108,7 +112,8 @@ def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_importance(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """r k3 with r = exp(logprobs - old_logprobs), the gradient through both: unbiased in value and gradient off-policy.
+    """r k3 with r = exp(logprobs - old_logprobs), the gradient through both: unbiased in value and gradient
+    off-policy.
 
     DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, equation 7.
 
@@ -173,7 +178,9 @@ def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, num_tra
         ValueError: target or horizon out of bounds, or a KL that is not finite.
     """
     if target <= 0 or horizon < 1 or not math.isfinite(kl):
-        raise ValueError(f"need target > 0, horizon >= 1 and a finite kl, got target={target}, horizon={horizon} and kl={kl}")
+        raise ValueError(
+            f"need target > 0, horizon >= 1 and a finite kl, got target={target}, horizon={horizon} and kl={kl}"
+        )
     error = max(-0.2, min(0.2, kl / target - 1))
     return coef * (1 + error * num_trajectories / horizon)
 

@@ -34,7 +34,8 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Loss:
 
 
 def importance(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Loss:
-    """-r A with r = exp(logprobs - old_logprobs) and no clip: the policy gradient, exact for samples of another policy.
+    """-r A with r = exp(logprobs - old_logprobs) and no clip: the policy gradient, exact for samples of
+    another policy.
 
     The surrogate of https://arxiv.org/abs/1502.05477, equation 14; as the loss of on-policy distillation in
     https://thinkingmachines.ai/blog/on-policy-distillation/.
@@ -45,7 +46,8 @@ def importance(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Lo
         advantages: [B, T] float.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `approx_kl`, see `ppo_clip`.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `approx_kl`, see
+        `ppo_clip`.
 
     Raises:
         ValueError: shapes differ.
@@ -63,11 +65,13 @@ def ppo_clip(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Loss:
-    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs); with A < 0 at most -dual_clip A.
+    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs); with A < 0 at
+    most -dual_clip A.
 
-    PPO, https://arxiv.org/abs/1707.06347, equation 7; two bounds: DAPO, https://arxiv.org/abs/2503.14476, section 3.1;
-    dual clip: https://arxiv.org/abs/1912.09729. The two-sided clip of INTELLECT-2, https://arxiv.org/abs/2505.07291, which
-    bounds the ratio by delta > 1 + clip_high where A < 0, is the same function with dual_clip = delta.
+    PPO, https://arxiv.org/abs/1707.06347, equation 7; two bounds: DAPO, https://arxiv.org/abs/2503.14476,
+    section 3.1; dual clip: https://arxiv.org/abs/1912.09729. The two-sided clip of INTELLECT-2,
+    https://arxiv.org/abs/2505.07291, which bounds the ratio by delta > 1 + clip_high where A < 0, is the same
+    function with dual_clip = delta.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -78,15 +82,18 @@ def ppo_clip(
         dual_clip: bound of the ratio where the advantage is negative, above 1; None: no bound.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share` and `dual_clip_share`, 1 where
-        that clip removed the gradient; `approx_kl`, the k3 estimate of KL(old || current) in nats.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share` and
+        `dual_clip_share`, 1 where that clip removed the gradient; `approx_kl`, the k3 estimate of KL(old ||
+        current) in nats.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
     """
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
     if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"need dual_clip > 1, got {dual_clip}; a lower bound would cut the unchanged policy; the paper takes 3")
+        raise ValueError(
+            f"need dual_clip > 1, got {dual_clip}; a lower bound would cut the unchanged policy; the paper takes 3"
+        )
     loss, monitors["clip_share"] = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None:
         bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
@@ -96,12 +103,20 @@ def ppo_clip(
 
 
 def gspo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Loss:
-    """max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A) with the ratio of the sequence, s = exp(mean_t log r_t), at each of its tokens.
+    """max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A) with the ratio of the sequence, s = exp(mean_t log
+    r_t), at each of its tokens.
 
-    GSPO, https://arxiv.org/abs/2507.18071, equations 5 and 7; clip ranges of section 5.1. A row has one advantage, the mean
-    over its sampled tokens. Under `seq_mean_token_mean` the whole is the paper's mean over sequences.
+    GSPO, https://arxiv.org/abs/2507.18071, equations 5 and 7; clip ranges of section 5.1. A row has one
+    advantage, the mean over its sampled tokens. Under `seq_mean_token_mean` the whole is the paper's mean
+    over sequences.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -112,8 +127,8 @@ def gspo(
         clip_high: how far the ratio may rise above 1, at least 0.
 
     Returns:
-        loss [B, T], equal for the tokens of a row, and detached monitors [B, T]: `ratio` of the sequence; `clip_share`, 1 where
-        the clip removed the gradient; `approx_kl`, of the tokens.
+        loss [B, T], equal for the tokens of a row, and detached monitors [B, T]: `ratio` of the sequence;
+        `clip_share`, 1 where the clip removed the gradient; `approx_kl`, of the tokens.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
@@ -126,12 +141,19 @@ def gspo(
 
 
 def gspo_token(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Loss:
-    """As `gspo` with the ratio sg(s) p / sg(p), sg: stop-gradient, so that each token may have an advantage of its own.
+    """As `gspo` with the ratio sg(s) p / sg(p), sg: stop-gradient, so that each token may have an advantage
+    of its own.
 
-    GSPO-token, https://arxiv.org/abs/2507.18071, equations 13 and 14. With one advantage for all tokens of a row the value and,
-    under `seq_mean_token_mean`, the gradient are those of `gspo`.
+    GSPO-token, https://arxiv.org/abs/2507.18071, equations 13 and 14. With one advantage for all tokens of a
+    row the value and, under `seq_mean_token_mean`, the gradient are those of `gspo`.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -149,17 +171,22 @@ def gspo_token(
     """
     _, monitors = _ratio(logprobs, old_logprobs, advantages, mask=mask)
     of_row = row_mean(log_ratio(logprobs, old_logprobs), mask).detach()[:, None]
-    # The difference first: it is exactly 0, and a sum with a logprob of -20 rounds off what a clip of 3e-4 is to see.
+    # The difference first: it is exactly 0, and a sum with a logprob of -20 rounds off what a clip of 3e-4 is
+    # to see.
     ratio = (of_row + (logprobs - logprobs.detach())).exp()
     loss, clip_share = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     return loss, monitors | {"ratio": ratio.detach(), "clip_share": clip_share}
 
 
-def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.4) -> Loss:
-    """-A exp(mean_t sign(A) min(sign(A) log r_t, sign(A) clip(log r_t, -clip, clip))), at each token of the sequence.
+def gmpo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.4
+) -> Loss:
+    """-A exp(mean_t sign(A) min(sign(A) log r_t, sign(A) clip(log r_t, -clip, clip))), at each token of the
+    sequence.
 
-    GMPO, https://arxiv.org/abs/2507.20673, equation 4 and algorithm 1: the geometric mean of the token ratios, each clipped. A row
-    has one advantage, the mean over its sampled tokens. Under `seq_mean_token_mean` the whole is the mean over sequences.
+    GMPO, https://arxiv.org/abs/2507.20673, equation 4 and algorithm 1: the geometric mean of the token
+    ratios, each clipped. A row has one advantage, the mean over its sampled tokens. Under
+    `seq_mean_token_mean` the whole is the mean over sequences.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -169,8 +196,8 @@ def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tenso
         clip: bound of the log-ratio of a token, nats, above 0.
 
     Returns:
-        loss [B, T], equal for the tokens of a row, and detached monitors [B, T]: `ratio` and `approx_kl` of the tokens; `clip_share`,
-        1 where the clip removed the token's gradient.
+        loss [B, T], equal for the tokens of a row, and detached monitors [B, T]: `ratio` and `approx_kl` of
+        the tokens; `clip_share`, 1 where the clip removed the token's gradient.
 
     Raises:
         ValueError: shapes differ or clip is not above 0.
@@ -186,11 +213,18 @@ def gmpo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tenso
     return -(ratio * advantages), monitors
 
 
-def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_high: float = 4.0, clip_low: float | None = None) -> Loss:
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_high: float = 4.0,
+    clip_low: float | None = None,
+) -> Loss:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p, sg: stop-gradient; no token loses its gradient.
 
-    CISPO, https://arxiv.org/abs/2506.13585, equations 4 and 5. The paper has no lower bound and does not say its upper one; a weight
-    of at most 5 = 1 + clip_high is ScaleRL's, https://arxiv.org/abs/2510.13786.
+    CISPO, https://arxiv.org/abs/2506.13585, equations 4 and 5. The paper has no lower bound and does not say
+    its upper one; a weight of at most 5 = 1 + clip_high is ScaleRL's, https://arxiv.org/abs/2510.13786.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -200,8 +234,8 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_hi
         clip_low: how far the weight may fall below 1, in [0, 1]; None: no bound.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where the weight was cut;
-        `approx_kl`, see `ppo_clip`.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where
+        the weight was cut; `approx_kl`, see `ppo_clip`.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
@@ -213,11 +247,18 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_hi
     return -weight * advantages * logprobs, monitors
 
 
-def sapo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Loss:
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Loss:
     """-(4 / tau) sigmoid(tau (r - 1)) A: a soft gate in place of the clip, tau by the sign of the advantage.
 
-    SAPO, https://arxiv.org/abs/2511.20347, equations 5 and 6. Its gradient is that of `importance` times a gate, 4 s (1 - s) with
-    s the sigmoid, which is 1 at r = 1.
+    SAPO, https://arxiv.org/abs/2511.20347, equations 5 and 6. Its gradient is that of `importance` times a
+    gate, 4 s (1 - s) with s the sigmoid, which is 1 at r = 1.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -227,15 +268,17 @@ def sapo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, tau_posi
         tau_negative: steepness elsewhere, above 0; the larger, the sooner a token loses its gradient.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `gate`, in [0, 1]; `approx_kl`, see
-        `ppo_clip`.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `gate`, in [0, 1];
+        `approx_kl`, see `ppo_clip`.
 
     Raises:
         ValueError: shapes differ or an option is not above 0.
     """
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
     if not (tau_positive > 0 and tau_negative > 0):
-        raise ValueError(f"need tau_positive and tau_negative above 0, got {tau_positive} and {tau_negative}; the paper takes 1 and 1.05")
+        raise ValueError(
+            f"need tau_positive and tau_negative above 0, got {tau_positive} and {tau_negative}; the paper takes 1 and 1.05"
+        )
     tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
     gate = torch.sigmoid(tau * (ratio - 1))
     monitors["gate"] = (4 * gate * (1 - gate)).detach()
@@ -251,12 +294,14 @@ def dppo(
     threshold_low: float = 0.2,
     threshold_high: float = 0.2,
 ) -> Loss:
-    """-M r A; M is 0 where the update would move a token on that is already further from the sampler than a threshold.
+    """-M r A; M is 0 where the update would move a token on that is already further from the sampler than a
+    threshold.
 
-    DPPO, https://arxiv.org/abs/2602.04879, equations 11 and 12, with the divergence between the two outcomes "this token" and
-    "another one": total variation |p - q|, or KL(q || p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), p of the policy and q of
-    the sampler. M is 0 where A > 0, r > 1 and the divergence exceeds threshold_high, or A < 0, r < 1 and it exceeds threshold_low.
-    The thresholds are those of prime-rl for total variation; the authors' script takes 0.15, and 0.05 for KL.
+    DPPO, https://arxiv.org/abs/2602.04879, equations 11 and 12, with the divergence between the two outcomes
+    "this token" and "another one": total variation |p - q|, or KL(q || p) = q log(q / p) + (1 - q) log((1 -
+    q) / (1 - p)), p of the policy and q of the sampler. M is 0 where A > 0, r > 1 and the divergence exceeds
+    threshold_high, or A < 0, r < 1 and it exceeds threshold_low. The thresholds are those of prime-rl for
+    total variation; the authors' script takes 0.15, and 0.05 for KL.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -267,8 +312,8 @@ def dppo(
         threshold_high: for tokens that become more likely, above 0; a share for tv, nats for kl.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where M is 0; `divergence`;
-        `approx_kl`, see `ppo_clip`.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where M
+        is 0; `divergence`; `approx_kl`, see `ppo_clip`.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
@@ -288,9 +333,11 @@ def dppo(
 
 
 def forward_kl_topk(top_logprobs: Tensor, teacher_top_logprobs: Tensor) -> Loss:
-    """sum_k q_k (log q_k - log p_k) over the teacher's k most likely tokens, q of the teacher and p of the policy.
+    """sum_k q_k (log q_k - log p_k) over the teacher's k most likely tokens, q of the teacher and p of the
+    policy.
 
-    The forward KL of generalized knowledge distillation, https://arxiv.org/abs/2306.13649, section 3, cut to those tokens and not
+    The forward KL of generalized knowledge distillation, https://arxiv.org/abs/2306.13649, section 3, cut to
+    those tokens and not
     normalized: what the teacher puts on other tokens is left out, so the sum may be below 0.
 
     Args:
@@ -298,8 +345,8 @@ def forward_kl_topk(top_logprobs: Tensor, teacher_top_logprobs: Tensor) -> Loss:
         teacher_top_logprobs: [B, T, k] float, nats.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `teacher_mass`, the probability that the teacher
-        puts on its k tokens, in [0, 1]; `policy_mass`, that of the policy on them.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `teacher_mass`, the probability
+        that the teacher puts on its k tokens, in [0, 1]; `policy_mass`, that of the policy on them.
 
     Raises:
         ValueError: shapes differ.
@@ -311,9 +358,16 @@ def forward_kl_topk(top_logprobs: Tensor, teacher_top_logprobs: Tensor) -> Loss:
 
 
 def _ratio(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, mask: Tensor | None = None, name: str = "old_logprobs"
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    name: str = "old_logprobs",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """r = exp(logprobs - old_logprobs) after a check of the shapes, and the monitors of every loss with a ratio."""
+    """r = exp(logprobs - old_logprobs) after a check of the shapes, and the monitors of every loss with a
+    ratio.
+    """
     columns = {"logprobs": logprobs, name: old_logprobs, "advantages": advantages}
     check_same_shape(**columns, **({} if mask is None else {"mask": mask}))
     return policy_ratio(logprobs, old_logprobs)
@@ -321,7 +375,8 @@ def _ratio(
 
 def _binary_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p) in nats between two coins, by the log-probabilities of their heads."""
-    # expm1: most tokens are nearly certain, where 1 - exp(log p) has few digits left; and a tail of 0 has no logarithm.
+    # expm1: most tokens are nearly certain, where 1 - exp(log p) has few digits left; and a tail of 0 has no
+    # logarithm.
     tail_q, tail_p = (-torch.expm1(x.clamp(max=-1e-7)) for x in (log_q, log_p))
     return (log_q.exp() * log_ratio(log_q, log_p) + tail_q * (tail_q / tail_p).log()).clamp(min=0)
 

@@ -1,4 +1,6 @@
-"""Losses with statistics over all rows of an optimizer update: they read `minibatch_mask`, and are called once per update."""
+"""Losses with statistics over all rows of an optimizer update: they read `minibatch_mask`, and are called
+once per update.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ def clip_cov(
     clip_low: float = 1.0,
     clip_high: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss, without gradient for a random share of the tokens whose covariance lies between two bounds.
+    """PPO's clipped loss, without gradient for a random share of the tokens whose covariance lies between two
+    bounds.
 
-    Clip-Cov, https://arxiv.org/abs/2505.22617, equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens
-    of the minibatch; the bounds and the wide PPO clip are those of the authors' recipes. At least one token is chosen if there is an
-    eligible one, as in the authors' code (the paper rounds down); unlike there, a token that PPO clips may be chosen, as in the paper.
+    Clip-Cov, https://arxiv.org/abs/2505.22617, equations 10 and 11, cov = (A - mean A)(log p - mean log p)
+    over the sampled tokens of the minibatch; the bounds and the wide PPO clip are those of the authors'
+    recipes. At least one token is chosen if there is an eligible one, as in the authors' code (the paper
+    rounds down); unlike there, a token that PPO clips may be chosen, as in the paper.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -42,16 +46,25 @@ def clip_cov(
         clip_high: how far the ratio may rise above 1, at least 0.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where the PPO clip removed
-        the gradient; `cov_share`, 1 for a chosen token; `approx_kl`, the k3 estimate of KL(old || current) in nats.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where
+        the PPO clip removed the gradient; `cov_share`, 1 for a chosen token; `approx_kl`, the k3 estimate of
+        KL(old || current) in nats.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
     """
-    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask, noise=noise)
+    check_same_shape(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        minibatch_mask=minibatch_mask,
+        noise=noise,
+    )
     _check_share(share)
     if not cov_low < cov_high:
-        raise ValueError(f"need cov_low < cov_high, got cov_low={cov_low} and cov_high={cov_high}; the authors' recipes take 1 and 5")
+        raise ValueError(
+            f"need cov_low < cov_high, got cov_low={cov_low} and cov_high={cov_high}; the authors' recipes take 1 and 5"
+        )
     covariance = _covariance(logprobs, advantages, minibatch_mask)
     eligible = minibatch_mask & (covariance > cov_low) & (covariance < cov_high)
     chosen = _first(noise, eligible, _count(share, minibatch_mask))
@@ -62,13 +75,19 @@ def clip_cov(
 
 
 def kl_cov(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, minibatch_mask: Tensor, *, share: float = 2e-3, kl_coef: float = 1.0
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    minibatch_mask: Tensor,
+    *,
+    share: float = 2e-3,
+    kl_coef: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-r A, plus kl_coef |log r| for the share of tokens with the largest covariance.
 
-    KL-Cov, https://arxiv.org/abs/2505.22617, equations 12 and 13, with the covariance of `clip_cov`; |log r| stands for the KL in
-    the authors' code. Share and coefficient are those of the 7B model in section 4.3. At least one token is chosen, as in the
-    authors' code.
+    KL-Cov, https://arxiv.org/abs/2505.22617, equations 12 and 13, with the covariance of `clip_cov`; |log r|
+    stands for the KL in the authors' code. Share and coefficient are those of the 7B model in section 4.3. At
+    least one token is chosen, as in the authors' code.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -79,13 +98,15 @@ def kl_cov(
         kl_coef: weight of the distance, at least 0.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `cov_share`, 1 for a chosen token; `approx_kl`,
-        the k3 estimate of KL(old || current) in nats.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `cov_share`, 1 for a
+        chosen token; `approx_kl`, the k3 estimate of KL(old || current) in nats.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
     """
-    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask)
+    check_same_shape(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, minibatch_mask=minibatch_mask
+    )
     _check_share(share)
     if not kl_coef >= 0:
         raise ValueError(f"need kl_coef >= 0, got {kl_coef}; the paper takes 1")
@@ -106,12 +127,14 @@ def online_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta (h_best - h_worst)), h the sum over a row's sampled tokens of log p/p_ref, for the best and worst row of a group.
+    """-log sigmoid(beta (h_best - h_worst)), h the sum over a row's sampled tokens of log p/p_ref, for the
+    best and worst row of a group.
 
-    Online DPO, https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290, equation 7. Both rows
-    carry the loss of their pair at each of their tokens, and other rows nothing, so under `seq_mean_token_mean` the whole is twice the
-    sum over the pairs, divided by the number of rows: with n answers to each prompt, 2 / n times the mean over the prompts. A group
-    whose rewards are all equal is no pair and counts 0. Of equal rewards the first row is taken.
+    Online DPO, https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290,
+    equation 7. Both rows carry the loss of their pair at each of their tokens, and other rows nothing, so
+    under `seq_mean_token_mean` the whole is twice the sum over the pairs, divided by the number of rows: with
+    n answers to each prompt, 2 / n times the mean over the prompts. A group whose rewards are all equal is no
+    pair and counts 0. Of equal rewards the first row is taken.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -123,8 +146,8 @@ def online_dpo(
         label_smoothing: share of the preferences held to be wrong, from 0 to below 0.5.
 
     Returns:
-        loss [B, T], equal for the tokens of a pair, and detached monitors [B, T]: `pair_share`, 1 for rows of a pair; `pair_margin`,
-        beta (h_best - h_worst), 0 elsewhere.
+        loss [B, T], equal for the tokens of a pair, and detached monitors [B, T]: `pair_share`, 1 for rows of
+        a pair; `pair_margin`, beta (h_best - h_worst), 0 elsewhere.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
@@ -133,7 +156,9 @@ def online_dpo(
     check_same_rows(rewards=rewards, group_ids=group_ids, minibatch_mask=minibatch_mask)
     if not (beta > 0 and 0 <= label_smoothing < 0.5):
         bounds = f"beta={beta} and label_smoothing={label_smoothing}"
-        raise ValueError(f"need beta > 0 and 0 <= label_smoothing < 0.5, got {bounds}; the paper of DPO takes 0.1 and 0")
+        raise ValueError(
+            f"need beta > 0 and 0 <= label_smoothing < 0.5, got {bounds}; the paper of DPO takes 0.1 and 0"
+        )
     best, worst = _pairs(rewards, group_ids, minibatch_mask.any(1))
     distance = torch.where(minibatch_mask, logprobs - ref_logprobs, 0).sum(1)
     margin = beta * (distance[best] - distance[worst])
@@ -143,7 +168,10 @@ def online_dpo(
     monitors = torch.zeros_like(distance).index_add(0, rows, margin.detach()[of_pair])
     paired = torch.zeros_like(distance).index_fill(0, rows, 1.0)
     shape = minibatch_mask.shape
-    return loss[:, None].expand(shape), {"pair_share": paired[:, None].expand(shape), "pair_margin": monitors[:, None].expand(shape)}
+    return loss[:, None].expand(shape), {
+        "pair_share": paired[:, None].expand(shape),
+        "pair_margin": monitors[:, None].expand(shape),
+    }
 
 
 def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +187,9 @@ def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, 
 
 
 def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """[B, T], (A - mean A)(log p - mean log p), means over the sampled tokens, in fp64: the order of rows must not move a rank."""
+    """[B, T], (A - mean A)(log p - mean log p), means over the sampled tokens, in fp64: the order of rows
+    must not move a rank.
+    """
     a, p = advantages.double(), logprobs.detach().double()
     return (a - masked_mean(a, mask)) * (p - masked_mean(p, mask))
 
@@ -180,4 +210,6 @@ def _first(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
 
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
-        raise ValueError(f"need 0 < share <= 1, got {share}; the paper takes 2e-4 to 2e-3, and without a share it is ppo_clip")
+        raise ValueError(
+            f"need 0 < share <= 1, got {share}; the paper takes 2e-4 to 2e-3, and without a share it is ppo_clip"
+        )

@@ -1,4 +1,6 @@
-"""How far the trainer's logprobs are from the sampler's, and what the weights of a correction leave of the sampled tokens."""
+"""How far the trainer's logprobs are from the sampler's, and what the weights of a correction leave of the
+sampled tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from verl.algorithms.functional import LOG_RATIO_LIMIT, check_same_shape, log_ra
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far the trainer is from the sampler over the sampled tokens, with rho = exp(logprobs - rollout_logprobs).
+    """How far the trainer is from the sampler over the sampled tokens, with rho = exp(logprobs -
+    rollout_logprobs).
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, diagnostics.
 
@@ -19,11 +22,12 @@ def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[s
         mask: [B, T] bool.
 
     Returns:
-        Scalars [], detached: `kl_k1` mean(-log rho) and `kl_k3` mean(rho - 1 - log rho), estimates of KL(sampler || trainer) in
-        nats; `chi2_token` mean(rho^2) - 1; `chi2_seq`, the mean over rows of (prod_t rho_t)^2, minus 1; `ppl_ratio`,
-        exp(mean over rows of mean_t(-log rho_t)), the geometric mean of perplexity(trainer) / perplexity(sampler) of the rows;
-        `max_abs_difference` of the logprobs in nats; `ess_share`, the effective sample size (sum rho)^2 / sum rho^2 as a share of
-        the tokens. Rows without a sampled token do not count. With nothing sampled: no difference and shares and ratios of 1.
+        Scalars [], detached: `kl_k1` mean(-log rho) and `kl_k3` mean(rho - 1 - log rho), estimates of
+        KL(sampler || trainer) in nats; `chi2_token` mean(rho^2) - 1; `chi2_seq`, the mean over rows of
+        (prod_t rho_t)^2, minus 1; `ppl_ratio`, exp(mean over rows of mean_t(-log rho_t)), the geometric mean
+        of perplexity(trainer) / perplexity(sampler) of the rows; `max_abs_difference` of the logprobs in
+        nats; `ess_share`, the effective sample size (sum rho)^2 / sum rho^2 as a share of the tokens. Rows
+        without a sampled token do not count. With nothing sampled: no difference and shares and ratios of 1.
 
     Raises:
         ValueError: shapes differ.
@@ -53,9 +57,9 @@ def weight_monitors(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
         mask: [B, T] bool.
 
     Returns:
-        Scalars [], detached, over the sampled tokens: `rejected_share`, with weight 0; `weight_mean`, the rejected included;
-        `ess_share`, (sum w)^2 / sum w^2 as a share of the tokens, in (0, 1], and 0 if all are rejected. With nothing sampled they
-        are 0, 1 and 1, as without a correction.
+        Scalars [], detached, over the sampled tokens: `rejected_share`, with weight 0; `weight_mean`, the
+        rejected included; `ess_share`, (sum w)^2 / sum w^2 as a share of the tokens, in (0, 1], and 0 if all
+        are rejected. With nothing sampled they are 0, 1 and 1, as without a correction.
 
     Raises:
         ValueError: shapes differ.
@@ -81,7 +85,9 @@ def row_sum(log_rho: Tensor) -> Tensor:
 
 
 def _ess_share(weights: Tensor, mask: Tensor) -> Tensor:
-    """Effective sample size of weights, 0 at masked positions, as a share of the sampled tokens; 1 with nothing sampled."""
+    """Effective sample size of weights, 0 at masked positions, as a share of the sampled tokens; 1 with
+    nothing sampled.
+    """
     squares, count = weights.square().sum(), mask.sum()
     # Rounding of the two sums may end above 1, and with all weights 0 they say nothing.
     share = weights.sum().square() / (count * squares).where(squares > 0, 1.0)

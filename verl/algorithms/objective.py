@@ -65,14 +65,19 @@ class Algorithm:
         """Looks every choice up, checks its options, and calls each function once on small columns.
 
         Raises:
-            ValueError: an unknown function or option, an option out of its bounds, or choices that do not go together.
+            ValueError: an unknown function or option, an option out of its bounds, or choices that do not go
+                together.
         """
         advantage = bind(config.advantage, ADVANTAGES, columns=_there("advantage"))
         policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=_there("policy_loss"))
         correction = bind(config.correction, CORRECTIONS, columns=_there("correction"))
         value_loss = bind(config.value_loss, VALUE_LOSSES, columns=_there("value_loss"))
         aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask", "group_ids"))
-        kl = None if config.kl.where == "off" else bind(config.kl.estimator, KL_ESTIMATORS, columns=_there("kl"))
+        kl = (
+            None
+            if config.kl.where == "off"
+            else bind(config.kl.estimator, KL_ESTIMATORS, columns=_there("kl"))
+        )
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         try_out([*chosen, value_loss, aggregation])
         reads = frozenset(column for bound in chosen for column in bound.columns)
@@ -96,7 +101,9 @@ class Algorithm:
 
     @property
     def corrects_in_update(self) -> bool:
-        """Whether the correction compares with the policy as it is in each update, not as it was before the first."""
+        """Whether the correction compares with the policy as it is in each update, not as it was before the
+        first.
+        """
         return "logprobs" in self.correction.columns
 
     @property
@@ -105,12 +112,14 @@ class Algorithm:
         return "minibatch_mask" in self.policy_loss.columns
 
     def policy_objective(self, columns: Columns, entropy: Tensor, kl_coef: float) -> tuple[Tensor, Monitors]:
-        """Loss of some rows and sums of monitors over their sampled tokens; of one whose name ends in `_max`, the largest.
+        """Loss of some rows and sums of monitors over their sampled tokens; of one whose name ends in `_max`,
+        the largest.
 
         Args:
-            columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and `weights` (the
-                share of each token in the loss of the whole minibatch, so that losses of parts add up); with
-                `loss_gradients`, from `minibatch_gradients`, the policy loss is not called again.
+            columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and
+                `weights` (the share of each token in the loss of the whole minibatch, so that losses of parts
+                add up); with `loss_gradients`, from `minibatch_gradients`, the policy loss is not called
+                again.
             entropy: [b, T], with gradient if the entropy bonus is on.
             kl_coef: weight of the KL in the loss.
 
@@ -134,7 +143,10 @@ class Algorithm:
             monitors["kl"] = kl.detach()
         if "rollout_logprobs" in columns:
             sampled = columns["rollout_logprobs"]
-            monitors |= {"kl_sampler": k3(sampled, logprobs.detach()), "sampler_gap": (sampled - logprobs.detach()).abs()}
+            monitors |= {
+                "kl_sampler": k3(sampled, logprobs.detach()),
+                "sampler_gap": (sampled - logprobs.detach()).abs(),
+            }
         sums = _masked_sums(monitors, mask)
         if "sampler_gap" in monitors and mask.numel():
             sums["sampler_gap_max"] = torch.where(mask, monitors["sampler_gap"], 0).max()
@@ -143,15 +155,15 @@ class Algorithm:
     def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
         """The policy loss of all rows of an update, for a loss whose statistics are over all of them.
 
-        The gradient with respect to the logprobs is all that the backward pass of a part needs (gradient caching,
-        https://arxiv.org/abs/2101.06983), so the update is the same for every split.
+        The gradient with respect to the logprobs is all that the backward pass of a part needs (gradient
+        caching, https://arxiv.org/abs/2101.06983), so the update is the same for every split.
 
         Args:
             columns: as for `policy_objective`, of the whole minibatch.
 
         Returns:
-            Gradients of the weighted loss [B, T], the weighted losses [B, T], both constant and 0 at masked positions, and sums of
-            monitors.
+            Gradients of the weighted loss [B, T], the weighted losses [B, T], both constant and 0 at masked
+            positions, and sums of monitors.
         """
         mask, columns = columns["mask"], _sampled_only(columns)
         leaf = columns["logprobs"].detach().requires_grad_()
@@ -166,14 +178,17 @@ class Algorithm:
         """Loss of the critic on some rows and sums of monitors over their sampled tokens.
 
         Args:
-            columns: [b, T] each, with `new_values` (or `prm_logprobs`) with gradient, `mask`, `weights` and `row_weights` [b].
+            columns: [b, T] each, with `new_values` (or `prm_logprobs`) with gradient, `mask`, `weights` and
+                `row_weights` [b].
             vf_coef: weight of the loss.
         """
         mask, columns = columns["mask"], _sampled_only(columns)
         loss, monitors = self.value_loss(columns)
         if loss.ndim == 1:
             tokens = mask.sum(1)
-            return vf_coef * (loss * columns["row_weights"]).sum(), {name: (m.float() * tokens).sum() for name, m in monitors.items()}
+            return vf_coef * (loss * columns["row_weights"]).sum(), {
+                name: (m.float() * tokens).sum() for name, m in monitors.items()
+            }
         return vf_coef * _masked_sum(loss * columns["weights"], mask), _masked_sums(monitors, mask)
 
     def _policy_loss(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Monitors]:
@@ -181,7 +196,9 @@ class Algorithm:
         columns = {**columns, "minibatch_mask": columns["mask"]}
         if self.corrects_in_update:
             with torch.no_grad():
-                columns["old_logprobs"], weights = self.correction({**columns, "logprobs": columns["logprobs"].detach()})
+                columns["old_logprobs"], weights = self.correction(
+                    {**columns, "logprobs": columns["logprobs"].detach()}
+                )
             if weights is not None:
                 columns["correction_weights"] = weights
         loss, monitors = self.policy_loss(columns)
@@ -189,11 +206,16 @@ class Algorithm:
             return loss, monitors
         weights = columns["correction_weights"]
         if self.corrects_in_update:  # those of the whole step are reported with it
-            monitors = monitors | {"correction_weight": weights, "rejected_share": (weights == 0).to(weights.dtype)}
+            monitors = monitors | {
+                "correction_weight": weights,
+                "rejected_share": (weights == 0).to(weights.dtype),
+            }
         return loss * weights, monitors
 
 
-def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0) -> dict[str, float]:
+def write_advantages(
+    batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0
+) -> dict[str, float]:
     """Adds the columns that the losses read (old_logprobs, advantages, returns, ...) to a rewarded batch.
 
     Args:
@@ -204,8 +226,10 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, vers
         seed: of the run, for `noise`.
 
     Returns:
-        Metrics: kl (if it is in the reward), kl_teacher (if there is a teacher), explained_variance (if there is a critic),
-        mismatch/* (if the trainer's logprobs are there beside the sampler's), correction/* (if the correction has weights).
+        Metrics: kl (if it is in the reward), kl_teacher (if there is a teacher), explained_variance (if there
+            is a critic),
+        mismatch/* (if the trainer's logprobs are there beside the sampler's), correction/* (if the correction
+        has weights).
     """
     mask = batch["mask"]
     if "staleness" in algorithm.reads:
@@ -217,14 +241,17 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, vers
     columns = {name: batch[name] for name in batch.names if name not in _IDS}
     metrics = _write_correction(batch, columns, algorithm)
     if "teacher_logprobs" in columns:
-        metrics["kl_teacher"] = float(masked_mean(columns["old_logprobs"] - columns["teacher_logprobs"], mask))
+        metrics["kl_teacher"] = float(
+            masked_mean(columns["old_logprobs"] - columns["teacher_logprobs"], mask)
+        )
     if "rewards" in columns:
         columns["rewards"] = columns["rewards"].float()
         columns["token_rewards"] = token_rewards(columns["rewards"], mask, columns.get("turn_rewards"))
     if algorithm.kl and algorithm.kl_in_reward:
         kl = algorithm.kl({**columns, "logprobs": columns["old_logprobs"]})
         penalties = kl_coef * torch.where(mask, kl, 0)
-        # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the reward that it got.
+        # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the
+        # reward that it got.
         columns["rewards"] = columns["rewards"] - penalties.sum(1)
         columns["token_rewards"] = columns["token_rewards"] - penalties
         metrics["kl"] = float(masked_mean(kl, mask))
@@ -241,7 +268,9 @@ def write_advantages(batch: Batch, algorithm: Algorithm, kl_coef: float, *, vers
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
-    """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last True of `mask` [B, T]."""
+    """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last
+    True of `mask` [B, T].
+    """
     if turn_rewards is None:
         return at_last_sampled_token(rewards, mask)
     return turn_rewards + at_last_sampled_token(rewards - turn_rewards.sum(1), mask)
@@ -261,18 +290,26 @@ def _there(choice: str) -> list[str]:
     return [name for name in COLUMNS if name not in _NOT_THERE[choice]]
 
 
-def _check_together(config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]) -> None:
+def _check_together(
+    config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]
+) -> None:
     if "prm_logprobs" in reads and ("prm_logprobs" not in value_loss.columns or "values" in reads):
         raise ValueError(
             f"need a loss of the process reward model for algorithm.advantage {config.advantage.name}, got algorithm.value_loss "
             f"{value_loss.name}; set algorithm.value_loss=outcome_cross_entropy, and read `values` nowhere"
         )
     if "prm_logprobs" not in reads and "prm_logprobs" in value_loss.columns:
-        raise ValueError(f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime")
+        raise ValueError(
+            f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime"
+        )
     if {"minibatch_mask", "top_logprobs"} <= set(policy_loss.columns):
-        raise ValueError(f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone")
+        raise ValueError(
+            f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone"
+        )
     # The statistics of a whole minibatch are also over its rows without advantage.
-    if config.skip_zero_advantages and ("minibatch_mask" in policy_loss.columns or learns_from_zero_advantages(policy_loss)):
+    if config.skip_zero_advantages and (
+        "minibatch_mask" in policy_loss.columns or learns_from_zero_advantages(policy_loss)
+    ):
         raise ValueError(
             f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
             "set skip_zero_advantages to false"
@@ -290,7 +327,9 @@ def _check_kl_in_reward(config: AlgorithmConfig, advantage: Bound, policy_loss: 
 
 
 def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algorithm) -> dict[str, float]:
-    """Adds old_logprobs and the correction's weights to both; returns what there is to say of sampler and trainer."""
+    """Adds old_logprobs and the correction's weights to both; returns what there is to say of sampler and
+    trainer.
+    """
     metrics: dict[str, float] = {}
     mask = columns["mask"]
     if {"trainer_logprobs", "rollout_logprobs"} <= columns.keys():
@@ -303,7 +342,9 @@ def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algor
     batch.write("old_logprobs", columns["old_logprobs"])
     if weights is not None:
         batch.write("correction_weights", weights)
-        metrics |= {f"correction/{name}": float(value) for name, value in weight_monitors(weights, mask).items()}
+        metrics |= {
+            f"correction/{name}": float(value) for name, value in weight_monitors(weights, mask).items()
+        }
     return metrics
 
 
@@ -314,7 +355,9 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The columns over tokens with 0 at masked positions, as at padding: a NaN there would reach the gradient as 0 * NaN."""
+    """The columns over tokens with 0 at masked positions, as at padding: a NaN there would reach the gradient
+    as 0 * NaN.
+    """
     mask = columns["mask"]
 
     def clean(column: Tensor) -> Tensor:

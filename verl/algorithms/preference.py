@@ -1,8 +1,10 @@
-"""Losses per pair of answers for policies and reward models, the loss of an implicit process reward model, and calibration.
+"""Losses per pair of answers for policies and reward models, the loss of an implicit process reward model,
+and calibration.
 
-The caller averages over the pairs of an optimizer batch. Monitors have the same names in every loss: the reward of both answers,
-explicit or implied by the policy, their difference as `margin`, and `accuracy`, 1 where the chosen answer has the higher reward; a tie
-counts as wrong, as a model that prefers nothing must not look right.
+The caller averages over the pairs of an optimizer batch. Monitors have the same names in every loss: the
+reward of both answers, explicit or implied by the policy, their difference as `margin`, and `accuracy`, 1
+where the chosen answer has the higher reward; a tie counts as wrong, as a model that prefers nothing must not
+look right.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ def dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) with the margin m = beta (log p/p_ref(chosen) - log p/p_ref(rejected)).
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) with the margin m = beta (log p/p_ref(chosen) - log
+    p/p_ref(rejected)).
 
-    https://arxiv.org/abs/2305.18290, equation 7; with e > 0, the share of labels held to be wrong, conservative DPO,
-    https://ericmitchell.ai/cdpo.pdf.
+    https://arxiv.org/abs/2305.18290, equation 7; with e > 0, the share of labels held to be wrong,
+    conservative DPO, https://ericmitchell.ai/cdpo.pdf.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -51,7 +54,8 @@ def dpo(
         label_smoothing: e, from 0 to below 0.5.
 
     Returns:
-        loss [P] and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta log p/p_ref; `margin`; `accuracy`.
+        loss [P] and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta log p/p_ref; `margin`;
+        `accuracy`.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
@@ -64,7 +68,9 @@ def dpo(
     )
     _check_beta(beta)
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"need 0 <= label_smoothing < 0.5, got {label_smoothing}; from 0.5 on the labels say the opposite")
+        raise ValueError(
+            f"need 0 <= label_smoothing < 0.5, got {label_smoothing}; from 0.5 on the labels say the opposite"
+        )
     chosen = beta * (chosen_logprobs - chosen_ref_logprobs)
     rejected = beta * (rejected_logprobs - rejected_ref_logprobs)
     margin = chosen - rejected
@@ -82,11 +88,13 @@ def ipo(
     *,
     beta: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(h - 1 / (2 beta))^2 with h = log p/p_ref(chosen) - log p/p_ref(rejected), both as means over the tokens of the answer.
+    """(h - 1 / (2 beta))^2 with h = log p/p_ref(chosen) - log p/p_ref(rejected), both as means over the
+    tokens of the answer.
 
-    https://arxiv.org/abs/2310.12036, equation 17, where p is the probability of an answer and h a difference of sums. Means, as its
-    authors advise, https://huggingface.co/blog/pref-tuning: h is drawn to a fixed number of nats, which the sum of a long answer
-    reaches with a much smaller change of each token, so that the regularization would depend on the length.
+    https://arxiv.org/abs/2310.12036, equation 17, where p is the probability of an answer and h a difference
+    of sums. Means, as its authors advise, https://huggingface.co/blog/pref-tuning: h is drawn to a fixed
+    number of nats, which the sum of a long answer reaches with a much smaller change of each token, so that
+    the regularization would depend on the length.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -98,8 +106,8 @@ def ipo(
         beta: tau of the paper, per nat and token, above 0; the policy is drawn to h = 1 / (2 beta).
 
     Returns:
-        loss [P], nats squared, and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times the mean of log p/p_ref;
-        `margin`, drawn to 1/2; `accuracy`.
+        loss [P], nats squared, and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times
+        the mean of log p/p_ref; `margin`, drawn to 1/2; `accuracy`.
 
     Raises:
         ValueError: shapes differ or beta is not above 0.
@@ -127,9 +135,11 @@ def simpo(
     beta: float = 2.0,
     margin: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta log p(chosen) / |chosen| - beta log p(rejected) / |rejected| - margin), without a reference policy.
+    """-log sigmoid(beta log p(chosen) / |chosen| - beta log p(rejected) / |rejected| - margin), without a
+    reference policy.
 
-    https://arxiv.org/abs/2405.14734, equation 6, which searches beta from 2 to 2.5 and the margin from 0.3 to 1.6.
+    https://arxiv.org/abs/2405.14734, equation 6, which searches beta from 2 to 2.5 and the margin from 0.3 to
+    1.6.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -140,18 +150,24 @@ def simpo(
         margin: gamma, by how much the rewards shall differ, at least 0.
 
     Returns:
-        loss [P] and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times the mean logprob of a token; `margin`, their
-        difference before gamma is taken off; `accuracy`.
+        loss [P] and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times the mean logprob
+        of a token; `margin`, their difference before gamma is taken off; `accuracy`.
 
     Raises:
         ValueError: shapes differ or an option is out of its bounds.
     """
     check_same_shape(
-        chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
     )
     _check_beta(beta)
     _check_margin(margin)
-    chosen, rejected = beta * _token_mean(chosen_logprobs, chosen_tokens), beta * _token_mean(rejected_logprobs, rejected_tokens)
+    chosen, rejected = (
+        beta * _token_mean(chosen_logprobs, chosen_tokens),
+        beta * _token_mean(rejected_logprobs, rejected_tokens),
+    )
     return -logsigmoid(chosen - rejected - margin), _monitors(chosen, rejected)
 
 
@@ -160,8 +176,9 @@ def bradley_terry(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-log sigmoid(r(chosen) - r(rejected) - margin) + center_coef (r(chosen) + r(rejected))^2.
 
-    InstructGPT, https://arxiv.org/abs/2203.02155, equation 1; margin: Llama 2, https://arxiv.org/abs/2307.09288, equation 2;
-    centering, since only differences of rewards are learnt otherwise: https://arxiv.org/abs/2312.09244.
+    InstructGPT, https://arxiv.org/abs/2203.02155, equation 1; margin: Llama 2,
+    https://arxiv.org/abs/2307.09288, equation 2; centering, since only differences of rewards are learnt
+    otherwise: https://arxiv.org/abs/2312.09244.
 
     Args:
         chosen_rewards: [P] float with gradient.
@@ -178,28 +195,36 @@ def bradley_terry(
     check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     _check_margin(margin)
     if not center_coef >= 0:
-        raise ValueError(f"need center_coef >= 0, got {center_coef}; below 0 the rewards would be driven away from 0")
-    loss = -logsigmoid(chosen_rewards - rejected_rewards - margin) + center_coef * (chosen_rewards + rejected_rewards).square()
+        raise ValueError(
+            f"need center_coef >= 0, got {center_coef}; below 0 the rewards would be driven away from 0"
+        )
+    loss = (
+        -logsigmoid(chosen_rewards - rejected_rewards - margin)
+        + center_coef * (chosen_rewards + rejected_rewards).square()
+    )
     return loss, _monitors(chosen_rewards, rejected_rewards)
 
 
 def outcome_cross_entropy(
     prm_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, *, beta: float = 0.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of sigmoid(beta sum_t log p_prm/p_ref) as the probability of a right answer, which is one with a reward above 0.
+    """Cross-entropy of sigmoid(beta sum_t log p_prm/p_ref) as the probability of a right answer, which is one
+    with a reward above 0.
 
     PRIME, https://arxiv.org/abs/2502.01456, equation 5.
 
     Args:
-        prm_logprobs: [B, T] float, nats, of the implicit process reward model in its update, here with gradient.
+        prm_logprobs: [B, T] float, nats, of the implicit process reward model in its update, here with
+            gradient.
         ref_logprobs: [B, T] float, nats, of the reference policy.
         rewards: [B] float; only whether they are above 0 counts.
         mask: [B, T] bool.
         beta: scale of the reward, per nat, above 0.
 
     Returns:
-        loss [B] and detached monitors [B]: `prm_reward`, beta times the sum; `prm_accuracy`, 1 where its sign is right. A row without
-        a sampled token has the reward 0, which counts as wrong, and a loss of log 2 without gradient.
+        loss [B] and detached monitors [B]: `prm_reward`, beta times the sum; `prm_accuracy`, 1 where its sign
+        is right. A row without a sampled token has the reward 0, which counts as wrong, and a loss of log 2
+        without gradient.
 
     Raises:
         ValueError: shapes differ or beta is not above 0.
@@ -209,14 +234,19 @@ def outcome_cross_entropy(
     _check_beta(beta)
     reward = beta * torch.where(mask, log_ratio(prm_logprobs, ref_logprobs), 0.0).sum(1)
     for_label = torch.where(rewards > 0, reward, -reward)
-    return -logsigmoid(for_label), {"prm_reward": reward.detach(), "prm_accuracy": (for_label > 0).to(reward.dtype)}
+    return -logsigmoid(for_label), {
+        "prm_reward": reward.detach(),
+        "prm_accuracy": (for_label > 0).to(reward.dtype),
+    }
 
 
 def calibration(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> dict[str, float]:
-    """Expected calibration error, sum_k n_k / N |mean label - mean probability| over bins, and Brier score, mean (p - label)^2.
+    """Expected calibration error, sum_k n_k / N |mean label - mean probability| over bins, and Brier score,
+    mean (p - label)^2.
 
-    https://arxiv.org/abs/1706.04599, equation 3, for the probability of the positive label in ((k - 1) / bins, k / bins], 0 in the
-    first bin; Brier 1950, https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2.
+    https://arxiv.org/abs/1706.04599, equation 3, for the probability of the positive label in ((k - 1) /
+    bins, k / bins], 0 in the first bin; Brier 1950,
+    https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2.
 
     Args:
         probabilities: [N] float in [0, 1] that the label is 1.
@@ -234,8 +264,12 @@ def calibration(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> dic
         raise ValueError(f"need bins >= 1, got {bins}; the paper takes 15")
     probabilities, labels = probabilities.detach().double().flatten(), labels.double().flatten()
     if not bool(((probabilities >= 0) & (probabilities <= 1) & ((labels == 0) | (labels == 1))).all()):
-        raise ValueError("need probabilities in [0, 1] and labels 0 or 1, got others; take the sigmoid of rewards")
-    index = torch.bucketize(probabilities, torch.arange(1, bins, dtype=torch.float64, device=probabilities.device) / bins)
+        raise ValueError(
+            "need probabilities in [0, 1] and labels 0 or 1, got others; take the sigmoid of rewards"
+        )
+    index = torch.bucketize(
+        probabilities, torch.arange(1, bins, dtype=torch.float64, device=probabilities.device) / bins
+    )
     # n_k times the gap of a bin is the sum of its differences: no bin is divided by its count.
     gaps = torch.bincount(index, labels - probabilities, minlength=bins)
     count = max(1, len(labels))
@@ -249,7 +283,12 @@ def _monitors(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Rewards of both answers, their difference, and whether the chosen one has the higher."""
     chosen, rejected = chosen.detach(), rejected.detach()
     margin = chosen - rejected
-    return {"chosen_reward": chosen, "rejected_reward": rejected, "margin": margin, "accuracy": (margin > 0).to(margin.dtype)}
+    return {
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": margin,
+        "accuracy": (margin > 0).to(margin.dtype),
+    }
 
 
 def _token_mean(sums: Tensor, num_tokens: Tensor) -> Tensor:
@@ -264,8 +303,14 @@ def _check_beta(beta: float) -> None:
 
 def _check_margin(margin: float) -> None:
     if not margin >= 0:
-        raise ValueError(f"need margin >= 0, got {margin}; below 0 the rejected answer may have the higher reward")
+        raise ValueError(
+            f"need margin >= 0, got {margin}; below 0 the rejected answer may have the higher reward"
+        )
 
 
-PAIR_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo}
+PAIR_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "simpo": simpo,
+}
 REWARD_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {"bradley_terry": bradley_terry}

@@ -1,4 +1,6 @@
-"""From a choice in the settings to a function with its columns and options, all of it checked before the first step."""
+"""From a choice in the settings to a function with its columns and options, all of it checked before the
+first step.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from verl.config.settings import Choice
 
-# Every column that a function may read; B rows, T response positions, right-padded, K reward functions; fp32 unless said otherwise.
+# Every column that a function may read; B rows, T response positions, right-padded, K reward functions; fp32
+# unless said otherwise.
 COLUMNS: dict[str, str] = {
     "rewards": "[B] sum of the trajectory's reward, minus the KL penalty where that is in the reward",
     "token_rewards": "[B, T] rewards of turns at the last sampled token of each, what remains at the last one of the trajectory, minus "
@@ -75,11 +78,15 @@ class Bound:
         """What the function returns for these columns; ValueError if one that it reads is not there."""
         for column in self.columns:
             if column not in columns:
-                raise ValueError(f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; write it first")
+                raise ValueError(
+                    f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; write it first"
+                )
         return self.function(*(columns[column] for column in self.columns), **self.options)
 
 
-def bind(choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Collection[str] | None = None) -> Bound:
+def bind(
+    choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Collection[str] | None = None
+) -> Bound:
     """The function of a choice: positional parameters are columns, keyword-only ones options.
 
     The convention is the project's own; see the functions of `ADVANTAGES` for examples.
@@ -93,8 +100,8 @@ def bind(choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Co
         The function with its columns and options.
 
     Raises:
-        ValueError: unknown name or module, unknown, missing or mistyped option, unknown column, or a function that takes *args,
-            **kwargs or a positional parameter with a default.
+        ValueError: unknown name or module, unknown, missing or mistyped option, unknown column, or a function
+            that takes *args, **kwargs or a positional parameter with a default.
     """
     function = _chosen(choice.name, table)
     parameters = inspect.signature(function).parameters.values()
@@ -111,11 +118,15 @@ def _chosen(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[...,
         return table[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f'need one of {", ".join(table)} or "package.module:function", got {name!r}{_nearest(name, table)}')
+        raise ValueError(
+            f'need one of {", ".join(table)} or "package.module:function", got {name!r}{_nearest(name, table)}'
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} for {name!r}: {error}; put its folder on PYTHONPATH or install it") from error
+        raise ValueError(
+            f"cannot import {module_name!r} for {name!r}: {error}; put its folder on PYTHONPATH or install it"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{module_name!r} has no function {attribute!r}{_nearest(attribute, dir(module))}")
@@ -132,23 +143,33 @@ def _check_parameter(name: str, parameter: Parameter, columns: Collection[str] |
     if columns is not None and parameter.name not in columns:
         known = f"the columns are {', '.join(columns)}"
         kind = "no column that is there when it is called" if parameter.name in COLUMNS else "no column"
-        raise ValueError(f"{name} reads {parameter.name!r}, which is {kind}{_nearest(parameter.name, columns)}; {known}")
+        raise ValueError(
+            f"{name} reads {parameter.name!r}, which is {kind}{_nearest(parameter.name, columns)}; {known}"
+        )
 
 
 def _check_options(choice: Choice, valid: Mapping[str, Parameter]) -> None:
-    takes = f"{choice.name} takes " + (f"the options {', '.join(map(str, valid.values()))}" if valid else "no options")
+    takes = f"{choice.name} takes " + (
+        f"the options {', '.join(map(str, valid.values()))}" if valid else "no options"
+    )
     for option, value in choice.options.items():
         if option not in valid:
             raise ValueError(f"{takes}; got {option!r}{_nearest(option, valid)}")
         if not _fits(value, _spelled(valid[option])):
-            raise ValueError(f"{takes}; got {option}={value!r}, which is not of type {_spelled(valid[option])}")
+            raise ValueError(
+                f"{takes}; got {option}={value!r}, which is not of type {_spelled(valid[option])}"
+            )
     for option, parameter in valid.items():
         if parameter.default is Parameter.empty and option not in choice.options:
-            raise ValueError(f"{takes}; {option!r} has no default; write {{name: {choice.name}, {option}: ...}}")
+            raise ValueError(
+                f"{takes}; {option!r} has no default; write {{name: {choice.name}, {option}: ...}}"
+            )
 
 
 def _spelled(parameter: Parameter) -> str:
-    """Its annotation as in the source: a string already under `from __future__ import annotations`, else a type."""
+    """Its annotation as in the source: a string already under `from __future__ import annotations`, else a
+    type.
+    """
     annotation = parameter.annotation
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 

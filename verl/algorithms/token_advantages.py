@@ -1,4 +1,6 @@
-"""Credit of each token, from rewards of tokens, turns or whole answers; credit of whole answers alone is in advantages."""
+"""Credit of each token, from rewards of tokens, turns or whole answers; credit of whole answers alone is in
+advantages.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,19 @@ from verl.algorithms.functional import (
 
 
 def gae(
-    token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True
+    token_rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t, over the sampled tokens alone.
+    """A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t, over the sampled tokens
+    alone.
 
-    GAE, https://arxiv.org/abs/1506.02438, equation 16. Tokens that the environment wrote are no actions: they are stepped over
-    without discount, so t + 1 is the next sampled token. Behind the last one the value is 0.
+    GAE, https://arxiv.org/abs/1506.02438, equation 16. Tokens that the environment wrote are no actions: they
+    are stepped over without discount, so t + 1 is the next sampled token. Behind the last one the value is 0.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -31,7 +40,8 @@ def gae(
         mask: [B, T] bool, True where the policy sampled the token.
         gamma: discount per sampled token, in [0, 1].
         lam: decay of the multi-step errors, in [0, 1]; 1 is the whole return, 0 one step.
-        whiten: bring the advantages (never the returns) to mean 0 and deviation 1 over all sampled tokens of the batch.
+        whiten: bring the advantages (never the returns) to mean 0 and deviation 1 over all sampled tokens of
+            the batch.
 
     Returns:
         advantages [B, T] and returns [B, T] (advantages before whitening + values), 0 at masked positions.
@@ -56,10 +66,12 @@ def vapo_gae(
     critic_lam: float = 1.0,
     whiten: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """GAE with one decay for the critic and one for the policy that grows with the length l of the row, lam = 1 - 1 / (alpha l).
+    """GAE with one decay for the critic and one for the policy that grows with the length l of the row, lam =
+    1 - 1 / (alpha l).
 
-    VAPO, https://arxiv.org/abs/2504.05118, sections 4.1 (decoupled GAE) and 4.2 (length-adaptive GAE). The sum of the weights
-    lam^k of a row is then near alpha l. Below 1 / alpha tokens lam would be negative; it is 0 there, one-step errors.
+    VAPO, https://arxiv.org/abs/2504.05118, sections 4.1 (decoupled GAE) and 4.2 (length-adaptive GAE). The
+    sum of the weights lam^k of a row is then near alpha l. Below 1 / alpha tokens lam would be negative; it
+    is 0 there, one-step errors.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -68,7 +80,8 @@ def vapo_gae(
         gamma: discount per sampled token, in [0, 1].
         alpha: above 0, share of the row's sampled tokens over which errors are summed.
         critic_lam: decay of the errors in the returns, in [0, 1]; 1 makes them free of the critic's own bias.
-        whiten: bring the advantages (never the returns) to mean 0 and deviation 1 over all sampled tokens of the batch.
+        whiten: bring the advantages (never the returns) to mean 0 and deviation 1 over all sampled tokens of
+            the batch.
 
     Returns:
         advantages [B, T] and returns [B, T], 0 at masked positions.
@@ -87,10 +100,11 @@ def vapo_gae(
 
 
 def reinforce_pp(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Return from each sampled token on, sum_{s >= t} gamma^(s-t) r_s, whitened over the sampled tokens of the batch.
+    """Return from each sampled token on, sum_{s >= t} gamma^(s-t) r_s, whitened over the sampled tokens of
+    the batch.
 
-    REINFORCE++, https://arxiv.org/abs/2501.03262. Its KL penalty k1 of each token is part of the token rewards. Groups
-    are not looked at: one trajectory per prompt is enough.
+    REINFORCE++, https://arxiv.org/abs/2501.03262. Its KL penalty k1 of each token is part of the token
+    rewards. Groups are not looked at: one trajectory per prompt is enough.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -108,20 +122,25 @@ def reinforce_pp(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     return masked_whiten(_discounted_sums(token_rewards.double(), mask, gamma), mask).to(token_rewards.dtype)
 
 
-def optimal_token_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor, trainer_logprobs: Tensor, sum_squared_probs: Tensor) -> Tensor:
-    """A_t = R - B_t with the baseline of least variance B_t = sum_i R_i W_it / sum_i W_it, W_t = sum_{j <= t} (1 - 2 pi_j + sum pi_j^2).
+def optimal_token_baseline(
+    rewards: Tensor, group_ids: Tensor, mask: Tensor, trainer_logprobs: Tensor, sum_squared_probs: Tensor
+) -> Tensor:
+    """A_t = R - B_t with the baseline of least variance B_t = sum_i R_i W_it / sum_i W_it, W_t = sum_{j <= t}
+    (1 - 2 pi_j + sum pi_j^2).
 
-    OTB, https://arxiv.org/abs/2602.07078: W is the squared norm of the gradient at the logits up to token t. Token t is the t-th
-    sampled one, and B_t is over the siblings that have one. Where no other has one, in the tail of the longest or without
-    siblings, B_t is the row's own reward, so it gets 0 there; https://github.com/volcengine/verl takes B_t = 0 by default. Where
-    all W are 0 (each token so far had probability 1) B_t is the plain mean.
+    OTB, https://arxiv.org/abs/2602.07078: W is the squared norm of the gradient at the logits up to token t.
+    Token t is the t-th sampled one, and B_t is over the siblings that have one. Where no other has one, in
+    the tail of the longest or without siblings, B_t is the row's own reward, so it gets 0 there;
+    https://github.com/volcengine/verl takes B_t = 0 by default. Where all W are 0 (each token so far had
+    probability 1) B_t is the plain mean.
 
     Args:
         rewards: [B] float, one per trajectory; the return of all its tokens.
         group_ids: [B] int, equal for the trajectories of one prompt, in any order.
         mask: [B, T] bool, True where the policy sampled the token.
         trainer_logprobs: [B, T] float, of the sampled tokens, not read at masked positions.
-        sum_squared_probs: [B, T] float, sum of the squares of all probabilities, not read at masked positions.
+        sum_squared_probs: [B, T] float, sum of the squares of all probabilities, not read at masked
+            positions.
 
     Returns:
         [B, T], dtype and unit of the rewards, 0 at masked positions.
@@ -133,24 +152,32 @@ def optimal_token_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor, tra
     check_same_shape(mask=mask, trainer_logprobs=trainer_logprobs, sum_squared_probs=sum_squared_probs)
     check_same_rows(rewards=rewards, mask=mask)
     probs = trainer_logprobs.double().clamp(max=0).exp()
-    # (1 - pi)^2 + the squares of the others: 1 - 2 pi + sum pi^2 itself cancels where pi is near 1, and may fall below 0.
-    energy = torch.expm1(trainer_logprobs.double().clamp(max=0)).square() + (sum_squared_probs.double() - probs.square()).clamp(min=0)
+    # (1 - pi)^2 + the squares of the others: 1 - 2 pi + sum pi^2 itself cancels where pi is near 1, and may
+    # fall below 0.
+    energy = torch.expm1(trainer_logprobs.double().clamp(max=0)).square() + (
+        sum_squared_probs.double() - probs.square()
+    ).clamp(min=0)
     weights, present = _sampled_first(torch.where(mask, energy, 0.0).cumsum(1), mask)
     weights = torch.where(siblings.sum(weights) > 0, weights, 1.0) * present
     # From deviations, so that equal rewards give exactly 0.
     deviation = siblings.deviation(rewards)[:, None]
-    baseline = siblings.sum(deviation * weights) / siblings.sum(weights).clamp(min=torch.finfo(torch.float64).tiny)
+    baseline = siblings.sum(deviation * weights) / siblings.sum(weights).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     advantages = torch.zeros_like(weights)
     advantages[mask] = (deviation - baseline)[present]
     return advantages.to(rewards.dtype)
 
 
-def grpo_turns(token_rewards: Tensor, mask: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """A_t = sum of (r_k - mean(r)) / (std(r) + eps) over the turns k that end at t or later, mean and std over all turns of the group.
+def grpo_turns(
+    token_rewards: Tensor, mask: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """A_t = sum of (r_k - mean(r)) / (std(r) + eps) over the turns k that end at t or later, mean and std
+    over all turns of the group.
 
-    GRPO with process supervision, https://arxiv.org/abs/2402.03300, section 4.1.3, where a turn is a step. A turn is an unbroken
-    run of sampled tokens, its reward the sum of theirs, 0 included. A trajectory without siblings is compared with itself, turn
-    by turn; the only turn of a group gets 0.
+    GRPO with process supervision, https://arxiv.org/abs/2402.03300, section 4.1.3, where a turn is a step. A
+    turn is an unbroken run of sampled tokens, its reward the sum of theirs, 0 included. A trajectory without
+    siblings is compared with itself, turn by turn; the only turn of a group gets 0.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -192,12 +219,14 @@ def prime(
     beta: float = 0.05,
     gamma: float = 1.0,
 ) -> Tensor:
-    """A_t = sum_{s >= t} gamma^(s-t) (p_s - mean_{j != i}(p_j)) + R_i - mean_{j != i}(R_j) with p = beta (log pi_prm - log pi_ref).
+    """A_t = sum_{s >= t} gamma^(s-t) (p_s - mean_{j != i}(p_j)) + R_i - mean_{j != i}(R_j) with p = beta (log
+    pi_prm - log pi_ref).
 
-    PRIME, https://arxiv.org/abs/2502.01456, equation 5. The p_j of a sibling is the mean over its sampled tokens, as the text
-    above the equation says; siblings without any do not count. https://github.com/PRIME-RL/PRIME takes n / (n - 1) p_s minus
-    sum_j p_j / (n - 1) over all j instead, which has the same mean over a row. The log-ratio is clamped at +-20 nats. A
-    trajectory without siblings gets 0.
+    PRIME, https://arxiv.org/abs/2502.01456, equation 5. The p_j of a sibling is the mean over its sampled
+    tokens, as the text above the equation says; siblings without any do not count.
+    https://github.com/PRIME-RL/PRIME takes n / (n - 1) p_s minus sum_j p_j / (n - 1) over all j instead,
+    which has the same mean over a row. The log-ratio is clamped at +-20 nats. A trajectory without siblings
+    gets 0.
 
     Args:
         rewards: [B] float, outcome of each trajectory.
@@ -212,7 +241,8 @@ def prime(
         [B, T], dtype of the rewards, 0 at masked positions.
 
     Raises:
-        ValueError: shapes differ, the rewards are not floating point, beta is negative, or gamma is outside [0, 1].
+        ValueError: shapes differ, the rewards are not floating point, beta is negative, or gamma is outside
+            [0, 1].
     """
     siblings = siblings_of(rewards, group_ids)
     check_same_shape(prm_logprobs=prm_logprobs, ref_logprobs=ref_logprobs, mask=mask)
@@ -231,11 +261,12 @@ def prime(
 
 
 def reverse_kl(old_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """A_t = log pi_teacher - log pi, so that the policy gradient lowers the reverse KL to the teacher at each token that it samples.
+    """A_t = log pi_teacher - log pi, so that the policy gradient lowers the reverse KL to the teacher at each
+    token that it samples.
 
-    On-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation/; the objective is that of GKD,
-    https://arxiv.org/abs/2306.13649, with the reverse KL on the student's own answers, without the gradient through what comes
-    later. Clamped at +-20 nats. No rewards and no groups.
+    On-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation/; the objective is that of
+    GKD, https://arxiv.org/abs/2306.13649, with the reverse KL on the student's own answers, without the
+    gradient through what comes later. Clamped at +-20 nats. No rewards and no groups.
 
     Args:
         old_logprobs: [B, T] float, of the policy that is corrected for in the ratio, on its own tokens.
@@ -252,11 +283,15 @@ def reverse_kl(old_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def _one_step_errors(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """delta_t = r_t + gamma V_next - V_t [B, T], where next is the next sampled token; V is 0 behind the last one."""
+    """delta_t = r_t + gamma V_next - V_t [B, T], where next is the next sampled token; V is 0 behind the last
+    one.
+    """
     check_same_shape(token_rewards=token_rewards, values=values, mask=mask)
     width = mask.shape[1]
     # Position of the first sampled token from t on; a column of zeros at the width stands behind the row.
-    from_here = torch.where(mask, torch.arange(width, device=mask.device), width).flip(1).cummin(1).values.flip(1)
+    from_here = (
+        torch.where(mask, torch.arange(width, device=mask.device), width).flip(1).cummin(1).values.flip(1)
+    )
     behind = torch.full_like(from_here[:, :1], width)
     next_sampled = torch.cat([from_here, behind], 1)[:, 1:]
     next_values = torch.cat([values, torch.zeros_like(values[:, :1])], 1).gather(1, next_sampled)
@@ -264,7 +299,9 @@ def _one_step_errors(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma:
 
 
 def _discounted_sums(values: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
-    """S_t = x_t + decay S_next [B, T] over the sampled tokens, 0 at the others; decay is one number or one per row [B]."""
+    """S_t = x_t + decay S_next [B, T] over the sampled tokens, 0 at the others; decay is one number or one
+    per row [B].
+    """
     # Time first, so that each turn of the loop reads its positions from adjacent memory.
     values_first, mask_first = values.T.contiguous(), mask.T.contiguous()
     sums_first = torch.zeros_like(values_first)
@@ -276,7 +313,9 @@ def _discounted_sums(values: Tensor, mask: Tensor, decay: float | Tensor) -> Ten
 
 
 def _sampled_first(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The values [B, T] of the sampled tokens moved to the front of their rows, zeros behind, and where they stand [B, T] bool."""
+    """The values [B, T] of the sampled tokens moved to the front of their rows, zeros behind, and where they
+    stand [B, T] bool.
+    """
     present = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
     moved = torch.zeros_like(values)
     moved[present] = values[mask]

@@ -11,7 +11,9 @@ from verl.algorithms.functional import check_same_shape
 from verl.algorithms.preference import outcome_cross_entropy
 
 
-def value_clip(new_values: Tensor, values: Tensor, returns: Tensor, *, clip: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
+def value_clip(
+    new_values: Tensor, values: Tensor, returns: Tensor, *, clip: float = 0.5
+) -> tuple[Tensor, dict[str, Tensor]]:
     """1/2 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2).
 
     https://arxiv.org/abs/2005.12729, section 3; from the PPO code of https://github.com/openai/baselines.
@@ -23,8 +25,8 @@ def value_clip(new_values: Tensor, values: Tensor, returns: Tensor, *, clip: flo
         clip: how far the value may move, unit of the rewards, above 0.
 
     Returns:
-        loss [B, T], masked positions included, and detached monitors [B, T]: `value_clip_share`, 1 where the clip removed the
-        gradient.
+        loss [B, T], masked positions included, and detached monitors [B, T]: `value_clip_share`, 1 where the
+        clip removed the gradient.
 
     Raises:
         ValueError: shapes differ or clip is not above 0.
@@ -34,7 +36,9 @@ def value_clip(new_values: Tensor, values: Tensor, returns: Tensor, *, clip: flo
         raise ValueError(f"need clip > 0, got {clip}; for an unclipped value loss choose value_mse")
     error = (new_values - returns).square()
     clipped_error = (new_values.clamp(values - clip, values + clip) - returns).square()
-    return 0.5 * torch.maximum(error, clipped_error), {"value_clip_share": (clipped_error > error).to(error.dtype)}
+    return 0.5 * torch.maximum(error, clipped_error), {
+        "value_clip_share": (clipped_error > error).to(error.dtype)
+    }
 
 
 def value_mse(new_values: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,7 +60,8 @@ def value_mse(new_values: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Te
     return 0.5 * (new_values - returns).square(), {}
 
 
-# A loss [B] is one of whole rows, and is averaged over them; outcome_cross_entropy is that of an implicit process reward model.
+# A loss [B] is one of whole rows, and is averaged over them; outcome_cross_entropy is that of an implicit
+# process reward model.
 VALUE_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
     "value_clip": value_clip,
     "value_mse": value_mse,

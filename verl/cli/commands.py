@@ -14,7 +14,14 @@ from rich.table import Table
 
 from verl.cli.quickstart import run_quickstart
 from verl.config.loader import to_yaml
-from verl.config.settings import AlgorithmConfig, PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
+from verl.config.settings import (
+    AlgorithmConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.models import make_tiny_model
 from verl.monitoring.tracking import check_sinks, samples_table
@@ -39,7 +46,9 @@ TRAINERS: dict[type[RunConfig], Callable[..., BaseTrainer]] = {
 
 
 def fit(config: RunConfig, *, dry_run: bool) -> None:
-    """`verl train`, `sft`, `preference`, `reward-model`; a dry run reads the data as well, shows the settings, and stops."""
+    """`verl train`, `sft`, `preference`, `reward-model`; a dry run reads the data as well, shows the
+    settings, and stops.
+    """
     check_sinks(config.tracking.sinks)
     console = Console()
     with closing(TRAINERS[type(config)](config, console=console)) as trainer:
@@ -47,7 +56,8 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             report = trainer.load_train_data()
             console.out(to_yaml(config), end="", highlight=False)
             console.out(
-                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained", highlight=False
+                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained",
+                highlight=False,
             )
             return
         if not trainer.fit():
@@ -85,16 +95,35 @@ def engines(args: argparse.Namespace) -> None:
     if args.action == "remove" and not args.name:
         raise ValueError("need the name of the engine to remove; `verl engines list` shows them")
     if args.action == "add":
-        console.out(f"added {ask(folder, 'POST', '/engines', {'name': args.name, 'address': args.address})['name']}", highlight=False)
+        console.out(
+            f"added {ask(folder, 'POST', '/engines', {'name': args.name, 'address': args.address})['name']}",
+            highlight=False,
+        )
     elif args.action == "remove":
-        console.out(f"leaving: {ask(folder, 'DELETE', f'/engines/{quote(args.name)}')['name']}", highlight=False)
+        console.out(
+            f"leaving: {ask(folder, 'DELETE', f'/engines/{quote(args.name)}')['name']}", highlight=False
+        )
     else:
         found = ask(folder, "GET", "/engines")
         table = Table(
-            "engine", "state", "since", "version", "running", "served", "last failure", title=f"policy version {found['version']}"
+            "engine",
+            "state",
+            "since",
+            "version",
+            "running",
+            "served",
+            "last failure",
+            title=f"policy version {found['version']}",
         )
         for row in found["engines"]:
-            cells = (row["name"], row["state"], f"{row['for_s']:g} s", row["version"], row["running"], row["served"])
+            cells = (
+                row["name"],
+                row["state"],
+                f"{row['for_s']:g} s",
+                row["version"],
+                row["running"],
+                row["served"],
+            )
             table.add_row(*map(str, cells), row["cause"].partition("\n")[0])
         console.print(table)
 
@@ -107,7 +136,9 @@ def quickstart(args: argparse.Namespace) -> None:
 def make_model(args: argparse.Namespace) -> None:
     """`verl make-model`."""
     characters = args.characters or CHARACTERS
-    make_tiny_model(Path(args.folder), hidden=args.hidden, layers=args.layers, seed=args.seed, characters=characters)
+    make_tiny_model(
+        Path(args.folder), hidden=args.hidden, layers=args.layers, seed=args.seed, characters=characters
+    )
     Console().out(f"model: {args.folder}", highlight=False)
 
 

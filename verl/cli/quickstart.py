@@ -1,4 +1,6 @@
-"""The first run of a newcomer: a small model is made, warmed up on examples, and then learns addition from rewards."""
+"""The first run of a newcomer: a small model is made, warmed up on examples, and then learns addition from
+rewards.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from verl.trainer.rl_trainer import Trainer
 from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 
-# A policy learns from rewards only if it is right now and then: sampled accuracy, not that of the most likely answer.
+# A policy learns from rewards only if it is right now and then: sampled accuracy, not that of the most likely
+# answer.
 _WARM_ACCURACY = 0.22
 _WARM_CHECK_STEPS = 10
 _WARM_MAX_STEPS = 600
@@ -35,7 +38,9 @@ _PPO = (
 )
 
 
-def run_quickstart(folder: Path, *, seed: int = 0, algo: str = "grpo", console: Console | None = None) -> Metrics:
+def run_quickstart(
+    folder: Path, *, seed: int = 0, algo: str = "grpo", console: Console | None = None
+) -> Metrics:
     """Makes, warms up, trains and measures a model, and tells what happens.
 
     Args:
@@ -61,7 +66,10 @@ def run_quickstart(folder: Path, *, seed: int = 0, algo: str = "grpo", console: 
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
     warm_up(folder, config, console)
 
-    say(console, f"\n2. {config.steps} steps of {algo.upper()}: no more answers are shown, only whether its own were right.")
+    say(
+        console,
+        f"\n2. {config.steps} steps of {algo.upper()}: no more answers are shown, only whether its own were right.",
+    )
     trainer = Trainer(config, console=console)
     before = answer_all(trainer.collector, trainer.test_prompts, config)
     trainer.clock.take()
@@ -74,7 +82,13 @@ def run_quickstart(folder: Path, *, seed: int = 0, algo: str = "grpo", console: 
     curve = [metrics["accuracy"] for metrics in history]
     say(console, terminal_curve(curve, title="accuracy of the sampled answers, by step"))
     picture = folder / "accuracy.png"
-    save_curve(picture, [i + 1.0 for i in range(len(curve))], curve, title=f"add-2 by {algo.upper()}, seed {seed}", ylabel="accuracy")
+    save_curve(
+        picture,
+        [i + 1.0 for i in range(len(curve))],
+        curve,
+        title=f"add-2 by {algo.upper()}, seed {seed}",
+        ylabel="accuracy",
+    )
     seconds = time.perf_counter() - start
     say(
         console,
@@ -82,7 +96,10 @@ def run_quickstart(folder: Path, *, seed: int = 0, algo: str = "grpo", console: 
         f"{accuracy['accuracy_after']:.3f} after ({seconds:.0f} s in all)",
     )
     model = Path(config.output_dir) / "model"
-    say(console, f"trained model, Hugging Face format: {model}\ncurve: {picture}\nmetrics: {Path(config.output_dir) / 'metrics.jsonl'}")
+    say(
+        console,
+        f"trained model, Hugging Face format: {model}\ncurve: {picture}\nmetrics: {Path(config.output_dir) / 'metrics.jsonl'}",
+    )
     say(console, next_steps(folder, model))
     return {**accuracy, "seconds": seconds}
 
@@ -110,7 +127,11 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: fl
         RuntimeError: it does not get there.
     """
     overrides = [f"data.train={config.data.train}", f"seed={config.seed}", "rows_per_step=128"]
-    optimizer = ["policy.optimizer.lr=6e-3", "policy.optimizer.warmup_steps=10", "policy.optimizer.betas=[0.9, 0.95]"]
+    optimizer = [
+        "policy.optimizer.lr=6e-3",
+        "policy.optimizer.warmup_steps=10",
+        "policy.optimizer.betas=[0.9, 0.95]",
+    ]
     settings = load_sft_config(None, [*overrides, *optimizer])
     policy = settings.policy.model_copy(update={"path": str(folder / "start")})
     teacher = SFTTrainer(settings.model_copy(update={"policy": policy}))
@@ -127,7 +148,9 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: fl
         if accuracy >= enough:
             teacher.save_model(folder / "warm")
             return teacher.version
-    raise RuntimeError(f"the warm-up did not reach an accuracy of {enough} in {_WARM_MAX_STEPS} steps; try another --seed")
+    raise RuntimeError(
+        f"the warm-up did not reach an accuracy of {enough} in {_WARM_MAX_STEPS} steps; try another --seed"
+    )
 
 
 def accuracy_of(groups: Sequence[Sequence[Trajectory]]) -> float:

@@ -3,4 +3,12 @@
 from verl.config.loader import RECIPES, load_config, load_run, load_sft_config, make_trainer_config, to_yaml
 from verl.config.yaml_text import ConfigError
 
-__all__ = ["RECIPES", "ConfigError", "load_config", "load_run", "load_sft_config", "make_trainer_config", "to_yaml"]
+__all__ = [
+    "RECIPES",
+    "ConfigError",
+    "load_config",
+    "load_run",
+    "load_sft_config",
+    "make_trainer_config",
+    "to_yaml",
+]

@@ -7,8 +7,8 @@ from typing import Any
 
 from verl.config.settings import Choice, PairsConfig, PreferenceConfig, SFTConfig, TrainerConfig
 
-# Columns that decide what exists -> the built-in functions that read them. Settings load without PyTorch, so the functions
-# themselves cannot be asked here; a test compares.
+# Columns that decide what exists -> the built-in functions that read them. Settings load without PyTorch, so
+# the functions themselves cannot be asked here; a test compares.
 READERS: dict[str, tuple[str, ...]] = {
     "group_ids": (
         "grpo",
@@ -35,7 +35,9 @@ READERS: dict[str, tuple[str, ...]] = {
 
 
 def may_read(config: TrainerConfig, *columns: str) -> bool:
-    """Whether the advantage, the policy loss or the correction reads one of the columns, as far as can be known: a user's function may."""
+    """Whether the advantage, the policy loss or the correction reads one of the columns, as far as can be
+    known: a user's function may.
+    """
     a = config.algorithm
     chosen = [choice.name for choice in (a.advantage, a.policy_loss, a.correction)]
     return any(":" in name for name in chosen) or reads(config, *columns)
@@ -81,7 +83,9 @@ IGNORED: tuple[Ignored, ...] = (
     (
         "reference",
         "algorithm.kl.where",
-        lambda c: isinstance(c, TrainerConfig) and c.algorithm.kl.where == "off" and not may_read(c, "ref_logprobs"),
+        lambda c: (
+            isinstance(c, TrainerConfig) and c.algorithm.kl.where == "off" and not may_read(c, "ref_logprobs")
+        ),
         "algorithm.kl.where is off; set it to loss or reward",
     ),
     (
@@ -121,7 +125,14 @@ IGNORED: tuple[Ignored, ...] = (
         "this algorithm.advantage needs no critic; take gae",
     ),
     *_each(
-        ("placement.devices", "placement.policy", "placement.critic", "placement.reference", "placement.address", "placement.hang_limit_s"),
+        (
+            "placement.devices",
+            "placement.policy",
+            "placement.critic",
+            "placement.reference",
+            "placement.address",
+            "placement.hang_limit_s",
+        ),
         "placement.name",
         lambda c: isinstance(c, TrainerConfig) and c.placement.name == "local",
         "placement.name is local, one device in this process; set it to colocated, split or standalone",
@@ -135,7 +146,10 @@ IGNORED: tuple[Ignored, ...] = (
     *_each(
         ("hybrid_engine.actor_repartition.enabled", "hybrid_engine.actor_repartition.tensor"),
         "rollout.engine",
-        lambda c: isinstance(c, TrainerConfig) and bool(c.rollout.engine != "embedded" or c.rollout.servers or c.rollout.addresses),
+        lambda c: (
+            isinstance(c, TrainerConfig)
+            and bool(c.rollout.engine != "embedded" or c.rollout.servers or c.rollout.addresses)
+        ),
         "other engines have layouts of their own, see their options; it is for rollout.engine=embedded without servers",
     ),
     *_each(
@@ -146,7 +160,9 @@ IGNORED: tuple[Ignored, ...] = (
         ),
         "hybrid_engine.actor_repartition.enabled",
         lambda c: (
-            isinstance(c, TrainerConfig) and not c.hybrid_engine.actor_repartition.enabled and c.placement.policy.engine.name == "fsdp"
+            isinstance(c, TrainerConfig)
+            and not c.hybrid_engine.actor_repartition.enabled
+            and c.placement.policy.engine.name == "fsdp"
         ),
         "hybrid_engine.actor_repartition.enabled is false; set it to true",
     ),
@@ -209,7 +225,13 @@ IGNORED: tuple[Ignored, ...] = (
         "rollout.engine is embedded, which has neither servers nor options; set it to vllm, sglang, served or http",
     ),
     *_each(
-        ("rollout.python", "rollout.weights_via", "rollout.on_update", "rollout.timeout_s", "rollout.servers_sleep"),
+        (
+            "rollout.python",
+            "rollout.weights_via",
+            "rollout.on_update",
+            "rollout.timeout_s",
+            "rollout.servers_sleep",
+        ),
         "rollout.servers",
         lambda c: isinstance(c, TrainerConfig) and not c.rollout.servers and not c.rollout.addresses,
         "there are no servers; set rollout.servers or rollout.addresses",
@@ -276,14 +298,18 @@ IGNORED: tuple[Ignored, ...] = (
     ),
 )
 
-# Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole configuration.
+# Of a run of reinforcement learning: wrong when | what must hold, what came, what to do. `c` is the whole
+# configuration.
 WRONG: tuple[tuple[Claim, str], ...] = (
     (
         lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
         "need prompts_per_step * samples_per_prompt divisible by algorithm.minibatches, got {c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}; change one of the three",
     ),
     (
-        lambda c: _compares_with_sampler(c) and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0),
+        lambda c: (
+            _compares_with_sampler(c)
+            and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0)
+        ),
         "need logprobs of the whole distribution, got truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) with algorithm.correction {c.algorithm.correction.name} and algorithm.policy_loss {c.algorithm.policy_loss.name}; "
         + _RECOMPUTE,
     ),
@@ -303,7 +329,8 @@ WRONG: tuple[tuple[Claim, str], ...] = (
     (
         lambda c: (
             c.algorithm.kl.where == "reward"
-            and c.algorithm.kl.estimator.name in ("k1_straight_through", "k3_straight_through", "k3_importance")
+            and c.algorithm.kl.estimator.name
+            in ("k1_straight_through", "k3_straight_through", "k3_importance")
         ),
         "need a KL estimator that has a meaning without a gradient for algorithm.kl.where reward, got {c.algorithm.kl.estimator.name}; set algorithm.kl.estimator to k1 or k3, whose value is the same",
     ),
@@ -333,17 +360,22 @@ WRONG: tuple[tuple[Claim, str], ...] = (
     ),
     (
         lambda c: (
-            c.algorithm.skip_zero_advantages and (c.algorithm.kl.where == "loss" or c.algorithm.entropy_coef or c.algorithm.likelihood_coef)
+            c.algorithm.skip_zero_advantages
+            and (c.algorithm.kl.where == "loss" or c.algorithm.entropy_coef or c.algorithm.likelihood_coef)
         ),
         "need a loss that is the policy loss alone for algorithm.skip_zero_advantages, got algorithm.kl.where {c.algorithm.kl.where}, entropy_coef {c.algorithm.entropy_coef} and likelihood_coef {c.algorithm.likelihood_coef}, which also act on rows without advantage; turn them off, or skip_zero_advantages",
     ),
     (
-        lambda c: c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0,
+        lambda c: (
+            c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0
+        ),
         "need whole groups in each update for algorithm.policy_loss online_dpo, got prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}; make the first divisible by the second",
     ),
     (
         lambda c: (
-            reads(c, "prm_logprobs") and c.algorithm.advantage.options.get("beta", 0.05) != c.algorithm.value_loss.options.get("beta", 0.05)
+            reads(c, "prm_logprobs")
+            and c.algorithm.advantage.options.get("beta", 0.05)
+            != c.algorithm.value_loss.options.get("beta", 0.05)
         ),
         "need one beta for the process reward and for the loss that teaches it, got algorithm.advantage {c.algorithm.advantage.options} and algorithm.value_loss {c.algorithm.value_loss.options}; set both to the same",
     ),
@@ -352,15 +384,23 @@ WRONG: tuple[tuple[Claim, str], ...] = (
         "need siblings to compare lengths with, got samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}; set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
     ),
     (
-        lambda c: c.rollout.engine in ("sglang", "served", "http") and not c.rollout.servers and not c.rollout.addresses,
+        lambda c: (
+            c.rollout.engine in ("sglang", "served", "http")
+            and not c.rollout.servers
+            and not c.rollout.addresses
+        ),
         "need servers for rollout.engine {c.rollout.engine}, got rollout.servers 0 and no rollout.addresses; set one of them",
     ),
     (
-        lambda c: c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0),
+        lambda c: (
+            c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0)
+        ),
         "need servers of vllm or sglang that follow all weights for rollout.servers_sleep, got rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server forgets the weights that low-rank additions belong to; set it to false",
     ),
     (
-        lambda c: c.rollout.servers_sleep and (c.pipeline.max_staleness > 0 or c.pipeline.batches == "streamed"),
+        lambda c: (
+            c.rollout.servers_sleep and (c.pipeline.max_staleness > 0 or c.pipeline.batches == "streamed")
+        ),
         "need servers that are awake while the policy learns for pipeline.max_staleness {c.pipeline.max_staleness} and batches {c.pipeline.batches}, got rollout.servers_sleep; set it to false",
     ),
     (

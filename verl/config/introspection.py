@@ -37,7 +37,9 @@ def type_text(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(parts)
     if get_origin(annotation) is tuple:
-        return ("a list" if parts[1] is Ellipsis else f"a list of {len(parts)}") + f", each {type_text(parts[0])}"
+        return (
+            "a list" if parts[1] is Ellipsis else f"a list of {len(parts)}"
+        ) + f", each {type_text(parts[0])}"
     if get_origin(annotation) is dict:
         return "{" + ", ".join(get_args(parts[0])) + f"}}, each {type_text(parts[1])}"
     if is_a(annotation, Options):
@@ -51,7 +53,9 @@ def type_text(annotation: Any) -> str:
 
 @cache
 def places(kind: type[Section] = TrainerConfig) -> dict[str, FieldInfo]:
-    """Every dotted key of a kind of run, sections and the parts of a KL coefficient too, in the order of this file."""
+    """Every dotted key of a kind of run, sections and the parts of a KL coefficient too, in the order of this
+    file.
+    """
 
     def walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in model.model_fields.items():
@@ -76,8 +80,8 @@ def notes_of(field: FieldInfo) -> dict[str, Any]:
 def merged(base: Any, over: Any, annotation: Any) -> Any:
     """Settings `over` on top of `base`, both nested mappings, at a place with this annotation.
 
-    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds its options. A text stands
-    for the name of a choice or a placement.
+    A `Choice` with another name replaces the old one and its options; one with the same name, or none, adds
+    its options. A text stands for the name of a choice or a placement.
     """
     if isinstance(over, str) and (is_a(annotation, Choice) or is_a(annotation, PlacementConfig)):
         over = {"name": over}

@@ -1,4 +1,6 @@
-"""Loading, checking and writing settings; what each one is, `verl.config.settings` says, what must hold between them, `verl.config.checks`."""
+"""Loading, checking and writing settings; what each one is, `verl.config.settings` says, what must hold
+between them, `verl.config.checks`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ Run = TypeVar("Run", bound=RunConfig)
 
 
 def nearest(key: str, candidates: Sequence[str]) -> str:
-    """The candidate most alike as a whole and in its last part, or its initials: `lr` and `learning_rate` mean `policy.optimizer.lr`."""
+    """The candidate most alike as a whole and in its last part, or its initials: `lr` and `learning_rate`
+    mean `policy.optimizer.lr`.
+    """
     last = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in last.split("_"))
 
@@ -51,7 +55,8 @@ def at(tree: Any, key: str) -> Any:
     return tree
 
 
-# Layers: settings of different origins, later over earlier -----------------------------------------------------------------
+# Layers: settings of different origins, later over earlier
+# -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class _Layer:
     Attributes:
         tree: nested settings.
         origins: where each dotted key was written, for messages; "" where that is plain.
-        stage: 0 for what the project wrote (recipes), 1 for the user's file or call, 2 for overrides of a file.
+        stage: 0 for what the project wrote (recipes), 1 for the user's file or call, 2 for overrides of a
+            file.
     """
 
     tree: dict[str, Any]
@@ -105,13 +111,17 @@ def _source_layers(source: Source) -> list[_Layer]:
         tree = plain(source)
         return _file_layers(tree, dict.fromkeys(_paths(tree), ""))
     path = Path(source)
-    if isinstance(source, str) and (source in RECIPES or path.name == source and not path.suffix and not path.exists()):
+    if isinstance(source, str) and (
+        source in RECIPES or path.name == source and not path.suffix and not path.exists()
+    ):
         return _recipe_layers(source)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
-        raise ConfigError(f"need a recipe ({', '.join(RECIPES)}) or a YAML file of settings, got {path}: {reason}") from None
+        raise ConfigError(
+            f"need a recipe ({', '.join(RECIPES)}) or a YAML file of settings, got {path}: {reason}"
+        ) from None
     tree, origins = parsed(text, path.name)
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path.name}: need settings at its top, `key: value`, got {_shown(tree)}")
@@ -120,7 +130,9 @@ def _source_layers(source: Source) -> list[_Layer]:
 
 def _recipe_layers(name: str, where: str = "") -> list[_Layer]:
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name}{where}; the nearest is {nearest(name, RECIPES)}, and there are {', '.join(RECIPES)}")
+        raise ConfigError(
+            f"unknown recipe {name}{where}; the nearest is {nearest(name, RECIPES)}, and there are {', '.join(RECIPES)}"
+        )
     tree, origins = parsed((_RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
     own = plain(tree)
     return [*(_recipe_layers(base) if (base := own.pop("recipe", "")) else ()), _Layer(own, origins, 0)]
@@ -131,7 +143,9 @@ def _file_layers(tree: dict[str, Any], origins: dict[str, str]) -> list[_Layer]:
     head = {name: tree.pop(name) for name in ("recipe", "resolved") if name in tree}
     if not isinstance(resolved := head.get("resolved", False), bool):
         raise ConfigError(f"resolved: need true or false, got {_shown(resolved)}")
-    layer = _Layer(tree, {key: origin for key, origin in origins.items() if key not in head}, stage=0 if resolved else 1)
+    layer = _Layer(
+        tree, {key: origin for key, origin in origins.items() if key not in head}, stage=0 if resolved else 1
+    )
     if "recipe" not in head:
         return [layer]
     name = head["recipe"] if isinstance(head["recipe"], str) else _shown(head["recipe"])
@@ -157,7 +171,8 @@ def _override_layers(overrides: Sequence[str], *, stage: int) -> list[_Layer]:
     return layers
 
 
-# Errors ------------------------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _shown(value: Any) -> str:
@@ -175,24 +190,36 @@ def _upwards(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-def _problem(error: Mapping[str, Any], tree: dict[str, Any], origins: dict[str, str], fields: Mapping[str, FieldInfo]) -> str:
+def _problem(
+    error: Mapping[str, Any], tree: dict[str, Any], origins: dict[str, str], fields: Mapping[str, FieldInfo]
+) -> str:
     """One problem that pydantic found, in our words."""
     key, value = "", tree
     for part in map(str, error["loc"]):
         inner = f"{key}.{part}".lstrip(".")
         # pydantic also names which form of a setting it tried: no key of the user's.
-        if at(tree, inner) is not None or isinstance(value, Mapping) and (part in value or error["type"] == "missing"):
+        if (
+            at(tree, inner) is not None
+            or isinstance(value, Mapping)
+            and (part in value or error["type"] == "missing")
+        ):
             key, value = inner, at(tree, inner)
     where = _in_brackets(next((origins[upper] for upper in _upwards(key) if upper in origins), ""))
     if error["type"] == "extra_forbidden":
         if key in fields:
-            return f"need nested keys, got {key} in one{where}; put {' under '.join(reversed(key.split('.')))}"
+            return (
+                f"need nested keys, got {key} in one{where}; put {' under '.join(reversed(key.split('.')))}"
+            )
         return f"unknown setting {key}{where}; the nearest is {nearest(key, list(fields))}"
     if error["type"] == "value_error":
         return f"{key}{where}: {error['ctx']['error']}"
     place = next(upper for upper in _upwards(key) if upper in fields)
     field = fields[place]
-    need = "`key: value` settings" if is_section(field) else f"{type_text(field.annotation)} {notes_of(field)['bounds']}".strip()
+    need = (
+        "`key: value` settings"
+        if is_section(field)
+        else f"{type_text(field.annotation)} {notes_of(field)['bounds']}".strip()
+    )
     if "ge" in error.get("ctx", {}) and not notes_of(field)["bounds"]:
         need = f"a number >= {error['ctx']['ge']:g}"  # One form of several.
     return f"{place}{where}: need {need}, got {_shown(at(tree, place))}"
@@ -204,10 +231,16 @@ def _relation_problems(config: RunConfig, stages: dict[str, int], origins: dict[
         if claim(config):
             yield message.format(c=config)
     for place, switch, claim, reason in IGNORED:
-        keys = [key for key in stages if f"{key}.".startswith(f"{place}.") and not any(other.startswith(f"{key}.") for other in stages)]
+        keys = [
+            key
+            for key in stages
+            if f"{key}.".startswith(f"{place}.") and not any(other.startswith(f"{key}.") for other in stages)
+        ]
         for key in keys if place in places(type(config)) and claim(config) else ():
             # Whoever turns a thing off on the command line need not clear the settings of it in the file.
-            switched = max((stages[other] for other in stages if f"{switch}.".startswith(f"{other}.")), default=0)
+            switched = max(
+                (stages[other] for other in stages if f"{switch}.".startswith(f"{other}.")), default=0
+            )
             if stages[key] >= max(1, switched):
                 yield f"{key}{_in_brackets(origins[key])} would be ignored: {reason}, or leave {key} out"
 
@@ -221,11 +254,13 @@ def to_yaml(config: RunConfig) -> str:
     return dumped(tree)
 
 
-# Loading -----------------------------------------------------------------------------------------------------------------
+# Loading
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _built(kind: type[Run], layers: Sequence[_Layer], *, check_relations: bool = True) -> Run:
-    # The base is every default written out, so that `critic.optimizer: {eps: 1e-6}` keeps the critic's learning rate.
+    # The base is every default written out, so that `critic.optimizer: {eps: 1e-6}` keeps the critic's
+    # learning rate.
     tree: dict[str, Any] = plain(kind())
     origins: dict[str, str] = {}
     stages: dict[str, int] = {}
@@ -237,7 +272,9 @@ def _built(kind: type[Run], layers: Sequence[_Layer], *, check_relations: bool =
         # As JSON and strict: lists are tuples, and neither "5" nor true is a number.
         config = kind.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise ConfigError(*(_problem(dict(found), tree, origins, places(kind)) for found in error.errors())) from None
+        raise ConfigError(
+            *(_problem(dict(found), tree, origins, places(kind)) for found in error.errors())
+        ) from None
     if check_relations and (problems := list(_relation_problems(config, stages, origins))):
         raise ConfigError(*problems)
     return config
@@ -246,8 +283,9 @@ def _built(kind: type[Run], layers: Sequence[_Layer], *, check_relations: bool =
 def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainerConfig:
     """The configuration of a recipe, YAML file, mapping or other configuration, with overrides on top.
 
-    A file or mapping may start from a recipe with the key `recipe`. A function chosen anew (`advantage: gae` over `grpo`)
-    loses the options of the old one; options given alone, or with the same name, are added to those that are there.
+    A file or mapping may start from a recipe with the key `recipe`. A function chosen anew (`advantage: gae`
+    over `grpo`) loses the options of the old one; options given alone, or with the same name, are added to
+    those that are there.
 
     Args:
         source: name of a recipe (`RECIPES`), path of a YAML file, nested mapping, or a configuration.
@@ -264,7 +302,9 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainerConfig:
 
 def load_run(kind: type[Run], source: Source | None = None, overrides: Sequence[str] = ()) -> Run:
     """The configuration of any kind of run, as `load_config`; no source: the defaults of that kind."""
-    return _built(kind, [*_source_layers({} if source is None else source), *_override_layers(overrides, stage=2)])
+    return _built(
+        kind, [*_source_layers({} if source is None else source), *_override_layers(overrides, stage=2)]
+    )
 
 
 def load_sft_config(source: Source | None = None, overrides: Sequence[str] = ()) -> SFTConfig:
@@ -272,9 +312,11 @@ def load_sft_config(source: Source | None = None, overrides: Sequence[str] = ())
     return load_run(SFTConfig, source, overrides)
 
 
-# The flat call -----------------------------------------------------------------------------------------------------------
+# The flat call
+# -----------------------------------------------------------------------------------------------------------
 
-# Keyword of `make_trainer_config` -> the setting that it is. Settings of the run itself go by their own names.
+# Keyword of `make_trainer_config` -> the setting that it is. Settings of the run itself go by their own
+# names.
 FLAT: dict[str, str] = {
     "actor_micro_batch_size": "policy.micro_batch_rows",
     "critic_micro_batch_size": "critic.micro_batch_rows",
@@ -295,7 +337,9 @@ FLAT: dict[str, str] = {
 def _rollouts(value: Any, config: TrainerConfig) -> dict[str, Any]:
     samples = config.samples_per_prompt
     if not isinstance(value, int) or value < 1 or value % samples:
-        raise ConfigError(f"need a multiple of samples_per_prompt ({samples}), got {value!r}; change it, or set samples_per_prompt")
+        raise ConfigError(
+            f"need a multiple of samples_per_prompt ({samples}), got {value!r}; change it, or set samples_per_prompt"
+        )
     return {"prompts_per_step": value // samples}
 
 
@@ -310,14 +354,18 @@ def _option(place: str, name: str, *options: str) -> Callable[[Any, TrainerConfi
     def settings(value: Any, config: TrainerConfig) -> dict[str, Any]:
         chosen = at(plain(config), f"{place}.name")
         if chosen != name:
-            raise ConfigError(f"need {place} {name}, got {chosen}, which has no {' and '.join(options)}; leave the keyword out")
+            raise ConfigError(
+                f"need {place} {name}, got {chosen}, which has no {' and '.join(options)}; leave the keyword out"
+            )
         return {f"{place}.{option}": value for option in options}
 
     return settings
 
 
 def _kl_coef(value: Any, config: TrainerConfig) -> dict[str, Any]:
-    """A number (0: no KL), {start, end, steps}, {initial, target, horizon}, "adaptive", or (start, end) over the run's steps."""
+    """A number (0: no KL), {start, end, steps}, {initial, target, horizon}, "adaptive", or (start, end) over
+    the run's steps.
+    """
     if value == 0 and not isinstance(value, bool):
         return {"algorithm.kl.where": "off"}
     if value == "adaptive":
@@ -328,7 +376,8 @@ def _kl_coef(value: Any, config: TrainerConfig) -> dict[str, Any]:
         value = {"start": value[0], "end": value[1], "steps": config.steps}
     if config.algorithm.kl.where != "off":
         return {"algorithm.kl.coef": value}
-    # The method of the siblings has the KL in its loss, PPO with a critic in its reward; distillation has no reward.
+    # The method of the siblings has the KL in its loss, PPO with a critic in its reward; distillation has no
+    # reward.
     where = "loss" if reads(config, "group_ids", "teacher_logprobs", "teacher_top_logprobs") else "reward"
     return {"algorithm.kl.where": where, "algorithm.kl.coef": value}
 
@@ -344,8 +393,11 @@ FLAT_DERIVED: dict[str, Callable[[Any, TrainerConfig], dict[str, Any]]] = {
 }
 
 
-def make_trainer_config(algo: str = "ppo", *, overrides: Sequence[str] = (), **keywords: Any) -> TrainerConfig:
-    """A whole configuration in one flat call: a recipe, then keywords (`FLAT`, `FLAT_DERIVED`), then overrides.
+def make_trainer_config(
+    algo: str = "ppo", *, overrides: Sequence[str] = (), **keywords: Any
+) -> TrainerConfig:
+    """A whole configuration in one flat call: a recipe, then keywords (`FLAT`, `FLAT_DERIVED`), then
+    overrides.
 
     `rollouts_per_device` is the answers of a step; `kl_coef` is a number (0: no KL), {start, end, steps},
     {initial, target, horizon}, "adaptive", or (start, end) over the steps of the run.
@@ -356,7 +408,10 @@ def make_trainer_config(algo: str = "ppo", *, overrides: Sequence[str] = (), **k
     known = [*FLAT, *FLAT_DERIVED]
     if unknown := [name for name in keywords if name not in known]:
         raise ConfigError(
-            *(f"unknown keyword {name}; the nearest is {nearest(name, known)}; there are {', '.join(known)}" for name in unknown)
+            *(
+                f"unknown keyword {name}; the nearest is {nearest(name, known)}; there are {', '.join(known)}"
+                for name in unknown
+            )
         )
     start, end = _source_layers(algo), _override_layers(overrides, stage=1)
     given = [(name, FLAT[name], value) for name, value in keywords.items() if name in FLAT]
@@ -369,5 +424,14 @@ def make_trainer_config(algo: str = "ppo", *, overrides: Sequence[str] = (), **k
             raise ConfigError(f"keyword {name}: {error}") from None
     for name, key, _ in given:
         if twins := [other for other, same, _ in given if same == key and other != name]:
-            raise ConfigError(f"need one keyword per setting, got {name} and {twins[0]}, which both set {key}; leave one out")
-    return _built(TrainerConfig, [*start, *(_key_layer(key, value, origin=f"keyword {name}", stage=1) for name, key, value in given), *end])
+            raise ConfigError(
+                f"need one keyword per setting, got {name} and {twins[0]}, which both set {key}; leave one out"
+            )
+    return _built(
+        TrainerConfig,
+        [
+            *start,
+            *(_key_layer(key, value, origin=f"keyword {name}", stage=1) for name, key, value in given),
+            *end,
+        ],
+    )

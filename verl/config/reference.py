@@ -46,11 +46,23 @@ def describe_settings(config: RunConfig | None = None, prefix: str = "") -> list
         # A section that changes a default of the settings in it says itself where the new one is from.
         source = notes["source"] if default == own else notes_of(fields[key.rpartition(".")[0]])["source"]
         type_ = type_text(field.annotation)
-        docs.append(SettingDoc(key, at(values, key), default, type_, notes["unit"], source, notes["bounds"], field.description or ""))
+        docs.append(
+            SettingDoc(
+                key,
+                at(values, key),
+                default,
+                type_,
+                notes["unit"],
+                source,
+                notes["bounds"],
+                field.description or "",
+            )
+        )
     return docs
 
 
-# Other kinds of run: title and first words of their section, which holds what a run of reinforcement learning has not.
+# Other kinds of run: title and first words of their section, which holds what a run of reinforcement learning
+# has not.
 _OTHER_RUNS: dict[type[RunConfig], str] = {
     SFTConfig: "Fine-tuning\n\nOf `verl sft`, in place of the settings of reinforcement learning.",
     PreferenceConfig: "Preferences\n\nOf `verl preference`, in place of the settings of reinforcement learning.",
@@ -66,7 +78,9 @@ def settings_markdown() -> str:
         sections.setdefault(doc.key.rpartition(".")[0], []).append(doc)
     pages = ["# Settings\n"]
     for parent, docs in sections.items():
-        pages.append(_table(f"`{parent}`\n\n{of_training[parent].description}" if parent else "The run", docs))
+        pages.append(
+            _table(f"`{parent}`\n\n{of_training[parent].description}" if parent else "The run", docs)
+        )
     for kind, title in _OTHER_RUNS.items():
         pages.append(_table(title, [doc for doc in describe_settings(kind()) if doc.key not in of_training]))
     return "\n".join(pages)
@@ -76,6 +90,13 @@ def _table(title: str, docs: list[SettingDoc]) -> str:
     head = "| setting | default | type | unit | meaning | source of the default |\n|---|---|---|---|---|---|"
     rows = []
     for doc in docs:
-        cells = [f"`{doc.key}`", f"`{json.dumps(doc.default)}`", f"{doc.type} {doc.bounds}".strip(), doc.unit, doc.meaning, doc.source]
+        cells = [
+            f"`{doc.key}`",
+            f"`{json.dumps(doc.default)}`",
+            f"{doc.type} {doc.bounds}".strip(),
+            doc.unit,
+            doc.meaning,
+            doc.source,
+        ]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join([f"## {title}\n", head, *rows, ""])

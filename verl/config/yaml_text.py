@@ -14,20 +14,30 @@ class ConfigError(ValueError):
 
     def __init__(self, *problems: str) -> None:
         unique = list(dict.fromkeys(problems))
-        super().__init__(unique[0] if len(unique) == 1 else f"{len(unique)} problems in the settings:\n  - " + "\n  - ".join(unique))
+        super().__init__(
+            unique[0]
+            if len(unique) == 1
+            else f"{len(unique)} problems in the settings:\n  - " + "\n  - ".join(unique)
+        )
 
 
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars of YAML 1.2: 1e-6 is a number, and off, 1:30 and 2025-01-01 are texts; PyYAML's 1.1 reads all four otherwise."""
+    """Scalars of YAML 1.2: 1e-6 is a number, and off, 1:30 and 2025-01-01 are texts; PyYAML's 1.1 reads all
+    four otherwise.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*)$"), None)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
@@ -55,7 +65,9 @@ def parsed(text: str, name: str) -> tuple[Any, dict[str, str]]:
         return (None if node is None else loader.construct_document(node)), origins
     except yaml.MarkedYAMLError as error:
         place = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
-        raise ConfigError(f"{place}: need valid YAML, got an error: {error.problem or error.context}") from None
+        raise ConfigError(
+            f"{place}: need valid YAML, got an error: {error.problem or error.context}"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: need valid YAML, got an error: {error}") from None
     finally:
@@ -71,4 +83,6 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 def dumped(tree: Mapping[str, Any]) -> str:
     """The YAML text of a tree, in its order."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120
+    )

@@ -1,7 +1,8 @@
-"""How the arguments of a worker's method are split over ranks and its results joined; pure, it knows neither processes nor Ray.
+"""How the arguments of a worker's method are split over ranks and its results joined; pure, it knows neither
+processes nor Ray.
 
-The n-dimensional form: a layout says which part of the work each rank takes, and whose results count. The six transfer
-protocols of HybridFlow (https://arxiv.org/abs/2409.19256, table 3) are presets of it.
+The n-dimensional form: a layout says which part of the work each rank takes, and whose results count. The six
+transfer protocols of HybridFlow (https://arxiv.org/abs/2409.19256, table 3) are presets of it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Layout:
         parts = {place.data_rank for place in self.places}
         counted = sorted(place.data_rank for place in self.places if place.collects)
         if parts != set(range(len(parts))) or counted != sorted(set(counted)) or not counted:
-            raise ValueError(f"need parts numbered from 0 and the results of at most one rank of each, got {self.places}")
+            raise ValueError(
+                f"need parts numbered from 0 and the results of at most one rank of each, got {self.places}"
+            )
 
     @property
     def num_parts(self) -> int:
@@ -66,9 +69,10 @@ def of_ranks(places: Iterable[tuple[int, bool]]) -> Layout:
 def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) -> dict[str, Layout]:
     """The layouts of a group of pipeline x tensor x data ranks, rank = (d * pipeline + p) * tensor + t.
 
-    `ranks`: every rank for itself. `train`: the ranks of a model replica take one part, the last stage's first tensor rank
-    answers. `generate`: every model replica is divided into `micro_data` groups of consecutive ranks for generation, and the
-    first rank of each answers. `stages`: the first rank of each pipeline stage answers.
+    `ranks`: every rank for itself. `train`: the ranks of a model replica take one part, the last stage's
+    first tensor rank answers. `generate`: every model replica is divided into `micro_data` groups of
+    consecutive ranks for generation, and the first rank of each answers. `stages`: the first rank of each
+    pipeline stage answers.
 
     Raises:
         ValueError: a size below 1, or a replica that cannot be divided so.
@@ -120,7 +124,9 @@ def transfer_of(method: Callable[..., Any]) -> Transfer:
     """
     transfer = vars(method).get("transfer")
     if not isinstance(transfer, Transfer):
-        raise ValueError(f"{method.__qualname__} does not say how its arguments are split; decorate it with @register(...)")
+        raise ValueError(
+            f"{method.__qualname__} does not say how its arguments are split; decorate it with @register(...)"
+        )
     return transfer
 
 
@@ -136,12 +142,16 @@ def one_each(arguments: Arguments, num_parts: int) -> list[Arguments]:
         ValueError: it has more or fewer.
     """
     if any(len(argument) != num_parts for argument in arguments):
-        raise ValueError(f"need {num_parts} entries in each argument, one for each rank, got {[len(a) for a in arguments]}")
+        raise ValueError(
+            f"need {num_parts} entries in each argument, one for each rank, got {[len(a) for a in arguments]}"
+        )
     return [tuple(argument[part] for argument in arguments) for part in range(num_parts)]
 
 
 def evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
-    """Batches, tensors and lists in consecutive parts whose sizes differ by at most one; everything else whole."""
+    """Batches, tensors and lists in consecutive parts whose sizes differ by at most one; everything else
+    whole.
+    """
     if num_parts == 1:
         return [arguments]
     split = [_even_parts(argument, num_parts) for argument in arguments]
@@ -155,12 +165,16 @@ def _even_parts(argument: Any, num_parts: int) -> list[Any]:
     if isinstance(argument, Batch | list):
         length = argument.num_rows if isinstance(argument, Batch) else len(argument)
         ranges = [index.tolist() for index in torch.arange(length).tensor_split(num_parts)]
-        return [argument.select(rows) if isinstance(argument, Batch) else [argument[row] for row in rows] for rows in ranges]
+        return [
+            argument.select(rows) if isinstance(argument, Batch) else [argument[row] for row in rows]
+            for rows in ranges
+        ]
     return [argument] * num_parts
 
 
 def by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
-    """Batches are split as the one plan among the arguments says; each part gets its rows, with `row_ids`, and its own plan.
+    """Batches are split as the one plan among the arguments says; each part gets its rows, with `row_ids`,
+    and its own plan.
 
     Raises:
         ValueError: not one plan, or one for another number of ranks.
@@ -169,7 +183,9 @@ def by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
         return [arguments]
     plan = plan_of(arguments)
     if any(len(minibatch) != num_parts for minibatch in plan.minibatches):
-        raise ValueError(f"need a plan for {num_parts} ranks, got one for {[len(minibatch) for minibatch in plan.minibatches]}")
+        raise ValueError(
+            f"need a plan for {num_parts} ranks, got one for {[len(minibatch) for minibatch in plan.minibatches]}"
+        )
     return [tuple(_planned_part(argument, plan, part) for argument in arguments) for part in range(num_parts)]
 
 
@@ -226,7 +242,9 @@ def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
     if len(results) == 1:
         return results[0]
     plan = plan_of(arguments)
-    taken = torch.tensor([row for part in range(len(results)) for row in plan.rows_of(part)], dtype=torch.int64)
+    taken = torch.tensor(
+        [row for part in range(len(results)) for row in plan.rows_of(part)], dtype=torch.int64
+    )
     return concat(results, arguments).select(taken.argsort())
 
 

@@ -19,8 +19,8 @@ class Hang:
 class Watch:
     """Compares what the ranks of a pool say of themselves over time.
 
-    Ranks that compute for long have all done the same collectives. In a hang nothing moves, and some ranks are in a
-    collective that others have not entered, or a rank does not answer at all.
+    Ranks that compute for long have all done the same collectives. In a hang nothing moves, and some ranks
+    are in a collective that others have not entered, or a rank does not answer at all.
 
     Args:
         limit_s: how long nothing may move.
@@ -41,7 +41,9 @@ class Watch:
         self._looked_s = now_s
         seen = [(s.num_calls, s.call, *sorted(s.collectives.items())) if s else () for s in statuses]
         # A rank that has stopped to answer has not moved by that.
-        if len(seen) != len(self._seen) or any(new and new != old for new, old in zip(seen, self._seen, strict=True)):
+        if len(seen) != len(self._seen) or any(
+            new and new != old for new, old in zip(seen, self._seen, strict=True)
+        ):
             self._seen, self._moved_s = [new or () for new in seen], now_s
             return None
         return self._hang(statuses) if now_s - self._moved_s >= self._limit_s else None
@@ -56,11 +58,15 @@ class Watch:
         if waiting:
             status = statuses[waiting[0]]
             assert status is not None
-            parts.append(f"{_ranks(waiting)} waited {self._limit_s:g} s in {_collective(status)} for {_ranks(behind)}")
+            parts.append(
+                f"{_ranks(waiting)} waited {self._limit_s:g} s in {_collective(status)} for {_ranks(behind)}"
+            )
         for rank in behind:
             status = statuses[rank]
             parts.append(
-                f"rank {rank} does not answer (stopped, or its node is gone)" if status is None else f"rank {rank} {_where(status)}"
+                f"rank {rank} does not answer (stopped, or its node is gone)"
+                if status is None
+                else f"rank {rank} {_where(status)}"
             )
         return Hang(behind[0], "; ".join(parts))
 
@@ -70,7 +76,9 @@ def _behind(statuses: Sequence[Status | None]) -> set[int]:
     groups = {group for status in statuses if status for group in status.collectives}
     late: set[int] = set()
     for group in groups:
-        counts = {rank: s.collectives[group] for rank, s in enumerate(statuses) if s and group in s.collectives}
+        counts = {
+            rank: s.collectives[group] for rank, s in enumerate(statuses) if s and group in s.collectives
+        }
         late |= {rank for rank, count in counts.items() if count < max(counts.values())}
     return late
 
@@ -82,7 +90,11 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _collective(status: Status) -> str:
     """The collective that a rank is in, and who called it."""
     own = next((line for line in status.stack if not line.startswith("torch/")), "an unknown place")
-    names = [line.rpartition(" in ")[2] for line in status.stack if line.startswith("torch/distributed/distributed_c10d")]
+    names = [
+        line.rpartition(" in ")[2]
+        for line in status.stack
+        if line.startswith("torch/distributed/distributed_c10d")
+    ]
     called = [name for name in names if name not in ("wrapper", "_wait")]
     return f"{called[-1] if called else 'a collective'} (called at {own})"
 

@@ -1,4 +1,6 @@
-"""Pools and groups on a Ray cluster: a process per device, rows that stay with their ranks, and failures that say whose they are."""
+"""Pools and groups on a Ray cluster: a process per device, rows that stay with their ranks, and failures that
+say whose they are.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ _LOST = re.compile(r"[Cc]onnection|[Pp]eer|NCCL")
 _DEATH_S = 3.0
 
 
-# Clusters -------------------------------------------------------------------------------------------------------------------
+# Clusters
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class RayCluster:
@@ -78,7 +81,8 @@ def connect(address: str, *, num_devices: int) -> RayCluster:
     """Joins a Ray cluster, or starts one on this machine that nobody else can reach.
 
     Args:
-        address: auto: the one that `ray start` made here or RAY_ADDRESS names, else a new one; local: a new one; or HOST:PORT.
+        address: auto: the one that `ray start` made here or RAY_ADDRESS names, else a new one; local: a new
+            one; or HOST:PORT.
         num_devices: ranks that will be asked for; on a machine without GPUs they share its cores.
 
     Raises:
@@ -112,7 +116,8 @@ def _use_secret() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-# Rows that stay where they are ------------------------------------------------------------------------------------------------
+# Rows that stay where they are
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,9 @@ class KeptColumn(Elsewhere):
         )
 
     def fetch(self) -> Ragged:
-        """See `Elsewhere.fetch`; in place from chunks of this node, from others by asking their owners for these rows."""
+        """See `Elsewhere.fetch`; in place from chunks of this node, from others by asking their owners for
+        these rows.
+        """
         here = ray.get_runtime_context().get_node_id()
         wanted = [self.row_of[self.chunk_of == chunk].tolist() for chunk in range(len(self.chunks))]
         values = [
@@ -173,7 +180,11 @@ class KeptColumn(Elsewhere):
         ]
         arrived = [ray.get(part) if isinstance(part, ray.ObjectRef) else part for part in values]
         by_chunk = self.chunk_of.argsort(stable=True)
-        return Ragged(torch.cat(arrived), self.lengths[by_chunk]).select(by_chunk.argsort()) if arrived else _no_rows()
+        return (
+            Ragged(torch.cat(arrived), self.lengths[by_chunk]).select(by_chunk.argsort())
+            if arrived
+            else _no_rows()
+        )
 
 
 def _no_rows() -> Ragged:
@@ -196,14 +207,20 @@ def _kept(result: Any, owner: ActorHandle) -> Any:
         return result
     plain = {name: result[name] for name in result.names if not result.is_ragged(name)}
     ragged = {name: result.ragged(name) for name in result.names if result.is_ragged(name)}
-    reference = ray.put({name: (column.values.cpu().numpy(), column.lengths.numpy()) for name, column in ragged.items()})
+    reference = ray.put(
+        {name: (column.values.cpu().numpy(), column.lengths.numpy()) for name, column in ragged.items()}
+    )
     chunk = _Chunk(reference, owner, ray.get_runtime_context().get_node_id())
     rows = torch.arange(result.num_rows)
-    kept = {name: KeptColumn(name, (chunk,), torch.zeros_like(rows), rows, column.lengths) for name, column in ragged.items()}
+    kept = {
+        name: KeptColumn(name, (chunk,), torch.zeros_like(rows), rows, column.lengths)
+        for name, column in ragged.items()
+    }
     return Batch({**plain, **kept})
 
 
-# Processes --------------------------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class _RayHost(Host):
@@ -276,7 +293,14 @@ class RayPool(Pool):
     """
 
     def __init__(
-        self, cluster: RayCluster, name: str, num_devices: int, *, hang_limit_s: float, log_folder: Path, timeline: Timeline
+        self,
+        cluster: RayCluster,
+        name: str,
+        num_devices: int,
+        *,
+        hang_limit_s: float,
+        log_folder: Path,
+        timeline: Timeline,
     ) -> None:
         self.name = name
         self.num_devices = num_devices
@@ -287,13 +311,20 @@ class RayPool(Pool):
         self._group: PlacementGroup | None = None
         cluster.pools.append(self)
         kind, group = self._reserve()
-        options: dict[str, Any] = {"num_cpus": 1 if kind == "CPU" else 0, "num_gpus": 1 if kind == "GPU" else 0}
+        options: dict[str, Any] = {
+            "num_cpus": 1 if kind == "CPU" else 0,
+            "num_gpus": 1 if kind == "GPU" else 0,
+        }
         strategies = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(num_devices)]
-        hosts = [_RAY_HOST.options(scheduling_strategy=strategy, **options).remote() for strategy in strategies]
+        hosts = [
+            _RAY_HOST.options(scheduling_strategy=strategy, **options).remote() for strategy in strategies
+        ]
         places = self._get([host.where.remote() for host in hosts], "its processes to start")
         # Neighbours in number are neighbours in place: tensor-parallel ranks share a node where they can.
         order = sorted(range(num_devices), key=lambda bundle: (places[bundle][0], bundle))
-        self.ranks = [_Rank(hosts[i], places[i], log_folder / f"{name}-{rank}.log") for rank, i in enumerate(order)]
+        self.ranks = [
+            _Rank(hosts[i], places[i], log_folder / f"{name}-{rank}.log") for rank, i in enumerate(order)
+        ]
         self._join()
 
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> RayGroup:
@@ -365,7 +396,12 @@ class RayPool(Pool):
         (port,) = self._get([first.host.open_store.remote(address, self.num_devices)], "rank 0 to listen")
         told = [
             rank.host.join_world.remote(
-                (address, port), number, self.num_devices, limit_s=self.hang_limit_s, log=str(rank.log), num_threads=torch.get_num_threads()
+                (address, port),
+                number,
+                self.num_devices,
+                limit_s=self.hang_limit_s,
+                log=str(rank.log),
+                num_threads=torch.get_num_threads(),
             )
             for number, rank in enumerate(self.ranks)
         ]
@@ -375,13 +411,18 @@ class RayPool(Pool):
         try:
             return list(ray.get(references, timeout=_START_LIMIT_S))
         except GetTimeoutError as error:
-            raise WorkerError(f"pool {self.name} waited {_START_LIMIT_S:.0f} s for {what}; see `ray status`") from error
+            raise WorkerError(
+                f"pool {self.name} waited {_START_LIMIT_S:.0f} s for {what}; see `ray status`"
+            ) from error
         except RayError as error:
             raise WorkerError(f"pool {self.name} waited for {what}, but: {error}") from error
 
     def _send_all(self, role: str, method: str, args: Any) -> list[ray.ObjectRef]:
         shared = ray.put(args)
-        return [self.ranks[rank].host.run_and_keep.remote(role, method, shared) for rank in range(self.num_devices)]
+        return [
+            self.ranks[rank].host.run_and_keep.remote(role, method, shared)
+            for rank in range(self.num_devices)
+        ]
 
     def _tail(self, rank: _Rank) -> list[str]:
         if rank.log.exists():
@@ -417,15 +458,29 @@ class RayGroup(WorkerGroup):
         layout = self.layouts[transfer.mesh]
         # Each part is put into the object store once, for all ranks that take it together.
         parts = [ray.put(part) for part in transfer.split(args, layout.num_parts)]
-        sent = [self._pool.send(rank, self.role, name, parts[place.data_rank]) for rank, place in enumerate(layout.places)]
-        return RayFuture(self._pool, self.role, name, sent, lambda results: transfer.join([results[r] for r in layout.collectors], args))
+        sent = [
+            self._pool.send(rank, self.role, name, parts[place.data_rank])
+            for rank, place in enumerate(layout.places)
+        ]
+        return RayFuture(
+            self._pool,
+            self.role,
+            name,
+            sent,
+            lambda results: transfer.join([results[r] for r in layout.collectors], args),
+        )
 
 
 class RayFuture(Future[T]):
     """A call that runs in other processes."""
 
     def __init__(
-        self, pool: RayPool, role: str, method: str, sent: Sequence[ray.ObjectRef], join: Callable[[list[Any]], T] | None = None
+        self,
+        pool: RayPool,
+        role: str,
+        method: str,
+        sent: Sequence[ray.ObjectRef],
+        join: Callable[[list[Any]], T] | None = None,
     ) -> None:
         self._pool = pool
         self._role = role
@@ -453,24 +508,38 @@ class RayFuture(Future[T]):
         watch = Watch(self._pool.hang_limit_s)
         pending = {reference: rank for rank, reference in enumerate(self._sent)}
         while pending:
-            # All at once, or those that are there after a moment: the ranks that wait for a failed one never are.
+            # All at once, or those that are there after a moment: the ranks that wait for a failed one never
+            # are.
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for reference in ready:
                 rank = pending.pop(reference)
                 answers[rank] = self._answer(rank, reference, pending)
-            if not ready and watch.is_due(time.monotonic()) and (hang := watch.look(self._pool.statuses(), time.monotonic())):
+            if (
+                not ready
+                and watch.is_due(time.monotonic())
+                and (hang := watch.look(self._pool.statuses(), time.monotonic()))
+            ):
                 raise self._pool.fail(hang.rank, f"hangs in {self._role}.{self._method}: {hang.story}")
-        spans = [Span(self._pool.name, r, self._role, self._method, a.start_s, a.end_s) for r, a in sorted(answers.items())]
-        self._pool.timeline.spans.extend(span for span in spans if span.end_s - span.start_s >= _SHORTEST_SPAN_S)
+        spans = [
+            Span(self._pool.name, r, self._role, self._method, a.start_s, a.end_s)
+            for r, a in sorted(answers.items())
+        ]
+        self._pool.timeline.spans.extend(
+            span for span in spans if span.end_s - span.start_s >= _SHORTEST_SPAN_S
+        )
         return [answers[rank] for rank in range(len(self._sent))]
 
     def _answer(self, rank: int, reference: ray.ObjectRef, pending: Mapping[ray.ObjectRef, int]) -> Answer:
         try:
             answer: Answer = ray.get(reference)
         except RayActorError as error:
-            raise self._pool.fail(rank, f"died in {self._role}.{self._method}: {_first_line(error)}") from None
+            raise self._pool.fail(
+                rank, f"died in {self._role}.{self._method}: {_first_line(error)}"
+            ) from None
         except RayError as error:
-            raise self._pool.fail(rank, f"failed in {self._role}.{self._method}: {_first_line(error)}") from error
+            raise self._pool.fail(
+                rank, f"failed in {self._role}.{self._method}: {_first_line(error)}"
+            ) from error
         if answer.failure is None:
             return answer
         failure = answer.failure
@@ -478,7 +547,9 @@ class RayFuture(Future[T]):
             raise ValueError(failure.message)
         if _LOST.search(failure.message) and pending:
             self._check_others(pending)
-        raise self._pool.fail(rank, f"failed in {self._role}.{self._method}: {failure.kind}: {failure.message}")
+        raise self._pool.fail(
+            rank, f"failed in {self._role}.{self._method}: {failure.kind}: {failure.message}"
+        )
 
     def _check_others(self, pending: Mapping[ray.ObjectRef, int]) -> None:
         """A rank that lost another one is not the cause; the end of that other one is known in a moment."""
@@ -486,10 +557,15 @@ class RayFuture(Future[T]):
             try:
                 ray.get(reference)
             except RayError as error:
-                raise self._pool.fail(pending[reference], f"died in {self._role}.{self._method}: {_first_line(error)}") from None
+                raise self._pool.fail(
+                    pending[reference], f"died in {self._role}.{self._method}: {_first_line(error)}"
+                ) from None
 
 
 def _first_line(error: Exception) -> str:
     """Ray's own words end with long advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "process" in line or "died" in line), lines[0] if lines else type(error).__name__)
+    return next(
+        (line for line in lines if "process" in line or "died" in line),
+        lines[0] if lines else type(error).__name__,
+    )

@@ -1,4 +1,6 @@
-"""Groups of workers on pools of devices, and the backend for one device: everything in this process, a breakpoint anywhere."""
+"""Groups of workers on pools of devices, and the backend for one device: everything in this process, a
+breakpoint anywhere.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ class Worker:
         places: where this rank stands in each layout of its group, by the layout's name.
     """
 
-    places: Mapping[str, Place] = {"ranks": Place(0, True), "train": Place(0, True), "generate": Place(0, True), "stages": Place(0, True)}
+    places: Mapping[str, Place] = {
+        "ranks": Place(0, True),
+        "train": Place(0, True),
+        "generate": Place(0, True),
+        "stages": Place(0, True),
+    }
 
 
 WorkerFactory = Callable[..., Worker]
@@ -42,7 +49,9 @@ class Future(ABC, Generic[T]):
 
 
 class WorkerError(RuntimeError):
-    """A rank failed, died or did not arrive: names role, rank, node and cause, with the last lines of its log."""
+    """A rank failed, died or did not arrive: names role, rank, node and cause, with the last lines of its
+    log.
+    """
 
 
 class WorkerGroup(ABC):
@@ -58,7 +67,8 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Calls a method of the worker's class on every rank, as its transfer says; calls run in the order that they are made.
+        """Calls a method of the worker's class on every rank, as its transfer says; calls run in the order
+        that they are made.
 
         Takes positional arguments only. `T` is what the transfer joins the results to.
         """
@@ -116,7 +126,9 @@ class Timeline:
 
 
 def append_trace(path: Path, spans: list[Span]) -> None:
-    """Adds spans to a file in Chrome's trace format, for chrome://tracing or https://ui.perfetto.dev: a row per rank, times in us."""
+    """Adds spans to a file in Chrome's trace format, for chrome://tracing or https://ui.perfetto.dev: a row
+    per rank, times in us.
+    """
     is_new = not path.exists()
     with path.open("a") as file:
         if is_new:
@@ -176,7 +188,9 @@ class LocalGroup(WorkerGroup):
         (own,) = transfer.split(args, self.layouts[transfer.mesh].num_parts)
         start_s = time.time()
         result = getattr(self.worker, method.__name__)(*own)  # by name: a subclass may have its own
-        self._pool.timeline.spans.append(Span(self._pool.name, 0, self.role, method.__name__, start_s, time.time()))
+        self._pool.timeline.spans.append(
+            Span(self._pool.name, 0, self.role, method.__name__, start_s, time.time())
+        )
         return Done(transfer.join([result], args))
 
 

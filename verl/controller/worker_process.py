@@ -1,4 +1,6 @@
-"""One process of a pool: the workers of its roles, its place in the world of the pool, and what it tells about itself."""
+"""One process of a pool: the workers of its roles, its place in the world of the pool, and what it tells
+about itself.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class Status:
     Attributes:
         call: role and method that it is in; none: it waits for one.
         num_calls: begun so far.
-        collectives: number of the last collective of each process group that it belongs to, by the group's ranks and name.
+        collectives: number of the last collective of each process group that it belongs to, by the group's
+            ranks and name.
         stack: lines "file:line in function" of the thread that computes, the innermost first.
     """
 
@@ -79,11 +82,19 @@ class Host:
         listener.listen()
         port: int = listener.getsockname()[1]
         self._store = dist.TCPStore(
-            address, port, num_ranks, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+            address,
+            port,
+            num_ranks,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+            use_libuv=True,
         )
         return port
 
-    def join_world(self, store: tuple[str, int], rank: int, num_ranks: int, *, limit_s: float, log: str, num_threads: int) -> None:
+    def join_world(
+        self, store: tuple[str, int], rank: int, num_ranks: int, *, limit_s: float, log: str, num_threads: int
+    ) -> None:
         """Becomes a rank of the world of the pool; from here on its output goes into the file `log`."""
         _write_output_to(Path(log))
         torch.set_num_threads(num_threads)
@@ -92,11 +103,19 @@ class Host:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         own = rank == 0
-        shared = self._store if own else dist.TCPStore(address, port, num_ranks, is_master=False, wait_for_workers=False)
+        shared = (
+            self._store
+            if own
+            else dist.TCPStore(address, port, num_ranks, is_master=False, wait_for_workers=False)
+        )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # The controller names a hang before PyTorch gives up on it.
         dist.init_process_group(
-            backend, store=dist.PrefixStore("pool", shared), rank=rank, world_size=num_ranks, timeout=timedelta(seconds=2 * limit_s + 60)
+            backend,
+            store=dist.PrefixStore("pool", shared),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=2 * limit_s + 60),
         )
 
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, Place]:
@@ -110,7 +129,9 @@ class Host:
         self._num_calls += 1
         result, failure = None, None
         try:
-            result = self.start(role, *args) if method == "start" else getattr(self._workers[role], method)(*args)
+            result = (
+                self.start(role, *args) if method == "start" else getattr(self._workers[role], method)(*args)
+            )
         except Exception as error:  # the process border
             stack = traceback.format_exc()
             sys.stderr.write(stack)  # into the log of the rank
@@ -145,7 +166,9 @@ def _short(path: str) -> str:
 
 
 def _write_output_to(path: Path) -> None:
-    """Sends everything that this process prints, native code included, into a file; a crash leaves its stack there."""
+    """Sends everything that this process prints, native code included, into a file; a crash leaves its stack
+    there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", buffering=1)
     for stream in (sys.stdout, sys.stderr):

@@ -22,15 +22,18 @@ class Trajectory:
         prompt_ids: its tokens.
         response_ids: every token after the prompt, those of the environment included.
         response_mask: True where the policy sampled the token; only those are trained on.
-        rollout_logprobs: of the sampling distribution, 0 where masked; None when the answer came as text from outside.
+        rollout_logprobs: of the sampling distribution, 0 where masked; None when the answer came as text from
+            outside.
         versions: policy version that sampled each token.
         group: number of its prompt within the step; siblings share it.
         truncated: cut off at the length limit.
         text: the answer decoded, for rewards and people; never tokenized again.
         reward: weighted sum of the scores; None until rewarded.
         scores: value of each reward function, and `accuracy` where it has one.
-        turn_rewards: part of the reward that was given for each turn, in order; a turn is a run of sampled tokens.
-        parts: weight and value of each reward function, in the order of the settings; (0, 0) for one that does not apply.
+        turn_rewards: part of the reward that was given for each turn, in order; a turn is a run of sampled
+            tokens.
+        parts: weight and value of each reward function, in the order of the settings; (0, 0) for one that
+            does not apply.
         greedy_reward: of the most likely answer to the same prompt, if an advantage reads it.
         outcome: "ok", or why there is no reward, e.g. "reward_timeout".
         detail: more about a bad outcome, for people.
@@ -92,7 +95,8 @@ class Ragged:
 
 
 class Elsewhere(ABC):
-    """A ragged column whose values lie in other processes: rows are picked and joined without them, and fetched when they are read.
+    """A ragged column whose values lie in other processes: rows are picked and joined without them, and
+    fetched when they are read.
 
     Attributes:
         lengths: [B] int64.
@@ -131,7 +135,9 @@ Column = Tensor | Ragged | Elsewhere
 
 
 def positions_of(lengths: Tensor, rows: Tensor) -> Tensor:
-    """[sum(lengths[rows])] int64, where the values of the given rows stand among those of rows of such lengths, end to end."""
+    """[sum(lengths[rows])] int64, where the values of the given rows stand among those of rows of such
+    lengths, end to end.
+    """
     starts, picked = lengths.cumsum(0) - lengths, lengths[rows]
     shift = starts[rows] - (picked.cumsum(0) - picked)
     return torch.arange(int(picked.sum())) + shift.repeat_interleave(picked)
@@ -146,10 +152,10 @@ def present_mask(lengths: Tensor) -> Tensor:
 class Batch:
     """B rows with named columns: a tensor [B, ...] per row, or a `Ragged` over prompt or response tokens.
 
-    Always there: `prompt_ids` and `response_ids` (Ragged int64), `mask` (Ragged bool over the response), `group_ids`,
-    `truncated`. From rewards: `rewards`, and `turn_rewards`, `reward_parts`, `reward_weights`, `greedy_rewards` where they
-    are. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers add others (`ref_logprobs`, `values`,
-    `advantages`, ...), all over the response, fp32.
+    Always there: `prompt_ids` and `response_ids` (Ragged int64), `mask` (Ragged bool over the response),
+    `group_ids`, `truncated`. From rewards: `rewards`, and `turn_rewards`, `reward_parts`, `reward_weights`,
+    `greedy_rewards` where they are. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers
+    add others (`ref_logprobs`, `values`, `advantages`, ...), all over the response, fp32.
     """
 
     def __init__(self, columns: Mapping[str, Column]) -> None:
@@ -193,7 +199,9 @@ class Batch:
         """Rows of all batches, in order; the columns must be the same."""
         names = set(batches[0].names)
         if any(set(b.names) != names for b in batches):
-            raise ValueError(f"need the same columns in every batch, got {[sorted(b.names) for b in batches]}")
+            raise ValueError(
+                f"need the same columns in every batch, got {[sorted(b.names) for b in batches]}"
+            )
         joined: dict[str, Column] = {}
         for name in batches[0].names:
             columns = [batch._columns[name] for batch in batches]
@@ -204,7 +212,9 @@ class Batch:
                 joined[name] = torch.cat([batch[name] for batch in batches])
             else:
                 ragged = [batch.ragged(name) for batch in batches]
-                joined[name] = Ragged(torch.cat([c.values for c in ragged]), torch.cat([c.lengths for c in ragged]))
+                joined[name] = Ragged(
+                    torch.cat([c.values for c in ragged]), torch.cat([c.lengths for c in ragged])
+                )
         return Batch(joined)
 
     @property
@@ -224,7 +234,9 @@ class Batch:
 
     @property
     def row_ids(self) -> Tensor:
-        """[B] int64, number of each row in the step: as given to a rank, or its own number where all rows are."""
+        """[B] int64, number of each row in the step: as given to a rank, or its own number where all rows
+        are.
+        """
         return self["row_ids"] if "row_ids" in self else torch.arange(self.num_rows)
 
     def __contains__(self, name: str) -> bool:
@@ -247,7 +259,9 @@ class Batch:
         return not isinstance(self._columns[name], Tensor)
 
     def rows(self, name: str) -> list[Sequence[Any]]:
-        """The values of each row of a column over tokens; of one that is elsewhere, what fetches them when they are read."""
+        """The values of each row of a column over tokens; of one that is elsewhere, what fetches them when
+        they are read.
+        """
         column = self._columns[name]
         if isinstance(column, Elsewhere):
             return [RowOf(column, row) for row in range(self.num_rows)]
@@ -257,13 +271,17 @@ class Batch:
     def write(self, name: str, values: Tensor) -> None:
         """Adds or replaces a column: [B] per row, or [B, T, ...] over the response, whose padding is dropped."""
         if values.shape[0] != self.num_rows:
-            raise ValueError(f"need {self.num_rows} rows for column {name!r}, got shape {tuple(values.shape)}")
+            raise ValueError(
+                f"need {self.num_rows} rows for column {name!r}, got shape {tuple(values.shape)}"
+            )
         if values.ndim == 1:
             self._columns[name] = values
             return
         present = present_mask(self.response_lengths)
         if values.shape[:2] != present.shape:
-            raise ValueError(f"need shape {tuple(present.shape)} for column {name!r}, got {tuple(values.shape)}")
+            raise ValueError(
+                f"need shape {tuple(present.shape)} for column {name!r}, got {tuple(values.shape)}"
+            )
         self._columns[name] = Ragged(values[present], self.response_lengths)
 
     def adopt(self, other: Batch) -> None:
@@ -283,7 +301,12 @@ class Batch:
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
         """The given rows, in the given order."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        return Batch({name: c[index] if isinstance(c, Tensor) else c.select(index) for name, c in self._columns.items()})
+        return Batch(
+            {
+                name: c[index] if isinstance(c, Tensor) else c.select(index)
+                for name, c in self._columns.items()
+            }
+        )
 
     def split(self, sizes: Sequence[int]) -> list[Batch]:
         """Consecutive batches of the given numbers of rows."""
@@ -311,8 +334,16 @@ def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> R
     if len(away) < len(rows):
         return Ragged.from_rows(rows, dtype)
     columns = list({id(row.column): row.column for row in away}.values())
-    starts = dict(zip(map(id, columns), torch.tensor([0, *(len(c.lengths) for c in columns)]).cumsum(0).tolist(), strict=False))
-    return columns[0].join(columns[1:]).select(torch.tensor([starts[id(row.column)] + row.row for row in away]))
+    starts = dict(
+        zip(
+            map(id, columns),
+            torch.tensor([0, *(len(c.lengths) for c in columns)]).cumsum(0).tolist(),
+            strict=False,
+        )
+    )
+    return (
+        columns[0].join(columns[1:]).select(torch.tensor([starts[id(row.column)] + row.row for row in away]))
+    )
 
 
 def turn_ends(trajectory: Trajectory) -> list[int]:
@@ -332,7 +363,9 @@ def at_turn_ends(trajectory: Trajectory) -> list[float]:
     mask, ends = trajectory.response_mask, turn_ends(trajectory)
     rewards = trajectory.turn_rewards or [0.0] * len(ends)
     if ends and len(rewards) != len(ends):
-        raise ValueError(f"need a reward for each of {len(ends)} turns, got {len(rewards)}; give 0 to a turn without one")
+        raise ValueError(
+            f"need a reward for each of {len(ends)} turns, got {len(rewards)}; give 0 to a turn without one"
+        )
     placed = [0.0] * len(mask)
     for end, reward in zip(ends, rewards, strict=False):
         placed[end] = reward
@@ -343,8 +376,8 @@ def at_turn_ends(trajectory: Trajectory) -> list[float]:
 class ModelInput:
     """Rows as a model reads them, either packed (one line, no padding) or padded (one line per row).
 
-    The last token of an answer predicts nothing and is left out. Packed rows with the same prompt share it: it stands
-    once in the line, and is computed once.
+    The last token of an answer predicts nothing and is left out. Packed rows with the same prompt share it:
+    it stands once in the line, and is computed once.
 
     Attributes:
         input_ids: [1, N] packed or [B, S] padded, int64.
@@ -354,8 +387,8 @@ class ModelInput:
         predictors: [M] int64, flat positions whose hidden state predicts a response token, row after row.
         targets: [M] int64, those response tokens.
         response_lengths: [B] int64, M in sum.
-        index: if packed rows share prompts, the place in the line of each padded position ([B * S] int64, 0 where there
-            is none), and the padded position of each place ([N] int64).
+        index: if packed rows share prompts, the place in the line of each padded position ([B * S] int64, 0
+            where there is none), and the padded position of each place ([N] int64).
     """
 
     input_ids: Tensor
@@ -372,7 +405,9 @@ class ModelInput:
         """Joins prompt and response of every row."""
         prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
         if int(prompts.lengths.min()) < 1:
-            raise ValueError(f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token before the answer")
+            raise ValueError(
+                f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token before the answer"
+            )
         joined = batch.num_tokens
         present = present_mask(joined)
         positions = torch.arange(present.shape[1]).expand(present.shape)
@@ -391,7 +426,9 @@ class ModelInput:
         targets = (responses.values.to(device), responses.lengths)
         if not packed:
             predictors = predicts.flatten().nonzero().squeeze(1)
-            return cls(ids.to(device), positions.contiguous().to(device), *common, predictors.to(device), *targets)
+            return cls(
+                ids.to(device), positions.contiguous().to(device), *common, predictors.to(device), *targets
+            )
         owners = _first_with_same_prompt(prompts)
         own = present & (~in_prompt | (owners == torch.arange(batch.num_rows))[:, None])
         places = torch.zeros(own.shape, dtype=torch.int64)
@@ -400,7 +437,14 @@ class ModelInput:
         index = None
         if int(own.sum()) < int(present.sum()):
             index = (places.flatten().to(device), own.flatten().nonzero().squeeze(1).to(device))
-        return cls(ids[own][None].to(device), positions[own][None].to(device), *common, places[predicts].to(device), *targets, index)
+        return cls(
+            ids[own][None].to(device),
+            positions[own][None].to(device),
+            *common,
+            places[predicts].to(device),
+            *targets,
+            index,
+        )
 
 
 def _first_with_same_prompt(prompts: Ragged) -> Tensor:

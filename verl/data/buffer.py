@@ -42,7 +42,8 @@ TORCH_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstanc
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """The record as bytes: the length of a JSON part as u64, that part, and the raw arrays, each padded to 8 bytes.
+    """The record as bytes: the length of a JSON part as u64, that part, and the raw arrays, each padded to 8
+    bytes.
 
     Raises:
         ValueError: a key is not a string, or a value is of a kind that a record cannot hold.
@@ -51,7 +52,9 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
         raise ValueError(f"need a mapping of names to values as record, got {type(record).__name__}")
     arrays = bytearray()
     # surrogatepass: what a byte-level tokenizer decoded badly shall arrive as it is.
-    text = json.dumps(_to_json(record, "record", arrays), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    text = json.dumps(_to_json(record, "record", arrays), ensure_ascii=False, separators=(",", ":")).encode(
+        "utf-8", "surrogatepass"
+    )
     return b"".join([COUNT.pack(len(text)), text, bytes(-len(text) % 8), arrays])
 
 
@@ -64,7 +67,9 @@ def decode_record(body: bytearray) -> dict[str, Any]:
 
 
 def _to_json(value: Any, where: str, arrays: bytearray) -> Any:
-    """Scalars and dicts as they are, all else as a list that begins with its kind; raw bytes are appended to `arrays`."""
+    """Scalars and dicts as they are, all else as a list that begins with its kind; raw bytes are appended to
+    `arrays`.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (str, int, float)):
@@ -74,14 +79,22 @@ def _to_json(value: Any, where: str, arrays: bytearray) -> Any:
             raise ValueError(f"need strings as keys, got {list(value)[:8]} at {where}")
         return {key: _to_json(item, f"{where}[{key!r}]", arrays) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return ["tuple" if isinstance(value, tuple) else "list", *(_to_json(item, f"{where}[{i}]", arrays) for i, item in enumerate(value))]
+        return [
+            "tuple" if isinstance(value, tuple) else "list",
+            *(_to_json(item, f"{where}[{i}]", arrays) for i, item in enumerate(value)),
+        ]
     if isinstance(value, bytes):
         raw, kind, shape, dtype = value, "bytes", [len(value)], ""
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         raw, kind, shape, dtype = value.tobytes(), "numpy", list(value.shape), value.dtype.str
     elif isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized:
         flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        raw, kind, shape, dtype = flat.view(torch.uint8).numpy().tobytes(), "torch", list(value.shape), str(value.dtype)
+        raw, kind, shape, dtype = (
+            flat.view(torch.uint8).numpy().tobytes(),
+            "torch",
+            list(value.shape),
+            str(value.dtype),
+        )
     else:
         raise ValueError(
             "need str, int, float, bool, None, bytes, numeric numpy arrays, dense torch tensors, or lists, tuples and dicts of these, "
@@ -137,9 +150,10 @@ class _Wait:
 class _Segment:
     """A file mapped by several processes, the lock on it, and the mark that somebody uses it.
 
-    It lies in a directory of its own. Every process that uses it holds a shared lock on that directory until it dies, so
-    one that nobody holds is left over and may be removed: unlike a pid in its name, this also holds between containers
-    that share /dev/shm. The exclusive lock is on the file itself; the kernel frees both at a process's death.
+    It lies in a directory of its own. Every process that uses it holds a shared lock on that directory until
+    it dies, so one that nobody holds is left over and may be removed: unlike a pid in its name, this also
+    holds between containers that share /dev/shm. The exclusive lock is on the file itself; the kernel frees
+    both at a process's death.
     """
 
     def __init__(self, name: str, holds_fd: int | None = None) -> None:
@@ -148,7 +162,8 @@ class _Segment:
         self.closed = False
         self._creator_pid = None if holds_fd is None else os.getpid()
         self._lock_fd: int | None = None
-        # Not through the lock's descriptor: mmap keeps a copy, and forked children would hold the lock with it.
+        # Not through the lock's descriptor: mmap keeps a copy, and forked children would hold the lock with
+        # it.
         with open(f"{name}/ring", "r+b") as ring:
             self._map = mmap.mmap(ring.fileno(), 0)
         self._holds_fd = _hold(name) if holds_fd is None else holds_fd
@@ -244,7 +259,9 @@ def remove_left_over(parent: str) -> None:
 
 @dataclass
 class _State:
-    """Where the ring's records are, and how many there were: everything that a push or a sample changes, in one piece."""
+    """Where the ring's records are, and how many there were: everything that a push or a sample changes, in
+    one piece.
+    """
 
     head: int  # position behind the newest record; positions wrap around the ring when they are used
     tail: int  # position of the oldest record
@@ -261,24 +278,29 @@ class _State:
 class SharedMemoryBuffer:
     """Bounded first-in first-out buffer of records that any number of processes push to and sample from.
 
-    A record is a mapping from names to str, int, float, bool, None, bytes, numpy arrays, torch tensors, or lists, tuples and
-    dicts of these. Tensors come back on the CPU without gradient, numpy scalars as Python numbers.
+    A record is a mapping from names to str, int, float, bool, None, bytes, numpy arrays, torch tensors, or
+    lists, tuples and dicts of these. Tensors come back on the CPU without gradient, numpy scalars as Python
+    numbers.
 
-    `sample` hands out the oldest records, each to exactly one caller, because what lies longest is the most off-policy and
-    a record trained on twice would weigh double. Other processes reach the buffer by fork, by pickle, or by `attach(name)`.
+    `sample` hands out the oldest records, each to exactly one caller, because what lies longest is the most
+    off-policy and a record trained on twice would weigh double. Other processes reach the buffer by fork, by
+    pickle, or by `attach(name)`.
 
-    A process may be killed anywhere. Records are written to free bytes first; then the new positions and counts are
-    written beside those that hold, and one byte says which of the two hold. The kernel frees the lock of the dead, so the
-    next process finds either all of a push or none of it; a sample that dies leaves its records to the others.
+    A process may be killed anywhere. Records are written to free bytes first; then the new positions and
+    counts are written beside those that hold, and one byte says which of the two hold. The kernel frees the
+    lock of the dead, so the next process finds either all of a push or none of it; a sample that dies leaves
+    its records to the others.
 
-    The creator's `close`, collection as garbage or exit removes the buffer, and calls on it in other processes raise.
-    If all of its users were killed, the next buffer that is created removes it.
+    The creator's `close`, collection as garbage or exit removes the buffer, and calls on it in other
+    processes raise. If all of its users were killed, the next buffer that is created removes it.
 
     Args:
         capacity: most records at a time.
         buffer_bytes: most bytes of records at a time; memory is taken only as records fill it.
-        overflow: what a push does when it is full: "wait" until others have sampled, or "drop_oldest", which is counted.
-        timeout_s: longest wait of a call of this process or of one that the buffer is pickled to; math.inf for no limit.
+        overflow: what a push does when it is full: "wait" until others have sampled, or "drop_oldest", which
+            is counted.
+        timeout_s: longest wait of a call of this process or of one that the buffer is pickled to; math.inf
+            for no limit.
 
     Raises:
         ValueError: a size is too small or `overflow` is unknown.
@@ -286,14 +308,22 @@ class SharedMemoryBuffer:
     """
 
     def __init__(
-        self, capacity: int = 10_000, *, buffer_bytes: int = 64 << 20, overflow: Overflow = "wait", timeout_s: float = 600.0
+        self,
+        capacity: int = 10_000,
+        *,
+        buffer_bytes: int = 64 << 20,
+        overflow: Overflow = "wait",
+        timeout_s: float = 600.0,
     ) -> None:
         if capacity < 1 or buffer_bytes < 256:
             raise ValueError(f"need capacity >= 1 and buffer_bytes >= 256, got {capacity} and {buffer_bytes}")
         if overflow not in ("wait", "drop_oldest"):
             raise ValueError(f"need overflow 'wait' or 'drop_oldest', got {overflow!r}")
         ring_bytes = buffer_bytes - buffer_bytes % 8
-        self._open(_Segment.create(FIXED.pack(MAGIC, capacity, ring_bytes, overflow == "drop_oldest"), ring_bytes), timeout_s)
+        self._open(
+            _Segment.create(FIXED.pack(MAGIC, capacity, ring_bytes, overflow == "drop_oldest"), ring_bytes),
+            timeout_s,
+        )
 
     @classmethod
     def attach(cls, name: str, timeout_s: float = 600.0) -> SharedMemoryBuffer:
@@ -306,12 +336,16 @@ class SharedMemoryBuffer:
         try:
             buffer._open(_Segment(name), timeout_s)
         except OSError as error:
-            raise RuntimeError(f"need an open buffer, got {name!r}: {error.strerror}; keep its creator alive") from error
+            raise RuntimeError(
+                f"need an open buffer, got {name!r}: {error.strerror}; keep its creator alive"
+            ) from error
         return buffer
 
     def _open(self, segment: _Segment, timeout_s: float) -> None:
         self.name, self._segment = segment.name, segment
-        self._finalizer = weakref.finalize(self, segment.close)  # Runs at the interpreter's exit at the latest.
+        self._finalizer = weakref.finalize(
+            self, segment.close
+        )  # Runs at the interpreter's exit at the latest.
         self.timeout_s = _Wait(timeout_s).limit_s
         magic, self.capacity, self.buffer_bytes, drop_oldest = FIXED.unpack_from(segment.view)
         if magic != MAGIC:
@@ -335,7 +369,9 @@ class SharedMemoryBuffer:
         checksum = zlib.crc32(body)
         size = FRAME.size + len(body) + -len(body) % 8
         if size > self.buffer_bytes:
-            raise ValueError(f"need records of at most {self.buffer_bytes} bytes, got one of {size}; raise buffer_bytes")
+            raise ValueError(
+                f"need records of at most {self.buffer_bytes} bytes, got one of {size}; raise buffer_bytes"
+            )
         wait = _Wait(self.timeout_s if timeout_s is None else timeout_s)
         while True:
             with self._locked(wait) as state:
@@ -347,7 +383,9 @@ class SharedMemoryBuffer:
                     state.pushed += 1
                     self._commit(state)
                     return
-            wait.pause(f"room for {size} bytes in {self._fill(state)}; sample faster, raise capacity or buffer_bytes, or drop the oldest")
+            wait.pause(
+                f"room for {size} bytes in {self._fill(state)}; sample faster, raise capacity or buffer_bytes, or drop the oldest"
+            )
 
     def sample(self, batch_size: int, timeout_s: float | None = None) -> list[dict[str, Any]]:
         """Takes the oldest `batch_size` records out, all at once, as soon as there are so many.
@@ -374,7 +412,9 @@ class SharedMemoryBuffer:
                     state.taken += batch_size
                     self._commit(state)
                     break
-            wait.pause(f"{batch_size} records in {self._fill(state)}; push more, or raise buffer_bytes if those are full")
+            wait.pause(
+                f"{batch_size} records in {self._fill(state)}; push more, or raise buffer_bytes if those are full"
+            )
         return [decode_record(body) for body in bodies]
 
     def __len__(self) -> int:
@@ -386,7 +426,12 @@ class SharedMemoryBuffer:
         `bytes_used` is what those in the buffer occupy; `recovered` counts processes that died inside a call.
         """
         with self._locked(_Wait(self.timeout_s)) as state:
-            counts = {"records": state.num_records, "pushed": state.pushed, "taken": state.taken, "dropped": state.dropped}
+            counts = {
+                "records": state.num_records,
+                "pushed": state.pushed,
+                "taken": state.taken,
+                "dropped": state.dropped,
+            }
             return counts | {"recovered": self._count_at(RECOVERED), "bytes_used": state.head - state.tail}
 
     def close(self) -> None:
@@ -411,8 +456,12 @@ class SharedMemoryBuffer:
         try:
             while not held:
                 if segment.closed or segment.view[CLOSED]:
-                    raise RuntimeError(f"need an open buffer, but {self.name} was closed here or by its creator")
-                with suppress(BlockingIOError, FileNotFoundError):  # Taken; just closed by its creator, which the next round sees.
+                    raise RuntimeError(
+                        f"need an open buffer, but {self.name} was closed here or by its creator"
+                    )
+                with suppress(
+                    BlockingIOError, FileNotFoundError
+                ):  # Taken; just closed by its creator, which the next round sees.
                     fcntl.flock(segment.lock_fd(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                     held = True
                 if not held:
@@ -449,7 +498,9 @@ class SharedMemoryBuffer:
         return True
 
     def _reserve(self, state: _State, size: int) -> None:
-        """Takes the memory that is about to be written: a full /dev/shm is an error here, and would be a SIGBUS at the write."""
+        """Takes the memory that is about to be written: a full /dev/shm is an error here, and would be a
+        SIGBUS at the write.
+        """
         end = min(state.head % self.buffer_bytes + size, self.buffer_bytes)
         if end <= state.reserved or sys.platform == "darwin":  # There it is a file on disk.
             return
@@ -468,7 +519,9 @@ class SharedMemoryBuffer:
         is_inside = size <= state.head - state.tail
         body = self._read(state.tail + FRAME.size, length if is_inside else 0)
         if not is_inside or zlib.crc32(body) != checksum:
-            raise RuntimeError(f"need whole records in {self.name}, got a wrong checksum: something else wrote to that memory; close it")
+            raise RuntimeError(
+                f"need whole records in {self.name}, got a wrong checksum: something else wrote to that memory; close it"
+            )
         state.tail += size
         return body
 

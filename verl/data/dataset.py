@@ -1,4 +1,6 @@
-"""Prompts from files, saved data sets and tasks of our own, and the loader that draws them; tokens are counted elsewhere."""
+"""Prompts from files, saved data sets and tasks of our own, and the loader that draws them; tokens are
+counted elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -53,17 +55,21 @@ class MalformedRow(ValueError):
 def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
     """Prompts of a source, in its order, and what was left out.
 
-    A row has the prompt and the answer in the columns that the settings name; `data_source` is its source, and all else
-    goes to `Prompt.columns`. Without an answer column, the answer is `reward_model["ground_truth"]`, so that verl's
-    Parquet files are read as they are. The index of a prompt is the number of its row, from 0, blank lines not counted.
+    A row has the prompt and the answer in the columns that the settings name; `data_source` is its source,
+    and all else goes to `Prompt.columns`. Without an answer column, the answer is
+    `reward_model["ground_truth"]`, so that verl's Parquet files are read as they are. The index of a prompt
+    is the number of its row, from 0, blank lines not counted.
 
     Args:
-        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of `datasets.save_to_disk`, or task:NAME.
-        config: names of the columns, and what to do with malformed rows. The system prompt is left to the tokenizer's side.
+        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of
+            `datasets.save_to_disk`, or task:NAME.
+        config: names of the columns, and what to do with malformed rows. The system prompt is left to the
+            tokenizer's side.
         split: which part of a task or of a saved DatasetDict; a file is taken whole.
 
     Raises:
-        ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is stop.
+        ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is
+            stop.
     """
     used = {config.prompt_key, config.answer_key}
 
@@ -74,16 +80,22 @@ def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list
 
 
 def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
-    """Examples for supervised fine-tuning: prompts whose `answer` is the text to learn, and what was left out.
+    """Examples for supervised fine-tuning: prompts whose `answer` is the text to learn, and what was left
+    out.
 
-    A row has a prompt and an answer as for `load_prompts`, or `messages` that end with the assistant's: all but the last
-    are the prompt. Arguments and errors are those of `load_prompts`; an answer that is not a text, or is empty, is malformed.
+    A row has a prompt and an answer as for `load_prompts`, or `messages` that end with the assistant's: all
+    but the last are the prompt. Arguments and errors are those of `load_prompts`; an answer that is not a
+    text, or is empty, is malformed.
     """
     used = {config.prompt_key, config.answer_key}
 
     def parse(row: dict[str, Any]) -> Parsed:
         if config.prompt_key in row or "messages" not in row:
-            parsed = as_content(column_of(row, config.prompt_key), config.prompt_key), _answer(row, config), used
+            parsed = (
+                as_content(column_of(row, config.prompt_key), config.prompt_key),
+                _answer(row, config),
+                used,
+            )
         else:
             parsed = *_conversation(row["messages"]), {"messages"}
         answer = parsed[1]
@@ -95,8 +107,11 @@ def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[lis
     return load_rows(source, config, split, parse)
 
 
-def drop_long_prompts(prompts: Sequence[Prompt], lengths: Sequence[int], max_prompt_tokens: int) -> tuple[list[Prompt], dict[str, int]]:
-    """The prompts of at most so many tokens, and the fields of the `LoadReport` that say how many were dropped.
+def drop_long_prompts(
+    prompts: Sequence[Prompt], lengths: Sequence[int], max_prompt_tokens: int
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of at most so many tokens, and the fields of the `LoadReport` that say how many were
+    dropped.
 
     Args:
         prompts: any number of prompts.
@@ -104,7 +119,8 @@ def drop_long_prompts(prompts: Sequence[Prompt], lengths: Sequence[int], max_pro
         max_prompt_tokens: longest prompt kept.
 
     Returns:
-        The prompts kept, in order, and {"num_too_long", "longest"}, for `dataclasses.replace(report, **fields)`.
+        The prompts kept, in order, and {"num_too_long", "longest"}, for `dataclasses.replace(report,
+        **fields)`.
 
     Raises:
         ValueError: not one length per prompt, or no prompt is short enough.
@@ -167,7 +183,8 @@ class PromptLoader:
         """Goes on from where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of other prompts, another seed or another order, so that prompts would be repeated or left out.
+            ValueError: the state is of other prompts, another seed or another order, so that prompts would be
+                repeated or left out.
         """
         for key, own in self._identity.items():
             if state.get(key) != own:
@@ -176,8 +193,15 @@ class PromptLoader:
                     "restore the data, data.shuffle and seed, or start afresh with checkpoint.resume=never"
                 )
         epoch, position = state.get("epoch"), state.get("position")
-        if not isinstance(epoch, int) or not isinstance(position, int) or epoch < 0 or not 0 <= position <= len(self):
-            raise ValueError(f"need an epoch from 0 and a position from 0 to {len(self)}, got {epoch!r} and {position!r}")
+        if (
+            not isinstance(epoch, int)
+            or not isinstance(position, int)
+            or epoch < 0
+            or not 0 <= position <= len(self)
+        ):
+            raise ValueError(
+                f"need an epoch from 0 and a position from 0 to {len(self)}, got {epoch!r} and {position!r}"
+            )
         self.epoch, self.position = epoch, position
         self._order = self._epoch_order()
 
@@ -185,20 +209,35 @@ class PromptLoader:
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(json.dumps([prompt.content, prompt.answer, prompt.source], default=_stable_text).encode() + b"\n")
-        return {"num_prompts": len(self.prompts), "fingerprint": digest.hexdigest()[:16], "seed": self.seed, "shuffle": self.shuffle}
+            digest.update(
+                json.dumps([prompt.content, prompt.answer, prompt.source], default=_stable_text).encode()
+                + b"\n"
+            )
+        return {
+            "num_prompts": len(self.prompts),
+            "fingerprint": digest.hexdigest()[:16],
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
 
     def _epoch_order(self) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.prompts)))
-        # numpy promises the raw bits of a bit generator for ever, but not the permutations that it makes of them.
-        bits = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64)).random_raw(len(self.prompts))
+        # numpy promises the raw bits of a bit generator for ever, but not the permutations that it makes of
+        # them.
+        bits = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64)).random_raw(
+            len(self.prompts)
+        )
         order: list[int] = np.argsort(bits, kind="stable").tolist()
         return order
 
 
-def load_rows(source: str, config: DataConfig, split: Split, parse: Callable[[dict[str, Any]], Parsed]) -> tuple[list[Prompt], LoadReport]:
-    """The rows of a data set as `parse` makes prompts of them; a malformed one stops the start, or is skipped and counted."""
+def load_rows(
+    source: str, config: DataConfig, split: Split, parse: Callable[[dict[str, Any]], Parsed]
+) -> tuple[list[Prompt], LoadReport]:
+    """The rows of a data set as `parse` makes prompts of them; a malformed one stops the start, or is skipped
+    and counted.
+    """
     default_source = source.removeprefix("task:") if source.startswith("task:") else Path(source).stem
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -217,7 +256,9 @@ def load_rows(source: str, config: DataConfig, split: Split, parse: Callable[[di
             "correct them, name other columns (data.prompt_key, data.answer_key), or leave them out with data.on_malformed=skip"
         )
     if not prompts:
-        raise ValueError(f"need at least one usable row, {source} has none among {report.num_rows}{':' if listed else ''}{listed}")
+        raise ValueError(
+            f"need at least one usable row, {source} has none among {report.num_rows}{':' if listed else ''}{listed}"
+        )
     return prompts, report
 
 
@@ -231,9 +272,13 @@ def _read(source: str, split: Split) -> Iterator[tuple[str, Any]]:
         return
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"need an existing file or folder, or task:NAME, got {source!r}, which does not exist in {Path.cwd()}")
+        raise ValueError(
+            f"need an existing file or folder, or task:NAME, got {source!r}, which does not exist in {Path.cwd()}"
+        )
     if not path.is_dir() and path.suffix not in READERS:
-        raise ValueError(f"need a file that ends with {', '.join(READERS)}, a folder saved by `datasets`, or task:NAME, got {source!r}")
+        raise ValueError(
+            f"need a file that ends with {', '.join(READERS)}, a folder saved by `datasets`, or task:NAME, got {source!r}"
+        )
     try:
         yield from _read_saved(path, split) if path.is_dir() else READERS[path.suffix](path)
     except (OSError, ValueError, NotImplementedError) as error:
@@ -263,7 +308,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
     pyarrow = importlib.import_module("pyarrow")
     with pyarrow.memory_map(str(path)) as file:
-        # Arrow has two layouts under one suffix; `datasets` writes the stream, others mostly the file, which begins with its name.
+        # Arrow has two layouts under one suffix; `datasets` writes the stream, others mostly the file, which
+        # begins with its name.
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
@@ -274,7 +320,9 @@ def _read_saved(path: Path, split: Split) -> Iterator[tuple[str, Any]]:
     saved = importlib.import_module("datasets").load_from_disk(str(path))
     if isinstance(saved, dict):  # a DatasetDict
         if split not in saved:
-            raise ValueError(f"it has no split {split!r}; it has {', '.join(saved)}; give the folder of one of them")
+            raise ValueError(
+                f"it has no split {split!r}; it has {', '.join(saved)}; give the folder of one of them"
+            )
         saved = saved[split]
     return _numbered(saved)
 
@@ -362,7 +410,8 @@ def as_message(message: Any) -> dict[str, Any]:
     """A chat message, checked: role and content."""
     if not isinstance(message, dict):
         raise MalformedRow(f"need messages that are objects with role and content, got {shown(message)}")
-    # A table has the same keys in every row: those that a message lacks come as nulls, which chat templates would take for values.
+    # A table has the same keys in every row: those that a message lacks come as nulls, which chat templates
+    # would take for values.
     given = _without_nulls(message)
     if given.get("role") not in ROLES:
         raise MalformedRow(f"need a message role among {', '.join(ROLES)}, got {shown(given.get('role'))}")
@@ -374,7 +423,9 @@ def as_message(message: Any) -> dict[str, Any]:
     elif isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
         given["content"] = [_without_nulls(part) for part in content]
     else:
-        raise MalformedRow(f"need message content that is a text or a list of typed parts, got {shown(content)}")
+        raise MalformedRow(
+            f"need message content that is a text or a list of typed parts, got {shown(content)}"
+        )
     return given
 
 
@@ -387,15 +438,23 @@ def check_encodable(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise MalformedRow(f"need text that UTF-8 can encode, got half a surrogate pair at character {error.start}") from error
+        raise MalformedRow(
+            f"need text that UTF-8 can encode, got half a surrogate pair at character {error.start}"
+        ) from error
 
 
 def shown(value: Any) -> str:
     """A value and its type, short enough for a message."""
     text = repr(value)
-    return "nothing" if value is None else f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return (
+        "nothing"
+        if value is None
+        else f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    )
 
 
 def _stable_text(value: Any) -> str:
-    """What a value that JSON does not know adds to a fingerprint: its contents if they are bytes, else its type alone."""
+    """What a value that JSON does not know adds to a fingerprint: its contents if they are bytes, else its
+    type alone.
+    """
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else type(value).__name__

@@ -13,8 +13,9 @@ from torch import Tensor
 class Plan:
     """Row indices as minibatches[minibatch][rank][micro_batch], every row once.
 
-    In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives. Empty ones come
-    last, and only where a rank has fewer rows than that: with fewer rows than ranks, or rows so long that hardly two fit together.
+    In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives.
+    Empty ones come last, and only where a rank has fewer rows than that: with fewer rows than ranks, or rows
+    so long that hardly two fit together.
     """
 
     minibatches: list[list[list[list[int]]]]
@@ -26,11 +27,18 @@ class Plan:
     def of_rank(self, rank: int) -> Plan:
         """The plan of one rank for its rows alone, numbered from 0 as in `rows_of`."""
         numbers = iter(range(len(self.rows_of(rank))))
-        return Plan([[[[next(numbers) for _ in micro] for micro in minibatch[rank]]] for minibatch in self.minibatches])
+        return Plan(
+            [
+                [[[next(numbers) for _ in micro] for micro in minibatch[rank]]]
+                for minibatch in self.minibatches
+            ]
+        )
 
     def rows_of_minibatch(self, minibatch: int) -> list[int]:
         """Rows of one update, of all ranks."""
-        return [row for micro_batches in self.minibatches[minibatch] for micro in micro_batches for row in micro]
+        return [
+            row for micro_batches in self.minibatches[minibatch] for micro in micro_batches for row in micro
+        ]
 
 
 def balance(
@@ -45,11 +53,12 @@ def balance(
 ) -> Plan:
     """The plan that gives ranks equal work and as few micro-batches as first-fit decreasing finds.
 
-    Minibatches are consecutive rows, their sizes (or their numbers of groups) differ by at most one: the order stays the
-    caller's. Within one, the costliest
-    row that is left goes to the rank with the least cost so far, so that the costs of two ranks never differ by more than the
-    costliest row (longest processing time first, https://doi.org/10.1137/0117039). Where that would leave a rank with fewer
-    rows than micro-batches, it goes to the rank with the fewest rows instead, of these to the one with the least cost.
+    Minibatches are consecutive rows, their sizes (or their numbers of groups) differ by at most one: the
+    order stays the caller's. Within one, the costliest
+    row that is left goes to the rank with the least cost so far, so that the costs of two ranks never differ
+    by more than the costliest row (longest processing time first, https://doi.org/10.1137/0117039). Where
+    that would leave a rank with fewer rows than micro-batches, it goes to the rank with the fewest rows
+    instead, of these to the one with the least cost.
 
     Args:
         num_tokens: [B] int, tokens of each row.
@@ -57,21 +66,27 @@ def balance(
         micro_batch_tokens: most tokens of a micro-batch; a row that is longer gets one of its own.
         micro_batch_rows: most rows of a micro-batch; None: only the tokens count.
         num_minibatches: optimizer updates that the rows are for.
-        cost: [B], work that each row is, in any unit; None: its tokens. `compute_cost` adds the work of attention.
-        group_ids: [B], equal for consecutive rows that must not be split over minibatches; None: any two rows may be.
+        cost: [B], work that each row is, in any unit; None: its tokens. `compute_cost` adds the work of
+            attention.
+        group_ids: [B], equal for consecutive rows that must not be split over minibatches; None: any two rows
+            may be.
 
     Raises:
         ValueError: a shape, count or cost that cannot be, or fewer rows than minibatches.
     """
     if num_tokens.ndim != 1 or num_tokens.is_floating_point() or (num_tokens < 0).any():
-        raise ValueError(f"need the tokens of each row as [B] integers from 0, got {num_tokens.dtype} of shape {tuple(num_tokens.shape)}")
+        raise ValueError(
+            f"need the tokens of each row as [B] integers from 0, got {num_tokens.dtype} of shape {tuple(num_tokens.shape)}"
+        )
     if num_ranks < 1 or micro_batch_tokens < 1 or (micro_batch_rows is not None and micro_batch_rows < 1):
         given = f"num_ranks={num_ranks}, micro_batch_tokens={micro_batch_tokens}, micro_batch_rows={micro_batch_rows}"
         raise ValueError(f"need at least 1 of each, got {given}")
     units = _units(len(num_tokens), group_ids)
     if not 1 <= num_minibatches <= len(units):
         what = "row" if group_ids is None else "group"
-        raise ValueError(f"need a {what} for each minibatch, got {len(units)} {what}s for {num_minibatches}; lower algorithm.minibatches")
+        raise ValueError(
+            f"need a {what} for each minibatch, got {len(units)} {what}s for {num_minibatches}; lower algorithm.minibatches"
+        )
     work = num_tokens.double() if cost is None else cost.double()
     if work.shape != num_tokens.shape or not work.isfinite().all() or (work < 0).any():
         raise ValueError(f"need a finite cost from 0 for each of {len(num_tokens)} rows, got {cost}")
@@ -81,7 +96,10 @@ def balance(
         rows = [row for unit in chosen.tolist() for row in units[unit]]
         for equal_counts in (False, True):
             shares = _deal(rows, costs, num_ranks, equal_counts=equal_counts)
-            packed = [_pack(share, lengths, micro_batch_tokens, micro_batch_rows or len(lengths)) for share in shares]
+            packed = [
+                _pack(share, lengths, micro_batch_tokens, micro_batch_rows or len(lengths))
+                for share in shares
+            ]
             most = max(len(micro_batches) for micro_batches in packed)
             if min(len(share) for share in shares) >= most:
                 break
@@ -100,8 +118,8 @@ def _units(num_rows: int, group_ids: Tensor | None) -> list[list[int]]:
 def compute_cost(num_tokens: Tensor, hidden_dim: int) -> Tensor:
     """Work of a row in a decoder, n (1 + n / (12 h)), in units of one token's matrix products.
 
-    A layer takes 24 h^2 operations per token in matrix products and 4 n h in full attention, half of that under a causal mask
-    (https://arxiv.org/abs/2104.04473, appendix).
+    A layer takes 24 h^2 operations per token in matrix products and 4 n h in full attention, half of that
+    under a causal mask (https://arxiv.org/abs/2104.04473, appendix).
 
     Args:
         num_tokens: [B] int, n.
@@ -147,7 +165,9 @@ def _pack(rows: list[int], lengths: list[int], max_tokens: int, max_rows: int) -
 
 
 def _split_up_to(count: int, micro_batches: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """The same rows in `count` micro-batches: the fullest of several rows is halved until there are so many, or empty ones follow."""
+    """The same rows in `count` micro-batches: the fullest of several rows is halved until there are so many,
+    or empty ones follow.
+    """
     split = list(micro_batches)
     while len(split) < count:
         several = [i for i, rows in enumerate(split) if len(rows) > 1]

@@ -34,18 +34,21 @@ class Pair(NamedTuple):
 def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
     """Prompts whose `answer` is a `Pair`, in the order of the source, and what was left out.
 
-    A row has a prompt, text or chat messages, and the answers in the columns that the settings name: texts, or chat messages
-    that end with the assistant's. Answers may also be whole chats that differ in their last message alone; what comes before
-    it is the prompt then, with a prompt column, which must repeat some of it, or without. A task gives its right answers and
-    near misses (`verl.data.tasks.near_miss`). All other columns go to `Prompt.columns`.
+    A row has a prompt, text or chat messages, and the answers in the columns that the settings name: texts,
+    or chat messages that end with the assistant's. Answers may also be whole chats that differ in their last
+    message alone; what comes before it is the prompt then, with a prompt column, which must repeat some of
+    it, or without. A task gives its right answers and near misses (`verl.data.tasks.near_miss`). All other
+    columns go to `Prompt.columns`.
 
     Args:
-        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of `datasets.save_to_disk`, or task:NAME.
+        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of
+            `datasets.save_to_disk`, or task:NAME.
         config: names of the columns, and what to do with malformed rows.
         split: which part of a task or of a saved DatasetDict; a file is taken whole.
 
     Raises:
-        ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is stop.
+        ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is
+            stop.
     """
 
     def parse_task(row: dict[str, Any]) -> Parsed:
@@ -61,7 +64,9 @@ def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[l
 def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair]:
     """Prompt and answers of a row."""
     values = [column_of(row, key) for key in (config.chosen_key, config.rejected_key)]
-    (before, chosen), (other, rejected) = (_answer(v, key) for v, key in zip(values, (config.chosen_key, config.rejected_key), strict=True))
+    (before, chosen), (other, rejected) = (
+        _answer(v, key) for v, key in zip(values, (config.chosen_key, config.rejected_key), strict=True)
+    )
     if before != other:
         raise MalformedRow(
             f"need two answers to one prompt: chats of {config.chosen_key} and {config.rejected_key} that differ in the last message alone"
@@ -74,7 +79,9 @@ def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair
     if not before and isinstance(prompt, str) and any(isinstance(value, list) for value in values):
         raise MalformedRow("need a prompt of chat messages where the answers are chat messages, got a text")
     if before and prompt != before and prompt not in [message["content"] for message in before]:
-        raise MalformedRow(f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} begin otherwise")
+        raise MalformedRow(
+            f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} begin otherwise"
+        )
     return before or prompt, Pair(chosen, rejected)
 
 
@@ -84,7 +91,9 @@ def _answer(value: Any, key: str) -> tuple[Messages, str]:
     if isinstance(value, list) and value:
         *before, last = (as_message(message) for message in value)
         if last["role"] != "assistant":
-            raise MalformedRow(f"need messages in {key} that end with the assistant's, got one of role {last['role']!r}")
+            raise MalformedRow(
+                f"need messages in {key} that end with the assistant's, got one of role {last['role']!r}"
+            )
         value = last["content"]
     if not isinstance(value, str) or not value:
         raise MalformedRow(f"need an answer in {key} that is a text and not empty, got {shown(value)}")

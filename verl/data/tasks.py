@@ -1,4 +1,6 @@
-"""Small tasks of our own whose floor and optimum are known exactly, as ordinary data sets of prompts and answers."""
+"""Small tasks of our own whose floor and optimum are known exactly, as ordinary data sets of prompts and
+answers.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,41 @@ class Task:
     num_test: int = 512
 
     def rows(self, split: Literal["train", "test"], seed: int = 0) -> list[dict[str, Any]]:
-        """Rows {prompt, answer}: `num_test` held-out ones whatever the seed, or `num_train` others that the seed draws."""
+        """Rows {prompt, answer}: `num_test` held-out ones whatever the seed, or `num_train` others that the
+        seed draws.
+        """
         held_out = _draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
-        drawn = held_out if split == "test" else _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(held_out))
+        drawn = (
+            held_out
+            if split == "test"
+            else _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(held_out))
+        )
         return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in drawn]
 
 
-def write_jsonl(task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0, pairs: bool = False) -> int:
-    """Writes a split as a JSONL file, one row per line, and returns the number of rows; with `pairs` as {prompt, chosen, rejected}."""
+def write_jsonl(
+    task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0, pairs: bool = False
+) -> int:
+    """Writes a split as a JSONL file, one row per line, and returns the number of rows; with `pairs` as
+    {prompt, chosen, rejected}.
+    """
     rows = task.rows(split, seed)
     if pairs:
-        rows = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": near_miss(r["answer"], key=r["prompt"])} for r in rows]
+        rows = [
+            {
+                "prompt": r["prompt"],
+                "chosen": r["answer"],
+                "rejected": near_miss(r["answer"], key=r["prompt"]),
+            }
+            for r in rows
+        ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
 def near_miss(answer: str, *, key: str) -> str:
-    """A wrong answer that looks like the right one: one or two characters changed, two swapped, or one missing.
+    """A wrong answer that looks like the right one: one or two characters changed, two swapped, or one
+    missing.
 
     Args:
         answer: the right one, with a digit or a letter from a to h in it.
@@ -71,7 +91,9 @@ def near_miss(answer: str, *, key: str) -> str:
 
 
 def _draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
-    """The first `count` different numbers below `stop`, none of them taken, in the random order that the key fixes."""
+    """The first `count` different numbers below `stop`, none of them taken, in the random order that the key
+    fixes.
+    """
     # Of the random module only random() under a given seed is promised to stay the same in later Pythons.
     uniform = random.Random(key).random
     numbers: dict[int, None] = {}
@@ -131,7 +153,9 @@ def _changed_twice(answer: str, uniform: Callable[[], float]) -> str:
 
 
 def _swapped(answer: str, uniform: Callable[[], float]) -> str:
-    """Two neighbours among the digits and letters in each other's place; the answer itself if they are alike or it has no two."""
+    """Two neighbours among the digits and letters in each other's place; the answer itself if they are alike
+    or it has no two.
+    """
     places = [i for i, character in enumerate(answer) if character.isalnum()]
     if len(places) < 2:
         return answer
@@ -151,11 +175,19 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("copy-8", "Repeat 8 letters from a to h.", _copy, 8**8, 8192, "position_share", max_tokens=9),
-        Task("reverse-8", "Write 8 letters from a to h in reverse order.", _reverse, 8**8, 8192, "position_share", max_tokens=9),
+        Task(
+            "reverse-8",
+            "Write 8 letters from a to h in reverse order.",
+            _reverse,
+            8**8,
+            8192,
+            "position_share",
+            max_tokens=9,
+        ),
         Task("sort-6", "Write 6 digits in ascending order.", _sort, 10**6, 8192, "exact", max_tokens=7),
         Task("add-2", "Add two numbers of two digits.", _add, 90 * 90, 7500, "exact", max_tokens=4),
-        # The sizes of verl's digit completion: modulus 9, first number to 9, 1 to 9 numbers wanted; 810 prompts in all.
-        # Wanting none is left out, since no answer could earn a reward there.
+        # The sizes of verl's digit completion: modulus 9, first number to 9, 1 to 9 numbers wanted; 810
+        # prompts in all. Wanting none is left out, since no answer could earn a reward there.
         Task(
             "digits",
             "Continue an arithmetic sequence modulo a number: `first,second:modulus,count` asks for so many more.",

@@ -1,4 +1,6 @@
-"""The contract of a training engine: a model behind three verbs (infer, update, save), whatever it is sharded over."""
+"""The contract of a training engine: a model behind three verbs (infer, update, save), whatever it is sharded
+over.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from verl.weight_sync.meshes import Mesh
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]
-# The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of monitors over tokens,
-# or their largest, see `MAX_SUFFIX`.
+# The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of
+# monitors over tokens, or their largest, see `MAX_SUFFIX`.
 Objective = Callable[[Batch, ModelInput], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -68,7 +70,8 @@ class ForwardEngine(ABC):
         model: the model; generation may share its storage.
         places: where this rank stands, see `Worker`.
         mesh: sizes of the layout that the weights have.
-        generates: whether `model` can answer prompts, inside `whole_weights`; if not, another model of these weights must.
+        generates: whether `model` can answer prompts, inside `whole_weights`; if not, another model of these
+            weights must.
     """
 
     model: Backbone
@@ -83,14 +86,18 @@ class ForwardEngine(ABC):
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without gradient, 0 elsewhere.
+        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without
+        gradient, 0 elsewhere.
 
-        The rows are those of this rank; all ranks have the same number of micro-batches, of which some may be empty.
+        The rows are those of this rank; all ranks have the same number of micro-batches, of which some may be
+        empty.
         """
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format, low-rank additions merged into the weights; on all ranks together."""
+        """Writes the model in Hugging Face format, low-rank additions merged into the weights; on all ranks
+        together.
+        """
 
     def gather_over_data(self, thing: Any) -> list[Any]:
         """Plain data of every data rank, in their order; of this one, if it is alone."""
@@ -109,11 +116,14 @@ class ForwardEngine(ABC):
         return own_pieces(self.model.transformer)
 
     def homes(self) -> dict[str, Tensor]:
-        """The local tensors of `pieces`, by name; low-rank additions are merged into them, which takes all ranks."""
+        """The local tensors of `pieces`, by name; low-rank additions are merged into them, which takes all
+        ranks.
+        """
         return own_homes(self.model.transformer)
 
     def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors, one after the other, low-rank additions merged into them; on all ranks together.
+        """Names and whole tensors, one after the other, low-rank additions merged into them; on all ranks
+        together.
 
         Args:
             wanted: names of those to yield, the same on all ranks; none: all.
@@ -139,35 +149,44 @@ class TrainEngine(ForwardEngine):
     accumulates: bool = False
 
     @abstractmethod
-    def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
-        """One optimizer update with the gradient of the objective, summed over the micro-batches of all data ranks.
+    def update(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
+    ) -> dict[str, float]:
+        """One optimizer update with the gradient of the objective, summed over the micro-batches of all data
+        ranks.
 
         An update whose loss or gradient is not finite changes nothing, counts in `skipped_updates`, and after
         `max_bad_updates` in a row raises.
 
         Returns:
-            loss, grad_norm (before clipping), lr, skipped_updates, and the sums of the monitors, the same on all ranks.
+            loss, grad_norm (before clipping), lr, skipped_updates, and the sums of the monitors, the same on
+            all ranks.
 
         Raises:
             NotFiniteError: see above; names the rows.
         """
 
     def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
-        """Adds the gradient of a portion of an update to those of the portions before it; weights and optimizer stay.
+        """Adds the gradient of a portion of an update to those of the portions before it; weights and
+        optimizer stay.
 
-        All ranks take part in every portion, as in an update. Between portions the model may be read, by `infer` or to generate.
+        All ranks take part in every portion, as in an update. Between portions the model may be read, by
+        `infer` or to generate.
 
         Raises:
             ValueError: this engine makes whole updates only.
         """
-        raise ValueError(f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next")
+        raise ValueError(
+            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next"
+        )
 
     def finish(self, scale: float = 1.0) -> dict[str, float]:
-        """The update with everything that was accumulated since the last one, as if `update` had been given all of it at once.
+        """The update with everything that was accumulated since the last one, as if `update` had been given
+        all of it at once.
 
         Args:
-            scale: of the loss and its gradient: what the portions could not know, such as 1 / (tokens of all of them). Monitors
-                are sums, and stay.
+            scale: of the loss and its gradient: what the portions could not know, such as 1 / (tokens of all
+                of them). Monitors are sums, and stay.
 
         Returns:
             See `update`.
@@ -175,7 +194,9 @@ class TrainEngine(ForwardEngine):
         Raises:
             NotFiniteError: see `update`.
         """
-        raise ValueError(f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next")
+        raise ValueError(
+            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next"
+        )
 
     def discard(self) -> None:
         """Forgets what was accumulated; the next portion begins an update."""

@@ -1,4 +1,6 @@
-"""Weights and optimizer on disk, whatever they are sharded over: PyTorch's distributed checkpoints, written beside the training."""
+"""Weights and optimizer on disk, whatever they are sharded over: PyTorch's distributed checkpoints, written
+beside the training.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,25 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """See `pickle.Unpickler`."""
-        is_own_class = module in _PLAIN_MODULES and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ" and name.strip("_")[:1].isupper()
-        is_dtype = module == "torch" and "." not in name and isinstance(vars(torch).get(name), torch.dtype | torch.memory_format)
+        is_own_class = (
+            module in _PLAIN_MODULES
+            and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+            and name.strip("_")[:1].isupper()
+        )
+        is_dtype = (
+            module == "torch"
+            and "." not in name
+            and isinstance(vars(torch).get(name), torch.dtype | torch.memory_format)
+        )
         if "." not in name and (is_own_class or is_dtype or (module, name) in _PLAIN_CLASSES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into the metadata of a checkpoint")
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Reads a checkpoint from outside: its metadata makes no objects but those it needs, its tensors are read as weights only."""
+    """Reads a checkpoint from outside: its metadata makes no objects but those it needs, its tensors are read
+    as weights only.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """See `StorageReader.read_metadata`."""
@@ -63,11 +75,15 @@ def _read_metadata(file: BinaryIO) -> Metadata:
 
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What training changes, by name: trained parameters as `model.NAME`, what the optimizer has for one as `optimizer.NAME.KEY`."""
+    """What training changes, by name: trained parameters as `model.NAME`, what the optimizer has for one as
+    `optimizer.NAME.KEY`.
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
         state[f"model.{name}"] = parameter.detach()
-        state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        state |= {
+            f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()
+        }
     return state
 
 
@@ -76,7 +92,11 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def begin_save(
-    folder: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> Callable[[], None]:
     """Begins to write tensors and plain numbers; returns as soon as the tensors have been copied aside.
 
@@ -84,7 +104,8 @@ def begin_save(
         folder: where to, the same on all ranks.
         state: tensors by name, sharded or not.
         progress: what goes into a small JSON file beside them.
-        group: of the ranks that save together, of a backend for the CPU and used for nothing else; None: this process alone.
+        group: of the ranks that save together, of a backend for the CPU and used for nothing else; None: this
+            process alone.
 
     Returns:
         What waits until everything is on the disk.
@@ -121,18 +142,23 @@ def _causes(error: BaseException) -> str:
     if not isinstance(error, CheckpointException):
         return str(error)
     failures = sorted(error.failures.items())
-    return "; ".join(f"rank {rank}: {type(cause[0]).__name__}: {str(cause[0]).splitlines()[0]}" for rank, cause in failures)
+    return "; ".join(
+        f"rank {rank}: {type(cause[0]).__name__}: {str(cause[0]).splitlines()[0]}" for rank, cause in failures
+    )
 
 
 @torch.no_grad()
-def load_trained(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, kind: str, is_alone: bool) -> dict[str, Any]:
+def load_trained(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, kind: str, is_alone: bool
+) -> dict[str, Any]:
     """Reads what `begin_save` wrote of `trained_state`, on any number of ranks, into the storage in use.
 
     Args:
         folder: of the model in a checkpoint.
         model: whose parameters are filled.
         optimizer: whose state is filled, made or emptied, as it was; its rates and decays stay.
-        kind: what the progress must name as `kind`: another family may have tensors of the same names and sizes.
+        kind: what the progress must name as `kind`: another family may have tensors of the same names and
+            sizes.
         is_alone: whether this process loads without others.
 
     Returns:
@@ -143,7 +169,9 @@ def load_trained(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """
     saved, progress = _described(folder)
     if progress["kind"] != kind:
-        raise ValueError(f"the checkpoint in {folder} is of another model ({progress['kind']}, need {kind}); {REMEDY}")
+        raise ValueError(
+            f"the checkpoint in {folder} is of another model ({progress['kind']}, need {kind}); {REMEDY}"
+        )
     state: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
         state[f"model.{name}"] = parameter.detach()
@@ -158,8 +186,12 @@ def load_trained(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
                 own[key] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
         state |= {prefix + key: own[key] for key in keys}
     sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if unfit := sorted({*sizes} ^ {*saved}) or [name for name, size in sizes.items() if tuple(saved[name].size) != size]:
-        raise ValueError(f"the checkpoint in {folder} is of another model (first difference: {unfit[0]}); {REMEDY}")
+    if unfit := sorted({*sizes} ^ {*saved}) or [
+        name for name, size in sizes.items() if tuple(saved[name].size) != size
+    ]:
+        raise ValueError(
+            f"the checkpoint in {folder} is of another model (first difference: {unfit[0]}); {REMEDY}"
+        )
     _fill(state, folder, is_alone=is_alone)
     return progress
 
@@ -184,7 +216,9 @@ def _described(folder: Path) -> tuple[dict[str, TensorStorageMetadata], dict[str
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     except (OSError, EOFError, pickle.UnpicklingError, ValueError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {folder} cannot be read ({error}); {REMEDY}") from error
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}, progress
+    return {
+        name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }, progress
 
 
 def _fill(state: Mapping[str, Tensor], folder: Path, *, is_alone: bool) -> None:

@@ -11,7 +11,13 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -39,7 +45,8 @@ def sharded_engine(
     device: torch.device,
     total_updates: int | None,
 ) -> FSDPForwardEngine:
-    """The engine of a model that is spread over all ranks of the default process group; made on all of them at once.
+    """The engine of a model that is spread over all ranks of the default process group; made on all of them
+    at once.
 
     The model is built without memory, sharded, and filled slice by slice: no rank ever holds it whole.
 
@@ -55,10 +62,14 @@ def sharded_engine(
         ValueError: sizes that do not fit the model or the ranks, or no model.
     """
     if parallel.pipeline > 1 or parallel.engine.options:
-        raise ValueError(f"need pipeline=1 and no options for the engine fsdp, got {parallel}; take engine=megatron for stages of layers")
+        raise ValueError(
+            f"need pipeline=1 and no options for the engine fsdp, got {parallel}; take engine=megatron for stages of layers"
+        )
     folder = model_folder(source)
     meshes = make_meshes(parallel, device)
-    transformer = empty_transformer(folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM)
+    transformer = empty_transformer(
+        folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    )
     check_sizes(transformer, parallel, packing=role.packing)
     if total_updates is not None and role.lora.rank:
         add_low_rank(transformer, role.lora)
@@ -66,7 +77,11 @@ def sharded_engine(
         with parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
     else:
-        model = RewardModel(transformer, role.precision) if kind == "reward" else PolicyModel(transformer, role.precision)
+        model = (
+            RewardModel(transformer, role.precision)
+            if kind == "reward"
+            else PolicyModel(transformer, role.precision)
+        )
     if total_updates is None:
         model.requires_grad_(False)
     _shard(model, role, parallel, meshes, device)
@@ -79,12 +94,18 @@ def sharded_engine(
     return FSDPEngine(model, role, meshes, device=device, total_updates=total_updates)
 
 
-def _shard(model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: Meshes, device: torch.device) -> None:
+def _shard(
+    model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: Meshes, device: torch.device
+) -> None:
     """Spreads a model without memory over the meshes, and gives it the memory of this rank's part."""
     if meshes.tensor is not None:
         parallelize(model.transformer, meshes.tensor)
     dtype = PRECISIONS[role.precision]
-    policy = MixedPrecisionPolicy() if role.precision == "fp32" else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = (
+        MixedPrecisionPolicy()
+        if role.precision == "fp32"
+        else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    )
     rests = CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": meshes.data, "mp_policy": policy, "offload_policy": rests}
     for layer in model.transformer.base_model.get_submodule("layers").children():
@@ -164,7 +185,8 @@ class FSDPForwardEngine(LocalForwardEngine):
             return super()._forward(call, *args)
         finally:
             if not torch.is_grad_enabled():
-                # No backward pass will: until then the root's parameters are whole ones, which no optimizer knows.
+                # No backward pass will: until then the root's parameters are whole ones, which no optimizer
+                # knows.
                 _root(self.model).reshard()
 
     def _for_company(self) -> None:
@@ -183,7 +205,9 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         total_updates: of the whole run, for the schedule.
     """
 
-    def __init__(self, model: Backbone, config: RoleConfig, meshes: Meshes, *, device: torch.device, total_updates: int) -> None:
+    def __init__(
+        self, model: Backbone, config: RoleConfig, meshes: Meshes, *, device: torch.device, total_updates: int
+    ) -> None:
         FSDPForwardEngine.__init__(self, model, config, meshes, device=device)
         # A group for each model: two that are saved at once would answer each other.
         self._saving = dist.new_group(backend="gloo")
@@ -193,14 +217,18 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         """See `TrainEngine.save`."""
         if dist.get_rank() == 0:
             self.model.transformer.config.save_pretrained(folder)
-        return begin_save(folder, trained_state(self.model, self._optimizer), self._progress(), group=self._saving)
+        return begin_save(
+            folder, trained_state(self.model, self._optimizer), self._progress(), group=self._saving
+        )
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
         self._go_on(load_trained(folder, self.model, self._optimizer, kind=self._kind, is_alone=False))
 
     def _build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """AdamW as on one device; parameters on different meshes are in groups of their own, which are updated as one each."""
+        """AdamW as on one device; parameters on different meshes are in groups of their own, which are
+        updated as one each.
+        """
         optimizer = build_optimizer(self.model, config, fused=False)
         groups = [
             {**group, "params": [p for p in group["params"] if _mesh_of(p) == mesh]}
@@ -245,7 +273,9 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         sums = torch.zeros(2, dtype=torch.float64)
         for gradient in gradients:
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            sums[int(_is_tensor_parallel(gradient, self._meshes))] += local.float().square().sum().double().cpu()
+            sums[int(_is_tensor_parallel(gradient, self._meshes))] += (
+                local.float().square().sum().double().cpu()
+            )
         sums = sums.to(self.model.device)
         shards = self._meshes.data if self._meshes.data.ndim == 1 else self._meshes.data["shards"]
         dist.all_reduce(sums, group=shards.get_group())

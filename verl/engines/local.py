@@ -1,4 +1,6 @@
-"""Training on one device: exact accumulation over micro-batches, AdamW, clipping, loss scaling, bad updates skipped."""
+"""Training on one device: exact accumulation over micro-batches, AdamW, clipping, loss scaling, bad updates
+skipped.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from transformers import PreTrainedModel
 
 from verl.config.settings import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, present_mask
-from verl.engines.base import Accumulated, ForwardEngine, NotFiniteError, Objective, Outputs, TrainEngine, combined
+from verl.engines.base import (
+    Accumulated,
+    ForwardEngine,
+    NotFiniteError,
+    Objective,
+    Outputs,
+    TrainEngine,
+    combined,
+)
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.lora import add_low_rank, has_additions, reset_additions
@@ -25,18 +35,24 @@ from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, s
 T = TypeVar("T")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, fused: bool = True
+) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only (https://arxiv.org/abs/1711.05101)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+    )
 
 
 def lr_factor(update: int, config: OptimizerConfig, total_updates: int) -> float:
-    """Share of the peak learning rate at an update, from 0: linear warm-up, then constant, linear or cosine decay."""
+    """Share of the peak learning rate at an update, from 0: linear warm-up, then constant, linear or cosine
+    decay.
+    """
     if update < config.warmup_steps:
         return (update + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
@@ -47,7 +63,8 @@ def lr_factor(update: int, config: OptimizerConfig, total_updates: int) -> float
 
 
 class LossScale:
-    """Factor on a loss in fp16, so that small gradients are not lost: halved after an overflow, doubled after 2000 updates without.
+    """Factor on a loss in fp16, so that small gradients are not lost: halved after an overflow, doubled after
+    2000 updates without.
 
     Mixed precision training, https://arxiv.org/abs/1710.03740, section 3.2.
 
@@ -143,7 +160,9 @@ class LocalForwardEngine(ForwardEngine):
         return ModelInput.from_batch(batch, packed=self._config.packing, device=self.model.device)
 
 
-def frozen_copy(policy: PolicyModel, path: str | None, config: RoleConfig, *, setting: str) -> LocalForwardEngine:
+def frozen_copy(
+    policy: PolicyModel, path: str | None, config: RoleConfig, *, setting: str
+) -> LocalForwardEngine:
     """A language model beside a policy that is only read, on its device and in its precision.
 
     Args:
@@ -170,7 +189,9 @@ def check_vocabulary(other: PreTrainedModel, policy: PolicyModel, setting: str) 
     """
     sizes = [model.config.get_text_config().vocab_size for model in (policy.transformer, other)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"need the policy's vocabulary of {sizes[0]} tokens in {setting}, got {sizes[1]}; take a model of its family")
+        raise ValueError(
+            f"need the policy's vocabulary of {sizes[0]} tokens in {setting}, got {sizes[1]}; take a model of its family"
+        )
 
 
 class LocalEngine(LocalForwardEngine, TrainEngine):
@@ -186,14 +207,18 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     accumulates = True
     _accumulated: Accumulated | None = None
 
-    def __init__(self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int) -> None:
+    def __init__(
+        self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int
+    ) -> None:
         if config.lora.rank:
             add_low_rank(model.transformer, config.lora)
             reset_additions(model.transformer)
         super().__init__(model, config, device=device)
         self._prepare(device, total_updates)
 
-    def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
+    def update(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
+    ) -> dict[str, float]:
         """See `TrainEngine.update`."""
         self.discard()
         self.accumulate(batch, micro_batches, objective)
@@ -222,7 +247,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         """See `TrainEngine.finish`."""
         so_far, self._accumulated = self._accumulated, None
         assert so_far is not None, "an update is finished once, after its portions"
-        metrics, bad = self._over_ranks({name: float(value) for name, value in so_far.totals.items()}, so_far.bad)
+        metrics, bad = self._over_ranks(
+            {name: float(value) for name, value in so_far.totals.items()}, so_far.bad
+        )
         if bad:
             return self._skipped("loss", bad)
         if scale != 1:
@@ -250,7 +277,11 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
-        state = {"updates": self._schedule.last_epoch, "scale": self._scale.state_dict(), "bad_updates": self._bad_updates}
+        state = {
+            "updates": self._schedule.last_epoch,
+            "scale": self._scale.state_dict(),
+            "bad_updates": self._bad_updates,
+        }
         return {"kind": self._kind, **state}
 
     @property
@@ -262,7 +293,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         """The learning rate is that of the settings at the update that was reached."""
         self._schedule.last_epoch = progress["updates"]
         factors = [factor(self._schedule.last_epoch) for factor in self._schedule.lr_lambdas]
-        self._schedule._last_lr = [base * factor for base, factor in zip(self._schedule.base_lrs, factors, strict=True)]
+        self._schedule._last_lr = [
+            base * factor for base, factor in zip(self._schedule.base_lrs, factors, strict=True)
+        ]
         for group, lr in zip(self._optimizer.param_groups, self._schedule._last_lr, strict=True):
             group["lr"] = lr
         self._scale.load_state_dict(progress["scale"])
@@ -276,7 +309,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             # Transformers recomputes only in training mode; dropout is off in any case.
             self.model.train()
         self._optimizer = self._build_optimizer(config.optimizer)
-        self._schedule = LambdaLR(self._optimizer, lambda update: lr_factor(update, config.optimizer, total_updates))
+        self._schedule = LambdaLR(
+            self._optimizer, lambda update: lr_factor(update, config.optimizer, total_updates)
+        )
         self._scale = LossScale(enabled=config.precision == "fp16")
         self._bad_updates = 0
 
@@ -293,7 +328,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             return totals, bad
         names = {name: None for sums, _ in ranks for name in sums}
         own = {name: [sums[name] for sums, _ in ranks if name in sums] for name in names}
-        return {name: reduce(partial(combined, name), values) for name, values in own.items()}, [row for _, rows in ranks for row in rows]
+        return {name: reduce(partial(combined, name), values) for name, values in own.items()}, [
+            row for _, rows in ranks for row in rows
+        ]
 
     @torch.no_grad()
     def _rescale(self, scale: float) -> None:
@@ -341,6 +378,9 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     @torch.no_grad()
     def _culprits(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
         """The numbers of the rows whose own loss is not finite; of all, if only their sum is not."""
-        alone = {row: self._forward(objective, batch.select([row]), self._inputs(batch.select([row])))[0] for row in rows}
+        alone = {
+            row: self._forward(objective, batch.select([row]), self._inputs(batch.select([row])))[0]
+            for row in rows
+        }
         bad = [row for row, loss in alone.items() if not torch.isfinite(loss)] or list(rows)
         return batch.row_ids[bad].tolist()

@@ -1,4 +1,6 @@
-"""The updates of a step over an engine, and its sums of monitors as means over tokens; whose loss it is is left to the workers."""
+"""The updates of a step over an engine, and its sums of monitors as means over tokens; whose loss it is is
+left to the workers.
+"""
 
 from __future__ import annotations
 

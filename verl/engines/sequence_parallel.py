@@ -1,4 +1,5 @@
-"""Sequence parallelism: ranks that share a packed line, each with a slice of its places, or in attention with a share of the heads.
+"""Sequence parallelism: ranks that share a packed line, each with a slice of its places, or in attention with
+a share of the heads.
 
 DeepSpeed-Ulysses, https://arxiv.org/abs/2309.14509.
 """
@@ -13,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# In shapes: Q ranks of the group, N places of the line, n = ceil(N / Q) of a slice, H heads, D head size, M response tokens.
+# In shapes: Q ranks of the group, N places of the line, n = ceil(N / Q) of a slice, H heads, D head size, M
+# response tokens.
 
 
 class _Exchange(torch.autograd.Function):
@@ -36,7 +38,9 @@ def _exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Together(torch.autograd.Function):
-    """Values of own tokens to those of all; the gradient of the own ones comes back, since every rank has the same loss."""
+    """Values of own tokens to those of all; the gradient of the own ones comes back, since every rank has the
+    same loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, own: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
@@ -69,10 +73,14 @@ class SequenceGroup:
     def slice_of(self, line: Tensor) -> Tensor:
         """[1, n] of a line [1, N], the last slices filled up with 0."""
         width = -(-line.shape[1] // self.size)
-        return F.pad(line, (0, self.size * width - line.shape[1]))[:, self.rank * width : (self.rank + 1) * width]
+        return F.pad(line, (0, self.size * width - line.shape[1]))[
+            :, self.rank * width : (self.rank + 1) * width
+        ]
 
     def own(self, places: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
-        """Which of the places [M] of a line are in the own slice, as indices [m], and where in the slice, [m]."""
+        """Which of the places [M] of a line are in the own slice, as indices [m], and where in the slice,
+        [m].
+        """
         width = -(-num_places // self.size)
         own = (places // width == self.rank).nonzero().squeeze(1)
         return own, places[own] - self.rank * width
@@ -82,8 +90,12 @@ class SequenceGroup:
         out: Tensor = _Together.apply(values, own, num_tokens, self.group)
         return out
 
-    def shares_of_heads(self, query: Tensor, key: Tensor, value: Tensor, *, num_places: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Slices [1, H, n, D] of all heads to [1, H / Q, N, D] of this rank's heads; fewer key-value heads than ranks are repeated."""
+    def shares_of_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, *, num_places: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices [1, H, n, D] of all heads to [1, H / Q, N, D] of this rank's heads; fewer key-value heads
+        than ranks are repeated.
+        """
         repeats = max(1, self.size // key.shape[1])
         key, value = (t.repeat_interleave(repeats, 1) if repeats > 1 else t for t in (key, value))
         return self._share(query, num_places), self._share(key, num_places), self._share(value, num_places)
@@ -100,5 +112,7 @@ class SequenceGroup:
             raise ValueError(
                 f"need heads that placement sequence divides, got {heads.shape[1]} for sequence={self.size}; take a divisor of the heads"
             )
-        received = _Exchange.apply(heads[0].unflatten(0, (self.size, -1)), self.group)  # [Q, H / Q, n, D], by slice
+        received = _Exchange.apply(
+            heads[0].unflatten(0, (self.size, -1)), self.group
+        )  # [Q, H / Q, n, D], by slice
         return received.transpose(0, 1).flatten(1, 2)[None, :, :num_places]

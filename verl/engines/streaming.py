@@ -1,8 +1,10 @@
-"""A step that is trained in portions, as its groups come: the same update, to rounding, as from all of its rows at once.
+"""A step that is trained in portions, as its groups come: the same update, to rounding, as from all of its
+rows at once.
 
-A portion is whole groups. Its rows are weighed by themselves; what the other rows add to the denominators is one factor of the loss, and
-so of its gradient, which is known when the last portion is there, and applied before gradients are clipped. Weights stay until then, so
-what is written before an update (`values`, `trainer_logprobs`) is what it would be for all rows. What needs all rows at once is refused.
+A portion is whole groups. Its rows are weighed by themselves; what the other rows add to the denominators is
+one factor of the loss, and so of its gradient, which is known when the last portion is there, and applied
+before gradients are clipped. Weights stay until then, so what is written before an update (`values`,
+`trainer_logprobs`) is what it would be for all rows. What needs all rows at once is refused.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ _WRITTEN = ("old_logprobs", "correction_weights", "advantages", "returns")
 
 
 def why_not_streamed(algorithm: Algorithm, config: AlgorithmConfig) -> str | None:
-    """What of an algorithm needs all rows of a step at once, in words that name the setting; None if nothing does.
+    """What of an algorithm needs all rows of a step at once, in words that name the setting; None if nothing
+    does.
 
-    A function of rows (advantage, correction, KL) is tried on two groups together and apart, so this holds for a user's own as well.
+    A function of rows (advantage, correction, KL) is tried on two groups together and apart, so this holds
+    for a user's own as well.
     """
     if config.epochs > 1 or config.minibatches > 1:
         updates = f"algorithm.epochs={config.epochs} and algorithm.minibatches={config.minibatches}"
@@ -61,8 +65,8 @@ class Portions:
 
     Args:
         algorithm: how tokens are weighed; one that `why_not_streamed` lets pass.
-        num_groups: groups of the step, as far as is known: only sizes of numbers before `policy_scale` depend on it, so that an fp16
-            loss scale that fits whole steps fits portions.
+        num_groups: groups of the step, as far as is known: only sizes of numbers before `policy_scale` depend
+            on it, so that an fp16 loss scale that fits whole steps fits portions.
 
     Attributes:
         batches: the portions in the order that they came in.
@@ -89,7 +93,9 @@ class Portions:
         mask, group_ids = rows["mask"], rows["group_ids"]
         ids = set(group_ids.tolist())
         if again := sorted(ids & self._group_ids):
-            raise ValueError(f"need whole groups in a portion, and a number of its own for each in the step, got {again} a second time")
+            raise ValueError(
+                f"need whole groups in a portion, and a number of its own for each in the step, got {again} a second time"
+            )
         self._group_ids |= ids
         write_weights(rows, Plan([[[list(range(rows.num_rows))]]]), self._algorithm)
         share = len(ids) / max(1, self._num_groups)
@@ -101,7 +107,9 @@ class Portions:
 
     @property
     def policy_scale(self) -> float:
-        """What makes the loss of all portions the mean that the aggregation is; for `Learner.finish` of a policy."""
+        """What makes the loss of all portions the mean that the aggregation is; for `Learner.finish` of a
+        policy.
+        """
         return self._of_weights.scale
 
     @property
@@ -118,7 +126,10 @@ class Portions:
         """
         together = joined(self.batches)
         apart = {name: together[name] for name in _WRITTEN if name in together}
-        mask, metrics = together["mask"], write_advantages(together, self._algorithm, kl_coef, version=version)
+        mask, metrics = (
+            together["mask"],
+            write_advantages(together, self._algorithm, kl_coef, version=version),
+        )
         for name, values in apart.items():
             if not torch.allclose(values[mask], together[name][mask], rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise RuntimeError(
@@ -136,7 +147,9 @@ class _Denominator:
     total: int = 0
 
     def factor(self, denominator: int, share: float) -> float:
-        """What the weights of a portion by itself are multiplied by; `share` is how much of the step it may be."""
+        """What the weights of a portion by itself are multiplied by; `share` is how much of the step it may
+        be.
+        """
         self.guess = self.guess or max(1, denominator) / share
         self.total += denominator
         return denominator / self.guess
@@ -157,7 +170,8 @@ class StreamedUpdate:
         plan: of the rows of a portion, as one minibatch.
         reads: columns that the role reads.
         kl_coef: weight of the KL in the loss.
-        skips_zero_advantages: leave out rows whose advantages are all 0; of a step of such rows alone the shortest stays.
+        skips_zero_advantages: leave out rows whose advantages are all 0; of a step of such rows alone the
+            shortest stays.
     """
 
     def __init__(
@@ -212,7 +226,9 @@ class StreamedUpdate:
         return Merged(_AfterAll(self._started, self._group.call(Learner.finish, scale)), more)
 
     def _accumulate(self, rows: Batch, plan: Plan, first_row: int) -> None:
-        self._started.append(self._group.call(Learner.accumulate, rows.only(self._reads), plan, self._kl_coef, first_row))
+        self._started.append(
+            self._group.call(Learner.accumulate, rows.only(self._reads), plan, self._kl_coef, first_row)
+        )
 
     def _keep_shortest(self, rows: Batch, first_row: int) -> None:
         row = int(rows.num_tokens.argmin())
@@ -236,7 +252,9 @@ class _AfterAll(Future[dict[str, float]]):
 
 
 def joined(portions: Sequence[Batch]) -> Batch:
-    """The rows of all portions with the columns that each of them has; rewards of turns are 0 where a portion has none."""
+    """The rows of all portions with the columns that each of them has; rewards of turns are 0 where a portion
+    has none.
+    """
     if any("turn_rewards" in batch for batch in portions):
         portions = [batch if "turn_rewards" in batch else _without_turns(batch) for batch in portions]
     common = set.intersection(*(set(batch.names) for batch in portions))
@@ -250,15 +268,22 @@ def _without_turns(batch: Batch) -> Batch:
 
 
 def _depends_on_other_groups(function: Bound) -> bool:
-    """Whether what a function returns for the rows of a group, or of shorter rows beside longer ones, depends on the others."""
+    """Whether what a function returns for the rows of a group, or of shorter rows beside longer ones, depends
+    on the others.
+    """
     for rewards in _REWARDS:
         columns = probe_columns()
         columns["rewards"] = torch.tensor(rewards)
         columns["reward_parts"] = torch.stack([columns["rewards"], 0.5 * columns["rewards"]], 1)
         shape = columns["mask"].shape
-        wider = {name: _wider(column) if column.shape[:2] == shape else column for name, column in columns.items()}
+        wider = {
+            name: _wider(column) if column.shape[:2] == shape else column for name, column in columns.items()
+        }
         together = _tensors(function(wider))
-        apart = [_tensors(function({name: column[rows] for name, column in columns.items()})) for rows in (slice(0, 2), slice(2, 4))]
+        apart = [
+            _tensors(function({name: column[rows] for name, column in columns.items()}))
+            for rows in (slice(0, 2), slice(2, 4))
+        ]
         for whole, *parts in zip(together, *apart, strict=True):
             mine = whole if whole.ndim == 1 else whole[:, : shape[1]]
             if not torch.allclose(torch.cat(parts), mine, rtol=1e-4, atol=1e-6, equal_nan=True):

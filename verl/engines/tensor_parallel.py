@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from transformers import PreTrainedModel
 
 from verl.config.settings import ParallelConfig
@@ -20,7 +25,8 @@ from verl.controller.dispatch import Place
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh
 
-# Families whose attention and MLP these plans know; others have experts, latent attention or norms over all heads.
+# Families whose attention and MLP these plans know; others have experts, latent attention or norms over all
+# heads.
 TENSOR_PARALLEL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
@@ -65,8 +71,12 @@ def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
             "change placement.devices or these sizes"
         )
     shards = world // (replicas * sequence * tensor)
-    for_weights = init_device_mesh(device.type, (replicas, shards * sequence, tensor), mesh_dim_names=("replicas", "shards", "tensor"))
-    for_rows = init_device_mesh(device.type, (replicas * shards, sequence, tensor), mesh_dim_names=("data", "sequence", "tensor"))
+    for_weights = init_device_mesh(
+        device.type, (replicas, shards * sequence, tensor), mesh_dim_names=("replicas", "shards", "tensor")
+    )
+    for_rows = init_device_mesh(
+        device.type, (replicas * shards, sequence, tensor), mesh_dim_names=("data", "sequence", "tensor")
+    )
     data_rank, sequence_rank, tensor_rank = for_rows.get_coordinate() or (0, 0, 0)
     # On the CPU whatever the device: what travels here are numbers and rows of the host.
     same_place = [list(range(offset, world, sequence * tensor)) for offset in range(sequence * tensor)]
@@ -83,7 +93,9 @@ def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
     }
     data = for_weights["replicas", "shards"] if replicas > 1 else for_weights["shards"]
     mesh = Mesh(tensor=tensor, shards=shards * sequence, replicas=replicas)
-    return Meshes(data, for_weights["tensor"] if tensor > 1 else None, line, data_ranks, data_rank, places, mesh)
+    return Meshes(
+        data, for_weights["tensor"] if tensor > 1 else None, line, data_ranks, data_rank, places, mesh
+    )
 
 
 def check_sizes(transformer: PreTrainedModel, parallel: ParallelConfig, *, packing: bool) -> None:
@@ -95,8 +107,13 @@ def check_sizes(transformer: PreTrainedModel, parallel: ParallelConfig, *, packi
     config = transformer.config.get_text_config()
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if parallel.sequence > 1 and not packing:
-        raise ValueError(f"need packing true for sequence={parallel.sequence}: a line of packed rows is what its ranks share")
-    if parallel.sequence > 1 and ((heads // parallel.tensor) % parallel.sequence or _unfit(kv_heads // parallel.tensor, parallel.sequence)):
+        raise ValueError(
+            f"need packing true for sequence={parallel.sequence}: a line of packed rows is what its ranks share"
+        )
+    if parallel.sequence > 1 and (
+        (heads // parallel.tensor) % parallel.sequence
+        or _unfit(kv_heads // parallel.tensor, parallel.sequence)
+    ):
         raise ValueError(
             f"need heads that sequence divides, got {heads} heads and {kv_heads} key-value heads over tensor={parallel.tensor} for "
             f"sequence={parallel.sequence}; take a divisor"
@@ -108,10 +125,17 @@ def check_sizes(transformer: PreTrainedModel, parallel: ParallelConfig, *, packi
             f"need a family of {', '.join(TENSOR_PARALLEL)} for tensor={parallel.tensor}, got {transformer.config.model_type!r}; "
             "set tensor=1, its weights are sharded over the data ranks"
         )
-    sizes = {"heads": heads, "key-value heads": kv_heads, "hidden size": config.hidden_size, "MLP width": config.intermediate_size}
+    sizes = {
+        "heads": heads,
+        "key-value heads": kv_heads,
+        "hidden size": config.hidden_size,
+        "MLP width": config.intermediate_size,
+    }
     sizes["vocabulary"] = config.vocab_size
     if unfit := [f"{size} {name}" for name, size in sizes.items() if size % parallel.tensor]:
-        raise ValueError(f"need sizes of the model that tensor={parallel.tensor} divides, got {', '.join(unfit)}; take a divisor")
+        raise ValueError(
+            f"need sizes of the model that tensor={parallel.tensor} divides, got {', '.join(unfit)}; take a divisor"
+        )
 
 
 def _unfit(kv_heads: int, ranks: int) -> bool:
@@ -122,10 +146,12 @@ def _unfit(kv_heads: int, ranks: int) -> bool:
 def parallelize(transformer: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Spreads the matrices over the ranks of a mesh, in place, those of low-rank additions too.
 
-    Megatron-LM, https://arxiv.org/abs/1909.08053, section 3: query, key, value, gate and up by columns, output and down by rows,
-    embedding and head by the vocabulary; the logits are gathered.
+    Megatron-LM, https://arxiv.org/abs/1909.08053, section 3: query, key, value, gate and up by columns,
+    output and down by rows, embedding and head by the vocabulary; the logits are gathered.
     """
-    parallelize_module(transformer, mesh, {name: style for name in _linears(transformer) if (style := _style(name))})
+    parallelize_module(
+        transformer, mesh, {name: style for name in _linears(transformer) if (style := _style(name))}
+    )
     embedding = transformer.get_input_embeddings()
     head = transformer.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
@@ -149,12 +175,18 @@ def _keep_padding(padding_id: int, embedding: nn.Module, args: tuple[Tensor, ...
 
 
 def without_padding_gradient(embedded: Tensor, ids: Tensor, padding_id: int) -> Tensor:
-    """Embedded ids [..., hidden], of which those of padding are constant, as PyTorch's own embedding has them."""
+    """Embedded ids [..., hidden], of which those of padding are constant, as PyTorch's own embedding has
+    them.
+    """
     return torch.where((ids == padding_id)[..., None], embedded.detach(), embedded)
 
 
 def _linears(transformer: nn.Module) -> list[str]:
-    return [name for name, module in transformer.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if type(module) is nn.Linear and name != "lm_head"
+    ]
 
 
 def _style(name: str) -> ParallelStyle | None:

@@ -9,7 +9,8 @@ from verl.monitoring.wait_tracker import StageWaits, Wait, span
 from verl.monitoring.watchdog import DIAGNOSIS, RunLook
 from verl.utils.process_id import Life
 
-# A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no dead one.
+# A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no
+# dead one.
 _MANY_LOOKS, _OLD_S = 10, 15.0
 # Stages as the pipeline names them.
 _TRAINING, _GENERATION, _ADMISSION, _PUBLISHING = "training", "generation", "admission", "publishing"
@@ -68,13 +69,17 @@ class Case:
 
     def wait(self, stage: str) -> Wait | None:
         """What a stage waits for."""
-        return next((found.waits[0] for found in self.look.waits.stages if found.stage == stage and found.waits), None)
+        return next(
+            (found.waits[0] for found in self.look.waits.stages if found.stage == stage and found.waits), None
+        )
 
     @property
     def broken(self) -> str:
         """Parts that do not work, with their causes."""
         told = [
-            f"{part.name} is {part.state}" + (f": {part.cause}" if part.cause else "") for part in self.look.parts if part.state in _BROKEN
+            f"{part.name} is {part.state}" + (f": {part.cause}" if part.cause else "")
+            for part in self.look.parts
+            if part.state in _BROKEN
         ]
         return "; ".join(told)
 
@@ -103,11 +108,23 @@ def diagnose(look: RunLook, life: Life, now: float) -> Diagnosis:
 def _ended(case: Case) -> Diagnosis:
     look, ago = case.look, f"{span(case.age_s)} ago"
     if look.state == "finished":
-        return Diagnosis(True, f"it has finished {ago}, after {span(look.written_at - look.began_at)}", "nothing is the matter")
+        return Diagnosis(
+            True,
+            f"it has finished {ago}, after {span(look.written_at - look.began_at)}",
+            "nothing is the matter",
+        )
     if look.state != "stalled":
-        return Diagnosis(False, f"it {'failed' if look.state == 'failed' else f'was {look.state}'} {ago}", look.cause)
-    story = f"it stalled and was ended {ago}" + (", and still puts its things away" if case.life == "works" and not case.is_old else "")
-    return Diagnosis(False, story, "; ".join(text for text in (case.broken, look.cause, f"all stacks are in {DIAGNOSIS}") if text))
+        return Diagnosis(
+            False, f"it {'failed' if look.state == 'failed' else f'was {look.state}'} {ago}", look.cause
+        )
+    story = f"it stalled and was ended {ago}" + (
+        ", and still puts its things away" if case.life == "works" and not case.is_old else ""
+    )
+    return Diagnosis(
+        False,
+        story,
+        "; ".join(text for text in (case.broken, look.cause, f"all stacks are in {DIAGNOSIS}") if text),
+    )
 
 
 def _killed(case: Case) -> Diagnosis:
@@ -160,12 +177,18 @@ def _training_works(case: Case) -> str:
         return f"the trainer computes for long, or is stuck: `py-spy dump --pid {case.look.process.pid}` shows where"
     if case.wait(_ADMISSION):
         return "training is slower than generation, which is ahead of it as far as it may: that is as it should be"
-    return "nothing is the matter: training works" + (", and generation with it" if case.wait(_GENERATION) else "")
+    return "nothing is the matter: training works" + (
+        ", and generation with it" if case.wait(_GENERATION) else ""
+    )
 
 
 def _behind_training(case: Case) -> str:
     """Training waits, so what holds it up is what has waited longest behind it."""
-    others = [(stage.waits[0], stage) for stage in case.look.waits.stages if stage.waits and stage.stage != _TRAINING]
+    others = [
+        (stage.waits[0], stage)
+        for stage in case.look.waits.stages
+        if stage.waits and stage.stage != _TRAINING
+    ]
     if not others:
         return "training waits, and nothing is known to work for it: a defect of the pipeline, or a part of it that names no waits"
     wait, stage = max(others, key=lambda other: other[0].for_s)
@@ -175,7 +198,9 @@ def _behind_training(case: Case) -> str:
 
 
 def _waited(wait: Wait, stage: StageWaits) -> str:
-    return f"it has waited {span(wait.for_s)} for {wait.what}" + (f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else "")
+    return f"it has waited {span(wait.for_s)} for {wait.what}" + (
+        f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else ""
+    )
 
 
 _RULES: tuple[Callable[[Case], str], ...] = (_broken_parts, _publishing, _training_works, _behind_training)

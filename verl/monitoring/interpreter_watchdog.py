@@ -1,7 +1,9 @@
-"""Ends the process when something keeps the interpreter to itself for too long; the one place that sets the timer for it.
+"""Ends the process when something keeps the interpreter to itself for too long; the one place that sets the
+timer for it.
 
-A regular expression without end, or C code, may never give the interpreter back. Then no Python runs that could count the time, and only
-a timer of the C library helps. There is one such timer in a process, and it is set for the nearest of all deadlines.
+A regular expression without end, or C code, may never give the interpreter back. Then no Python runs that
+could count the time, and only a timer of the C library helps. There is one such timer in a process, and it is
+set for the nearest of all deadlines.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ _deadlines: dict[object, float] = {}
 
 
 def arm(owner: object, seconds: float) -> None:
-    """Ends the process with exit code 1, all stacks on standard error, unless the owner arms anew or disarms within so many seconds.
+    """Ends the process with exit code 1, all stacks on standard error, unless the owner arms anew or disarms
+    within so many seconds.
 
     Args:
         owner: who has the deadline; each has one.

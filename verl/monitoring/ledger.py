@@ -1,4 +1,6 @@
-"""What became of each prompt that was sent out: every group is under way, trained on, dropped or failed, and none twice."""
+"""What became of each prompt that was sent out: every group is under way, trained on, dropped or failed, and
+none twice.
+"""
 
 from __future__ import annotations
 
@@ -71,19 +73,25 @@ class LedgerCounts:
     @property
     def accounted(self) -> int:
         """Groups whose fate is known or that are under way; all of them, if nothing is lost."""
-        return self.trained + sum(self.dropped.values()) + sum(self.failed.values()) + self.answering + self.waiting
+        return (
+            self.trained
+            + sum(self.dropped.values())
+            + sum(self.failed.values())
+            + self.answering
+            + self.waiting
+        )
 
 
 class Ledger:
     """The account of the groups of a run; safe to use from several threads.
 
-    A group is numbered when it is sent out (`dispatch`), may be tried again (`retry`), arrives (`arrive`) and ends in one of three ways:
-    `train`, `drop`, `fail`. Only open groups are kept in memory. `commit` checks after each step that nothing is missing and nothing
-    twice, and appends what ended to the file.
+    A group is numbered when it is sent out (`dispatch`), may be tried again (`retry`), arrives (`arrive`) and
+    ends in one of three ways: `train`, `drop`, `fail`. Only open groups are kept in memory. `commit` checks
+    after each step that nothing is missing and nothing twice, and appends what ended to the file.
 
     Args:
-        path: the file; None: nothing is written. A file of an earlier run there is replaced by the first `commit`, and one of
-            this run, see `load_state_dict`, loses the steps that will be done again.
+        path: the file; None: nothing is written. A file of an earlier run there is replaced by the first
+            `commit`, and one of this run, see `load_state_dict`, loses the steps that will be done again.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -94,7 +102,8 @@ class Ledger:
         self._dropped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._retries: Counter[str] = Counter()
-        # Lines of the groups that ended since the last commit, and lines of commits that are not in the file yet.
+        # Lines of the groups that ended since the last commit, and lines of commits that are not in the file
+        # yet.
         self._ended: list[dict[str, Any]] = []
         self._unwritten: list[dict[str, Any]] = []
         self._committed = self._written = self._summary(0)
@@ -102,7 +111,9 @@ class Ledger:
         self._writing = threading.Lock()
 
     def dispatch(self, prompt: int, *, version: int) -> int:
-        """Begins the group of a prompt (its `Prompt.index`) under a version of the policy; its number: 0, 1, 2, ... over the whole run."""
+        """Begins the group of a prompt (its `Prompt.index`) under a version of the policy; its number: 0, 1,
+        2, ... over the whole run.
+        """
         with self._lock:
             number = self._dispatched
             self._dispatched += 1
@@ -110,11 +121,15 @@ class Ledger:
             return number
 
     def again(self, number: int, *, version: int) -> None:
-        """Sends a group once more that an earlier process of the run had under way, under the same number; see `left`."""
+        """Sends a group once more that an earlier process of the run had under way, under the same number;
+        see `left`.
+        """
         with self._lock:
             group = self._group(number, "send again", "answering", "waiting")
             if not group.is_left:
-                raise RuntimeError(f"cannot send again group {number}, which this process has sent already and which is {group.state}")
+                raise RuntimeError(
+                    f"cannot send again group {number}, which this process has sent already and which is {group.state}"
+                )
             self._again += 1
             group.version, group.state, group.versions, group.is_left = version, "answering", None, False
             group.attempts += 1
@@ -130,7 +145,9 @@ class Ledger:
             group.retries[failure] = group.retries.get(failure, (0, ""))[0] + 1, _short(cause)
 
     def arrive(self, number: int, *, versions: tuple[int, int]) -> None:
-        """Notes that a group is answered and rewarded, with the oldest and the newest version that sampled its tokens."""
+        """Notes that a group is answered and rewarded, with the oldest and the newest version that sampled
+        its tokens.
+        """
         oldest, newest = versions
         if oldest > newest:
             raise ValueError(f"need the oldest version, then the newest, got {versions} for group {number}")
@@ -140,7 +157,9 @@ class Ledger:
             group.state, group.versions = "waiting", (oldest, newest)
 
     def train(self, number: int, *, step: int) -> None:
-        """Ends a group that a step learns from; the number of a step is one more than the version that it trains."""
+        """Ends a group that a step learns from; the number of a step is one more than the version that it
+        trains.
+        """
         with self._lock:
             self._end(number, self._group(number, "train on", "waiting"), "trained", step=step)
             self._trained += 1
@@ -157,7 +176,13 @@ class Ledger:
         """Ends a group that could not be answered or rewarded."""
         _check_failure(failure)
         with self._lock:
-            self._end(number, self._group(number, "fail", "answering"), "failed", reason=failure, cause=_short(cause))
+            self._end(
+                number,
+                self._group(number, "fail", "answering"),
+                "failed",
+                reason=failure,
+                cause=_short(cause),
+            )
             self._failed[failure] += 1
 
     def counts(self) -> LedgerCounts:
@@ -169,25 +194,34 @@ class Ledger:
     def open(self) -> dict[int, OpenGroup]:
         """A copy of the groups that have not ended, by number, in the order of their numbers."""
         with self._lock:
-            return {number: replace(self._open[number], retries=dict(self._open[number].retries)) for number in sorted(self._open)}
+            return {
+                number: replace(self._open[number], retries=dict(self._open[number].retries))
+                for number in sorted(self._open)
+            }
 
     @property
     def left(self) -> dict[int, OpenGroup]:
-        """Those of `open` that an earlier process of the run had under way and that have neither been sent `again` nor ended."""
+        """Those of `open` that an earlier process of the run had under way and that have neither been sent
+        `again` nor ended.
+        """
         return {number: group for number, group in self.open.items() if group.is_left}
 
     def commit(self, step: int) -> None:
-        """Closes the account of a step: every group that was sent out is in it once; what ended goes into the file, in one piece.
+        """Closes the account of a step: every group that was sent out is in it once; what ended goes into the
+        file, in one piece.
 
         Raises:
             ValueError: the step is not after the last one.
             RuntimeError: a group is missing or twice, or was trained on in another step.
-            OSError: the file could not be written. Nothing is lost by that: the next commit, or the state, has it.
+            OSError: the file could not be written. Nothing is lost by that: the next commit, or the state,
+                has it.
         """
         with self._writing:
             with self._lock:
                 if step <= self._committed["step"]:
-                    raise ValueError(f"need a step after {self._committed['step']}, which is the last in the ledger, got {step}")
+                    raise ValueError(
+                        f"need a step after {self._committed['step']}, which is the last in the ledger, got {step}"
+                    )
                 self._check(step)
                 self._committed = self._summary(step)
                 self._unwritten += [*({**line, "step": step} for line in self._ended), self._committed]
@@ -208,7 +242,8 @@ class Ledger:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`: groups under way are `left`, and the next commit cuts later steps out of the file.
+        """Goes on from `state`: groups under way are `left`, and the next commit cuts later steps out of the
+        file.
 
         Nothing is written before that, since the folder may belong to another process until the run begins.
 
@@ -219,18 +254,29 @@ class Ledger:
             counts = LedgerCounts(**state["counts"])
             self._open = {int(number): _opened(group) for number, group in state["open"].items()}
             self._dispatched, self._trained, self._again = counts.dispatched, counts.trained, counts.again
-            self._dropped, self._failed, self._retries = Counter(counts.dropped), Counter(counts.failed), Counter(counts.retries)
-            self._ended, self._unwritten = [dict(line) for line in state["ended"]], [dict(line) for line in state["unwritten"]]
+            self._dropped, self._failed, self._retries = (
+                Counter(counts.dropped),
+                Counter(counts.failed),
+                Counter(counts.retries),
+            )
+            self._ended, self._unwritten = (
+                [dict(line) for line in state["ended"]],
+                [dict(line) for line in state["unwritten"]],
+            )
             self._committed, self._written = dict(state["committed"]), dict(state["written"])
             self._is_ready = False
             if counts.accounted != counts.dispatched or self._counts() != counts:
-                raise ValueError(f"need a ledger that accounts for all of its {counts.dispatched} groups, got {counts}")
+                raise ValueError(
+                    f"need a ledger that accounts for all of its {counts.dispatched} groups, got {counts}"
+                )
 
     def _group(self, number: int, act: str, *states: str) -> OpenGroup:
         """The open group of a number, if it is in one of the states."""
         group = self._open.get(number)
         if group is None or group.state not in states:
-            raise RuntimeError(f"cannot {act} group {number}, which {f'is {group.state}' if group else self._end_of(number)}")
+            raise RuntimeError(
+                f"cannot {act} group {number}, which {f'is {group.state}' if group else self._end_of(number)}"
+            )
         return group
 
     def _refuse_left(self, number: int, group: OpenGroup, act: str) -> None:
@@ -248,7 +294,9 @@ class Ledger:
                 return f"was {line['fate']} already"
         return f"ended in an earlier step; `verl ledger RUN --group {number}` shows how"
 
-    def _end(self, number: int, group: OpenGroup, fate: str, *, reason: str | None = None, **facts: Any) -> None:
+    def _end(
+        self, number: int, group: OpenGroup, fate: str, *, reason: str | None = None, **facts: Any
+    ) -> None:
         del self._open[number]
         self._ended.append(
             {
@@ -259,7 +307,11 @@ class Ledger:
                 "reason": reason,
                 "attempts": group.attempts,
                 "versions": list(group.versions) if group.versions else None,
-                **({"retries": {failure: list(told) for failure, told in group.retries.items()}} if group.retries else {}),
+                **(
+                    {"retries": {failure: list(told) for failure, told in group.retries.items()}}
+                    if group.retries
+                    else {}
+                ),
                 **facts,
             }
         )
@@ -267,19 +319,28 @@ class Ledger:
     def _counts(self) -> LedgerCounts:
         states = Counter(group.state for group in self._open.values())
         fates = dict(self._dropped), dict(self._failed), dict(self._retries)
-        return LedgerCounts(self._dispatched, states["answering"], states["waiting"], self._trained, *fates, self._again)
+        return LedgerCounts(
+            self._dispatched, states["answering"], states["waiting"], self._trained, *fates, self._again
+        )
 
     def _summary(self, step: int) -> dict[str, Any]:
         """The line of a step: the counts, with the numbers of the groups under way."""
-        under_way = {f"{state}_groups": [n for n, group in self._open.items() if group.state == state] for state in STATES}
+        under_way = {
+            f"{state}_groups": [n for n, group in self._open.items() if group.state == state]
+            for state in STATES
+        }
         return {"step": step, **_plain(self._counts()), **under_way}
 
     def _check(self, step: int) -> None:
         """Two accounts that know nothing of each other: what was there and came, and what is there and went."""
         if other := [line["group"] for line in self._ended if line["step"] not in (None, step)]:
-            raise RuntimeError(f"need groups that step {step} was trained on, got {_listed(other)} of another step")
+            raise RuntimeError(
+                f"need groups that step {step} was trained on, got {_listed(other)} of another step"
+            )
         last, counts = self._committed, self._counts()
-        came = Counter([*last["answering_groups"], *last["waiting_groups"], *range(last["dispatched"], self._dispatched)])
+        came = Counter(
+            [*last["answering_groups"], *last["waiting_groups"], *range(last["dispatched"], self._dispatched)]
+        )
         went = Counter([*self._open, *(line["group"] for line in self._ended)])
         missing, twice = sorted((came - went).elements()), sorted((went - came).elements())
         if missing or twice or counts.accounted != counts.dispatched:
@@ -305,7 +366,9 @@ class Ledger:
             self._unwritten, self._written = [], committed
 
     def _make_ready(self, path: Path) -> list[dict[str, Any]]:
-        """Lets the file end with what was written last; a line that says what that was, where it does not, as in another folder."""
+        """Lets the file end with what was written last; a line that says what that was, where it does not, as
+        in another folder.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         last = keep_steps_before(path, self._written["step"] + 1)
         is_known = last is not None and json.loads(last) == self._written
@@ -314,7 +377,9 @@ class Ledger:
 
 def _plain(record: LedgerCounts | OpenGroup) -> dict[str, Any]:
     """As lists and dicts."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()
+    }
 
 
 def _opened(state: Mapping[str, Any]) -> OpenGroup:

@@ -1,4 +1,6 @@
-"""A ledger read back from its file: all is counted anew from the lines of the groups and held against what the run wrote of itself."""
+"""A ledger read back from its file: all is counted anew from the lines of the groups and held against what
+the run wrote of itself.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class LedgerReport:
 
     Attributes:
         step: the last one that was committed.
-        counts: ends counted from the lines of the groups; what is under way, and retries, as the last commit says.
+        counts: ends counted from the lines of the groups; what is under way, and retries, as the last commit
+            says.
         steps: what each commit wrote, in their order, without the numbers of the groups.
         open: groups under way at the last commit: number -> answering or waiting.
         missing: groups that were sent out, and of which nothing is known.
@@ -28,7 +31,8 @@ class LedgerReport:
         differences: where the lines say other than a commit, or cannot be read.
         causes: the last cause of each class of failures that ended groups.
         retry_causes: the same of failures after which groups that have ended since were tried again.
-        staleness: groups trained on, by how many versions the oldest of their tokens was behind the one that trained.
+        staleness: groups trained on, by how many versions the oldest of their tokens was behind the one that
+            trained.
         num_before: groups that ended before this file begins, in a run that went on in another folder.
         num_cut_off: lines at the end, of a commit that was cut off; they count for nothing.
     """
@@ -67,7 +71,8 @@ def read_ledger(folder: Path) -> LedgerReport:
 
 
 def lines_of_group(folder: Path, number: int) -> list[dict[str, Any]]:
-    """The lines on which a group ended: one, unless it has not ended, is missing, or is there twice; last commit cut off or not.
+    """The lines on which a group ended: one, unless it has not ended, is missing, or is there twice; last
+    commit cut off or not.
 
     Raises:
         ValueError: there is no ledger in the folder.
@@ -82,7 +87,9 @@ def _lines(folder: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             for number, line in enumerate(file, start=1):
                 yield number, _parsed(line)
     except OSError as error:
-        raise ValueError(f"need the output_dir of a run that keeps a ledger, got {folder}: {error}") from error
+        raise ValueError(
+            f"need the output_dir of a run that keeps a ledger, got {folder}: {error}"
+        ) from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -90,7 +97,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         parsed = json.loads(line)
     except ValueError:
         return None
-    is_line = isinstance(parsed, dict) and isinstance(parsed.get("step"), int) and ("group" in parsed or "dispatched" in parsed)
+    is_line = (
+        isinstance(parsed, dict)
+        and isinstance(parsed.get("step"), int)
+        and ("group" in parsed or "dispatched" in parsed)
+    )
     return parsed if is_line else None
 
 
@@ -120,7 +131,11 @@ class _Count:
         under_way = {*base["answering_groups"], *base["waiting_groups"]}
         self._found = LedgerReport(num_before=base["dispatched"] - len(under_way))
         self._pending = []
-        self._ends = {"trained": Counter({"": base["trained"]}), "dropped": Counter(base["dropped"]), "failed": Counter(base["failed"])}
+        self._ends = {
+            "trained": Counter({"": base["trained"]}),
+            "dropped": Counter(base["dropped"]),
+            "failed": Counter(base["failed"]),
+        }
         self._seen = bytearray(number not in under_way for number in range(base["dispatched"]))
         self._last = base
 
@@ -132,11 +147,19 @@ class _Count:
                 self._found.differences.append(f"line {at} {problem}")
         self._pending = []
         told = {"trained": summary["trained"], "dropped": summary["dropped"], "failed": summary["failed"]}
-        counted = {"trained": self._ends["trained"].total(), "dropped": dict(self._ends["dropped"]), "failed": dict(self._ends["failed"])}
+        counted = {
+            "trained": self._ends["trained"].total(),
+            "dropped": dict(self._ends["dropped"]),
+            "failed": dict(self._ends["failed"]),
+        }
         if told != counted:
-            self._found.differences.append(f"line {number}, the sum of step {summary['step']}, says {told}, the groups before it {counted}")
+            self._found.differences.append(
+                f"line {number}, the sum of step {summary['step']}, says {told}, the groups before it {counted}"
+            )
         self._last = summary
-        self._found.steps.append({name: value for name, value in summary.items() if not name.endswith("_groups")})
+        self._found.steps.append(
+            {name: value for name, value in summary.items() if not name.endswith("_groups")}
+        )
 
     def _count(self, line: dict[str, Any] | None, summary: Mapping[str, Any]) -> str:
         """Counts a group; what is wrong with its line, if anything is."""
@@ -155,7 +178,11 @@ class _Count:
             self._found.retry_causes[failure] = cause
         if fate == "trained" and line.get("versions"):
             self._found.staleness[line["step"] - 1 - line["versions"][0]] += 1
-        return "" if line["step"] == summary["step"] else f"is of step {line['step']}, in the commit of step {summary['step']}"
+        return (
+            ""
+            if line["step"] == summary["step"]
+            else f"is of step {line['step']}, in the commit of step {summary['step']}"
+        )
 
     def _mark(self, number: int) -> None:
         self._seen[number] = min(self._seen[number] + 1, 2)

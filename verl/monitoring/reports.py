@@ -35,7 +35,10 @@ def ledger(args: argparse.Namespace) -> int:
     if report.staleness:
         total = sum(report.staleness.values())
         mean = sum(age * num for age, num in report.staleness.items()) / total
-        _out(console, f"oldest token of a group trained on: {mean:.2f} versions behind, at most {max(report.staleness)}")
+        _out(
+            console,
+            f"oldest token of a group trained on: {mean:.2f} versions behind, at most {max(report.staleness)}",
+        )
     console.print(_last_steps(report))
     return _verdict(console, report)
 
@@ -68,7 +71,10 @@ def _group(console: Console, report: LedgerReport, folder: Path, number: int) ->
         _out(console, f"group {number}: {report.open[number]}, as of step {report.step}")
     elif not lines:
         is_before = number not in report.missing
-        _out(console, f"group {number}: {'ended before this file begins' if is_before else 'missing: nothing is known of it'}")
+        _out(
+            console,
+            f"group {number}: {'ended before this file begins' if is_before else 'missing: nothing is known of it'}",
+        )
     return 1 if number in report.missing or number in report.twice else 0
 
 
@@ -78,7 +84,11 @@ def _story(line: Mapping[str, Any]) -> str:
     parts.append(f"{line['attempts']} attempt{'s' if line['attempts'] > 1 else ''}")
     if line["versions"]:
         oldest, newest = line["versions"]
-        parts.append(f"sampled by version {oldest}" if oldest == newest else f"sampled by versions {oldest} to {newest}")
+        parts.append(
+            f"sampled by version {oldest}"
+            if oldest == newest
+            else f"sampled by versions {oldest} to {newest}"
+        )
     parts += [f"{num} x {failure}: {cause}" for failure, (num, cause) in line.get("retries", {}).items()]
     return ", ".join(parts)
 
@@ -91,7 +101,11 @@ def _because(line: Mapping[str, Any]) -> str:
 
 def _fates(report: LedgerReport) -> Table:
     counts, total = report.counts, max(report.counts.dispatched, 1)
-    rows = [("trained on", counts.trained), ("being answered", counts.answering), ("waiting for training", counts.waiting)]
+    rows = [
+        ("trained on", counts.trained),
+        ("being answered", counts.answering),
+        ("waiting for training", counts.waiting),
+    ]
     rows += [(f"dropped: {reason}", num) for reason, num in sorted(counts.dropped.items())]
     rows += [(f"failed: {failure}", num) for failure, num in sorted(counts.failed.items())]
     rows += [("missing", len(report.missing))] if report.missing else []
@@ -107,11 +121,24 @@ def _fates(report: LedgerReport) -> Table:
 
 def _last_steps(report: LedgerReport) -> Table:
     """What each of the last steps added, and what was under way after it."""
-    table = Table("step", "sent out", "trained", "dropped", "failed", "tried again", "being answered", "waiting", title="the last steps")
+    table = Table(
+        "step",
+        "sent out",
+        "trained",
+        "dropped",
+        "failed",
+        "tried again",
+        "being answered",
+        "waiting",
+        title="the last steps",
+    )
     steps = report.steps[-_NUM_STEPS - 1 :]
     before = [*([{}] if len(report.steps) <= _NUM_STEPS else []), *steps]
     for last, step in zip(before, before[1:], strict=False):
-        added = [_total(step[name]) - _total(last.get(name, 0)) for name in ("dispatched", "trained", "dropped", "failed", "retries")]
+        added = [
+            _total(step[name]) - _total(last.get(name, 0))
+            for name in ("dispatched", "trained", "dropped", "failed", "retries")
+        ]
         table.add_row(*map(str, [step["step"], *added, step["answering"], step["waiting"]]))
     return table
 
@@ -123,15 +150,26 @@ def _total(value: int | Mapping[str, int]) -> int:
 def _verdict(console: Console, report: LedgerReport) -> int:
     """Says whether all adds up."""
     if report.num_before:
-        _out(console, f"{report.num_before} groups ended before this file begins: the run went on from the checkpoint of another folder")
+        _out(
+            console,
+            f"{report.num_before} groups ended before this file begins: the run went on from the checkpoint of another folder",
+        )
     if report.num_cut_off:
-        _out(console, f"{report.num_cut_off} lines at the end count for nothing: the commit of a step was cut off, or is being written")
+        _out(
+            console,
+            f"{report.num_cut_off} lines at the end count for nothing: the commit of a step was cut off, or is being written",
+        )
     for told, numbers in (("missing", report.missing), ("twice", report.twice)):
         if numbers:
             _out(console, f"{told}: {len(numbers)} groups: {_named(numbers)}")
     for difference in report.differences[:_NUM_NAMED]:
         _out(console, difference)
-    _out(console, "every group is there once, and the sums are right" if report.adds_up else "the ledger does not add up")
+    _out(
+        console,
+        "every group is there once, and the sums are right"
+        if report.adds_up
+        else "the ledger does not add up",
+    )
     return 0 if report.adds_up else 1
 
 
@@ -148,7 +186,13 @@ def _stages(look: RunLook) -> Table:
         for wait in stage.waits[:1]:
             more = f" (the first of {stage.num_waits} waits)" if stage.num_waits > 1 else ""
             limit = "" if wait.limit_s is None else span(wait.limit_s)
-            table.add_row(_text(stage.stage), _text(wait.what + more), span(wait.for_s), limit, f"{span(stage.moved_s)} ago")
+            table.add_row(
+                _text(stage.stage),
+                _text(wait.what + more),
+                span(wait.for_s),
+                limit,
+                f"{span(stage.moved_s)} ago",
+            )
     return table
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 
 def all_stacks() -> str:
-    """The stacks of all threads but this one, and of the tasks of the event loops that run in them; tasks at the same place once."""
+    """The stacks of all threads but this one, and of the tasks of the event loops that run in them; tasks at
+    the same place once.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():
@@ -21,14 +23,19 @@ def all_stacks() -> str:
         name = names.get(ident, f"unknown {ident}")
         parts.append(f"thread {name}:\n{''.join(traceback.format_stack(frame))}")
         if (loop := _loop_of(frame)) is not None:
-            parts += [f"{num} task{'s' if num > 1 else ''} of thread {name}:\n{text}" for text, num in _tasks(loop).items()]
+            parts += [
+                f"{num} task{'s' if num > 1 else ''} of thread {name}:\n{text}"
+                for text, num in _tasks(loop).items()
+            ]
     return "\n".join(parts)
 
 
 def _loop_of(frame: FrameType | None) -> asyncio.AbstractEventLoop | None:
     """The event loop that runs in a stack, if one does."""
     while frame is not None:
-        if frame.f_code.co_name == "run_forever" and isinstance(loop := frame.f_locals.get("self"), asyncio.AbstractEventLoop):
+        if frame.f_code.co_name == "run_forever" and isinstance(
+            loop := frame.f_locals.get("self"), asyncio.AbstractEventLoop
+        ):
             return loop
         frame = frame.f_back
     return None
@@ -53,8 +60,22 @@ def _task(waiting: Any) -> str:
 
 def _frame_of(waiting: Any) -> FrameType | None:
     """Of a coroutine, an asynchronous generator or a generator that has not ended."""
-    return next((frame for name in ("cr_frame", "ag_frame", "gi_frame") if (frame := getattr(waiting, name, None)) is not None), None)
+    return next(
+        (
+            frame
+            for name in ("cr_frame", "ag_frame", "gi_frame")
+            if (frame := getattr(waiting, name, None)) is not None
+        ),
+        None,
+    )
 
 
 def _awaited_by(waiting: Any) -> Any:
-    return next((inner for name in ("cr_await", "ag_await", "gi_yieldfrom") if (inner := getattr(waiting, name, None)) is not None), None)
+    return next(
+        (
+            inner
+            for name in ("cr_await", "ag_await", "gi_yieldfrom")
+            if (inner := getattr(waiting, name, None)) is not None
+        ),
+        None,
+    )

@@ -39,8 +39,12 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`. Phases do not nest, so that their sum is never more than the step."""
-        assert self._running is None, f"phase {name!r} began inside phase {self._running!r}; end that one first"
+        """Adds the time spent inside to `name`. Phases do not nest, so that their sum is never more than the
+        step.
+        """
+        assert self._running is None, (
+            f"phase {name!r} began inside phase {self._running!r}; end that one first"
+        )
         self._running, start = name, time.perf_counter()
         try:
             yield
@@ -159,7 +163,9 @@ class TensorBoardSink(Sink):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         module = _load("torch.utils.tensorboard", install="tensorboard")
-        self._writer = module.SummaryWriter(run.output_dir / "tensorboard", purge_step=run.first_step, flush_secs=10)
+        self._writer = module.SummaryWriter(
+            run.output_dir / "tensorboard", purge_step=run.first_step, flush_secs=10
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a point to each curve."""
@@ -179,7 +185,13 @@ class WandbSink(Sink):
         wandb = _load("wandb", install="verl[wandb]")
         path = run.output_dir / "wandb_run_id"
         run_id = _remembered_id(path, run.first_step) or uuid4().hex
-        self._run = wandb.init(project=run.config.project, name=run.output_dir.name, dir=str(run.output_dir), id=run_id, resume="allow")
+        self._run = wandb.init(
+            project=run.config.project,
+            name=run.output_dir.name,
+            dir=str(run.output_dir),
+            id=run_id,
+            resume="allow",
+        )
         path.write_text(run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -199,7 +211,9 @@ class MlflowSink(Sink):
         self._mlflow = _load("mlflow", install="verl[mlflow]")
         path = run.output_dir / "mlflow_run_id"
         self._mlflow.set_experiment(run.config.project)
-        self._run = self._mlflow.start_run(run_id=_remembered_id(path, run.first_step), run_name=run.output_dir.name)
+        self._run = self._mlflow.start_run(
+            run_id=_remembered_id(path, run.first_step), run_name=run.output_dir.name
+        )
         path.write_text(self._run.info.run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -231,19 +245,23 @@ def check_sinks(names: Sequence[str]) -> None:
     for name in names:
         if name not in SINKS:
             near = difflib.get_close_matches(name, SINKS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"need tracking.sinks of {', '.join(SINKS)}, got {name!r}; did you mean {near!r}?")
+            raise ValueError(
+                f"need tracking.sinks of {', '.join(SINKS)}, got {name!r}; did you mean {near!r}?"
+            )
         if name in ("wandb", "mlflow"):
             _load(name, install=f"verl[{name}]")
 
 
 class Tracker:
-    """Hands metrics to every chosen sink; one that fails while the run goes on is reported once and counted, never raised.
+    """Hands metrics to every chosen sink; one that fails while the run goes on is reported once and counted,
+    never raised.
 
     Args:
         config: the sinks and what they need.
         output_dir: folder of the run, made if absent.
         total_steps: last step of the run, counted from 1.
-        first_step: first step that will be logged; what an earlier run wrote from there on is replaced. 0 or 1: a new run.
+        first_step: first step that will be logged; what an earlier run wrote from there on is replaced. 0 or
+            1: a new run.
         console: for people; none: standard output.
 
     Raises:
@@ -252,14 +270,22 @@ class Tracker:
     """
 
     def __init__(
-        self, config: TrackingConfig, output_dir: Path, *, total_steps: int, first_step: int = 0, console: Console | None = None
+        self,
+        config: TrackingConfig,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
     ) -> None:
         check_sinks(config.sinks)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.failures: Counter[str] = Counter()
         self._closed = False
         # An evaluation before step 1 is logged as step 0, so a run that begins there replaces that one too.
-        self._run = Run(config, output_dir, total_steps, first_step if first_step > 1 else 0, console or Console())
+        self._run = Run(
+            config, output_dir, total_steps, first_step if first_step > 1 else 0, console or Console()
+        )
         self._sinks = {name: _started(name, self._run) for name in config.sinks}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -277,7 +303,9 @@ class Tracker:
             (folder / f"step-{step:06d}.jsonl").write_bytes(b"".join(json_line(row) for row in rows))
 
     def event(self, text: str) -> None:
-        """A line for people between the steps, such as where a checkpoint went; only if the console is a sink."""
+        """A line for people between the steps, such as where a checkpoint went; only if the console is a
+        sink.
+        """
         if "console" in self._run.config.sinks:
             with self._survived("console"):
                 self._run.console.out(text, highlight=False)
@@ -309,11 +337,17 @@ class Tracker:
             self._run.console.out(text, style="yellow", highlight=False)
 
 
-def terminal_curve(series: Mapping[str, Sequence[float]] | Sequence[float], *, width: int = 72, height: int = 14, title: str = "") -> str:
+def terminal_curve(
+    series: Mapping[str, Sequence[float]] | Sequence[float],
+    *,
+    width: int = 72,
+    height: int = 14,
+    title: str = "",
+) -> str:
     """A curve as plain text: one in braille dots, several with a letter each and a legend.
 
-    Values are at 1, 2, ... from left to right; those that are not finite are bridged. Where there are more values than
-    dots, neighbours are averaged.
+    Values are at 1, 2, ... from left to right; those that are not finite are bridged. Where there are more
+    values than dots, neighbours are averaged.
 
     Args:
         series: values of one curve, or of several by name.
@@ -331,7 +365,11 @@ def terminal_curve(series: Mapping[str, Sequence[float]] | Sequence[float], *, w
     low, high = min(finite), max(finite)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    labels = {0: _number(high), height // 2: _number(high - (high - low) * (height // 2) / max(height - 1, 1)), height - 1: _number(low)}
+    labels = {
+        0: _number(high),
+        height // 2: _number(high - (high - low) * (height // 2) / max(height - 1, 1)),
+        height - 1: _number(low),
+    }
     margin = max(len(label) for label in labels.values())
     columns = max(width - margin - 2, 1)
     cells = [[" "] * columns for _ in range(height)]
@@ -348,7 +386,9 @@ def terminal_curve(series: Mapping[str, Sequence[float]] | Sequence[float], *, w
     return "\n".join(lines)
 
 
-def _dots(values: Sequence[float], longest: int, *, low: float, high: float, shape: tuple[int, int]) -> np.ndarray:
+def _dots(
+    values: Sequence[float], longest: int, *, low: float, high: float, shape: tuple[int, int]
+) -> np.ndarray:
     """[rows, columns] bool, the polyline through the values; row 0 is `high`."""
     rows, columns = shape
     dots = np.zeros(shape, dtype=bool)
@@ -384,9 +424,13 @@ def _draw(cells: list[list[str]], dots: np.ndarray, *, letter: str) -> None:
         cells[row][column] = letter or chr(0x2800 + int(codes[row, column]))
 
 
-def save_curve(path: Path, steps: Sequence[float], values: Sequence[float], *, title: str, ylabel: str) -> None:
+def save_curve(
+    path: Path, steps: Sequence[float], values: Sequence[float], *, title: str, ylabel: str
+) -> None:
     """Writes a PNG of values over steps; needs no display and leaves matplotlib's global state alone."""
-    figure = _load("matplotlib.figure", install="matplotlib").Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = _load("matplotlib.figure", install="matplotlib").Figure(
+        figsize=(7, 4), dpi=150, layout="constrained"
+    )
     axes = figure.subplots()
     axes.plot(steps, values, linewidth=1.5)
     axes.set(title=title, xlabel="step", ylabel=ylabel)
@@ -396,7 +440,9 @@ def save_curve(path: Path, steps: Sequence[float], values: Sequence[float], *, t
 
 
 def samples_table(rows: Sequence[Mapping[str, object]]) -> Table:
-    """A table of answers from rows with `prompt`, `response`, `reference` and `reward`; what a row lacks stays empty."""
+    """A table of answers from rows with `prompt`, `response`, `reference` and `reward`; what a row lacks
+    stays empty.
+    """
     table = Table(show_lines=True)
     for title in ("prompt", "answer", "reference"):
         table.add_column(title, overflow="fold")
@@ -421,7 +467,9 @@ def _number(value: float) -> str:
         return f"{value:.1e}" if value >= 0 else f"{value:.0e}"
     if size < 1e4:
         return f"{value:.{3 - int(math.log10(max(size, 1)))}f}"
-    scale, letter = next((scale, letter) for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= scale)
+    scale, letter = next(
+        (scale, letter) for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= scale
+    )
     return f"{value / scale:.1f}{letter}"
 
 
@@ -451,7 +499,9 @@ def _load(module: str, *, install: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"need the package {error.name} for this, which is not installed; pip install {install}, or do without") from error
+        raise ValueError(
+            f"need the package {error.name} for this, which is not installed; pip install {install}, or do without"
+        ) from error
 
 
 def _started(name: str, run: Run) -> Sink:
@@ -460,4 +510,6 @@ def _started(name: str, run: Run) -> Sink:
     except ValueError:
         raise
     except Exception as error:
-        raise RuntimeError(f"sink {name!r} could not start: {error}; mend that or take it out of tracking.sinks") from error
+        raise RuntimeError(
+            f"sink {name!r} could not start: {error}; mend that or take it out of tracking.sinks"
+        ) from error

@@ -1,4 +1,6 @@
-"""Who waits for what, since when, and when something moved last; the clock is given, so that it may be a virtual one."""
+"""Who waits for what, since when, and when something moved last; the clock is given, so that it may be a
+virtual one.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +126,8 @@ class Waits:
     def on(self, stage: str, what: What, *, limit_s: float | None = None) -> Iterator[None]:
         """Inside, a stage waits for something.
 
-        A wait that ends as it should has got what it was for, so the stage has moved; one that ends with an exception has not. So put it
-        around the whole wait, not around each look at whether it is over.
+        A wait that ends as it should has got what it was for, so the stage has moved; one that ends with an
+        exception has not. So put it around the whole wait, not around each look at whether it is over.
 
         Args:
             stage: which part of the run waits; several of its waits may go on at once.
@@ -170,14 +172,24 @@ class Waits:
         with self._lock:
             now_s = self._clock()
             still_s = now_s - self._moved_at_s
-            allowed_s = max((going.limit_s or 0.0 for stage in self._stages.values() for going in stage.going.values()), default=0.0)
-            found = [(name, now_s - stage.moved_at_s, len(stage.going), stage.telling(now_s)) for name, stage in self._stages.items()]
+            allowed_s = max(
+                (going.limit_s or 0.0 for stage in self._stages.values() for going in stage.going.values()),
+                default=0.0,
+            )
+            found = [
+                (name, now_s - stage.moved_at_s, len(stage.going), stage.telling(now_s))
+                for name, stage in self._stages.items()
+            ]
         # Asked without the lock: what answers may have locks of its own.
-        stages = (StageWaits(name, moved_s, num, _told(telling, now_s)) for name, moved_s, num, telling in found)
+        stages = (
+            StageWaits(name, moved_s, num, _told(telling, now_s)) for name, moved_s, num, telling in found
+        )
         return Snapshot(still_s, allowed_s, tuple(stages))
 
     def forgive(self, seconds: float) -> None:
-        """Takes time out of all that goes on, in which nothing could move: the process was stopped, or another one had its turn."""
+        """Takes time out of all that goes on, in which nothing could move: the process was stopped, or
+        another one had its turn.
+        """
         with self._lock:
             now_s = self._clock()
             self._moved_at_s = min(self._moved_at_s + seconds, now_s)
@@ -193,19 +205,25 @@ class Waits:
 def stall(snapshot: Snapshot, limit_s: float) -> str | None:
     """Why a run counts as stalled, in words with all stages, or None.
 
-    A wait is over its own limit, or nothing has moved for `limit_s`; for the longest own limit of the waits that go on, if that is
-    longer.
+    A wait is over its own limit, or nothing has moved for `limit_s`; for the longest own limit of the waits
+    that go on, if that is longer.
     """
     limit_s = max(limit_s, snapshot.allowed_s)
-    over = next(((stage.stage, wait) for stage in snapshot.stages for wait in stage.waits[:1] if wait.is_over), None)
+    over = next(
+        ((stage.stage, wait) for stage in snapshot.stages for wait in stage.waits[:1] if wait.is_over), None
+    )
     if over:
         name, wait = over
-        begin = f"{name} has waited {span(wait.for_s)} for {wait.what}, and may for {span(wait.limit_s or 0.0)}"
+        begin = (
+            f"{name} has waited {span(wait.for_s)} for {wait.what}, and may for {span(wait.limit_s or 0.0)}"
+        )
     elif snapshot.still_s >= limit_s:
         begin = f"nothing has moved for {span(snapshot.still_s)}, and may stand still for {span(limit_s)}"
     else:
         return None
-    return "; ".join([begin, *map(str, snapshot.stages)]) if snapshot.stages else f"{begin}; no stage has begun"
+    return (
+        "; ".join([begin, *map(str, snapshot.stages)]) if snapshot.stages else f"{begin}; no stage has begun"
+    )
 
 
 def span(seconds: float) -> str:

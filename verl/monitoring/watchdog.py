@@ -81,7 +81,10 @@ def last_look(folder: Path) -> RunLook:
         row = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"need the output_dir of a run, got {folder}: {error}") from error
-    stages = tuple(StageWaits(**{**stage, "waits": tuple(Wait(**wait) for wait in stage["waits"])}) for stage in row["waits"].pop("stages"))
+    stages = tuple(
+        StageWaits(**{**stage, "waits": tuple(Wait(**wait) for wait in stage["waits"])})
+        for stage in row["waits"].pop("stages")
+    )
     waits, parts = Snapshot(**row["waits"], stages=stages), tuple(Part(**part) for part in row["parts"])
     return RunLook(**{**row, "process": ProcessId(**row["process"]), "waits": waits, "parts": parts})
 
@@ -89,13 +92,15 @@ def last_look(folder: Path) -> RunLook:
 class Watch:
     """A context around a run, with a thread that looks at its waits.
 
-    About every second it writes `waits.json`. When a wait is over its own limit, or nothing has moved for the limit, it writes
-    `diagnosis.txt` with all stacks, and the code inside gets an interrupt that leaves the context as `StalledError`. If that is not raised
-    within the grace, or the code is not out of the context within the limit after it, the process ends with exit code 1 and the diagnosis
-    on standard error; so it does when something keeps the interpreter to itself for limit and grace together.
+    About every second it writes `waits.json`. When a wait is over its own limit, or nothing has moved for the
+    limit, it writes `diagnosis.txt` with all stacks, and the code inside gets an interrupt that leaves the
+    context as `StalledError`. If that is not raised within the grace, or the code is not out of the context
+    within the limit after it, the process ends with exit code 1 and the diagnosis on standard error; so it
+    does when something keeps the interpreter to itself for limit and grace together.
 
-    The code inside may be in any thread. In one that is not the main thread the interrupt comes only when it runs Python again. While a
-    further Watch is open inside, in the main thread, the time of this one stands still.
+    The code inside may be in any thread. In one that is not the main thread the interrupt comes only when it
+    runs Python again. While a further Watch is open inside, in the main thread, the time of this one stands
+    still.
 
     Args:
         waits: of the run.
@@ -135,7 +140,9 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._block.__exit__()
         self._is_over.set()
         self._thread.join(self._grace_s)  # it may hang in a file system
@@ -184,12 +191,16 @@ class Watch:
     def _die(self, how: str) -> None:
         if sys.__stderr__ is not None:
             with suppress(OSError, ValueError):
-                sys.__stderr__.write(f"verl: {self._reason}\nThe run {how}, so its process ends.\n\n{all_stacks()}")
+                sys.__stderr__.write(
+                    f"verl: {self._reason}\nThe run {how}, so its process ends.\n\n{all_stacks()}"
+                )
                 sys.__stderr__.flush()
         os._exit(1)
 
     def _diagnosis(self) -> str:
-        parts = "\n".join(f"{part.name} is {part.state}{': ' if part.cause else ''}{part.cause}" for part in self._now())
+        parts = "\n".join(
+            f"{part.name} is {part.state}{': ' if part.cause else ''}{part.cause}" for part in self._now()
+        )
         told = "\n".join(str(stage) for stage in self._waits.snapshot().stages)
         return "\n\n".join(text for text in (self._reason or "", told, parts, all_stacks()) if text)
 
@@ -201,7 +212,17 @@ class Watch:
 
     def _write(self, state: str, snapshot: Snapshot, *, cause: str = "") -> None:
         parts = tuple(self._now())
-        look = RunLook(state, cause, self._process, self._began_at, time.time(), self._every_s, self._limit_s, snapshot, parts)
+        look = RunLook(
+            state,
+            cause,
+            self._process,
+            self._began_at,
+            time.time(),
+            self._every_s,
+            self._limit_s,
+            snapshot,
+            parts,
+        )
         # A full disk must not cost the run; who reads the file sees that it is old.
         with suppress(OSError):
             fresh = self._folder / f"{FILE}.part"

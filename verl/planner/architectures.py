@@ -17,12 +17,26 @@ _LLAMA = {"model_type": "llama", "vocab_size": 32000}
 # The models of HybridFlow's experiments: Llama 2, https://arxiv.org/abs/2307.09288, and for 34B Code Llama,
 # https://arxiv.org/abs/2308.12950, with the numbers of their published configurations.
 SIZES: dict[str, Config] = {
-    "llama-7b": _LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-13b": _LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama-7b": _LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-13b": _LLAMA
+    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "llama-34b": _LLAMA
-    | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64, "num_key_value_heads": 8},
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-70b": _LLAMA
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
@@ -70,7 +84,9 @@ def architecture(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = 
         is_tied = bool(config.get("tie_word_embeddings", False))
         found = dict(shapes) if shapes is not None else dict(_shapes(config, is_tied))
         heads = config["num_attention_heads"]
-        return Architecture(found, config["num_hidden_layers"], heads, _kv_heads(config), _num_experts(config), is_tied)
+        return Architecture(
+            found, config["num_hidden_layers"], heads, _kv_heads(config), _num_experts(config), is_tied
+        )
     except KeyError as error:
         raise ValueError(f"need {error.args[0]} in the configuration of a model of family {kind}") from error
 
@@ -87,7 +103,9 @@ def named_architecture(model: str) -> Architecture:
     if not path.is_file():
         near = difflib.get_close_matches(model, SIZES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"need a folder with a config.json, such a file, or one of {', '.join(SIZES)}, got {model!r}{hint}")
+        raise ValueError(
+            f"need a folder with a config.json, such a file, or one of {', '.join(SIZES)}, got {model!r}{hint}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -116,7 +134,11 @@ def _shapes(config: Config, is_tied: bool) -> Iterator[tuple[str, tuple[int, ...
     for layer in range(config["num_hidden_layers"]):
         parts = [
             *_attention(config),
-            *(_experts(config) if _is_sparse(config, layer) else _mlp(config, "mlp", config["intermediate_size"])),
+            *(
+                _experts(config)
+                if _is_sparse(config, layer)
+                else _mlp(config, "mlp", config["intermediate_size"])
+            ),
         ]
         for name, shape in parts:
             yield f"model.layers.{layer}.{name}", shape
@@ -127,7 +149,11 @@ def _shapes(config: Config, is_tied: bool) -> Iterator[tuple[str, tuple[int, ...
 
 def _attention(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     kind, hidden, head_dim = config["model_type"], config["hidden_size"], _head_dim(config)
-    widths = {"q": config["num_attention_heads"] * head_dim, "k": _kv_heads(config) * head_dim, "v": _kv_heads(config) * head_dim}
+    widths = {
+        "q": config["num_attention_heads"] * head_dim,
+        "k": _kv_heads(config) * head_dim,
+        "v": _kv_heads(config) * head_dim,
+    }
     yield "input_layernorm.weight", (hidden,)
     has_bias = kind == "qwen2" or bool(config.get("attention_bias", False))
     for letter, width in widths.items():
@@ -145,7 +171,11 @@ def _attention(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _mlp(config: Config, prefix: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, has_bias = config["hidden_size"], bool(config.get("mlp_bias", False))
-    for name, shape in {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}.items():
+    for name, shape in {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }.items():
         yield f"{prefix}.{name}.weight", shape
         if has_bias:
             yield f"{prefix}.{name}.bias", shape[:1]

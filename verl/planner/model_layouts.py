@@ -25,7 +25,11 @@ SPLITS: dict[str, str] = {
     r"(mlp|block_sparse_moe)\.gate\.weight": "whole",
 }
 # Tensors that lie in one home, in their order there.
-_FUSED = {name: members for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")) for name in members}
+_FUSED = {
+    name: members
+    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+    for name in members
+}
 _LAYER = re.compile(r"(?P<prefix>.*layers\.)(?P<layer>\d+)\.(?P<rest>.*)")
 _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
 
@@ -65,8 +69,10 @@ class Homes:
     Attributes:
         vocabulary_multiple: what the rows of embedding and head are padded to before they are split.
         is_fused: query, key and value lie in one home, gate and up in another.
-        is_interleaved: in a fused home of attention, each key-value head comes behind its queries, Megatron's way.
-        has_stacked_experts: the experts of a layer lie in one home with a dimension more; else each has homes of its own.
+        is_interleaved: in a fused home of attention, each key-value head comes behind its queries, Megatron's
+            way.
+        has_stacked_experts: the experts of a layer lie in one home with a dimension more; else each has homes
+            of its own.
     """
 
     vocabulary_multiple: Callable[[int], int] = lambda tensor: 1
@@ -80,7 +86,9 @@ HOMES: dict[str, Homes] = {
     "transformers": Homes(),
     "vllm": Homes(lambda tensor: 64, is_fused=True),
     # Its default of make_vocab_size_divisible_by.
-    "megatron": Homes(lambda tensor: 128 * tensor, is_fused=True, is_interleaved=True, has_stacked_experts=False),
+    "megatron": Homes(
+        lambda tensor: 128 * tensor, is_fused=True, is_interleaved=True, has_stacked_experts=False
+    ),
 }
 
 
@@ -91,9 +99,13 @@ def replicated(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> Layout:
 
 
 def fsdp(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> Layout:
-    """Every tensor in chunks of ceil(rows / shards) rows, the last ones smaller or empty, as FSDP2 has them; replicas have equal shards."""
+    """Every tensor in chunks of ceil(rows / shards) rows, the last ones smaller or empty, as FSDP2 has them;
+    replicas have equal shards.
+    """
     pieces = replicated(shapes, 1).ranks[0]
-    return Layout(shapes, tuple(shard_homes(pieces, Part(shard, shards)) for shard in range(shards)) * replicas)
+    return Layout(
+        shapes, tuple(shard_homes(pieces, Part(shard, shards)) for shard in range(shards)) * replicas
+    )
 
 
 def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transformers") -> Layout:
@@ -112,7 +124,11 @@ def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transforme
     ranks = []
     for rank in range(mesh.num_ranks):
         place = mesh.place(rank)
-        where = Where(Part(place.tensor, mesh.tensor), Part(place.stage, mesh.pipeline), Part(mesh.expert_rank(rank), mesh.experts))
+        where = Where(
+            Part(place.tensor, mesh.tensor),
+            Part(place.stage, mesh.pipeline),
+            Part(mesh.expert_rank(rank), mesh.experts),
+        )
         ranks.append(made(where, Part(place.shard, mesh.shards)))
     return Layout(model.shapes, tuple(ranks))
 
@@ -136,7 +152,8 @@ def generation_layout(
         pipeline: stages of generation.
         homes: a key of `HOMES`.
         grouping: a key of `verl.weight_sync.meshes.GROUPINGS`.
-        has_split_experts: experts are split as other matrices; else each tensor rank has whole ones (expert parallel).
+        has_split_experts: experts are split as other matrices; else each tensor rank has whole ones (expert
+            parallel).
 
     Raises:
         ValueError: sizes that do not fit the model or the ranks, or a tensor that is not known.
@@ -165,13 +182,19 @@ def model_pieces(model: Architecture, where: Where, *, homes: str) -> tuple[Piec
 
 
 def shard_homes(pieces: tuple[Piece, ...], shard: Part) -> tuple[Piece, ...]:
-    """What FSDP2 leaves of the homes of a rank: of each, the rows of one of `size` chunks of ceil(rows / size)."""
+    """What FSDP2 leaves of the homes of a rank: of each, the rows of one of `size` chunks of ceil(rows /
+    size).
+    """
     if shard.size == 1:
         return pieces
     rows: dict[str, int] = {}
     for piece in pieces:
         rows[piece.home] = max(rows.get(piece.home, 0), slices_at_home(piece.bounds, piece.offset)[0].stop)
-    kept = (_in_rows(piece, shard.rank * width, width) for piece in pieces for width in [-(-rows[piece.home] // shard.size)])
+    kept = (
+        _in_rows(piece, shard.rank * width, width)
+        for piece in pieces
+        for width in [-(-rows[piece.home] // shard.size)]
+    )
     return tuple(piece for piece in kept if piece is not None)
 
 
@@ -194,7 +217,9 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[Piece]:
     for name, shape in model.shapes.items():
         expert = _EXPERT.fullmatch(name)
         experts = _experts(model, where) if expert else range(0)
-        if not _is_in_stage(name, layers, model.num_layers) or (expert and int(expert["expert"]) not in experts):
+        if not _is_in_stage(name, layers, model.num_layers) or (
+            expert and int(expert["expert"]) not in experts
+        ):
             continue
         tensor = Part() if expert and where.experts.size > 1 else where.tensor
         bounds = split(name, shape, tensor, model, homes)
@@ -211,7 +236,9 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[Piece]:
     if model.is_tied and is_last and where.stage.rank > 0:
         # The last stage has a copy of the embedding, as its head.
         name = next(name for name in model.shapes if name.endswith("embed_tokens.weight"))
-        yield Piece(name, split(name, model.shapes[name], where.tensor, model, homes), "lm_head.weight", (0, 0))
+        yield Piece(
+            name, split(name, model.shapes[name], where.tensor, model, homes), "lm_head.weight", (0, 0)
+        )
 
 
 def split(name: str, shape: tuple[int, ...], tensor: Part, model: Architecture, homes: Homes) -> Bounds:
@@ -229,7 +256,9 @@ def split(name: str, shape: tuple[int, ...], tensor: Part, model: Architecture, 
     """
     kind = next((kind for pattern, kind in SPLITS.items() if re.search(rf"{pattern}$", name)), None)
     if kind is None:
-        raise ValueError(f"need a tensor whose split is known, got {name}; verl.planner.model_layouts.SPLITS has no pattern for it")
+        raise ValueError(
+            f"need a tensor whose split is known, got {name}; verl.planner.model_layouts.SPLITS has no pattern for it"
+        )
     if kind == "whole" or tensor.size == 1:
         return whole(shape)
     if kind == "vocabulary":
@@ -244,7 +273,9 @@ def split(name: str, shape: tuple[int, ...], tensor: Part, model: Architecture, 
         # Fewer heads than ranks: several ranks have the same one.
         rank, parts = rank // (parts // units), units
     if units % parts:
-        raise ValueError(f"need tensor parallel sizes that divide {name}, got {units} {kind} for tensor={tensor.size}; take a divisor")
+        raise ValueError(
+            f"need tensor parallel sizes that divide {name}, got {units} {kind} for tensor={tensor.size}; take a divisor"
+        )
     width = shape[dim] // parts
     bounds = list(whole(shape))
     bounds[dim] = (rank * width, (rank + 1) * width)
@@ -276,7 +307,9 @@ def _home(name: str, model: Architecture, homes: Homes, tensor: Part) -> tuple[s
         return name, 0
     prefix = name.removesuffix(f"{module}.{parameter}")
     fused = "qkv_proj" if module in ("q_proj", "k_proj", "v_proj") else "gate_up_proj"
-    return f"{prefix}{fused}.{parameter}", sum(_rows(before, model, homes, tensor) for before in _before(name))
+    return f"{prefix}{fused}.{parameter}", sum(
+        _rows(before, model, homes, tensor) for before in _before(name)
+    )
 
 
 def _before(name: str) -> list[str]:
@@ -293,9 +326,13 @@ def _rows(name: str, model: Architecture, homes: Homes, tensor: Part) -> int:
 
 
 def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Part) -> Iterator[Piece]:
-    """Pieces of query, key or value, one for each key-value head: its queries, the key, the value, then the next head."""
+    """Pieces of query, key or value, one for each key-value head: its queries, the key, the value, then the
+    next head.
+    """
     if model.num_kv_heads % tensor.size:
-        raise ValueError(f"need key-value heads that tensor={tensor.size} divides, got {model.num_kv_heads}; Megatron repeats none")
+        raise ValueError(
+            f"need key-value heads that tensor={tensor.size} divides, got {model.num_kv_heads}; Megatron repeats none"
+        )
     module, parameter = _last(name)
     queries = model.num_heads // model.num_kv_heads
     heads = queries if module == "q_proj" else 1
@@ -305,16 +342,26 @@ def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Part) -
     for group in range(model.num_kv_heads // tensor.size):
         first = bounds[0][0] + group * heads * width
         offset = (group * (queries + 2) + start) * width
-        yield Piece(name, ((first, first + heads * width), *bounds[1:]), home, (offset, *(0 for _ in bounds[1:])))
+        yield Piece(
+            name, ((first, first + heads * width), *bounds[1:]), home, (offset, *(0 for _ in bounds[1:]))
+        )
 
 
 def _expert_piece(
-    name: str, expert: re.Match[str], bounds: Bounds, experts: range, model: Architecture, homes: Homes, tensor: Part
+    name: str,
+    expert: re.Match[str],
+    bounds: Bounds,
+    experts: range,
+    model: Architecture,
+    homes: Homes,
+    tensor: Part,
 ) -> Piece:
     """A matrix of an expert: gate and up share a home."""
     is_fused = expert["part"] in _FUSED
     row = sum(_rows(before, model, homes, tensor) for before in _before(name)) if is_fused else 0
     fused = "gate_up_proj" if is_fused else "down_proj"
     if homes.has_stacked_experts:
-        return Piece(name, bounds, f"{expert['module']}.{fused}", (int(expert["expert"]) - experts.start, row, 0))
+        return Piece(
+            name, bounds, f"{expert['module']}.{fused}", (int(expert["expert"]) - experts.start, row, 0)
+        )
     return Piece(name, bounds, f"{expert['module']}.{expert['expert']}.{fused}.weight", (row, 0))

@@ -13,7 +13,9 @@ from verl.planner.traffic import Cost, Counts
 
 
 def draw(path: Path, between: Counts, costs: list[Cost], model_bytes: int) -> None:
-    """Writes a heat map of the bytes between ranks, [sender, receiver], beside bars of the ways' traffic and memory."""
+    """Writes a heat map of the bytes between ranks, [sender, receiver], beside bars of the ways' traffic and
+    memory.
+    """
     # Sizes in the picture do not depend on the settings of the reader.
     with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none"}):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -40,7 +42,9 @@ def _draw_bars(axes: Any, costs: list[Cost], model_bytes: int) -> None:
         (-height / 2, [cost.received_bytes for cost in costs], "received by the fullest rank", "tab:blue"),
         (height / 2, [cost.peak_bytes for cost in costs], "memory of the fullest rank", "tab:orange"),
     ):
-        bars = axes.barh(rows + offset, [value / model_bytes for value in values], height, label=label, color=color)
+        bars = axes.barh(
+            rows + offset, [value / model_bytes for value in values], height, label=label, color=color
+        )
         axes.bar_label(bars, [f"{value / 1e9:.3g} GB" for value in values], padding=3, fontsize=8)
     axes.set_yticks(rows, [cost.way for cost in costs])
     axes.invert_yaxis()

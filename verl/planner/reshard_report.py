@@ -1,4 +1,6 @@
-"""The command `verl plan reshard`: what a change between the layouts of training and generation costs, without a device."""
+"""The command `verl plan reshard`: what a change between the layouts of training and generation costs,
+without a device.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from verl.weight_sync.reshard_plan import Copy, make_plan
 
 PICTURES = (".png", ".svg", ".pdf")
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_TRAINING = {"tensor": "tensor", "pipeline": "pipeline", "data": "replicas", "fsdp": "shards", "sequence": "sequence", "experts": "experts"}
+_TRAINING = {
+    "tensor": "tensor",
+    "pipeline": "pipeline",
+    "data": "replicas",
+    "fsdp": "shards",
+    "sequence": "sequence",
+    "experts": "experts",
+}
 _GENERATION = ("tensor", "pipeline", "experts")
 
 
@@ -75,13 +84,23 @@ class Question:
     def costs(self) -> tuple[Traffic, list[Cost]]:
         """Traffic of the plan, and the costs of the plan and of other ways."""
         source, target = self.layouts()
-        options = {"itemsize": self.itemsize, "bucket_bytes": self.bucket_bytes, "ranks_per_node": self.ranks_per_node}
+        options = {
+            "itemsize": self.itemsize,
+            "bucket_bytes": self.bucket_bytes,
+            "ranks_per_node": self.ranks_per_node,
+        }
         moved = traffic(source, target, **options)
-        share = formula(self.mesh, tensor=self.tensor, pipeline=self.pipeline) if self.grouping == "zero-redundancy" else None
+        share = (
+            formula(self.mesh, tensor=self.tensor, pipeline=self.pipeline)
+            if self.grouping == "zero-redundancy"
+            else None
+        )
         costs = [planned("this plan", moved, target, itemsize=self.itemsize, formula=share)]
         if self.grouping == "zero-redundancy" and self.tensor * self.pipeline > 1:
             _, other = self.layouts("consecutive")
-            costs.append(planned("consecutive", traffic(source, other, **options), other, itemsize=self.itemsize))
+            costs.append(
+                planned("consecutive", traffic(source, other, **options), other, itemsize=self.itemsize)
+            )
         return moved, [*costs, *gathered(source, target, self.mesh, **options)]
 
 
@@ -89,7 +108,9 @@ def reshard(args: argparse.Namespace) -> None:
     """`verl plan reshard`."""
     question = question_of(args)
     if args.plot and Path(args.plot).suffix not in PICTURES:
-        raise ValueError(f"need --plot with a picture that ends with {', '.join(PICTURES)}, got {args.plot!r}")
+        raise ValueError(
+            f"need --plot with a picture that ends with {', '.join(PICTURES)}, got {args.plot!r}"
+        )
     console = Console()
     if args.copies is not None:
         _show_copies(console, question, args.copies)
@@ -99,7 +120,9 @@ def reshard(args: argparse.Namespace) -> None:
     if args.copies is None:
         _show(console, question, moved, costs)
     if args.json:
-        Path(args.json).write_text(json.dumps(_facts(question, moved, costs), indent=2) + "\n", encoding="utf-8")
+        Path(args.json).write_text(
+            json.dumps(_facts(question, moved, costs), indent=2) + "\n", encoding="utf-8"
+        )
         console.out(f"figures: {args.json}", highlight=False)
     if args.plot:
         # Drawing takes a second to load.
@@ -113,14 +136,19 @@ def question_of(args: argparse.Namespace) -> Question:
     Raises:
         ValueError: sizes that are none, or do not fit each other or the model.
     """
-    training, generation = _sizes("training", args.training, tuple(_TRAINING)), _sizes("generation", args.generation, _GENERATION)
+    training, generation = (
+        _sizes("training", args.training, tuple(_TRAINING)),
+        _sizes("generation", args.generation, _GENERATION),
+    )
     if "fsdp" in training:
         # The ranks of a line have different shards, as in `placement`.
         training["fsdp"] *= training.pop("sequence", 1)
     mesh = Mesh(**{_TRAINING[key]: size for key, size in training.items()})
     tensor, experts = generation.get("tensor", 1), generation.get("experts", 1)
     if experts not in (1, tensor):
-        raise ValueError(f"need experts=1 or as many as tensor ranks in generation, got experts={experts} for tensor={tensor}")
+        raise ValueError(
+            f"need experts=1 or as many as tensor ranks in generation, got experts={experts} for tensor={tensor}"
+        )
     if args.bucket_mib < 1:
         raise ValueError(f"need --bucket-mib from 1, got {args.bucket_mib}")
     model = named_architecture(args.model)
@@ -149,7 +177,9 @@ def _sizes(stage: str, text: str, keys: tuple[str, ...]) -> dict[str, int]:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"need sizes of {stage} as name=number of {', '.join(keys)}, got {item.strip()!r}{hint}")
+            raise ValueError(
+                f"need sizes of {stage} as name=number of {', '.join(keys)}, got {item.strip()!r}{hint}"
+            )
         if not equals or not value.isascii() or not value.isdigit() or int(value) < 1:
             raise ValueError(f"need a number from 1 for {key} of {stage}, got {item.strip()!r}")
         if key in sizes:
@@ -205,12 +235,18 @@ def _show(console: Console, question: Question, moved: Traffic, costs: list[Cost
 
 
 def _remarks(question: Question, moved: Traffic) -> list[str]:
-    options: dict[str, Any] = {"tensor": question.tensor, "pipeline": question.pipeline, "grouping": question.grouping}
+    options: dict[str, Any] = {
+        "tensor": question.tensor,
+        "pipeline": question.pipeline,
+        "grouping": question.grouping,
+    }
     found = groups(question.mesh, **options)
     fullest = int(moved.received.argmax())
     elsewhere = int(moved.from_other_nodes[fullest])
     within = gigabytes(int(moved.received[fullest]) - elsewhere)
-    lines = [f"rank {fullest} receives {within} within its node and {gigabytes(elsewhere)} from others, in {len(moved.buckets)} buckets"]
+    lines = [
+        f"rank {fullest} receives {within} within its node and {gigabytes(elsewhere)} from others, in {len(moved.buckets)} buckets"
+    ]
     shown = ", ".join(str(group) for group in found[:4]) + (", ..." if len(found) > 4 else "")
     lines.append(f"{len(found)} replicas of generation: {shown}")
     across = sum(len({rank // question.ranks_per_node for rank in group}) > 1 for group in found)
@@ -224,7 +260,11 @@ def _remarks(question: Question, moved: Traffic) -> list[str]:
 
 def _show_copies(console: Console, question: Question, rank: int) -> None:
     source, target = question.layouts()
-    options = {"itemsize": question.itemsize, "bucket_bytes": question.bucket_bytes, "ranks_per_node": question.ranks_per_node}
+    options = {
+        "itemsize": question.itemsize,
+        "bucket_bytes": question.bucket_bytes,
+        "ranks_per_node": question.ranks_per_node,
+    }
     plan = make_plan(source, target, **options, rank=rank)
     for copy in plan.local:
         console.out(f"keeps  {_told(copy)}", highlight=False)
@@ -236,7 +276,9 @@ def _show_copies(console: Console, question: Question, rank: int) -> None:
 
 def _told(copy: Copy) -> str:
     part = ", ".join(f"{start}:{stop}" for start, stop in copy.bounds)
-    homes = f"{copy.sender_home}{list(copy.sender_offset)} -> {copy.receiver_home}{list(copy.receiver_offset)}"
+    homes = (
+        f"{copy.sender_home}{list(copy.sender_offset)} -> {copy.receiver_home}{list(copy.receiver_offset)}"
+    )
     return f"{copy.name}[{part}] {homes}"
 
 
@@ -245,7 +287,11 @@ def _facts(question: Question, moved: Traffic, costs: list[Cost]) -> Mapping[str
         "model_bytes": question.model_bytes,
         "num_ranks": question.mesh.num_ranks,
         "training": asdict(question.mesh),
-        "generation": {"tensor": question.tensor, "pipeline": question.pipeline, "grouping": question.grouping},
+        "generation": {
+            "tensor": question.tensor,
+            "pipeline": question.pipeline,
+            "grouping": question.grouping,
+        },
         "ranks_per_node": question.ranks_per_node,
         "num_buckets": len(moved.buckets),
         "ways": [asdict(cost) | {"seconds": cost.seconds} for cost in costs],

@@ -1,4 +1,6 @@
-"""The least time that one training step can take on a given machine, from arithmetic and memory traffic alone."""
+"""The least time that one training step can take on a given machine, from arithmetic and memory traffic
+alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from torch import Tensor
 
 from verl.utils.device import MachineSpeed
 
-# Names in Hugging Face configurations. With one of the second kind set, a token does not meet every weight or every
-# earlier token, or the cache holds something else than keys and values.
+# Names in Hugging Face configurations. With one of the second kind set, a token does not meet every weight or
+# every earlier token, or the cache holds something else than keys and values.
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _NOT_DENSE = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "sliding_window")
 
@@ -45,7 +47,8 @@ class ModelShape:
         """The shape of a Transformers configuration; of its text part, if it has several.
 
         Raises:
-            ValueError: a mixture of experts, an attention that is not full, or no gated MLP, which the formulas do not cover.
+            ValueError: a mixture of experts, an attention that is not full, or no gated MLP, which the
+                formulas do not cover.
         """
         text = config.get_text_config().to_dict()
         if text.get("use_sliding_window") is False:
@@ -55,7 +58,9 @@ class ModelShape:
         missing = [name for name in _NEEDED if not text.get(name)]
         if odd or missing:
             found = f"got {text.get('model_type')} with {odd} and without {missing}"
-            raise ValueError(f"need a dense decoder with full attention and a gated MLP, {found}; its step limit is not known")
+            raise ValueError(
+                f"need a dense decoder with full attention and a gated MLP, {found}; its step limit is not known"
+            )
         heads, hidden = text["num_attention_heads"], text["hidden_size"]
         return cls(
             layers=text["num_hidden_layers"],
@@ -71,7 +76,10 @@ class ModelShape:
     @property
     def body_weights(self) -> int:
         """Weights of the matrices of all blocks, L (H (q + 2 kv) h + q h H + 3 H I)."""
-        attention = self.hidden * (self.q_heads + 2 * self.kv_heads) * self.head_dim + self.q_heads * self.head_dim * self.hidden
+        attention = (
+            self.hidden * (self.q_heads + 2 * self.kv_heads) * self.head_dim
+            + self.q_heads * self.head_dim * self.hidden
+        )
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
@@ -81,7 +89,9 @@ class ModelShape:
 
     @property
     def matmul_weights(self) -> int:
-        """Weights that every generated token is multiplied with. The embedding is a look-up: no arithmetic, hardly a byte."""
+        """Weights that every generated token is multiplied with. The embedding is a look-up: no arithmetic,
+        hardly a byte.
+        """
         return self.body_weights + self.head_weights
 
     @property
@@ -105,7 +115,8 @@ class StepWork:
         num_prompts: different prompts among the B; a group's prompt need be read only once.
         updates: optimizer updates of the step.
         max_slots: trajectories generated at the same time.
-        bytes_per_weight: of weights and cached keys and values in generation, 4 for fp32, 2 for bf16 and fp16.
+        bytes_per_weight: of weights and cached keys and values in generation, 4 for fp32, 2 for bf16 and
+            fp16.
         epochs: passes of training over the trajectories.
     """
 
@@ -118,12 +129,20 @@ class StepWork:
     epochs: int = 1
 
     def __post_init__(self) -> None:
-        if self.prompt_lengths.shape != self.response_lengths.shape or self.prompt_lengths.ndim != 1 or not len(self.prompt_lengths):
+        if (
+            self.prompt_lengths.shape != self.response_lengths.shape
+            or self.prompt_lengths.ndim != 1
+            or not len(self.prompt_lengths)
+        ):
             shapes = f"{tuple(self.prompt_lengths.shape)} and {tuple(self.response_lengths.shape)}"
-            raise ValueError(f"need one prompt length and one response length per trajectory, got shapes {shapes}")
+            raise ValueError(
+                f"need one prompt length and one response length per trajectory, got shapes {shapes}"
+            )
         rows = len(self.prompt_lengths)
         if not 1 <= self.num_prompts <= rows or self.max_slots < 1:
-            raise ValueError(f"need 1 <= num_prompts <= {rows} and max_slots >= 1, got {self.num_prompts} and {self.max_slots}")
+            raise ValueError(
+                f"need 1 <= num_prompts <= {rows} and max_slots >= 1, got {self.num_prompts} and {self.max_slots}"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,8 +163,8 @@ class StepLimit:
 def forward_flops(shape: ModelShape, prompt_tokens: Tensor, response_tokens: Tensor) -> Tensor:
     """Operations of one causal forward pass, F1 = 2 N_body S + 2 N_head R + 2 L q h S^2 with S = P + R.
 
-    The head is applied to response positions only. The last term is attention, two products over half of the S x S
-    pairs; PaLM, https://arxiv.org/abs/2204.02311, appendix B, counts all pairs and the head everywhere.
+    The head is applied to response positions only. The last term is attention, two products over half of the
+    S x S pairs; PaLM, https://arxiv.org/abs/2204.02311, appendix B, counts all pairs and the head everywhere.
 
     Args:
         shape: of the model.
@@ -168,10 +187,11 @@ def prefill_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> f
 
 
 def rollout_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """Generating all responses with a cache of keys and values, the larger of its memory traffic and its arithmetic.
+    """Generating all responses with a cache of keys and values, the larger of its memory traffic and its
+    arithmetic.
 
-    At least max(R_max, ceil(sum(R) / slots)) iterations, each of which reads all matrices; token t of a response also
-    reads the P + t tokens in the cache. With k bytes of cache per token and W bytes of matrices
+    At least max(R_max, ceil(sum(R) / slots)) iterations, each of which reads all matrices; token t of a
+    response also reads the P + t tokens in the cache. With k bytes of cache per token and W bytes of matrices
         T >= max((W iterations + k sum(P R + R^2 / 2)) / bandwidth, sum(2 N R + 4 L q h (P R + R^2 / 2)) / F).
     The two bounds are the roofline, https://doi.org/10.1145/1498765.1498785, applied to decoding.
     """
@@ -179,31 +199,46 @@ def rollout_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> f
     cache_reads = float((prompt * response + response**2 / 2).sum())
     num_tokens = int(work.response_lengths.sum())
     iterations = max(int(work.response_lengths.max()), -(-num_tokens // work.max_slots))
-    moved = work.bytes_per_weight * (shape.matmul_weights * iterations + shape.kv_values_per_token * cache_reads)
-    flops = 2 * shape.matmul_weights * num_tokens + 4 * shape.layers * shape.q_heads * shape.head_dim * cache_reads
+    moved = work.bytes_per_weight * (
+        shape.matmul_weights * iterations + shape.kv_values_per_token * cache_reads
+    )
+    flops = (
+        2 * shape.matmul_weights * num_tokens
+        + 4 * shape.layers * shape.q_heads * shape.head_dim * cache_reads
+    )
     return max(moved / speed.bytes_per_s, flops / speed.flops_per_s)
 
 
 def train_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """Forward and backward over every trajectory in every epoch, 3 sum(F1) / F; recomputed activations are not counted."""
-    return work.epochs * 3 * float(forward_flops(shape, work.prompt_lengths, work.response_lengths).sum()) / speed.flops_per_s
+    """Forward and backward over every trajectory in every epoch, 3 sum(F1) / F; recomputed activations are
+    not counted.
+    """
+    return (
+        work.epochs
+        * 3
+        * float(forward_flops(shape, work.prompt_lengths, work.response_lengths).sum())
+        / speed.flops_per_s
+    )
 
 
 def optimizer_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """AdamW in fp32 at full bandwidth: per weight and update 28 bytes, or 30 with a 16-bit copy for generation.
+    """AdamW in fp32 at full bandwidth: per weight and update 28 bytes, or 30 with a 16-bit copy for
+    generation.
 
-    Read are weight, gradient and two moments (16 bytes), written weight and moments (12), and the copy if there is one.
+    Read are weight, gradient and two moments (16 bytes), written weight and moments (12), and the copy if
+    there is one.
     """
     bytes_per_update = 28 + (work.bytes_per_weight if work.bytes_per_weight < 4 else 0)
     return work.updates * bytes_per_update * shape.stored_weights / speed.bytes_per_s
 
 
 def step_limit(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> StepLimit:
-    """The strict synchronous limit of a step: one policy, no extra forward passes, weights shared with the generator.
+    """The strict synchronous limit of a step: one policy, no extra forward passes, weights shared with the
+    generator.
 
-    This limit over the measured time is the share of the machine that a step used. The phases are those of HybridFlow,
-    https://arxiv.org/abs/2409.19256, section 2. Passes for the old policy and the reference are not counted, because a
-    step can do without both.
+    This limit over the measured time is the share of the machine that a step used. The phases are those of
+    HybridFlow, https://arxiv.org/abs/2409.19256, section 2. Passes for the old policy and the reference are
+    not counted, because a step can do without both.
     """
     return StepLimit(
         prefill_s=prefill_seconds(shape, work, speed),

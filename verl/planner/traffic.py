@@ -1,8 +1,10 @@
-"""What a change of layout costs, without listing copies; and what others' ways to do it cost on the same layouts.
+"""What a change of layout costs, without listing copies; and what others' ways to do it cost on the same
+layouts.
 
-The other ways are those of HybridFlow, https://arxiv.org/abs/2409.19256, table 2. Counted as memory is what generation needs beside the
-weights of training: its own weights, whole tensors that are gathered, and buckets on their way. Weights of training that lie in the weights
-of generation, as the engine with shared storage has them, take no memory twice.
+The other ways are those of HybridFlow, https://arxiv.org/abs/2409.19256, table 2. Counted as memory is what
+generation needs beside the weights of training: its own weights, whole tensors that are gathered, and buckets
+on their way. Weights of training that lie in the weights of generation, as the engine with shared storage has
+them, take no memory twice.
 """
 
 from __future__ import annotations
@@ -84,14 +86,22 @@ class Traffic:
 
     @property
     def critical_bytes(self) -> int:
-        """Sum over the buckets of what the busiest rank sends or receives: what takes the time if buckets follow one another."""
+        """Sum over the buckets of what the busiest rank sends or receives: what takes the time if buckets
+        follow one another.
+        """
         return int(np.maximum(self.buckets.sum(1), self.buckets.sum(2)).max(1, initial=0).sum())
 
 
 def traffic(
-    source: Layout, target: Layout, *, itemsize: int, bucket_bytes: int = BUCKET_BYTES, ranks_per_node: int = RANKS_PER_NODE
+    source: Layout,
+    target: Layout,
+    *,
+    itemsize: int,
+    bucket_bytes: int = BUCKET_BYTES,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> Traffic:
-    """What `verl.weight_sync.reshard_plan.make_plan` with the same arguments makes travel; faster, as layers repeat.
+    """What `verl.weight_sync.reshard_plan.make_plan` with the same arguments makes travel; faster, as layers
+    repeat.
 
     Raises:
         ValueError: as `make_plan`.
@@ -102,7 +112,9 @@ def traffic(
     local = np.zeros(num_ranks, dtype=np.int64)
     fixed: dict[int, _Fixed] = {}
     for step in walk.steps():
-        buckets += [np.zeros((num_ranks, num_ranks), dtype=np.int64) for _ in range(walk.num_buckets - len(buckets))]
+        buckets += [
+            np.zeros((num_ranks, num_ranks), dtype=np.int64) for _ in range(walk.num_buckets - len(buckets))
+        ]
         if id(step.pattern) not in fixed:
             fixed[id(step.pattern)] = _Fixed(step.pattern, num_ranks)
         known = fixed[id(step.pattern)]
@@ -119,7 +131,9 @@ def traffic(
 
 
 class _Fixed:
-    """What is the same for every tensor of a pattern: transfers that have one sender, [sender, receiver], and local ones."""
+    """What is the same for every tensor of a pattern: transfers that have one sender, [sender, receiver], and
+    local ones.
+    """
 
     def __init__(self, pattern: Pattern, num_ranks: int) -> None:
         self.between = np.zeros((num_ranks, num_ranks), dtype=np.int64)
@@ -149,7 +163,8 @@ class Cost:
         sent_bytes: by the rank that sends most.
         node_bytes: into or out of the fullest node.
         peak_bytes: memory of the fullest rank.
-        num_messages: that the rank with most of them receives; a ring of n ranks passes n - 1 for each bucket.
+        num_messages: that the rank with most of them receives; a ring of n ranks passes n - 1 for each
+            bucket.
         formula: of the received bytes in the paper, as a share of the model; None: it has none.
     """
 
@@ -163,22 +178,40 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Of a model in which only bandwidth counts: links within nodes and between them are busy at a time, each at full speed."""
-        return max(max(self.received_bytes, self.sent_bytes) / NVLINK_BYTES_PER_S, self.node_bytes / NETWORK_BYTES_PER_S)
+        """Of a model in which only bandwidth counts: links within nodes and between them are busy at a time,
+        each at full speed.
+        """
+        return max(
+            max(self.received_bytes, self.sent_bytes) / NVLINK_BYTES_PER_S,
+            self.node_bytes / NETWORK_BYTES_PER_S,
+        )
 
 
 def planned(way: str, moved: Traffic, target: Layout, *, itemsize: int, formula: float | None = None) -> Cost:
     """Cost of a plan: the target's weights, and one bucket on its way."""
     weights = max(target.num_elements(rank) for rank in range(target.num_ranks)) * itemsize
     peak = weights + moved.in_flight_bytes
-    numbers = (int(moved.received.max()), int(moved.sent.max()), moved.node_bytes, peak, int(moved.messages.max()))
+    numbers = (
+        int(moved.received.max()),
+        int(moved.sent.max()),
+        moved.node_bytes,
+        peak,
+        int(moved.messages.max()),
+    )
     return Cost(way, *numbers, formula)
 
 
 def gathered(
-    source: Layout, target: Layout, mesh: Mesh, *, itemsize: int, bucket_bytes: int = BUCKET_BYTES, ranks_per_node: int = RANKS_PER_NODE
+    source: Layout,
+    target: Layout,
+    mesh: Mesh,
+    *,
+    itemsize: int,
+    bucket_bytes: int = BUCKET_BYTES,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> list[Cost]:
-    """Costs of gathering whole tensors: bucket by bucket, as HybridFlow-V, and as DS-Chat, which shards over all ranks.
+    """Costs of gathering whole tensors: bucket by bucket, as HybridFlow-V, and as DS-Chat, which shards over
+    all ranks.
 
     A ring in which what comes into a node comes once.
     """
@@ -210,7 +243,9 @@ def gathered(
 
 
 def formula(mesh: Mesh, *, tensor: int, pipeline: int) -> float:
-    """Received bytes as a share of the model, (t p - t_g p_g) / (t_g p_g t p), where sizes divide and every weight is split."""
+    """Received bytes as a share of the model, (t p - t_g p_g) / (t_g p_g t p), where sizes divide and every
+    weight is split.
+    """
     trained, generating = mesh.tensor * mesh.shards * mesh.pipeline, tensor * pipeline
     return (trained - generating) / (generating * trained)
 
@@ -227,5 +262,8 @@ def _distinct(layout: Layout, ranks: list[int]) -> int:
 def _into_nodes(source: Layout, total: int, itemsize: int, ranks_per_node: int) -> int:
     """The most that a node lacks of the whole model."""
     firsts = range(0, source.num_ranks, ranks_per_node)
-    held = [_distinct(source, list(range(first, min(source.num_ranks, first + ranks_per_node)))) for first in firsts]
+    held = [
+        _distinct(source, list(range(first, min(source.num_ranks, first + ranks_per_node))))
+        for first in firsts
+    ]
     return total - min(held) * itemsize

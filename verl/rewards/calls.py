@@ -1,4 +1,6 @@
-"""Calls of users' functions, each with its own time limit: plain ones on daemon threads, coroutines on one event loop."""
+"""Calls of users' functions, each with its own time limit: plain ones on daemon threads, coroutines on one
+event loop.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _GUARD_MARGIN_S = 5.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call gave nothing: `outcome` and `detail` as on a trajectory, `interrupt` if the program was asked to end."""
+    """Why a call gave nothing: `outcome` and `detail` as on a trajectory, `interrupt` if the program was
+    asked to end.
+    """
 
     outcome: str
     detail: str
@@ -200,7 +204,9 @@ class CallPool:
         max_abandoned: threads still stuck in a call over its limit, beyond which `run` raises.
     """
 
-    def __init__(self, *, timeout_s: float, num_threads: int = 8, max_concurrent: int = 64, max_abandoned: int = 16) -> None:
+    def __init__(
+        self, *, timeout_s: float, num_threads: int = 8, max_concurrent: int = 64, max_abandoned: int = 16
+    ) -> None:
         self._timeout_s, self._max_abandoned = timeout_s, max_abandoned
         self._num_threads, self._max_concurrent = num_threads, max_concurrent
         self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
@@ -210,10 +216,11 @@ class CallPool:
         self._lock = threading.RLock()
 
     def run(self, calls: Sequence[Call]) -> None:
-        """Settles every call: its `result` is then the value or a `Failure`; several threads may call it at once.
+        """Settles every call: its `result` is then the value or a `Failure`; several threads may call it at
+        once.
 
-        A function that keeps the interpreter to itself for more than twice the limit ends the process, with exit code 1
-        and its stack on standard error: nothing else can stop it.
+        A function that keeps the interpreter to itself for more than twice the limit ends the process, with
+        exit code 1 and its stack on standard error: nothing else can stop it.
 
         Raises:
             RuntimeError: too many threads are stuck in calls that never return.
@@ -245,8 +252,9 @@ class CallPool:
             self._threads, self._loop, self._inbox = [], None, queue.SimpleQueue()
 
     def _guard(self, current: _Round) -> None:
-        # A regular expression without end, or C code, may never give the interpreter back: then no Python runs that could
-        # count the time. Only ending the process helps, with the stack of the function that does it.
+        # A regular expression without end, or C code, may never give the interpreter back: then no Python
+        # runs that could count the time. Only ending the process helps, with the stack of the function that
+        # does it.
         interpreter_watchdog.arm(current, 2 * self._timeout_s + _GUARD_MARGIN_S)
 
     def _submit(self, calls: Sequence[Call]) -> None:
@@ -262,29 +270,41 @@ class CallPool:
             self._inbox.put(call)
 
     def _limit_s(self, call: Call) -> float:
-        # The event loop ends late coroutines itself. If it has not by twice the limit, then for at least the limit some
-        # coroutine has not let it: it hangs without awaiting.
+        # The event loop ends late coroutines itself. If it has not by twice the limit, then for at least the
+        # limit some coroutine has not let it: it hangs without awaiting.
         return 2 * self._timeout_s if call.is_async else self._timeout_s
 
     def _patience_s(self, calls: Sequence[Call]) -> float:
         """Seconds until the next call can be over its limit."""
         now = time.monotonic()
-        left = [call.started + self._limit_s(call) - now for call in calls if call.result is PENDING and call.started is not None]
+        left = [
+            call.started + self._limit_s(call) - now
+            for call in calls
+            if call.result is PENDING and call.started is not None
+        ]
         return min(max(min(left, default=self._timeout_s), 0.0), self._timeout_s)
 
     def _expire(self, calls: Sequence[Call]) -> None:
         now = time.monotonic()
         for call in calls:
-            if call.started is not None and call.result is PENDING and call.started + self._limit_s(call) <= now:
+            if (
+                call.started is not None
+                and call.result is PENDING
+                and call.started + self._limit_s(call) <= now
+            ):
                 self._leave_behind(call)
-        stranded = [call for call in calls if call.started is None and call.lane is not None and call.lane.abandoned]
+        stranded = [
+            call for call in calls if call.started is None and call.lane is not None and call.lane.abandoned
+        ]
         if stranded:
             self._submit(stranded)
 
     def _leave_behind(self, call: Call) -> None:
         cause = f"no answer within {self._timeout_s:g} s"
         if call.is_async:
-            cause += ", and an async function held the event loop; await inside it, or make it a plain function"
+            cause += (
+                ", and an async function held the event loop; await inside it, or make it a plain function"
+            )
         lane = call.lane
         if not call.settle(Failure("reward_timeout", cause)) or lane is None:
             return

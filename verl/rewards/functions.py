@@ -1,4 +1,6 @@
-"""Reward functions: the forms that a user's may have, the table of built-in ones, and their weighted sum over trajectories."""
+"""Reward functions: the forms that a user's may have, the table of built-in ones, and their weighted sum over
+trajectories.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ REWARDS: dict[str, Callable[..., Any] | str] = {
     "model": "verl.rewards.model:model",
 }
 
-# Name -> what gets a built-in function ready, called with its options before the first step, outside of any time limit.
+# Name -> what gets a built-in function ready, called with its options before the first step, outside of any
+# time limit.
 PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model:prepare"}
 
 FORMS: Final = (
@@ -52,17 +55,21 @@ class RewardFunction:
     """A user's function with its weight and options; its form is read from its signature.
 
     Forms, plain or async:
-        f(prompt, response): one answer. `prompt` is the prompt's content, text or chat messages; `response` the text.
-            Further parameters are filled by name from the data: `answer` or `ground_truth` (the reference), `source`,
-            or a column.
+        f(prompt, response): one answer. `prompt` is the prompt's content, text or chat messages; `response`
+        the text.
+            Further parameters are filled by name from the data: `answer` or `ground_truth` (the reference),
+            `source`, or a column.
         f(trajectory): one answer with everything known about it.
-        f(prompts, completions, **columns): all answers at once, as for TRL's trainers. A completion is text, or for
-            chat messages a list with the assistant's message. Columns that are named, or all with `**columns`, come as
-            lists over the rows; so do `answer` and `completion_ids` (token ids). It returns one value per row; None
-            says that the function does not apply to that row, and adds nothing there.
+        f(prompts, completions, **columns): all answers at once, as for TRL's trainers. A completion is text,
+        or for
+            chat messages a list with the assistant's message. Columns that are named, or all with
+            `**columns`, come as lists over the rows; so do `answer` and `completion_ids` (token ids). It
+            returns one value per row; None says that the function does not apply to that row, and adds
+            nothing there.
 
-    A value is a number, or a mapping with `reward` and further named scores, such as `accuracy`. Its `turn_rewards`, a
-    number for each turn of the trajectory, are added to the reward, and each is credited to the end of its turn.
+    A value is a number, or a mapping with `reward` and further named scores, such as `accuracy`. Its
+    `turn_rewards`, a number for each turn of the trajectory, are added to the reward, and each is credited to
+    the end of its turn.
 
     Args:
         function: the function.
@@ -71,11 +78,17 @@ class RewardFunction:
         options: arguments for parameters that the form leaves free.
 
     Raises:
-        ValueError: it fits no form, or an option is not one of its parameters, or one that it needs is missing.
+        ValueError: it fits no form, or an option is not one of its parameters, or one that it needs is
+            missing.
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, name: str | None = None, weight: float = 1.0, options: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        weight: float = 1.0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.function = function
         self.name = name or _name_of(function)
@@ -85,7 +98,9 @@ class RewardFunction:
             raise ValueError(f"need a finite weight for reward function {self.name!r}, got {weight}")
         parameters = _parameters(function, self.name)
         self.form: Form = _form(parameters, self.name)
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            type(function).__call__
+        )
         self._takes_columns = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._own = _own_parameters(parameters, self.form)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -100,7 +115,9 @@ class RewardFunction:
         return [Call(name, partial(call, trajectory), is_async=self.is_async) for trajectory in trajectories]
 
     def scores(self, calls: Sequence[Call], num_rows: int) -> list[Score | Failure | None]:
-        """What the settled calls say of each row: named finite numbers, a failure, or None where it does not apply."""
+        """What the settled calls say of each row: named finite numbers, a failure, or None where it does not
+        apply.
+        """
         if self.form != "batched":
             return [_score(call.result) for call in calls]
         values = calls[0].result
@@ -117,7 +134,9 @@ class RewardFunction:
             ValueError: no prompt has one of them.
         """
         names = [name for name in self._free if name not in self.options and name not in _BATCHED]
-        values = {name: _MISSING if all(_column(p, name) is _MISSING for p in prompts) else None for name in names}
+        values = {
+            name: _MISSING if all(_column(p, name) is _MISSING for p in prompts) else None for name in names
+        }
         try:
             self._check_present(values, prompts)
         except ValueError as error:
@@ -127,10 +146,18 @@ class RewardFunction:
         unknown = sorted(set(self.options) - set(self._free))
         if unknown:
             valid = ", ".join(self._free) or "none"
-            raise ValueError(f"need options that reward function {self.name!r} takes ({valid}), got {', '.join(unknown)}")
-        needed = [name for name, default in self._free.items() if default is inspect.Parameter.empty and name not in self.options]
+            raise ValueError(
+                f"need options that reward function {self.name!r} takes ({valid}), got {', '.join(unknown)}"
+            )
+        needed = [
+            name
+            for name, default in self._free.items()
+            if default is inspect.Parameter.empty and name not in self.options
+        ]
         if self.form == "trajectory" and needed:
-            raise ValueError(f"reward function {self.name!r} needs {', '.join(needed)} besides the trajectory; give it as an option")
+            raise ValueError(
+                f"reward function {self.name!r} needs {', '.join(needed)} besides the trajectory; give it as an option"
+            )
 
     def _call_trajectory(self, trajectory: Trajectory) -> Any:
         return self.function(trajectory, **self.options)
@@ -139,7 +166,11 @@ class RewardFunction:
         prompt = trajectory.prompt
         values = {name: _column(prompt, name) for name in self._free if name not in self.options}
         if self._takes_columns:
-            values |= {name: value for name, value in prompt.columns.items() if name not in self._own and name not in self.options}
+            values |= {
+                name: value
+                for name, value in prompt.columns.items()
+                if name not in self._own and name not in self.options
+            }
         self._check_present(values, [prompt])
         return self.function(prompt.content, trajectory.text, **_present(values), **self.options)
 
@@ -148,8 +179,13 @@ class RewardFunction:
         names = set(self._free)
         if self._takes_columns:
             names |= {"answer", *(name for prompt in prompts for name in prompt.columns)}
-        columns = {name: [_column(p, name) for p in prompts] for name in names - set(self.options) - set(_BATCHED)}
-        values = {name: _MISSING if all(v is _MISSING for v in c) else [_none(v) for v in c] for name, c in columns.items()}
+        columns = {
+            name: [_column(p, name) for p in prompts] for name in names - set(self.options) - set(_BATCHED)
+        }
+        values = {
+            name: _MISSING if all(v is _MISSING for v in c) else [_none(v) for v in c]
+            for name, c in columns.items()
+        }
         self._check_present(values, prompts)
         inputs: dict[str, Any] = {
             "prompts": [p.content for p in prompts],
@@ -160,29 +196,44 @@ class RewardFunction:
         return self.function(**named, **_present(values), **self.options)
 
     def _check_present(self, values: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
-        missing = [name for name, value in values.items() if value is _MISSING and self._free.get(name) is inspect.Parameter.empty]
+        missing = [
+            name
+            for name, value in values.items()
+            if value is _MISSING and self._free.get(name) is inspect.Parameter.empty
+        ]
         if missing:
             known = sorted({name for prompt in prompts for name in prompt.columns})
-            has = ", ".join([*known, *(["answer"] if any(p.answer is not None for p in prompts) else [])]) or "none"
-            raise ValueError(f"the data needs the columns {', '.join(missing)}, it has {has}; name one of these, or give an option")
+            has = (
+                ", ".join([*known, *(["answer"] if any(p.answer is not None for p in prompts) else [])])
+                or "none"
+            )
+            raise ValueError(
+                f"the data needs the columns {', '.join(missing)}, it has {has}; name one of these, or give an option"
+            )
 
 
 class RewardFunctions:
-    """Scores trajectories with several functions at once; what a function cannot score has no reward, and says why.
+    """Scores trajectories with several functions at once; what a function cannot score has no reward, and
+    says why.
 
     Args:
         functions: at least one. Of two with the same name the second is called `name_2`.
         timeout_s: limit of one call in seconds, from when the function is entered.
-        max_failed_share: share of the trajectories of one `score` without a reward above which it raises, in [0, 1].
+        max_failed_share: share of the trajectories of one `score` without a reward above which it raises, in
+            [0, 1].
 
     Raises:
         ValueError: no functions.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], *, timeout_s: float, max_failed_share: float) -> None:
+    def __init__(
+        self, functions: Sequence[RewardFunction], *, timeout_s: float, max_failed_share: float
+    ) -> None:
         if not functions:
             names = ", ".join(REWARDS)
-            raise ValueError(f"need at least one reward function, got none; name one in rewards.functions ({names}) or pass reward_fn")
+            raise ValueError(
+                f"need at least one reward function, got none; name one in rewards.functions ({names}) or pass reward_fn"
+            )
         self._functions: dict[str, RewardFunction] = {}
         for function in functions:
             self._functions[_unused(function.name, self._functions)] = function
@@ -206,11 +257,12 @@ class RewardFunctions:
     def attempt(self, trajectories: Sequence[Trajectory]) -> None:
         """Fills `reward`, `scores`, `outcome` and `detail`, in place.
 
-        The reward is the sum of weight times value over the functions that apply. `scores` holds each value by function
-        name, and the further scores of mappings by their own (as `function/name` if that is taken). A trajectory that a
-        function fails on has no reward, the outcome `reward_error`, `reward_timeout`, `reward_not_finite`,
-        `reward_wrong_type` or `reward_wrong_count`, or `reward_not_applicable` if no function applies. Trajectories
-        whose outcome is not "ok" already, or that have a reward, are left as they are.
+        The reward is the sum of weight times value over the functions that apply. `scores` holds each value
+        by function name, and the further scores of mappings by their own (as `function/name` if that is
+        taken). A trajectory that a function fails on has no reward, the outcome `reward_error`,
+        `reward_timeout`, `reward_not_finite`, `reward_wrong_type` or `reward_wrong_count`, or
+        `reward_not_applicable` if no function applies. Trajectories whose outcome is not "ok" already, or
+        that have a reward, are left as they are.
 
         Raises:
             RuntimeError: too many calls never return.
@@ -220,7 +272,9 @@ class RewardFunctions:
             return
         calls = {name: function.calls(rows, name) for name, function in self._functions.items()}
         self._pool.run([call for of_function in calls.values() for call in of_function])
-        results = {name: function.scores(calls[name], len(rows)) for name, function in self._functions.items()}
+        results = {
+            name: function.scores(calls[name], len(rows)) for name, function in self._functions.items()
+        }
         for i, trajectory in enumerate(rows):
             self._write(trajectory, {name: of_function[i] for name, of_function in results.items()})
 
@@ -233,14 +287,18 @@ class RewardFunctions:
         failed = [t for t in trajectories if t.reward is None]
         if len(failed) <= self._max_failed_share * len(trajectories):
             return
-        counts = ", ".join(f"{outcome} {count}" for outcome, count in Counter(t.outcome for t in failed).most_common())
+        counts = ", ".join(
+            f"{outcome} {count}" for outcome, count in Counter(t.outcome for t in failed).most_common()
+        )
         raise RuntimeError(
             f"need a reward for at least {1 - self._max_failed_share:.0%} of the answers, {len(failed)} of {len(trajectories)} have none "
             f"({counts}); first: {failed[0].detail}; correct the function, or raise rewards.timeout_s or rewards.max_failed_share"
         )
 
     def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Refuses prompts without a column that a function cannot do without; see `RewardFunction.check_data`."""
+        """Refuses prompts without a column that a function cannot do without; see
+        `RewardFunction.check_data`.
+        """
         for function in self._functions.values():
             function.check_data(prompts)
 
@@ -257,15 +315,23 @@ class RewardFunctions:
             scored[name]["reward"] += sum(values)
         reward = sum(self._functions[name].weight * score["reward"] for name, score in scored.items())
         if not scored and not failures:
-            failures = {", ".join(results): Failure("reward_not_applicable", "no function applies to this prompt")}
+            failures = {
+                ", ".join(results): Failure("reward_not_applicable", "no function applies to this prompt")
+            }
         elif not math.isfinite(reward):
-            failures = failures or {", ".join(results): Failure("reward_not_finite", f"the weighted sum is {reward}")}
+            failures = failures or {
+                ", ".join(results): Failure("reward_not_finite", f"the weighted sum is {reward}")
+            }
         trajectory.scores.update(_named_scores(scored))
         # In the order of the functions, whichever apply: the parts of siblings are compared one by one.
         weights = {name: function.weight for name, function in self._functions.items()}
-        weighted = [[weights[name] * value for value in values] for name, values in turns.items() if not failures]
+        weighted = [
+            [weights[name] * value for value in values] for name, values in turns.items() if not failures
+        ]
         trajectory.turn_rewards = [sum(of_turn) for of_turn in zip(*weighted, strict=True)]
-        trajectory.parts = [(weights[name], scored[name]["reward"]) if name in scored else (0.0, 0.0) for name in weights]
+        trajectory.parts = [
+            (weights[name], scored[name]["reward"]) if name in scored else (0.0, 0.0) for name in weights
+        ]
         trajectory.reward = None if failures else reward
         for name, failure in list(failures.items())[:1]:
             trajectory.outcome, trajectory.detail = failure.outcome, f"{name}: {failure.detail}"
@@ -301,7 +367,8 @@ def build_rewards(
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """A reward function by its name in `REWARDS`, as "package.module:function", or as "path/file.py:function".
+    """A reward function by its name in `REWARDS`, as "package.module:function", or as
+    "path/file.py:function".
 
     Raises:
         ValueError: there is no such name, module, file or function.
@@ -312,7 +379,9 @@ def load_function(name: str) -> Callable[..., Any]:
     place, colon, attribute = known.rpartition(":")
     if not colon:
         names = f"{', '.join(REWARDS)}; the nearest is {nearest(name, list(REWARDS))}"
-        raise ValueError(f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", got {name!r}')
+        raise ValueError(
+            f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", got {name!r}'
+        )
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
@@ -322,12 +391,15 @@ def load_function(name: str) -> Callable[..., Any]:
         ) from error
     function = vars(module).get(attribute)
     if not callable(function):
-        raise ValueError(f"need a function {attribute!r} in {place!r}, there is {'none' if function is None else type(function).__name__}")
+        raise ValueError(
+            f"need a function {attribute!r} in {place!r}, there is {'none' if function is None else type(function).__name__}"
+        )
     return function
 
 
 def overlong_penalty(length: int, *, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
-    """What an answer's length adds to its reward: 0 up to max - buffer, from there linearly to -penalty at max and beyond.
+    """What an answer's length adds to its reward: 0 up to max - buffer, from there linearly to -penalty at
+    max and beyond.
 
     Soft overlong punishment, DAPO, https://arxiv.org/abs/2503.14476, section 3.4, equation 13.
 
@@ -344,7 +416,9 @@ def overlong_penalty(length: int, *, max_tokens: int, buffer_tokens: int, penalt
         ValueError: the buffer is negative or longer than the longest answer.
     """
     if not 0 <= buffer_tokens <= max_tokens:
-        raise ValueError(f"need 0 <= buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens} and max_tokens={max_tokens}")
+        raise ValueError(
+            f"need 0 <= buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens} and max_tokens={max_tokens}"
+        )
     over = length - (max_tokens - buffer_tokens)
     return -penalty * min(over / buffer_tokens, 1.0) if buffer_tokens and over > 0 else 0.0
 
@@ -367,7 +441,9 @@ def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Paramet
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"need a reward function whose signature can be read, got {name!r}; wrap it as one of {FORMS}") from error
+        raise ValueError(
+            f"need a reward function whose signature can be read, got {name!r}; wrap it as one of {FORMS}"
+        ) from error
 
 
 def _form(parameters: Sequence[inspect.Parameter], name: str) -> Form:
@@ -379,12 +455,18 @@ def _form(parameters: Sequence[inspect.Parameter], name: str) -> Form:
     if second and first not in _NOT_FIRST and second not in _NOT_SECOND:
         return "answer"
     signature = ", ".join(str(p) for p in parameters)
-    raise ValueError(f"need a reward function of the form {FORMS}, with its first arguments in this order; got {name}({signature})")
+    raise ValueError(
+        f"need a reward function of the form {FORMS}, with its first arguments in this order; got {name}({signature})"
+    )
 
 
 def _leading(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
     """Positional parameters without a default."""
-    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    return [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
 
 
 def _own_parameters(parameters: Sequence[inspect.Parameter], form: Form) -> list[str]:
@@ -395,7 +477,9 @@ def _own_parameters(parameters: Sequence[inspect.Parameter], form: Form) -> list
 
 
 def _column(prompt: Prompt, name: str) -> Any:
-    """The value for a parameter of that name; no reference answer is a missing one, so that it is not compared with None."""
+    """The value for a parameter of that name; no reference answer is a missing one, so that it is not
+    compared with None.
+    """
     if name == "answer" or (name == "ground_truth" and name not in prompt.columns):
         return _MISSING if prompt.answer is None else prompt.answer
     if name == "source" and name not in prompt.columns:
@@ -436,7 +520,9 @@ def _load_file(path: Path) -> ModuleType:
 
 def _rows(values: Any, num_rows: int) -> list[Any] | Failure:
     """The values that a batched function returned, one per row."""
-    if isinstance(values, (str, bytes, Mapping)) or not (isinstance(values, Iterable) and isinstance(values, Sized)):
+    if isinstance(values, (str, bytes, Mapping)) or not (
+        isinstance(values, Iterable) and isinstance(values, Sized)
+    ):
         return Failure("reward_wrong_type", f"need a list of numbers, got {type(values).__name__}")
     try:
         rows = list(values)
@@ -453,19 +539,26 @@ def _score(value: Any) -> Score | Failure:
         return value
     named = value if isinstance(value, Mapping) else {"reward": value}
     if "reward" not in named:
-        return Failure("reward_wrong_type", f"need a number or a mapping with 'reward', got a mapping with {sorted(map(str, named))}")
+        return Failure(
+            "reward_wrong_type",
+            f"need a number or a mapping with 'reward', got a mapping with {sorted(map(str, named))}",
+        )
     score: Score = {}
     for name, entry in named.items():
         if name == "turn_rewards":
             numbers = [_number(value) for value in entry] if isinstance(entry, list | tuple) else [None]
             if any(number is None or not math.isfinite(number) for number in numbers):
-                return Failure("reward_wrong_type", f"need a list of finite numbers for 'turn_rewards', got {entry}")
+                return Failure(
+                    "reward_wrong_type", f"need a list of finite numbers for 'turn_rewards', got {entry}"
+                )
             score[name] = numbers
             continue
         number = _number(entry)
         if number is None:
             hint = "; it did not return a value" if entry is None else ""
-            return Failure("reward_wrong_type", f"need a number for {name!r}, got {type(entry).__name__}{hint}")
+            return Failure(
+                "reward_wrong_type", f"need a number for {name!r}, got {type(entry).__name__}{hint}"
+            )
         if not math.isfinite(number):
             return Failure("reward_not_finite", f"need a finite number for {name!r}, got {number}")
         score[str(name)] = number
@@ -485,7 +578,9 @@ def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> di
     """A failure for each function whose turn rewards are not one per turn."""
     count = len(turn_ends(trajectory)) if turns else 0
     return {
-        name: Failure("reward_wrong_count", f"need a turn reward for each of {count} turns, got {len(values)}")
+        name: Failure(
+            "reward_wrong_count", f"need a turn reward for each of {count} turns, got {len(values)}"
+        )
         for name, values in turns.items()
         if len(values) != count
     }

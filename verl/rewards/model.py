@@ -38,7 +38,8 @@ def model(
 ) -> list[float]:
     """What a trained reward model says of answers: its head at the last token, which is the end token.
 
-    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded once, by `prepare` or at the first call.
+    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded once, by `prepare` or at the
+    first call.
 
     Args:
         prompts: B texts or lists of chat messages.
@@ -74,15 +75,19 @@ def prepare(
     _judge(path, system_prompt, precision, device)
 
 
-def rows_to_score(prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None) -> Batch:
-    """A row for each answer: closed with the end token, and followed by one token that the model does not read.
+def rows_to_score(
+    prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None
+) -> Batch:
+    """A row for each answer: closed with the end token, and followed by one token that the model does not
+    read.
 
     Args:
         prompts: B prompts.
         answers: B texts.
         codec: tokenizer of the reward model.
-        pad_id: of its configuration. Transformers reads a score at the last token that is not this one; where it is the end
-            token too, as in some models of others, the answer is left open, so that the score is the same.
+        pad_id: of its configuration. Transformers reads a score at the last token that is not this one; where
+            it is the end token too, as in some models of others, the answer is left open, so that the score
+            is the same.
     """
     trajectories = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -90,7 +95,9 @@ def rows_to_score(prompts: Sequence[Prompt], answers: Sequence[str], *, codec: T
         while ids and ids[-1] == pad_id:
             ids.pop()
         row = [*ids, _UNREAD]
-        trajectories.append(Trajectory(prompt, codec.encode_prompt(prompt), row, [True] * len(row), None, [0] * len(row), i))
+        trajectories.append(
+            Trajectory(prompt, codec.encode_prompt(prompt), row, [True] * len(row), None, [0] * len(row), i)
+        )
     return Batch.from_trajectories(trajectories)
 
 
@@ -124,12 +131,20 @@ class Judge:
     def of(cls, group: WorkerGroup, path: str, system_prompt: str | None) -> Judge:
         """The judge whose model and tokenizer are in a folder."""
         config = group.call(RoleWorker.model_config).result()
-        return cls(group, TextCodec.load(path, system_prompt=system_prompt), config.get_text_config().pad_token_id)
+        return cls(
+            group, TextCodec.load(path, system_prompt=system_prompt), config.get_text_config().pad_token_id
+        )
 
-    def scores(self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int) -> list[float]:
+    def scores(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int
+    ) -> list[float]:
         """What it says of each answer."""
         rows = rows_to_score(prompts, answers, codec=self.codec, pad_id=self.pad_id)
-        plan = balance(rows.num_tokens, num_ranks=self.group.layouts["train"].num_parts, micro_batch_tokens=micro_batch_tokens)
+        plan = balance(
+            rows.num_tokens,
+            num_ranks=self.group.layouts["train"].num_parts,
+            micro_batch_tokens=micro_batch_tokens,
+        )
         with self.lock:
             numbers: list[float] = self.group.call(RewardWorker.score, rows, plan).result()["scores"].tolist()
         return numbers
@@ -152,10 +167,16 @@ def on_group(judge: Judge) -> Callable[..., list[float]]:
     return model
 
 
-def _scores(judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], micro_batch_tokens: int) -> list[float]:
+def _scores(
+    judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], micro_batch_tokens: int
+) -> list[float]:
     if not prompts:
         return []
-    return judge.scores([Prompt(prompt) for prompt in prompts], [_text(c) for c in completions], micro_batch_tokens=micro_batch_tokens)
+    return judge.scores(
+        [Prompt(prompt) for prompt in prompts],
+        [_text(c) for c in completions],
+        micro_batch_tokens=micro_batch_tokens,
+    )
 
 
 _LOADING = threading.Lock()
@@ -163,7 +184,9 @@ _LOADING = threading.Lock()
 
 def _judge(path: str | None, system_prompt: str | None, precision: Precision, device: str) -> Judge:
     if not path:
-        raise ValueError("need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`")
+        raise ValueError(
+            "need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`"
+        )
     with _LOADING:  # Two calls at once must not load it twice.
         return _loaded(path, system_prompt, precision, device)
 
@@ -180,5 +203,7 @@ def _loaded(path: str, system_prompt: str | None, precision: Precision, device: 
 def _text(completion: Any) -> str:
     text = completion[-1].get("content") if isinstance(completion, list) and completion else completion
     if not isinstance(text, str):
-        raise ValueError(f"need completions that are texts or end with a message's text, got {type(completion).__name__}")
+        raise ValueError(
+            f"need completions that are texts or end with a message's text, got {type(completion).__name__}"
+        )
     return text

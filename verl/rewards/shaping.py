@@ -1,4 +1,6 @@
-"""What the length of an answer adds to its reward, compared with its siblings; the overlong penalty needs none and is in `functions`."""
+"""What the length of an answer adds to its reward, compared with its siblings; the overlong penalty needs
+none and is in `functions`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from verl.config.settings import Choice
 
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight lambda for right answers and weight min(0, lambda) for wrong ones, lambda = 1/2 - (n - n_min) / (n_max - n_min).
+    """weight lambda for right answers and weight min(0, lambda) for wrong ones, lambda = 1/2 - (n - n_min) /
+    (n_max - n_min).
 
-    Kimi k1.5, https://arxiv.org/abs/2501.12599, section 2.3.3. Answers of one length all get 0. An answer is right if its
-    reward is above 0.
+    Kimi k1.5, https://arxiv.org/abs/2501.12599, section 2.3.3. Answers of one length all get 0. An answer is
+    right if its reward is above 0.
 
     Args:
         rewards: [n] float, of the siblings of one group.
@@ -38,10 +41,11 @@ def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> 
 
 
 def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1) -> Tensor:
-    """-weight sigmoid((n - mean) / std) for right answers, with mean and deviation over the right answers of the group; 0 for wrong ones.
+    """-weight sigmoid((n - mean) / std) for right answers, with mean and deviation over the right answers of
+    the group; 0 for wrong ones.
 
-    Training language models to reason efficiently, https://arxiv.org/abs/2502.04463, section 3. An answer is right if its
-    reward is above 0.
+    Training language models to reason efficiently, https://arxiv.org/abs/2502.04463, section 3. An answer is
+    right if its reward is above 0.
 
     Args:
         rewards: [n] float, of the siblings of one group.
@@ -66,19 +70,30 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
 
 
 def bound_length_penalty(choice: Choice) -> Bound | None:
-    """The chosen function, called once on a small group so that a wrong option is found at the start; None for "off".
+    """The chosen function, called once on a small group so that a wrong option is found at the start; None
+    for "off".
 
     Raises:
-        ValueError: an unknown function or option, one out of its bounds, or a function that cannot be called with these columns.
+        ValueError: an unknown function or option, one out of its bounds, or a function that cannot be called
+            with these columns.
     """
     if choice.name == "off":
         if choice.options:
-            raise ValueError(f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one of {_NAMES}")
+            raise ValueError(
+                f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one of {_NAMES}"
+            )
         return None
     bound = bind(choice, LENGTH_PENALTIES, columns=("rewards", "num_tokens"))
     try:
-        bound({"rewards": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), "num_tokens": torch.tensor([2, 3, 5])})
-    except Exception as error:  # the process border to a user's function, told before the run instead of in its first step
+        bound(
+            {
+                "rewards": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64),
+                "num_tokens": torch.tensor([2, 3, 5]),
+            }
+        )
+    except (
+        Exception
+    ) as error:  # the process border to a user's function, told before the run instead of in its first step
         raise ValueError(f"algorithm.length_penalty {bound.name}: {error}") from error
     return bound
 
@@ -89,5 +104,8 @@ def _check_weight(weight: float) -> None:
 
 
 # Each takes the rewards and lengths of one group; "off" stands for none.
-LENGTH_PENALTIES: dict[str, Callable[..., Tensor]] = {"kimi_length": kimi_length, "relative_length": relative_length}
+LENGTH_PENALTIES: dict[str, Callable[..., Tensor]] = {
+    "kimi_length": kimi_length,
+    "relative_length": relative_length,
+}
 _NAMES = ", ".join(LENGTH_PENALTIES)

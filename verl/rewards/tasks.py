@@ -19,7 +19,8 @@ def exact(trajectory: Trajectory) -> dict[str, float]:
 
 
 def position_share(trajectory: Trajectory) -> dict[str, float]:
-    """Share of positions that hold the reference's character, of the longer of answer and reference, both stripped.
+    """Share of positions that hold the reference's character, of the longer of answer and reference, both
+    stripped.
 
     An answer no longer than the reference is so measured over the reference's length, and a longer one loses.
 
@@ -37,8 +38,8 @@ def position_share(trajectory: Trajectory) -> dict[str, float]:
 def prefix_share(trajectory: Trajectory) -> dict[str, float]:
     """Share of the reference's characters that the answer holds before its first error, both stripped.
 
-    Dense: one more right character earns more. What follows a complete reference costs nothing; where answers must
-    also stop, add `exact` with a weight.
+    Dense: one more right character earns more. What follows a complete reference costs nothing; where answers
+    must also stop, add `exact` with a weight.
 
     Returns:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
@@ -55,7 +56,9 @@ def prefix_share(trajectory: Trajectory) -> dict[str, float]:
 def _reference(trajectory: Trajectory) -> str:
     prompt = trajectory.prompt
     if prompt.answer is None:
-        raise ValueError(f"need a reference answer, prompt {prompt.index} has none; name the column that holds it in data.answer_key")
+        raise ValueError(
+            f"need a reference answer, prompt {prompt.index} has none; name the column that holds it in data.answer_key"
+        )
     return str(prompt.answer).strip()
 
 

@@ -1,4 +1,6 @@
-"""The policy as a worker that also answers prompts, and the engine that lets a group of such workers answer them."""
+"""The policy as a worker that also answers prompts, and the engine that lets a group of such workers answer
+them.
+"""
 
 from __future__ import annotations
 
@@ -68,20 +70,29 @@ class ActorWorker(DirectWorker, PolicyWorker):
         self._codec, self._hybrid = codec, hybrid
         if hybrid is not None:
             self.places = {**self.places, "generate": hybrid.place}
-        self._embedded = EmbeddedEngine(self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots)
+        self._embedded = EmbeddedEngine(
+            self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots
+        )
         self._apart = generator
         self._has_weights = False
         self._shared: list[Tensor] = []
 
     @register(THREE_D_ALL_MICRO_DP)
-    def generate(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> tuple[list[Answers], Batch]:
+    def generate(
+        self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
+    ) -> tuple[list[Answers], Batch]:
         """Answers this rank's prompts; `version` is that of the weights.
 
         Returns:
-            For each prompt why each of its answers ended and its text, and the tokens of all of them as a batch, answer by
+            For each prompt why each of its answers ended and its text, and the tokens of all of them as a
+            batch, answer by
             answer: `response_ids` and `rollout_logprobs`.
         """
-        groups = self._by_policy(prompts, params, version) if self._apart is None else self._by(self._apart, prompts, params, version)
+        groups = (
+            self._by_policy(prompts, params, version)
+            if self._apart is None
+            else self._by(self._apart, prompts, params, version)
+        )
         completions = [completion for group in groups for completion in group]
         tokens = Batch(
             {
@@ -95,21 +106,31 @@ class ActorWorker(DirectWorker, PolicyWorker):
         ]
         return texts, tokens
 
-    def _by_policy(self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int) -> list[list[Completion]]:
+    def _by_policy(
+        self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
+    ) -> list[list[Completion]]:
         self._embedded.publish(version)
         with self.engine.whole_weights() if self._hybrid is None else self._hybrid.ready(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
     def _by(
-        self, generator: OwnWeightsEngine, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
+        self,
+        generator: OwnWeightsEngine,
+        prompts: list[Sequence[int]],
+        params: list[SamplingParams],
+        version: int,
     ) -> list[list[Completion]]:
-        """With an engine that takes the weights over when they have changed; tensor ranks leave the answers to their first."""
+        """With an engine that takes the weights over when they have changed; tensor ranks leave the answers
+        to their first.
+        """
         if not self._has_weights or generator.version != version:
             digests: dict[str, int] = {}
             self._has_weights = False
             got = generator.load(self._noted_weights(digests), version)
             if got != fingerprint(digests):
-                raise RuntimeError(f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log")
+                raise RuntimeError(
+                    f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log"
+                )
             self._has_weights = True
         if not self.places["generate"].collects:
             return [[] for _ in prompts]
@@ -137,7 +158,9 @@ class ActorWorker(DirectWorker, PolicyWorker):
 
     @register(FULLEST)
     def take_switches(self) -> dict[str, float]:
-        """What the switches to the generation layout took since this was last asked, on the rank to which they cost most."""
+        """What the switches to the generation layout took since this was last asked, on the rank to which
+        they cost most.
+        """
         return {} if self._hybrid is None else self._hybrid.take_switches()
 
     @register(SAME_ON_ALL)
@@ -154,26 +177,32 @@ class ActorWorker(DirectWorker, PolicyWorker):
     def write_weights(
         self, infos: Sequence[TensorInfo], path: str, slices: Mapping[str, Sequence[Bounds]]
     ) -> tuple[dict[str, int], Tensor | None]:
-        """Writes tensors of the policy end to end into a file that is mapped; all ranks gather, the first one writes.
+        """Writes tensors of the policy end to end into a file that is mapped; all ranks gather, the first one
+        writes.
 
         Returns:
-            For each tensor and for its `slices` their digests as they were before they were written, by `key_of`; and the bytes, if there
-            is no such file where the rank is.
+            For each tensor and for its `slices` their digests as they were before they were written, by
+            `key_of`; and the bytes, if there is no such file where the rank is.
         """
         target = self._target(infos, path) if self.places["ranks"].data_rank == 0 else None
         digests = self._fill(target, infos, slices)
         return digests, None if target is None or Path(path).exists() else target
 
     @register(SAME_ON_ALL)
-    def share_weights(self, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]) -> tuple[dict[str, int], dict[str, Any]]:
-        """As `write_weights`, into memory of the first rank's GPU, which stays until `drop_shared`; the handle of it, and the digests.
+    def share_weights(
+        self, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """As `write_weights`, into memory of the first rank's GPU, which stays until `drop_shared`; the
+        handle of it, and the digests.
 
         Raises:
             ValueError: the policy is not on a GPU.
         """
         device = self.engine.model.device
         if device.type != "cuda":
-            raise ValueError(f"need the policy on a GPU for rollout.weights_via=ipc, it is on {device}; take auto")
+            raise ValueError(
+                f"need the policy on a GPU for rollout.weights_via=ipc, it is on {device}; take auto"
+            )
         if self.places["ranks"].data_rank != 0:
             return self._fill(None, infos, slices), {}
         target = torch.empty(num_bytes_of(infos), dtype=torch.uint8, device=device)
@@ -187,7 +216,9 @@ class ActorWorker(DirectWorker, PolicyWorker):
         """Gives the memory of `share_weights` back as soon as no engine reads it."""
         self._shared.clear()
 
-    def _fill(self, target: Tensor | None, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]) -> dict[str, int]:
+    def _fill(
+        self, target: Tensor | None, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]
+    ) -> dict[str, int]:
         """All ranks gather, and one has a target for the tensors, end to end; their digests there."""
         wanted = {info.name: info for info in infos}
         digests: dict[str, int] = {}
@@ -204,7 +235,11 @@ class ActorWorker(DirectWorker, PolicyWorker):
     def _target(self, infos: Sequence[TensorInfo], path: str) -> Tensor:
         num_bytes = num_bytes_of(infos)
         exists = Path(path).exists()
-        return map_file(Path(path), num_bytes, for_writing=True) if exists else torch.empty(num_bytes, dtype=torch.uint8)
+        return (
+            map_file(Path(path), num_bytes, for_writing=True)
+            if exists
+            else torch.empty(num_bytes, dtype=torch.uint8)
+        )
 
     @register(SAME_ON_ALL)
     def additions(self) -> dict[str, bytes]:
@@ -215,7 +250,8 @@ class ActorWorker(DirectWorker, PolicyWorker):
 class ActorEngine(RolloutEngine):
     """Lets the ranks of the policy answer, each its share of the prompts: no copy of the weights, no sync.
 
-    Where the ranks are other processes, the tokens stay with them: the completions know their lengths, and fetch what is read.
+    Where the ranks are other processes, the tokens stay with them: the completions know their lengths, and
+    fetch what is read.
     """
 
     def __init__(self, actor: WorkerGroup) -> None:
@@ -234,7 +270,9 @@ class ActorEngine(RolloutEngine):
         """See `RolloutEngine.take_metrics`."""
         return self._actor.call(ActorWorker.take_switches).result()
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
@@ -242,7 +280,14 @@ class ActorEngine(RolloutEngine):
             RuntimeError: the model's logits are not finite.
         """
         if len(prompts) != len(params):
-            raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
-        groups, tokens = self._actor.call(ActorWorker.generate, list(prompts), list(params), self.version).result()
+            raise ValueError(
+                f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters"
+            )
+        groups, tokens = self._actor.call(
+            ActorWorker.generate, list(prompts), list(params), self.version
+        ).result()
         rows = zip(tokens.rows("response_ids"), tokens.rows("rollout_logprobs"), strict=True)
-        return [[Completion(*next(rows), reason, self.version, text) for reason, text in group] for group in groups]
+        return [
+            [Completion(*next(rows), reason, self.version, text) for reason, text in group]
+            for group in groups
+        ]

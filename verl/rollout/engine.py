@@ -33,7 +33,8 @@ class EngineSpec:
         name: for people, unique in a pool.
         model: folder of the policy as it was at the start, with its tokenizer.
         options: what the engine itself offers, passed on as it is.
-        address: http://HOST:PORT of a server that runs already; None: the run starts one, on the loopback interface.
+        address: http://HOST:PORT of a server that runs already; None: the run starts one, on the loopback
+            interface.
         python: interpreter of the environment that has the engine; None: this one.
         secret: that a server of this run asks for, and that is sent along.
         log: takes the output of a server that is started.
@@ -85,7 +86,8 @@ class OwnWeightsEngine(RolloutEngine):
 
     @abstractmethod
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
-        """Takes all weights of the policy, by their names in a Hugging Face folder, awake or asleep; afterwards it is awake.
+        """Takes all weights of the policy, by their names in a Hugging Face folder, awake or asleep;
+        afterwards it is awake.
 
         Returns:
             `fingerprint` of the tensors that it handed to its model, as they came.
@@ -93,18 +95,19 @@ class OwnWeightsEngine(RolloutEngine):
 
 
 class ServedEngine(ABC):
-    """An engine in another process, asked from one event loop; every method but `sample` returns within its time limit or raises.
+    """An engine in another process, asked from one event loop; every method but `sample` returns within its
+    time limit or raises.
 
     Attributes:
         spec: what it was made from.
         follows: whether its weights can be those of the policy; if not, it serves what it has.
         vias: ways in which it takes weights, the best first.
         num_ranks: processes that take weights, for a group.
-        reads: what each rank was seen to read of the tensors of an update that it was given whole, for engines with several ranks; the
-            next one has that alone. None: it is not known.
+        reads: what each rank was seen to read of the tensors of an update that it was given whole, for
+            engines with several ranks; the next one has that alone. None: it is not known.
         records: whether it may be found out in the next update.
-        seeds_by_place: whether the random number of a token hangs on the seed and its place in the row alone, so that another engine of
-            this kind goes on with an answer as this one would have.
+        seeds_by_place: whether the random number of a token hangs on the seed and its place in the row alone,
+            so that another engine of this kind goes on with an answer as this one would have.
     """
 
     follows: bool = True
@@ -129,7 +132,9 @@ class ServedEngine(ABC):
         ways = [via for via in self.vias if is_local or via not in ("shm", "ipc")]
         chosen = self.spec.via or next(iter(ways), None)
         if chosen not in ways:
-            raise ValueError(f"need a way for weights to engine {self.spec.name}, got {chosen}; it takes {', '.join(ways) or 'none'}")
+            raise ValueError(
+                f"need a way for weights to engine {self.spec.name}, got {chosen}; it takes {', '.join(ways) or 'none'}"
+            )
         return chosen
 
     @abstractmethod
@@ -138,20 +143,25 @@ class ServedEngine(ABC):
 
         Raises:
             EngineError: it did not start, with the last lines of its log.
-            ValueError: what was given cannot be used: an option that it does not know, a version that is too old.
+            ValueError: what was given cannot be used: an option that it does not know, a version that is too
+                old.
         """
 
     @abstractmethod
-    def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """One of the answers to a prompt, in chunks as they come; the last one has a finish reason.
 
         Leaving the iteration aborts the request in the engine.
 
         Args:
             prompt_ids: not empty.
-            params: how to sample; stop ids of the tokenizer are among `params.stop_ids`. `params.n` does not count.
-            number: of the answer, which with `params.seed` says which random numbers it is drawn with, see `seed_of`; equal weights,
-                prompts, seeds and numbers give equal answers where the engine can do that.
+            params: how to sample; stop ids of the tokenizer are among `params.stop_ids`. `params.n` does not
+                count.
+            number: of the answer, which with `params.seed` says which random numbers it is drawn with, see
+                `seed_of`; equal weights, prompts, seeds and numbers give equal answers where the engine can
+                do that.
 
         Raises:
             EngineError: see there; also if nothing came for `spec.timeout_s`.
@@ -178,8 +188,12 @@ class ServedEngine(ABC):
         """Goes on, with caches of old weights forgotten."""
         raise NotImplementedError
 
-    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
-        """Joins a process group for `group` as the ranks from `first_rank` on; rank 0 sends. Waits for the others."""
+    async def join_group(
+        self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
+    ) -> None:
+        """Joins a process group for `group` as the ranks from `first_rank` on; rank 0 sends. Waits for the
+        others.
+        """
         raise NotImplementedError
 
     async def begin_update(self) -> None:
@@ -191,16 +205,19 @@ class ServedEngine(ABC):
         raise NotImplementedError
 
     async def end_update(self, version: int) -> str:
-        """Serves the new weights from now on, and says which they are: `fingerprint_of_ranks` of the digests of the tensors that it took.
+        """Serves the new weights from now on, and says which they are: `fingerprint_of_ranks` of the digests
+        of the tensors that it took.
 
-        A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those of earlier updates do
-        not count. One of which a rank got parts counts by them, as `verl.weight_sync.shard_tracking.key_of` names them.
+        A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those
+        of earlier updates do not count. One of which a rank got parts counts by them, as
+        `verl.weight_sync.shard_tracking.key_of` names them.
         """
         raise NotImplementedError
 
     async def load_additions(self, folder: Path, version: int) -> str:
-        """Takes low-rank additions in PEFT format in place of those before; returns the `fingerprint` of its tensors as they are in the
-        file `adapter_model.safetensors`. Requests from now on are answered with them."""
+        """Takes low-rank additions in PEFT format in place of those before; returns the `fingerprint` of its
+        tensors as they are in the file `adapter_model.safetensors`. Requests from now on are answered with
+        them."""
         raise NotImplementedError
 
     async def sleep(self) -> None:

@@ -1,4 +1,6 @@
-"""Engines behind HTTP: what all of them need of a client, and the engine for any server with OpenAI's interface."""
+"""Engines behind HTTP: what all of them need of a client, and the engine for any server with OpenAI's
+interface.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Connection:
         self._name, self._address, self._key = name, address.rstrip("/"), key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # The number of requests at a time is the server's affair, or the pool's.
-        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False)
+        self._session = aiohttp.ClientSession(
+            headers=headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False
+        )
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -74,9 +78,13 @@ class Connection:
         try:
             answer = json.loads(content)
         except ValueError as error:
-            raise EngineError(f"{self._name} answers {path} with what is no JSON: {self._shown(content)}") from error
+            raise EngineError(
+                f"{self._name} answers {path} with what is no JSON: {self._shown(content)}"
+            ) from error
         if not isinstance(answer, dict):
-            raise EngineError(f"{self._name} answers {path} with JSON that is no object: {self._shown(content)}")
+            raise EngineError(
+                f"{self._name} answers {path} with JSON that is no object: {self._shown(content)}"
+            )
         return answer
 
     async def events(self, path: str, body: Any, *, timeout_s: float) -> AsyncIterator[dict[str, Any]]:
@@ -104,11 +112,19 @@ class Connection:
         try:
             # The message that says goodbye is not waited for long: a server that is stopped sends none.
             timeout = aiohttp.ClientWSTimeout(ws_close=0.5)
-            return await self._session.ws_connect(self._address + path, max_msg_size=max_bytes, timeout=timeout)
+            return await self._session.ws_connect(
+                self._address + path, max_msg_size=max_bytes, timeout=timeout
+            )
         except aiohttp.WSServerHandshakeError as error:
             raise EngineError(f"{self._name} answers {path} with status {error.status}") from error
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile
-            raise EngineError(f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}") from error
+        except (
+            aiohttp.ClientError,
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the session was closed meanwhile
+            raise EngineError(
+                f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}"
+            ) from error
 
     def _event(self, content: bytes) -> dict[str, Any]:
         try:
@@ -120,21 +136,36 @@ class Connection:
         return event
 
     @asynccontextmanager
-    async def _request(self, method: str, path: str, body: Any, timeout: aiohttp.ClientTimeout) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(
+        self, method: str, path: str, body: Any, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             options = {"read_bufsize": _MAX_EVENT_BYTES, "allow_redirects": False}
-            async with self._session.request(method, self._address + path, json=body, timeout=timeout, **options) as response:
+            async with self._session.request(
+                method, self._address + path, json=body, timeout=timeout, **options
+            ) as response:
                 if not 200 <= response.status < 300:
                     content = await response.content.read(2**16)
-                    message = f"{self._name} answers {path} with status {response.status}: {self._message(content)}"
-                    raise StatusError(message, response.status, _retry_after_s(response.headers.get("Retry-After")))
+                    message = (
+                        f"{self._name} answers {path} with status {response.status}: {self._message(content)}"
+                    )
+                    raise StatusError(
+                        message, response.status, _retry_after_s(response.headers.get("Retry-After"))
+                    )
                 yield response
         except EngineError:
             raise
         except asyncio.TimeoutError as error:
             raise EngineError(f"{self._name} gave no sign of life at {path} in time") from error
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the session was closed meanwhile
-            raise EngineError(f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}") from error
+        except (
+            aiohttp.ClientError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the session was closed meanwhile
+            raise EngineError(
+                f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}"
+            ) from error
 
     def _message(self, content: bytes) -> str:
         """What an error object says, whatever its form; else the text itself."""
@@ -142,7 +173,9 @@ class Connection:
             said = json.loads(content)
         except ValueError:
             return self._shown(content)
-        while isinstance(said, dict) and (inner := said.get("error") or said.get("message") or said.get("detail")):
+        while isinstance(said, dict) and (
+            inner := said.get("error") or said.get("message") or said.get("detail")
+        ):
             said = inner
         return self._hidden(said if isinstance(said, str) else json.dumps(said))[:1000]
 
@@ -179,9 +212,9 @@ class HTTPOptions:
         retries: of a request that failed in a way that may pass: status 429 or 5xx, no connection, no answer.
         backoff: seconds before the first retry, doubled for each further one, up to 30.
         max_concurrency: requests at a time.
-        processed_logprobs: its logprobs are those of the distribution that was drawn from, after temperature and truncation, as vLLM's
-            with `--logprobs-mode processed_logprobs` and those of `verl serve`; else they are taken only at temperature 1 without
-            truncation, where both are the same.
+        processed_logprobs: its logprobs are those of the distribution that was drawn from, after temperature
+            and truncation, as vLLM's with `--logprobs-mode processed_logprobs` and those of `verl serve`;
+            else they are taken only at temperature 1 without truncation, where both are the same.
         extra: further fields of the body.
     """
 
@@ -216,7 +249,9 @@ class HTTPOptions:
         if self.api_key_env is None:
             return ""
         if not os.environ.get(self.api_key_env):
-            raise ValueError(f"need the key of the server in the environment variable {self.api_key_env}, which is not set")
+            raise ValueError(
+                f"need the key of the server in the environment variable {self.api_key_env}, which is not set"
+            )
         return os.environ[self.api_key_env]
 
 
@@ -240,8 +275,9 @@ def options_of(kind: type, options: Mapping[str, Any], engine: str) -> Any:
 class HTTPEngine(ServedEngine):
     """Any server with OpenAI's interface, at `spec.address` with or without /v1; its weights are its own.
 
-    Where it takes token ids and gives them back with logprobs, as vLLM and `verl serve` do, chunks have both; else the text of the
-    whole answer alone. A request that may be answered later is retried, all within `spec.timeout_s`. See `HTTPOptions`.
+    Where it takes token ids and gives them back with logprobs, as vLLM and `verl serve` do, chunks have both;
+    else the text of the whole answer alone. A request that may be answered later is retried, all within
+    `spec.timeout_s`. See `HTTPOptions`.
     """
 
     follows = False
@@ -273,7 +309,9 @@ class HTTPEngine(ServedEngine):
             await asyncio.sleep(self._options.backoff)
 
     async def check(self) -> None:
-        """See `ServedEngine.check`; a server that answers, if only with a refusal, is well, but for one that refuses the key."""
+        """See `ServedEngine.check`; a server that answers, if only with a refusal, is well, but for one that
+        refuses the key.
+        """
         try:
             await self._connected().json("GET", "/models", timeout_s=self.spec.timeout_s)
         except StatusError as error:
@@ -286,7 +324,9 @@ class HTTPEngine(ServedEngine):
         if connection is not None:
             await connection.close()
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`; one chunk."""
         async with self._places:
             yield await self._answered(list(prompt_ids), params, seed_of(params, number))
@@ -329,7 +369,9 @@ class HTTPEngine(ServedEngine):
             ) from error
         await asyncio.sleep(wait_s)
 
-    async def _asked_once(self, prompt_ids: list[int], params: SamplingParams, seed: int, deadline: float) -> dict[str, Any]:
+    async def _asked_once(
+        self, prompt_ids: list[int], params: SamplingParams, seed: int, deadline: float
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._options.model,
             "max_tokens": params.max_tokens,
@@ -343,10 +385,18 @@ class HTTPEngine(ServedEngine):
         body |= {"min_p": params.min_p} if params.min_p else {}
         body |= {"stop": list(params.stop)} if params.stop else {}
         if self._options.chat:
-            path, body["messages"] = "/chat/completions", [{"role": "user", "content": self._codec.read_text(prompt_ids)}]
+            path, body["messages"] = (
+                "/chat/completions",
+                [{"role": "user", "content": self._codec.read_text(prompt_ids)}],
+            )
         elif self._gives_ids:
             path = "/completions"
-            body |= {"prompt": prompt_ids, "logprobs": 0, "return_token_ids": True, "stop_token_ids": list(params.stop_ids)}
+            body |= {
+                "prompt": prompt_ids,
+                "logprobs": 0,
+                "return_token_ids": True,
+                "stop_token_ids": list(params.stop_ids),
+            }
         else:
             path, body["prompt"] = "/completions", self._codec.read_text(prompt_ids)
         left_s = max(0.001, deadline - time.monotonic())
@@ -365,10 +415,14 @@ class HTTPEngine(ServedEngine):
             ids = choice.get("token_ids")
             logprobs = ids and choice["logprobs"] and choice["logprobs"]["token_logprobs"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise EngineError(f"{self.spec.name} answers without {error}: {json.dumps(answer)[:500]}") from error
+            raise EngineError(
+                f"{self.spec.name} answers without {error}: {json.dumps(answer)[:500]}"
+            ) from error
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
             is_plain = params.temperature == 1 and not params.truncates
-            return Chunk(tuple(ids), tuple(logprobs) if is_plain or self._options.processed_logprobs else None, reason)
+            return Chunk(
+                tuple(ids), tuple(logprobs) if is_plain or self._options.processed_logprobs else None, reason
+            )
         if not isinstance(text, str):
             raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(answer)[:500]}")
         return Chunk(finish_reason=reason, text=text)

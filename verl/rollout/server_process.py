@@ -25,7 +25,8 @@ _LIBC = ctypes.CDLL(None)
 class ServerProcess:
     """A command that serves until it is ended.
 
-    It is the leader of a process group, which is ended as a whole, and dies with this process, however that ends.
+    It is the leader of a process group, which is ended as a whole, and dies with this process, however that
+    ends.
 
     Args:
         name: for messages.
@@ -34,7 +35,9 @@ class ServerProcess:
         log: takes its output, after what is there already.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, environment: Mapping[str, str | None], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str | None], log: Path
+    ) -> None:
         self._name, self._log = name, log
         settings = {**os.environ, **environment}
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,9 @@ class ServerProcess:
             EngineError: it has ended, with the last lines of its log.
         """
         if self._process.poll() is not None:
-            raise EngineError(f"{self._name} has ended with code {self._process.returncode}{self.last_lines()}")
+            raise EngineError(
+                f"{self._name} has ended with code {self._process.returncode}{self.last_lines()}"
+            )
 
     def last_lines(self) -> str:
         """The end of its log, to be put after a message."""

@@ -15,29 +15,41 @@ from verl.utils.tokens import TextCodec
 class TextWorkerEngine(RolloutEngine):
     """Lets a `BaseRolloutWorker` answer: its texts are tokenized once, and have no logprobs.
 
-    The worker gets the prompt as the model would read it (chat template applied), `n` times, and is told the largest
-    `max_tokens` only; temperature and the like are its own business.
+    The worker gets the prompt as the model would read it (chat template applied), `n` times, and is told the
+    largest `max_tokens` only; temperature and the like are its own business.
     """
 
     def __init__(self, worker: BaseRolloutWorker, codec: TextCodec) -> None:
         self._worker = worker
         self._codec = codec
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
             ValueError: the worker gave something else than a list with one text per prompt.
         """
-        asked = [self._codec.read_text(list(p)) for p, wanted in zip(prompts, params, strict=True) for _ in range(wanted.n)]
+        asked = [
+            self._codec.read_text(list(p))
+            for p, wanted in zip(prompts, params, strict=True)
+            for _ in range(wanted.n)
+        ]
         if not asked:
             return []
         texts = self._worker.generate(asked, max_tokens=max(p.max_tokens for p in params))
         if inspect.iscoroutine(texts):
             texts = asyncio.run(texts)
         # A text is a sequence of texts, too.
-        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{type(self._worker).__name__}.generate must return a list of texts, got {reprlib.repr(texts)}")
+        if (
+            isinstance(texts, str)
+            or not isinstance(texts, Sequence)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError(
+                f"{type(self._worker).__name__}.generate must return a list of texts, got {reprlib.repr(texts)}"
+            )
         if len(texts) != len(asked):
             raise ValueError(
                 f"{type(self._worker).__name__}.generate must return one text per prompt, got {len(texts)} for {len(asked)} prompts"

@@ -22,7 +22,15 @@ from verl.monitoring.tracking import Clock, Tracker, check_sinks
 from verl.monitoring.wait_tracker import Waits
 from verl.monitoring.watchdog import Part, Watch
 from verl.trainer.checkpoint_store import CheckpointStore, Save, load_state, only_run_in
-from verl.utils.device import keep_freed_memory, memory_bytes, pick_device, rng_state, seed_everything, set_rng_state, synchronize
+from verl.utils.device import (
+    keep_freed_memory,
+    memory_bytes,
+    pick_device,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    synchronize,
+)
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -126,7 +134,12 @@ class BaseTrainer(ABC):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the engines; plain numbers, texts and tensors."""
         assert self.loader is not None
-        return {"version": self.version, "loader": self.loader.state_dict(), "rng": rng_state(), "config": self._frozen_settings()}
+        return {
+            "version": self.version,
+            "loader": self.loader.state_dict(),
+            "rng": rng_state(),
+            "config": self._frozen_settings(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`."""
@@ -154,7 +167,13 @@ class BaseTrainer(ABC):
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         resumed = self._resume(store)
         with only_run_in(folder), Watch(self.waits, folder, self.stall_limit_s, parts=self.parts):
-            tracker = Tracker(config.tracking, folder, total_steps=config.steps, first_step=self.version + 1, console=self._console)
+            tracker = Tracker(
+                config.tracking,
+                folder,
+                total_steps=config.steps,
+                first_step=self.version + 1,
+                console=self._console,
+            )
             (folder / "config.yaml").write_text(to_yaml(config))
             tracker.event(_summary(report))
             if resumed:
@@ -191,7 +210,9 @@ class BaseTrainer(ABC):
         self.export(folder)
         self.codec.tokenizer.save_pretrained(folder)
 
-    def read_prompts(self, source: str | None, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+    def read_prompts(
+        self, source: str | None, split: Literal["train", "test"]
+    ) -> tuple[list[Prompt], LoadReport]:
         """Prompts of a data set that are short enough.
 
         Raises:
@@ -218,7 +239,9 @@ class BaseTrainer(ABC):
         """
         context = self.model_config.get_text_config().max_position_embeddings
         for row in rows:
-            longest = len(self.codec.encode_prompt(row)) + max(len(self.codec.encode_answer(answer)) for answer in answers_of(row))
+            longest = len(self.codec.encode_prompt(row)) + max(
+                len(self.codec.encode_answer(answer)) for answer in answers_of(row)
+            )
             if longest > context:
                 raise ValueError(
                     f"need prompt and answer within the model's context of {context} tokens, got {longest} in row {row.index} of "
@@ -287,9 +310,13 @@ class BaseTrainer(ABC):
 
 
 def _log(tracker: Tracker, step: int, metrics: Metrics) -> None:
-    """Metrics to every sink, and those of an evaluation, which the table of steps has no room for, as a line for people."""
+    """Metrics to every sink, and those of an evaluation, which the table of steps has no room for, as a line
+    for people.
+    """
     tracker.log(step, metrics)
-    shown = [f"{name.removeprefix('eval/')} {metrics[name]:.4g}" for name in metrics if name.startswith("eval/")]
+    shown = [
+        f"{name.removeprefix('eval/')} {metrics[name]:.4g}" for name in metrics if name.startswith("eval/")
+    ]
     if shown:
         tracker.event(f"evaluation after step {step}: {', '.join(shown)}")
 
@@ -308,5 +335,9 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys with both values, where two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = {**old, **new}
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
     return [] if old == new else [f"{prefix} was {old}, is {new}"]

@@ -1,4 +1,6 @@
-"""The pipeline of a trainer: its engines' event loop, or one of its own in turn with training, asked from the trainer's thread."""
+"""The pipeline of a trainer: its engines' event loop, or one of its own in turn with training, asked from the
+trainer's thread.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +75,13 @@ class Collection:
         Raises:
             RuntimeError: too many groups have no reward.
         """
-        batch = self._at_work(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
+        batch = (
+            self._at_work(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
+        )
         alive = [group.answers for group in batch.groups if not group.is_dead]
-        collected = self._collector.collected(alive, [group.answers for group in batch.everything if group.answers])
+        collected = self._collector.collected(
+            alive, [group.answers for group in batch.everything if group.answers]
+        )
         if streamed is not None:
             collected.finish = streamed.finish
         collected.metrics["resample_draws"] = float(batch.num_refills)
@@ -139,16 +145,28 @@ class Collection:
         self._loop.close()
 
     def _metrics(self) -> dict[str, float]:
-        """What is in work, what was dropped, failed or tried again since this was last asked, and who has waited for how long."""
+        """What is in work, what was dropped, failed or tried again since this was last asked, and who has
+        waited for how long.
+        """
         totals = self._counts()
         fresh, self._counted = totals - self._counted, totals
-        waited = {f"time/wait_{stage}_s": seconds for stage, seconds in self._waits.seconds().items() if stage in _TOLD}
+        waited = {
+            f"time/wait_{stage}_s": seconds
+            for stage, seconds in self._waits.seconds().items()
+            if stage in _TOLD
+        }
         return self.pipeline.metrics() | {name: float(count) for name, count in fresh.items()} | waited
 
     def _counts(self) -> Counter[str]:
         counts = self.pipeline.ledger.counts()
         kinds = {"dropped": counts.dropped, "failed": counts.failed, "retried": counts.retries}
-        return Counter({f"pipeline/{kind}_{name}": count for kind, of_kind in kinds.items() for name, count in of_kind.items()})
+        return Counter(
+            {
+                f"pipeline/{kind}_{name}": count
+                for kind, of_kind in kinds.items()
+                for name, count in of_kind.items()
+            }
+        )
 
     async def _published(self, version: int) -> None:
         self.pipeline.published(version)

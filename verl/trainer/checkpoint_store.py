@@ -1,4 +1,6 @@
-"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins, and one run writes them at a time."""
+"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins, and one run writes
+them at a time.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ _NAME = re.compile(r"step-(\d{8})")
 class CheckpointStore:
     """The checkpoints of one run.
 
-    A checkpoint is a folder `step-00000010` with one folder per model (`policy`, `critic`: weights and optimizer, see
-    `verl.engines.dcp_checkpoint`) and `state.pt` (everything else: plain tensors, numbers and texts). The rename from its temporary name
-    is what completes it.
+    A checkpoint is a folder `step-00000010` with one folder per model (`policy`, `critic`: weights and
+    optimizer, see `verl.engines.dcp_checkpoint`) and `state.pt` (everything else: plain tensors, numbers and
+    texts). The rename from its temporary name is what completes it.
 
     Args:
         root: folder of the checkpoints.
@@ -42,7 +44,8 @@ class CheckpointStore:
     def begin(self, step: int, saves: Mapping[str, Save], state: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint, after the one before is complete; training may go on at once.
 
-        When it is complete, the oldest ones beyond `keep` are removed; later steps are of a run that this one replaces, and go too.
+        When it is complete, the oldest ones beyond `keep` are removed; later steps are of a run that this one
+        replaces, and go too.
 
         Args:
             step: its number.
@@ -132,13 +135,16 @@ def load_state(folder: Path) -> dict[str, Any]:
         ValueError: the folder is not a complete checkpoint.
     """
     if not (folder / _STATE).exists():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir"
+        )
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Inside the block no other process writes a run into the folder, which is made if absent; the system frees it at a process's death.
+    """Inside the block no other process writes a run into the folder, which is made if absent; the system
+    frees it at a process's death.
 
     Raises:
         RuntimeError: one does.

@@ -14,9 +14,15 @@ from verl.utils.sampling_types import Prompt
 _FIRST_SEED = 1 << 62
 
 
-def answer_all(collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig) -> list[list[Trajectory]]:
-    """`config.evaluation.samples` rewarded answers to every prompt; the same for the same weights, whenever it is asked."""
-    sampling = replace(sampling_params(config, config.evaluation.samples), temperature=config.evaluation.temperature)
+def answer_all(
+    collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig
+) -> list[list[Trajectory]]:
+    """`config.evaluation.samples` rewarded answers to every prompt; the same for the same weights, whenever
+    it is asked.
+    """
+    sampling = replace(
+        sampling_params(config, config.evaluation.samples), temperature=config.evaluation.temperature
+    )
     return collector.answer(prompts, [replace(sampling, seed=_FIRST_SEED + i) for i in range(len(prompts))])
 
 
@@ -39,7 +45,11 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     rewards = [t.reward for t in answers if t.reward is not None]
     failed = [t for t in answers if t.outcome != "ok"]
     metrics = {
-        **({"eval/reward": sum(rewards) / len(rewards) if rewards else float("nan")} if rewards or failed else {}),
+        **(
+            {"eval/reward": sum(rewards) / len(rewards) if rewards else float("nan")}
+            if rewards or failed
+            else {}
+        ),
         "eval/response_tokens": sum(len(t.response_ids) for t in answers) / len(answers),
         "eval/truncated_share": sum(t.truncated for t in answers) / len(answers),
         "eval/failed_share": len(failed) / len(answers),

@@ -26,7 +26,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         folder: where to.
 
     Raises:
-        ValueError: it is no checkpoint, or the model that its additions belong to, or the tokenizer, is not where it was.
+        ValueError: it is no checkpoint, or the model that its additions belong to, or the tokenizer, is not
+            where it was.
     """
     settings = load_state(checkpoint)["config"]["policy"]
     model = _empty_model(checkpoint / "policy", settings)
@@ -46,9 +47,15 @@ def _empty_model(saved: Path, settings: dict[str, Any]) -> Backbone:
     lora = LoraConfig(**{**settings["lora"], "targets": tuple(settings["lora"]["targets"])})
     is_judge = json.loads((saved / "progress.json").read_text())["kind"].endswith("RewardModel")
     if lora.rank and settings["path"] is None:
-        raise ValueError(f"need the model that the low-rank additions in {saved} belong to, but the run was given it without a path")
+        raise ValueError(
+            f"need the model that the low-rank additions in {saved} belong to, but the run was given it without a path"
+        )
     if lora.rank:
-        start = load_reward_model(settings["path"], new_head=True) if is_judge else load_language_model(settings["path"])
+        start = (
+            load_reward_model(settings["path"], new_head=True)
+            if is_judge
+            else load_language_model(settings["path"])
+        )
         add_low_rank(start, lora)
     else:
         family = AutoModelForSequenceClassification if is_judge else AutoModelForCausalLM

@@ -16,7 +16,14 @@ def first_kl_coef(config: TrainerConfig) -> float:
     return coef.initial if isinstance(coef, KLAdaptive) else coef
 
 
-def next_kl_coef(config: TrainerConfig, current: float, metrics: Mapping[str, float], *, version: int, num_trajectories: int) -> float:
+def next_kl_coef(
+    config: TrainerConfig,
+    current: float,
+    metrics: Mapping[str, float],
+    *,
+    version: int,
+    num_trajectories: int,
+) -> float:
     """The coefficient after a step.
 
     Args:
@@ -30,5 +37,11 @@ def next_kl_coef(config: TrainerConfig, current: float, metrics: Mapping[str, fl
     if isinstance(coef, KLSchedule):
         return scheduled_coef(version, start=coef.start, end=coef.end, steps=coef.steps)
     if isinstance(coef, KLAdaptive) and "kl" in metrics:
-        return adapted_coef(current, metrics["kl"], target=coef.target, horizon=coef.horizon, num_trajectories=num_trajectories)
+        return adapted_coef(
+            current,
+            metrics["kl"],
+            target=coef.target,
+            horizon=coef.horizon,
+            num_trajectories=num_trajectories,
+        )
     return current

@@ -63,7 +63,9 @@ class PairsTrainer(OneModelTrainer):
 
     @abstractmethod
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """Columns [B] of the loss, without `chosen_` and `rejected_`, from the values [B, T] of the response tokens."""
+        """Columns [B] of the loss, without `chosen_` and `rejected_`, from the values [B, T] of the response
+        tokens.
+        """
 
     def answer_tokens(self, rows: Batch) -> Tensor:
         """[B] int64, tokens of the answers, with their end."""
@@ -73,8 +75,12 @@ class PairsTrainer(OneModelTrainer):
         """Adds columns that the loss reads and the update does not change; none here."""
         return
 
-    def monitors(self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch) -> dict[str, Tensor]:
-        """Further metrics as sums over the rows of a micro-batch, divided by what there is in the whole step; none here."""
+    def monitors(
+        self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch
+    ) -> dict[str, Tensor]:
+        """Further metrics as sums over the rows of a micro-batch, divided by what there is in the whole step;
+        none here.
+        """
         return {}
 
     def load_train_data(self) -> LoadReport:
@@ -86,11 +92,14 @@ class PairsTrainer(OneModelTrainer):
             self.clock.take()  # what a reference took for them is no part of a step
         return report
 
-    def read_pairs(self, source: str | None, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+    def read_pairs(
+        self, source: str | None, split: Literal["train", "test"]
+    ) -> tuple[list[Prompt], LoadReport]:
         """Pairs of a data set whose prompts are short enough.
 
         Raises:
-            ValueError: no source, nothing usable in it, or an answer that ends beyond the context of the model.
+            ValueError: no source, nothing usable in it, or an answer that ends beyond the context of the
+                model.
         """
         if source is None:
             raise ValueError(
@@ -122,10 +131,15 @@ class PairsTrainer(OneModelTrainer):
         """`eval/loss` and `eval/accuracy`: means over the held-out pairs."""
         rows = self.test_rows
         with self.clock.phase("evaluate"):
-            values = self.policy_engine.infer(rows, plan_pairs(rows, self.config.policy), lambda inputs: self.token_values(inputs)[0])
+            values = self.policy_engine.infer(
+                rows, plan_pairs(rows, self.config.policy), lambda inputs: self.token_values(inputs)[0]
+            )
         columns = of_pairs(self.row_columns(rows, values))
         losses, monitors = self.loss(columns)
-        return self.evaluation(columns) | {"eval/loss": float(losses.mean()), "eval/accuracy": float(monitors["accuracy"].mean())}
+        return self.evaluation(columns) | {
+            "eval/loss": float(losses.mean()),
+            "eval/accuracy": float(monitors["accuracy"].mean()),
+        }
 
     def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
         """Further metrics of held-out pairs; none here."""
@@ -134,7 +148,8 @@ class PairsTrainer(OneModelTrainer):
     def _objective(self, step: Batch, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
         values, entropy = self.token_values(inputs)
         if rows.num_rows % 2:
-            # The engine looks for the row that made a loss not finite; alone, its values say whether it was this one.
+            # The engine looks for the row that made a loss not finite; alone, its values say whether it was
+            # this one.
             return values.sum(), {}
         padded = Ragged(values, inputs.response_lengths.to(values.device)).padded()
         columns = of_pairs(self.row_columns(rows, padded))
@@ -157,32 +172,42 @@ def answers_of(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
 
 def of_pairs(row_columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Columns [P] of the chosen and of the rejected answers, from columns [2 P] of rows."""
-    return {f"{side}_{name}": column[i::2] for name, column in row_columns.items() for i, side in enumerate(SIDES)}
+    return {
+        f"{side}_{name}": column[i::2] for name, column in row_columns.items() for i, side in enumerate(SIDES)
+    }
 
 
 def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
-    """Micro-batches of whole pairs: of at most `micro_batch_tokens`, and at most `micro_batch_rows` rows, but never less than a pair."""
+    """Micro-batches of whole pairs: of at most `micro_batch_tokens`, and at most `micro_batch_rows` rows, but
+    never less than a pair.
+    """
     num_tokens = rows.num_tokens.view(-1, 2).sum(1)
     max_pairs = role.micro_batch_rows and max(1, role.micro_batch_rows // 2)
-    plan = balance(num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=max_pairs)
+    plan = balance(
+        num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=max_pairs
+    )
     return [[row for pair in pairs for row in (2 * pair, 2 * pair + 1)] for pairs in plan.minibatches[0][0]]
 
 
 def try_out(loss: Bound, columns: Collection[str]) -> Bound:
-    """The loss itself, called once on small columns, so that a wrong option is found before anything is loaded.
+    """The loss itself, called once on small columns, so that a wrong option is found before anything is
+    loaded.
 
     Raises:
         ValueError: it refuses its options, or does not return what a loss of pairs must.
     """
     probe: dict[str, Any] = {
-        name: torch.full((_PROBED_PAIRS,), 3) if name.endswith("_tokens") else -torch.ones(_PROBED_PAIRS) for name in columns
+        name: torch.full((_PROBED_PAIRS,), 3) if name.endswith("_tokens") else -torch.ones(_PROBED_PAIRS)
+        for name in columns
     }
     try:
         losses, monitors = loss(probe)
     except ValueError as error:
         raise ValueError(f"{loss.name}: {error}") from error
     except Exception as error:  # the process border to a user's function
-        raise ValueError(f"{loss.name} fails on {_PROBED_PAIRS} small pairs: {type(error).__name__}: {error}; correct it") from error
+        raise ValueError(
+            f"{loss.name} fails on {_PROBED_PAIRS} small pairs: {type(error).__name__}: {error}; correct it"
+        ) from error
     if losses.shape != (_PROBED_PAIRS,) or "accuracy" not in monitors:
         raise ValueError(
             f"need a loss for each of {_PROBED_PAIRS} pairs and a monitor 'accuracy' of {loss.name}, got {tuple(losses.shape)} and "

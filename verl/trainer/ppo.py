@@ -27,11 +27,27 @@ class PPOTrainer:
     """
 
     def __init__(
-        self, model_name: str, optimizer: str = "adamw", lr: float = 1e-6, kl_coef: float = 0.1, clip_range: float = 0.2, **options: Any
+        self,
+        model_name: str,
+        optimizer: str = "adamw",
+        lr: float = 1e-6,
+        kl_coef: float = 0.1,
+        clip_range: float = 0.2,
+        **options: Any,
     ) -> None:
-        overrides = [f"policy.optimizer.name={optimizer}", "algorithm.correction=recompute", *options.pop("overrides", ())]
+        overrides = [
+            f"policy.optimizer.name={optimizer}",
+            "algorithm.correction=recompute",
+            *options.pop("overrides", ()),
+        ]
         config = make_trainer_config(
-            "ppo", model_name=model_name, lr=lr, kl_coef=kl_coef, clip_eps=clip_range, overrides=overrides, **options
+            "ppo",
+            model_name=model_name,
+            lr=lr,
+            kl_coef=kl_coef,
+            clip_eps=clip_range,
+            overrides=overrides,
+            **options,
         )
         algorithm = config.algorithm
         if algorithm.overlong_buffer_tokens or algorithm.mask_truncated or algorithm.dynamic_sampling:
@@ -51,7 +67,11 @@ class PPOTrainer:
             raise ValueError("need at least one record with prompt, response and reward, got none")
         trajectories = [self._trajectory(record, i) for i, record in enumerate(batch)]
         return self.trainer.update_policy(
-            Collected(trajectories, Batch.from_trajectories(trajectories), collection_metrics([[t] for t in trajectories]))
+            Collected(
+                trajectories,
+                Batch.from_trajectories(trajectories),
+                collection_metrics([[t] for t in trajectories]),
+            )
         )
 
     def save_model(self, folder: str | Path) -> None:
@@ -61,10 +81,14 @@ class PPOTrainer:
     def _trajectory(self, record: Mapping[str, Any], index: int) -> Trajectory:
         missing = [key for key in ("prompt", "response", "reward") if key not in record]
         if missing:
-            raise ValueError(f"need prompt, response and reward in each record, but record {index} has no {', '.join(missing)}")
+            raise ValueError(
+                f"need prompt, response and reward in each record, but record {index} has no {', '.join(missing)}"
+            )
         reward = float(record["reward"])
         if not math.isfinite(reward):
-            raise ValueError(f"need a finite reward in each record, got {reward} in record {index}; leave such records out")
+            raise ValueError(
+                f"need a finite reward in each record, got {reward} in record {index}; leave such records out"
+            )
         prompt, codec = as_prompt(record["prompt"], index), self.trainer.codec
         ids = codec.encode_answer(record["response"])
         return Trajectory(

@@ -1,4 +1,6 @@
-"""Training a policy on preferences directly (DPO, IPO, SimPO): from pairs of answers, without rewards and without sampling."""
+"""Training a policy on preferences directly (DPO, IPO, SimPO): from pairs of answers, without rewards and
+without sampling.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class PreferenceTrainer(PairsTrainer):
 
     def encode(self, pairs: list[Prompt]) -> Batch:
         """See `PairsTrainer.encode`; answers are closed with the end token."""
-        return Batch.from_trajectories([self._trajectory(*row, i) for i, row in enumerate(zip(*answers_of(pairs), strict=True))])
+        return Batch.from_trajectories(
+            [self._trajectory(*row, i) for i, row in enumerate(zip(*answers_of(pairs), strict=True))]
+        )
 
     def write(self, rows: Batch, plan: list[list[int]]) -> None:
         """Adds `ref_logprobs` [B], sums over the answers."""
@@ -82,11 +86,16 @@ class PreferenceTrainer(PairsTrainer):
         columns = {"logprobs": values.sum(1), "tokens": self.answer_tokens(rows).to(values.device)}
         return columns | ({"ref_logprobs": rows["ref_logprobs"].to(values.device)} if self.reference else {})
 
-    def monitors(self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch) -> dict[str, Tensor]:
+    def monitors(
+        self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch
+    ) -> dict[str, Tensor]:
         """Entropy per token of all answers, and logprobs per token of those of each side."""
         assert entropy is not None
         tokens = self.answer_tokens(step).view(-1, 2).sum(0).tolist()
-        sides = {f"{side}_logprobs": columns[f"{side}_logprobs"].detach().sum() / n for side, n in zip(SIDES, tokens, strict=True)}
+        sides = {
+            f"{side}_logprobs": columns[f"{side}_logprobs"].detach().sum() / n
+            for side, n in zip(SIDES, tokens, strict=True)
+        }
         return {"entropy": entropy.detach().sum() / sum(tokens), **sides}
 
     def _logprobs(self, model: PolicyModel, inputs: ModelInput) -> tuple[Tensor, Tensor]:
@@ -94,4 +103,6 @@ class PreferenceTrainer(PairsTrainer):
 
     def _trajectory(self, prompt: Prompt, answer: str, row: int) -> Trajectory:
         ids = self.codec.encode_answer(answer)
-        return Trajectory(prompt, self.codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), row // 2)
+        return Trajectory(
+            prompt, self.codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), row // 2
+        )

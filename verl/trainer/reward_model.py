@@ -26,7 +26,8 @@ _COLUMNS = tuple(name for name in PAIR_COLUMNS if name.endswith(("_rewards", "_t
 class RewardModelTrainer(PairsTrainer):
     """Teaches a model which of two answers is the better one.
 
-    It starts from a causal language model, whose head of logits is replaced by one of zeros, or goes on with a reward model.
+    It starts from a causal language model, whose head of logits is replaced by one of zeros, or goes on with
+    a reward model.
 
     Args:
         config: of the run, from `load_run(RewardModelConfig, ...)`.
@@ -69,25 +70,37 @@ class RewardModelTrainer(PairsTrainer):
 
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
         """See `PairsTrainer.row_columns`."""
-        return {"rewards": last_scores(values, rows.response_lengths), "tokens": self.answer_tokens(rows).to(values.device)}
+        return {
+            "rewards": last_scores(values, rows.response_lengths),
+            "tokens": self.answer_tokens(rows).to(values.device),
+        }
 
     def answer_tokens(self, rows: Batch) -> Tensor:
         """See `PairsTrainer.answer_tokens`."""
         return rows.response_lengths - 1
 
     def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
-        """How far the probability that an answer is the better one, sigmoid of the difference of scores, can be trusted.
+        """How far the probability that an answer is the better one, sigmoid of the difference of scores, can
+        be trusted.
 
-        Every pair counts in both orders: asked only about chosen answers, a model that is sure of everything would look calibrated.
+        Every pair counts in both orders: asked only about chosen answers, a model that is sure of everything
+        would look calibrated.
         """
         difference = columns["chosen_rewards"] - columns["rejected_rewards"]
         labels = torch.cat([torch.ones_like(difference), torch.zeros_like(difference)])
         measured = calibration(torch.cat([difference, -difference]).sigmoid(), labels)
-        return {"eval/calibration_error": measured["expected_calibration_error"], "eval/brier_score": measured["brier_score"]}
+        return {
+            "eval/calibration_error": measured["expected_calibration_error"],
+            "eval/brier_score": measured["brier_score"],
+        }
 
     def _model(self, actor_model: PreTrainedModel | str | None) -> RewardModel:
         source = self.config.policy.path if actor_model is None else actor_model
         if source is None:
-            raise ValueError("need policy.path: the folder or hub name of a causal language model or a reward model")
-        model = load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
+            raise ValueError(
+                "need policy.path: the folder or hub name of a causal language model or a reward model"
+            )
+        model = (
+            load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
+        )
         return RewardModel(model, self.config.policy.precision)

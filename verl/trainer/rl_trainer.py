@@ -1,4 +1,6 @@
-"""Reinforcement learning from rewards: the step that PPO, GRPO, DAPO and their kin share, and two ways to hold the loop."""
+"""Reinforcement learning from rewards: the step that PPO, GRPO, DAPO and their kin share, and two ways to
+hold the loop.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import Plan, balance, compute_cost
 from verl.data.tasks import TASKS
-from verl.engines.roles.workers import MODEL_COLUMNS, Learner, RoleWorker, critic_reads, policy_reads, with_advantages, write_weights
+from verl.engines.roles.workers import (
+    MODEL_COLUMNS,
+    Learner,
+    RoleWorker,
+    critic_reads,
+    policy_reads,
+    with_advantages,
+    write_weights,
+)
 from verl.engines.streaming import StreamedUpdate
 from verl.monitoring.watchdog import Part
 from verl.planner.step_time import ModelShape, StepWork, step_limit
@@ -30,7 +40,14 @@ from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.batch_producer import Collection
 from verl.trainer.build.role_groups import Team, WriterOfColumn
-from verl.trainer.build.rollout_factory import build_rollout, check_logprobs, check_mismatch, given_rollout, pool_of, start_of_engines
+from verl.trainer.build.rollout_factory import (
+    build_rollout,
+    check_logprobs,
+    check_mismatch,
+    given_rollout,
+    pool_of,
+    start_of_engines,
+)
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import evaluate
 from verl.trainer.kl_coef import first_kl_coef, next_kl_coef
@@ -63,8 +80,10 @@ class Trainer(BaseTrainer):
     Args:
         config: of the run, from `make_trainer_config` or `load_config`.
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        critic_model: start of the value model, if there is one, likewise; none: `config.critic.path`, else a copy of the policy.
-        reward_fn: a function, or several, added to those of `config.rewards.functions`; see `verl.rewards.functions`.
+        critic_model: start of the value model, if there is one, likewise; none: `config.critic.path`, else a
+            copy of the policy.
+        reward_fn: a function, or several, added to those of `config.rewards.functions`; see
+            `verl.rewards.functions`.
         use_vllm: generate with vLLM instead of `config.rollout.engine`.
         rollout: an engine or a worker of your own instead.
         codec: tokenizer of the policy; none: the one saved with it.
@@ -89,7 +108,9 @@ class Trainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         if use_vllm:
-            config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
+            config = config.model_copy(
+                update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})}
+            )
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         is_local = config.placement.name == "local"
@@ -101,24 +122,45 @@ class Trainer(BaseTrainer):
         source = policy_source(config, actor_model)
         self._owns_rollout = rollout is None
         path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
-        self.codec = codec or TextCodec.load(path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt)
-        start = start_of_engines(config, source, self.codec)  # before low-rank additions are put into a loaded model
-        self.team = Team(config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline)
+        self.codec = codec or TextCodec.load(
+            path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt
+        )
+        start = start_of_engines(
+            config, source, self.codec
+        )  # before low-rank additions are put into a loaded model
+        self.team = Team(
+            config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline
+        )
         try:
-            check_streamed(self.algorithm, config, [group for group in (self.team.critic, self.team.policy) if group])
-            self.rollout = given_rollout(rollout, self.algorithm, self.codec) if rollout is not None else self._chosen_rollout(start)
+            check_streamed(
+                self.algorithm, config, [group for group in (self.team.critic, self.team.policy) if group]
+            )
+            self.rollout = (
+                given_rollout(rollout, self.algorithm, self.codec)
+                if rollout is not None
+                else self._chosen_rollout(start)
+            )
         except BaseException:
             self.team.close()
             raise
 
     def _chosen_rollout(self, start: str) -> RolloutEngine:
-        return build_rollout(self.config, self.team.policy, start, self.codec, model_config=self.model_config, note=self.notes.append)
+        return build_rollout(
+            self.config,
+            self.team.policy,
+            start,
+            self.codec,
+            model_config=self.model_config,
+            note=self.notes.append,
+        )
 
     def step(self) -> Metrics:
         """Prompts in, a better policy out."""
         return self.update_policy(self.collection.take(self._streamed))
 
-    def collect_data(self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None) -> Collected:
+    def collect_data(
+        self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None
+    ) -> Collected:
         """Answers and rewards prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
         return self.collector.collect(prompts, samples=self.config.samples_per_prompt, refill=refill)
 
@@ -129,7 +171,9 @@ class Trainer(BaseTrainer):
         self._publish()
         if self.algorithm.kl:
             metrics["kl_coef"] = self.kl_coef
-        self.kl_coef = next_kl_coef(self.config, self.kl_coef, metrics, version=self.version, num_trajectories=rows.num_rows)
+        self.kl_coef = next_kl_coef(
+            self.config, self.kl_coef, metrics, version=self.version, num_trajectories=rows.num_rows
+        )
         self.notes += check_mismatch(metrics, self.config.rollout)
         return metrics | self.rollout.take_metrics()
 
@@ -137,7 +181,9 @@ class Trainer(BaseTrainer):
         """All updates of a step."""
         self.rollout.sleep()
         self._write_columns(rows)
-        metrics = write_advantages(rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed)
+        metrics = write_advantages(
+            rows, self.algorithm, self.kl_coef, version=self.version, seed=self.config.seed
+        )
         for learned in self._together(self.learners, rows):
             metrics |= learned
         return metrics
@@ -155,7 +201,9 @@ class Trainer(BaseTrainer):
         updates = {}
         if self.team.critic:
             updates[CRITIC] = StreamedUpdate(
-                self.team.critic, partial(self._plan, self.team.critic, role=self.config.critic), reads=self._critic_columns
+                self.team.critic,
+                partial(self._plan, self.team.critic, role=self.config.critic),
+                reads=self._critic_columns,
             )
         if not self._critic_is_alone:
             updates[POLICY] = StreamedUpdate(
@@ -165,7 +213,11 @@ class Trainer(BaseTrainer):
                 kl_coef=self.kl_coef,
                 skips_zero_advantages=self.algorithm.skip_zero_advantages,
             )
-        sizes = {"num_groups": self.config.prompts_per_step, "version": self.version, "seed": self.config.seed}
+        sizes = {
+            "num_groups": self.config.prompts_per_step,
+            "version": self.version,
+            "seed": self.config.seed,
+        }
         return StreamedStep(self.algorithm, self._write_columns, updates, kl_coef=self.kl_coef, **sizes)
 
     def _publish(self) -> None:
@@ -181,7 +233,11 @@ class Trainer(BaseTrainer):
     def _without_weights(self) -> str:
         """Who does not have the newest weights, for people."""
         pool = pool_of(self.rollout)
-        without = [m.name for m in pool.members if m.state in ("stale", "serving") and m.version != self.version] if pool else []
+        without = (
+            [m.name for m in pool.members if m.state in ("stale", "serving") and m.version != self.version]
+            if pool
+            else []
+        )
         return f"version {self.version} in {', '.join(without) or 'what generates'}"
 
     @property
@@ -201,7 +257,9 @@ class Trainer(BaseTrainer):
         return self.team.critic is not None and self.version < self.config.critic.warmup_steps
 
     def _together(self, calls: Sequence[Call], rows: Batch) -> list[Any]:
-        """The results of calls that are all started before the first is waited for: roles on pools of their own run at the same time."""
+        """The results of calls that are all started before the first is waited for: roles on pools of their
+        own run at the same time.
+        """
         started, results = [], []
         for call in calls:
             with self.clock.phase(call.name), self.waits.on("update", call.name):
@@ -270,7 +328,9 @@ class Trainer(BaseTrainer):
 
     @cached_property
     def rewards(self) -> RewardFunctions | None:
-        """The reward functions: those given, those configured, or the task's own; None if there are none, and nothing needs a reward."""
+        """The reward functions: those given, those configured, or the task's own; None if there are none, and
+        nothing needs a reward.
+        """
         config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
         task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
         if self._reward_fn is None and not config.functions and task:
@@ -283,10 +343,14 @@ class Trainer(BaseTrainer):
     def _needs_rewards(self) -> bool:
         a = self.config.algorithm
         shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
-        return bool(self.algorithm.reads & _REWARD_COLUMNS or shaped or a.dynamic_sampling or a.likelihood_coef)
+        return bool(
+            self.algorithm.reads & _REWARD_COLUMNS or shaped or a.dynamic_sampling or a.likelihood_coef
+        )
 
     def load_train_data(self) -> LoadReport:
-        """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail early."""
+        """See `BaseTrainer.load_train_data`; also reads the test prompts and the reward functions, to fail
+        early.
+        """
         prompts, report = self.read_prompts(self.config.data.train, "train")
         if self._collection:  # of other prompts
             self._collection.close()
@@ -314,7 +378,9 @@ class Trainer(BaseTrainer):
         return self.eval_every > 0 and self.config.evaluation.at_start
 
     def evaluate(self) -> Metrics:
-        """mean@k and pass@k of the policy as it is on the held-out prompts, with the same random numbers each time."""
+        """mean@k and pass@k of the policy as it is on the held-out prompts, with the same random numbers each
+        time.
+        """
         return evaluate(self.collector, self.test_prompts, self.config)
 
     def samples(self) -> list[dict[str, Any]]:
@@ -336,7 +402,9 @@ class Trainer(BaseTrainer):
         self.collection.load_state(state["collection"], self.version)
 
     def step_limit(self, seconds: float) -> Metrics:
-        """`limit_share`: the least time that this machine needs for such a step, over the time that it took; of dense models alone."""
+        """`limit_share`: the least time that this machine needs for such a step, over the time that it took;
+        of dense models alone.
+        """
         if self._shape is None or self.config.placement.name != "local":
             return {}
         rows = Batch.from_trajectories(self.last)
@@ -391,7 +459,11 @@ class Trainer(BaseTrainer):
     def parts(self) -> list[Part]:
         """See `BaseTrainer.parts`."""
         pool = pool_of(self.rollout)
-        return [Part(f"engine {member.name}", member.state, member.cause) for member in pool.members] if pool else []
+        return (
+            [Part(f"engine {member.name}", member.state, member.cause) for member in pool.members]
+            if pool
+            else []
+        )
 
     def memory(self) -> Metrics:
         """See `BaseTrainer.memory`."""
@@ -408,8 +480,12 @@ class Trainer(BaseTrainer):
 
     def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
         """Which rank of a role takes which rows, in micro-batches that fit it."""
-        # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift the rows.
-        whole_groups = "group_ids" in {*self.algorithm.policy_loss.columns, *self.algorithm.aggregation.columns}
+        # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift the
+        # rows.
+        whole_groups = "group_ids" in {
+            *self.algorithm.policy_loss.columns,
+            *self.algorithm.aggregation.columns,
+        }
         group_ids = rows["group_ids"] if whole_groups else None
         most = rows.num_rows if group_ids is None else len(group_ids.unique())
         return balance(
@@ -424,7 +500,10 @@ class Trainer(BaseTrainer):
 
     def check_context(self, prompt_tokens: int) -> None:
         """See `BaseTrainer.check_context`: answers must find their end within the policy's context."""
-        context, answer_tokens = self.model_config.get_text_config().max_position_embeddings, self.config.sampling.max_tokens
+        context, answer_tokens = (
+            self.model_config.get_text_config().max_position_embeddings,
+            self.config.sampling.max_tokens,
+        )
         if prompt_tokens + answer_tokens > context:
             raise ValueError(
                 f"need prompt and answer within the policy's context of {context} tokens, got prompts of up to {prompt_tokens} and "

@@ -10,7 +10,9 @@ from verl.data.batch import Trajectory
 def sample_row(trajectory: Trajectory) -> dict[str, Any]:
     """One answer for a table: prompt, response, reference, reward, scores."""
     t = trajectory
-    prompt = t.prompt.content if isinstance(t.prompt.content, str) else t.prompt.content[-1].get("content", "")
+    prompt = (
+        t.prompt.content if isinstance(t.prompt.content, str) else t.prompt.content[-1].get("content", "")
+    )
     logprobs = t.rollout_logprobs or []
     return {
         "prompt": prompt,

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning on the same engine: the loss is on answers only, rows are packed, accumulation is exact."""
+"""Supervised fine-tuning on the same engine: the loss is on answers only, rows are packed, accumulation is
+exact.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from verl.utils.sampling_types import Prompt
 class SFTTrainer(OneModelTrainer):
     """Teaches a model to repeat reference answers.
 
-    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is closed with the
-    end token, and the mean negative log-likelihood of its tokens is minimised.
+    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is
+    closed with the end token, and the mean negative log-likelihood of its tokens is minimised.
     """
 
     config: SFTConfig
@@ -36,20 +38,30 @@ class SFTTrainer(OneModelTrainer):
         rows = Batch.from_trajectories([self._trajectory(example, i) for i, example in enumerate(examples)])
         rows.write("weights", token_mean(rows["mask"]))
         role = self.config.policy
-        plan = balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=role.micro_batch_rows)
+        plan = balance(
+            rows.num_tokens,
+            num_ranks=1,
+            micro_batch_tokens=role.micro_batch_tokens,
+            micro_batch_rows=role.micro_batch_rows,
+        )
         with self.clock.phase("update_policy"):
             metrics = self.policy_engine.update(rows, plan.minibatches[0][0], self._objective)
         self.version += 1
         answer_tokens = float(rows.response_lengths.sum())
         if "entropy" in metrics:
             metrics["entropy"] /= answer_tokens
-        return metrics | {"response_tokens": answer_tokens / rows.num_rows, "tokens": float(rows.num_tokens.sum())}
+        return metrics | {
+            "response_tokens": answer_tokens / rows.num_rows,
+            "tokens": float(rows.num_tokens.sum()),
+        }
 
     def load_train_data(self) -> LoadReport:
         """See `BaseTrainer.load_train_data`."""
         source = self.config.data.train
         if source is None:
-            raise ValueError("need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, or task:NAME")
+            raise ValueError(
+                "need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, or task:NAME"
+            )
         examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
         self.check_answers(examples, lambda example: [str(example.answer)])
         self.loader = PromptLoader(examples, seed=self.config.seed, shuffle=self.config.data.shuffle)
@@ -62,10 +74,20 @@ class SFTTrainer(OneModelTrainer):
     def _objective(self, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.policy_engine.model
         assert isinstance(model, PolicyModel)
-        logprobs, entropy = model.token_logprobs(inputs, temperature=1.0, chunk=self.config.policy.logits_chunk_tokens)
+        logprobs, entropy = model.token_logprobs(
+            inputs, temperature=1.0, chunk=self.config.policy.logits_chunk_tokens
+        )
         padded = Ragged(logprobs, inputs.response_lengths.to(logprobs.device)).padded()
         return -(padded * rows["weights"].to(padded.device)).sum(), {"entropy": entropy.detach().sum()}
 
     def _trajectory(self, example: Prompt, index: int) -> Trajectory:
         answer = self.codec.encode_answer(str(example.answer))
-        return Trajectory(example, self.codec.encode_prompt(example), answer, [True] * len(answer), None, [0] * len(answer), index)
+        return Trajectory(
+            example,
+            self.codec.encode_prompt(example),
+            answer,
+            [True] * len(answer),
+            None,
+            [0] * len(answer),
+            index,
+        )

@@ -65,7 +65,10 @@ class OneModelTrainer(BaseTrainer):
     def _model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
         """What learns, in fp32, from what was given or from `config.policy.path`."""
         source = policy_source(self.config, actor_model)
-        return PolicyModel(load_language_model(source) if isinstance(source, str) else source.float(), self.config.policy.precision)
+        return PolicyModel(
+            load_language_model(source) if isinstance(source, str) else source.float(),
+            self.config.policy.precision,
+        )
 
 
 def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> PreTrainedModel | str:
@@ -76,7 +79,9 @@ def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> Pre
     """
     source = given if given is not None else config.policy.path
     if source is None:
-        raise ValueError("need policy.path: the folder or hub name of a causal language model (verl make-model makes a small one)")
+        raise ValueError(
+            "need policy.path: the folder or hub name of a causal language model (verl make-model makes a small one)"
+        )
     if isinstance(source, str):
         check_model(source)
     return source

@@ -1,4 +1,6 @@
-"""A step that is learned from while its last groups are answered: writers, advantages and gradients of each portion as it comes."""
+"""A step that is learned from while its last groups are answered: writers, advantages and gradients of each
+portion as it comes.
+"""
 
 from __future__ import annotations
 
@@ -72,4 +74,6 @@ def check_streamed(algorithm: Algorithm, config: TrainerConfig, learning: Sequen
     if reason is None and not all(group.call(Learner.accumulates).result() for group in learning):
         reason = "an engine of placement takes whole updates only"
     if reason:
-        raise ValueError(f"need a step that may come in portions for pipeline.batches=streamed, but {reason}; set arrival, or change it")
+        raise ValueError(
+            f"need a step that may come in portions for pipeline.batches=streamed, but {reason}; set arrival, or change it"
+        )

@@ -1,4 +1,6 @@
-"""The one place that asks about hardware: which device, its arithmetic, memory and speed, and the random states."""
+"""The one place that asks about hardware: which device, its arithmetic, memory and speed, and the random
+states.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,23 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"need device auto, cpu or cuda, got {name!r}")
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
-        remedy = "install a build of PyTorch for CUDA" if torch.version.cuda is None else "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-        raise ValueError(f"need a GPU for device cuda, but PyTorch {torch.__version__} sees none; {remedy}, or set device=cpu")
+        remedy = (
+            "install a build of PyTorch for CUDA"
+            if torch.version.cuda is None
+            else "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+        )
+        raise ValueError(
+            f"need a GPU for device cuda, but PyTorch {torch.__version__} sees none; {remedy}, or set device=cpu"
+        )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and present) else "cpu")
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep large blocks that were freed, so that activations do not fault in fresh pages each time.
+    """Lets the C library keep large blocks that were freed, so that activations do not fault in fresh pages
+    each time.
 
-    By default glibc maps every block above some MiB anew, which takes about a tenth of a training step on a CPU. Other
-    C libraries are left as they are.
+    By default glibc maps every block above some MiB anew, which takes about a tenth of a training step on a
+    CPU. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -91,14 +100,20 @@ def _process_memory() -> tuple[int, int]:
         # Outside Linux the standard library knows the peak only; macOS counts it in bytes, others in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith(("VmRSS:", "VmHWM:")))
+    lines = dict(
+        line.split(":", 1)
+        for line in status.read_text().splitlines()
+        if line.startswith(("VmRSS:", "VmHWM:"))
+    )
     used = int(lines["VmRSS"].split()[0]) * 1024
     return used, int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else used
 
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What a device reaches in the best case: operations of a large matrix product, bytes read and written by a large copy."""
+    """What a device reaches in the best case: operations of a large matrix product, bytes read and written by
+    a large copy.
+    """
 
     flops_per_s: float
     bytes_per_s: float
@@ -107,8 +122,8 @@ class MachineSpeed:
 def measure_speed(device: torch.device, dtype: torch.dtype) -> MachineSpeed:
     """Times large matrix products in `dtype` and a large copy, each at its best; takes under half a second.
 
-    A product of n x n matrices is 2 n^3 operations, a copy reads and writes each byte. Measured, not the vendor's peak,
-    because limits that are derived from it should be reachable.
+    A product of n x n matrices is 2 n^3 operations, a copy reads and writes each byte. Measured, not the
+    vendor's peak, because limits that are derived from it should be reachable.
     """
     copied_bytes = 2**30 if device.type == "cuda" else 2**26  # Beyond every cache.
     source = torch.ones(copied_bytes, device=device, dtype=torch.uint8)
@@ -120,7 +135,8 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> MachineSpeed:
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Best rate over growing matrices, until one product takes long enough that starting it does not count."""
     best = 0.0
-    # Random numbers, as a GPU runs faster on constant ones; from their own generator, to leave the run's states alone.
+    # Random numbers, as a GPU runs faster on constant ones; from their own generator, to leave the run's
+    # states alone.
     generator = torch.Generator(device).manual_seed(0)
     for side in (256, 512, 1024, 2048, 4096, 8192, 16384):
         matrix = torch.rand(side, side, generator=generator, device=device, dtype=dtype)

@@ -12,7 +12,8 @@ from pathlib import Path
 def json_line(row: Mapping[str, object]) -> bytes:
     """One line of valid JSON in UTF-8; numbers that JSON does not have are null."""
     text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str)
-    # Half a character of a byte-level tokenizer becomes a lone surrogate, which UTF-8 cannot hold but JSON can escape.
+    # Half a character of a byte-level tokenizer becomes a lone surrogate, which UTF-8 cannot hold but JSON
+    # can escape.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 

@@ -10,7 +10,13 @@ from typing import Literal
 
 Life = Literal["works", "is stopped", "waits in the system", "is gone", "is on another host"]
 # Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-_LIVES: dict[str, Life] = {"T": "is stopped", "t": "is stopped", "D": "waits in the system", "Z": "is gone", "X": "is gone"}
+_LIVES: dict[str, Life] = {
+    "T": "is stopped",
+    "t": "is stopped",
+    "D": "waits in the system",
+    "Z": "is gone",
+    "X": "is gone",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class ProcessId:
     Attributes:
         host: its machine or container.
         pid: its number there.
-        started: when it began, in the units of its system; 0 where that is not known. Numbers of processes come again, these do not.
+        started: when it began, in the units of its system; 0 where that is not known. Numbers of processes
+            come again, these do not.
     """
 
     host: str

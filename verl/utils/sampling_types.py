@@ -23,7 +23,8 @@ class SamplingParams:
         n: answers per prompt.
         stop: texts that end an answer; the token that completes one is the last of the answer.
         stop_ids: token ids that end an answer, and are its last token.
-        seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being generated.
+        seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being
+            generated.
     """
 
     temperature: float = 1.0
@@ -38,9 +39,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got {self}")
+            raise ValueError(
+                f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got {self}"
+            )
         if self.max_tokens < 1 or self.n < 1:
-            raise ValueError(f"need max_tokens >= 1 and n >= 1, got max_tokens={self.max_tokens} and n={self.n}")
+            raise ValueError(
+                f"need max_tokens >= 1 and n >= 1, got max_tokens={self.max_tokens} and n={self.n}"
+            )
 
     @property
     def truncates(self) -> bool:
@@ -54,8 +59,8 @@ class Completion:
 
     Attributes:
         token_ids: sampled ids, the stop token included.
-        logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation applied;
-            with temperature 0, of the model's own distribution); None if the engine gave text only.
+        logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation
+            applied; with temperature 0, of the model's own distribution); None if the engine gave text only.
         finish_reason: stop, length (max_tokens reached) or abort.
         version: of the policy weights that sampled it; of its first token, if they changed on the way.
         text: the answer as text, where the engine gives it; else None.
@@ -80,15 +85,21 @@ class RolloutEngine(ABC):
     version: int = 0
 
     def publish(self, version: int) -> None:
-        """Takes over the trainer's weights under a new version; an engine that shares their storage only notes it."""
+        """Takes over the trainer's weights under a new version; an engine that shares their storage only
+        notes it.
+        """
         self.version = version
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """Answers every prompt; one list of `params[i].n` completions per prompt, in order."""
 
     def sleep(self) -> None:
-        """Gives device memory back until the next `publish`, where the engine shares a device with training; here nothing."""
+        """Gives device memory back until the next `publish`, where the engine shares a device with training;
+        here nothing.
+        """
         return
 
     def take_metrics(self) -> dict[str, float]:
@@ -100,7 +111,9 @@ class RolloutEngine(ABC):
         return
 
 
-def check_requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, context: int) -> None:
+def check_requests(
+    prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, context: int
+) -> None:
     """Refuses what no engine can answer.
 
     Args:
@@ -109,10 +122,13 @@ def check_requests(prompts: Sequence[Sequence[int]], params: Sequence[SamplingPa
         context: of the model, in tokens.
 
     Raises:
-        ValueError: an empty prompt, prompt and answer longer than the context, or another number of parameters.
+        ValueError: an empty prompt, prompt and answer longer than the context, or another number of
+            parameters.
     """
     if len(prompts) != len(params):
-        raise ValueError(f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters")
+        raise ValueError(
+            f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters"
+        )
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if not prompt or len(prompt) + wanted.max_tokens > context:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""A block of code in one thread that another thread can end with an exception, also while the thread waits for a lock."""
+"""A block of code in one thread that another thread can end with an exception, also while the thread waits
+for a lock.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ class EndedError(KeyboardInterrupt):
 class EndableBlock:
     """A context that `end`, called in another thread, leaves with `EndedError`.
 
-    In the main thread a signal interrupts whatever waits, be it a lock, a system call, or a library that looks for signals. In another
-    thread the exception comes when it runs Python again, and not before.
+    In the main thread a signal interrupts whatever waits, be it a lock, a system call, or a library that
+    looks for signals. In another thread the exception comes when it runs Python again, and not before.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,9 @@ class EndableBlock:
         return not self._is_main or bool(_blocks) and _blocks[-1] is self
 
     def end(self) -> None:
-        """Ends the block, once; to be called again as long as it has not `has_ended`, for a signal may come just before a wait begins."""
+        """Ends the block, once; to be called again as long as it has not `has_ended`, for a signal may come
+        just before a wait begins.
+        """
         with _lock:
             if self._is_over or self.has_ended.is_set():
                 return
@@ -59,7 +63,9 @@ class EndableBlock:
             if self._is_main:
                 signal.pthread_kill(self._ident, _SIGNAL)
             else:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(_error_of(self.has_ended.set)))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._ident), ctypes.py_object(_error_of(self.has_ended.set))
+                )
 
     def take(self) -> bool:
         """Whether the exception is to be raised now; once."""
@@ -79,7 +85,9 @@ class EndableBlock:
 
 
 def _error_of(raised: Callable[[], None]) -> type[EndedError]:
-    """An `EndedError` that tells when it is raised: what another thread throws is made in the thread that it hits."""
+    """An `EndedError` that tells when it is raised: what another thread throws is made in the thread that it
+    hits.
+    """
 
     class Told(EndedError):
         def __init__(self) -> None:
@@ -98,7 +106,8 @@ def _enter(block: EndableBlock) -> None:
 
 
 def _leave(block: EndableBlock) -> None:
-    # Under the lock no signal is on its way: one that was sent has been taken note of, and what it asks for is over.
+    # Under the lock no signal is on its way: one that was sent has been taken note of, and what it asks for
+    # is over.
     with _lock:
         _blocks.remove(block)
         if not _blocks:

@@ -1,4 +1,6 @@
-"""Messages to token ids and back: chat templates, stop ids, stop texts, and a character-level tokenizer of our own."""
+"""Messages to token ids and back: chat templates, stop ids, stop texts, and a character-level tokenizer of
+our own.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,28 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from verl.utils.sampling_types import Prompt
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
-_CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
-)
+_CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 
 
 class TextCodec:
-    """A tokenizer with what training needs of it: prompts to ids once, sampled ids to text, and what ends an answer.
+    """A tokenizer with what training needs of it: prompts to ids once, sampled ids to text, and what ends an
+    answer.
 
     Sampled ids are decoded for people and rewards only; nothing that was sampled is ever tokenized again.
 
     Attributes:
         tokenizer: the model's own.
-        stop_ids: ids that end an answer: the tokenizer's end of sequence and those of the model's generation settings.
+        stop_ids: ids that end an answer: the tokenizer's end of sequence and those of the model's generation
+            settings.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int] = (), system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: Sequence[int] = (),
+        system_prompt: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.stop_ids = tuple(dict.fromkeys([*own, *stop_ids]))
@@ -41,12 +49,18 @@ class TextCodec:
             ValueError: no tokenizer can be read there.
         """
         try:
-            # A tokenizer without a class of its own is all in its file; by the family of the model beside it, AutoTokenizer may
-            # take another class, which splits texts in another way (Qwen2's loses the spaces of a character tokenizer).
-            generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+            # A tokenizer without a class of its own is all in its file; by the family of the model beside it,
+            # AutoTokenizer may take another class, which splits texts in another way (Qwen2's loses the
+            # spaces of a character tokenizer).
+            generic = get_tokenizer_config(path).get("tokenizer_class") in (
+                "TokenizersBackend",
+                "PreTrainedTokenizerFast",
+            )
             tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {_first_line(error)}") from error
+            raise ValueError(
+                f"need a tokenizer beside the model, found none in {path!r}: {_first_line(error)}"
+            ) from error
         try:
             configured = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # a model without generation_config.json ends at the tokenizer's own token
@@ -57,13 +71,20 @@ class TextCodec:
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The chat messages of a prompt, the system prompt first if it has none of its own."""
         if isinstance(prompt.content, str):
-            raise ValueError("a text prompt has no messages; give the prompt as [{'role': 'user', 'content': ...}]")
+            raise ValueError(
+                "a text prompt has no messages; give the prompt as [{'role': 'user', 'content': ...}]"
+            )
         own_system = any(m["role"] == "system" for m in prompt.content)
-        system = [] if own_system or not self._system_prompt else [{"role": "system", "content": self._system_prompt}]
+        system = (
+            []
+            if own_system or not self._system_prompt
+            else [{"role": "system", "content": self._system_prompt}]
+        )
         return [*system, *prompt.content]
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """What the model reads: the text as it is, or the messages in the chat template with the answer opened.
+        """What the model reads: the text as it is, or the messages in the chat template with the answer
+        opened.
 
         Raises:
             ValueError: chat messages, but the tokenizer has no chat template.
@@ -74,15 +95,20 @@ class TextCodec:
             raise ValueError(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; use text prompts or an instruct model"
             )
-        text = self.tokenizer.apply_chat_template(self.messages(prompt), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            self.messages(prompt), tokenize=False, add_generation_prompt=True
+        )
         return str(text)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, never empty."""
-        # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts in front.
+        # A chat template writes its own special tokens; a plain text gets those that the tokenizer puts in
+        # front.
         ids = self.encode(self.prompt_text(prompt), special_tokens=isinstance(prompt.content, str))
         if not ids:
-            raise ValueError(f"prompt {prompt.index} of {prompt.source or 'the data'} has no tokens: {prompt.content!r}")
+            raise ValueError(
+                f"prompt {prompt.index} of {prompt.source or 'the data'} has no tokens: {prompt.content!r}"
+            )
         return ids
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
@@ -98,7 +124,9 @@ class TextCodec:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def read_text(self, prompt_ids: Sequence[int]) -> str:
-        """The text that a server reads for a prompt: with the marks of the chat template, without the start token that it adds itself."""
+        """The text that a server reads for a prompt: with the marks of the chat template, without the start
+        token that it adds itself.
+        """
         start = self.tokenizer.bos_token_id
         ids = prompt_ids[1:] if start is not None and prompt_ids[:1] == [start] else prompt_ids
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -110,14 +138,18 @@ class TextCodec:
         return text[: min(cuts)] if cuts else text
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer that came as text, closed with the end token; for fine-tuning and text-only engines."""
+        """Token ids of an answer that came as text, closed with the end token; for fine-tuning and text-only
+        engines.
+        """
         ids = self.encode(text)
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token per character (by default printable ASCII and newline), with pad 0, end 1, start 2, unknown 3, and a chat template."""
+    """One token per character (by default printable ASCII and newline), with pad 0, end 1, start 2, unknown
+    3, and a chat template.
+    """
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate([*specials, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,4 +1,6 @@
-"""An event loop whose time is no clock's: it jumps to the next timer when nothing else is to be done, the same in every run."""
+"""An event loop whose time is no clock's: it jumps to the next timer when nothing else is to be done, the
+same in every run.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Rounds of the loop at one instant after which nothing will change any more, and the time that tasks have to end in.
+# Rounds of the loop at one instant after which nothing will change any more, and the time that tasks have to
+# end in.
 _MOST_ROUNDS, _ENDING_S = 1_000_000, 86_400.0
 _FEW = 1000
 
@@ -18,8 +21,9 @@ _FEW = 1000
 class VirtualTimeLoop(asyncio.BaseEventLoop):
     """Runs asyncio programs that wait for nothing but timers and each other; hours of waiting take no time.
 
-    What is handed to a thread is done at once, in no time; there are no sockets, processes or signals. A program that would wait forever
-    is ended with an error: when no timer is left, at the limit, or when it goes round without any time passing.
+    What is handed to a thread is done at once, in no time; there are no sockets, processes or signals. A
+    program that would wait forever is ended with an error: when no timer is left, at the limit, or when it
+    goes round without any time passing.
 
     Args:
         limit_s: time at which it is ended.
@@ -61,7 +65,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return future
 
     def select(self, timeout: float | None) -> list[Any]:
-        """What the base class asks of its selector: to wait until something happens, here by a jump to the next timer.
+        """What the base class asks of its selector: to wait until something happens, here by a jump to the
+        next timer.
 
         Raises:
             RuntimeError: nothing will ever happen again, or not before the limit.
@@ -81,7 +86,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
     def _set_now(self, now: float) -> None:
         self._now, self._rounds = now, 0
-        # Timers count as due before now and this: the least that makes those of now due, and none that are later.
+        # Timers count as due before now and this: the least that makes those of now due, and none that are
+        # later.
         self._clock_resolution = math.ulp(now)
 
     def _stuck(self, why: str) -> RuntimeError:
@@ -116,7 +122,11 @@ def run(main: Coroutine[Any, Any, T], *, limit_s: float = math.inf) -> T:
 def described(task: asyncio.Task[Any]) -> str:
     """A task and the line in which it waits."""
     *_, frame = _frames(task.get_coro())
-    return f"{task.get_name()} in {frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}" if frame else task.get_name()
+    return (
+        f"{task.get_name()} in {frame.f_code.co_name}, {frame.f_code.co_filename}:{frame.f_lineno}"
+        if frame
+        else task.get_name()
+    )
 
 
 def _frames(waiting: Any) -> Iterator[FrameType | None]:
@@ -135,4 +145,6 @@ def _end_tasks(loop: VirtualTimeLoop) -> None:
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
     for task in tasks:
         if not task.cancelled() and (error := task.exception()) is not None:
-            loop.call_exception_handler({"message": "a task failed when it was ended", "exception": error, "task": task})
+            loop.call_exception_handler(
+                {"message": "a task failed when it was ended", "exception": error, "task": task}
+            )

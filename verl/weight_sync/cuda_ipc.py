@@ -1,4 +1,6 @@
-"""Memory of a GPU that two processes see: a handle as plain data, and the bytes behind it in place. PyTorch alone."""
+"""Memory of a GPU that two processes see: a handle as plain data, and the bytes behind it in place. PyTorch
+alone.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ _NUMBERS = {"offset": 3, "storage_bytes": 8, "storage_offset": 9, "reference_num
 
 
 def handle_of(content: Tensor) -> dict[str, Any]:
-    """What another process on this machine needs to see the same bytes, as JSON can hold it; they stay as long as either side has them.
+    """What another process on this machine needs to see the same bytes, as JSON can hold it; they stay as
+    long as either side has them.
 
     Args:
         content: [n] uint8 on a GPU, contiguous.
     """
     _, described = reduce_tensor(content)
-    handle: dict[str, Any] = {name: base64.b64encode(described[place]).decode() for name, place in _BYTES.items()}
+    handle: dict[str, Any] = {
+        name: base64.b64encode(described[place]).decode() for name, place in _BYTES.items()
+    }
     handle |= {name: int(described[place]) for name, place in _NUMBERS.items()}
     return handle | {"num_bytes": content.numel(), "device": _name_of(content.get_device())}
 
@@ -35,7 +40,9 @@ def opened(handle: Mapping[str, Any]) -> Tensor:
     """
     devices = {_name_of(index): index for index in range(torch.cuda.device_count())}
     if handle["device"] not in devices:
-        raise RuntimeError(f"need the GPU {handle['device']} for weights in its memory, this process sees {', '.join(devices) or 'none'}")
+        raise RuntimeError(
+            f"need the GPU {handle['device']} for weights in its memory, this process sees {', '.join(devices) or 'none'}"
+        )
     raw = {name: base64.b64decode(handle[name]) for name in _BYTES}
     size = (handle["num_bytes"],)
     content: Tensor = rebuild_cuda_tensor(

@@ -1,4 +1,6 @@
-"""Which weights an engine has: a digest of each tensor and one text for all; imports PyTorch alone, as engines' own processes load it."""
+"""Which weights an engine has: a digest of each tensor and one text for all; imports PyTorch alone, as
+engines' own processes load it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ _BLOCK_WORDS = {True: 2**17, False: 2**24}
 def digest(tensor: Tensor) -> int:
     """A 64-bit number of the bytes of a tensor and their order; equal on every device.
 
-    The sum over 8-byte words of mixed(word) * (1 + 2 * place * stride), modulo 2^64. Mixing is one to one and the weights are odd, so any
-    single word that changes changes it.
+    The sum over 8-byte words of mixed(word) * (1 + 2 * place * stride), modulo 2^64. Mixing is one to one and
+    the weights are odd, so any single word that changes changes it.
     """
     content = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = content.numel() // _WORD_BYTES * _WORD_BYTES
@@ -35,7 +37,8 @@ def digest(tensor: Tensor) -> int:
     for first in range(0, len(words), size):
         block = words[first : first + size]
         own = mixed[: len(block)]
-        # The upper half goes into the lower: a sign alone, at the top of a word, would be lost in a sum of products of even numbers.
+        # The upper half goes into the lower: a sign alone, at the top of a word, would be lost in a sum of
+        # products of even numbers.
         torch.bitwise_right_shift(block, 32, out=own)
         own &= 0xFFFFFFFF
         own ^= block
@@ -66,4 +69,6 @@ def fingerprint_of_ranks(digests: Sequence[Mapping[str, int]]) -> str:
     """One text for what the ranks of an engine have: that of one of them where all have the same."""
     if all(own == digests[0] for own in digests):
         return fingerprint(digests[0])
-    return fingerprint({f"{rank}:{name}": value for rank, own in enumerate(digests) for name, value in own.items()})
+    return fingerprint(
+        {f"{rank}:{name}": value for rank, own in enumerate(digests) for name, value in own.items()}
+    )

@@ -52,9 +52,10 @@ class Piece:
         name: of the whole tensor, as in a Hugging Face folder.
         bounds: which part of the whole tensor.
         home: name of the local tensor that holds it.
-        offset: where it begins in the home, one number for each dimension of the home. The last dimensions of the home are the
-            last ones of the whole tensor. A home with fewer dimensions lacks leading ones, in which the part has size 1 (an expert of
-            a stacked weight); in leading dimensions that only the home has, the part has size 1 there (stacked experts at home).
+        offset: where it begins in the home, one number for each dimension of the home. The last dimensions of
+            the home are the last ones of the whole tensor. A home with fewer dimensions lacks leading ones,
+            in which the part has size 1 (an expert of a stacked weight); in leading dimensions that only the
+            home has, the part has size 1 there (stacked experts at home).
     """
 
     name: str
@@ -69,8 +70,8 @@ class Layout:
 
     Attributes:
         shapes: of the whole tensors by name, in the order in which they are wanted.
-        ranks: pieces of each rank. Replicas are equal bounds on several ranks; a rank may have none. Padding of a local tensor is
-            part of no piece.
+        ranks: pieces of each rank. Replicas are equal bounds on several ranks; a rank may have none. Padding
+            of a local tensor is part of no piece.
 
     Raises:
         ValueError: a piece of an unknown tensor, or outside its tensor.
@@ -86,7 +87,9 @@ class Layout:
             for piece in self.ranks[rank]:
                 fault = self._fault(piece)
                 if fault:
-                    raise ValueError(f"need pieces of known tensors that lie inside them, got on rank {rank} {piece}: {fault}")
+                    raise ValueError(
+                        f"need pieces of known tensors that lie inside them, got on rank {rank} {piece}: {fault}"
+                    )
 
     @property
     def num_ranks(self) -> int:
@@ -101,7 +104,9 @@ class Layout:
         shape = self.shapes.get(piece.name)
         if shape is None:
             return "there is no such tensor"
-        inside = len(shape) == len(piece.bounds) and all(0 <= a <= b <= size for (a, b), size in zip(piece.bounds, shape, strict=True))
+        inside = len(shape) == len(piece.bounds) and all(
+            0 <= a <= b <= size for (a, b), size in zip(piece.bounds, shape, strict=True)
+        )
         if not inside:
             return f"the tensor is {shape}"
         dropped = len(piece.bounds) - len(piece.offset)
@@ -119,7 +124,9 @@ def offset_of(part: Bounds, piece: Piece) -> tuple[int, ...]:
 
 
 def slices_at_home(part: Bounds, offset: tuple[int, ...]) -> tuple[slice, ...]:
-    """Where a part that begins at an offset lies in its home; what they give has as many elements as the part, in the same order."""
+    """Where a part that begins at an offset lies in its home; what they give has as many elements as the
+    part, in the same order.
+    """
     shape = sizes(part)
     extra = len(offset) - len(shape)
     shape = (1,) * extra + shape if extra > 0 else shape[-extra:]

@@ -30,10 +30,11 @@ class TrainingPlace:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of training, rank = (((replica * pipeline + stage) * shards + shard) * sequence + place in the line) * tensor + tensor rank.
+    """Sizes of training, rank = (((replica * pipeline + stage) * shards + shard) * sequence + place in the
+    line) * tensor + tensor rank.
 
-    Without shards and sequence this is Megatron's order, without stages that of `placement` with FSDP; there, the ranks of a line hold
-    different shards, so `shards` is shards x sequence and `sequence` is 1.
+    Without shards and sequence this is Megatron's order, without stages that of `placement` with FSDP; there,
+    the ranks of a line hold different shards, so `shards` is shards x sequence and `sequence` is 1.
 
     Attributes:
         tensor: ranks that share every matrix, t.
@@ -41,7 +42,8 @@ class Mesh:
         shards: of FSDP.
         sequence: ranks that share a line and have equal weights.
         replicas: copies of the model, d.
-        experts: consecutive ranks of a stage that share the experts of a layer; 1: experts are split as other matrices.
+        experts: consecutive ranks of a stage that share the experts of a layer; 1: experts are split as other
+            matrices.
 
     Raises:
         ValueError: a size below 1, or experts that do not fit.
@@ -58,7 +60,9 @@ class Mesh:
         if min(self.tensor, self.pipeline, self.shards, self.sequence, self.replicas, self.experts) < 1:
             raise ValueError(f"need sizes from 1, got {self}")
         if self.experts > 1 and (self.shards > 1 or (self.num_ranks // self.pipeline) % self.experts):
-            raise ValueError(f"need experts that divide the ranks of a stage, and no shards beside them, got {self}")
+            raise ValueError(
+                f"need experts that divide the ranks of a stage, and no shards beside them, got {self}"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -95,11 +99,12 @@ class GenerationPlace:
 
 
 def zero_redundancy(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationPlace:
-    """What a rank has in training is part of what it needs: ranks of a generation group are at stride t / t_g, not consecutive.
+    """What a rank has in training is part of what it needs: ranks of a generation group are at stride t /
+    t_g, not consecutive.
 
-    With t divisible by t_g and p by p_g: tensor rank of generation = tensor rank // (t / t_g), stage likewise, and what is left over
-    numbers the d_g = p t / (p_g t_g) replicas of generation in a replica of training. Shards of FSDP play the part of tensor ranks,
-    within these.
+    With t divisible by t_g and p by p_g: tensor rank of generation = tensor rank // (t / t_g), stage
+    likewise, and what is left over numbers the d_g = p t / (p_g t_g) replicas of generation in a replica of
+    training. Shards of FSDP play the part of tensor ranks, within these.
     """
     place = training.place(rank)
     width, depth = training.tensor * training.shards // tensor, training.pipeline // pipeline
@@ -116,10 +121,15 @@ def consecutive(rank: int, training: Mesh, tensor: int, pipeline: int) -> Genera
     return GenerationPlace(replica, stage, column)
 
 
-GROUPINGS: dict[str, Callable[[int, Mesh, int, int], GenerationPlace]] = {"zero-redundancy": zero_redundancy, "consecutive": consecutive}
+GROUPINGS: dict[str, Callable[[int, Mesh, int, int], GenerationPlace]] = {
+    "zero-redundancy": zero_redundancy,
+    "consecutive": consecutive,
+}
 
 
-def generation_place(rank: int, training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy") -> GenerationPlace:
+def generation_place(
+    rank: int, training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
+) -> GenerationPlace:
     """Where a rank of training stands in generation.
 
     Args:
@@ -143,14 +153,23 @@ def generation_place(rank: int, training: Mesh, *, tensor: int, pipeline: int = 
             f"{training.shards} shards and pipeline={pipeline} for {training.pipeline} stages; take divisors or the grouping consecutive"
         )
     if training.num_ranks % (tensor * pipeline):
-        raise ValueError(f"need tensor * pipeline of generation to divide the {training.num_ranks} ranks, got {tensor} * {pipeline}")
+        raise ValueError(
+            f"need tensor * pipeline of generation to divide the {training.num_ranks} ranks, got {tensor} * {pipeline}"
+        )
     return GROUPINGS[grouping](rank, training, tensor, pipeline)
 
 
-def groups(training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy") -> list[list[int]]:
+def groups(
+    training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
+) -> list[list[int]]:
     """Ranks of each replica of generation, by stage and tensor rank."""
-    places = [generation_place(rank, training, tensor=tensor, pipeline=pipeline, grouping=grouping) for rank in range(training.num_ranks)]
-    order = sorted(range(len(places)), key=lambda rank: (places[rank].replica, places[rank].stage, places[rank].tensor))
+    places = [
+        generation_place(rank, training, tensor=tensor, pipeline=pipeline, grouping=grouping)
+        for rank in range(training.num_ranks)
+    ]
+    order = sorted(
+        range(len(places)), key=lambda rank: (places[rank].replica, places[rank].stage, places[rank].tensor)
+    )
     size = tensor * pipeline
     return [order[first : first + size] for first in range(0, len(order), size)]
 

@@ -19,7 +19,8 @@ _PREFIX = "verl-weights"
 
 
 def open_group(address: str, port: int, *, rank: int, num_ranks: int, backend: str, timeout_s: float) -> Any:
-    """A process group beside the default one; rank 0 listens at the address, the others join. Returns when all have come.
+    """A process group beside the default one; rank 0 listens at the address, the others join. Returns when
+    all have come.
 
     Args:
         address: of rank 0.
@@ -52,7 +53,9 @@ def _store(address: str, port: int, timeout: timedelta, *, num_ranks: int, liste
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((address, port))
     listener.listen()
-    return dist.TCPStore(address, port, num_ranks, True, timeout, master_listen_fd=listener.detach(), use_libuv=True)
+    return dist.TCPStore(
+        address, port, num_ranks, True, timeout, master_listen_fd=listener.detach(), use_libuv=True
+    )
 
 
 def broadcast(group: Any, tensor: Tensor) -> None:
@@ -78,4 +81,8 @@ def receive(group: Any, tensor: Tensor, *, sender: int) -> None:
 def shared_memory() -> str:
     """Equal in processes that see the same shared memory; a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip()} {os.stat('/dev/shm').st_dev}" if boot.exists() and Path("/dev/shm").exists() else ""
+    return (
+        f"{boot.read_text().strip()} {os.stat('/dev/shm').st_dev}"
+        if boot.exists() and Path("/dev/shm").exists()
+        else ""
+    )

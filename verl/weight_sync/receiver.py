@@ -1,4 +1,6 @@
-"""Weights as they come to one rank of an engine: whole tensors, or the parts that it reads; what it was handed, and what it read."""
+"""Weights as they come to one rank of an engine: whole tensors, or the parts that it reads; what it was
+handed, and what it read.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Arrivals:
     """Receives parts, as they were cut out for this rank, and notes of each update what it was.
 
     Args:
-        device: where tensors are handed on; None: where they come, as the model copies them itself to where it wants them.
+        device: where tensors are handed on; None: where they come, as the model copies them itself to where
+            it wants them.
         keeps: tensors are used after a part was taken, so they must be in memory of their own.
 
     Attributes:
@@ -49,10 +52,14 @@ class Arrivals:
         """What was read of the tensors that were handed on to be recorded."""
         return {name: disjoint(bounds) for name, bounds in self._reads.items()}
 
-    def join(self, address: str, port: int, *, rank: int, num_ranks: int, backend: str, timeout_s: float) -> None:
+    def join(
+        self, address: str, port: int, *, rank: int, num_ranks: int, backend: str, timeout_s: float
+    ) -> None:
         """Joins the group over which parts come, in place of one before."""
         self._group = None
-        self._group = open_group(address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s)
+        self._group = open_group(
+            address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
+        )
 
     def leave(self) -> None:
         """Leaves it."""
@@ -65,7 +72,8 @@ class Arrivals:
         self._reads: dict[str, list[Bounds]] = {}
 
     def batches(self, part: Part, *, records: bool) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Name and tensor of all of a part, to be handed on as they come: each batch is used before the next one is taken.
+        """Name and tensor of all of a part, to be handed on as they come: each batch is used before the next
+        one is taken.
 
         Args:
             part: of this rank.
@@ -76,7 +84,10 @@ class Arrivals:
         """
         if part.via == "disk":
             tensors = tensors_in(Path(part.where["folder"]), device=str(self._device or "cpu"))
-            arrived = ((TensorInfo(name, tuple(t.shape), ""), [(whole(tuple(t.shape)), t)], [whole(tuple(t.shape))]) for name, t in tensors)
+            arrived = (
+                (TensorInfo(name, tuple(t.shape), ""), [(whole(tuple(t.shape)), t)], [whole(tuple(t.shape))])
+                for name, t in tensors
+            )
             yield (self._handed(*one, records=False) for one in arrived)
             return
         try:
@@ -96,31 +107,45 @@ class Arrivals:
         """
         return self._exchanged(part) if part.via == "direct" else iter([self._parts(part)])
 
-    def _handed(self, info: TensorInfo, parts: list[tuple[Bounds, Tensor]], marks: list[Bounds], *, records: bool) -> tuple[str, Tensor]:
+    def _handed(
+        self, info: TensorInfo, parts: list[tuple[Bounds, Tensor]], marks: list[Bounds], *, records: bool
+    ) -> tuple[str, Tensor]:
         for bounds in marks:
             own, part = next((own, part) for own, part in parts if _holds(own, bounds))
-            self.digests[key_of(info.name, bounds, shape=info.shape)] = digest(part[slices_of(bounds, within=own)])
+            self.digests[key_of(info.name, bounds, shape=info.shape)] = digest(
+                part[slices_of(bounds, within=own)]
+            )
         self.num_bytes += sum(part.nbytes for _, part in parts)
         if [bounds for bounds, _ in parts] != [whole(info.shape)]:
             like = parts[0][1] if parts else torch.empty(0, dtype=dtype_of(info), device=self._device)
             return info.name, partial(info.name, info.shape, parts, like=like)
         ((_, tensor),) = parts
-        return info.name, recorded(info.name, tensor, self._reads.setdefault(info.name, [])) if records else tensor
+        return info.name, recorded(
+            info.name, tensor, self._reads.setdefault(info.name, [])
+        ) if records else tensor
 
     def _parts(self, part: Part) -> list[Arrived]:
         """Of bytes in shared memory, or from rank 0 of the group."""
         infos = part.tensors
         if not part.reads:
             content = self._whole_content(part)
-            return [(info, [(whole(info.shape), tensor)], [whole(info.shape)]) for info, tensor in unpacked(content, infos)]
+            return [
+                (info, [(whole(info.shape), tensor)], [whole(info.shape)])
+                for info, tensor in unpacked(content, infos)
+            ]
         pieces = pieces_in(infos, part.reads[0])
         if part.via in _MAPPED:
             mapped = {info.name: tensor for info, tensor in unpacked(_mapped(part), infos)}
             tensors = [self._own(mapped[piece.name][slices_of(bounds)]) for piece, bounds in pieces]
         else:
-            content = torch.empty(num_bytes_of([piece for piece, _ in pieces]), dtype=torch.uint8, device=self._joined())
+            content = torch.empty(
+                num_bytes_of([piece for piece, _ in pieces]), dtype=torch.uint8, device=self._joined()
+            )
             receive(self._group, content, sender=0)
-            tensors = [self._own(tensor, is_ours=True) for _, tensor in unpacked(content, [piece for piece, _ in pieces])]
+            tensors = [
+                self._own(tensor, is_ours=True)
+                for _, tensor in unpacked(content, [piece for piece, _ in pieces])
+            ]
         came: dict[str, list[tuple[Bounds, Tensor]]] = {info.name: [] for info in infos}
         for (piece, bounds), tensor in zip(pieces, tensors, strict=True):
             came[piece.name].append((bounds, tensor))
@@ -153,7 +178,14 @@ class Arrivals:
                 _put(came[copy.name], reads[copy.name], copy.bounds, values)
                 left[copy.name].remove(copy.bounds)
             names = [name for name in dict.fromkeys(copy.name for copy in bucket) if not left[name]]
-            yield [(infos[name], [(bounds, self._own(t, is_ours=True)) for bounds, t in came.pop(name)], marks[name]) for name in names]
+            yield [
+                (
+                    infos[name],
+                    [(bounds, self._own(t, is_ours=True)) for bounds, t in came.pop(name)],
+                    marks[name],
+                )
+                for name in names
+            ]
         for _ in stream:
             raise AssertionError("more came than was expected")
 
@@ -176,11 +208,17 @@ class Arrivals:
 
 def _mapped(part: Part) -> Tensor:
     """[n] uint8, the bytes of a part where the policy has them, in memory of this machine or of a GPU."""
-    return opened(part.where) if part.via == "ipc" else map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
+    return (
+        opened(part.where)
+        if part.via == "ipc"
+        else map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
+    )
 
 
 def _holds(own: Bounds, bounds: Bounds) -> bool:
-    return all(first <= start and stop <= last for (first, last), (start, stop) in zip(own, bounds, strict=True))
+    return all(
+        first <= start and stop <= last for (first, last), (start, stop) in zip(own, bounds, strict=True)
+    )
 
 
 def _put(parts: list[tuple[Bounds, Tensor]], reads: Any, bounds: Bounds, values: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""A plan carried out: what a rank has and others lack travels in buckets, the next one while the last is put in its place."""
+"""A plan carried out: what a rank has and others lack travels in buckets, the next one while the last is put
+in its place.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from verl.weight_sync.reshard_plan import Copy, Plan
 
 
 def part_of(home: Tensor, bounds: Bounds, offset: tuple[int, ...]) -> Tensor:
-    """A view of the part of a home that begins at an offset; as many elements as the bounds have, in their order."""
+    """A view of the part of a home that begins at an offset; as many elements as the bounds have, in their
+    order.
+    """
     return home[slices_at_home(bounds, offset)]
 
 
@@ -47,7 +51,8 @@ def exchange(
     device: torch.device,
     overlap: bool = True,
 ) -> Iterator[tuple[Copy, Tensor]]:
-    """Does a rank's part of a plan: sends what others lack, and yields what this one lacks, as it comes; all ranks of the group at once.
+    """Does a rank's part of a plan: sends what others lack, and yields what this one lacks, as it comes; all
+    ranks of the group at once.
 
     Args:
         plan: its ranks are those of the group.
@@ -64,7 +69,9 @@ def exchange(
     Raises:
         RuntimeError: another rank is gone or does not answer in the time limit of the group.
     """
-    for bucket in exchange_by_bucket(plan, rank, group, read=read, dtype=dtype, device=device, overlap=overlap):
+    for bucket in exchange_by_bucket(
+        plan, rank, group, read=read, dtype=dtype, device=device, overlap=overlap
+    ):
         yield from bucket
 
 
@@ -78,8 +85,8 @@ def exchange_by_bucket(
     device: torch.device,
     overlap: bool = True,
 ) -> Iterator[Iterator[tuple[Copy, Tensor]]]:
-    """As `exchange`, bucket by bucket: a bucket comes only if all ranks have asked for it, so who does other things together in between
-    must do so after the same buckets."""
+    """As `exchange`, bucket by bucket: a bucket comes only if all ranks have asked for it, so who does other
+    things together in between must do so after the same buckets."""
     ahead: _Travelling | None = None
     for bucket in plan.buckets:
         started = _started(bucket, rank, group, read=read, dtype=dtype, device=device)
@@ -95,7 +102,13 @@ def exchange_by_bucket(
 
 @torch.no_grad()
 def _started(
-    bucket: Sequence[Copy], rank: int, group: Any, *, read: Callable[[Copy], Tensor], dtype: torch.dtype, device: torch.device
+    bucket: Sequence[Copy],
+    rank: int,
+    group: Any,
+    *,
+    read: Callable[[Copy], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> _Travelling:
     num_ranks = group.size()
     goes = sorted((copy for copy in bucket if copy.sender == rank), key=lambda copy: copy.receiver)

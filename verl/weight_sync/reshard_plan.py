@@ -49,8 +49,9 @@ class Plan:
         num_ranks: of both layouts.
         itemsize: bytes per element as sent.
         local: copies within a rank: nothing travels.
-        buckets: copies that travel, for each rank in the order of the target's tensors; of a pipeline, first those of the stage behind its
-            own. No rank receives more than `bucket_bytes` in one, and what it receives of one tensor is in one, unless that is more.
+        buckets: copies that travel, for each rank in the order of the target's tensors; of a pipeline, first
+            those of the stage behind its own. No rank receives more than `bucket_bytes` in one, and what it
+            receives of one tensor is in one, unless that is more.
         rank: whose copies these are; None: of all ranks.
     """
 
@@ -85,13 +86,17 @@ class Plan:
 
     @cached_property
     def _totals(self) -> dict[str, Counter[int]]:
-        totals: dict[str, Counter[int]] = {what: Counter() for what in ("sent", "received", "local", "messages")}
+        totals: dict[str, Counter[int]] = {
+            what: Counter() for what in ("sent", "received", "local", "messages")
+        }
         for bucket in self.buckets:
             for copy in bucket:
                 num_bytes = volume(copy.bounds) * self.itemsize
                 totals["sent"][copy.sender] += num_bytes
                 totals["received"][copy.receiver] += num_bytes
-            totals["messages"].update(receiver for _, receiver in {(copy.sender, copy.receiver) for copy in bucket})
+            totals["messages"].update(
+                receiver for _, receiver in {(copy.sender, copy.receiver) for copy in bucket}
+            )
         for copy in self.local:
             totals["local"][copy.receiver] += volume(copy.bounds) * self.itemsize
         return totals
@@ -108,8 +113,8 @@ def make_plan(
 ) -> Plan:
     """The copies that fill a target from a source, with as few bytes as possible; the same on every rank.
 
-    What a rank has itself does not travel. What several others have comes from one on its node, else from any; among these from
-    the one that has least to send, in the same bucket and then in all.
+    What a rank has itself does not travel. What several others have comes from one on its node, else from
+    any; among these from the one that has least to send, in the same bucket and then in all.
 
     Args:
         source: layout of the tensors as they are.
@@ -120,7 +125,8 @@ def make_plan(
         rank: list only the copies in which this rank takes part, which is faster; None: all.
 
     Raises:
-        ValueError: layouts of different ranks or tensors, or a part of the target that lies nowhere in the source.
+        ValueError: layouts of different ranks or tensors, or a part of the target that lies nowhere in the
+            source.
     """
     walk = Walk(source, target, itemsize=itemsize, bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node)
     if rank is not None and not 0 <= rank < source.num_ranks:
@@ -185,13 +191,18 @@ class Pattern:
             if len(transfer.holders) > 1:
                 self.choices.append(index)
             else:
-                self.sent.setdefault(transfer.receiver, Counter())[transfer.holders[0].rank] += transfer.num_bytes
+                self.sent.setdefault(transfer.receiver, Counter())[transfer.holders[0].rank] += (
+                    transfer.num_bytes
+                )
         self._concerning: dict[int, list[int]] = {}
 
     def concerning(self, rank: int) -> list[int]:
         """Transfers in which a rank takes part, or may."""
         if rank not in self._concerning:
-            ranks = ((transfer.receiver, *(holder.rank for holder in transfer.holders)) for transfer in self.transfers)
+            ranks = (
+                (transfer.receiver, *(holder.rank for holder in transfer.holders))
+                for transfer in self.transfers
+            )
             self._concerning[rank] = [index for index, parties in enumerate(ranks) if rank in parties]
         return self._concerning[rank]
 
@@ -205,7 +216,8 @@ class Step:
         pattern: of its kind.
         chosen: holder by transfer, where there are several.
         buckets: bucket by receiver.
-        spread: bucket by transfer, of receivers that get more than a bucket of this tensor and are not in `buckets`.
+        spread: bucket by transfer, of receivers that get more than a bucket of this tensor and are not in
+            `buckets`.
     """
 
     name: str
@@ -229,7 +241,16 @@ class Step:
     def copy(self, transfer: Transfer, holder: Holder) -> Copy:
         """A transfer of this tensor."""
         homes = self.source[holder.piece][1].home, self.target[transfer.piece][1].home
-        return Copy(self.name, transfer.bounds, holder.rank, homes[0], holder.offset, transfer.receiver, homes[1], transfer.offset)
+        return Copy(
+            self.name,
+            transfer.bounds,
+            holder.rank,
+            homes[0],
+            holder.offset,
+            transfer.receiver,
+            homes[1],
+            transfer.offset,
+        )
 
 
 class Walk:
@@ -246,12 +267,16 @@ class Walk:
         ValueError: sizes below 1, or layouts that do not belong together.
     """
 
-    def __init__(self, source: Layout, target: Layout, *, itemsize: int, bucket_bytes: int, ranks_per_node: int) -> None:
+    def __init__(
+        self, source: Layout, target: Layout, *, itemsize: int, bucket_bytes: int, ranks_per_node: int
+    ) -> None:
         if min(itemsize, bucket_bytes, ranks_per_node) < 1:
             given = f"itemsize={itemsize}, bucket_bytes={bucket_bytes}, ranks_per_node={ranks_per_node}"
             raise ValueError(f"need sizes from 1, got {given}")
         if source.num_ranks != target.num_ranks:
-            raise ValueError(f"need layouts of the same ranks, got {source.num_ranks} and {target.num_ranks}; give idle ranks no pieces")
+            raise ValueError(
+                f"need layouts of the same ranks, got {source.num_ranks} and {target.num_ranks}; give idle ranks no pieces"
+            )
         self._source, self._target = _by_name(source), _by_name(target)
         for name in self._target:
             if source.shapes.get(name) != target.shapes[name]:
@@ -270,11 +295,20 @@ class Walk:
 
     def steps(self) -> Iterator[Step]:
         """Every tensor, once."""
-        patterns = {name: self._pattern(name, self._source.get(name, []), self._target[name]) for name in self._names}
+        patterns = {
+            name: self._pattern(name, self._source.get(name, []), self._target[name]) for name in self._names
+        }
         placed = self._placed(patterns)
         self._chooses = any(pattern.choices for pattern in patterns.values())
         for name, pattern in patterns.items():
-            yield Step(name, pattern, self._source[name], self._target[name], self._choose(pattern, *placed[name]), *placed[name])
+            yield Step(
+                name,
+                pattern,
+                self._source[name],
+                self._target[name],
+                self._choose(pattern, *placed[name]),
+                *placed[name],
+            )
 
     def _placed(self, patterns: dict[str, Pattern]) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
         """Buckets of each tensor by receiver, and by transfer where a receiver needs several for it."""
@@ -282,7 +316,9 @@ class Walk:
         stages: dict[int, list[str]] = {}
         for name in patterns:
             stages.setdefault(min(rank for rank, _ in self._source[name]), []).append(name)
-        numbers = {rank: number for number, first in enumerate(stages) for rank, _ in self._source[stages[first][0]]}
+        numbers = {
+            rank: number for number, first in enumerate(stages) for rank, _ in self._source[stages[first][0]]
+        }
         placed: dict[str, tuple[dict[int, int], dict[int, int]]] = {name: ({}, {}) for name in patterns}
         for receiver in range(self._num_ranks):
             # Each begins behind its own stage: so every stage sends at every time, and to few others.
@@ -312,21 +348,32 @@ class Walk:
                 common[piece.bounds] = self._parts(piece.bounds, regions)
             parts = common[piece.bounds]
             if sum(volume(part) for part, _ in parts) != volume(piece.bounds):
-                raise ValueError(f"need all of {name} in the source, it lacks some of {piece.bounds}, which rank {receiver} wants")
+                raise ValueError(
+                    f"need all of {name} in the source, it lacks some of {piece.bounds}, which rank {receiver} wants"
+                )
             for part, owners in parts:
-                holders = tuple(Holder(source[i][0], i, offset_of(part, source[i][1])) for i in self._usable(receiver, source, owners))
+                holders = tuple(
+                    Holder(source[i][0], i, offset_of(part, source[i][1]))
+                    for i in self._usable(receiver, source, owners)
+                )
                 num_bytes = volume(part) * self._itemsize
                 transfers.append(Transfer(part, num_bytes, receiver, index, offset_of(part, piece), holders))
         return transfers
 
-    def _parts(self, bounds: Bounds, regions: Iterable[tuple[Bounds, list[int]]]) -> list[tuple[Bounds, list[int]]]:
+    def _parts(
+        self, bounds: Bounds, regions: Iterable[tuple[Bounds, list[int]]]
+    ) -> list[tuple[Bounds, list[int]]]:
         """What a piece has in common with the regions of the source, in parts that fit a bucket."""
         found = ((intersection(region, bounds), owners) for region, owners in regions)
         limit = max(1, self._bucket_bytes // self._itemsize)
-        return sorted((part, owners) for common, owners in found if common is not None for part in _split(common, limit))
+        return sorted(
+            (part, owners) for common, owners in found if common is not None for part in _split(common, limit)
+        )
 
     def _usable(self, receiver: int, source: Pieces, owners: list[int]) -> list[int]:
-        """Pieces that a part may come from: the receiver's own, else those on its node, else all; one of each rank."""
+        """Pieces that a part may come from: the receiver's own, else those on its node, else all; one of each
+        rank.
+        """
         by_rank = {source[i][0]: i for i in reversed(owners)}
         if receiver in by_rank:
             return [by_rank[receiver]]
@@ -344,7 +391,10 @@ class Walk:
         for index in pattern.choices:
             transfer = pattern.transfers[index]
             bucket = spread[index] if index in spread else buckets[transfer.receiver]
-            holder = min(transfer.holders, key=lambda holder: (self._load[bucket, holder.rank], self._load[None, holder.rank]))
+            holder = min(
+                transfer.holders,
+                key=lambda holder: (self._load[bucket, holder.rank], self._load[None, holder.rank]),
+            )
             self._add_load(holder.rank, bucket, transfer.num_bytes)
             chosen[index] = holder
         return chosen
@@ -365,7 +415,9 @@ class Walk:
 
     def _spread(self, pattern: Pattern, receiver: int) -> dict[int, int]:
         """Buckets of a tensor that is too large for one."""
-        arriving = ((i, t) for i, t in enumerate(pattern.transfers) if t.receiver == receiver and not t.is_local)
+        arriving = (
+            (i, t) for i, t in enumerate(pattern.transfers) if t.receiver == receiver and not t.is_local
+        )
         return {index: self._place(receiver, transfer.num_bytes) for index, transfer in arriving}
 
 

@@ -1,7 +1,7 @@
 """A tensor that stands for a whole one of which this process has a part, and which notes what of it is read.
 
-Engines load whole tensors and take the part of their rank themselves. What they read of a whole one is what they need to be sent the next
-time; then a `Partial` with that alone passes for the whole one.
+Engines load whole tensors and take the part of their rank themselves. What they read of a whole one is what
+they need to be sent the next time; then a `Partial` with that alone passes for the whole one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class _Whole:
         return [torch.Size(self.shape[dim + 1 :]).numel() for dim in range(len(self.shape))]
 
     def read(self, view: Tensor) -> Tensor:
-        """The values of a view, given as a view of a tensor without storage; a view of a part, where it can be one.
+        """The values of a view, given as a view of a tensor without storage; a view of a part, where it can
+        be one.
 
         Raises:
             OutsideError: they are not all here.
@@ -58,7 +59,9 @@ class _Whole:
             return torch.empty(view.shape, dtype=view.dtype, device=self.device)
         found = next(((own, part) for own, part in self.parts if intersection(own, bounds) == bounds), None)
         if found is None:
-            raise OutsideError(f"the engine reads {bounds_text(bounds)} of {self.name}, of which it was sent {_told(self.parts)}")
+            raise OutsideError(
+                f"the engine reads {bounds_text(bounds)} of {self.name}, of which it was sent {_told(self.parts)}"
+            )
         if bounds not in self.reads:
             self.reads.append(bounds)
         box = found[1][slices_of(bounds, within=found[0])]
@@ -68,7 +71,8 @@ class _Whole:
         return box.as_strided(view.shape, strides, box.storage_offset())
 
     def _box(self, view: Tensor) -> tuple[Bounds, list[tuple[int, int]] | None]:
-        """The bounds that hold a view, and for each of its dimensions the dimension of the whole that it goes along, with its step.
+        """The bounds that hold a view, and for each of its dimensions the dimension of the whole that it goes
+        along, with its step.
 
         A view that goes across rows of the whole counts as all of it, without steps.
         """
@@ -84,7 +88,11 @@ class _Whole:
             if size == 1 or stride == 0:
                 steps.append((0, 0))
                 continue
-            dim = next(d for d in range(len(sizes)) if sizes[d] > 1 and stride >= strides[d] and stride % strides[d] == 0)
+            dim = next(
+                d
+                for d in range(len(sizes))
+                if sizes[d] > 1 and stride >= strides[d] and stride % strides[d] == 0
+            )
             steps.append((dim, stride // strides[dim]))
             stops[dim] += (size - 1) * steps[-1][1]
         if any(stop > size for stop, size in zip(stops, sizes, strict=True)):
@@ -105,7 +113,12 @@ class Partial(Tensor):
     def of(cls, source: _Whole, view: Tensor) -> Partial:
         """A view of a tensor, given as one of a tensor without storage."""
         made: Partial = torch.Tensor._make_wrapper_subclass(
-            cls, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=view.dtype, device=source.device
+            cls,
+            view.shape,
+            strides=view.stride(),
+            storage_offset=view.storage_offset(),
+            dtype=view.dtype,
+            device=source.device,
         )
         made._whole, made._view = source, view
         return made
@@ -127,7 +140,8 @@ class Partial(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Views without values, everything else with those that it needs."""
         kwargs = kwargs or {}
-        # Without autograd, operators that are made of others come here whole: those of `to` and `contiguous` may be views, or not.
+        # Without autograd, operators that are made of others come here whole: those of `to` and `contiguous`
+        # may be views, or not.
         made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
             return made
@@ -145,7 +159,9 @@ def _is_view(func: Any) -> bool:
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-def partial(name: str, shape: Sequence[int], parts: Sequence[tuple[Bounds, Tensor]], *, like: Tensor) -> Tensor:
+def partial(
+    name: str, shape: Sequence[int], parts: Sequence[tuple[Bounds, Tensor]], *, like: Tensor
+) -> Tensor:
     """A tensor that passes for a whole one.
 
     Args:
@@ -173,7 +189,10 @@ def disjoint(reads: Iterable[Bounds]) -> tuple[Bounds, ...]:
         while common:
             common = [other for other in found if intersection(own, other) is not None]
             found = [other for other in found if other not in common]
-            own = tuple((min(start for start, _ in dim), max(stop for _, stop in dim)) for dim in zip(own, *common, strict=True))
+            own = tuple(
+                (min(start for start, _ in dim), max(stop for _, stop in dim))
+                for dim in zip(own, *common, strict=True)
+            )
         found.append(own)
     return tuple(sorted(found))
 
@@ -181,7 +200,9 @@ def disjoint(reads: Iterable[Bounds]) -> tuple[Bounds, ...]:
 def slices_of(bounds: Bounds, *, within: Bounds | None = None) -> tuple[slice, ...]:
     """What takes bounds out of a whole tensor, or out of the part of it `within` other bounds."""
     starts = [start for start, _ in within] if within is not None else [0] * len(bounds)
-    return tuple(slice(start - first, stop - first) for (start, stop), first in zip(bounds, starts, strict=True))
+    return tuple(
+        slice(start - first, stop - first) for (start, stop), first in zip(bounds, starts, strict=True)
+    )
 
 
 def bounds_text(bounds: Bounds) -> str:

@@ -72,7 +72,11 @@ def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tens
 
 def pieces_in(infos: Sequence[TensorInfo], reads: Reads) -> list[tuple[TensorInfo, Bounds]]:
     """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
-    return [(TensorInfo(info.name, sizes(bounds), info.dtype), bounds) for info in infos for bounds in reads[info.name]]
+    return [
+        (TensorInfo(info.name, sizes(bounds), info.dtype), bounds)
+        for info in infos
+        for bounds in reads[info.name]
+    ]
 
 
 def part_of(reads: Sequence[Reads], part: Part) -> tuple[Reads, ...]:

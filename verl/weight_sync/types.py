@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 from verl.weight_sync.shard_tracking import Reads
 
-# How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over a
-# process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
+# How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over
+# a process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
 Via = Literal["shm", "group", "disk", "direct", "ipc"]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the policy, by the name that it has in a Hugging Face folder; dtype as PyTorch names it, such as "float32"."""
+    """A tensor of the policy, by the name that it has in a Hugging Face folder; dtype as PyTorch names it,
+    such as "float32".
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,10 +31,11 @@ class Part:
     Attributes:
         tensors: in the order of their bytes.
         via: how they travel.
-        where: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk: `folder`, with all
-            weights; direct: `copies`, for each rank its
+        where: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk:
+            `folder`, with all weights; direct: `copies`, for each rank its
             buckets of (name, bounds, sender).
-        reads: for each rank of the engine, what it gets of the tensors, in their order and end to end; none: each gets all.
+        reads: for each rank of the engine, what it gets of the tensors, in their order and end to end; none:
+            each gets all.
     """
 
     tensors: tuple[TensorInfo, ...]

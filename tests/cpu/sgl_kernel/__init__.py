@@ -1,4 +1,6 @@
-"""Stand-in for SGLang's compiled kernels on a machine without an accelerator; those that a plain model needs have a slow way in SGLang."""
+"""Stand-in for SGLang's compiled kernels on a machine without an accelerator; those that a plain model needs
+have a slow way in SGLang.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 
 __version__ = "0.4.10"
 
-# Some model files of SGLang name these operators when they are imported. No others are declared: the presence of
-# `convert_weight_packed` is how SGLang finds out that the real kernels are there.
+# Some model files of SGLang name these operators when they are imported. No others are declared: the presence
+# of `convert_weight_packed` is how SGLang finds out that the real kernels are there.
 _NAMED_AT_IMPORT = (
     "fused_sigmoid_mul_cpu",
     "fused_moe_router_cpu",

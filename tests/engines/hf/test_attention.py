@@ -28,7 +28,11 @@ def test_logits_of_every_row_are_those_of_the_models_own_forward(family, packed)
     inputs = model_input(PROMPTS, RESPONSES, packed=packed)
     with torch.no_grad(), policy.ready():
         states = policy.hidden(inputs.input_ids, inputs.position_ids, RowLayout.of(inputs))
-        rows = states[0].split(inputs.lengths) if packed else [s[:n] for s, n in zip(states, inputs.lengths, strict=True)]
+        rows = (
+            states[0].split(inputs.lengths)
+            if packed
+            else [s[:n] for s, n in zip(states, inputs.lengths, strict=True)]
+        )
         ours = [policy.logits(row) for row in rows]
     for row, logits in zip(ROWS, ours, strict=True):
         torch.testing.assert_close(logits, own_logits(policy, row)[:-1], atol=1e-5, rtol=0)
@@ -47,7 +51,9 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_rows(family):
         for step in range(10 - max(lengths)):
             positions = torch.tensor(lengths) + step
             tokens = torch.tensor([[row[p]] for row, p in zip(rows, positions, strict=True)])
-            states = policy.hidden(tokens, positions[:, None], DecodeLayout(cache, positions, int(positions.max()) + 1))
+            states = policy.hidden(
+                tokens, positions[:, None], DecodeLayout(cache, positions, int(positions.max()) + 1)
+            )
             own = torch.stack([own_logits(policy, row)[p] for row, p in zip(rows, positions, strict=True)])
             torch.testing.assert_close(policy.logits(states[:, 0]), own, atol=1e-5, rtol=0)
 
@@ -59,7 +65,8 @@ def test_a_window_hides_what_lies_before_it(family):
     inputs = [model_input([r[:1]], [r[1:]]) for r in (row, changed)]
     with torch.no_grad(), policy.ready():
         a, b = (policy.hidden(i.input_ids, i.position_ids, RowLayout.of(i))[0] for i in inputs)
-    # Two windowed layers; in Gemma 2 the second sees all. The last of the 30 tokens predicts nothing and is not read.
+    # Two windowed layers; in Gemma 2 the second sees all. The last of the 30 tokens predicts nothing and is
+    # not read.
     reach = 2 * (WINDOW - 1) + 1 if family == "mistral" else 29
     assert (a != b).any(-1).nonzero().squeeze(1).tolist() == list(range(reach))
 
@@ -68,7 +75,9 @@ def test_rows_of_one_length_need_no_padding_and_give_the_same():
     policy = shared_policy("qwen2")
     row, other = ROWS[0], ROWS[1]
     assert len(row) == len(other)
-    packed, padded = (model_input([row[:2], other[:2]], [row[2:], other[2:]], packed=p) for p in (True, False))
+    packed, padded = (
+        model_input([row[:2], other[:2]], [row[2:], other[2:]], packed=p) for p in (True, False)
+    )
     assert RowLayout.of(packed).uniform
     with torch.no_grad(), policy.ready():
         torch.testing.assert_close(policy.predictor_states(packed), policy.predictor_states(padded))
@@ -76,7 +85,10 @@ def test_rows_of_one_length_need_no_padding_and_give_the_same():
 
 def test_a_prompt_that_rows_share_has_the_gradient_of_all_of_them():
     policy = shared_policy("qwen2")
-    prompts, responses = [[5, 6, 7], [8], [5, 6, 7], [5, 6, 7]], [[9, 10], [11, 12, 13], [14], [15, 16, 17, 18]]
+    prompts, responses = (
+        [[5, 6, 7], [8], [5, 6, 7], [5, 6, 7]],
+        [[9, 10], [11, 12, 13], [14], [15, 16, 17, 18]],
+    )
     gradients = []
     for packed in (True, False):
         policy.zero_grad()
@@ -106,7 +118,9 @@ def test_the_cache_keeps_its_rows_when_it_grows():
     cache.reserve(KVCache.GROWTH + 1)
     grown_keys, grown_values = cache.layer(0, like, like)
     assert grown_keys.shape == grown_values.shape == (3, 2, 2 * KVCache.GROWTH, 4)
-    assert torch.equal(grown_keys[:, :, :5], keys[:, :, :5]) and torch.equal(grown_values[:, :, :5], values[:, :, :5])
+    assert torch.equal(grown_keys[:, :, :5], keys[:, :, :5]) and torch.equal(
+        grown_values[:, :, :5], values[:, :, :5]
+    )
 
 
 def test_a_finished_row_of_the_cache_is_overwritten_by_another():

@@ -33,7 +33,9 @@ def test_what_was_exported_is_loaded_slice_by_slice_and_by_transformers(family, 
     export_model(policy, tmp_path, shard_bytes=shard_bytes)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes < 2**30)
     expected = policy.transformer(IDS).logits
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected, rtol=1e-5, atol=1e-5
+    )
     model = emptied(tmp_path)
     load_sharded(model, str(tmp_path))
     torch.testing.assert_close(model.transformer.eval()(IDS).logits, expected, rtol=1e-5, atol=1e-5)
@@ -44,7 +46,9 @@ def test_families_whose_files_have_other_names_are_loaded_too(tmp_path):
     policy.transformer.save_pretrained(tmp_path)
     model = emptied(tmp_path)
     load_sharded(model, str(tmp_path))
-    torch.testing.assert_close(model.transformer(IDS).logits, policy.transformer(IDS).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.transformer(IDS).logits, policy.transformer(IDS).logits, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_merged_additions_are_the_model_that_was_trained(tmp_path):
@@ -67,13 +71,20 @@ def test_only_additions_are_trained_and_at_first_they_change_nothing():
     engine = local_engine(lora=LoraConfig(rank=4, targets=("q_proj", "down_proj")))
     trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 2 * 2 and all(".lora_" in name for name in trained)
-    torch.testing.assert_close(engine.model.transformer(IDS).logits, local_engine().model.transformer(IDS).logits)
+    torch.testing.assert_close(
+        engine.model.transformer(IDS).logits, local_engine().model.transformer(IDS).logits
+    )
 
 
 def test_additions_to_matrices_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match=r"need names of matrices in lora.targets, got \['query'\]; this model has .*q_proj"):
+    with pytest.raises(
+        ValueError, match=r"need names of matrices in lora.targets, got \['query'\]; this model has .*q_proj"
+    ):
         local_engine(lora=LoraConfig(rank=4, targets=("query",)))
-    with pytest.raises(ValueError, match="need low-rank additions to switch off"), local_engine().adapter_off():
+    with (
+        pytest.raises(ValueError, match="need low-rank additions to switch off"),
+        local_engine().adapter_off(),
+    ):
         pass
 
 

@@ -1,4 +1,6 @@
-"""Tests of the policy and value models: logprobs and gradients in every form, what is accepted, saving and restoring."""
+"""Tests of the policy and value models: logprobs and gradients in every form, what is accepted, saving and
+restoring.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from torch import Tensor
 from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tiny_policy, tiny_transformer
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import row_attention
-from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, make_tiny_model, save_model, value_model
+from verl.engines.hf.models import (
+    Backbone,
+    PolicyModel,
+    load_language_model,
+    make_tiny_model,
+    save_model,
+    value_model,
+)
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec
 
@@ -20,7 +29,11 @@ RESPONSES = random_prompts([8, 2, 13, 5], seed=1)
 WEIGHTS = torch.linspace(-1, 2, sum(map(len, RESPONSES)))  # no two tokens count alike in the losses below
 ROW_WEIGHTS = WEIGHTS.split([len(r) for r in RESPONSES])
 FORMS = [model_input(PROMPTS, RESPONSES), model_input(PROMPTS, RESPONSES, packed=False)]
-WINDOWED = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 64}
+WINDOWED = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 64,
+}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 
@@ -37,7 +50,9 @@ def gradient(model: Backbone) -> Tensor:
 
 
 def loss_gradient(policy: PolicyModel, inputs: ModelInput, **options: Any) -> Tensor:
-    """Of a loss over logprobs and, where they have a gradient, entropies; backward runs outside `ready`, as in training."""
+    """Of a loss over logprobs and, where they have a gradient, entropies; backward runs outside `ready`, as
+    in training.
+    """
     logprobs, entropies = logprobs_and_entropies(policy, inputs, **options)
     (logprobs * WEIGHTS + entropies * WEIGHTS.flip(0)).sum().backward()
     return gradient(policy)
@@ -96,7 +111,9 @@ def test_logits_in_chunks_give_the_same_values_and_gradient(entropy_grad):
     for chunk in (1, 5, 27, 28):
         parts = logprobs_and_entropies(policy, FORMS[0], temperature=0.8, chunk=chunk)
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
-        assert_same_gradient(loss_gradient(policy, FORMS[0], temperature=0.8, chunk=chunk, entropy_grad=entropy_grad), expected)
+        assert_same_gradient(
+            loss_gradient(policy, FORMS[0], temperature=0.8, chunk=chunk, entropy_grad=entropy_grad), expected
+        )
 
 
 def test_entropies_have_a_gradient_only_if_asked():
@@ -109,7 +126,10 @@ def test_entropies_have_a_gradient_only_if_asked():
 @pytest.mark.parametrize(("precision", "error"), [("bf16", 0.03), ("fp16", 0.004)])
 def test_a_lower_precision_computes_close_to_fp32_and_leaves_the_weights(precision, error):
     policy = tiny_policy("qwen3", precision)
-    difference = (logprobs_and_entropies(policy, FORMS[0])[0] - logprobs_and_entropies(shared_policy("qwen3"), FORMS[0])[0]).abs()
+    difference = (
+        logprobs_and_entropies(policy, FORMS[0])[0]
+        - logprobs_and_entropies(shared_policy("qwen3"), FORMS[0])[0]
+    ).abs()
     assert 1e-5 < difference.mean() < error
     assert logprobs_and_entropies(policy, FORMS[0])[0].dtype == torch.float32
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
@@ -143,7 +163,9 @@ def test_dropout_is_off_even_in_training():
     policy = tiny_policy("gpt2", n_embd=32, n_head=4, n_layer=2)
     policy.train()
     assert policy.transformer.config.resid_pdrop == policy.transformer.config.attn_pdrop == 0
-    torch.testing.assert_close(logprobs_and_entropies(policy, FORMS[0]), logprobs_and_entropies(policy, FORMS[0]), atol=0, rtol=0)
+    torch.testing.assert_close(
+        logprobs_and_entropies(policy, FORMS[0]), logprobs_and_entropies(policy, FORMS[0]), atol=0, rtol=0
+    )
 
 
 def test_values_start_at_zero_with_one_per_response_token():

@@ -21,19 +21,36 @@ UPDATES = 2
 
 
 def engine_on(case: dict[str, Any], *, total_updates: int | None = 100) -> Any:
-    parallel = ParallelConfig(**case.get("parallel", {}), engine={"name": "megatron", **case.get("options", {})})
-    return megatron_engine(case["source"], case.get("kind", "policy"), role_config(case), parallel, device=CPU, total_updates=total_updates)
+    parallel = ParallelConfig(
+        **case.get("parallel", {}), engine={"name": "megatron", **case.get("options", {})}
+    )
+    return megatron_engine(
+        case["source"],
+        case.get("kind", "policy"),
+        role_config(case),
+        parallel,
+        device=CPU,
+        total_updates=total_updates,
+    )
 
 
 def trained(engine: Any, case: dict[str, Any], updates: int) -> list[dict[str, float]]:
-    return steps(worker_on(engine, case), len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates)
+    return steps(
+        worker_on(engine, case),
+        len(engine.gather_over_data(None)),
+        case,
+        engine.places["train"].data_rank,
+        updates,
+    )
 
 
 def written_by(engine: Any, case: dict[str, Any]) -> dict[int, torch.Tensor]:
     """What a worker writes for the rows of this rank."""
     batch, num_data = rows_to_learn(with_padding=True), len(engine.gather_over_data(None))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
-    own, own_plan = by_plan((batch, plan), num_data)[engine.places["train"].data_rank] if num_data > 1 else (batch, plan)
+    own, own_plan = (
+        by_plan((batch, plan), num_data)[engine.places["train"].data_rank] if num_data > 1 else (batch, plan)
+    )
     written = worker_on(engine, case).write(own, own_plan)
     return {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
 
@@ -52,9 +69,20 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def run_all(groups: dict[str, list[dict[str, Any]]], folder: str) -> dict[str, Any]:
     """Everything that is tried on one number of ranks, by what is done with a case."""
-    todo = {"run": run_case, "save": save_case, "load": load_case, "not_finite": not_finite, "together": together, "broken": broken}
+    todo = {
+        "run": run_case,
+        "save": save_case,
+        "load": load_case,
+        "not_finite": not_finite,
+        "together": together,
+        "broken": broken,
+    }
     todo["stream"] = streamed
-    return {f"{what} {case['name']}": todo[what](case, Path(folder)) for what, cases in groups.items() for case in cases}
+    return {
+        f"{what} {case['name']}": todo[what](case, Path(folder))
+        for what, cases in groups.items()
+        for case in cases
+    }
 
 
 def save_case(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
@@ -98,15 +126,21 @@ def broken(case: dict[str, Any], folder: Path) -> str:
 
 
 def not_finite(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Updates in which one row has no finite loss, one that is good, and bad ones until the engine gives up; then a bad gradient."""
+    """Updates in which one row has no finite loss, one that is good, and bad ones until the engine gives up;
+    then a bad gradient.
+    """
     engine = engine_on(case)
-    losses = [update_with(engine, case, torch.nan if bad else 1.0) for bad in (True, True, False, True, True, True)]
+    losses = [
+        update_with(engine, case, torch.nan if bad else 1.0) for bad in (True, True, False, True, True, True)
+    ]
     engine = engine_on(case)
     before = [parameter.detach().clone() for parameter in engine.model.parameters()]
     for parameter in engine.model.parameters():
         parameter.register_hook(lambda gradient: gradient * torch.inf)
     out = {"losses": losses, "gradient": update_with(engine, case, 1.0)}
-    out["weights_stayed"] = all(torch.equal(one, other) for one, other in zip(before, engine.model.parameters(), strict=True))
+    out["weights_stayed"] = all(
+        torch.equal(one, other) for one, other in zip(before, engine.model.parameters(), strict=True)
+    )
     return out
 
 
@@ -118,7 +152,9 @@ def update_with(engine: Any, case: dict[str, Any], advantage: float) -> dict[str
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     write_weights(batch, plan, algorithm_of(case))
     try:
-        return worker_on(engine, case).update(*(by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0)
+        return worker_on(engine, case).update(
+            *(by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0
+        )
     except NotFiniteError as error:
         return str(error)
 
@@ -131,7 +167,9 @@ def streamed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def together(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A policy, a critic and a reference that is only read, spread differently over the same ranks, in turn; and what is left behind."""
+    """A policy, a critic and a reference that is only read, spread differently over the same ranks, in turn;
+    and what is left behind.
+    """
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "Stream", "manual_seed")}
     state = torch.get_rng_state()
     critic_case = {"source": case["source"], "kind": "value", "parallel": {"pipeline": 2}}

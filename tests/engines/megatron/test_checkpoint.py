@@ -13,8 +13,13 @@ from verl.weight_sync.layout import Piece, sizes, slices_at_home, volume
 
 
 def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
-    whole = {"a": torch.arange(20).view(4, 5), "b": torch.arange(100, 145).view(3, 3, 5), "c": torch.arange(200, 207)}
-    # Rows 1 to 3 of `a`, then the second of three matrices `b`, in one matrix that ends with a row of padding.
+    whole = {
+        "a": torch.arange(20).view(4, 5),
+        "b": torch.arange(100, 145).view(3, 3, 5),
+        "c": torch.arange(200, 207),
+    }
+    # Rows 1 to 3 of `a`, then the second of three matrices `b`, in one matrix that ends with a row of
+    # padding.
     pieces = [
         Piece("a", ((1, 4), (0, 5)), "ab", (0, 0)),
         Piece("b", ((1, 2), (0, 3), (0, 5)), "ab", (3, 0)),
@@ -25,9 +30,15 @@ def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
         place = homes[piece.home][slices_at_home(piece.bounds, piece.offset)]
         place.copy_(whole[piece.name][tuple(slice(*bound) for bound in piece.bounds)].reshape(place.shape))
     for start, stop in product(range(36), repeat=2):
-        found = strips(pieces, {name: tuple(home.shape) for name, home in homes.items()}, {"ab": (start, stop), "c": (2, 5)})
+        found = strips(
+            pieces,
+            {name: tuple(home.shape) for name, home in homes.items()},
+            {"ab": (start, stop), "c": (2, 5)},
+        )
         values = torch.cat([flat(strip, homes) for strip in found] or [torch.empty(0, dtype=torch.int64)])
-        expected = torch.cat([whole[strip.name][tuple(slice(*b) for b in strip.bounds)].flatten() for strip in found])
+        expected = torch.cat(
+            [whole[strip.name][tuple(slice(*b) for b in strip.bounds)].flatten() for strip in found]
+        )
         assert torch.equal(values, expected)
         stretch = homes["ab"].flatten()[start : max(start, stop)]
         assert sorted(values.tolist()) == sorted(stretch[stretch >= 0].tolist() + [202, 203, 204])
@@ -44,8 +55,14 @@ def flat(strip: Strip, homes: dict[str, torch.Tensor]) -> torch.Tensor:
     [
         (None, "is none of engine megatron, or broken"),
         ("{", "is none of engine megatron, or broken"),
-        ({"kind": "qwen2 PolicyModel", "updates": 3}, "is none of engine megatron, or broken .KeyError..shapes"),
-        ({"kind": "llama policy", "shapes": "1", "num_files": 2}, "is of another model .kind llama policy, need qwen2 policy."),
+        (
+            {"kind": "qwen2 PolicyModel", "updates": 3},
+            "is none of engine megatron, or broken .KeyError..shapes",
+        ),
+        (
+            {"kind": "llama policy", "shapes": "1", "num_files": 2},
+            "is of another model .kind llama policy, need qwen2 policy.",
+        ),
         ({"kind": "qwen2 policy", "shapes": "2", "num_files": 2}, "is of another model .shapes 2, need 1."),
     ],
 )

@@ -32,13 +32,26 @@ TWO: dict[str, dict[str, Any]] = {
     "data 2": {},
     "data 2, overlapped": {"options": {"overlap_grad_reduce": True, "bucket_size": 1000}},
     "tensor 2, value": {"parallel": T2, "kind": "value", "options": SHARED},
-    "tensor 2, qwen3, vocabulary not filled up": {"parallel": T2, "family": "qwen3", "options": {"make_vocab_size_divisible_by": 1}},
-    "tensor 2, shared places, recomputed": {"parallel": T2, "family": "llama", "options": SHARED, **RECOMPUTED},
+    "tensor 2, qwen3, vocabulary not filled up": {
+        "parallel": T2,
+        "family": "qwen3",
+        "options": {"make_vocab_size_divisible_by": 1},
+    },
+    "tensor 2, shared places, recomputed": {
+        "parallel": T2,
+        "family": "llama",
+        "options": SHARED,
+        **RECOMPUTED,
+    },
     "tensor 2, bf16": {"parallel": T2, "precision": "bf16"},
     "pipeline 2, recomputed": {"parallel": P2, **RECOMPUTED},
     "pipeline 2, llama": {"parallel": P2, "family": "llama"},
     "pipeline 2, selected recomputation": {"parallel": P2, "options": {"recompute_granularity": "selective"}},
-    "pipeline 2, interleaved": {"parallel": P2, "family": "qwen2_four_layers", "options": {"virtual_pipeline": 2}},
+    "pipeline 2, interleaved": {
+        "parallel": P2,
+        "family": "qwen2_four_layers",
+        "options": {"virtual_pipeline": 2},
+    },
     "pipeline 2, interleaved, value": {
         "parallel": P2,
         "family": "qwen2_four_layers",
@@ -96,7 +109,9 @@ def case_for(name: str) -> dict[str, Any]:
 
 
 def named(table: dict[str, dict[str, Any]], sources: dict[str, str]) -> list[dict[str, Any]]:
-    return [{**case, "name": name, "source": sources[case.get("family", "qwen2")]} for name, case in table.items()]
+    return [
+        {**case, "name": name, "source": sources[case.get("family", "qwen2")]} for name, case in table.items()
+    ]
 
 
 def checkpoints(num_ranks: int, sources: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -116,11 +131,18 @@ def sources(tmp_path_factory) -> dict[str, str]:
         "qwen3": {},
         "llama": {},
         "mixtral": {},
-        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16},
+        "qwen3_moe": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "head_dim": 16,
+        },
     }
     for name, changes in sizes.items():
         family = name if name.endswith("moe") else name.partition("_")[0]
-        tiny_transformer(family, initializer_range=0.05, vocab_size=100, **changes).save_pretrained(root / name)
+        tiny_transformer(family, initializer_range=0.05, vocab_size=100, **changes).save_pretrained(
+            root / name
+        )
     return {folder.name: str(folder) for folder in root.iterdir()}
 
 
@@ -145,7 +167,9 @@ def ran(sources, folder) -> dict[str, list[Any]]:
     two["stream"] = named({name: case_for(name) for name in STREAMED[2]}, sources)
     results: dict[str, list[Any]] = {}
     for num_ranks, groups in ((4, four), (2, two)):
-        ranks = on_ranks("tests.engines.megatron.megatron_runs:run_all", num_ranks, groups, str(folder), limit_s=400)
+        ranks = on_ranks(
+            "tests.engines.megatron.megatron_runs:run_all", num_ranks, groups, str(folder), limit_s=400
+        )
         results |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
     return results
 
@@ -183,8 +207,12 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     """The parameters of a policy as Transformers loads them, or the tensors of a value model and its head."""
     head = folder / "value_head.safetensors"
     if head.exists():
-        return load_file(folder / "model.safetensors") | {f"head.{name}": tensor for name, tensor in load_file(head).items()}
-    return {name: parameter.detach() for name, parameter in load_language_model(str(folder)).named_parameters()}
+        return load_file(folder / "model.safetensors") | {
+            f"head.{name}": tensor for name, tensor in load_file(head).items()
+        }
+    return {
+        name: parameter.detach() for name, parameter in load_language_model(str(folder)).named_parameters()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,7 +220,9 @@ def test_weights_are_given_as_they_were_read(name, ran, sources):
     case = case_of(name, sources)
     source = {name: p.detach() for name, p in load_language_model(case["source"]).named_parameters()}
     if case.get("kind") == "value":
-        source = {key.removeprefix("model."): tensor for key, tensor in source.items() if key != "lm_head.weight"}
+        source = {
+            key.removeprefix("model."): tensor for key, tensor in source.items() if key != "lm_head.weight"
+        }
     for rank in ran[f"run {name}"]:
         assert rank["read"].keys() == rank["shapes"].keys() == source.keys()
         assert rank["one"] == [key for key in source if key.endswith("norm.weight") and "layers" not in key]
@@ -205,13 +235,23 @@ def test_weights_are_given_as_they_were_read(name, ran, sources):
 def test_an_export_has_the_tensors_and_the_configuration_of_its_source(name, ran, sources, folder):
     source = Path(case_of(name, sources)["source"])
     ours, theirs = (load_file(where / "model.safetensors") for where in (folder / name, source))
-    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
-    assert json.loads((folder / name / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert {key: tensor.shape for key, tensor in ours.items()} == {
+        key: tensor.shape for key, tensor in theirs.items()
+    }
+    assert json.loads((folder / name / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
 
 
 def test_in_bf16_steps_are_near_those_of_fp32(ran, sources):
     case = case_of("tensor 2, bf16", sources)
-    expected = steps(worker_on(local_engine_on(case["source"], {**case, "precision": "fp32"}), case), 1, case, -1, updates=UPDATES)
+    expected = steps(
+        worker_on(local_engine_on(case["source"], {**case, "precision": "fp32"}), case),
+        1,
+        case,
+        -1,
+        updates=UPDATES,
+    )
     for rank in ran["run tensor 2, bf16"]:
         for ours, theirs in zip(rank["history"], expected, strict=True):
             assert ours["skipped_updates"] == 0
@@ -244,7 +284,10 @@ def test_a_step_in_portions_is_that_of_one_process_over_all_rows(name, ran, sour
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
         for key, value in weights.items():
             torch.testing.assert_close(rank["weights"][key], value, rtol=1e-5, atol=2e-6)
-        assert "not finite in 3 updates in a row, the last time for row" in rank["error"] and " 3" in rank["error"]
+        assert (
+            "not finite in 3 updates in a row, the last time for row" in rank["error"]
+            and " 3" in rank["error"]
+        )
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(ran):
@@ -252,26 +295,38 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(ran):
         first, second, good, third, fourth, last = rank["losses"]
         assert [first, second, third, fourth] == [{"skipped_updates": 1.0}] * 4
         assert good["skipped_updates"] == 0 and good["grad_norm"] > 0
-        assert last.startswith("the loss was not finite in 3 updates in a row, the last time for row") and " 3" in last
+        assert (
+            last.startswith("the loss was not finite in 3 updates in a row, the last time for row")
+            and " 3" in last
+        )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(ran):
     for rank in ran["not_finite policy"]:
-        assert rank["gradient"]["skipped_updates"] == 1 and "loss" in rank["gradient"] and "grad_norm" not in rank["gradient"]
+        assert (
+            rank["gradient"]["skipped_updates"] == 1
+            and "loss" in rank["gradient"]
+            and "grad_norm" not in rank["gradient"]
+        )
         assert rank["weights_stayed"]
 
 
 def test_models_on_other_grids_share_the_ranks_and_leave_nothing_behind(ran, sources):
     source = sources["qwen2"]
     cases = {"policy": {}, "critic": {"kind": "value"}}
-    expected = {name: steps(worker_on(local_engine_on(source, case), case), 1, case, -1, updates=1) for name, case in cases.items()}
+    expected = {
+        name: steps(worker_on(local_engine_on(source, case), case), 1, case, -1, updates=1)
+        for name, case in cases.items()
+    }
     start, batch = worker_on(local_engine_on(source, {}), {}), rows_to_learn(with_padding=True)
     written = start.write(batch, balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=100))
     for rank in ran["together policy"]:
         assert rank["policy"][0] == pytest.approx(expected["policy"][0], rel=1e-5, abs=1e-7)
         assert rank["critic"][0] == pytest.approx(expected["critic"][0], rel=1e-5, abs=1e-7)
         for row, values in rank["reference"].items():
-            torch.testing.assert_close(values, written.ragged("trainer_logprobs").row(row), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                values, written.ragged("trainer_logprobs").row(row), rtol=1e-5, atol=1e-5
+            )
         assert rank["policy"][1]["skipped_updates"] == 0
         assert rank["patched"] == [] and rank["same_random_state"]
 
@@ -295,20 +350,38 @@ assert [dict(vars(owner)) for owner in owners] == before
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": {"name": "megatron", "tensors": 2}}, "has no option tensors; it has virtual_pipeline, expert, "),
-        ({"engine": {"name": "megatron", "expert": 0}}, "need an integer from 1 for expert of engine megatron, got 0"),
+        (
+            {"engine": {"name": "megatron", "tensors": 2}},
+            "has no option tensors; it has virtual_pipeline, expert, ",
+        ),
+        (
+            {"engine": {"name": "megatron", "expert": 0}},
+            "need an integer from 1 for expert of engine megatron, got 0",
+        ),
         ({"replicas": 2}, "has no replicas"),
         ({"offload": True}, "has no offload"),
-        ({"engine": {"name": "megatron", "virtual_pipeline": 2}}, "need pipeline above 1 for virtual_pipeline=2"),
-        ({"engine": {"name": "megatron", "sequence_parallel": True}}, "need tensor above 1 for sequence_parallel"),
+        (
+            {"engine": {"name": "megatron", "virtual_pipeline": 2}},
+            "need pipeline above 1 for virtual_pipeline=2",
+        ),
+        (
+            {"engine": {"name": "megatron", "sequence_parallel": True}},
+            "need tensor above 1 for sequence_parallel",
+        ),
         ({"engine": {"name": "megatron", "expert": 2}}, "need experts that expert=2 divides, got 0"),
         ({"pipeline": 3}, "need layers that pipeline . virtual_pipeline divides, got 2 for 3"),
-        ({"tensor": 3}, "need sizes of the model that tensor=3 divides, got 4 heads, 2 key-value heads, 64 MLP width"),
+        (
+            {"tensor": 3},
+            "need sizes of the model that tensor=3 divides, got 4 heads, 2 key-value heads, 64 MLP width",
+        ),
         ({"tensor": 2, "sequence": 4}, "need heads that sequence divides, got 4 heads"),
         ({"kind": "reward"}, "need engine fsdp for a reward model"),
         ({"precision": "fp16"}, "need precision fp32 or bf16"),
         ({"packing": False}, "need packing true"),
-        ({"family": "gemma2"}, "need a family of qwen2, qwen3, llama, qwen3_moe, mixtral for engine megatron, got 'gemma2'"),
+        (
+            {"family": "gemma2"},
+            "need a family of qwen2, qwen3, llama, qwen3_moe, mixtral for engine megatron, got 'gemma2'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

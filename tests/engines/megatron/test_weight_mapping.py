@@ -27,22 +27,33 @@ def shares(tensor: int, pipeline: int, virtual: int, experts: int, parts: int) -
         starts = [(chunk * pipeline + stage) * layers for chunk in range(virtual)]
         chunks = tuple((start, start + layers) for start in starts)
         width = experts // parts
-        found.append(Share(rank, tensor, chunks, stage == 0, stage == pipeline - 1, (part * width, (part + 1) * width)))
+        found.append(
+            Share(rank, tensor, chunks, stage == 0, stage == pipeline - 1, (part * width, (part + 1) * width))
+        )
     return found
 
 
 @pytest.mark.parametrize("kind", ["policy", "value"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_untied_mha", "qwen3", "llama", "mixtral"])
-@pytest.mark.parametrize(("tensor", "pipeline", "virtual", "parts"), [(1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (1, 2, 2, 4)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "virtual", "parts"), [(1, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (1, 2, 2, 4)]
+)
 def test_the_pieces_of_all_ranks_are_the_whole_tensors(family, kind, tensor, pipeline, virtual, parts):
     config = config_of(family)
     anatomy = Anatomy(config, kind, padded_vocab=-(-config.vocab_size // 16) * 16)
-    everyones = [anatomy.pieces(share) for share in shares(tensor, pipeline, virtual, anatomy.num_experts, parts)]
+    everyones = [
+        anatomy.pieces(share) for share in shares(tensor, pipeline, virtual, anatomy.num_experts, parts)
+    ]
     layout = Layout(anatomy.shapes, tuple(map(tuple, everyones)))
-    held = {name: {piece.bounds for rank in layout.ranks for piece in rank if piece.name == name} for name in anatomy.shapes}
+    held = {
+        name: {piece.bounds for rank in layout.ranks for piece in rank if piece.name == name}
+        for name in anatomy.shapes
+    }
     for name, shape in anatomy.shapes.items():
         assert sum(map(volume, held[name])) == torch.Size(shape).numel()
-        assert not any(intersection(one, other) for one, other in product(held[name], repeat=2) if one != other)
+        assert not any(
+            intersection(one, other) for one, other in product(held[name], repeat=2) if one != other
+        )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mixtral", "qwen3_moe"])
@@ -54,15 +65,22 @@ def test_the_tensors_are_those_of_transformers_and_of_what_it_saves(family, tmp_
     assert anatomy.shapes == {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    in_folder = {name: (whole, bounds) for whole in anatomy.shapes for name, bounds in anatomy.in_folder(whole)}
+    in_folder = {
+        name: (whole, bounds) for whole in anatomy.shapes for name, bounds in anatomy.in_folder(whole)
+    }
     assert in_folder.keys() == saved.keys()
     for name, (whole, bounds) in in_folder.items():
-        assert torch.equal(parameters[whole][tuple(slice(*bound) for bound in bounds)].reshape(saved[name].shape), saved[name])
+        assert torch.equal(
+            parameters[whole][tuple(slice(*bound) for bound in bounds)].reshape(saved[name].shape),
+            saved[name],
+        )
 
 
 def test_queries_keys_and_values_of_a_group_of_heads_lie_together():
     anatomy = Anatomy(config_of("llama"), "policy", padded_vocab=128)  # 4 heads of 8, in 2 groups
-    pieces = anatomy.pieces(Share(tensor_rank=1, tensor_size=2, chunks=((0, 4),), is_first=True, is_last=True))
+    pieces = anatomy.pieces(
+        Share(tensor_rank=1, tensor_size=2, chunks=((0, 4),), is_first=True, is_last=True)
+    )
     own = [p for p in pieces if p.home == "0.decoder.layers.2.self_attention.linear_qkv.weight"]
     assert [(p.name.split(".")[-2], p.bounds[0], p.offset) for p in own] == [
         ("q_proj", (16, 32), (0, 0)),
@@ -78,9 +96,17 @@ def test_queries_keys_and_values_of_a_group_of_heads_lie_together():
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding_window=4"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "sliding_window=4",
+        ),
         ("mixtral", {"sliding_window": 4}, "sliding_window=4"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters",
+        ),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "layers without experts"),
     ],
 )
@@ -108,4 +134,6 @@ def test_models_that_would_be_computed_wrongly_are_refused(family, changes, mess
 def test_positions_turn_as_transformers_turns_them(rope):
     config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4, rope_parameters=rope)
     expected = LlamaRotaryEmbedding(config).inv_freq
-    torch.testing.assert_close(Anatomy(config, "policy", padded_vocab=32000).inverse_frequencies(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        Anatomy(config, "policy", padded_vocab=32000).inverse_frequencies(), expected, rtol=1e-6, atol=0
+    )

@@ -1,4 +1,6 @@
-"""The roles over real engines: what they write, how many updates they run, and that masked tokens do not count."""
+"""The roles over real engines: what they write, how many updates they run, and that masked tokens do not
+count.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import Plan
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
-from verl.engines.roles.workers import CriticWorker, PolicyWorker, ProcessRewardWorker, ReferenceWorker, TeacherWorker
+from verl.engines.roles.workers import (
+    CriticWorker,
+    PolicyWorker,
+    ProcessRewardWorker,
+    ReferenceWorker,
+    TeacherWorker,
+)
 
 WHOLE = one_update([0, 1, 2, 3, 4, 5])
 ONE_BY_ONE = one_update(*[[row] for row in range(6)])
@@ -23,13 +31,19 @@ ONE_BY_ONE = one_update(*[[row] for row in range(6)])
 
 def policy(engine=None, *, epochs=1, temperature=1.0, **config):
     return PolicyWorker(
-        engine or local_engine(), Algorithm.bind(AlgorithmConfig(**config)), temperature=temperature, epochs=epochs, chunk=100
+        engine or local_engine(),
+        Algorithm.bind(AlgorithmConfig(**config)),
+        temperature=temperature,
+        epochs=epochs,
+        chunk=100,
     )
 
 
 def critic(*, epochs=1, vf_coef=1.0, loss="value_mse"):
     config = CriticConfig(optimizer=OptimizerConfig(lr=1e-2))
-    engine = LocalEngine(value_model(tiny_transformer(), "fp32"), config, device=torch.device("cpu"), total_updates=10)
+    engine = LocalEngine(
+        value_model(tiny_transformer(), "fp32"), config, device=torch.device("cpu"), total_updates=10
+    )
     algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="gae"), value_loss=Choice(name=loss)))
     return CriticWorker(engine, algorithm, vf_coef=vf_coef, epochs=epochs)
 
@@ -77,7 +91,11 @@ def test_the_sampler_is_compared_before_the_first_update_moves_the_policy():
 
 def test_what_stands_at_masked_tokens_changes_nothing():
     clean, dirty = rows_to_learn(), rows_to_learn()
-    for name, value in (("advantages", torch.nan), ("old_logprobs", -torch.inf), ("rollout_logprobs", torch.inf)):
+    for name, value in (
+        ("advantages", torch.nan),
+        ("old_logprobs", -torch.inf),
+        ("rollout_logprobs", torch.inf),
+    ):
         column = dirty[name]
         column[~dirty["mask"]] = value
         dirty.write(name, column)
@@ -119,7 +137,9 @@ def test_logprobs_are_those_of_the_model_at_the_temperature_of_the_sampler(tempe
     prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0]
-    own = torch.log_softmax(logits / (temperature or 1.0), -1)[len(prompt) - 1 : -1].gather(1, response[:, None])[:, 0]
+    own = torch.log_softmax(logits / (temperature or 1.0), -1)[len(prompt) - 1 : -1].gather(
+        1, response[:, None]
+    )[:, 0]
     torch.testing.assert_close(batch.ragged("trainer_logprobs").row(3), own, rtol=1e-5, atol=1e-5)
 
 
@@ -143,13 +163,17 @@ def test_the_critic_begins_with_no_opinion_and_learns_the_returns():
     batch.adopt(worker.write(batch, ONE_BY_ONE))
     assert not batch["values"].any()
     first = learn(worker, batch, WHOLE)
-    assert first["critic/loss"] == pytest.approx(0.25 * float(batch["returns"][batch["mask"]].square().mean()), rel=1e-5)
+    assert first["critic/loss"] == pytest.approx(
+        0.25 * float(batch["returns"][batch["mask"]].square().mean()), rel=1e-5
+    )
     losses = [learn(worker, batch, WHOLE)["critic/loss"] for _ in range(20)]
     assert losses[-1] < 0.7 * first["critic/loss"]
 
 
 def spread_loss(logprobs, advantages, minibatch_mask):
-    """A loss that exists only over the whole minibatch: each token's distance from the mean logprob of all of them."""
+    """A loss that exists only over the whole minibatch: each token's distance from the mean logprob of all of
+    them.
+    """
     mean = (logprobs * minibatch_mask).sum() / minibatch_mask.sum()
     return advantages * (logprobs - mean).square(), {"distance": (logprobs - mean).detach().abs()}
 
@@ -173,20 +197,27 @@ def test_its_gradient_is_that_of_the_loss_itself():
     other = policy(policy_loss=SPREAD)
     inputs = ModelInput.from_batch(batch, packed=True, device=torch.device("cpu"))
     with other.model.ready():
-        logprobs = Ragged(other.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0], inputs.response_lengths).padded()
+        logprobs = Ragged(
+            other.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0], inputs.response_lengths
+        ).padded()
         loss, _ = spread_loss(logprobs, batch["advantages"], batch["mask"])
         (loss * batch["mask"]).sum().div(batch["mask"].sum()).backward()
     torch.testing.assert_close(gradient(worker.engine), gradient(other.engine), rtol=1e-4, atol=1e-7)
 
 
 def test_the_statistics_are_those_of_each_minibatch_and_of_the_policy_as_it_is():
-    worker, batch = policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD, epochs=2), rows_to_learn()
+    worker, batch = (
+        policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD, epochs=2),
+        rows_to_learn(),
+    )
     learn(worker, batch, Plan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
     one, two = (policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD) for _ in range(2))
     for _ in range(2):
         for rows in ([0, 1], [2, 3, 4, 5]):
             learn(one, rows_to_learn().select(rows), one_update(list(range(len(rows)))))
-    assert float((weights(worker.engine) - weights(one.engine)).norm()) < 1e-3 * float((weights(one.engine) - weights(two.engine)).norm())
+    assert float((weights(worker.engine) - weights(one.engine)).norm()) < 1e-3 * float(
+        (weights(one.engine) - weights(two.engine)).norm()
+    )
 
 
 def test_an_update_that_is_not_finite_says_nothing_about_the_whole_minibatch():
@@ -259,7 +290,9 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_n
     loss = Choice(name="forward_kl_topk")
     for seed, expected in ((0, pytest.approx(0, abs=1e-6)), (1, pytest.approx(1, abs=1))):
         batch, worker = rows_to_learn(), policy(policy_loss=loss)
-        batch.adopt(TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE))
+        batch.adopt(
+            TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE)
+        )
         losses = [learn(worker, batch, ONE_BY_ONE)["loss"] for _ in range(5)]
         assert losses[0] == expected and losses[-1] <= losses[0] + 1e-4
     assert losses[-1] < 0.9 * losses[0]
@@ -272,12 +305,21 @@ def test_the_sum_of_squared_probabilities_is_that_of_the_whole_distribution():
     prompt, response = batch.ragged("prompt_ids").row(0), batch.ragged("response_ids").row(0)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-    torch.testing.assert_close(batch.ragged("sum_squared_probs").row(0), logits.softmax(-1).square().sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        batch.ragged("sum_squared_probs").row(0), logits.softmax(-1).square().sum(-1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_process_reward_model_learns_which_answers_were_right():
-    algorithm = Algorithm.bind(AlgorithmConfig(advantage=Choice(name="prime"), value_loss=Choice(name="outcome_cross_entropy", beta=1.0)))
-    worker, batch = ProcessRewardWorker(local_engine(), algorithm, temperature=1.0, epochs=1, chunk=100), rows_to_learn()
+    algorithm = Algorithm.bind(
+        AlgorithmConfig(
+            advantage=Choice(name="prime"), value_loss=Choice(name="outcome_cross_entropy", beta=1.0)
+        )
+    )
+    worker, batch = (
+        ProcessRewardWorker(local_engine(), algorithm, temperature=1.0, epochs=1, chunk=100),
+        rows_to_learn(),
+    )
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
     batch.adopt(worker.write(batch, ONE_BY_ONE))
     batch.write("ref_logprobs", batch["prm_logprobs"])

@@ -17,28 +17,40 @@ from verl.weight_sync.layout import Layout, volume
 
 
 def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
-    """One switch and back: what differs from the gathered model, what travelled, what was needed, and answers."""
+    """One switch and back: what differs from the gathered model, what travelled, what was needed, and
+    answers.
+    """
     engine = engine_on(case["source"], case)
     with torch.no_grad():  # additions that add something
         for i, parameter in enumerate(engine.model.parameters()):
             parameter.add_(0.01 * (i % 7)) if case.get("lora") else None
     hybrid = HybridEngine(
-        engine, tensor=case["tensor"], precision=case.get("precision", "fp32"), overlap=case["overlap"], bucket_bytes=case["bucket"]
+        engine,
+        tensor=case["tensor"],
+        precision=case.get("precision", "fp32"),
+        overlap=case["overlap"],
+        bucket_bytes=case["bucket"],
     )
     whole = dict(engine.whole_tensors())
     asleep = sum(storage.nbytes() for storage in hybrid._own.values())
     answers: list[Any] = []
     rank, wrong = dist.get_rank(), []
-    mine = prompts[: hybrid.place.data_rank + 1] if not case.get("idle") or hybrid.place.data_rank == 0 else []
+    mine = (
+        prompts[: hybrid.place.data_rank + 1] if not case.get("idle") or hybrid.place.data_rank == 0 else []
+    )
     generator = EmbeddedEngine(hybrid.model, tiny_codec(), max_slots=8)
     for _ in range(2):
         with hybrid.ready(0):
             asked = [SamplingParams(max_tokens=5, seed=i) for i in range(len(mine))]
-            answers = [(g[0].token_ids, g[0].logprobs) for g in generator.generate(mine, asked)] if mine else []
+            answers = (
+                [(g[0].token_ids, g[0].logprobs) for g in generator.generate(mine, asked)] if mine else []
+            )
         wrong += [
             name
             for name, parameter in hybrid.model.transformer.named_parameters()
-            if not torch.equal(hybrid._homes[name], whole[name].to(hybrid._homes[name].dtype)[local_slices(parameter)])
+            if not torch.equal(
+                hybrid._homes[name], whole[name].to(hybrid._homes[name].dtype)[local_slices(parameter)]
+            )
         ]
         hybrid.sleep()
     everyones: list[Any] = [None] * dist.get_world_size()

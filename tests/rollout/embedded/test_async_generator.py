@@ -23,8 +23,12 @@ def expected(policy: PolicyModel) -> list[list[list[int]]]:
     return [[list(c.token_ids) for c in group] for group in groups]
 
 
-def stepwise(policy: PolicyModel, *, slots: int, between: Callable[[Generation, int], None], asked: int) -> list[list[list[int]]]:
-    """The answers to the first prompts, those of the others too as they are asked for; `between` acts before each step."""
+def stepwise(
+    policy: PolicyModel, *, slots: int, between: Callable[[Generation, int], None], asked: int
+) -> list[list[list[int]]]:
+    """The answers to the first prompts, those of the others too as they are asked for; `between` acts before
+    each step.
+    """
     generation = Generation(policy, tiny_codec(), slots=slots, first_slots=1)
     answers: list[list[list[int]]] = [[[] for _ in range(p.n)] for p in PARAMS]
     for i in range(asked):
@@ -90,7 +94,9 @@ def test_memory_of_an_idle_generation_can_be_given_back():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
 def test_caches_computed_anew_by_the_same_weights_change_nothing(family):
     policy = shared_policy(family)
-    answers = stepwise(policy, slots=64, between=lambda generation, step: step and generation.recompute(), asked=6)
+    answers = stepwise(
+        policy, slots=64, between=lambda generation, step: step and generation.recompute(), asked=6
+    )
     assert answers == expected(policy)
 
 

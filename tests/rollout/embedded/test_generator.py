@@ -1,4 +1,6 @@
-"""Tests of generation on the trainer's own weights: the same logprobs, the same storage, prompts computed once."""
+"""Tests of generation on the trainer's own weights: the same logprobs, the same storage, prompts computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import FAMILIES, merging_tokenizer, model_input, random_prompts, shared_policy, tiny_codec, tiny_policy
+from tests.tiny import (
+    FAMILIES,
+    merging_tokenizer,
+    model_input,
+    random_prompts,
+    shared_policy,
+    tiny_codec,
+    tiny_policy,
+)
 from verl.agents.collector import DataCollector
 from verl.config import load_config
 from verl.engines.hf.attention import DecodeLayout, RowLayout
@@ -20,8 +30,12 @@ from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 
-PROMPTS = random_prompts([3, 50, 1, 9, 9, 2])  # with its answer the longest outgrows the first block of the cache
-ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths, and waiting ones take their slots
+PROMPTS = random_prompts(
+    [3, 50, 1, 9, 9, 2]
+)  # with its answer the longest outgrows the first block of the cache
+ENDS = tuple(
+    range(20, 32)
+)  # so many ids that answers end at different lengths, and waiting ones take their slots
 
 
 def engine_of(policy: PolicyModel, *, max_slots: int = 4) -> EmbeddedEngine:
@@ -34,7 +48,9 @@ def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 def logprob_differences(policy: PolicyModel, temperature: float) -> torch.Tensor:
     """|sampler - trainer| of every token of 18 answers in 5 slots."""
-    params = [SamplingParams(temperature, max_tokens=24, n=3, stop_ids=ENDS, seed=i) for i in range(len(PROMPTS))]
+    params = [
+        SamplingParams(temperature, max_tokens=24, n=3, stop_ids=ENDS, seed=i) for i in range(len(PROMPTS))
+    ]
     groups = engine_of(policy, max_slots=5).generate(PROMPTS, params)
     rows = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
     assert len({len(c.token_ids) for _, c in rows}) > 5
@@ -59,7 +75,9 @@ def test_in_a_lower_precision_they_agree_as_far_as_it_goes(family, precision, er
 def test_answers_are_the_same_with_any_number_of_slots():
     policy = shared_policy("gemma3")
     params = [SamplingParams(max_tokens=16, n=3, stop_ids=ENDS, seed=i) for i in range(len(PROMPTS))]
-    answers = [ids_of(engine_of(policy, max_slots=slots).generate(PROMPTS, params)) for slots in (1, 2, 5, 100)]
+    answers = [
+        ids_of(engine_of(policy, max_slots=slots).generate(PROMPTS, params)) for slots in (1, 2, 5, 100)
+    ]
     assert answers[0] == answers[1] == answers[2] == answers[3]
 
 
@@ -91,14 +109,20 @@ def test_the_prompt_of_a_group_is_computed_once():
 def test_a_group_larger_than_the_slots_is_computed_once_per_part():
     policy = tiny_policy()
     engine = engine_of(policy, max_slots=4)
-    assert counted(policy, lambda: engine.generate([[9] * 30], [SamplingParams(max_tokens=5, n=10)]))[0] == [30, 30, 30]
+    assert counted(policy, lambda: engine.generate([[9] * 30], [SamplingParams(max_tokens=5, n=10)]))[0] == [
+        30,
+        30,
+        30,
+    ]
 
 
 def test_a_prefill_takes_no_more_groups_than_its_tokens_allow(monkeypatch):
     monkeypatch.setattr(embedded, "_PREFILL_TOKENS", 20)
     policy = tiny_policy()
     engine = engine_of(policy, max_slots=10)
-    assert counted(policy, lambda: engine.generate([[9] * 15] * 5, [SamplingParams(max_tokens=2)] * 5))[0] == [30, 30, 15]
+    assert counted(policy, lambda: engine.generate([[9] * 15] * 5, [SamplingParams(max_tokens=2)] * 5))[
+        0
+    ] == [30, 30, 15]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -118,7 +142,11 @@ def test_an_update_in_place_is_used_by_the_next_generation(precision):
     with torch.no_grad():
         for parameter, new in zip(policy.parameters(), other.parameters(), strict=True):
             parameter.copy_(new)
-    assert ids_of(engine.generate(PROMPTS, params)) == ids_of(engine_of(other).generate(PROMPTS, params)) != first
+    assert (
+        ids_of(engine.generate(PROMPTS, params))
+        == ids_of(engine_of(other).generate(PROMPTS, params))
+        != first
+    )
 
 
 def test_the_model_is_left_as_it_was_even_after_an_error():
@@ -141,13 +169,20 @@ def test_logits_that_are_not_finite_stop_the_generation(temperature):
     policy = tiny_policy(precision="fp16")
     with torch.no_grad():
         policy.transformer.get_input_embeddings().weight.mul_(1e9)  # beyond the largest number of fp16
-    with pytest.raises(RuntimeError, match="logits are not finite at token 0 of an answer to prompt 0; it computes in fp16: use"):
+    with pytest.raises(
+        RuntimeError,
+        match="logits are not finite at token 0 of an answer to prompt 0; it computes in fp16: use",
+    ):
         engine_of(policy).generate(PROMPTS, [SamplingParams(temperature)] * len(PROMPTS))
 
 
 def cycling_policy(vocabulary: int) -> PolicyModel:
-    """Answers token i with i + 1, and the last one with the first: the layers add nothing, the head is a permutation."""
-    policy = tiny_policy("llama", vocab_size=vocabulary, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    """Answers token i with i + 1, and the last one with the first: the layers add nothing, the head is a
+    permutation.
+    """
+    policy = tiny_policy(
+        "llama", vocab_size=vocabulary, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "o_proj" in name or "down_proj" in name:
@@ -172,7 +207,9 @@ def test_a_stop_text_of_many_bytes_is_found():
 def test_the_rows_to_train_on_hold_the_sampled_ids_not_those_of_their_text():
     codec = TextCodec(merging_tokenizer())
     # A narrow spread of weights: all four tokens are about as likely.
-    policy = tiny_policy(vocab_size=4, pad_token_id=None, bos_token_id=None, eos_token_id=0, initializer_range=0.02)
+    policy = tiny_policy(
+        vocab_size=4, pad_token_id=None, bos_token_id=None, eos_token_id=0, initializer_range=0.02
+    )
     config = load_config("grpo", ["sampling.max_tokens=12"])
     engine = EmbeddedEngine(policy, codec)
     rewards = build_rewards(config.rewards, lambda prompt, response: 1.0)
@@ -196,6 +233,8 @@ def test_layouts_of_a_prefill_name_the_slots_of_its_groups():
         return hidden(input_ids, position_ids, layout)
 
     policy.hidden = noting
-    engine_of(policy, max_slots=10).generate([[9] * 5, [8] * 3], [SamplingParams(max_tokens=1, n=3), SamplingParams(max_tokens=1, n=2)])
+    engine_of(policy, max_slots=10).generate(
+        [[9] * 5, [8] * 3], [SamplingParams(max_tokens=1, n=3), SamplingParams(max_tokens=1, n=2)]
+    )
     (layout,) = layouts
     assert isinstance(layout, RowLayout) and layout.lengths == [5, 3] and layout.slots.tolist() == [0, 3]

@@ -30,10 +30,20 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
 @pytest.mark.parametrize("axis", ["positions", "samples", "seeds"])
 def test_numbers_are_spread_evenly_over_positions_samples_and_seeds(axis):
     index = range(32_000)
-    seeds = [answer_seed(i, 0) if axis == "seeds" else answer_seed(3, i) if axis == "samples" else answer_seed(3, 5) for i in index]
-    numbers = uniforms(torch.tensor(seeds), torch.arange(32_000) if axis == "positions" else torch.full((32_000,), 7))
+    seeds = [
+        answer_seed(i, 0)
+        if axis == "seeds"
+        else answer_seed(3, i)
+        if axis == "samples"
+        else answer_seed(3, 5)
+        for i in index
+    ]
+    numbers = uniforms(
+        torch.tensor(seeds), torch.arange(32_000) if axis == "positions" else torch.full((32_000,), 7)
+    )
     assert numbers.dtype == torch.float32 and numbers.min() >= 0 and numbers.max() < 1
-    # 99.9% of chi-squares with 31 degrees of freedom are below 61.1; neighbours correlate by 1 / sqrt(32000) = 0.006 by chance.
+    # 99.9% of chi-squares with 31 degrees of freedom are below 61.1; neighbours correlate by 1 / sqrt(32000)
+    # = 0.006 by chance.
     assert chi_square(numbers.histc(32, 0, 1), torch.full((32,), 1 / 32)) < 61.1
     assert abs(float(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1])) < 0.02
 
@@ -49,7 +59,11 @@ def test_numbers_of_neighbouring_answers_and_positions_are_independent():
 
 
 def test_every_answer_has_its_own_seed_of_64_bits():
-    seeds = {answer_seed(seed, sample) for seed in (0, 1, 2, 3, 1 << 32, (1 << 32) + 1, (7 << 32) + 5) for sample in range(300)}
+    seeds = {
+        answer_seed(seed, sample)
+        for seed in (0, 1, 2, 3, 1 << 32, (1 << 32) + 1, (7 << 32) + 5)
+        for sample in range(300)
+    }
     assert len(seeds) == 2100
     assert all(-(1 << 63) <= seed < 1 << 63 for seed in seeds)
 
@@ -90,7 +104,13 @@ def test_a_row_that_keeps_all_tokens_does_so_beside_rows_that_do_not():
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=0.5), SamplingParams(1.7, top_k=6), SamplingParams(top_p=0.8)]
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(1.7, top_k=6),
+        SamplingParams(top_p=0.8),
+    ],
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(params):
     logits = torch.randn(10, generator=torch.Generator().manual_seed(1))
@@ -108,7 +128,9 @@ def test_a_token_of_probability_0_is_never_drawn(uniform):
     logits = torch.full((64, 101), -1000.0)
     possible = torch.arange(64) % 100
     logits[torch.arange(64), possible] = torch.linspace(-3, 30, 64)
-    tokens, logprobs = draw(logits, row_params(*[SamplingParams()] * 64, vocabulary=101), torch.full((64,), uniform))
+    tokens, logprobs = draw(
+        logits, row_params(*[SamplingParams()] * 64, vocabulary=101), torch.full((64,), uniform)
+    )
     assert torch.equal(tokens, possible) and torch.equal(logprobs, torch.zeros(64))
 
 
@@ -122,7 +144,9 @@ def test_a_truncated_token_is_never_drawn(uniform):
 
 
 def test_a_greedy_row_takes_the_most_likely_token_and_its_own_probability():
-    rows = row_params(SamplingParams(temperature=0, top_k=1), SamplingParams(temperature=0.5), SamplingParams(temperature=0))
+    rows = row_params(
+        SamplingParams(temperature=0, top_k=1), SamplingParams(temperature=0.5), SamplingParams(temperature=0)
+    )
     tokens, logprobs = draw(PROBS.log().expand(3, -1), rows, torch.tensor([0.99, 0.99, 0.0]))
     assert tokens.tolist() == [1, 3, 1]
     sharp = PROBS**2 / (PROBS**2).sum()
@@ -134,7 +158,9 @@ def test_a_token_is_the_same_whatever_rows_are_beside_it():
     uniform = uniforms(torch.arange(8), torch.arange(8))
     plain = [SamplingParams() for _ in range(8)]
     alone = draw(logits, row_params(*plain, vocabulary=50), uniform)
-    beside = draw(logits, row_params(*plain[:7], SamplingParams(top_k=2, temperature=0.1), vocabulary=50), uniform)
+    beside = draw(
+        logits, row_params(*plain[:7], SamplingParams(top_k=2, temperature=0.1), vocabulary=50), uniform
+    )
     assert torch.equal(alone[0][:7], beside[0][:7]) and torch.equal(alone[1][:7], beside[1][:7])
 
 

@@ -38,13 +38,18 @@ def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = 
     config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2), lora=LoraConfig(rank=lora_rank))
     engine = LocalEngine(policy, config, device=device, total_updates=100)
     options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
-    return LocalPool().start("policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options))
+    return LocalPool().start(
+        "policy", lambda: ActorWorker(engine, Algorithm.bind(AlgorithmConfig()), tiny_codec(), **options)
+    )
 
 
 def specs(model: str, folder: Path, count: int, **options: Any) -> list[EngineSpec]:
     """Servers to start."""
     given = {"timeout_s": 20.0, **options}
-    return [EngineSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given) for i in range(count)]
+    return [
+        EngineSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given)
+        for i in range(count)
+    ]
 
 
 def pool_of(
@@ -87,10 +92,14 @@ def changed(policy: PolicyModel, seed: int) -> None:
         parameter.add_((0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
 
 
-def own_logprobs(policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0) -> list[float]:
+def own_logprobs(
+    policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0
+) -> list[float]:
     """Of the answer's tokens by the model's own forward."""
     with torch.no_grad():
-        logprobs = policy.transformer(torch.tensor([[*prompt, *answer]])).logits[0].div(temperature).log_softmax(-1)
+        logprobs = (
+            policy.transformer(torch.tensor([[*prompt, *answer]])).logits[0].div(temperature).log_softmax(-1)
+        )
     return [float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
 
 
@@ -121,4 +130,9 @@ def in_background(pool: EnginePool, *args: Any) -> tuple[threading.Thread, list[
 
 def started(pool: EnginePool, least: int = 4) -> bool:
     """Whether every engine comes to have requests."""
-    return waited(lambda: sum(member.life.running for member in pool.members) >= least and all(m.life.running for m in pool.members))
+    return waited(
+        lambda: (
+            sum(member.life.running for member in pool.members) >= least
+            and all(m.life.running for m in pool.members)
+        )
+    )

@@ -1,4 +1,6 @@
-"""A fleet in one event loop: single prompts that are asked and taken back, room that goes to who waits, and weights that come meanwhile."""
+"""A fleet in one event loop: single prompts that are asked and taken back, room that goes to who waits, and
+weights that come meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TWO = SamplingParams(n=2, max_tokens=4)
 
 
 class Gated(ServedEngine):
-    """Gives a token, 50 plus its place, whenever its gate is open; a prompt that begins with 9 it refuses, one with 8 fails."""
+    """Gives a token, 50 plus its place, whenever its gate is open; a prompt that begins with 9 it refuses,
+    one with 8 fails.
+    """
 
     vias = ("shm",)
     seeds_by_place = True
@@ -55,7 +59,9 @@ class Gated(ServedEngine):
             for i in range(params.max_tokens):
                 await self.gate.wait()
                 await asyncio.sleep(0)
-                yield Chunk([50 + len(prompt_ids) + i], [-1.0], "length" if i + 1 == params.max_tokens else None)
+                yield Chunk(
+                    [50 + len(prompt_ids) + i], [-1.0], "length" if i + 1 == params.max_tokens else None
+                )
         finally:
             self.left += 1
 
@@ -174,9 +180,15 @@ def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
 
 def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
     async def test(fleet: Fleet) -> None:
-        with pytest.raises(RefusedError, match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100"):
+        with pytest.raises(
+            RefusedError,
+            match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100",
+        ):
             await fleet.answer([5, 6], SamplingParams(max_tokens=99))
-        with pytest.raises(RefusedError, match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me"):
+        with pytest.raises(
+            RefusedError,
+            match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me",
+        ):
             await fleet.answer([9], TWO)
         assert [member.state for member in fleet.members] == ["serving"] * 2 and fleet.num_running == 0
 
@@ -234,7 +246,11 @@ def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
         await until(lambda: late.began == 4)
         for engine in (early, late):
             engine.gate.set()
-        assert all(answer.finish_reason == "length" for group in await asyncio.gather(*asked, new) for answer in group)
+        assert all(
+            answer.finish_reason == "length"
+            for group in await asyncio.gather(*asked, new)
+            for answer in group
+        )
         await spreading
         assert early.began == 6 and fleet.take_metrics()["engines/moved_answers"] == 0
 
@@ -243,7 +259,9 @@ def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
 
 def test_an_answer_that_was_cut_after_its_last_token_is_over():
     class Late(Gated):
-        async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        async def sample(
+            self, prompt_ids: Any, params: SamplingParams, *, number: int
+        ) -> AsyncIterator[Chunk]:
             self.began += 1
             yield Chunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
             await self.gate.wait()
@@ -264,7 +282,10 @@ def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
     async def test(fleet: Fleet) -> None:
         asked = await asked_of_both(fleet)
         await fleet.sleep()
-        assert fleet.num_running == fleet.num_free == 0 and [member.state for member in fleet.members] == ["stale"] * 2
+        assert (
+            fleet.num_running == fleet.num_free == 0
+            and [member.state for member in fleet.members] == ["stale"] * 2
+        )
         for member in fleet.members:
             member.engine.gate.set()
         await fleet.announce(2)
@@ -325,8 +346,12 @@ def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
 
 
 def test_a_pool_that_closes_ends_who_still_asks_it():
-    pool = EnginePool([EngineSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100)
-    asked = asyncio.run_coroutine_threadsafe(pool.fleet.answer([5], TWO), pool.loop)  # no weights are ever published
+    pool = EnginePool(
+        [EngineSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100
+    )
+    asked = asyncio.run_coroutine_threadsafe(
+        pool.fleet.answer([5], TWO), pool.loop
+    )  # no weights are ever published
     pool.close()
     assert asked.cancelled() or isinstance(asked.exception(1), RuntimeError)
     assert "engines" not in {thread.name for thread in threading.enumerate()}
@@ -341,8 +366,15 @@ def test_room_is_found_without_a_look_at_all_engines():
 
     async def run() -> list[Member]:
         rooms = Rooms(4, free)
-        sizes: dict[str, Any] = {"max_running": 4, "vocabulary": 100, "clock": lambda: 0.0, "note": lambda _: None}
-        members = [Member(Free(EngineSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)]
+        sizes: dict[str, Any] = {
+            "max_running": 4,
+            "vocabulary": 100,
+            "clock": lambda: 0.0,
+            "note": lambda _: None,
+        }
+        members = [
+            Member(Free(EngineSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)
+        ]
         for member in members:
             await member.open()
         assert rooms.num_free == 4000

@@ -1,4 +1,6 @@
-"""Weights from the ranks of a policy straight to servers: what arrives, and what becomes of the policy when a server dies while it does."""
+"""Weights from the ranks of a policy straight to servers: what arrives, and what becomes of the policy when a
+server dies while it does.
+"""
 
 from __future__ import annotations
 
@@ -81,13 +83,18 @@ def test_servers_have_the_weights_of_policy_ranks_that_nobody_gathered(running):
 
 
 @pytest.mark.parametrize("fate, version", [(signal.SIGKILL, 3), (signal.SIGSTOP, 4)], ids=["dies", "hangs"])
-def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_others(running, fate, version):
+def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_others(
+    running, fate, version
+):
     pool, _, _ = running
     Doomed.fate = fate
     assert published(running, version) < 60
     assert [member.version for member in pool.members] == [version, None]
     # What comes back has no weights until the policy can be asked, which is before the next answers.
-    assert waited(lambda: pool.members[1].state == "stale", 90), (pool.members[1].state, pool.members[1].cause)
+    assert waited(lambda: pool.members[1].state == "stale", 90), (
+        pool.members[1].state,
+        pool.members[1].cause,
+    )
     time.sleep(0.3)
     assert pool.members[1].state == "stale" and pool.members[0].state == "serving"
     assert_serves(running, version)

@@ -1,4 +1,6 @@
-"""A pool whose engines misbehave on command: what real servers do only by chance, in ten lines that honour the contract."""
+"""A pool whose engines misbehave on command: what real servers do only by chance, in ten lines that honour
+the contract.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class Weights:
         return
 
 
-def pool_of(count: int = 2, make: Any = Scripted, notes: list[str] | None = None, **options: Any) -> EnginePool:
+def pool_of(
+    count: int = 2, make: Any = Scripted, notes: list[str] | None = None, **options: Any
+) -> EnginePool:
     specs = [EngineSpec(f"e{i}", "unused") for i in range(count)]
     note = (notes if notes is not None else []).append
     sizes = {"vocabulary": 100, "context": 1000, "max_running": 4, "note": note, **options}
@@ -164,12 +168,16 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
     Scripted.scripts = {"e0": [giving(Chunk([40, first], [-1.0, -1.0]))]}
 
     class Other(Scripted):
-        async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+        async def sample(
+            self, prompt_ids: Any, params: SamplingParams, *, number: int
+        ) -> AsyncIterator[Chunk]:
             if self.spec.name == "e0" and self.lives == 1:
                 async for chunk in super().sample(prompt_ids, params, number=number):
                     yield chunk
             # One chunk with what an engine that does not know of the "x" before gives.
-            yield Chunk([second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length")
+            yield Chunk(
+                [second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length"
+            )
 
     pool = pool_of(1, Other)
     try:
@@ -282,7 +290,9 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
         assert pool.fleet.update is None and thread.is_alive()
         gate.set()
         thread.join(20)
-        assert [member.version for member in pool.members] == [2, 2] and pool.take_metrics()["engines/failures"] == 0
+        assert [member.version for member in pool.members] == [2, 2] and pool.take_metrics()[
+            "engines/failures"
+        ] == 0
     finally:
         pool.close()
 
@@ -360,7 +370,10 @@ def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_updat
 
 
 def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
-    Scripted.scripts = {"e0": [ending(RefusedError("too long for me"), 0)], "e1": [ending(RefusedError("too long for me"), 0)]}
+    Scripted.scripts = {
+        "e0": [ending(RefusedError("too long for me"), 0)],
+        "e1": [ending(RefusedError("too long for me"), 0)],
+    }
     pool = pool_of()
     try:
         with pytest.raises(ValueError, match="too long for me"):

@@ -1,4 +1,6 @@
-"""A pool of real servers: what it answers, and what becomes of its requests when servers die, hang, join, leave or get torn weights."""
+"""A pool of real servers: what it answers, and what becomes of its requests when servers die, hang, join,
+leave or get torn weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ import psutil
 import pytest
 import torch
 
-from tests.rollout.pool.pools import changed, group_of, in_background, own_logprobs, pool_of, saved, specs, started, waited
+from tests.rollout.pool.pools import (
+    changed,
+    group_of,
+    in_background,
+    own_logprobs,
+    pool_of,
+    saved,
+    specs,
+    started,
+    waited,
+)
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.engine import Chunk, EngineError, EngineSpec
 from verl.rollout.server.backend import EmbeddedServer
@@ -65,12 +77,16 @@ def check_all_answered(policy, groups, params, version: int) -> None:
     assert [len(group) for group in groups] == [wanted.n for wanted in params]
     for group, wanted in zip(groups, params, strict=True):
         for c in group:
-            assert c.finish_reason in ("stop", "length") and (c.finish_reason == "stop") == (c.token_ids[-1] == 1)
+            assert c.finish_reason in ("stop", "length") and (c.finish_reason == "stop") == (
+                c.token_ids[-1] == 1
+            )
             assert len(c.token_ids) == len(c.logprobs) == len(c.versions) <= wanted.max_tokens
             assert c.finish_reason == "stop" or len(c.token_ids) == wanted.max_tokens
             assert set(c.versions) == {version}
     prompt, first = PROMPTS[0], groups[0][0]
-    assert first.logprobs == pytest.approx(own_logprobs(policy, prompt, list(first.token_ids), params[0].temperature), abs=1e-4)
+    assert first.logprobs == pytest.approx(
+        own_logprobs(policy, prompt, list(first.token_ids), params[0].temperature), abs=1e-4
+    )
 
 
 def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy):
@@ -80,7 +96,9 @@ def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy)
     check_all_answered(policy, groups, params, pool.version)
     assert all(member.served > count for member, count in zip(pool.members, before, strict=True))
     again = pool.generate(PROMPTS[::-1], params[::-1])[::-1]
-    assert [[c.token_ids for c in group] for group in again] == [[c.token_ids for c in group] for group in groups]
+    assert [[c.token_ids for c in group] for group in again] == [
+        [c.token_ids for c in group] for group in groups
+    ]
 
 
 def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
@@ -93,11 +111,17 @@ def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
         assert set(c.versions) == {pool.version}
     metrics = pool.take_metrics()
     size = sum(p.nbytes for p in policy.transformer.parameters())
-    assert metrics["engines/serving"] == 2 and metrics["engines/sync_bytes"] >= 2 * size and metrics["engines/failures"] == 0
+    assert (
+        metrics["engines/serving"] == 2
+        and metrics["engines/sync_bytes"] >= 2 * size
+        and metrics["engines/failures"] == 0
+    )
 
 
 def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weights(pool, policy):
-    thread, out = in_background(pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)])
+    thread, out = in_background(
+        pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)]
+    )
     assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
     old = pool.version
     changed(policy, seed=2)
@@ -124,7 +148,9 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
         assert set(c.versions) in ({pool.version}, {pool.version - 1})
         if set(c.versions) == {pool.version}:
             assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
-    assert pool.take_metrics()["engines/failures"] == 0 and all(member.life.running == 0 for member in pool.members)
+    assert pool.take_metrics()["engines/failures"] == 0 and all(
+        member.life.running == 0 for member in pool.members
+    )
 
 
 class Watched(EmbeddedServer):
@@ -132,7 +158,9 @@ class Watched(EmbeddedServer):
 
     tokens = 0
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         async with aclosing(super().sample(prompt_ids, params, number=number)) as chunks:
             async for chunk in chunks:
                 type(self).tokens += len(chunk.token_ids)
@@ -143,7 +171,14 @@ class Watched(EmbeddedServer):
 def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_version(on_update, tmp_path):
     # Deep, so that an answer takes many times as long as a publish.
     policy = tiny_policy("llama", initializer_range=0.05, num_hidden_layers=24)
-    pool = pool_of(group_of(policy), saved(policy, tmp_path / "model"), tmp_path, 2, make=Watched, options={"recompute": False})
+    pool = pool_of(
+        group_of(policy),
+        saved(policy, tmp_path / "model"),
+        tmp_path,
+        2,
+        make=Watched,
+        options={"recompute": False},
+    )
     pool.fleet.on_update = on_update
     policies: list[dict[str, torch.Tensor]] = []
 
@@ -154,7 +189,9 @@ def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_v
 
     try:
         publish(0)
-        thread, out = in_background(pool, PROMPTS, [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(6)])
+        thread, out = in_background(
+            pool, PROMPTS, [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(6)]
+        )
         for version in range(1, 6):
             seen = Watched.tokens
             assert waited(partial(lambda seen: Watched.tokens > seen + 6 or not thread.is_alive(), seen))
@@ -177,10 +214,17 @@ def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_v
     # With keys and values of older weights, a token is of no policy's distribution.
     assert max(gaps[False]) < 1e-4 if on_update == "recompute" else max(gaps[False]) > 1e-3
     assert (metrics["engines/recomputed_tokens"] > 0) == (on_update == "recompute")
-    assert metrics["engines/thrown_tokens"] == metrics["engines/moved_answers"] == metrics["engines/failures"] == 0
+    assert (
+        metrics["engines/thrown_tokens"]
+        == metrics["engines/moved_answers"]
+        == metrics["engines/failures"]
+        == 0
+    )
 
 
-def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(doomed, policy, model, tmp_path, notes):
+def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
+    doomed, policy, model, tmp_path, notes
+):
     doomed.publish(5)
     thread, out = in_background(doomed, PROMPTS, LONG)
     assert started(doomed)
@@ -195,8 +239,12 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(doomed,
     assert len({tuple(c.token_ids) for group in out[0] for c in group}) == 18
     metrics = doomed.take_metrics()
     assert metrics["engines/failures"] >= 2 and metrics["engines/moved_answers"] > 0
-    assert any("engine-0 failed" in note for note in notes) and any("engine-1 failed" in note for note in notes)
-    assert waited(lambda: [m.state for m in doomed.members] == ["serving"] * 3, 60), [(m.state, m.cause) for m in doomed.members]
+    assert any("engine-0 failed" in note for note in notes) and any(
+        "engine-1 failed" in note for note in notes
+    )
+    assert waited(lambda: [m.state for m in doomed.members] == ["serving"] * 3, 60), [
+        (m.state, m.cause) for m in doomed.members
+    ]
     assert [m.version for m in doomed.members] == [5] * 3
     assert not psutil.pid_exists(hung) and not psutil.pid_exists(killed)
 
@@ -208,12 +256,16 @@ def test_answers_that_moved_are_those_that_one_engine_would_have_given(doomed, p
     assert started(doomed)
     os.kill(servers_of(doomed)[0], signal.SIGKILL)
     thread.join(120)
-    assert [[c.token_ids for c in group] for group in out[0]] == [[c.token_ids for c in group] for group in expected]
+    assert [[c.token_ids for c in group] for group in out[0]] == [
+        [c.token_ids for c in group] for group in expected
+    ]
     assert doomed.take_metrics()["engines/moved_answers"] > 0
 
 
 class Torn(EmbeddedServer):
-    """A server that loses the first part of its first updates on the way, which a real one does not do on command."""
+    """A server that loses the first part of its first updates on the way, which a real one does not do on
+    command.
+    """
 
     losses = 1
 
@@ -295,7 +347,11 @@ def test_low_rank_additions_travel_alone(model, tmp_path):
             pool.publish(version)
             ((c,),) = pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=5)])
             assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[0], list(c.token_ids)), abs=1e-4)
-        assert 0 < pool.take_metrics()["engines/sync_bytes"] < sum(p.nbytes for p in policy.transformer.parameters())
+        assert (
+            0
+            < pool.take_metrics()["engines/sync_bytes"]
+            < sum(p.nbytes for p in policy.transformer.parameters())
+        )
     finally:
         pool.close()
 

@@ -1,4 +1,6 @@
-"""`verl serve` as its users see it: OpenAI's own client and plain HTTP against a real server with a tiny model."""
+"""`verl serve` as its users see it: OpenAI's own client and plain HTTP against a real server with a tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,17 @@ def engine(folder) -> EmbeddedEngine:
 
 
 def complete(client: openai.OpenAI, prompt: Any = PROMPT, *, ids: bool = True, **options: Any) -> Any:
-    extra = {"return_token_ids": ids, **{name: options.pop(name) for name in ("top_k", "min_p", "stop_token_ids") if name in options}}
+    extra = {
+        "return_token_ids": ids,
+        **{name: options.pop(name) for name in ("top_k", "min_p", "stop_token_ids") if name in options},
+    }
     return client.completions.create(model="tiny", prompt=prompt, extra_body=extra, **options)
 
 
 def chat(client: openai.OpenAI, **options: Any) -> Any:
-    return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}], **options)
+    return client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hello"}], **options
+    )
 
 
 def post(url: str, body: Any, path: str = "completions", **options: Any) -> requests.Response:
@@ -86,7 +93,9 @@ def test_the_model_is_listed_under_its_name(client):
 def test_token_ids_go_in_and_come_out_with_the_logprobs_of_the_models_own_forward(client, engine):
     response = complete(client, max_tokens=20, seed=5, logprobs=0)
     (choice,) = response.choices
-    assert choice.prompt_token_ids == PROMPT and len(choice.token_ids) == len(choice.logprobs.token_logprobs) > 1
+    assert (
+        choice.prompt_token_ids == PROMPT and len(choice.token_ids) == len(choice.logprobs.token_logprobs) > 1
+    )
     expected = next_logprobs(engine.model, PROMPT, choice.token_ids)
     torch.testing.assert_close(torch.tensor(choice.logprobs.token_logprobs), expected, atol=1e-4, rtol=0)
     assert choice.text == tiny_codec().decode(choice.token_ids)
@@ -95,7 +104,9 @@ def test_token_ids_go_in_and_come_out_with_the_logprobs_of_the_models_own_forwar
 
 
 def test_answer_i_of_n_follows_from_seed_and_i(client, engine):
-    params = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, max_tokens=12, n=6, seed=7, stop_ids=(44, 45))
+    params = SamplingParams(
+        temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, max_tokens=12, n=6, seed=7, stop_ids=(44, 45)
+    )
     (expected,) = engine.generate([PROMPT], [params])
     options = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "stop_token_ids": [44, 45]}
     response = complete(client, max_tokens=12, n=6, seed=7, logprobs=0, **options)
@@ -116,7 +127,10 @@ def test_several_prompts_are_answered_in_order(client):
 
 def test_texts_are_tokenized_as_the_models_own_tokenizer_does(client):
     response = complete(client, ["add 2", "7"], max_tokens=3)
-    assert [c.prompt_token_ids for c in response.choices] == [tiny_codec().encode("add 2"), tiny_codec().encode("7")]
+    assert [c.prompt_token_ids for c in response.choices] == [
+        tiny_codec().encode("add 2"),
+        tiny_codec().encode("7"),
+    ]
     assert response.usage.prompt_tokens == 6
 
 
@@ -126,17 +140,32 @@ def test_without_a_seed_answers_differ(client):
 
 
 def test_messages_go_through_the_chat_template(client):
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
     create = client.chat.completions.create
-    response = create(model="tiny", messages=messages, max_completion_tokens=5, seed=1, extra_body={"return_token_ids": True})
-    prompt = tiny_codec().encode_prompt(Prompt([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]))
+    response = create(
+        model="tiny",
+        messages=messages,
+        max_completion_tokens=5,
+        seed=1,
+        extra_body={"return_token_ids": True},
+    )
+    prompt = tiny_codec().encode_prompt(
+        Prompt([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}])
+    )
     assert response.prompt_token_ids == prompt and response.usage.prompt_tokens == len(prompt)
     choice = response.choices[0]
-    assert choice.message.role == "assistant" and choice.message.content == tiny_codec().decode(choice.token_ids)
+    assert choice.message.role == "assistant" and choice.message.content == tiny_codec().decode(
+        choice.token_ids
+    )
 
 
 def test_likely_tokens_are_those_of_the_models_own_forward(client, engine):
-    response = chat(client, max_tokens=6, seed=2, logprobs=True, top_logprobs=4, extra_body={"return_token_ids": True})
+    response = chat(
+        client, max_tokens=6, seed=2, logprobs=True, top_logprobs=4, extra_body={"return_token_ids": True}
+    )
     choice, prompt = response.choices[0], response.prompt_token_ids
     assert [one.logprob for one in choice.logprobs.content] == pytest.approx(
         next_logprobs(engine.model, prompt, choice.token_ids).tolist(), abs=1e-4
@@ -146,7 +175,9 @@ def test_likely_tokens_are_those_of_the_models_own_forward(client, engine):
             logits = engine.model.transformer(torch.tensor([[*prompt, *choice.token_ids[:i]]])).logits[0, -1]
         values, ids = logits.log_softmax(-1).topk(4)
         assert [top.logprob for top in one.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
-        assert [top.token for top in one.top_logprobs] == [tiny_codec().tokenizer.decode([i]) for i in ids.tolist()]
+        assert [top.token for top in one.top_logprobs] == [
+            tiny_codec().tokenizer.decode([i]) for i in ids.tolist()
+        ]
         assert bytes(one.bytes).decode() == one.token
 
 
@@ -171,8 +202,12 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     text = streamed(chunks, lambda choice: choice.text)
     assert {i: "".join(parts) for i, parts in text.items()} == {c.index: c.text for c in whole}
     assert streamed(chunks, lambda choice: choice.token_ids) == {c.index: c.token_ids for c in whole}
-    assert streamed(chunks, lambda choice: choice.logprobs.token_logprobs) == {c.index: c.logprobs.token_logprobs for c in whole}
-    assert streamed(chunks, lambda choice: choice.logprobs.text_offset) == {c.index: c.logprobs.text_offset for c in whole}
+    assert streamed(chunks, lambda choice: choice.logprobs.token_logprobs) == {
+        c.index: c.logprobs.token_logprobs for c in whole
+    }
+    assert streamed(chunks, lambda choice: choice.logprobs.text_offset) == {
+        c.index: c.logprobs.text_offset for c in whole
+    }
     reasons = streamed(chunks, lambda choice: choice.finish_reason and [choice.finish_reason])
     assert reasons == {c.index: [c.finish_reason] for c in whole}
     assert [i for i, chunk in enumerate(chunks) if chunk.usage] == [len(chunks) - 1]
@@ -186,7 +221,9 @@ def test_a_chat_stream_says_what_the_whole_answer_says(client):
     assert chunks[0].choices[0].delta.role == "assistant"
     text = streamed(chunks, lambda choice: choice.delta.content)
     assert {i: "".join(parts) for i, parts in text.items()} == {c.index: c.message.content for c in whole}
-    assert streamed(chunks, lambda choice: choice.logprobs and choice.logprobs.content) == {c.index: c.logprobs.content for c in whole}
+    assert streamed(chunks, lambda choice: choice.logprobs and choice.logprobs.content) == {
+        c.index: c.logprobs.content for c in whole
+    }
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_in_it(client):
@@ -202,16 +239,40 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no prompt": ("completions", {}, "need a prompt"),
     "prompt of another kind": ("completions", {"prompt": {"text": "a"}}, "need prompt as token ids, a text"),
     "empty prompt": ("completions", {"prompt": ["a", ""]}, "at least one token"),
-    "id beyond the vocabulary": ("completions", {"prompt": [5, 10_000]}, "need token ids from 0 to 99 in prompt, got 10000"),
+    "id beyond the vocabulary": (
+        "completions",
+        {"prompt": [5, 10_000]},
+        "need token ids from 0 to 99 in prompt, got 10000",
+    ),
     "negative id": ("completions", {"prompt": [-1]}, "got -1"),
-    "too long": ("completions", {"prompt": [5] * 1000, "max_tokens": 100}, "context is 1024 tokens, but the prompt has 1000"),
-    "temperature": ("completions", {"prompt": "a", "temperature": -1}, "need temperature as a number, at least 0, got -1"),
+    "too long": (
+        "completions",
+        {"prompt": [5] * 1000, "max_tokens": 100},
+        "context is 1024 tokens, but the prompt has 1000",
+    ),
+    "temperature": (
+        "completions",
+        {"prompt": "a", "temperature": -1},
+        "need temperature as a number, at least 0, got -1",
+    ),
     "temperature as text": ("completions", {"prompt": "a", "temperature": "1"}, "got '1'"),
     "top_p": ("completions", {"prompt": "a", "top_p": 0}, "need top_p"),
     "n": ("completions", {"prompt": "a", "n": True}, "need n as a whole number"),
-    "max_tokens": ("completions", {"prompt": "a", "max_tokens": 0}, "need max_tokens as a whole number from 1"),
-    "logprobs": ("completions", {"prompt": "a", "logprobs": 100}, "need logprobs as a whole number from 0 to 20"),
-    "echo": ("completions", {"prompt": "a", "echo": True}, "echo is not supported; leave it out, or give False"),
+    "max_tokens": (
+        "completions",
+        {"prompt": "a", "max_tokens": 0},
+        "need max_tokens as a whole number from 1",
+    ),
+    "logprobs": (
+        "completions",
+        {"prompt": "a", "logprobs": 100},
+        "need logprobs as a whole number from 0 to 20",
+    ),
+    "echo": (
+        "completions",
+        {"prompt": "a", "echo": True},
+        "echo is not supported; leave it out, or give False",
+    ),
     "best_of": ("completions", {"prompt": "a", "best_of": 3}, "best_of is not supported"),
     "unknown": (
         "completions",
@@ -220,10 +281,22 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "logit_bias": ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is not supported"),
     "messages to completions": ("completions", {"messages": []}, "messages is not a field"),
-    "empty stop": ("completions", {"prompt": "a", "stop": [""]}, "need stop as a text or a list of texts, none empty"),
+    "empty stop": (
+        "completions",
+        {"prompt": "a", "stop": [""]},
+        "need stop as a text or a list of texts, none empty",
+    ),
     "no messages": ("chat/completions", {}, "need messages"),
-    "message without a role": ("chat/completions", {"messages": [{"content": "a"}]}, "need messages[0] with a role"),
-    "image": ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "need text alone"),
+    "message without a role": (
+        "chat/completions",
+        {"messages": [{"content": "a"}]},
+        "need messages[0] with a role",
+    ),
+    "image": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "need text alone",
+    ),
     "tool call": (
         "chat/completions",
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
@@ -250,7 +323,11 @@ def test_what_cannot_be_answered_as_asked_is_refused_with_the_reason(url, case):
     path, body, message = BAD[case]
     response = post(url, body, path)
     error = response.json()["error"]
-    assert response.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
+    assert (
+        response.status_code == 400
+        and message in error["message"]
+        and error["type"] == "invalid_request_error"
+    )
 
 
 def test_fields_that_change_nothing_are_taken(url):
@@ -269,17 +346,28 @@ def test_fields_that_change_nothing_are_taken(url):
 
 def test_other_mistakes_have_their_status(url):
     assert post(url, {"model": "other", "prompt": "a"}).json()["error"]["code"] == "model_not_found"
-    statuses = [post(url, {"model": "other", "prompt": "a"}).status_code, post(url, {}, "embeddings").status_code]
-    statuses += [requests.get(f"{url}/v1/completions", headers={"Authorization": f"Bearer {KEY}"}).status_code]
+    statuses = [
+        post(url, {"model": "other", "prompt": "a"}).status_code,
+        post(url, {}, "embeddings").status_code,
+    ]
+    statuses += [
+        requests.get(f"{url}/v1/completions", headers={"Authorization": f"Bearer {KEY}"}).status_code
+    ]
     assert statuses == [404, 404, 405]
-    broken = requests.post(f"{url}/v1/completions", data=b'{"prompt": ', headers={"Authorization": f"Bearer {KEY}"})
+    broken = requests.post(
+        f"{url}/v1/completions", data=b'{"prompt": ', headers={"Authorization": f"Bearer {KEY}"}
+    )
     assert broken.status_code == 400 and "need JSON" in broken.json()["error"]["message"]
 
 
 def test_a_key_is_asked_for_on_every_path_but_health(url):
     assert requests.get(f"{url}/health").json() == {"status": "ok"}
     for path in ("v1/models", "v1/nothing", "control/state"):
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e4".encode().decode("latin-1")}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer \u00e4".encode().decode("latin-1")},
+        ):
             response = requests.get(f"{url}/{path}", headers=headers)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
     assert requests.get(f"{url}/control/state", headers={"Authorization": f"Bearer {KEY}"}).status_code == 401
@@ -297,7 +385,14 @@ def test_many_requests_at_once_get_the_answers_that_they_get_alone(client):
 @pytest.mark.parametrize("stream", [True, False] * 3)
 def test_a_client_that_leaves_frees_the_slots(url, client, stream):
     # Long answers in all slots, and as many waiting: nothing else could run for seconds.
-    body = {"prompt": PROMPT, "max_tokens": 1000, "n": 2 * SLOTS, "seed": 1, "stream": stream, "temperature": 0.01}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": 1000,
+        "n": 2 * SLOTS,
+        "seed": 1,
+        "stream": stream,
+        "temperature": 0.01,
+    }
     if stream:
         with post(url, body, stream=True) as response:
             lines = response.iter_lines()  # kept: where it is forgotten, requests closes the connection
@@ -344,7 +439,9 @@ def test_the_last_text_is_given_out_whole():
 def test_events_are_lines_of_json_with_a_last_mark(url):
     response = post(url, {"prompt": "a", "max_tokens": 3, "stream": True})
     assert response.headers["Content-Type"] == "text/event-stream"
-    *events, last = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    *events, last = [
+        line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")
+    ]
     assert last == "[DONE]" and all(json.loads(event)["object"] == "text_completion" for event in events)
 
 

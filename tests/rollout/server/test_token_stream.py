@@ -55,11 +55,15 @@ class NotingReader:
 
 
 @asynccontextmanager
-async def client_of(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], *, timeout_s: float) -> AsyncIterator[AnswerClient]:
+async def client_of(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]], *, timeout_s: float
+) -> AsyncIterator[AnswerClient]:
     app = web.Application()
     app.router.add_get("/answers", handler)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
-        client = AnswerClient("one", lambda: session.ws_connect(server.make_url("/answers")), timeout_s=timeout_s)
+        client = AnswerClient(
+            "one", lambda: session.ws_connect(server.make_url("/answers")), timeout_s=timeout_s
+        )
         yield client
         await client.close()
 
@@ -75,7 +79,9 @@ async def both_sides(*, pace_s: float = SLOW_S, slots: int = 64) -> AsyncIterato
     thread.close()
 
 
-async def chunks_of(client: AnswerClient, prompt: list[int], params: SamplingParams, number: int = 0) -> list[Chunk]:
+async def chunks_of(
+    client: AnswerClient, prompt: list[int], params: SamplingParams, number: int = 0
+) -> list[Chunk]:
     return [chunk async for chunk in client.sample(prompt, params, number=number)]
 
 
@@ -84,12 +90,18 @@ def ids(chunks: list[Chunk]) -> list[int]:
 
 
 def expected(params: SamplingParams) -> list[list[int]]:
-    groups = EmbeddedEngine(shared_policy(), tiny_codec()).generate(PROMPTS, [replace(params, seed=i) for i in range(len(PROMPTS))])
+    groups = EmbeddedEngine(shared_policy(), tiny_codec()).generate(
+        PROMPTS, [replace(params, seed=i) for i in range(len(PROMPTS))]
+    )
     return [list(c.token_ids) for group in groups for c in group]
 
 
 async def all_answers(client: AnswerClient, params: SamplingParams) -> list[list[Chunk]]:
-    asked = [chunks_of(client, p, replace(params, seed=i), n) for i, p in enumerate(PROMPTS) for n in range(params.n)]
+    asked = [
+        chunks_of(client, p, replace(params, seed=i), n)
+        for i, p in enumerate(PROMPTS)
+        for n in range(params.n)
+    ]
     return list(await asyncio.gather(*asked))
 
 
@@ -162,7 +174,9 @@ def test_a_pause_lets_what_was_sampled_come():
 def test_what_cannot_be_asked_is_refused_and_what_cannot_be_now_has_failed():
     async def work() -> list[list[Chunk]]:
         async with both_sides() as both:
-            with pytest.raises(RefusedError, match="context is 256 tokens, but the prompt has 3 and the answer may get 300"):
+            with pytest.raises(
+                RefusedError, match="context is 256 tokens, but the prompt has 3 and the answer may get 300"
+            ):
                 await chunks_of(both.client, PROMPTS[0], replace(PARAMS, max_tokens=300))
             both.refuses = True
             with pytest.raises(EngineError, match="one failed: not now"):
@@ -213,7 +227,8 @@ async def garbling(http: web.Request) -> web.StreamResponse:
 
 
 @pytest.mark.parametrize(
-    ("handler", "message"), [(silent, "one gave no sign of life in time"), (garbling, "one sends what are no answers")]
+    ("handler", "message"),
+    [(silent, "one gave no sign of life in time"), (garbling, "one sends what are no answers")],
 )
 def test_a_server_that_is_silent_or_sends_garbage_is_an_error(handler, message):
     async def work() -> None:

@@ -13,7 +13,12 @@ from verl.weight_sync.types import Part, TensorInfo
 
 def take_all(intake: WeightIntake, tensors: dict[str, torch.Tensor]) -> str:
     intake.begin()
-    intake.take([(TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")), t) for name, t in tensors.items()])
+    intake.take(
+        [
+            (TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")), t)
+            for name, t in tensors.items()
+        ]
+    )
     return intake.end()
 
 
@@ -23,7 +28,9 @@ def test_a_tied_head_is_taken_by_either_of_its_names(names):
     tensors = dict(source.state_dict())
     left = {"embedding": "lm_head.weight", "head": "model.embed_tokens.weight", "both": ""}[names]
     tensors.pop(left, None)
-    assert take_all(WeightIntake(model), tensors) == fingerprint({name: digest(t) for name, t in tensors.items()})
+    assert take_all(WeightIntake(model), tensors) == fingerprint(
+        {name: digest(t) for name, t in tensors.items()}
+    )
     assert all(torch.equal(own, source.state_dict()[name]) for name, own in model.state_dict().items())
 
 
@@ -39,12 +46,16 @@ def test_without_any_of_its_names_it_is_missing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_have_the_fingerprint_of_what_was_sent(dtype):
     tensors = {name: t.detach().to(dtype) for name, t in tiny_transformer(seed=1).named_parameters()}
-    assert take_all(WeightIntake(tiny_transformer()), tensors) == fingerprint({name: digest(t) for name, t in tensors.items()})
+    assert take_all(WeightIntake(tiny_transformer()), tensors) == fingerprint(
+        {name: digest(t) for name, t in tensors.items()}
+    )
 
 
 def test_a_copy_that_loses_digits_shows_in_the_fingerprint():
     tensors = {name: t.detach().double() + 1e-12 for name, t in tiny_transformer(seed=1).named_parameters()}
-    assert take_all(WeightIntake(tiny_transformer()), tensors) != fingerprint({name: digest(t) for name, t in tensors.items()})
+    assert take_all(WeightIntake(tiny_transformer()), tensors) != fingerprint(
+        {name: digest(t) for name, t in tensors.items()}
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral", "deepseek_v3"])

@@ -1,4 +1,6 @@
-"""SGLang behind the contract of engines: a real server on this machine, its logprobs compared with the trainer's own forward."""
+"""SGLang behind the contract of engines: a real server on this machine, its logprobs compared with the
+trainer's own forward.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Running:
         return self.run(whole(self.engine, prompt, params, seed=seed))
 
 
-async def whole(engine: SGLangServer, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0) -> Chunk:
+async def whole(
+    engine: SGLangServer, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0
+) -> Chunk:
     """All chunks of an answer as one."""
     ids: list[int] = []
     logprobs: list[float] = []
@@ -75,8 +79,21 @@ def spec_of(folder: Path, *, family: str = FAMILY, **changes: Any) -> EngineSpec
     if not model.exists():
         tiny_transformer(family, max_position_embeddings=CONTEXT).save_pretrained(model)
         tiny_codec().tokenizer.save_pretrained(model)
-    options = {"max_running_requests": 16, "enable_lora": True, "max_lora_rank": 4, "lora_target_modules": ["q_proj", "v_proj"]}
-    spec = EngineSpec("sglang-0", str(model), options, secret=SECRET, log=folder / "engine.log", timeout_s=20, start_timeout_s=300)
+    options = {
+        "max_running_requests": 16,
+        "enable_lora": True,
+        "max_lora_rank": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    }
+    spec = EngineSpec(
+        "sglang-0",
+        str(model),
+        options,
+        secret=SECRET,
+        log=folder / "engine.log",
+        timeout_s=20,
+        start_timeout_s=300,
+    )
     return replace(spec, **changes)
 
 
@@ -102,11 +119,15 @@ def gone(group: int) -> bool:
 
 def left_in_group(group: int) -> list[str]:
     """Processes of a group that are alive."""
-    rows = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = subprocess.run(
+        ["ps", "-eo", "pgid=,stat=,args="], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return [row for row in rows if int(row.split()[0]) == group and not row.split()[1].startswith("Z")]
 
 
-def expected_logprobs(model: Any, prompt: Sequence[int], ids: Sequence[int], params: SamplingParams) -> list[float]:
+def expected_logprobs(
+    model: Any, prompt: Sequence[int], ids: Sequence[int], params: SamplingParams
+) -> list[float]:
     """By the trainer's own forward, of the distribution that each id was drawn from."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -163,7 +184,9 @@ def test_requests_that_run_together_keep_their_own_parameters(running):
     ]
 
     async def together() -> list[Chunk]:
-        return await asyncio.gather(*(whole(running.engine, PROMPTS[i % 4], params) for i, params in enumerate(all_params)))
+        return await asyncio.gather(
+            *(whole(running.engine, PROMPTS[i % 4], params) for i, params in enumerate(all_params))
+        )
 
     for i, (answer, params) in enumerate(zip(running.run(together()), all_params, strict=True)):
         assert_is_of(running, PROMPTS[i % 4], answer, params)
@@ -188,7 +211,9 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(running):
     free = running.answer(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30))
     text = codec.decode(free.token_ids)
     stop = text[5:8]
-    ended = running.answer(PROMPTS[1], SamplingParams(temperature=0, max_tokens=30, stop=(stop, "never such a text")))
+    ended = running.answer(
+        PROMPTS[1], SamplingParams(temperature=0, max_tokens=30, stop=(stop, "never such a text"))
+    )
     assert ended.finish_reason == "stop" and ended.token_ids == free.token_ids[: len(ended.token_ids)]
     assert codec.decode(ended.token_ids).endswith(stop) and stop not in codec.decode(ended.token_ids[:-1])
     assert len(ended.logprobs) == len(ended.token_ids)
@@ -200,7 +225,9 @@ def test_special_tokens_are_read_and_given(running):
     assert_is_of(running, [2, 0, 3, 50], answer, SamplingParams(max_tokens=5))
 
 
-@pytest.mark.parametrize("ids, max_tokens", [([5] * (CONTEXT + 50), 4), ([5] * (CONTEXT - 10), 50)], ids=["prompt", "answer"])
+@pytest.mark.parametrize(
+    "ids, max_tokens", [([5] * (CONTEXT + 50), 4), ([5] * (CONTEXT - 10), 50)], ids=["prompt", "answer"]
+)
 def test_what_does_not_fit_the_context_is_refused(running, ids, max_tokens):
     with pytest.raises(RefusedError, match="context length"):
         running.answer(ids, SamplingParams(max_tokens=max_tokens))
@@ -216,9 +243,14 @@ def test_ids_that_the_model_does_not_know_are_refused_before_they_end_the_server
 def test_a_truncation_that_has_no_logprobs_is_refused_with_what_helps(running):
     running.engine._max_kept = 50  # as if the vocabulary were larger than the server's limit
     try:
-        with pytest.raises(RefusedError, match="set sampling.top_k to at most 50, or engine_options.sampling_mask_max_tokens to 100"):
+        with pytest.raises(
+            RefusedError,
+            match="set sampling.top_k to at most 50, or engine_options.sampling_mask_max_tokens to 100",
+        ):
             running.answer(PROMPTS[0], SamplingParams(top_p=0.9))
-        assert len(running.answer(PROMPTS[0], SamplingParams(top_p=0.9, top_k=50, max_tokens=3)).token_ids) == 3
+        assert (
+            len(running.answer(PROMPTS[0], SamplingParams(top_p=0.9, top_k=50, max_tokens=3)).token_ids) == 3
+        )
     finally:
         running.engine._max_kept = 4096
     # and the server's own refusal, in the stream, of what we would not ask
@@ -323,7 +355,11 @@ def changed_model(seed: int) -> Any:
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     """As a Hugging Face folder has them: a tied head is not among them."""
     is_tied = model.config.tie_word_embeddings
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight" or not is_tied}
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight" or not is_tied
+    }
 
 
 def parts_of(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> list[Part]:
@@ -331,7 +367,9 @@ def parts_of(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> 
     names = list(tensors)
     parts = []
     for number in range(count):
-        infos = tuple(TensorInfo(name, tuple(tensors[name].shape), "float32") for name in names[number::count])
+        infos = tuple(
+            TensorInfo(name, tuple(tensors[name].shape), "float32") for name in names[number::count]
+        )
         path = folder / f"part-{number}-{time.monotonic_ns()}"
         make_file(path, num_bytes_of(infos))
         content = torch.cat([tensors[info.name].view(-1).view(torch.uint8) for info in infos])
@@ -378,14 +416,18 @@ def test_weights_come_through_shared_memory(running, tmp_path):
 
 def test_weights_come_over_a_group(running, tmp_path):
     model = changed_model(2)
-    assert running.run(through_group(running, parts_of(tensors_of(model), tmp_path))) == print_of(tensors_of(model))
+    assert running.run(through_group(running, parts_of(tensors_of(model), tmp_path))) == print_of(
+        tensors_of(model)
+    )
     assert_serves(running, model)
 
 
 def test_weights_come_from_a_folder(running, tmp_path):
     model = changed_model(3)
     model.save_pretrained(tmp_path)
-    assert running.run(updated(running, [Part((), "disk", {"folder": str(tmp_path)})])) == print_of(tensors_of(model))
+    assert running.run(updated(running, [Part((), "disk", {"folder": str(tmp_path)})])) == print_of(
+        tensors_of(model)
+    )
     assert_serves(running, model)
 
 
@@ -436,7 +478,9 @@ def test_a_pause_keeps_requests_which_go_on_with_the_new_weights(running, tmp_pa
         await task
         return chunks, at_pause
 
-    running.run(updated(running, parts_of(tensors_of(running.model), tmp_path)))  # from here on it knows its version
+    running.run(
+        updated(running, parts_of(tensors_of(running.model), tmp_path))
+    )  # from here on it knows its version
     # An answer that happens to end before the pause shows nothing, so another one is asked for.
     for number in range(1, 9):
         before, after = running.model, changed_model(5 + number)
@@ -450,7 +494,9 @@ def test_a_pause_keeps_requests_which_go_on_with_the_new_weights(running, tmp_pa
     logprobs = torch.tensor([value for chunk in chunks for value in chunk.logprobs])
     version, versions = running.version, [chunk.version for chunk in chunks for _ in chunk.token_ids]
     assert 5 <= num_old < len(ids) and versions == [version - 1] * num_old + [version] * (len(ids) - num_old)
-    old, new = (torch.tensor(expected_logprobs(model, PROMPTS[0], ids, SamplingParams())) for model in (before, after))
+    old, new = (
+        torch.tensor(expected_logprobs(model, PROMPTS[0], ids, SamplingParams())) for model in (before, after)
+    )
     # Tokens after the update are drawn with a cache of the new weights, those of the prompt included.
     torch.testing.assert_close(logprobs, torch.cat([old[:num_old], new[num_old:]]), atol=1e-4, rtol=0)
 
@@ -459,7 +505,9 @@ def test_requests_that_are_left_before_an_update_do_not_come_back_after_it(runni
     model = changed_model(7)
 
     async def through() -> None:
-        async with aclosing(running.engine.sample(PROMPTS[1], SamplingParams(temperature=0, max_tokens=3000), number=0)) as chunks:
+        async with aclosing(
+            running.engine.sample(PROMPTS[1], SamplingParams(temperature=0, max_tokens=3000), number=0)
+        ) as chunks:
             await anext(chunks)
         assert await updated(running, parts_of(tensors_of(model), tmp_path)) == print_of(tensors_of(model))
         assert await until(lambda: is_idle(running.engine))
@@ -545,7 +593,9 @@ def test_it_does_not_sleep_while_it_answers(running):
     async def asked() -> None:
         async with aclosing(running.engine.sample(PROMPTS[0], LONG, number=0)) as chunks:
             await anext(chunks)
-            with pytest.raises(RuntimeError, match="need an idle engine before it sleeps, but sglang-0 has 1 requests"):
+            with pytest.raises(
+                RuntimeError, match="need an idle engine before it sleeps, but sglang-0 has 1 requests"
+            ):
                 await running.engine.sleep()
 
     running.run(asked())
@@ -566,7 +616,9 @@ def test_a_server_that_runs_is_joined_and_stays(running):
 
 
 def test_joining_with_a_wrong_secret_is_an_error(running):
-    joined = SGLangServer(replace(running.engine.spec, name="joined", address=running.engine._asked._address, secret="another"))
+    joined = SGLangServer(
+        replace(running.engine.spec, name="joined", address=running.engine._asked._address, secret="another")
+    )
     with pytest.raises(ValueError, match="joined at .* does not take the secret that it was sent"):
         running.run(joined.open())
 
@@ -622,10 +674,14 @@ def test_two_ranks_take_weights_each_and_answer_as_one(tmp_path):
         assert running.engine.num_ranks == 2
         params = SamplingParams(max_tokens=20, top_k=30, top_p=0.9)
         assert_is_of(running, PROMPTS[1], running.answer(PROMPTS[1], params), params)
-        assert running.run(updated(running, parts_of(tensors_of(model), tmp_path))) == print_of(tensors_of(model))
+        assert running.run(updated(running, parts_of(tensors_of(model), tmp_path))) == print_of(
+            tensors_of(model)
+        )
         assert_serves(running, model)
         model = tiny_transformer("llama", seed=2)
-        assert running.run(through_group(running, parts_of(tensors_of(model), tmp_path))) == print_of(tensors_of(model))
+        assert running.run(through_group(running, parts_of(tensors_of(model), tmp_path))) == print_of(
+            tensors_of(model)
+        )
         assert_serves(running, model)
         takes_slices(running, tmp_path)
     finally:
@@ -636,16 +692,26 @@ def test_two_ranks_take_weights_each_and_answer_as_one(tmp_path):
 
 
 def takes_slices(running: Running, folder: Path) -> None:
-    """From its second update on, each rank gets what it reads alone, whichever way, and the server has the weights of the policy."""
+    """From its second update on, each rank gets what it reads alone, whichever way, and the server has the
+    weights of the policy.
+    """
     engine, model, notes = running.engine, tiny_transformer("llama"), []
-    member = Member(engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append)
+    member = Member(
+        engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+    )
     member._become("stale")  # as after a start
     engine.reads = None
     with policy_ranks(engine.spec.model, 2) as group:
         gathered = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000)
         sent = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
         num_bytes = sum(tensor.nbytes for tensor in tensors_of(model).values())
-        for weights, via in ((gathered, "shm"), (gathered, "shm"), (gathered, "group"), (sent, "direct"), (sent, "direct")):
+        for weights, via in (
+            (gathered, "shm"),
+            (gathered, "shm"),
+            (gathered, "group"),
+            (sent, "direct"),
+            (sent, "direct"),
+        ):
             running.version += 1
             group.call(moved, running.version)
             move(model, running.version)
@@ -653,7 +719,11 @@ def takes_slices(running: Running, folder: Path) -> None:
             known = engine.reads
             running.run(member.take(weights.write(running.version)))
             assert_serves(running, model)
-            planned = [num_bytes] * 2 if known is None else [4 * sum(volume(b) for own in reads.values() for b in own) for reads in known]
+            planned = (
+                [num_bytes] * 2
+                if known is None
+                else [4 * sum(volume(b) for own in reads.values() for b in own) for reads in known]
+            )
             assert engine.received_bytes == planned and member.taken_bytes == sum(planned)
         # Half of each matrix, where the norms are whole on both: no byte of a matrix travels twice.
         norms = sum(tensor.nbytes for name, tensor in tensors_of(model).items() if "norm" in name)
@@ -664,7 +734,9 @@ def takes_slices(running: Running, folder: Path) -> None:
         running.version += 1
         running.run(member.take(sent.write(running.version)))
         assert_serves(running, model)
-        assert member.repaired == 1 and engine.received_bytes == [num_bytes] * 2 and "OutsideError" in notes[0]
+        assert (
+            member.repaired == 1 and engine.received_bytes == [num_bytes] * 2 and "OutsideError" in notes[0]
+        )
         assert engine.reads == known
         for weights in (gathered, sent):
             weights.close()
@@ -678,7 +750,9 @@ def test_an_unknown_option_is_an_error_in_the_words_of_sglang(tmp_path):
 
 def test_options_of_the_run_are_not_those_of_the_engine(tmp_path):
     engine = SGLangServer(spec_of(tmp_path, options={"port": 1, "api-key": "x"}))
-    with pytest.raises(ValueError, match="need engine options that the run does not choose itself, got api_key, port"):
+    with pytest.raises(
+        ValueError, match="need engine options that the run does not choose itself, got api_key, port"
+    ):
         asyncio.run(engine.open())
 
 
@@ -697,13 +771,28 @@ def test_an_interpreter_without_sglang_is_an_error_with_its_log(tmp_path):
 
 
 def test_options_become_flags():
-    options = {"tp_size": 2, "enable_lora": True, "lora_paths": None, "log": False, "dims": ["a", 1], "override": {"a": 1}}
+    options = {
+        "tp_size": 2,
+        "enable_lora": True,
+        "lora_paths": None,
+        "log": False,
+        "dims": ["a", 1],
+        "override": {"a": 1},
+    }
     assert flags(options) == ["--tp-size", "2", "--enable-lora", "--dims", "a", "1", "--override", '{"a": 1}']
 
 
 def event_of(ids: list[int], logprobs: list[float], total: int, **meta: Any) -> dict[str, Any]:
     entries = [[value, token, None] for value, token in zip(logprobs, ids, strict=True)]
-    return {"output_ids": ids, "meta_info": {"completion_tokens": total, "output_token_logprobs": entries, "finish_reason": None, **meta}}
+    return {
+        "output_ids": ids,
+        "meta_info": {
+            "completion_tokens": total,
+            "output_token_logprobs": entries,
+            "finish_reason": None,
+            **meta,
+        },
+    }
 
 
 @pytest.mark.parametrize("deltas", [True, False])
@@ -714,8 +803,14 @@ def test_deltas_and_everything_so_far_are_read_alike(deltas):
         so_far += new
         ids = new if deltas else list(so_far)
         end = {"finish_reason": {"type": "length"}} if number == 3 else {}
-        chunks += answer.take(event_of(ids, [-float(token) for token in ids], len(so_far), weight_version="default", **end))
-    assert [(chunk.token_ids, chunk.logprobs) for chunk in chunks] == [((7,), (-7.0,)), ((8, 9), (-8.0, -9.0)), ((5,), (-5.0,))]
+        chunks += answer.take(
+            event_of(ids, [-float(token) for token in ids], len(so_far), weight_version="default", **end)
+        )
+    assert [(chunk.token_ids, chunk.logprobs) for chunk in chunks] == [
+        ((7,), (-7.0,)),
+        ((8, 9), (-8.0, -9.0)),
+        ((5,), (-5.0,)),
+    ]
     assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"] and answer.is_finished
     assert {chunk.version for chunk in chunks} == {None}
 
@@ -726,7 +821,10 @@ def test_the_last_tokens_are_told_apart_by_their_versions():
     spans = [{"version": "2", "start": 0, "end": 2}, {"version": "3", "start": 2, "end": 4}]
     end = {"weight_version": "3", "weight_versions": spans, "finish_reason": {"type": "stop", "matched": 5}}
     chunks = answer.take(event_of([6, 7, 5], [-1.0, -2.0, -3.0], 4, **end))
-    assert [(chunk.token_ids, chunk.version, chunk.finish_reason) for chunk in chunks] == [((6,), 2, None), ((7, 5), 3, "stop")]
+    assert [(chunk.token_ids, chunk.version, chunk.finish_reason) for chunk in chunks] == [
+        ((6,), 2, None),
+        ((7, 5), 3, "stop"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""vLLM in the process of the trainer, over a real model: the contract of generation, new weights, and its end."""
+"""vLLM in the process of the trainer, over a real model: the contract of generation, new weights, and its
+end.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(str(folder), tiny_codec(), options={"max_model_len": 256}, dtype="float32", max_slots=8)
+    engine = VLLMEngine(
+        str(folder), tiny_codec(), options={"max_model_len": 256}, dtype="float32", max_slots=8
+    )
     yield engine
     engine.close()
     engine.close()
@@ -62,11 +66,15 @@ def own_logprobs(prompt: list[int], ids: list[int], temperature: float = 1.0, to
 
 def assert_follows(engine: VLLMEngine) -> None:
     (completion,) = answer(engine, PROMPTS[1], max_tokens=20)
-    assert completion.logprobs == pytest.approx(own_logprobs(PROMPTS[1], list(completion.token_ids)), abs=1e-4)
+    assert completion.logprobs == pytest.approx(
+        own_logprobs(PROMPTS[1], list(completion.token_ids)), abs=1e-4
+    )
 
 
 def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine):
-    params = [SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)]
+    params = [
+        SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)
+    ]
     together = engine.generate(PROMPTS, params)
     alone = [engine.generate([prompt], [wanted])[0] for prompt, wanted in zip(PROMPTS, params, strict=True)]
     ids = [[c.token_ids for c in group] for group in together]
@@ -88,31 +96,49 @@ def test_answers_end_with_a_stop_id_or_at_their_length(engine):
     completions = answer(engine, PROMPTS[0], max_tokens=40, n=12, stop_ids=ENDS)
     stopped = [c.token_ids for c in completions if c.finish_reason == "stop"]
     assert len(stopped) > 4 and all(ids[-1] in (*ENDS, 1) and not {*ENDS, 1} & {*ids[:-1]} for ids in stopped)
-    assert [(c.finish_reason, len(c.token_ids)) for c in answer(engine, PROMPTS[0], max_tokens=1, n=2, seed=3)] == [("length", 1)] * 2
+    assert [
+        (c.finish_reason, len(c.token_ids)) for c in answer(engine, PROMPTS[0], max_tokens=1, n=2, seed=3)
+    ] == [("length", 1)] * 2
 
 
 def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine):
-    free = next(c for c in answer(engine, PROMPTS[0], max_tokens=30, n=20, seed=2) if min(c.token_ids) > 3 and len(c.token_ids) > 8)
-    number = [c.token_ids for c in answer(engine, PROMPTS[0], max_tokens=30, n=20, seed=2)].index(free.token_ids)
+    free = next(
+        c
+        for c in answer(engine, PROMPTS[0], max_tokens=30, n=20, seed=2)
+        if min(c.token_ids) > 3 and len(c.token_ids) > 8
+    )
+    number = [c.token_ids for c in answer(engine, PROMPTS[0], max_tokens=30, n=20, seed=2)].index(
+        free.token_ids
+    )
     text = tiny_codec().decode(free.token_ids)
     ended = answer(engine, PROMPTS[0], max_tokens=30, n=20, seed=2, stop=(text[4:7],))[number]
-    assert ended.finish_reason == "stop" and tiny_codec().decode(ended.token_ids) == text[: text.index(text[4:7]) + 3]
+    assert (
+        ended.finish_reason == "stop"
+        and tiny_codec().decode(ended.token_ids) == text[: text.index(text[4:7]) + 3]
+    )
 
 
 def test_prompts_that_cannot_be_answered_are_errors(engine):
     assert engine.generate([], []) == []
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens and may get 128 more; need at least one"):
         engine.generate([[5], []], [SamplingParams()] * 2)
-    with pytest.raises(ValueError, match="prompt 0 has 250 tokens and may get 7 more; need at least one, and at most 256 in all"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 0 has 250 tokens and may get 7 more; need at least one, and at most 256 in all",
+    ):
         answer(engine, [5] * 250, max_tokens=7)
-    with pytest.raises(ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"):
+    with pytest.raises(
+        ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"
+    ):
         engine.generate(PROMPTS[:2], [SamplingParams()])
 
 
 def test_new_weights_are_followed_and_named(engine):
     for version, seed in enumerate((1, 2), start=1):
         weights = refresh(seed)
-        assert engine.load(iter(weights.items()), version) == fingerprint({n: digest(t) for n, t in weights.items()})
+        assert engine.load(iter(weights.items()), version) == fingerprint(
+            {n: digest(t) for n, t in weights.items()}
+        )
         assert_follows(engine)
         assert answer(engine, PROMPTS[0], max_tokens=1)[0].version == version == engine.version
 
@@ -143,4 +169,6 @@ def test_options_are_passed_on_and_wrong_ones_are_errors(folder):
     with pytest.raises(ValueError, match="engine_options: .*no_such_option"):
         VLLMEngine(str(folder), tiny_codec(), options={"no_such_option": 1}, dtype="float32", max_slots=8)
     with pytest.raises(ValueError, match="cannot set logprobs-mode"):
-        VLLMEngine(str(folder), tiny_codec(), options={"logprobs_mode": "raw_logprobs"}, dtype="float32", max_slots=8)
+        VLLMEngine(
+            str(folder), tiny_codec(), options={"logprobs_mode": "raw_logprobs"}, dtype="float32", max_slots=8
+        )

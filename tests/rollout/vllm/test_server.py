@@ -1,4 +1,6 @@
-"""vLLM's real server behind the contract of an engine: ids, logprobs, stops, seeds, weights in every way, secrets, and its end."""
+"""vLLM's real server behind the contract of an engine: ids, logprobs, stops, seeds, weights in every way,
+secrets, and its end.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,10 @@ class Bench:
     def refresh(self, *, seed: int) -> dict[str, Tensor]:
         """Changes the model, and returns its weights by name as in a folder: a tied head is not among them."""
         fresh = tiny_transformer(
-            self.model.config.model_type, seed=seed, **SIZES, tie_word_embeddings=self.model.config.tie_word_embeddings
+            self.model.config.model_type,
+            seed=seed,
+            **SIZES,
+            tie_word_embeddings=self.model.config.tie_word_embeddings,
         )
         self.model.load_state_dict(fresh.state_dict())
         return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
@@ -92,8 +97,19 @@ async def whole(chunks: AsyncIterator[Chunk]) -> Chunk:
 @contextlib.contextmanager
 def serving(family: str, folder: Path, **changes: Any) -> Iterator[Bench]:
     """A server that runs, and leaves no process behind."""
-    spec = EngineSpec(f"tiny {family}", str(folder), OPTIONS, secret=SECRET, log=folder / "engine.log", timeout_s=60, start_timeout_s=300)
-    bench = Bench(saved(family, folder), replace(spec, **{"options": {**OPTIONS, **changes.pop("options", {})}, **changes}))
+    spec = EngineSpec(
+        f"tiny {family}",
+        str(folder),
+        OPTIONS,
+        secret=SECRET,
+        log=folder / "engine.log",
+        timeout_s=60,
+        start_timeout_s=300,
+    )
+    bench = Bench(
+        saved(family, folder),
+        replace(spec, **{"options": {**OPTIONS, **changes.pop("options", {})}, **changes}),
+    )
     bench.run(bench.engine.open())
     pid = bench.engine._process.pid
     assert processes_of(pid)
@@ -130,7 +146,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield bench
 
 
-def own_logprobs(model: PreTrainedModel, prompt: list[int], ids: list[int], params: SamplingParams = FREE) -> list[float]:
+def own_logprobs(
+    model: PreTrainedModel, prompt: list[int], ids: list[int], params: SamplingParams = FREE
+) -> list[float]:
     """Logprobs of an answer by the model's own forward, one truncation rule after the other."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -156,11 +174,15 @@ def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
 
 
 def assert_follows(bench: Bench, answer: Chunk, prompt: list[int], params: SamplingParams = FREE) -> None:
-    assert answer.logprobs == pytest.approx(own_logprobs(bench.model, prompt, list(answer.token_ids), params), abs=1e-4)
+    assert answer.logprobs == pytest.approx(
+        own_logprobs(bench.model, prompt, list(answer.token_ids), params), abs=1e-4
+    )
 
 
 def infos_of(tensors: Mapping[str, Tensor]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items())
+    return tuple(
+        TensorInfo(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
+    )
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -215,7 +237,9 @@ def test_temperature_0_takes_the_most_likely_token_with_its_own_logprob_beside_o
     async def both() -> list[Chunk]:
         greedy = SamplingParams(0, top_p=0.5, top_k=3, max_tokens=24)
         hot = SamplingParams(2.0, top_k=2, max_tokens=24)
-        return await asyncio.gather(*(whole(bench.engine.sample(PROMPTS[1], p, number=0)) for p in (greedy, hot)))
+        return await asyncio.gather(
+            *(whole(bench.engine.sample(PROMPTS[1], p, number=0)) for p in (greedy, hot))
+        )
 
     answer = bench.run(both())[0]
     assert_follows(bench, answer, PROMPTS[1])
@@ -225,7 +249,10 @@ def test_temperature_0_takes_the_most_likely_token_with_its_own_logprob_beside_o
 
 
 def test_a_stop_id_ends_an_answer_and_belongs_to_it(bench):
-    answers = [bench.answer(PROMPTS[0], SamplingParams(max_tokens=40, stop_ids=ENDS), seed=seed) for seed in range(12)]
+    answers = [
+        bench.answer(PROMPTS[0], SamplingParams(max_tokens=40, stop_ids=ENDS), seed=seed)
+        for seed in range(12)
+    ]
     stopped = [a.token_ids for a in answers if a.finish_reason == "stop"]
     assert len(stopped) > 4 and all(ids[-1] in ENDS and not {*ENDS} & {*ids[:-1]} for ids in stopped)
 
@@ -243,7 +270,9 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(bench):
 
 def test_equal_seeds_give_equal_answers_and_others_differ_in_any_company(bench):
     async def many(seeds: list[int]) -> list[tuple[int, ...]]:
-        answers = await asyncio.gather(*(whole(bench.engine.sample(PROMPTS[3], FREE, number=seed)) for seed in seeds))
+        answers = await asyncio.gather(
+            *(whole(bench.engine.sample(PROMPTS[3], FREE, number=seed)) for seed in seeds)
+        )
         return [tuple(a.token_ids) for a in answers]
 
     seeds = [0, 1, 2, 2**63 - 1, *range(10, 30)]
@@ -265,7 +294,9 @@ async def counted(engine: VLLMServer, *names: str) -> float:
     """The sum of figures of the server."""
     async with engine._http().get(f"{engine._url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(tuple(f"{name}{{" for name in names)))
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith(tuple(f"{name}{{" for name in names))
+    )
 
 
 async def running(engine: VLLMServer) -> float:
@@ -290,12 +321,17 @@ def test_leaving_an_answer_stops_it_in_the_server(bench):
     assert min(bench.run(sampled_after_leaving()) for _ in range(5)) < 250
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/collective_rpc", "/pause", "/metrics", "/update_weights", "/version"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/collective_rpc", "/pause", "/metrics", "/update_weights", "/version"]
+)
 def test_every_path_but_health_wants_the_secret(bench, path):
     async def statuses(**headers: str) -> tuple[int, int]:
         async with aiohttp.ClientSession(headers=headers) as session:
             method = "GET" if path in ("/v1/models", "/metrics", "/version") else "POST"
-            async with session.request(method, f"{bench.engine._url}{path}") as asked, session.get(f"{bench.engine._url}/health") as health:
+            async with (
+                session.request(method, f"{bench.engine._url}{path}") as asked,
+                session.get(f"{bench.engine._url}/health") as health,
+            ):
                 return asked.status, health.status
 
     assert bench.run(statuses()) == bench.run(statuses(Authorization=f"Bearer {SECRET}s")) == (401, 200)
@@ -323,7 +359,9 @@ def test_weights_come_over_a_group(bench):
 
     thread = threading.Thread(target=listen)
     thread.start()
-    bench.run(bench.engine.join_group(address="127.0.0.1", port=port, first_rank=1, num_ranks=2, backend="gloo"))
+    bench.run(
+        bench.engine.join_group(address="127.0.0.1", port=port, first_rank=1, num_ranks=2, backend="gloo")
+    )
     thread.join()
     for seed in (2, 3):
         weights = bench.refresh(seed=seed)
@@ -338,7 +376,9 @@ def test_weights_come_from_a_folder(bench, tmp_path):
     weights = bench.refresh(seed=4)
     bench.model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
-    assert bench.run(update(bench.engine, [Part(infos_of(weights), "disk", {"folder": str(tmp_path)})], 4)) == print_of(weights)
+    assert bench.run(
+        update(bench.engine, [Part(infos_of(weights), "disk", {"folder": str(tmp_path)})], 4)
+    ) == print_of(weights)
     assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
 
 
@@ -446,7 +486,10 @@ def test_sleep_and_wake_leave_it_usable_after_an_update(bench, tmp_path):
 def test_a_server_that_runs_is_joined_and_left_running(bench):
     engine = VLLMServer(replace(bench.engine.spec, address=bench.engine._url))
     bench.run(engine.open())
-    assert engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct", "ipc") and engine.num_ranks == 1
+    assert (
+        engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct", "ipc")
+        and engine.num_ranks == 1
+    )
     assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0))), PROMPTS[0])
     bench.run(engine.close())
     bench.run(bench.engine.check())
@@ -489,7 +532,8 @@ def addition(parent: Path, seed: int) -> tuple[Path, PreTrainedModel]:
     """Low-rank additions to the tiny llama in a folder, and the model with them."""
     torch.manual_seed(seed)
     model = get_peft_model(
-        tiny_transformer("llama", **SIZES), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
+        tiny_transformer("llama", **SIZES),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"]),
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -508,7 +552,9 @@ async def killed(engine: VLLMServer) -> None:
     start = time.monotonic()
     results = await asyncio.gather(whole(chunks[0]), *others, return_exceptions=True)
     failures = [result for result in results if isinstance(result, Exception)]
-    assert failures and all(isinstance(f, EngineError) and re.search("ended|broke off", str(f)) for f in failures)
+    assert failures and all(
+        isinstance(f, EngineError) and re.search("ended|broke off", str(f)) for f in failures
+    )
     with pytest.raises(EngineError):
         await engine.check()
     with pytest.raises(EngineError):
@@ -533,12 +579,26 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
         assert bench.run(update(bench.engine, [halves], 2)) == halves_print
         assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
         # Both ranks have the only head of keys and values.
-        twice = sum(tensor.nbytes for name, tensor in weights.items() if any(kind in name for kind in ("norm", "k_proj", "v_proj")))
+        twice = sum(
+            tensor.nbytes
+            for name, tensor in weights.items()
+            if any(kind in name for kind in ("norm", "k_proj", "v_proj"))
+        )
         assert sum(bench.engine.received_bytes) == num_bytes + twice and bench.engine.reads == reads
         with pytest.raises(EngineError, match="the engine reads .*, of which it was sent"):
             bench.run(update(bench.engine, [replace(halves, reads=reads[::-1])], 3))
         with pytest.raises(EngineError, match="without all weights of 1 parameters.*: model.norm.weight"):
-            bench.run(update(bench.engine, [shared({n: t for n, t in weights.items() if n != "model.norm.weight"}, tmp_path / "cut")], 4))
+            bench.run(
+                update(
+                    bench.engine,
+                    [
+                        shared(
+                            {n: t for n, t in weights.items() if n != "model.norm.weight"}, tmp_path / "cut"
+                        )
+                    ],
+                    4,
+                )
+            )
 
 
 def digests_of(weights, reads) -> dict[str, int]:
@@ -558,11 +618,25 @@ def test_an_unknown_option_is_an_error_in_vllms_own_words(tmp_path):
 
 def test_an_option_that_the_run_sets_itself_is_refused(tmp_path):
     saved("llama", tmp_path)
-    engine = VLLMServer(EngineSpec("wrong", str(tmp_path), {"port": 1, "logprobs-mode": "raw_logprobs"}, log=tmp_path / "log"))
+    engine = VLLMServer(
+        EngineSpec("wrong", str(tmp_path), {"port": 1, "logprobs-mode": "raw_logprobs"}, log=tmp_path / "log")
+    )
     with pytest.raises(ValueError, match="cannot set logprobs-mode, port"):
         asyncio.run(engine.open())
 
 
 def test_options_are_passed_on_as_flags():
     options = {"a-b": 2, "c": True, "d": False, "e": {"f": [1]}, "g": ["x", "y"], "h": None, "i": "text"}
-    assert as_flags(options) == ["--a-b", "2", "--c", "--no-d", "--e", '{"f": [1]}', "--g", "x", "y", "--i", "text"]
+    assert as_flags(options) == [
+        "--a-b",
+        "2",
+        "--c",
+        "--no-d",
+        "--e",
+        '{"f": [1]}',
+        "--g",
+        "x",
+        "y",
+        "--i",
+        "text",
+    ]

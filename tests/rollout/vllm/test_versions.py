@@ -14,14 +14,20 @@ from verl.rollout.vllm.options import server_flags
 from verl.rollout.vllm.server import VLLMServer
 from verl.rollout.vllm.versions import BEGIN, check_version, cpu_environment, has_own_steps, method_of
 
-LATER = ["--worker-extension-cls", "verl.rollout.vllm.worker.WorkerExtension", "--weight-transfer-config", '{"backend": "verl"}']
+LATER = [
+    "--worker-extension-cls",
+    "verl.rollout.vllm.worker.WorkerExtension",
+    "--weight-transfer-config",
+    '{"backend": "verl"}',
+]
 OLD = ["--worker-extension-cls", "verl.rollout.vllm.worker_compat.WorkerExtension"]
 
 
 @pytest.mark.parametrize("version", ["0.8.2", "0.9.2", "0.19.1+cpu", "0.19.2rc1"])
 def test_a_version_without_a_way_for_weights_is_refused_with_what_to_do(version):
     with pytest.raises(
-        ValueError, match=rf"need vLLM 0.20 or newer, got {version.replace('+', '.')} here: .*upgrade it, or name .* rollout.python"
+        ValueError,
+        match=rf"need vLLM 0.20 or newer, got {version.replace('+', '.')} here: .*upgrade it, or name .* rollout.python",
     ):
         check_version(version, "here")
 
@@ -30,7 +36,9 @@ def test_a_version_without_a_way_for_weights_is_refused_with_what_to_do(version)
 def test_later_versions_and_those_without_a_number_are_taken(version):
     check_version(version, "here")
     assert has_own_steps(version) == (version not in ("0.20.0", "0.21.0+cpu", "0.24.1"))
-    assert method_of(version, BEGIN) == ("start_weight_update" if has_own_steps(version) else "verl_start_weight_update")
+    assert method_of(version, BEGIN) == (
+        "start_weight_update" if has_own_steps(version) else "verl_start_weight_update"
+    )
 
 
 def test_each_version_is_started_with_what_it_has():
@@ -46,17 +54,23 @@ def test_each_version_is_started_with_what_it_has():
     with pytest.raises(ValueError, match="cannot set async-scheduling"):
         server_flags(EngineSpec("a", "b", {"async_scheduling": True}), 1, "0.21.0")
     assert "--async-scheduling" in server_flags(EngineSpec("a", "b", {"async_scheduling": True}), 1, "0.22.0")
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in cpu_environment("0.20.0") and "VLLM_CPU_OMP_THREADS_BIND" in cpu_environment("0.21.0")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in cpu_environment(
+        "0.20.0"
+    ) and "VLLM_CPU_OMP_THREADS_BIND" in cpu_environment("0.21.0")
 
 
 def test_an_environment_that_has_an_old_version_is_refused_before_it_is_started(tmp_path):
     venv.create(tmp_path / "old", with_pip=False)
     site = next((tmp_path / "old" / "lib").glob("python*/site-packages"))
     (site / "vllm-0.19.1.dist-info").mkdir()
-    (site / "vllm-0.19.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.19.1\n")
+    (site / "vllm-0.19.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 0.19.1\n"
+    )
     tiny_transformer("llama").save_pretrained(tmp_path / "model")
     python = str(tmp_path / "old" / "bin" / "python")
     log = tmp_path / "log"
-    with pytest.raises(ValueError, match=rf"need vLLM 0.20 or newer, got 0.19.1 in the environment of {python}"):
+    with pytest.raises(
+        ValueError, match=rf"need vLLM 0.20 or newer, got 0.19.1 in the environment of {python}"
+    ):
         asyncio.run(VLLMServer(EngineSpec("old", str(tmp_path / "model"), python=python, log=log)).open())
     assert not Path(log).exists()

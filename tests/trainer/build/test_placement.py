@@ -1,4 +1,6 @@
-"""The same recipe on one device and on pools of several: what it learns, what runs at the same time, and what is refused."""
+"""The same recipe on one device and on pools of several: what it learns, what runs at the same time, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from tests.training import logged, toy_config, toy_trainer
 from verl.engines.hf.models import as_reward_model
 from verl.trainer.rl_trainer import Trainer
 
-LEARNED = ("reward", "loss", "kl", "entropy", "grad_norm", "critic/loss", "critic/grad_norm", "explained_variance", "response_tokens")
+LEARNED = (
+    "reward",
+    "loss",
+    "kl",
+    "entropy",
+    "grad_norm",
+    "critic/loss",
+    "critic/grad_norm",
+    "explained_variance",
+    "response_tokens",
+)
 # With its usual eps Adam takes the rounding errors of the first values, all but 0, for a direction.
 RUN = [
     "steps=3",
@@ -66,7 +78,9 @@ def alone(letters, judged, tmp_path_factory) -> list[dict]:
 def test_a_run_learns_the_same_wherever_its_four_roles_are(name, alone, letters, judged, tmp_path):
     lines = fitted(tmp_path, letters, *PLACEMENTS[name], ON_CPUS, *RUN, judged)
     for ours, theirs in zip(lines, alone, strict=True):
-        assert {key: ours[key] for key in LEARNED} == pytest.approx({key: theirs[key] for key in LEARNED}, rel=2e-4, abs=1e-5)
+        assert {key: ours[key] for key in LEARNED} == pytest.approx(
+            {key: theirs[key] for key in LEARNED}, rel=2e-4, abs=1e-5
+        )
     assert lines[-1]["eval/reward"] == pytest.approx(alone[-1]["eval/reward"], abs=1e-6)
     spans = json.loads((tmp_path / "run" / "timeline.json").read_text().rstrip().removesuffix(",") + "]")
     calls = {(span["cat"], span["name"].partition(".")[2]) for span in spans}
@@ -87,7 +101,9 @@ def test_a_run_learns_the_same_wherever_its_four_roles_are(name, alone, letters,
 
 def overlap_us(spans: list[dict], one: str, other: str) -> float:
     """Time that calls of both names ran at once."""
-    first, second = ([(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == name] for name in (one, other))
+    first, second = (
+        [(s["ts"], s["ts"] + s["dur"]) for s in spans if s["name"] == name] for name in (one, other)
+    )
     return sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a in first for b in second)
 
 
@@ -97,11 +113,15 @@ def test_low_rank_additions_need_no_reference_of_their_own(letters, tmp_path):
     alone = toy_trainer("grpo", letters, tmp_path / "alone", *settings)
     expected = [alone.step() for _ in range(2)]
     assert alone.team.reference is None
-    spread = toy_trainer("grpo", letters, tmp_path / "spread", *settings, "placement={name: colocated, devices: [2]}", ON_CPUS)
+    spread = toy_trainer(
+        "grpo", letters, tmp_path / "spread", *settings, "placement={name: colocated, devices: [2]}", ON_CPUS
+    )
     try:
         for theirs, ours in zip(expected, [spread.step() for _ in range(2)], strict=True):
             keys = ("reward", "loss", "kl", "grad_norm")
-            assert {key: ours[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=2e-4, abs=1e-6)
+            assert {key: ours[key] for key in keys} == pytest.approx(
+                {key: theirs[key] for key in keys}, rel=2e-4, abs=1e-6
+            )
     finally:
         spread.close()
 
@@ -113,9 +133,15 @@ def test_low_rank_additions_need_no_reference_of_their_own(letters, tmp_path):
             "{name: split, devices: [2]}",
             r"need a number in placement.devices for each pool of .* split \(policy and reference; critic\)",
         ),
-        ("{name: colocated, devices: [3], policy: {tensor: 2}}", "got 3 for the policy, which is spread over 2"),
+        (
+            "{name: colocated, devices: [3], policy: {tensor: 2}}",
+            "got 3 for the policy, which is spread over 2",
+        ),
     ],
 )
 def test_devices_that_do_not_fit_are_refused_before_anything_starts(placement, message, letters, tmp_path):
     with pytest.raises(ValueError, match=message):
-        Trainer(toy_config("ppo", letters, tmp_path, f"placement={placement}"), console=Console(file=io.StringIO()))
+        Trainer(
+            toy_config("ppo", letters, tmp_path, f"placement={placement}"),
+            console=Console(file=io.StringIO()),
+        )

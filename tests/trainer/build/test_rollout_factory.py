@@ -1,4 +1,6 @@
-"""The same recipe with the policy itself and with servers that follow it: what it learns, what it says, and what it refuses."""
+"""The same recipe with the policy itself and with servers that follow it: what it learns, what it says, and
+what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_with_servers_a_run_learns_what_it_learns_alone(letters, tmp_path):
     try:
         for theirs, ours in zip(expected, [served.step() for _ in range(3)], strict=True):
             keys = ("reward", "response_tokens", "loss", "grad_norm")
-            assert {key: ours[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=1e-4, abs=1e-6)
+            assert {key: ours[key] for key in keys} == pytest.approx(
+                {key: theirs[key] for key in keys}, rel=1e-4, abs=1e-6
+            )
             assert ours["sampler_gap"] <= ours["sampler_gap_max"] < 1e-4 and ours["engines/serving"] == 2
             assert ours["engines/sync_bytes"] > 0
         engines_of_a_run_are_listed_added_and_removed(served, tmp_path / "served" / "run")
@@ -41,11 +45,15 @@ def test_servers_follow_a_policy_that_is_spread_over_ranks(letters, tmp_path):
     alone = toy_trainer("grpo", letters, tmp_path / "alone", *SETTINGS)
     expected = [alone.step() for _ in range(3)]
     spread = "placement={name: colocated, devices: [2], address: local}"
-    trainer = toy_trainer("grpo", letters, tmp_path / "spread", *SETTINGS, spread, "rollout={engine: served, servers: 1}")
+    trainer = toy_trainer(
+        "grpo", letters, tmp_path / "spread", *SETTINGS, spread, "rollout={engine: served, servers: 1}"
+    )
     try:
         for theirs, ours in zip(expected, [trainer.step() for _ in range(3)], strict=True):
             keys = ("reward", "response_tokens", "loss", "grad_norm")
-            assert {key: ours[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=2e-4, abs=1e-6)
+            assert {key: ours[key] for key in keys} == pytest.approx(
+                {key: theirs[key] for key in keys}, rel=2e-4, abs=1e-6
+            )
             assert ours["sampler_gap_max"] < 1e-4 and ours["engines/sync_bytes"] > 0
     finally:
         trainer.close()
@@ -75,7 +83,16 @@ def followed(folder, *overrides: str, **given):
     """A run on a loaded model with heads of a size that every engine knows."""
     make_tiny_model(folder / "model", hidden=128, layers=2, characters=CHARACTERS)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
-    return toy_trainer("grpo", folder / "model", folder, *SETTINGS, "policy.optimizer.lr=1e-2", *overrides, actor_model=loaded, **given)
+    return toy_trainer(
+        "grpo",
+        folder / "model",
+        folder,
+        *SETTINGS,
+        "policy.optimizer.lr=1e-2",
+        *overrides,
+        actor_model=loaded,
+        **given,
+    )
 
 
 def check_followed(trainer):
@@ -83,16 +100,26 @@ def check_followed(trainer):
     for _ in range(3):
         metrics = trainer.step()
         assert metrics["sampler_gap_max"] < 1e-3 and 0 < metrics["sampler_gap"] < 1e-4
-    moved = max(float((p - q).abs().max()) for p, q in zip(trainer.team.policy.worker.model.parameters(), start, strict=True))
+    moved = max(
+        float((p - q).abs().max())
+        for p, q in zip(trainer.team.policy.worker.model.parameters(), start, strict=True)
+    )
     assert moved > 1e-3  # old weights would not have these logprobs
 
 
 def engines_of_a_run_are_listed_added_and_removed(trainer, folder):
     def verl(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "verl.cli.main", *args], capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, "-m", "verl.cli.main", *args], capture_output=True, text=True, timeout=60
+        )
 
     listed = verl("engines", "list", str(folder))
-    assert listed.returncode == 0 and "served-0" in listed.stdout and "served-1" in listed.stdout and "serving" in listed.stdout
+    assert (
+        listed.returncode == 0
+        and "served-0" in listed.stdout
+        and "served-1" in listed.stdout
+        and "serving" in listed.stdout
+    )
     assert ask(folder, "POST", "/engines", {"name": "third", "address": None}) == {"name": "third"}
     assert verl("engines", "remove", str(folder), "served-0").returncode == 0
     trainer.step()
@@ -115,7 +142,11 @@ def test_a_difference_of_sampler_and_trainer_is_told_and_may_end_the_run():
     metrics = {"kl_sampler": 0.02, "sampler_gap": 0.1, "sampler_gap_max": 3.0}
     (told,) = check_mismatch(metrics, RolloutConfig())
     assert "KL 0.02 nats per token, logprobs by 0.1 on average and at most 3" in told
-    assert check_mismatch({**metrics, "kl_sampler": 0.005}, RolloutConfig()) == check_mismatch({}, RolloutConfig()) == []
+    assert (
+        check_mismatch({**metrics, "kl_sampler": 0.005}, RolloutConfig())
+        == check_mismatch({}, RolloutConfig())
+        == []
+    )
     with pytest.raises(RuntimeError, match="the limit rollout.mismatch_stop is 0.01"):
         check_mismatch(metrics, RolloutConfig(mismatch_stop=0.01))
     with pytest.raises(RuntimeError, match="KL nan"):
@@ -125,7 +156,10 @@ def test_a_difference_of_sampler_and_trainer_is_told_and_may_end_the_run():
 @pytest.mark.parametrize(
     ("rollout", "message"),
     [
-        ("{engine: served}", "need servers for rollout.engine served, got rollout.servers 0 and no rollout.addresses"),
+        (
+            "{engine: served}",
+            "need servers for rollout.engine served, got rollout.servers 0 and no rollout.addresses",
+        ),
         ("{engine: http, servers: 2}", "need servers that run already for rollout.engine http"),
         ("{servers: 2}", "rollout.servers .* would be ignored: rollout.engine is embedded"),
         ("{engine: vllm, python: x}", "rollout.python .* would be ignored: there are no servers"),

@@ -1,4 +1,6 @@
-"""One attention function for training, prefill and decoding, plugged into any Transformers model by its attention interface."""
+"""One attention function for training, prefill and decoding, plugged into any Transformers model by its
+attention interface.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from verl.engines.sequence_parallel import SequenceGroup
 
 IMPLEMENTATION = "verl_rows"
 
-# In shapes: B rows, S positions of a row, N packed positions, H query heads, K key-value heads, D head size, L cached positions.
+# In shapes: B rows, S positions of a row, N packed positions, H query heads, K key-value heads, D head size,
+# L cached positions.
 
 
 class KVCache:
-    """Keys and values of up to `num_slots` rows, one [slots, K, L, D] pair per layer, grown in steps as rows get longer.
+    """Keys and values of up to `num_slots` rows, one [slots, K, L, D] pair per layer, grown in steps as rows
+    get longer.
 
-    Rows in use are always the first ones: a finished row is overwritten by the last (`copy`), so that every decode
-    step reads a view and copies nothing.
+    Rows in use are always the first ones: a finished row is overwritten by the last (`copy`), so that every
+    decode step reads a view and copies nothing.
     """
 
     GROWTH = 64
@@ -45,9 +49,11 @@ class KVCache:
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [slots, K, L, D] each, where `key` and `value` [., K, ., D] fit in."""
         if layer not in self._layers:
-            # In the dtype of the values, which come straight from a matrix product: rotated keys are fp32 in bf16 runs,
-            # too, but a product would cast them again, and the whole cache in every step.
-            keys, values = (value.new_zeros(self.num_slots, t.shape[1], self._length, t.shape[3]) for t in (key, value))
+            # In the dtype of the values, which come straight from a matrix product: rotated keys are fp32 in
+            # bf16 runs, too, but a product would cast them again, and the whole cache in every step.
+            keys, values = (
+                value.new_zeros(self.num_slots, t.shape[1], self._length, t.shape[3]) for t in (key, value)
+            )
             self._layers[layer] = (keys, values)
         return self._layers[layer]
 
@@ -90,7 +96,9 @@ class RowLayout:
     @classmethod
     def of(cls, inputs: ModelInput, sequence: SequenceGroup | None = None) -> RowLayout:
         """Layout of rows to train on."""
-        return cls(inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index, sequence=sequence)
+        return cls(
+            inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index, sequence=sequence
+        )
 
     @property
     def num_places(self) -> int:
@@ -138,7 +146,9 @@ class DecodeLayout:
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[A, 1, 1, length], 0 where a new token may look and -inf elsewhere; made once for all layers that are alike."""
+        """[A, 1, 1, length], 0 where a new token may look and -inf elsewhere; made once for all layers that
+        are alike.
+        """
         window = None if window is None or window >= self.length else window
         if (window, dtype) not in self.masks:
             age = self.positions[:, None] - torch.arange(self.length, device=self.positions.device)
@@ -173,8 +183,12 @@ class _Score:
         return weights.to(value.dtype) @ value
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *, layer: int, score: _Score) -> Tensor:
-    """Each row attends to itself. Packed [1, H, N, D] or padded [B, H, S, D] in, [1, N, H, D] or [B, S, H, D] out."""
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, *, layer: int, score: _Score
+) -> Tensor:
+    """Each row attends to itself. Packed [1, H, N, D] or padded [B, H, S, D] in, [1, N, H, D] or [B, S, H, D]
+    out.
+    """
     if layout.packed:
         query, key, value = (_padded(t, layout) for t in (query, key, value))
     layout.windows[layer] = score.window
@@ -208,7 +222,9 @@ def _padded(packed: Tensor, layout: RowLayout) -> Tensor:
     return rows.unflatten(0, (len(layout.lengths), -1)).transpose(1, 2)
 
 
-def _attend_cached(query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayout, *, layer: int, score: _Score) -> Tensor:
+def _attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayout, *, layer: int, score: _Score
+) -> Tensor:
     """One token per row, [A, H, 1, D] in, [A, 1, H, D] out; its key and value are put into the cache."""
     keys, values = layout.cache.layer(layer, key, value)
     keys[layout.rows, :, layout.positions] = key[:, :, 0].to(keys.dtype)
@@ -217,7 +233,9 @@ def _attend_cached(query: Tensor, key: Tensor, value: Tensor, layout: DecodeLayo
     # The query heads that share a key-value head stand in the place of query positions: nothing is repeated.
     grouped = query.reshape(num_rows, kv_heads, -1, query.shape[-1])
     mask = layout.mask(score.window, grouped.dtype)
-    out = score.attend(grouped, keys[:num_rows, :, : layout.length], values[:num_rows, :, : layout.length], mask)
+    out = score.attend(
+        grouped, keys[:num_rows, :, : layout.length], values[:num_rows, :, : layout.length], mask
+    )
     return out.reshape(num_rows, 1, -1, out.shape[-1])
 
 
@@ -234,7 +252,9 @@ def rows_attention(
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The function that Transformers calls in every attention layer; what may attend to what follows from `layout`."""
+    """The function that Transformers calls in every attention layer; what may attend to what follows from
+    `layout`.
+    """
     score = _Score(scaling, sliding_window, softcap)
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of Transformers has its number
     if isinstance(layout, DecodeLayout):
@@ -250,7 +270,9 @@ AttentionInterface.register(IMPLEMENTATION, rows_attention)
 
 @contextmanager
 def row_attention(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
-    """Makes the model attend by `layout=` (or as Transformers names it) inside the block; outside, it is as it was."""
+    """Makes the model attend by `layout=` (or as Transformers names it) inside the block; outside, it is as
+    it was.
+    """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before: list[tuple[PretrainedConfig, str]] = [(c, c._attn_implementation) for c in configs.values()]
     for config in configs.values():

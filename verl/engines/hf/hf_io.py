@@ -1,4 +1,6 @@
-"""Hugging Face folders in and out of models that are spread over ranks: slice by slice in, tensor by tensor out."""
+"""Hugging Face folders in and out of models that are spread over ranks: slice by slice in, tensor by tensor
+out.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,16 @@ def model_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"cannot load a model from {source!r}: there is no such folder, and the hub gives none") from error
+        raise ValueError(
+            f"cannot load a model from {source!r}: there is no such folder, and the hub gives none"
+        ) from error
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     """Which part of the whole tensor is on this rank.
 
-    Where several mesh dimensions shard one dimension of the tensor, tensor parallelism comes first and FSDP shards what is left:
-    the strided placements of FSDP come last.
+    Where several mesh dimensions shard one dimension of the tensor, tensor parallelism comes first and FSDP
+    shards what is left: the strided placements of FSDP come last.
     """
     bounds = [(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
@@ -51,7 +55,11 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     coordinates = parameter.device_mesh.get_coordinate()
     assert coordinates is not None
     # By name: the strided placement is no public class, and no subclass of Shard in every version.
-    shards = [(dim, placement) for dim, placement in enumerate(parameter.placements) if placement.is_shard() or _is_strided(placement)]
+    shards = [
+        (dim, placement)
+        for dim, placement in enumerate(parameter.placements)
+        if placement.is_shard() or _is_strided(placement)
+    ]
     for dim, placement in sorted(shards, key=lambda shard: _is_strided(shard[1])):
         assert isinstance(placement, Shard) or _is_strided(placement)
         start, stop = bounds[placement.dim]  # type: ignore[attr-defined]
@@ -69,8 +77,8 @@ def _is_strided(placement: object) -> bool:
 def load_sharded(model: Backbone, source: str) -> None:
     """Fills the parameters of a model from a Hugging Face folder, each rank only its own slices.
 
-    Low-rank additions get their first values. A family whose files name their tensors otherwise than the model does (some with
-    experts) is read whole on each rank and sliced there.
+    Low-rank additions get their first values. A family whose files name their tensors otherwise than the
+    model does (some with experts) is read whole on each rank and sliced there.
 
     Raises:
         ValueError: tensors are missing or have other shapes.
@@ -83,7 +91,9 @@ def load_sharded(model: Backbone, source: str) -> None:
     files = files_of(folder)
     names = {name: name_in_files(base_name(name), files, model.transformer.base_model_prefix) for name in own}
     if all(file_name is not None for file_name in names.values()):
-        _fill_from_files(own, {name: files[file_name] for name, file_name in names.items() if file_name}, names)
+        _fill_from_files(
+            own, {name: files[file_name] for name, file_name in names.items() if file_name}, names
+        )
     else:
         _fill_from_model(own, load_language_model(str(folder)))
     if isinstance(model, ValueModel):
@@ -95,19 +105,29 @@ def load_sharded(model: Backbone, source: str) -> None:
 def files_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     if (folder / _INDEX).exists():
-        return {name: folder / file for name, file in json.loads((folder / _INDEX).read_text())["weight_map"].items()}
+        return {
+            name: folder / file
+            for name, file in json.loads((folder / _INDEX).read_text())["weight_map"].items()
+        }
     if not (folder / _WEIGHTS).exists():
-        raise ValueError(f"need {_WEIGHTS} or {_INDEX} in {folder} to load a model onto several ranks; save it with save_pretrained")
+        raise ValueError(
+            f"need {_WEIGHTS} or {_INDEX} in {folder} to load a model onto several ranks; save it with save_pretrained"
+        )
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         return dict.fromkeys(file.keys(), folder / _WEIGHTS)
 
 
 def name_in_files(name: str, files: Mapping[str, Path], prefix: str) -> str | None:
     """The name that a parameter has in the files: a bare transformer has no prefix, one with a head has."""
-    return next((known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in files), None)
+    return next(
+        (known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in files),
+        None,
+    )
 
 
-def _fill_from_files(parameters: Mapping[str, Tensor], files: Mapping[str, Path], names: Mapping[str, str | None]) -> None:
+def _fill_from_files(
+    parameters: Mapping[str, Tensor], files: Mapping[str, Path], names: Mapping[str, str | None]
+) -> None:
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, of in files.items() if of == path):
@@ -128,7 +148,9 @@ def _fill_from_model(parameters: Mapping[str, Tensor], whole: PreTrainedModel) -
     for name, parameter in parameters.items():
         found = name_in_files(base_name(name), dict.fromkeys(saved, Path()), whole.base_model_prefix)
         if found is None or saved[found].shape != parameter.shape:
-            raise ValueError(f"need {name} of shape {tuple(parameter.shape)} in the model's files, got none; they are of another model")
+            raise ValueError(
+                f"need {name} of shape {tuple(parameter.shape)} in the model's files, got none; they are of another model"
+            )
         _fill(parameter, saved[found].detach()[local_slices(parameter)])
 
 
@@ -139,9 +161,11 @@ def _fill(parameter: Tensor, values: Tensor) -> None:
 
 @torch.no_grad()
 def export_model(model: Backbone, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a model in Hugging Face format, low-rank additions merged; on all ranks together, if it is spread over several.
+    """Writes a model in Hugging Face format, low-rank additions merged; on all ranks together, if it is
+    spread over several.
 
-    One tensor at a time is gathered, and rank 0 writes files of at most `shard_bytes` (a larger tensor has one of its own).
+    One tensor at a time is gathered, and rank 0 writes files of at most `shard_bytes` (a larger tensor has
+    one of its own).
     """
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
@@ -161,7 +185,11 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = SHARD_BYTE
         if writes:
             pending[name] = tensor
             files[name] = len(parts)
-    head = {name: _whole(parameter).cpu() for name, parameter in model.head.named_parameters()} if isinstance(model, ValueModel) else {}
+    head = (
+        {name: _whole(parameter).cpu() for name, parameter in model.head.named_parameters()}
+        if isinstance(model, ValueModel)
+        else {}
+    )
     if not writes:
         return
     write_part(folder, len(parts), pending)
@@ -170,7 +198,9 @@ def export_model(model: Backbone, folder: Path, *, shard_bytes: int = SHARD_BYTE
         save_file(head, folder / VALUE_HEAD)
 
 
-def whole_tensors(transformer: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(
+    transformer: nn.Module, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Names and whole tensors of a model, its additions merged into them; a collective for each.
 
     Args:
@@ -189,7 +219,9 @@ def whole_tensors(transformer: nn.Module, wanted: Collection[str] | None = None)
 
 
 def own_pieces(transformer: nn.Module) -> list[Piece]:
-    """What of the whole tensors lies on this rank, by the names of `whole_tensors`; the homes are those of `own_homes`."""
+    """What of the whole tensors lies on this rank, by the names of `whole_tensors`; the homes are those of
+    `own_homes`.
+    """
     pieces = []
     for name, parameter in transformer.named_parameters():
         bounds = tuple((part.start, part.stop) for part in local_slices(parameter))
@@ -200,7 +232,9 @@ def own_pieces(transformer: nn.Module) -> list[Piece]:
 
 @torch.no_grad()
 def own_homes(transformer: nn.Module) -> dict[str, Tensor]:
-    """Local tensors of this rank; those of matrices with additions are made, with the additions merged: a collective for each."""
+    """Local tensors of this rank; those of matrices with additions are made, with the additions merged: a
+    collective for each.
+    """
     additions = _with_additions(transformer)
     homes = {}
     for name, parameter in transformer.named_parameters():
@@ -216,15 +250,23 @@ def own_homes(transformer: nn.Module) -> dict[str, Tensor]:
 
 def weight_shapes(transformer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of what `whole_tensors` yields."""
-    return [(base_name(name), tuple(p.shape)) for name, p in transformer.named_parameters() if not is_addition(name)]
+    return [
+        (base_name(name), tuple(p.shape))
+        for name, p in transformer.named_parameters()
+        if not is_addition(name)
+    ]
 
 
 @torch.no_grad()
 def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
-    """The low-rank additions as the two files of a PEFT folder, name -> content; a collective for each tensor."""
+    """The low-rank additions as the two files of a PEFT folder, name -> content; a collective for each
+    tensor.
+    """
     tuned = _with_additions(transformer)
     tensors = {
-        f"base_model.model.{name}.lora_{part}.weight": _whole(module.get_parameter(f"lora_{part}.default.weight")).cpu()
+        f"base_model.model.{name}.lora_{part}.weight": _whole(
+            module.get_parameter(f"lora_{part}.default.weight")
+        ).cpu()
         for name, module in tuned.items()
         for part in "AB"
     }
@@ -240,13 +282,20 @@ def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
         "bias": "none",
         "inference_mode": True,
     }
-    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors, metadata={"format": "pt"})}
+    return {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def _with_additions(transformer: nn.Module) -> dict[str, nn.Module]:
     """The matrices that have low-rank additions, by name."""
     names = {name for name, _ in transformer.named_parameters()}
-    return {name: module for name, module in transformer.named_modules() if f"{name}.lora_A.default.weight" in names}
+    return {
+        name: module
+        for name, module in transformer.named_modules()
+        if f"{name}.lora_A.default.weight" in names
+    }
 
 
 def _addition(module: nn.Module) -> Tensor:
@@ -279,5 +328,8 @@ def name_parts(folder: Path, count: int, files: Mapping[str, int]) -> None:
     for number, name in enumerate(names):
         (folder / f".part-{number}").rename(folder / name)
     total = sum((folder / name).stat().st_size for name in names)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in files.items()}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[number] for name, number in files.items()},
+    }
     (folder / _INDEX).write_text(json.dumps(index, indent=1))

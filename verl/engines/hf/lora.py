@@ -20,7 +20,8 @@ _ADAPTER = "default"
 
 
 def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
-    """Freezes the weights and gives the matrices named in `config.targets` additions B A alpha / rank, in place.
+    """Freezes the weights and gives the matrices named in `config.targets` additions B A alpha / rank, in
+    place.
 
     LoRA, https://arxiv.org/abs/2106.09685, section 4.1. Their values are set by `reset_additions`.
 
@@ -32,11 +33,20 @@ def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
     except ImportError as error:
         raise ValueError("need PEFT for lora.rank above 0: pip install 'verl[lora]'") from error
     targets = list(config.targets)
-    names = {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     if missing := set(targets) - names:
-        raise ValueError(f"need names of matrices in lora.targets, got {sorted(missing)}; this model has {', '.join(sorted(names))}")
-    # A model that is loaded has its weights; those of additions begin as LoRA has them, see `reset_additions`.
-    options = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False)
+        raise ValueError(
+            f"need names of matrices in lora.targets, got {sorted(missing)}; this model has {', '.join(sorted(names))}"
+        )
+    # A model that is loaded has its weights; those of additions begin as LoRA has them, see
+    # `reset_additions`.
+    options = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False
+    )
     peft.inject_adapter_in_model(options, transformer, adapter_name=_ADAPTER)
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
@@ -55,7 +65,9 @@ def has_additions(transformer: nn.Module) -> bool:
 
 
 def initial_addition(name: str, shape: torch.Size) -> Tensor:
-    """The first value of an addition: B is 0, A uniform in +- 1 / sqrt(inputs), the same for a name however it is sharded."""
+    """The first value of an addition: B is 0, A uniform in +- 1 / sqrt(inputs), the same for a name however
+    it is sharded.
+    """
     if ".lora_B." in name:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -80,8 +92,14 @@ def without_additions(transformer: PreTrainedModel) -> Iterator[None]:
     """
     layers = [module for name, module in transformer.named_modules() if name.endswith("lora_A")]
     if not layers:
-        raise ValueError("need low-rank additions to switch off, got a model without; set policy.lora.rank above 0")
-    tuners = [module for module in transformer.modules() if isinstance(module, importlib.import_module("peft.tuners.lora").LoraLayer)]
+        raise ValueError(
+            "need low-rank additions to switch off, got a model without; set policy.lora.rank above 0"
+        )
+    tuners = [
+        module
+        for module in transformer.modules()
+        if isinstance(module, importlib.import_module("peft.tuners.lora").LoraLayer)
+    ]
     for tuner in tuners:
         tuner.enable_adapters(False)
     try:

@@ -1,4 +1,6 @@
-"""Models without memory: built from a configuration, spread over ranks, and only then given the memory of what lies on this one."""
+"""Models without memory: built from a configuration, spread over ranks, and only then given the memory of
+what lies on this one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 
 def empty_transformer(source: Path | PretrainedConfig, family: Any) -> PreTrainedModel:
-    """The model of a folder or configuration whose parameters have no memory yet; its buffers are what the configuration makes them.
+    """The model of a folder or configuration whose parameters have no memory yet; its buffers are what the
+    configuration makes them.
 
     Raises:
         ValueError: there is no model in the folder.

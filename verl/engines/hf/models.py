@@ -1,4 +1,6 @@
-"""Hugging Face models in and out: the policy as hidden states and logits, value and reward models, and small models of our own."""
+"""Hugging Face models in and out: the policy as hidden states and logits, value and reward models, and small
+models of our own.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Backbone(nn.Module):
     """A causal transformer that reads rows; one forward function for training, prefill and decoding.
 
     Attributes:
-        transformer: the Hugging Face model; its weights are fp32 and shared by everyone who holds this object.
+        transformer: the Hugging Face model; its weights are fp32 and shared by everyone who holds this
+            object.
         precision: arithmetic of the forward pass.
         sequence: the ranks that share the line of packed rows in training; none: this one has it whole.
         compute_device: where it computes, if its weights rest elsewhere.
@@ -60,7 +63,9 @@ class Backbone(nn.Module):
                 setattr(transformer.config, name, 0.0)
 
     def forward(self, call: Callable[[], T]) -> T:
-        """What `call` returns: every use of the weights goes through here, so that sharding sees where it begins and ends."""
+        """What `call` returns: every use of the weights goes through here, so that sharding sees where it
+        begins and ends.
+        """
         return call()
 
     @property
@@ -80,7 +85,9 @@ class Backbone(nn.Module):
     def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout) -> Tensor:
         """Final hidden states, [..., hidden], of ids and positions [...] in the given layout; needs `ready`."""
         base = self.transformer.base_model
-        return base(input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout).last_hidden_state
+        return base(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout
+        ).last_hidden_state
 
     def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """The states that predict response tokens; needs `ready`.
@@ -102,22 +109,33 @@ class Backbone(nn.Module):
         return self.sequence.together(values, own, len(inputs.targets))
 
     def nothing(self, inputs: ModelInput) -> Tensor:
-        """A 0 whose gradient, 0 too, reaches every weight that takes part in `inputs`: a forward pass for company."""
+        """A 0 whose gradient, 0 too, reaches every weight that takes part in `inputs`: a forward pass for
+        company.
+        """
         raise NotImplementedError
 
     def recompute_activations(self) -> None:
-        """Gradient checkpointing: activations of a layer are recomputed in the backward pass, inside or outside `ready`."""
-        kwargs = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), row_attention(self.transformer))}
+        """Gradient checkpointing: activations of a layer are recomputed in the backward pass, inside or
+        outside `ready`.
+        """
+        kwargs = {
+            "use_reentrant": False,
+            "context_fn": lambda: (nullcontext(), row_attention(self.transformer)),
+        }
         self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     @torch.no_grad()
     def check_forward(self) -> None:
-        """Compares our forward pass with the model's own on a few tokens, and our windows with its configuration.
+        """Compares our forward pass with the model's own on a few tokens, and our windows with its
+        configuration.
 
         Raises:
             ValueError: they differ, so the family does something that this forward pass does not know.
         """
-        ids = torch.arange(4, 12, device=self.device)[None] % self.transformer.config.get_text_config().vocab_size
+        ids = (
+            torch.arange(4, 12, device=self.device)[None]
+            % self.transformer.config.get_text_config().vocab_size
+        )
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         # Eager is the family's definition; PyTorch's attention leaves out Gemma 2's cap.
         with row_attention(self.transformer, "eager"):
@@ -128,13 +146,19 @@ class Backbone(nn.Module):
             with row_attention(self.transformer):
                 states = self.hidden(packed, torch.cat([positions, positions], 1), layout)[0]
                 ours = self._outputs(states)
-        except (AttributeError, TypeError, ValueError) as error:  # its code does not expect to be called like this
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # its code does not expect to be called like this
             raise self._not_by_rows(f"{type(error).__name__}: {error}") from error
         difference = max(float((part - own).abs().max()) for part in ours.split(ids.shape[1]))
         # Weights that are sharded for 16 bits compute in them here, too, and round as they do.
         tolerance = 1e-3 if states.dtype == torch.float32 else 3e-2
         if not difference <= tolerance * max(1.0, float(own.abs().max())):
-            raise self._not_by_rows(f"its {self._compared} differ by {difference:.2g} from its own forward pass")
+            raise self._not_by_rows(
+                f"its {self._compared} differ by {difference:.2g} from its own forward pass"
+            )
         # The few tokens above are shorter than most windows.
         if untold := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
             raise self._not_by_rows(f"the attention of layer {untold[0]} is not told its window")
@@ -149,7 +173,9 @@ class Backbone(nn.Module):
 
     def _own_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """What the family's own forward pass makes of them, to be compared with `_outputs`."""
-        return self.transformer.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return self.transformer.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
 
     def _outputs(self, states: Tensor) -> Tensor:
         return states.float()
@@ -189,14 +215,18 @@ class PolicyModel(Backbone):
         logits = self.transformer.get_output_embeddings()(states).float()
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
-    def reduced(self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int) -> tuple[Tensor, ...]:
+    def reduced(
+        self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, ...]:
         """What `reduce` makes of the distribution at the place of every response token, at a temperature > 0.
 
-        The logits of `chunk` positions are in memory at a time; with more positions they are recomputed backward.
+        The logits of `chunk` positions are in memory at a time; with more positions they are recomputed
+        backward.
 
         Args:
             inputs: rows with M response tokens.
-            reduce: takes logprobs of the whole vocabulary [m, V], sampled ids [m] and the columns' parts [m, ...].
+            reduce: takes logprobs of the whole vocabulary [m, V], sampled ids [m] and the columns' parts [m,
+                ...].
             columns: [M, ...] for `reduce`.
             temperature: logits are divided by it.
             chunk: largest m.
@@ -222,7 +252,9 @@ class PolicyModel(Backbone):
         """See `Backbone.nothing`."""
         return 0 * self.logits(self.predictor_states(inputs)[0]).sum()
 
-    def token_logprobs(self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+    def token_logprobs(
+        self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Logprobs of the response tokens and entropies of their distributions, [M] fp32 each; see `reduced`."""
 
         def of_sampled(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,9 +291,11 @@ class ValueModel(Backbone):
 
 
 class RewardModel(Backbone):
-    """A model of Transformers for sequence classification with one label: what an answer is worth, read at its last token.
+    """A model of Transformers for sequence classification with one label: what an answer is worth, read at
+    its last token.
 
-    An answer must be followed by one token of any kind: the last token of a row is not read, see `ModelInput`.
+    An answer must be followed by one token of any kind: the last token of a row is not read, see
+    `ModelInput`.
     """
 
     @property
@@ -310,7 +344,9 @@ def load_language_model(path: str) -> PreTrainedModel:
         with _without_progress_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a causal language model from {path!r}: {_cause(path, error)}") from error
+        raise ValueError(
+            f"cannot load a causal language model from {path!r}: {_cause(path, error)}"
+        ) from error
 
 
 def check_model(path: str) -> None:
@@ -322,7 +358,9 @@ def check_model(path: str) -> None:
     try:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a causal language model from {path!r}: {_cause(path, error)}") from error
+        raise ValueError(
+            f"cannot load a causal language model from {path!r}: {_cause(path, error)}"
+        ) from error
 
 
 def _cause(path: str, error: Exception) -> str:
@@ -337,7 +375,8 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     """A reward model in fp32 from a folder or hub name, without code from the folder.
 
     Args:
-        path: of a model for sequence classification with one label and a head named `score`, or of a causal language model.
+        path: of a model for sequence classification with one label and a head named `score`, or of a causal
+            language model.
         new_head: give a model without the weights of a head one of zeros, to be trained; else refuse it.
 
     Raises:
@@ -347,14 +386,23 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # It would report a missing head, which is dealt with here.
     try:
         with _without_progress_bars():
-            options = {"dtype": torch.float32, "num_labels": 1, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            options = {
+                "dtype": torch.float32,
+                "num_labels": 1,
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,
+            }
             model, loading = AutoModelForSequenceClassification.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a reward model from {path!r}: {_cause(path, error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing, others = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]
-    if missing - {"score.weight"} or others or not isinstance(dict(model.named_modules()).get("score"), nn.Linear):
+    if (
+        missing - {"score.weight"}
+        or others
+        or not isinstance(dict(model.named_modules()).get("score"), nn.Linear)
+    ):
         unfit = [*sorted(missing), *others]
         raise ValueError(
             f"need a model that scores by a linear head named score with one label, got {type(model).__name__} in {path!r}"
@@ -371,7 +419,8 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
 
 
 def as_reward_model(source: PreTrainedModel) -> PreTrainedModel:
-    """A model for sequence classification as it is; one with a head of zeros on the transformer of a causal language model.
+    """A model for sequence classification as it is; one with a head of zeros on the transformer of a causal
+    language model.
 
     Raises:
         ValueError: its family has no such model.
@@ -383,7 +432,9 @@ def as_reward_model(source: PreTrainedModel) -> PreTrainedModel:
     try:
         model = AutoModelForSequenceClassification.from_config(config).float()
     except ValueError as error:
-        raise ValueError(f"there is no reward model on the family {config.model_type!r}; take another one") from error
+        raise ValueError(
+            f"there is no reward model on the family {config.model_type!r}; take another one"
+        ) from error
     model.base_model.load_state_dict(source.base_model.state_dict())
     nn.init.zeros_(model.score.weight)
     return model
@@ -397,15 +448,23 @@ def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:
 
 
 def save_model(model: Backbone, folder: Path) -> None:
-    """Writes the weights as safetensors in Hugging Face layout; the head of a value model into a file beside them."""
+    """Writes the weights as safetensors in Hugging Face layout; the head of a value model into a file beside
+    them.
+    """
     with _without_progress_bars():
         model.transformer.save_pretrained(folder)
     if isinstance(model, ValueModel):
-        save_file({name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()}, folder / VALUE_HEAD)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()},
+            folder / VALUE_HEAD,
+        )
 
 
-def make_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS) -> None:
-    """Writes a random Qwen2-style model with the character tokenizer: 64 x 2 has 0.1M parameters, 128 x 4 has 0.8M.
+def make_tiny_model(
+    folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS
+) -> None:
+    """Writes a random Qwen2-style model with the character tokenizer: 64 x 2 has 0.1M parameters, 128 x 4 has
+    0.8M.
 
     Args:
         folder: where to.
@@ -418,7 +477,9 @@ def make_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2, seed: in
         ValueError: `hidden` is not a multiple of 32.
     """
     if hidden % 32 or hidden < 32 or layers < 1:
-        raise ValueError(f"need hidden as a multiple of 32 and at least one layer, got hidden={hidden} and layers={layers}")
+        raise ValueError(
+            f"need hidden as a multiple of 32 and at least one layer, got hidden={hidden} and layers={layers}"
+        )
     tokenizer = character_tokenizer(characters)
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 4) * 4,
@@ -428,7 +489,8 @@ def make_tiny_model(folder: Path, *, hidden: int = 64, layers: int = 2, seed: in
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        # The usual 0.02 is made for widths of thousands; narrow models start to learn 3 times as fast with this.
+        # The usual 0.02 is made for widths of thousands; narrow models start to learn 3 times as fast with
+        # this.
         initializer_range=0.8 * hidden**-0.5,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

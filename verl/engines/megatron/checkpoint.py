@@ -1,4 +1,6 @@
-"""Checkpoints of models of Megatron-Core: each rank writes what it updates as parts of the whole tensors, which any grid can read."""
+"""Checkpoints of models of Megatron-Core: each rank writes what it updates as parts of the whole tensors,
+which any grid can read.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Strip:
     start: int
 
 
-def strips(pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], owned: Mapping[str, tuple[int, int]]) -> list[Strip]:
+def strips(
+    pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], owned: Mapping[str, tuple[int, int]]
+) -> list[Strip]:
     """What of the whole tensors lies in stretches of local tensors.
 
     Args:
@@ -62,14 +66,18 @@ def strips(pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], owned
             if top >= bottom:
                 continue
             shift = top_of_whole - first
-            columns = [(begin + column, begin + column + num_columns) for begin, _ in piece.bounds[num_leading + 1 :]]
+            columns = [
+                (begin + column, begin + column + num_columns) for begin, _ in piece.bounds[num_leading + 1 :]
+            ]
             bounds = (*leading, (top + shift, bottom + shift), *columns)
             found.append(Strip(piece.name, bounds, piece.home, top * width + column))
     return found
 
 
 def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """A stretch of a flattened matrix as the end of a row, whole rows and the beginning of a row: row, rows, column, columns."""
+    """A stretch of a flattened matrix as the end of a row, whole rows and the beginning of a row: row, rows,
+    column, columns.
+    """
     while start < stop:
         row, column = divmod(start, width)
         if column or stop - start < width:
@@ -87,7 +95,9 @@ def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
 
 
-def begin_save(folder: Path, parts: Sequence[tuple[Strip, Mapping[str, Tensor]]], progress: Mapping[str, Any]) -> Callable[[], None]:
+def begin_save(
+    folder: Path, parts: Sequence[tuple[Strip, Mapping[str, Tensor]]], progress: Mapping[str, Any]
+) -> Callable[[], None]:
     """Begins to write the parts of this rank; returns as soon as they have been copied aside.
 
     Args:
@@ -122,10 +132,14 @@ def read_progress(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
         found = {name: progress[name] for name in (*expected, "num_files")}
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the checkpoint in {folder} is none of engine megatron, or broken ({error!r}); {REMEDY}") from error
+        raise ValueError(
+            f"the checkpoint in {folder} is none of engine megatron, or broken ({error!r}); {REMEDY}"
+        ) from error
     for name, value in expected.items():
         if found[name] != value:
-            raise ValueError(f"the checkpoint in {folder} is of another model ({name} {found[name]}, need {value}); {REMEDY}")
+            raise ValueError(
+                f"the checkpoint in {folder} is of another model ({name} {found[name]}, need {value}); {REMEDY}"
+            )
     return progress
 
 
@@ -141,7 +155,9 @@ def read_parts(folder: Path, num_files: int, parts: Sequence[tuple[Strip, Mappin
             for what, values in kept.items():
                 _read(by_name.get((what, strip.name), []), strip, values.view(sizes(strip.bounds)))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {folder} is broken: {error}; {REMEDY}, or give an older one as checkpoint.resume") from error
+        raise ValueError(
+            f"the checkpoint in {folder} is broken: {error}; {REMEDY}, or give an older one as checkpoint.resume"
+        ) from error
 
 
 def _read(saved: Sequence[tuple[Bounds, str, Any]], strip: Strip, values: Tensor) -> None:
@@ -150,8 +166,12 @@ def _read(saved: Sequence[tuple[Bounds, str, Any]], strip: Strip, values: Tensor
     for bounds, key, file in saved:
         common = [(part, found) for part in missing if (found := intersection(part, bounds))]
         for part, found in common:
-            there = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(found, bounds, strict=True))
-            here = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(found, strip.bounds, strict=True))
+            there = tuple(
+                slice(a - first, b - first) for (a, b), (first, _) in zip(found, bounds, strict=True)
+            )
+            here = tuple(
+                slice(a - first, b - first) for (a, b), (first, _) in zip(found, strip.bounds, strict=True)
+            )
             values[here].copy_(file.get_slice(key)[there])
             missing.remove(part)
             missing += difference(part, found)
@@ -161,14 +181,19 @@ def _read(saved: Sequence[tuple[Bounds, str, Any]], strip: Strip, values: Tensor
 
 
 def _index(folder: Path, num_files: int) -> dict[tuple[str, str], list[tuple[Bounds, str, Any]]]:
-    """What was saved, and the tensor it is of, to the parts that there are: their bounds, keys and open files."""
+    """What was saved, and the tensor it is of, to the parts that there are: their bounds, keys and open
+    files.
+    """
     by_name: dict[tuple[str, str], list[tuple[Bounds, str, Any]]] = {}
     for rank in range(num_files):
         file: Any = safe_open(_file(folder, rank), framework="pt")
         keys: list[str] = file.keys()
         for key in keys:
             what, name, text = key.split("|")
-            bounds = tuple((int(start), int(stop)) for start, _, stop in (part.partition(":") for part in text.split(",")))
+            bounds = tuple(
+                (int(start), int(stop))
+                for start, _, stop in (part.partition(":") for part in text.split(","))
+            )
             by_name.setdefault((what, name), []).append((bounds, key, file))
     return by_name
 
@@ -200,7 +225,8 @@ def agreed(error: ValueError | None) -> None:
 def optimizer_parts(
     optimizer: Any, parameters: Mapping[str, Tensor], pieces: Sequence[Piece], *, with_states: bool
 ) -> Iterator[tuple[Strip, dict[str, Tensor]]]:
-    """The parts of weights that this rank updates, each with its flat weight in fp32 and AdamW's states, as views.
+    """The parts of weights that this rank updates, each with its flat weight in fp32 and AdamW's states, as
+    views.
 
     Args:
         optimizer: of Megatron-Core, which data ranks share.
@@ -224,7 +250,13 @@ def optimizer_parts(
             kept = {WEIGHT: weight}
             if with_states:
                 kept |= {name: part.optimizer.state[weight][name] for name in STATES}
-            yield strip, {name: values.detach()[begin : begin + volume(strip.bounds)] for name, values in kept.items()}
+            yield (
+                strip,
+                {
+                    name: values.detach()[begin : begin + volume(strip.bounds)]
+                    for name, values in kept.items()
+                },
+            )
 
 
 @torch.no_grad()

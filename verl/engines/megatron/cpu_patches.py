@@ -1,4 +1,6 @@
-"""Megatron-Core on a CPU: the places where version 0.16 takes a GPU for granted, answered for a CPU while an engine works."""
+"""Megatron-Core on a CPU: the places where version 0.16 takes a GPU for granted, answered for a CPU while an
+engine works.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _ABSENT = object()
 class _OnTheCPU(TorchFunctionMode):
     """New tensors that are asked for on `cuda` are made on the CPU."""
 
-    def __torch_function__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if device is not None and not isinstance(device, int) and torch.device(device).type == "cuda":
@@ -99,9 +103,12 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 @contextmanager
 def megatron_on(device: torch.device) -> Iterator[None]:
-    """Inside, Megatron-Core works on the device: on a GPU as it is, on a CPU with stand-ins for what only a GPU has."""
+    """Inside, Megatron-Core works on the device: on a GPU as it is, on a CPU with stand-ins for what only a
+    GPU has.
+    """
     with ExitStack() as stack:
-        # 0.16.1 reads this name of TransformerEngine also where that is not installed; None stands for its absence, on a GPU too.
+        # 0.16.1 reads this name of TransformerEngine also where that is not installed; None stands for its
+        # absence, on a GPU too.
         if "te_general_gemm" not in vars(moe_utils):
             stack.enter_context(_replaced(moe_utils, "te_general_gemm", None))
         if device.type != "cuda":

@@ -1,4 +1,6 @@
-"""Training with Megatron-Core: tensor, pipeline, context and expert parallelism over an optimizer that data ranks share."""
+"""Training with Megatron-Core: tensor, pipeline, context and expert parallelism over an optimizer that data
+ranks share.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,27 @@ from verl.engines.megatron.checkpoint import (
 )
 from verl.engines.megatron.grad_buffers import Gradients
 from verl.engines.megatron.hf_io import export_folder, fill_from_folder, whole_tensors
-from verl.engines.megatron.model import Chunks, Line, MegatronPolicy, MegatronValue, make_chunks, transformer_config
+from verl.engines.megatron.model import (
+    Chunks,
+    Line,
+    MegatronPolicy,
+    MegatronValue,
+    make_chunks,
+    transformer_config,
+)
 from verl.engines.megatron.parallel_dims import Extents, Grid, make_grid
 from verl.engines.megatron.weight_mapping import Anatomy, Share, check_divisible
 from verl.utils.sampling_types import Prompt
 from verl.weight_sync.layout import Piece
 
 # Options of this engine, and fields of Megatron-Core's TransformerConfig that pass through to it.
-OWN_OPTIONS = ("virtual_pipeline", "expert", "make_vocab_size_divisible_by", "bucket_size", "overlap_grad_reduce")
+OWN_OPTIONS = (
+    "virtual_pipeline",
+    "expert",
+    "make_vocab_size_divisible_by",
+    "bucket_size",
+    "overlap_grad_reduce",
+)
 PASSED_OPTIONS = (
     "sequence_parallel",
     "recompute_granularity",
@@ -70,7 +85,8 @@ def megatron_engine(
     device: torch.device,
     total_updates: int | None,
 ) -> MegatronForwardEngine:
-    """The engine of a model that is spread over all ranks of the default process group; made on all of them at once.
+    """The engine of a model that is spread over all ranks of the default process group; made on all of them
+    at once.
 
     Each rank reads from the folder only the slices that it holds.
 
@@ -78,7 +94,8 @@ def megatron_engine(
         source: folder or hub name of a causal language model.
         kind: what it becomes.
         role: precision, optimizer.
-        parallel: sizes of the grid (`sequence` are Megatron-Core's context parallel ranks), and the options of this engine.
+        parallel: sizes of the grid (`sequence` are Megatron-Core's context parallel ranks), and the options
+            of this engine.
         device: of this rank.
         total_updates: of the whole run, for the schedule; None: the model is only read.
 
@@ -86,7 +103,9 @@ def megatron_engine(
         ValueError: sizes or options that do not fit the model, the ranks or this engine, or no model.
     """
     if kind == "reward":
-        raise ValueError("need engine fsdp for a reward model: engine megatron trains policies and value models")
+        raise ValueError(
+            "need engine fsdp for a reward model: engine megatron trains policies and value models"
+        )
     own, passed = _options(role, parallel)
     folder = model_folder(source)
     anatomy = _anatomy(folder, kind, own["make_vocab_size_divisible_by"] * parallel.tensor)
@@ -144,7 +163,11 @@ def _options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str, Any]
         raise ValueError(f"engine megatron has no option {', '.join(unknown)}; it has {', '.join(known)}")
     if role.precision == "fp16":
         raise ValueError("need precision fp32 or bf16 for engine megatron, got fp16")
-    ignored = {"replicas": parallel.replicas > 1, "offload": parallel.offload, "lora.rank": role.lora.rank > 0}
+    ignored = {
+        "replicas": parallel.replicas > 1,
+        "offload": parallel.offload,
+        "lora.rank": role.lora.rank > 0,
+    }
     if unfit := [name for name, is_set in ignored.items() if is_set]:
         raise ValueError(f"engine megatron has no {', '.join(unfit)}; leave them out, or use engine fsdp")
     defaults: dict[str, Any] = {
@@ -159,10 +182,14 @@ def _options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str, Any]
         if type(own[name]) is not int or own[name] < 1:
             raise ValueError(f"need an integer from 1 for {name} of engine megatron, got {own[name]!r}")
     if own["virtual_pipeline"] > 1 and parallel.pipeline == 1:
-        raise ValueError(f"need pipeline above 1 for virtual_pipeline={own['virtual_pipeline']}, got 1; interleaved stages need stages")
+        raise ValueError(
+            f"need pipeline above 1 for virtual_pipeline={own['virtual_pipeline']}, got 1; interleaved stages need stages"
+        )
     passed = {name: value for name, value in given.items() if name in PASSED_OPTIONS}
     if passed.get("sequence_parallel") and parallel.tensor == 1:
-        raise ValueError("need tensor above 1 for sequence_parallel: it shares the places of a line among tensor ranks")
+        raise ValueError(
+            "need tensor above 1 for sequence_parallel: it shares the places of a line among tensor ranks"
+        )
     if role.gradient_checkpointing and "recompute_granularity" not in passed:
         passed |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return own, passed
@@ -175,7 +202,9 @@ def _one_token() -> Batch:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows that are read together: their numbers, themselves (one token if there are none), as read, and end to end."""
+    """Rows that are read together: their numbers, themselves (one token if there are none), as read, and end
+    to end.
+    """
 
     rows: Sequence[int]
     batch: Batch
@@ -198,7 +227,12 @@ class MegatronForwardEngine(ForwardEngine):
     model: MegatronPolicy | MegatronValue
 
     def __init__(
-        self, model: MegatronPolicy | MegatronValue, role: RoleConfig, anatomy: Anatomy, grid: Grid, megatron_config: TransformerConfig
+        self,
+        model: MegatronPolicy | MegatronValue,
+        role: RoleConfig,
+        anatomy: Anatomy,
+        grid: Grid,
+        megatron_config: TransformerConfig,
     ) -> None:
         self.model = model
         self.model.eval()
@@ -225,7 +259,9 @@ class MegatronForwardEngine(ForwardEngine):
             chunks.append((start, start + get_num_layers_to_build(config, stage, grid.stage)))
         experts = self._anatomy.num_experts // max(1, grid.extents.expert)
         own_experts = (grid.expert_rank * experts, (grid.expert_rank + 1) * experts)
-        return Share(grid.tensor_rank, grid.extents.tensor, tuple(chunks), grid.stage == 0, grid.is_last, own_experts)
+        return Share(
+            grid.tensor_rank, grid.extents.tensor, tuple(chunks), grid.stage == 0, grid.is_last, own_experts
+        )
 
     @torch.no_grad()
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
@@ -271,11 +307,17 @@ class MegatronForwardEngine(ForwardEngine):
 
     def homes(self) -> dict[str, Tensor]:
         """See `ForwardEngine.homes`."""
-        return {name: parameter.detach() for name, parameter in self.all_homes().items() if "value_head" not in name}
+        return {
+            name: parameter.detach()
+            for name, parameter in self.all_homes().items()
+            if "value_head" not in name
+        }
 
     def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `ForwardEngine.whole_tensors`."""
-        return self._all_whole({name: shape for name, shape in self.shapes().items() if wanted is None or name in wanted})
+        return self._all_whole(
+            {name: shape for name, shape in self.shapes().items() if wanted is None or name in wanted}
+        )
 
     def all_pieces(self) -> list[Piece]:
         """What of the whole tensors, and of the head of a value model, lies on this rank."""
@@ -286,20 +328,35 @@ class MegatronForwardEngine(ForwardEngine):
         return dict(self.model.transformer.named_parameters())
 
     def _all_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-        by_rank = {rank: self._anatomy.pieces(share) + self._anatomy.head_pieces(share) for share, rank in self._first_with.items()}
+        by_rank = {
+            rank: self._anatomy.pieces(share) + self._anatomy.head_pieces(share)
+            for share, rank in self._first_with.items()
+        }
         return whole_tensors(shapes, by_rank, self.all_homes())
 
-    def _run(self, batch: Batch, micro_batches: Sequence[Sequence[int]], evaluate: Evaluate, *, forward_only: bool) -> None:
-        """Brings every micro-batch through the pipeline; the last stage evaluates it, with its states in the model."""
+    def _run(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], evaluate: Evaluate, *, forward_only: bool
+    ) -> None:
+        """Brings every micro-batch through the pipeline; the last stage evaluates it, with its states in the
+        model.
+        """
         is_interleaved = len(self._running) > 1
         prepared = self._prepared(batch, list(micro_batches) or [[]])
 
-        def forward(micro_batches: Iterator[_MicroBatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(
+            micro_batches: Iterator[_MicroBatch], chunk: nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
             micro = next(micro_batches)
-            states = chunk(micro.line.input_ids, micro.line.position_ids, None, packed_seq_params=micro.line.params)
-            return states, partial(self._evaluated, partial(evaluate, micro.rows, micro.batch, micro.inputs), micro.line)
+            states = chunk(
+                micro.line.input_ids, micro.line.position_ids, None, packed_seq_params=micro.line.params
+            )
+            return states, partial(
+                self._evaluated, partial(evaluate, micro.rows, micro.batch, micro.inputs), micro.line
+            )
 
-        get_forward_backward_func(self._grid.extents.pipeline, len(self._running) if is_interleaved else None)(
+        get_forward_backward_func(
+            self._grid.extents.pipeline, len(self._running) if is_interleaved else None
+        )(
             forward_step_func=forward,
             data_iterator=[iter(prepared) for _ in self._running] if is_interleaved else iter(prepared),
             model=self._running if is_interleaved else self._running[0],
@@ -322,16 +379,22 @@ class MegatronForwardEngine(ForwardEngine):
         multiple = extents.tensor * extents.context
         places = [-(-given.input_ids.shape[1] // multiple) * multiple for given in inputs]
         places = [max(places)] * len(places) if extents.virtual > 1 else places
-        lines = [Line.of(given, self._grid.sequence, length) for given, length in zip(inputs, places, strict=True)]
+        lines = [
+            Line.of(given, self._grid.sequence, length) for given, length in zip(inputs, places, strict=True)
+        ]
         return [_MicroBatch(*parts) for parts in zip(micro_batches, batches, inputs, lines, strict=True)]
 
-    def _evaluated(self, evaluate: Callable[[], Any], line: Line, states: Tensor, non_loss_data: bool = False) -> Any:
+    def _evaluated(
+        self, evaluate: Callable[[], Any], line: Line, states: Tensor, non_loss_data: bool = False
+    ) -> Any:
         self.model.line, self.model.states = line, states
         try:
             result = evaluate()
         finally:
             del self.model.states
-        return result if non_loss_data else (result, torch.zeros((), dtype=torch.int, device=states.device), {})
+        return (
+            result if non_loss_data else (result, torch.zeros((), dtype=torch.int, device=states.device), {})
+        )
 
     def _from_collector(self, thing: Any) -> Any:
         """What the rank whose results count has, on all ranks with its rows."""
@@ -341,7 +404,8 @@ class MegatronForwardEngine(ForwardEngine):
 
 
 class MegatronEngine(MegatronForwardEngine, LocalEngine):
-    """A model of Megatron-Core that is trained; gradients are fp32, and each data rank updates its share of the weights.
+    """A model of Megatron-Core that is trained; gradients are fp32, and each data rank updates its share of
+    the weights.
 
     Args:
         engine: of the same model, filled; nothing else may use it.
@@ -349,7 +413,9 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         own_options: of this engine.
     """
 
-    def __init__(self, engine: MegatronForwardEngine, *, total_updates: int, own_options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: MegatronForwardEngine, *, total_updates: int, own_options: Mapping[str, Any]
+    ) -> None:
         vars(self).update(vars(engine))
         self._config = self._role
         self._total_updates, self._updates, self._bad_updates = total_updates, 0, 0
@@ -380,11 +446,14 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         )
         optimizer = get_megatron_optimizer(settings, self._gradients.replicated)
         for group in optimizer.param_groups:
-            # Vectors do not decay (https://arxiv.org/abs/1711.05101); Megatron-Core leaves that to its own scheduler.
+            # Vectors do not decay (https://arxiv.org/abs/1711.05101); Megatron-Core leaves that to its own
+            # scheduler.
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         return optimizer
 
-    def update(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> dict[str, float]:
+    def update(
+        self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
+    ) -> dict[str, float]:
         """See `TrainEngine.update`."""
         self._begin()
         self._add(batch, micro_batches, objective)
@@ -470,8 +539,12 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             self.config.save_pretrained(folder)
         # The head of the last stage, if it is the embedding of the first, is saved there.
         is_double = self._anatomy.is_tied and not self._share.is_first
-        parts = [part for part in self._parts() if not (is_double and part[0].home.endswith("output_layer.weight"))]
-        return begin_save(folder, parts, {**self._identity(), "updates": self._updates, "bad_updates": self._bad_updates})
+        parts = [
+            part for part in self._parts() if not (is_double and part[0].home.endswith("output_layer.weight"))
+        ]
+        return begin_save(
+            folder, parts, {**self._identity(), "updates": self._updates, "bad_updates": self._bad_updates}
+        )
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`; the learning rate is that of the settings at the update that was reached."""
@@ -490,7 +563,11 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
 
     def _parts(self) -> list[Any]:
         """What of the weights this rank updates, with the optimizer's states for it."""
-        return list(optimizer_parts(self._optimizer, self.all_homes(), self.all_pieces(), with_states=self._updates > 0))
+        return list(
+            optimizer_parts(
+                self._optimizer, self.all_homes(), self.all_pieces(), with_states=self._updates > 0
+            )
+        )
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must say of its model."""

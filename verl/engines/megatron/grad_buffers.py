@@ -1,4 +1,6 @@
-"""The gradients of a model of Megatron-Core, in buffers that data ranks sum: with the last backward pass of an update, or after it."""
+"""The gradients of a model of Megatron-Core, in buffers that data ranks sum: with the last backward pass of
+an update, or after it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -24,12 +30,23 @@ class Gradients:
         replicated: the chunks as the schedule runs them.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], config: TransformerConfig, *, bucket_size: int | None, overlap: bool) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        config: TransformerConfig,
+        *,
+        bucket_size: int | None,
+        overlap: bool,
+    ) -> None:
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, bucket_size=bucket_size, overlap_grad_reduce=overlap
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            bucket_size=bucket_size,
+            overlap_grad_reduce=overlap,
         )
         self.replicated = [
-            DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+            DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
         ]
         self._config = config
         self._overlap = overlap

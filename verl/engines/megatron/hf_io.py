@@ -17,14 +17,26 @@ from transformers import AutoModelForCausalLM
 from verl.engines.hf.hf_io import SHARD_BYTES, bytes_of, files_of, name_in_files, name_parts, write_part
 from verl.engines.hf.models import VALUE_HEAD
 from verl.engines.megatron.weight_mapping import Anatomy
-from verl.weight_sync.layout import Bounds, Piece, intersection, offset_of, sizes, slices_at_home, volume, whole
+from verl.weight_sync.layout import (
+    Bounds,
+    Piece,
+    intersection,
+    offset_of,
+    sizes,
+    slices_at_home,
+    volume,
+    whole,
+)
 
 
 @torch.no_grad()
-def fill_from_folder(pieces: Sequence[Piece], homes: Mapping[str, Tensor], folder: Path, anatomy: Anatomy) -> None:
+def fill_from_folder(
+    pieces: Sequence[Piece], homes: Mapping[str, Tensor], folder: Path, anatomy: Anatomy
+) -> None:
     """Reads the pieces of this rank, and nothing else, from a Hugging Face folder.
 
-    The head of a value model is 0 where the folder has none, so that the first values are those of a critic that knows nothing.
+    The head of a value model is 0 where the folder has none, so that the first values are those of a critic
+    that knows nothing.
 
     Raises:
         ValueError: tensors are missing or have other shapes.
@@ -34,7 +46,13 @@ def fill_from_folder(pieces: Sequence[Piece], homes: Mapping[str, Tensor], folde
     by_file: dict[Path, list[tuple[str, Bounds, Piece]]] = {}
     for piece in pieces:
         if piece.name in anatomy.head_shapes:
-            _put(piece, homes, head.get(piece.name.removeprefix("value_head."), torch.zeros(anatomy.head_shapes[piece.name])))
+            _put(
+                piece,
+                homes,
+                head.get(
+                    piece.name.removeprefix("value_head."), torch.zeros(anatomy.head_shapes[piece.name])
+                ),
+            )
             continue
         for name, bounds in _found(piece, files, anatomy):
             by_file.setdefault(files[name], []).append((name, bounds, piece))
@@ -48,21 +66,36 @@ def fill_from_folder(pieces: Sequence[Piece], homes: Mapping[str, Tensor], folde
 
 
 def _found(piece: Piece, files: Mapping[str, Path], anatomy: Anatomy) -> list[tuple[str, Bounds]]:
-    """The tensors of the files that have values of a piece, each with the part of the whole tensor that it is."""
+    """The tensors of the files that have values of a piece, each with the part of the whole tensor that it
+    is.
+    """
     stacked = [(piece.name, whole(anatomy.shapes[piece.name]))]
-    parts = stacked if piece.name in files else anatomy.in_folder(piece.name, piece.bounds[0] if len(piece.bounds) == 3 else None)
+    parts = (
+        stacked
+        if piece.name in files
+        else anatomy.in_folder(piece.name, piece.bounds[0] if len(piece.bounds) == 3 else None)
+    )
     names = {name: name_in_files(name, files, "model") for name, _ in parts}
     if missing := next((name for name, found in names.items() if found is None), None):
-        raise ValueError(f"need a tensor {missing} in the model's files, got none; config.json is of another model")
+        raise ValueError(
+            f"need a tensor {missing} in the model's files, got none; config.json is of another model"
+        )
     return [(str(names[name]), bounds) for name, bounds in parts]
 
 
 def _slice(saved: Any, part: Piece, bounds: Bounds, path: Path) -> Tensor:
-    """A part of a whole tensor out of the tensor of a file that has these bounds in it; a file's tensor may lack leading dimensions."""
+    """A part of a whole tensor out of the tensor of a file that has these bounds in it; a file's tensor may
+    lack leading dimensions.
+    """
     shape = tuple(saved.get_shape())
     if shape != sizes(bounds)[-len(shape) :] or any(size > 1 for size in sizes(bounds)[: -len(shape)]):
-        raise ValueError(f"need {part.name} of shape {sizes(bounds)}, got {shape} in {path}; config.json is of another model")
-    inside = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(part.bounds, bounds, strict=True))
+        raise ValueError(
+            f"need {part.name} of shape {sizes(bounds)}, got {shape} in {path}; config.json is of another model"
+        )
+    inside = tuple(
+        slice(start - first, stop - first)
+        for (start, stop), (first, _) in zip(part.bounds, bounds, strict=True)
+    )
     values: Tensor = saved[inside[-len(shape) :]]
     return values
 
@@ -76,7 +109,8 @@ def _put(piece: Piece, homes: Mapping[str, Tensor], values: Tensor) -> None:
 def whole_tensors(
     shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[int, Sequence[Piece]], homes: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors, one after the other: each rank sends its pieces of one to all others; a collective.
+    """Names and whole tensors, one after the other: each rank sends its pieces of one to all others; a
+    collective.
 
     Args:
         shapes: of those to yield, the same on all ranks.
@@ -110,7 +144,9 @@ def _send(rank: int, parts: Sequence[Piece], homes: Mapping[str, Tensor], tensor
         tensor[tuple(slice(*bound) for bound in part.bounds)] = flat.view(sizes(part.bounds))
 
 
-def export_folder(folder: Path, anatomy: Anatomy, tensors: Iterator[tuple[str, Tensor]], head: Iterator[tuple[str, Tensor]]) -> None:
+def export_folder(
+    folder: Path, anatomy: Anatomy, tensors: Iterator[tuple[str, Tensor]], head: Iterator[tuple[str, Tensor]]
+) -> None:
     """Writes a model in Hugging Face format; on all ranks together, of which the first writes."""
     writes = dist.get_rank() == 0
     if writes:

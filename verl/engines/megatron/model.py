@@ -1,4 +1,6 @@
-"""Models of Megatron-Core that read packed rows: layers, attention by rows, and heads as the other engines have them."""
+"""Models of Megatron-Core that read packed rows: layers, attention by rows, and heads as the other engines
+have them.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ from verl.engines.megatron.weight_mapping import Anatomy
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.engines.tensor_parallel import without_padding_gradient
 
-# In shapes: N places of a line, filled up to a multiple of the ranks that share it, n of them on this rank, H heads, D head size.
+# In shapes: N places of a line, filled up to a multiple of the ranks that share it, n of them on this rank, H
+# heads, D head size.
 
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """What Megatron-Core hands through to the attention of every layer: a line is one sequence, and `layout` knows its rows."""
+    """What Megatron-Core hands through to the attention of every layer: a line is one sequence, and `layout`
+    knows its rows.
+    """
 
     qkv_format: str = "sbhd"
     layout: RowLayout | None = None
@@ -74,29 +79,39 @@ class Line:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) times a weight; of places that tensor ranks share, too, which Megatron-Core's own refuses."""
+    """x / sqrt(mean(x^2) + eps) times a weight; of places that tensor ranks share, too, which Megatron-Core's
+    own refuses.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = nn.Parameter(
+            torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         # Its gradient is a sum over the ranks that share the places.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, states: Tensor) -> Tensor:
         """The same shape and precision."""
         wide = states.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(states.dtype)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            states.dtype
+        )
 
 
 class RowAttention(MegatronModule):
-    """Each row attends to itself, also over ranks that share the line: each then has a share of the heads (DeepSpeed-Ulysses)."""
+    """Each row attends to itself, also over ranks that share the line: each then has a share of the heads
+    (DeepSpeed-Ulysses).
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
         super().__init__(config=config)
         self.layer_idx = layer_number
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: RowParams, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: RowParams, **__: Any
+    ) -> Tensor:
         """[n, 1, H * D] from query, key and value [n, 1, ., D]."""
         assert packed_seq_params.layout is not None
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
@@ -105,12 +120,21 @@ class RowAttention(MegatronModule):
 
 
 class Chunk(GPTModel):
-    """Consecutive layers, with the embedding before the first and the final norm and the head after the last of a model.
+    """Consecutive layers, with the embedding before the first and the final norm and the head after the last
+    of a model.
 
     The last chunk returns the states [N, hidden] that its head reads, all others what the next one takes.
     """
 
-    def __init__(self, config: TransformerConfig, anatomy: Anatomy, *, has_embedding: bool, has_head: bool, number: int | None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        anatomy: Anatomy,
+        *,
+        has_embedding: bool,
+        has_head: bool,
+        number: int | None,
+    ) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=_layers(config, anatomy, number),
@@ -123,7 +147,9 @@ class Chunk(GPTModel):
             vp_stage=number,
         )
         self._padding_id: int | None = anatomy.config.pad_token_id
-        self.register_buffer("frequencies", anatomy.inverse_frequencies().to(torch.cuda.current_device()), persistent=False)
+        self.register_buffer(
+            "frequencies", anatomy.inverse_frequencies().to(torch.cuda.current_device()), persistent=False
+        )
         if has_head and anatomy.kind == "value":
             del self.output_layer
             where = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
@@ -139,29 +165,42 @@ class Chunk(GPTModel):
         states: Tensor = self.embedding(input_ids=input_ids, position_ids=position_ids)
         if self._padding_id is None:
             return states
-        first = parallel_state.get_tensor_model_parallel_rank() * len(states) if self.config.sequence_parallel else 0
-        return without_padding_gradient(states, input_ids[0, first : first + len(states), None], self._padding_id)
+        first = (
+            parallel_state.get_tensor_model_parallel_rank() * len(states)
+            if self.config.sequence_parallel
+            else 0
+        )
+        return without_padding_gradient(
+            states, input_ids[0, first : first + len(states), None], self._padding_id
+        )
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
             # The head's own backward pass sums over the ranks; each takes its places of that.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         return hidden_states[:, 0]
 
 
 def _layers(config: TransformerConfig, anatomy: Anatomy, number: int | None) -> TransformerBlockSubmodules:
     """What the layers of a chunk are made of."""
     spec = get_gpt_layer_local_spec(
-        num_experts=anatomy.num_experts or None, moe_grouped_gemm=False, qk_layernorm=anatomy.has_head_norms, normalization="RMSNorm"
+        num_experts=anatomy.num_experts or None,
+        moe_grouped_gemm=False,
+        qk_layernorm=anatomy.has_head_norms,
+        normalization="RMSNorm",
     )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = RowAttention
     if anatomy.has_head_norms:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=number), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=number), layer_norm=RMSNorm
+    )
 
 
 class Chunks(nn.ModuleList):
@@ -196,7 +235,9 @@ class _OnLastStage(Backbone):
 
 
 class MegatronPolicy(_OnLastStage, PolicyModel):
-    """A policy whose vocabulary is spread over tensor ranks; the logits of a chunk of places come together on each."""
+    """A policy whose vocabulary is spread over tensor ranks; the logits of a chunk of places come together on
+    each.
+    """
 
     def __init__(self, chunks: Chunks, anatomy: Anatomy, precision: Precision, *, has_head: bool) -> None:
         super().__init__(chunks, precision)  # type: ignore[arg-type]
@@ -204,7 +245,9 @@ class MegatronPolicy(_OnLastStage, PolicyModel):
         last: Any = chunks[-1]
         self._weight: tuple[Tensor, ...] = ()
         if has_head:
-            self._weight = (last.shared_embedding_or_output_weight() if anatomy.is_tied else last.output_layer.weight,)
+            self._weight = (
+                last.shared_embedding_or_output_weight() if anatomy.is_tied else last.output_layer.weight,
+            )
 
     def logits(self, states: Tensor) -> Tensor:
         """[M, V] fp32 from states [M, hidden]; on the last stage."""
@@ -222,7 +265,9 @@ class MegatronValue(_OnLastStage, ValueModel):
             self.head = last.value_head
 
 
-def transformer_config(anatomy: Anatomy, grid: Grid, precision: Precision, options: dict[str, Any]) -> TransformerConfig:
+def transformer_config(
+    anatomy: Anatomy, grid: Grid, precision: Precision, options: dict[str, Any]
+) -> TransformerConfig:
     """The model as Megatron-Core describes it; options are fields of its own configuration.
 
     Raises:
@@ -251,7 +296,8 @@ def transformer_config(anatomy: Anatomy, grid: Grid, precision: Precision, optio
         "moe_token_dispatcher_type": "alltoall",
         # A loss is a sum over all rows of an update, so are its gradients.
         "calculate_per_token_loss": True,
-        # Between two interleaved stages states and gradients travel both ways at once, which a batch of them would mix up.
+        # Between two interleaved stages states and gradients travel both ways at once, which a batch of them
+        # would mix up.
         "batch_p2p_comm": extents.virtual == 1,
         "overlap_p2p_comm": extents.virtual > 1,
         # Fused operations are of Apex or TransformerEngine, or compiled.

@@ -1,4 +1,6 @@
-"""Which rank of a Megatron-Core model is where: its process groups, made once for each shape, and those in use."""
+"""Which rank of a Megatron-Core model is where: its process groups, made once for each shape, and those in
+use.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Extents:
         tensor: that share every matrix.
         pipeline: stages of layers.
         context: that share every line of packed rows.
-        expert: that share the experts of a layer, each of which is whole on a rank; 0: a model without experts.
+        expert: that share the experts of a layer, each of which is whole on a rank; 0: a model without
+            experts.
         virtual: chunks of layers on each stage, if stages are interleaved.
     """
 
@@ -95,7 +98,9 @@ class Grid:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, Megatron-Core works on this grid: its groups are global, and models of several shapes share a process."""
+        """Inside, Megatron-Core works on this grid: its groups are global, and models of several shapes share
+        a process.
+        """
         before = _groups()
         vars(parallel_state).update(self._state)
         try:
@@ -124,7 +129,11 @@ def make_grid(extents: Extents, device: torch.device) -> Grid:
 
 def _groups() -> dict[str, Any]:
     """The global variables of Megatron-Core that hold process groups and sizes."""
-    return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.strip("_").isupper()}
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and name.strip("_").isupper()
+    }
 
 
 def _new_grid(extents: Extents, device: torch.device) -> Grid:
@@ -146,8 +155,14 @@ def _new_grid(extents: Extents, device: torch.device) -> Grid:
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, where)
     data, line, stage, tensor = where
-    same_place = [[r for r, other in enumerate(everywhere) if other[1:] == key] for key in sorted({w[1:] for w in everywhere})]
-    same_rows = [[r for r, other in enumerate(everywhere) if other[0] == key] for key in sorted({w[0] for w in everywhere})]
+    same_place = [
+        [r for r, other in enumerate(everywhere) if other[1:] == key]
+        for key in sorted({w[1:] for w in everywhere})
+    ]
+    same_rows = [
+        [r for r, other in enumerate(everywhere) if other[0] == key]
+        for key in sorted({w[0] for w in everywhere})
+    ]
     # Of a backend for the CPU whatever the device: what travels here are numbers and rows of the host.
     data_ranks, _ = dist.new_subgroups_by_enumeration(same_place, backend="gloo")
     replica, _ = dist.new_subgroups_by_enumeration(same_rows, backend="gloo")
@@ -161,14 +176,35 @@ def _new_grid(extents: Extents, device: torch.device) -> Grid:
         "stages": Place(stage, (data, line, tensor) == (0, 0, 0)),
     }
     sequence = SequenceGroup(context, line, extents.context) if extents.context > 1 else None
-    sizes = {"tensor": extents.tensor, "pipeline": extents.pipeline, "sequence": extents.context, "experts": max(1, extents.expert)}
+    sizes = {
+        "tensor": extents.tensor,
+        "pipeline": extents.pipeline,
+        "sequence": extents.context,
+        "experts": max(1, extents.expert),
+    }
     mesh = Mesh(**sizes, replicas=len(same_rows))
-    return Grid(extents, device, tensor, stage, expert, data, sequence, data_ranks, replica, collector, places, mesh, state)
+    return Grid(
+        extents,
+        device,
+        tensor,
+        stage,
+        expert,
+        data,
+        sequence,
+        data_ranks,
+        replica,
+        collector,
+        places,
+        mesh,
+        state,
+    )
 
 
 def _initialize(extents: Extents, device: torch.device) -> None:
     """Makes Megatron-Core's groups anew."""
-    vars(parallel_state).update({name: {} if isinstance(value, dict) else None for name, value in _groups().items()})
+    vars(parallel_state).update(
+        {name: {} if isinstance(value, dict) else None for name, value in _groups().items()}
+    )
     parallel_state.initialize_model_parallel(
         extents.tensor,
         extents.pipeline,
@@ -176,7 +212,8 @@ def _initialize(extents: Extents, device: torch.device) -> None:
         context_parallel_size=extents.context,
         expert_model_parallel_size=max(1, extents.expert),
         expert_tensor_parallel_size=1 if extents.expert else None,
-        # Consecutive ranks are one copy of the model; Megatron-Core deals experts to stages only the other way round.
+        # Consecutive ranks are one copy of the model; Megatron-Core deals experts to stages only the other
+        # way round.
         order="tp-cp-ep-dp-pp" if extents.expert and extents.pipeline > 1 else "tp-cp-ep-pp-dp",
     )
     # The states of its generators are of this grid, too; nothing is drawn from them, as there is no dropout.

@@ -1,4 +1,6 @@
-"""Which slices of the tensors of a Hugging Face folder make up Megatron-Core's local parameters; pure, it needs no Megatron."""
+"""Which slices of the tensors of a Hugging Face folder make up Megatron-Core's local parameters; pure, it
+needs no Megatron.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,18 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from verl.weight_sync.layout import Bounds, Piece, whole
 
-# Families whose weights this module can place, and what their folders call the parts of a mixture of experts: router, gate, up, down.
+# Families whose weights this module can place, and what their folders call the parts of a mixture of experts:
+# router, gate, up, down.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2": (),
     "qwen3": (),
     "llama": (),
-    "qwen3_moe": ("mlp.gate", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+    "qwen3_moe": (
+        "mlp.gate",
+        "mlp.experts.{}.gate_proj",
+        "mlp.experts.{}.up_proj",
+        "mlp.experts.{}.down_proj",
+    ),
     "mixtral": (
         "block_sparse_moe.gate",
         "block_sparse_moe.experts.{}.w1",
@@ -39,7 +47,8 @@ class Share:
     Attributes:
         tensor_rank: which slice of every matrix.
         tensor_size: of how many.
-        chunks: first layer and one past the last of each of its model chunks (several, if stages are interleaved).
+        chunks: first layer and one past the last of each of its model chunks (several, if stages are
+            interleaved).
         is_first: its first chunk has the embedding.
         is_last: its last chunk has the final norm and the head.
         experts: the first of its experts and one past the last; they are whole.
@@ -60,7 +69,8 @@ class Anatomy:
     Attributes:
         config: of Transformers.
         kind: a policy has a head over the vocabulary, a value model one of size 1.
-        padded_vocab: rows of Megatron's embedding and head; those past the vocabulary are no part of the model.
+        padded_vocab: rows of Megatron's embedding and head; those past the vocabulary are no part of the
+            model.
 
     Raises:
         ValueError: a family, or an option of it, that is not known here.
@@ -81,7 +91,9 @@ class Anatomy:
         windows = windows or any(kind != "full_attention" for kind in has.get("layer_types") or ())
         # Qwen2 has no such option: its queries, keys and values have biases, its outputs none.
         biases = [name for name in ("attention_bias", "mlp_bias") if has.get(name)]
-        other = [f"{name}={has[name]}" for name in biases] + ([f"sliding_window={has.get('sliding_window')}"] if windows else [])
+        other = [f"{name}={has[name]}" for name in biases] + (
+            [f"sliding_window={has.get('sliding_window')}"] if windows else []
+        )
         if has["hidden_act"] != "silu":
             other.append(f"hidden_act={has['hidden_act']}")
         if self.is_mixture and (has.get("mlp_only_layers") or has.get("decoder_sparse_step", 1) != 1):
@@ -89,7 +101,9 @@ class Anatomy:
         if self._rope["rope_type"] not in _ROPE or self._rope.get("partial_rotary_factor", 1.0) != 1.0:
             other.append(f"rope_parameters={self._rope}")
         if other:
-            raise ValueError(f"engine megatron does not know {', '.join(other)} of this {config.model_type} model; use engine fsdp")
+            raise ValueError(
+                f"engine megatron does not know {', '.join(other)} of this {config.model_type} model; use engine fsdp"
+            )
 
     @property
     def is_mixture(self) -> bool:
@@ -127,12 +141,20 @@ class Anatomy:
         """Experts of a layer; 0: it has none."""
         if not self.is_mixture:
             return 0
-        return int(self.config.num_experts if self.config.model_type == "qwen3_moe" else self.config.num_local_experts)
+        return int(
+            self.config.num_experts
+            if self.config.model_type == "qwen3_moe"
+            else self.config.num_local_experts
+        )
 
     @property
     def mlp_width(self) -> int:
         """Inner size of an MLP, or of an expert."""
-        return int(self.config.moe_intermediate_size if self.config.model_type == "qwen3_moe" else self.config.intermediate_size)
+        return int(
+            self.config.moe_intermediate_size
+            if self.config.model_type == "qwen3_moe"
+            else self.config.intermediate_size
+        )
 
     @property
     def _rope(self) -> dict[str, Any]:
@@ -158,7 +180,9 @@ class Anatomy:
         hidden, vocab = self.config.hidden_size, self.config.vocab_size
         shapes: dict[str, tuple[int, ...]] = {f"{self.prefix}embed_tokens.weight": (vocab, hidden)}
         for layer in range(self.config.num_hidden_layers):
-            shapes |= {f"{self.prefix}layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+            shapes |= {
+                f"{self.prefix}layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()
+            }
         shapes[f"{self.prefix}norm.weight"] = (hidden,)
         if self.kind == "policy" and not self.is_tied:
             shapes["lm_head.weight"] = (vocab, hidden)
@@ -167,7 +191,11 @@ class Anatomy:
     @property
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the head of a value model."""
-        return {"value_head.weight": (1, self.config.hidden_size), "value_head.bias": (1,)} if self.kind == "value" else {}
+        return (
+            {"value_head.weight": (1, self.config.hidden_size), "value_head.bias": (1,)}
+            if self.kind == "value"
+            else {}
+        )
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.config.hidden_size, self.config.num_attention_heads * self.head_dim
@@ -178,7 +206,10 @@ class Anatomy:
             if self.has_qkv_bias:
                 shapes[f"self_attn.{part}_proj.bias"] = (size,)
         if self.has_head_norms:
-            shapes |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+            shapes |= {
+                "self_attn.q_norm.weight": (self.head_dim,),
+                "self_attn.k_norm.weight": (self.head_dim,),
+            }
         shapes |= {"self_attn.o_proj.weight": (hidden, inner), "post_attention_layernorm.weight": (hidden,)}
         if not self.is_mixture:
             mlp = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
@@ -188,22 +219,36 @@ class Anatomy:
         return shapes | {_DOWN: (self.num_experts, hidden, width)}
 
     def in_folder(self, name: str, experts: tuple[int, int] | None = None) -> list[tuple[str, Bounds]]:
-        """The tensors that a folder has for a whole one, each with the part that it is: experts are single ones there.
+        """The tensors that a folder has for a whole one, each with the part that it is: experts are single
+        ones there.
 
         Args:
             name: of the whole tensor.
             experts: the first that are wanted and one past the last; none: all.
         """
-        stem = next((part for part in (_GATE_UP, _DOWN, "mlp.gate.weight") if self.is_mixture and name.endswith(part)), None)
+        stem = next(
+            (
+                part
+                for part in (_GATE_UP, _DOWN, "mlp.gate.weight")
+                if self.is_mixture and name.endswith(part)
+            ),
+            None,
+        )
         if stem is None:
             return [(name, whole(self.shapes[name]))]
-        router, gate, up, down = (name.removesuffix(stem) + part + ".weight" for part in _FAMILIES[self.config.model_type])
+        router, gate, up, down = (
+            name.removesuffix(stem) + part + ".weight" for part in _FAMILIES[self.config.model_type]
+        )
         if stem == "mlp.gate.weight":
             return [(router, whole(self.shapes[name]))]
         _, rows, columns = self.shapes[name]
         halves = [(gate, 0, rows // 2), (up, rows // 2, rows)] if stem == _GATE_UP else [(down, 0, rows)]
         wanted = range(*(experts or (0, self.num_experts)))
-        return [(part.format(e), ((e, e + 1), (start, stop), (0, columns))) for e in wanted for part, start, stop in halves]
+        return [
+            (part.format(e), ((e, e + 1), (start, stop), (0, columns)))
+            for e in wanted
+            for part, start, stop in halves
+        ]
 
     def pieces(self, share: Share) -> list[Piece]:
         """What of the whole tensors a rank holds; the homes are parameters of its chunks, as `CHUNK.NAME`."""
@@ -215,10 +260,14 @@ class Anatomy:
             for layer in range(start, stop):
                 own = f"{self.prefix}layers.{layer}."
                 home = f"{chunk}.decoder.layers.{layer - start}."
-                pieces += [Piece(own + p.name, p.bounds, home + p.home, p.offset) for p in self._layer_pieces(share)]
+                pieces += [
+                    Piece(own + p.name, p.bounds, home + p.home, p.offset) for p in self._layer_pieces(share)
+                ]
         if share.is_last:
             norm = f"{self.prefix}norm.weight"
-            pieces.append(Piece(norm, whole(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,)))
+            pieces.append(
+                Piece(norm, whole(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,))
+            )
         if share.is_last and self.kind == "policy" and not (self.is_tied and share.is_first):
             name = "embed_tokens.weight" if self.is_tied else "lm_head.weight"
             pieces += self._vocabulary(name, f"{last}.output_layer.weight", share)
@@ -228,7 +277,9 @@ class Anatomy:
         """The same of the head of a value model."""
         last = len(share.chunks) - 1
         shapes = self.head_shapes if share.is_last else {}
-        return [Piece(name, whole(shape), f"{last}.{name}", (0,) * len(shape)) for name, shape in shapes.items()]
+        return [
+            Piece(name, whole(shape), f"{last}.{name}", (0,) * len(shape)) for name, shape in shapes.items()
+        ]
 
     def _vocabulary(self, name: str, home: str, share: Share) -> list[Piece]:
         """A slice of the rows of a tensor over the vocabulary; none, if it has padding only."""
@@ -240,9 +291,14 @@ class Anatomy:
 
     def _layer_pieces(self, share: Share) -> Iterator[Piece]:
         shapes = self._layer_shapes()
-        homes = {"input_layernorm.weight": "input_layernorm.weight", "post_attention_layernorm.weight": "pre_mlp_layernorm.weight"}
+        homes = {
+            "input_layernorm.weight": "input_layernorm.weight",
+            "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+        }
         if self.has_head_norms:
-            homes |= {f"self_attn.{part}_norm.weight": f"self_attention.{part}_layernorm.weight" for part in "qk"}
+            homes |= {
+                f"self_attn.{part}_norm.weight": f"self_attention.{part}_layernorm.weight" for part in "qk"
+            }
         for name, home in homes.items():
             yield Piece(name, whole(shapes[name]), home, (0,))
         yield from self._attention(share, "weight", shapes)
@@ -266,17 +322,25 @@ class Anatomy:
         for number in range(own):
             group = share.tensor_rank * own + number
             row = number * (queries + 2 * self.head_dim)
-            for part, size, begin in (("q", queries, 0), ("k", self.head_dim, queries), ("v", self.head_dim, queries + self.head_dim)):
+            for part, size, begin in (
+                ("q", queries, 0),
+                ("k", self.head_dim, queries),
+                ("v", self.head_dim, queries + self.head_dim),
+            ):
                 bounds = ((group * size, (group + 1) * size), *rest)
                 offset = (row + begin, *(0 for _ in rest))
-                yield Piece(f"self_attn.{part}_proj.{what}", bounds, f"self_attention.linear_qkv.{what}", offset)
+                yield Piece(
+                    f"self_attn.{part}_proj.{what}", bounds, f"self_attention.linear_qkv.{what}", offset
+                )
 
 
 def _columns(name: str, home: str, shapes: dict[str, tuple[int, ...]], share: Share) -> Piece:
     """A slice of the inputs of a matrix."""
     rows, columns = shapes[name]
     width = columns // share.tensor_size
-    return Piece(name, ((0, rows), (share.tensor_rank * width, (share.tensor_rank + 1) * width)), home, (0, 0))
+    return Piece(
+        name, ((0, rows), (share.tensor_rank * width, (share.tensor_rank + 1) * width)), home, (0, 0)
+    )
 
 
 def _mlp(shapes: dict[str, tuple[int, ...]], share: Share) -> Iterator[Piece]:
@@ -289,7 +353,9 @@ def _mlp(shapes: dict[str, tuple[int, ...]], share: Share) -> Iterator[Piece]:
     yield _columns("mlp.down_proj.weight", "mlp.linear_fc2.weight", shapes, share)
 
 
-def check_divisible(anatomy: Anatomy, *, tensor: int, context: int, expert: int, chunks: int, packing: bool) -> None:
+def check_divisible(
+    anatomy: Anatomy, *, tensor: int, context: int, expert: int, chunks: int, packing: bool
+) -> None:
     """Refuses sizes that a model cannot be spread over.
 
     Args:
@@ -314,7 +380,9 @@ def check_divisible(anatomy: Anatomy, *, tensor: int, context: int, expert: int,
     sizes = {"heads": config.num_attention_heads, "key-value heads": anatomy.groups}
     sizes |= {} if anatomy.is_mixture else {"MLP width": anatomy.mlp_width}
     if unfit := [f"{size} {name}" for name, size in sizes.items() if size % tensor]:
-        raise ValueError(f"need sizes of the model that tensor={tensor} divides, got {', '.join(unfit)}; take a divisor")
+        raise ValueError(
+            f"need sizes of the model that tensor={tensor} divides, got {', '.join(unfit)}; take a divisor"
+        )
     kv_heads = anatomy.groups // tensor
     if (config.num_attention_heads // tensor) % context or (kv_heads % context and context % kv_heads):
         raise ValueError(
@@ -322,4 +390,6 @@ def check_divisible(anatomy: Anatomy, *, tensor: int, context: int, expert: int,
             f"tensor={tensor} for sequence={context}; take a divisor"
         )
     if expert > 1 and (not anatomy.is_mixture or anatomy.num_experts % expert):
-        raise ValueError(f"need experts that expert={expert} divides, got {anatomy.num_experts}; take a divisor, or 1")
+        raise ValueError(
+            f"need experts that expert={expert} divides, got {anatomy.num_experts}; take a divisor, or 1"
+        )

@@ -1,4 +1,6 @@
-"""What each role does on one rank: the policy, those that judge its tokens, and those that are only read, over the rows of a plan."""
+"""What each role does on one rank: the policy, those that judge its tokens, and those that are only read,
+over the rows of a plan.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from verl.utils.device import memory_bytes
 
 # Columns without which no model can run on rows.
 MODEL_COLUMNS = ("prompt_ids", "response_ids", "mask")
-_OF_MINIBATCH = ("weights", "row_weights", "correction_weights", "likelihood_weights", "loss_gradients", "weighted_losses")
+_OF_MINIBATCH = (
+    "weights",
+    "row_weights",
+    "correction_weights",
+    "likelihood_weights",
+    "loss_gradients",
+    "weighted_losses",
+)
 _AT_FIRST = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")
 
 
@@ -101,11 +110,14 @@ class Learner(Writer):
         Returns:
             Metrics, means over sampled tokens and over updates, the same on all ranks.
         """
-        return self._named(mean_over(run_updates(self.engine, batch, plan, self._objective(kl_coef), self._epochs)))
+        return self._named(
+            mean_over(run_updates(self.engine, batch, plan, self._objective(kl_coef), self._epochs))
+        )
 
     @register(PLANNED_METRICS)
     def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
-        """Runs forward and backward on a portion of the rows of a step of one update; see `verl.engines.streaming`.
+        """Runs forward and backward on a portion of the rows of a step of one update; see
+        `verl.engines.streaming`.
 
         Args:
             batch: rows that have their weights, up to the factor that `finish` is given.
@@ -117,14 +129,18 @@ class Learner(Writer):
             ValueError: the step has several updates, or its engine makes whole ones only.
         """
         if self._epochs > 1 or len(plan.minibatches) > 1:
-            raise ValueError(f"need one update for a step in portions, got epochs={self._epochs} and {len(plan.minibatches)} minibatches")
+            raise ValueError(
+                f"need one update for a step in portions, got epochs={self._epochs} and {len(plan.minibatches)} minibatches"
+            )
         numbered = batch.only(batch.names)
         numbered.write("row_ids", batch.row_ids + first_row)
         self.engine.accumulate(numbered, plan.minibatches[0][0], counted(self._objective(kl_coef)))
 
     @register(SAME_ON_ALL)
     def finish(self, scale: float) -> dict[str, float]:
-        """Makes the update of the portions since the last one, with their loss times `scale`; returns what `update` does."""
+        """Makes the update of the portions since the last one, with their loss times `scale`; returns what
+        `update` does.
+        """
         return self._named(per_token(self.engine.finish(scale)))
 
     @register(SAME_ON_ALL)
@@ -180,7 +196,9 @@ class PolicyWorker(Learner):
         chunk: positions whose logits are in memory at once.
     """
 
-    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
+    def __init__(
+        self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int
+    ) -> None:
         super().__init__(engine, algorithm, epochs=epochs)
         # Greedy answers have the logprobs of the model's own distribution.
         self._temperature = temperature or 1.0
@@ -196,7 +214,9 @@ class PolicyWorker(Learner):
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: Plan) -> Batch:
-        """`trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are now."""
+        """`trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are
+        now.
+        """
         squares = "sum_squared_probs" in self._algorithm.reads
 
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -205,13 +225,17 @@ class PolicyWorker(Learner):
 
         written = self.engine.infer(batch, plan_rows(plan), lambda inputs: self._reduced(inputs, outputs)[0])
         names = ["trainer_logprobs", *(["sum_squared_probs"] if squares else [])]
-        return over_response(batch, dict(zip(names, _several(written, batch, len(names)).unbind(-1), strict=True)))
+        return over_response(
+            batch, dict(zip(names, _several(written, batch, len(names)).unbind(-1), strict=True))
+        )
 
     @register(PLANNED)
     def write_reference(self, batch: Batch, plan: Plan) -> Batch:
         """`ref_logprobs` of the policy without its low-rank additions: the model that it started from."""
         with self.engine.adapter_off():
-            logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
+            logprobs = policy_logprobs(
+                self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk
+            )
         return over_response(batch, {"ref_logprobs": logprobs})
 
     @register(PLANNED_METRICS)
@@ -220,14 +244,17 @@ class PolicyWorker(Learner):
         needs_whole = self._algorithm.needs_whole_minibatch
         before = self._write_gradients if needs_whole and not self._has_whole_minibatches(plan) else None
         updates = run_updates(self.engine, batch, plan, self._objective(kl_coef), self._epochs, before)
-        # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that which drew them.
+        # Estimated on tokens of the policy that is measured; by the later updates it has moved away from that
+        # which drew them.
         return mean_over(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
 
     @register(PLANNED_METRICS)
     def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
         """See `Learner.accumulate`."""
         if self._algorithm.needs_whole_minibatch:
-            raise ValueError(f"need whole updates for {self._algorithm.policy_loss.name}, whose statistics are over all rows of one")
+            raise ValueError(
+                f"need whole updates for {self._algorithm.policy_loss.name}, whose statistics are over all rows of one"
+            )
         super().accumulate(batch, plan, kl_coef, first_row)
 
     def _objective(self, kl_coef: float) -> Objective:
@@ -243,7 +270,9 @@ class PolicyWorker(Learner):
 
         return objective
 
-    def _reduced(self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor) -> tuple[Tensor, ...]:
+    def _reduced(
+        self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor
+    ) -> tuple[Tensor, ...]:
         return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
 
     def _outputs(self, log_probs: Tensor, targets: Tensor, *top_ids: Tensor) -> tuple[Tensor, ...]:
@@ -251,12 +280,15 @@ class PolicyWorker(Learner):
         return (at_targets(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
 
     def _has_whole_minibatches(self, plan: Plan) -> bool:
-        """Whether each update is a single micro-batch of this rank alone, whose own forward pass gives the statistics."""
+        """Whether each update is a single micro-batch of this rank alone, whose own forward pass gives the
+        statistics.
+        """
         single = all(sum(map(bool, plan_rows(Plan([minibatch])))) <= 1 for minibatch in plan.minibatches)
         return len(self.engine.gather_over_data(single)) == 1 and single
 
     def _write_gradients(self, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
-        """Adds the gradients of a loss over the whole minibatch, from logprobs under the weights as they are now.
+        """Adds the gradients of a loss over the whole minibatch, from logprobs under the weights as they are
+        now.
 
         The columns of the minibatch's rows on all ranks come together on each, in the order of the step.
         """
@@ -267,7 +299,9 @@ class PolicyWorker(Learner):
         current = self.engine.infer(batch, micro_batches, lambda inputs: self._reduced(inputs, outputs)[0])
         rows = sorted(row for micro in micro_batches for row in micro)
         ids = batch.row_ids[rows]
-        columns = _columns(batch, self._reads - {"loss_gradients", "weighted_losses"}, current.device) | {"logprobs": current}
+        columns = _columns(batch, self._reads - {"loss_gradients", "weighted_losses"}, current.device) | {
+            "logprobs": current
+        }
         own = {name: column[rows] for name, column in columns.items()} | {"row_ids": ids}
         together = _in_order(self.engine.gather_over_data(own))
         mine = torch.isin(together.pop("row_ids"), ids)
@@ -298,7 +332,9 @@ class CriticWorker(Learner):
     @register(PLANNED)
     def write(self, batch: Batch, plan: Plan) -> Batch:
         """`values`: of the state before each response token."""
-        return over_response(batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)})
+        return over_response(
+            batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)}
+        )
 
     def _objective(self, kl_coef: float) -> Objective:
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -310,11 +346,15 @@ class CriticWorker(Learner):
 
 
 class ProcessRewardWorker(Learner):
-    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes, as a critic does."""
+    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes,
+    as a critic does.
+    """
 
     _prefix = "critic/"
 
-    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int) -> None:
+    def __init__(
+        self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int
+    ) -> None:
         super().__init__(engine, algorithm, epochs=epochs)
         self._temperature = temperature or 1.0
         self._chunk = chunk
@@ -331,7 +371,9 @@ class ProcessRewardWorker(Learner):
         assert isinstance(model, PolicyModel)
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs = _padded(model.token_logprobs(inputs, temperature=self._temperature, chunk=self._chunk)[0], inputs)
+            logprobs = _padded(
+                model.token_logprobs(inputs, temperature=self._temperature, chunk=self._chunk)[0], inputs
+            )
             columns = _columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
             return self._algorithm.value_objective(columns, 1.0)
 
@@ -354,7 +396,9 @@ class ReferenceWorker(Writer):
 
 
 class TeacherWorker(Writer):
-    """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never trained."""
+    """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never
+    trained.
+    """
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
         super().__init__(engine)
@@ -376,20 +420,31 @@ class TeacherWorker(Writer):
         written = self.engine.infer(
             batch,
             plan_rows(plan),
-            lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[0],
+            lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[
+                0
+            ],
         )
         written = _several(written, batch, 1 + 2 * k)
         columns = {"teacher_logprobs": written[..., 0]}
         if k:
-            columns |= {"teacher_top_logprobs": written[..., 1 : k + 1], "teacher_top_ids": written[..., k + 1 :].long()}
+            columns |= {
+                "teacher_top_logprobs": written[..., 1 : k + 1],
+                "teacher_top_ids": written[..., k + 1 :].long(),
+            }
         return over_response(batch, columns)
 
 
-def policy_logprobs(engine: ForwardEngine, batch: Batch, plan: Plan, *, temperature: float, chunk: int) -> Tensor:
+def policy_logprobs(
+    engine: ForwardEngine, batch: Batch, plan: Plan, *, temperature: float, chunk: int
+) -> Tensor:
     """[B, T] fp32 logprobs of the response tokens under the engine's model."""
     model = engine.model
     assert isinstance(model, PolicyModel)
-    return engine.infer(batch, plan_rows(plan), lambda inputs: model.token_logprobs(inputs, temperature=temperature, chunk=chunk)[0])
+    return engine.infer(
+        batch,
+        plan_rows(plan),
+        lambda inputs: model.token_logprobs(inputs, temperature=temperature, chunk=chunk)[0],
+    )
 
 
 def plan_rows(plan: Plan) -> list[list[int]]:
@@ -404,7 +459,9 @@ def over_response(batch: Batch, columns: dict[str, Tensor]) -> Batch:
 
 
 def _several(written: Tensor, batch: Batch, count: int) -> Tensor:
-    """[B, T, count] values of tokens that an engine wrote; of a rank without rows it cannot know how many of each."""
+    """[B, T, count] values of tokens that an engine wrote; of a rank without rows it cannot know how many of
+    each.
+    """
     return written if batch.num_rows else written.new_zeros(0, 0, count)
 
 
@@ -412,7 +469,9 @@ def policy_reads(algorithm: Algorithm) -> set[str]:
     """Columns that the update of the policy reads, besides `MODEL_COLUMNS`, where they are there."""
     kl = algorithm.kl.columns if algorithm.kl and not algorithm.kl_in_reward else ()
     correction = algorithm.correction.columns if algorithm.corrects_in_update else ()
-    return {*algorithm.policy_loss.columns, *kl, *correction, *_OF_MINIBATCH, "rollout_logprobs"} - {"logprobs"}
+    return {*algorithm.policy_loss.columns, *kl, *correction, *_OF_MINIBATCH, "rollout_logprobs"} - {
+        "logprobs"
+    }
 
 
 def critic_reads(algorithm: Algorithm) -> set[str]:
@@ -421,13 +480,18 @@ def critic_reads(algorithm: Algorithm) -> set[str]:
 
 
 def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
-    """Adds what each token and row counts in the loss of its minibatch, whatever the ranks and micro-batches are.
+    """Adds what each token and row counts in the loss of its minibatch, whatever the ranks and micro-batches
+    are.
 
-    `weights` [B, T] of the aggregation, `row_weights` [B] of the mean over rows, and `likelihood_weights` [B, T] of the
-    aggregation over the answers with a reward above 0, if the likelihood counts.
+    `weights` [B, T] of the aggregation, `row_weights` [B] of the mean over rows, and `likelihood_weights` [B,
+    T] of the aggregation over the answers with a reward above 0, if the likelihood counts.
     """
     mask = batch["mask"]
-    weights, of_likelihood, of_rows = torch.zeros(mask.shape), torch.zeros(mask.shape), torch.zeros(batch.num_rows)
+    weights, of_likelihood, of_rows = (
+        torch.zeros(mask.shape),
+        torch.zeros(mask.shape),
+        torch.zeros(batch.num_rows),
+    )
     for minibatch in range(len(plan.minibatches)):
         rows = plan.rows_of_minibatch(minibatch)
         weights[rows] = algorithm.aggregation({"mask": mask[rows], "group_ids": batch["group_ids"][rows]})
@@ -453,7 +517,10 @@ def with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
         rows = plan.rows_of_minibatch(number)
         shortest = min(rows, key=lambda row: lengths[row])
         stays = {row for row in rows if alive[row]} or {shortest}
-        return [[[row for row in micro if row in stays] for micro in micro_batches] for micro_batches in plan.minibatches[number]]
+        return [
+            [[row for row in micro if row in stays] for micro in micro_batches]
+            for micro_batches in plan.minibatches[number]
+        ]
 
     short = Plan([kept(number) for number in range(len(plan.minibatches))])
     num_kept = sum(len(short.rows_of_minibatch(number)) for number in range(len(short.minibatches)))

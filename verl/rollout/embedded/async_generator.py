@@ -1,4 +1,6 @@
-"""A model in a thread of its own that generates for an event loop: requests come and go between two tokens, and so do weights."""
+"""A model in a thread of its own that generates for an event loop: requests come and go between two tokens,
+and so do weights.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class Token(NamedTuple):
 
 
 class Request:
-    """Prompts that are being answered, as the event loop sees them; answers are numbered through, prompt by prompt.
+    """Prompts that are being answered, as the event loop sees them; answers are numbered through, prompt by
+    prompt.
 
     Attributes:
         pace_s: see below.
@@ -61,11 +64,14 @@ class Request:
 
     Args:
         num_answers: to all prompts.
-        pace_s: it is told of tokens of answers that go on at least so often, and of the last ones of an answer at once.
+        pace_s: it is told of tokens of answers that go on at least so often, and of the last ones of an
+            answer at once.
         arrived: is set when there is something new; several requests may have the same.
     """
 
-    def __init__(self, num_answers: int, *, pace_s: float = _PACE_S, arrived: asyncio.Event | None = None) -> None:
+    def __init__(
+        self, num_answers: int, *, pace_s: float = _PACE_S, arrived: asyncio.Event | None = None
+    ) -> None:
         self.pace_s = pace_s
         self.failure: str | None = None
         self._num_open = num_answers
@@ -95,7 +101,8 @@ class Request:
             RuntimeError: the generation failed.
         """
         if not self._tokens and self.failure is None:
-            # Not by asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with a token.
+            # Not by asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with a
+            # token.
             timer = asyncio.get_running_loop().call_later(timeout_s, self._arrived.set)
             try:
                 await self._arrived.wait()
@@ -114,7 +121,9 @@ class Request:
 
 @dataclass(frozen=True)
 class _Command:
-    """Something to be done between two tokens; `outside` where the model is not in use, so that its weights may change."""
+    """Something to be done between two tokens; `outside` where the model is not in use, so that its weights
+    may change.
+    """
 
     run: Callable[[], Any]
     outside: bool
@@ -145,7 +154,8 @@ class GenerationThread:
         # By the number of each prompt: what asked for it, and the number of its first answer there.
         self._requests: dict[int, tuple[Request, int]] = {}
         self._holds: set[str] = set()
-        # Tokens that the loop has not yet been given, with the number of the prompt and of the answer, and when it was last given some.
+        # Tokens that the loop has not yet been given, with the number of the prompt and of the answer, and
+        # when it was last given some.
         self._fresh: list[tuple[int, int, Token]] = []
         self._delivered_s = 0.0
         self._pace_s = math.inf  # of the request that wants it most often
@@ -172,7 +182,9 @@ class GenerationThread:
         first_answer: int = 0,
         request: Request | None = None,
     ) -> Request:
-        """Asks for the answers to prompts that fit the model, to each from number `first_answer` on; `request` takes their tokens."""
+        """Asks for the answers to prompts that fit the model, to each from number `first_answer` on;
+        `request` takes their tokens.
+        """
         request = request or Request(sum(wanted.n for wanted in params))
         numbers = [next(self._numbers) for _ in prompts]
         first = 0
@@ -183,7 +195,9 @@ class GenerationThread:
 
         def add() -> None:
             for number, prompt, wanted in zip(numbers, prompts, params, strict=True):
-                self._generation.add(number, prompt, wanted, num_likeliest=num_likeliest, first_answer=first_answer)
+                self._generation.add(
+                    number, prompt, wanted, num_likeliest=num_likeliest, first_answer=first_answer
+                )
 
         self._send(add)
         return request
@@ -198,14 +212,16 @@ class GenerationThread:
 
         def abort() -> None:
             for number, first in numbers.items():
-                self._generation.abort(number, None if answers is None else {answer - first for answer in answers})
+                self._generation.abort(
+                    number, None if answers is None else {answer - first for answer in answers}
+                )
 
         if not request.is_over:
             self._send(abort)
 
     async def hold(self, reason: str) -> None:
-        """Stops between two tokens, all of which have been delivered then; requests are kept, and new ones wait until each reason is
-        released."""
+        """Stops between two tokens, all of which have been delivered then; requests are kept, and new ones
+        wait until each reason is released."""
 
         def stop() -> None:
             self._deliver()
@@ -214,7 +230,9 @@ class GenerationThread:
         await asyncio.wrap_future(self._send(stop))
 
     async def release(self, reason: str, *, recompute: bool) -> None:
-        """Goes on. After a change of the weights, caches are computed anew, or stay those of the weights before."""
+        """Goes on. After a change of the weights, caches are computed anew, or stay those of the weights
+        before.
+        """
 
         def go_on() -> None:
             self._is_stale = self._is_stale and recompute
@@ -223,7 +241,9 @@ class GenerationThread:
         await asyncio.wrap_future(self._send(go_on))
 
     async def with_weights(self, change: Callable[[], T]) -> T:
-        """What `change` returns, run between two tokens while the model is not in use; caches count as stale from then on."""
+        """What `change` returns, run between two tokens while the model is not in use; caches count as stale
+        from then on.
+        """
 
         def changing() -> T:
             self._is_stale = True
@@ -266,7 +286,9 @@ class GenerationThread:
                 self._generation.free()
 
     def _generate(self) -> _Command | None:
-        """Generates until there is nothing more, or a command for which the model must be left; returns that one."""
+        """Generates until there is nothing more, or a command for which the model must be left; returns that
+        one.
+        """
         with torch.inference_mode(), self._model.ready():
             if self._is_stale:
                 self._generation.recompute()
@@ -283,7 +305,10 @@ class GenerationThread:
         rows = self._generation.step()
         self._fresh += [(row.request, row.sample, Token.of(row, self.version)) for row in rows]
         # To wake the loop costs both threads more than a token of a small model.
-        if any(row.finish_reason is not None for row in rows) or time.monotonic() - self._delivered_s >= self._pace_s:
+        if (
+            any(row.finish_reason is not None for row in rows)
+            or time.monotonic() - self._delivered_s >= self._pace_s
+        ):
             self._deliver()
 
     def _deliver(self) -> None:

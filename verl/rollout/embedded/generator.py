@@ -64,9 +64,9 @@ class Row:
 class EmbeddedEngine(RolloutEngine):
     """Answers prompts with the model that is being trained: same storage, no copy, no weight sync.
 
-    Up to `max_slots` answers are generated at a time; where some end, waiting ones take their slots. A group larger than
-    `max_slots` is started in parts, and its prompt computed once per part. What a row samples depends on its own
-    seed alone (up to the rounding of differently shaped matrix products).
+    Up to `max_slots` answers are generated at a time; where some end, waiting ones take their slots. A group
+    larger than `max_slots` is started in parts, and its prompt computed once per part. What a row samples
+    depends on its own seed alone (up to the rounding of differently shaped matrix products).
     """
 
     def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int = 256) -> None:
@@ -76,7 +76,9 @@ class EmbeddedEngine(RolloutEngine):
         self._max_slots = max_slots
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
@@ -93,7 +95,9 @@ class EmbeddedEngine(RolloutEngine):
         finally:
             self.model.train(was_training)
 
-    def _answers(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         slots = min(self._max_slots, sum(p.n for p in params))
         generation = Generation(self.model, self._codec, slots=slots, first_slots=slots)
         for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
@@ -102,7 +106,9 @@ class EmbeddedEngine(RolloutEngine):
         while not generation.is_idle:
             for row in generation.step():
                 if row.finish_reason:
-                    done[row.request][row.sample] = Completion(row.tokens, row.logprobs, row.finish_reason, self.version)
+                    done[row.request][row.sample] = Completion(
+                        row.tokens, row.logprobs, row.finish_reason, self.version
+                    )
         return [[c for c in completions if c is not None] for completions in done]
 
 
@@ -125,9 +131,11 @@ class _SlotCache(KVCache):
 
 
 class Generation:
-    """Answers that are generated together, one token at a time: the queue of groups, the rows in the slots, their state over the slots.
+    """Answers that are generated together, one token at a time: the queue of groups, the rows in the slots,
+    their state over the slots.
 
-    Answers may be asked for and taken back between any two steps. Needs `model.ready()` around `step` and `recompute`.
+    Answers may be asked for and taken back between any two steps. Needs `model.ready()` around `step` and
+    `recompute`.
 
     Args:
         model: the policy, in evaluation mode.
@@ -152,8 +160,18 @@ class Generation:
         """Whether nothing is left to be generated."""
         return not self.queue and not self.rows
 
-    def add(self, request: int, prompt: Sequence[int], params: SamplingParams, *, num_likeliest: int = 0, first_answer: int = 0) -> None:
-        """Asks for `params.n` answers to a prompt, from a number on; with `params.max_tokens` more it fits the model's context."""
+    def add(
+        self,
+        request: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        num_likeliest: int = 0,
+        first_answer: int = 0,
+    ) -> None:
+        """Asks for `params.n` answers to a prompt, from a number on; with `params.max_tokens` more it fits
+        the model's context.
+        """
         for first in range(0, params.n, self.slots):
             count = min(self.slots, params.n - first)
             self.queue.append(_Group(request, prompt, params, num_likeliest, first_answer + first, count))
@@ -174,7 +192,9 @@ class Generation:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One more token for some rows, and these rows: the first one of waiting answers where there is room, else one for each."""
+        """One more token for some rows, and these rows: the first one of waiting answers where there is room,
+        else one for each.
+        """
         fits = bool(self.queue) and len(self.rows) + self.queue[0].count <= self.slots
         drawn = self._admit() if fits else self._decode()
         self._retire()
@@ -194,7 +214,9 @@ class Generation:
             start = stop
 
     def _admit(self) -> list[Row]:
-        """Computes the prompts of the next groups, copies their cache to all siblings, draws the first tokens."""
+        """Computes the prompts of the next groups, copies their cache to all siblings, draws the first
+        tokens.
+        """
         groups: list[_Group] = []
         room, budget = self.slots - len(self.rows), _PREFILL_TOKENS
         while self.queue and self.queue[0].count <= room and (budget > 0 or not groups):
@@ -216,13 +238,17 @@ class Generation:
         self.rows += new
         seeds = torch.tensor([answer_seed(r.params.seed, r.sample) for r in new], device=device)
         self.tokens = torch.cat([self.tokens, torch.zeros_like(siblings)])
-        self.positions = torch.cat([self.positions, torch.tensor(lengths, device=device).repeat_interleave(counts) - 1])
+        self.positions = torch.cat(
+            [self.positions, torch.tensor(lengths, device=device).repeat_interleave(counts) - 1]
+        )
         self.seeds = torch.cat([self.seeds, seeds])
         self.row_params = self._row_params()
         return self._draw(logits, siblings)
 
     def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
-        """Fills the given slots, one per line of token ids; final hidden states [1, tokens of all lines, hidden]."""
+        """Fills the given slots, one per line of token ids; final hidden states [1, tokens of all lines,
+        hidden].
+        """
         device = self.tokens.device
         lengths = [len(line) for line in lines]
         self.cache.reserve(max(lengths) + 1)
@@ -283,7 +309,9 @@ class Generation:
             order[hole] = mover
         index = torch.tensor(order, dtype=torch.int64, device=self.tokens.device)
         if holes:
-            self.cache.copy(index[holes], torch.tensor(holes, device=index.device), int(self.positions[index].max()))
+            self.cache.copy(
+                index[holes], torch.tensor(holes, device=index.device), int(self.positions[index].max())
+            )
         self.rows = [self.rows[i] for i in order]
         self.tokens, self.positions, self.seeds = self.tokens[index], self.positions[index], self.seeds[index]
         self.row_params = self._row_params()
@@ -295,7 +323,8 @@ class Generation:
         return "length" if len(row.tokens) == row.params.max_tokens else None
 
     def _spells_stop(self, row: Row) -> bool:
-        # A token spells at least a byte, so this many tokens hold the longest stop text, and some special tokens between.
+        # A token spells at least a byte, so this many tokens hold the longest stop text, and some special
+        # tokens between.
         tail = self.codec.decode(row.tokens[-(max(len(stop.encode()) for stop in row.params.stop) + 8) :])
         return any(stop in tail for stop in row.params.stop)
 
@@ -305,7 +334,9 @@ class Generation:
 
     def _row_params(self, start: int = 0) -> RowParams:
         vocabulary = self.model.transformer.config.get_text_config().vocab_size
-        return RowParams.of([r.params for r in self.rows[start:]], vocabulary=vocabulary, device=self.tokens.device)
+        return RowParams.of(
+            [r.params for r in self.rows[start:]], vocabulary=vocabulary, device=self.tokens.device
+        )
 
 
 def _without(group: _Group, request: int, samples: Collection[int] | None) -> list[_Group]:
@@ -313,4 +344,8 @@ def _without(group: _Group, request: int, samples: Collection[int] | None) -> li
     if group.request != request:
         return [group]
     numbers = range(group.first, group.first + group.count)
-    return [] if samples is None else [replace(group, first=number, count=1) for number in numbers if number not in samples]
+    return (
+        []
+        if samples is None
+        else [replace(group, first=number, count=1) for number in numbers if number not in samples]
+    )

@@ -1,4 +1,5 @@
-"""The 3D-HybridEngine: the policy in a layout to generate in, to which only the slices travel that a rank lacks.
+"""The 3D-HybridEngine: the policy in a layout to generate in, to which only the slices travel that a rank
+lacks.
 
 HybridFlow, https://arxiv.org/abs/2409.19256, section 5.
 """
@@ -60,7 +61,8 @@ def has_equal_layout(engine: ForwardEngine, tensor: int) -> bool:
 
 
 def fitting_tensor(config: PretrainedConfig, mesh: Mesh) -> int:
-    """The ranks over which every matrix can be split: as many as have different parts of the model, if those fit into a machine.
+    """The ranks over which every matrix can be split: as many as have different parts of the model, if those
+    fit into a machine.
 
     Shards that reach over several machines would do so in every layer: then as many as in training.
     """
@@ -69,13 +71,18 @@ def fitting_tensor(config: PretrainedConfig, mesh: Mesh) -> int:
         return 1
     if mesh.tensor * mesh.shards > _MOST_TENSOR:
         return mesh.tensor
-    sizes = [mesh.tensor * mesh.shards, text.num_attention_heads, text.num_key_value_heads or text.num_attention_heads]
+    sizes = [
+        mesh.tensor * mesh.shards,
+        text.num_attention_heads,
+        text.num_key_value_heads or text.num_attention_heads,
+    ]
     sizes += [text.hidden_size, text.intermediate_size, text.vocab_size]
     return math.gcd(*sizes)
 
 
 class HybridEngine:
-    """The policy as a model to generate with, whose weights come from those that train, slice by slice; made on all ranks at once.
+    """The policy as a model to generate with, whose weights come from those that train, slice by slice; made
+    on all ranks at once.
 
     Between `sleep` and the next use it has no memory.
 
@@ -97,14 +104,20 @@ class HybridEngine:
     """
 
     def __init__(
-        self, engine: ForwardEngine, *, tensor: int, precision: Precision, overlap: bool = True, bucket_bytes: int = BUCKET_BYTES
+        self,
+        engine: ForwardEngine,
+        *,
+        tensor: int,
+        precision: Precision,
+        overlap: bool = True,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._engine, self._overlap = engine, overlap
         # With its number, as tensors say where they are.
         self._dtype, self._device = PRECISIONS[precision], torch.empty(0, device=engine.model.device).device
         self._rank, self._group = dist.get_rank(), dist.new_group()
-        # In the order of ranks, as process groups number theirs; it differs from the order of columns where a matrix is split further
-        # than by the tensor ranks of training, and then a little more travels.
+        # In the order of ranks, as process groups number theirs; it differs from the order of columns where a
+        # matrix is split further than by the tensor ranks of training, and then a little more travels.
         replicas = [sorted(ranks) for ranks in groups(engine.mesh, tensor=tensor)]
         replica = next(i for i, ranks in enumerate(replicas) if self._rank in ranks)
         self.place = Place(replica, replicas[replica][0] == self._rank)
@@ -112,8 +125,12 @@ class HybridEngine:
         self.plan = self._plan(bucket_bytes)
         self._shared = self._share()
         # What travels comes to these; their memory comes and goes.
-        self._homes = {name: _local(parameter) for name, parameter in self.model.transformer.named_parameters()}
-        self._own = {name: home.untyped_storage() for name, home in self._homes.items() if name not in self._shared}
+        self._homes = {
+            name: _local(parameter) for name, parameter in self.model.transformer.named_parameters()
+        }
+        self._own = {
+            name: home.untyped_storage() for name, home in self._homes.items() if name not in self._shared
+        }
         self._num_bytes = {name: storage.nbytes() for name, storage in self._own.items()}
         self._buckets = self._last_buckets()
         self.switches: list[Switch] = []
@@ -121,7 +138,9 @@ class HybridEngine:
         self._version = -1
         self.sleep()
 
-    def _empty_model(self, engine: ForwardEngine, replicas: list[list[int]], precision: Precision) -> PolicyModel:
+    def _empty_model(
+        self, engine: ForwardEngine, replicas: list[list[int]], precision: Precision
+    ) -> PolicyModel:
         transformer = empty_transformer(engine.config, AutoModelForCausalLM).requires_grad_(False)
         check_sizes(transformer, ParallelConfig(tensor=len(replicas[0])), packing=True)
         # Made on all ranks, whichever they are in.
@@ -129,27 +148,44 @@ class HybridEngine:
         if len(replicas[0]) > 1:
             parallelize(transformer, mesh["tensor"])
         with kept_tied(transformer):
-            transformer._apply(lambda t: torch.empty_like(t, device=self._device, dtype=self._dtype) if t.is_meta else t.to(self._device))
+            transformer._apply(
+                lambda t: (
+                    torch.empty_like(t, device=self._device, dtype=self._dtype)
+                    if t.is_meta
+                    else t.to(self._device)
+                )
+            )
         return PolicyModel(transformer, precision)
 
     def _plan(self, bucket_bytes: int) -> Plan:
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, (self._engine.pieces(), own_pieces(self.model.transformer)))
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.transformer.named_parameters()}
+        shapes = {
+            name: tuple(parameter.shape) for name, parameter in self.model.transformer.named_parameters()
+        }
         source, target = (Layout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
-        return make_plan(source, target, itemsize=self._dtype.itemsize, bucket_bytes=bucket_bytes, rank=self._rank)
+        return make_plan(
+            source, target, itemsize=self._dtype.itemsize, bucket_bytes=bucket_bytes, rank=self._rank
+        )
 
     @torch.no_grad()
     def _share(self) -> set[str]:
-        """Lets the tensors that are whole and alike on both sides have one storage; those that are made for a switch are not."""
+        """Lets the tensors that are whole and alike on both sides have one storage; those that are made for a
+        switch are not.
+        """
         transformer, sources = self.model.transformer, self._engine.homes()
-        lasting = {name for name, home in self._engine.homes().items() if home.data_ptr() == sources[name].data_ptr()}
+        lasting = {
+            name for name, home in self._engine.homes().items() if home.data_ptr() == sources[name].data_ptr()
+        }
         parameters, shared = dict(transformer.named_parameters()), set()
         held = {(piece.name, piece.bounds): piece.home for piece in self._engine.pieces()}
         for piece in own_pieces(transformer):
             name = held.get((piece.name, piece.bounds))
             parameter = parameters[piece.home]
-            if name not in lasting or (sources[name].dtype, sources[name].device) != (self._dtype, self._device):
+            if name not in lasting or (sources[name].dtype, sources[name].device) != (
+                self._dtype,
+                self._device,
+            ):
                 continue
             if sources[name].shape == _local(parameter).shape == sizes(piece.bounds):
                 _replace(transformer, parameter, sources[name])
@@ -158,7 +194,9 @@ class HybridEngine:
 
     @contextmanager
     def ready(self, version: int) -> Iterator[PolicyModel]:
-        """The model with the weights that train now, taken at the first use of a version and after `sleep`; on all ranks at once."""
+        """The model with the weights that train now, taken at the first use of a version and after `sleep`;
+        on all ranks at once.
+        """
         if self._version != version:
             self.sleep()
         if self._is_awake:
@@ -177,7 +215,9 @@ class HybridEngine:
             # Also of ranks without prompts: others wait for what they have.
             weights.wait_for_all()
         self._is_awake, self._version = True, version
-        self.switches.append(Switch(self.plan.received_bytes(self._rank), sum(self._num_bytes.values()), weights.seconds))
+        self.switches.append(
+            Switch(self.plan.received_bytes(self._rank), sum(self._num_bytes.values()), weights.seconds)
+        )
 
     def sleep(self) -> None:
         """Gives the memory of the generation weights back."""
@@ -199,7 +239,8 @@ class HybridEngine:
     def _last_buckets(self) -> dict[str, int]:
         """With which bucket each tensor is whole on every rank, counted from 1; 0: nothing of it travels.
 
-        Ranks wait for the same buckets before the same layers: else one would wait in a layer for another that waits for a bucket of it.
+        Ranks wait for the same buckets before the same layers: else one would wait in a layer for another
+        that waits for a bucket of it.
         """
         own: Counter[str] = Counter()
         for number, bucket in enumerate(self.plan.buckets, 1):

@@ -1,4 +1,6 @@
-"""Drawing tokens: temperature, truncation, and a random number per (seed, answer, position) that depends on nothing else."""
+"""Drawing tokens: temperature, truncation, and a random number per (seed, answer, position) that depends on
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,8 @@ def truncated(logits: Tensor, params: RowParams) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
     probs = ordered.softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    # A token is in the nucleus if the mass before it is still short of top_p; the sum may round to 1 long before the last token.
+    # A token is in the nucleus if the mass before it is still short of top_p; the sum may round to 1 long
+    # before the last token.
     top_p = params.top_p[:, None]
     nucleus = (probs.cumsum(-1) - probs < top_p) | (top_p >= 1)
     keep = (rank < params.top_k[:, None]) & nucleus & (probs >= params.min_p[:, None] * probs[:, :1])
@@ -94,7 +97,8 @@ def truncated(logits: Tensor, params: RowParams) -> Tensor:
 
 
 def draw(logits: Tensor, params: RowParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from; NaN for NaN logits.
+    """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from; NaN for
+    NaN logits.
 
     Args:
         logits: [A, V] fp32.
@@ -107,10 +111,15 @@ def draw(logits: Tensor, params: RowParams, uniform: Tensor) -> tuple[Tensor, Te
     logprobs = torch.log_softmax(scaled, -1)
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1]
-    # Strictly below the total, so that rounding never picks a token of probability 0 behind the last possible one.
+    # Strictly below the total, so that rounding never picks a token of probability 0 behind the last possible
+    # one.
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     # A threshold of NaN lies behind the last token.
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
+    tokens = (
+        torch.searchsorted(cumulative, threshold[:, None], right=True)
+        .squeeze(1)
+        .clamp_max(logits.shape[1] - 1)
+    )
     if not params.plain:
         # A sum in parallel, as on a GPU, may round up at a token of probability 0, too.
         dropped = logprobs.gather(1, tokens[:, None]).squeeze(1).isneginf()

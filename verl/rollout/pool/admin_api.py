@@ -1,4 +1,6 @@
-"""Engines of a running job, seen and changed from outside: an endpoint on the loopback interface that asks for the secret of the run."""
+"""Engines of a running job, seen and changed from outside: an endpoint on the loopback interface that asks
+for the secret of the run.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Control(RolloutEngine):
         super().publish(version)
         self.pool.publish(version)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `EnginePool.generate`."""
         self._tell()
         return self.pool.generate(prompts, params)
@@ -74,7 +78,9 @@ class Control(RolloutEngine):
             self.pool.close()
 
     def _tell(self) -> None:
-        """Says where the endpoint is, once the run has its folder for itself; an older file may have another mode."""
+        """Says where the endpoint is, once the run has its folder for itself; an older file may have another
+        mode.
+        """
         if self._is_known:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,15 +149,26 @@ def ask(folder: Path, method: str, path: str, body: dict[str, Any] | None = None
     try:
         known = json.loads((folder / FILE).read_text())
     except OSError as error:
-        raise ValueError(f"need the output_dir of a run that works and has servers (rollout.servers), got {folder}: {error}") from error
+        raise ValueError(
+            f"need the output_dir of a run that works and has servers (rollout.servers), got {folder}: {error}"
+        ) from error
     headers = {"Authorization": f"Bearer {known['secret']}", "Content-Type": "application/json"}
-    request = Request(known["address"] + path, json.dumps(body).encode() if body is not None else None, headers, method=method)
+    request = Request(
+        known["address"] + path,
+        json.dumps(body).encode() if body is not None else None,
+        headers,
+        method=method,
+    )
     try:
         with urlopen(request, timeout=30) as reply:
             answered: dict[str, Any] = json.load(reply)
             return answered
     except HTTPError as error:
         told = error.read().decode(errors="replace")
-        raise ValueError(json.loads(told)["error"] if told.startswith("{") else f"the run answers {error.code}: {told[:200]}") from error
+        raise ValueError(
+            json.loads(told)["error"]
+            if told.startswith("{")
+            else f"the run answers {error.code}: {told[:200]}"
+        ) from error
     except (OSError, HTTPException) as error:
         raise ValueError(f"the run in {folder} does not answer ({error}); it has probably ended") from error

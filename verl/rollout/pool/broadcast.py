@@ -40,8 +40,12 @@ class Broadcaster:
         """
         address, num_ranks, backend = address_towards(engine.spec.address), 1 + engine.num_ranks, "gloo"
         port, limit_s = free_port_at(address), engine.spec.timeout_s
-        opened = asyncio.to_thread(open_group, address, port, rank=0, num_ranks=num_ranks, backend=backend, timeout_s=limit_s)
-        joined = engine.join_group(address=address, port=port, first_rank=1, num_ranks=num_ranks, backend=backend)
+        opened = asyncio.to_thread(
+            open_group, address, port, rank=0, num_ranks=num_ranks, backend=backend, timeout_s=limit_s
+        )
+        joined = engine.join_group(
+            address=address, port=port, first_rank=1, num_ranks=num_ranks, backend=backend
+        )
         group, _ = await both(opened, joined, f"engine {engine.spec.name} did not join the group for weights")
         return cls(group)
 
@@ -61,7 +65,10 @@ class Broadcaster:
             broadcast(self._group, content)
             return
         tensors = {info.name: tensor for info, tensor in unpacked(content, part.tensors)}
-        send(self._group, {1 + rank: _packed(tensors, reads, part.tensors) for rank, reads in enumerate(part.reads)})
+        send(
+            self._group,
+            {1 + rank: _packed(tensors, reads, part.tensors) for rank, reads in enumerate(part.reads)},
+        )
 
 
 def address_towards(url: str | None) -> str:
@@ -87,11 +94,18 @@ def free_port_at(address: str) -> int:
 def _packed(tensors: Mapping[str, Tensor], reads: Reads, infos: Sequence[TensorInfo]) -> Tensor:
     """[bytes] uint8, what a rank reads of the tensors, end to end."""
     pieces = [tensors[piece.name][slices_of(bounds)] for piece, bounds in pieces_in(infos, reads)]
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *(piece.contiguous().view(-1).view(torch.uint8) for piece in pieces)])
+    return torch.cat(
+        [
+            torch.empty(0, dtype=torch.uint8),
+            *(piece.contiguous().view(-1).view(torch.uint8) for piece in pieces),
+        ]
+    )
 
 
 async def both(ours: Any, theirs: Any, what: str) -> tuple[Any, Any]:
-    """Our side and the engine's at once; what fails on ours is told as the engine's error, which is what keeps it from coming."""
+    """Our side and the engine's at once; what fails on ours is told as the engine's error, which is what
+    keeps it from coming.
+    """
     results: tuple[Any, Any] = await asyncio.gather(ours, theirs, return_exceptions=True)
     errors = [result for result in reversed(results) if isinstance(result, BaseException)]
     if not errors:

@@ -1,4 +1,6 @@
-"""Engines that start, take the policy's weights, serve, fail and leave while answers are asked of them, all in one event loop."""
+"""Engines that start, take the policy's weights, serve, fail and leave while answers are asked of them, all
+in one event loop.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ MakeEngine = Callable[[EngineSpec], ServedEngine]
 OnUpdate = Literal["keep", "recompute", "abort"]
 # How often engines are asked whether they are well, and how often one answer may move to another engine.
 _CHECK_S, _MAX_MOVES = 2.0, 8
-# Failures without one good answer between them, after which an engine is given up, and the pauses before its restarts.
+# Failures without one good answer between them, after which an engine is given up, and the pauses before its
+# restarts.
 _MAX_FAILURES, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 6, 1.0, 30.0
 _DRAIN_POLL_S = 0.05
 # More than a prompt has answers.
@@ -44,9 +47,11 @@ class _Counts:
 
 
 class Fleet:
-    """Lets several engines answer, each the prompts for which it has room; what one has not finished, another goes on with.
+    """Lets several engines answer, each the prompts for which it has room; what one has not finished, another
+    goes on with.
 
-    Everything is asked in the event loop in which it was opened. The time of that loop is the only one that it knows.
+    Everything is asked in the event loop in which it was opened. The time of that loop is the only one that
+    it knows.
 
     Args:
         make: makes an engine from what describes it.
@@ -55,15 +60,17 @@ class Fleet:
         context: of the policy, in tokens.
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any engine that serves, while there are weights for them.
-        on_update: requests that run when weights come are kept by their engines and go on with them (keep); are cut, and asked again with
-            the tokens that they have, so that the new weights compute their cache (recompute, "interruptible rollout" of AReaL,
-            https://arxiv.org/abs/2505.24298, section 4.1); or begin anew (abort).
+        on_update: requests that run when weights come are kept by their engines and go on with them (keep);
+            are cut, and asked again with the tokens that they have, so that the new weights compute their
+            cache (recompute, "interruptible rollout" of AReaL, https://arxiv.org/abs/2505.24298, section
+            4.1); or begin anew (abort).
         note: is told what happened, for people.
 
     Attributes:
         members: the engines, also those that are gone.
         version: of the policy.
-        update: its weights; None: they are not written yet, and no engine that follows the policy is asked anything.
+        update: its weights; None: they are not written yet, and no engine that follows the policy is asked
+            anything.
         policy_is_at_hand: the policy can be asked for weights that only it has.
         loop: in which it was opened.
     """
@@ -88,7 +95,12 @@ class Fleet:
         self.policy_is_at_hand = False
         self.on_update = on_update
         self._make, self._codec, self._note = make, codec, note
-        self._vocabulary, self._context, self._max_running, self._wait_s = vocabulary, context, max_running, wait_s
+        self._vocabulary, self._context, self._max_running, self._wait_s = (
+            vocabulary,
+            context,
+            max_running,
+            wait_s,
+        )
         self._counts = _Counts()
         self._rooms = Rooms(max_running, self._free)
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -110,7 +122,8 @@ class Fleet:
         """Whether the weights of this version are with the policy alone."""
         return self.update is not None and self.update.direct is not None
 
-    # Engines ----------------------------------------------------------------------------------------------------------------
+    # Engines
+    # ----------------------------------------------------------------------------------------------------------------
 
     async def open(self, specs: Sequence[EngineSpec]) -> None:
         """Starts all engines at once; those that fail are tried again, unless all do.
@@ -150,9 +163,13 @@ class Fleet:
         Raises:
             ValueError: there is no such engine.
         """
-        member = next((member for member in self.members if member.name == name and member.state != "gone"), None)
+        member = next(
+            (member for member in self.members if member.name == name and member.state != "gone"), None
+        )
         if member is None:
-            raise ValueError(f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}")
+            raise ValueError(
+                f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}"
+            )
         member.begin_to_leave()
         self._do(self._drain(member))
 
@@ -163,32 +180,45 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._rooms.close("the engines were closed")
-        await asyncio.gather(*(member.leave("the run has ended") for member in self.members), return_exceptions=True)
+        await asyncio.gather(
+            *(member.leave("the run has ended") for member in self.members), return_exceptions=True
+        )
 
-    # Weights ----------------------------------------------------------------------------------------------------------------
+    # Weights
+    # ----------------------------------------------------------------------------------------------------------------
 
     async def announce(self, version: int) -> None:
-        """A version of the policy is about to be written: from here on no engine reads the one before, whose memory is given back.
+        """A version of the policy is about to be written: from here on no engine reads the one before, whose
+        memory is given back.
 
-        Until an engine that follows the policy has the new ones, it begins no further request. Those that run go on meanwhile, or are ended
-        at once if they are to begin anew.
+        Until an engine that follows the policy has the new ones, it begins no further request. Those that run
+        go on meanwhile, or are ended at once if they are to begin anew.
         """
         self.version = version
         await self._forget()
         if self.on_update == "abort":
-            await asyncio.gather(*(member.life.interrupt() for member in self.members if member.engine.follows))
+            await asyncio.gather(
+                *(member.life.interrupt() for member in self.members if member.engine.follows)
+            )
 
     async def spread(self, update: Update | None = None) -> None:
         """Gives weights to all that have others, and returns when they serve them, or have failed.
 
         Args:
-            update: the version that was announced; None: the present one, to engines that have come meanwhile.
+            update: the version that was announced; None: the present one, to engines that have come
+                meanwhile.
         """
         if update is not None:
             self.update = update
             self._counts.write_s += update.seconds
         start_s = self.loop.time()
-        await asyncio.gather(*(self._sync(member) for member in self.members if member.state in ("stale", "serving", "draining")))
+        await asyncio.gather(
+            *(
+                self._sync(member)
+                for member in self.members
+                if member.state in ("stale", "serving", "draining")
+            )
+        )
         self._counts.sync_s += self.loop.time() - start_s
 
     async def settled(self) -> None:
@@ -198,9 +228,13 @@ class Fleet:
                 pass
 
     async def sleep(self) -> None:
-        """Engines that serve give their device memory back until the next weights; what they were asked goes on then."""
+        """Engines that serve give their device memory back until the next weights; what they were asked goes
+        on then.
+        """
         await self._forget()
-        await asyncio.gather(*(self._send_to_sleep(member) for member in self.members if member.state == "serving"))
+        await asyncio.gather(
+            *(self._send_to_sleep(member) for member in self.members if member.state == "serving")
+        )
 
     def take_metrics(self) -> dict[str, float]:
         """What happened since the last call, for the metrics of a step."""
@@ -221,18 +255,21 @@ class Fleet:
             "time/sync_load_s": counts.sync_s,
         }
 
-    # Answers ----------------------------------------------------------------------------------------------------------------
+    # Answers
+    # ----------------------------------------------------------------------------------------------------------------
 
     async def answer(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion]:
-        """The `params.n` answers to one prompt, which one engine gives if it can. Cancelled, it ends its requests in the engines.
+        """The `params.n` answers to one prompt, which one engine gives if it can. Cancelled, it ends its
+        requests in the engines.
 
-        May be called at any time after `open`, as often at once as one likes; it waits for the first weights, for room, and for
-        engines that take weights or begin anew.
+        May be called at any time after `open`, as often at once as one likes; it waits for the first weights,
+        for room, and for engines that take weights or begin anew.
 
         Raises:
-            RefusedError: no engine would ever answer: an empty prompt, prompt and answer longer than the context, or what an engine said.
-            RuntimeError: no engine has served for too long or ever will, the answer failed on one engine after the other, or the fleet was
-                closed.
+            RefusedError: no engine would ever answer: an empty prompt, prompt and answer longer than the
+                context, or what an engine said.
+            RuntimeError: no engine has served for too long or ever will, the answer failed on one engine
+                after the other, or the fleet was closed.
         """
         try:
             check_requests([prompt], [params], context=self._context)
@@ -244,9 +281,13 @@ class Fleet:
             return [await self._answer(ids, one, 0, session)]
         return await self._all([self._answer(ids, one, number, session) for number in range(params.n)])
 
-    async def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    async def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """The answers to several prompts, see `answer`."""
-        return await self._all([self.answer(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)])
+        return await self._all(
+            [self.answer(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
+        )
 
     async def _all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """What comes of all of them; if one fails, or this is cancelled, all have ended before it returns."""
@@ -259,14 +300,18 @@ class Fleet:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _answer(self, prompt: list[int], params: SamplingParams, number: int, session: Session) -> Completion:
+    async def _answer(
+        self, prompt: list[int], params: SamplingParams, number: int, session: Session
+    ) -> Completion:
         """One answer, from as many engines as it takes."""
         answer = Answer(params, self._codec)
         while answer.finish_reason is None:
             member = await self._rooms.find(session)
             life = member.life
             if self.on_update == "abort" and answer.versions and answer.versions[-1] != member.version:
-                self._counts.thrown_tokens += answer.begin_anew()  # it lost its engine, and weights came before it had another one
+                self._counts.thrown_tokens += (
+                    answer.begin_anew()
+                )  # it lost its engine, and weights came before it had another one
             self._running += 1
             try:
                 await life.share(self._go_on(answer, member, prompt, number))
@@ -275,10 +320,14 @@ class Fleet:
                 self._cut(answer, len(prompt))
             except RefusedError as error:
                 asked = f"answer {number} to a prompt of {len(prompt)} tokens, with up to {params.max_tokens} more"
-                raise RefusedError(f"engine {member.name} refuses {asked}, and so would any other: {error}") from error
+                raise RefusedError(
+                    f"engine {member.name} refuses {asked}, and so would any other: {error}"
+                ) from error
             except EngineError as error:
                 self._fail(member, life, error)
-                self._move(answer, session, error, asked=f"answer {number} to a prompt of {len(prompt)} tokens")
+                self._move(
+                    answer, session, error, asked=f"answer {number} to a prompt of {len(prompt)} tokens"
+                )
             finally:
                 self._running -= 1
         return answer.completion(self.version)
@@ -300,7 +349,9 @@ class Fleet:
         self._counts.kept_tokens += len(answer.token_ids)
         if answer.moves > _MAX_MOVES:
             sampled = f"{len(answer.token_ids)} of at most {answer.params.max_tokens} tokens"
-            raise RuntimeError(f"{asked} failed on {answer.moves} engines in turn, with {sampled} sampled; the last: {error}") from error
+            raise RuntimeError(
+                f"{asked} failed on {answer.moves} engines in turn, with {sampled} sampled; the last: {error}"
+            ) from error
         answer.end_if_due()
 
     async def _go_on(self, answer: Answer, member: Member, prompt: list[int], number: int) -> None:
@@ -310,7 +361,8 @@ class Fleet:
             EngineError: it did not come to its end.
         """
         have = len(answer.token_ids)
-        # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn with.
+        # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn
+        # with.
         own = number if not have or member.engine.seeds_by_place else number + _NUMBERS * have
         rest = replace(answer.params, max_tokens=answer.params.max_tokens - have) if have else answer.params
         row = [*prompt, *answer.token_ids] if have else prompt
@@ -329,16 +381,21 @@ class Fleet:
 
     def _free(self, member: Member) -> int:
         """Requests that an engine could take now, with the weights of this version if it follows the policy."""
-        is_current = not member.engine.follows or (member.taken is self.update and member.version == self.version)
+        is_current = not member.engine.follows or (
+            member.taken is self.update and member.version == self.version
+        )
         return member.free if is_current else 0
 
-    # The lives of engines ---------------------------------------------------------------------------------------------------
+    # The lives of engines
+    # ---------------------------------------------------------------------------------------------------
 
     def _member(self, spec: EngineSpec) -> Member:
         if any(member.name == spec.name and member.state != "gone" for member in self.members):
             raise ValueError(f"need a name that no engine has, got {spec.name!r}")
         sizes = {"max_running": self._max_running, "vocabulary": self._vocabulary}
-        return Member(self._make(spec), clock=self.loop.time, changed=self._rooms.changed, note=self._note, **sizes)
+        return Member(
+            self._make(spec), clock=self.loop.time, changed=self._rooms.changed, note=self._note, **sizes
+        )
 
     async def _join(self, member: Member) -> None:
         try:
@@ -370,7 +427,9 @@ class Fleet:
             self._fail(member, life, error)
 
     async def _sync(self, member: Member) -> None:
-        """Gives an engine the newest weights, if it follows the policy and has others, and they are here or the policy can be asked."""
+        """Gives an engine the newest weights, if it follows the policy and has others, and they are here or
+        the policy can be asked.
+        """
         async with member.taking:
             update = self.update
             is_here = update is not None and (update.direct is None or self.policy_is_at_hand)
@@ -392,7 +451,9 @@ class Fleet:
             self._fail(member, life, error)
 
     def _fail(self, member: Member, life: Life, error: BaseException) -> None:
-        """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing of this one."""
+        """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing
+        of this one.
+        """
         if member.life is not life or life.cause is not None or member.state == "gone":
             return
         self._counts.failures += 1
@@ -407,7 +468,9 @@ class Fleet:
         while member.state == "failed":
             await member.shut()
             if member.failures >= _MAX_FAILURES:
-                self._note(f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}")
+                self._note(
+                    f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}"
+                )
                 await member.leave(member.cause)
                 return
             await asyncio.sleep(pause_s)
@@ -424,7 +487,9 @@ class Fleet:
             self._note(f"engine {member.name} is back with version {member.version}")
 
     async def _watch(self) -> None:
-        """Asks every engine whether it is well, again and again; tells those who wait when no engine will ever serve."""
+        """Asks every engine whether it is well, again and again; tells those who wait when no engine will
+        ever serve.
+        """
         looks: dict[str, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(_CHECK_S)
@@ -446,12 +511,20 @@ class Fleet:
         # While the policy has yet to give its weights, it is not the engines for which one waits.
         is_late = self.update is not None and (not self.takes_directly or self.policy_is_at_hand)
         is_late = is_late or not any(member.engine.follows for member in self.members)
-        if not self._rooms.has_waiters or not is_late or any(member.state == "serving" for member in self.members):
+        if (
+            not self._rooms.has_waiters
+            or not is_late
+            or any(member.state == "serving" for member in self.members)
+        ):
             self._served_s = now_s
         is_over = all(member.state == "gone" for member in self.members)
         if is_over or now_s - self._served_s >= self._wait_s:
-            states = "; ".join(f"{member.name} {member.state}: {member.cause or 'no cause'}" for member in self.members)
-            self._rooms.give_up(f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines")
+            states = "; ".join(
+                f"{member.name} {member.state}: {member.cause or 'no cause'}" for member in self.members
+            )
+            self._rooms.give_up(
+                f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines"
+            )
 
     def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begins something that nobody waits for; what it raises is told."""

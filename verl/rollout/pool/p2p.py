@@ -1,4 +1,6 @@
-"""Weights from the ranks of the policy straight to those of an engine: each sends what it has of what they read."""
+"""Weights from the ranks of the policy straight to those of an engine: each sends what it has of what they
+read.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Plans:
 
     pieces: Sequence[Sequence[Piece]]
     rank: int | None = None
-    _made: dict[str, tuple[tuple[TensorInfo, ...], tuple[Reads, ...], Plan]] = field(default_factory=dict, init=False)
+    _made: dict[str, tuple[tuple[TensorInfo, ...], tuple[Reads, ...], Plan]] = field(
+        default_factory=dict, init=False
+    )
 
     def of(self, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Plan:
         """For a part, of which each rank of an engine reads something."""
@@ -65,11 +69,20 @@ class Plans:
     def _make(self, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Plan:
         shapes = {info.name: info.shape for info in infos}
         held = tuple(tuple(piece for piece in own if piece.name in shapes) for own in self.pieces)
-        wanted = tuple(tuple(Piece(name, bounds, name, (0,) * len(bounds)) for name in shapes for bounds in own[name]) for own in reads)
+        wanted = tuple(
+            tuple(Piece(name, bounds, name, (0,) * len(bounds)) for name in shapes for bounds in own[name])
+            for own in reads
+        )
         source = Layout(shapes, (*held, *(() for _ in wanted)))
         target = Layout(shapes, (*(() for _ in held), *wanted))
         # Which of them are near each other is not known.
-        return make_plan(source, target, itemsize=dtype_of(infos[0]).itemsize, ranks_per_node=source.num_ranks, rank=self.rank)
+        return make_plan(
+            source,
+            target,
+            itemsize=dtype_of(infos[0]).itemsize,
+            ranks_per_node=source.num_ranks,
+            rank=self.rank,
+        )
 
 
 @dataclass
@@ -81,7 +94,9 @@ class _Link:
 
 
 class DirectWorker(RoleWorker):
-    """A rank of the policy that sends its weights to engines. What goes wrong on the way is told, and ends no rank."""
+    """A rank of the policy that sends its weights to engines. What goes wrong on the way is told, and ends no
+    rank.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,7 +137,9 @@ class DirectWorker(RoleWorker):
 
     @register(ONE_TO_ALL)
     def send_weights(self, name: str, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Sent:
-        """Sends what this rank has of some tensors to those ranks of an engine that read it, which receive it meanwhile."""
+        """Sends what this rank has of some tensors to those ranks of an engine that read it, which receive it
+        meanwhile.
+        """
         link, homes, dtype = self._links.get(name), self.engine.homes(), dtype_of(infos[0])
         if link is None or self._plans is None:
             return {}, "no group with the engine"
@@ -131,14 +148,18 @@ class DirectWorker(RoleWorker):
 
         def read(copy: Copy) -> Tensor:
             home = homes[copy.sender_home]
-            values = home[slices_at_home(copy.bounds, copy.sender_offset)].reshape(sizes(copy.bounds)).to(dtype)
+            values = (
+                home[slices_at_home(copy.bounds, copy.sender_offset)].reshape(sizes(copy.bounds)).to(dtype)
+            )
             own = digests.setdefault(copy.receiver - link.num_senders, {})
             own[key_of(copy.name, copy.bounds, shape=shapes[copy.name])] = digest(values)
             return values
 
         try:
             plan = self._plans.of(infos, reads)
-            for copy, _ in exchange(plan, self._rank, link.group, read=read, dtype=dtype, device=torch.device("cpu")):
+            for copy, _ in exchange(
+                plan, self._rank, link.group, read=read, dtype=dtype, device=torch.device("cpu")
+            ):
                 raise AssertionError(f"engines send nothing, not even {copy.name}")
         except RuntimeError as error:
             del self._links[name]
@@ -156,7 +177,8 @@ class DirectWorker(RoleWorker):
 
 
 class DirectSender:
-    """Lets the ranks of a policy send to engines, one engine at a time; used while nobody else calls the policy.
+    """Lets the ranks of a policy send to engines, one engine at a time; used while nobody else calls the
+    policy.
 
     Args:
         policy: its ranks, each a `DirectWorker`.
@@ -181,7 +203,8 @@ class DirectSender:
             For each rank of the engine the digests of what it was sent, by `key_of`.
 
         Raises:
-            EngineError: it did not get there. The group is given up, and the next part begins with another one.
+            EngineError: it did not get there. The group is given up, and the next part begins with another
+                one.
         """
         async with self._turn:
             name = engine.spec.name
@@ -203,9 +226,13 @@ class DirectSender:
         address, port = await self._call(DirectWorker.meeting_place, url)
         num_senders = len(plans.pieces)
         meeting = Meeting(address, port, num_senders, num_senders + engine.num_ranks, limit_s)
-        joined = engine.join_group(address=address, port=port, first_rank=num_senders, num_ranks=meeting.num_ranks, backend="gloo")
+        joined = engine.join_group(
+            address=address, port=port, first_rank=num_senders, num_ranks=meeting.num_ranks, backend="gloo"
+        )
         causes, _ = await both(
-            self._call(DirectWorker.join_engine, name, meeting, plans.pieces), joined, f"engine {name} did not join the policy for weights"
+            self._call(DirectWorker.join_engine, name, meeting, plans.pieces),
+            joined,
+            f"engine {name} did not join the policy for weights",
         )
         _check(causes, f"engine {name} did not join the policy for weights")
 
@@ -213,10 +240,16 @@ class DirectSender:
         plans, name = await self._all_plans(), engine.spec.name
         everything = {info.name: (whole(info.shape),) for info in part.tensors}
         names = everything.keys()
-        reads = tuple({key: tuple(own[key]) for key in names} for own in part.reads) or (everything,) * engine.num_ranks
+        reads = (
+            tuple({key: tuple(own[key]) for key in names} for own in part.reads)
+            or (everything,) * engine.num_ranks
+        )
         plan, first = plans.of(part.tensors, reads), len(plans.pieces)
         ranks = range(first, first + engine.num_ranks)
-        copies = [[[(c.name, c.bounds, c.sender) for c in bucket if c.receiver == rank] for bucket in plan.buckets] for rank in ranks]
+        copies = [
+            [[(c.name, c.bounds, c.sender) for c in bucket if c.receiver == rank] for bucket in plan.buckets]
+            for rank in ranks
+        ]
         sending = self._call(DirectWorker.send_weights, name, part.tensors, reads)
         loading = engine.load(Part(part.tensors, "direct", {"copies": copies}, part.reads))
         sent, _ = await both(sending, loading, f"weights did not reach engine {name}")

@@ -1,4 +1,6 @@
-"""One engine of a pool through its lives: it starts, takes weights, serves, fails, is started again, and leaves."""
+"""One engine of a pool through its lives: it starts, takes weights, serves, fails, is started again, and
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from verl.weight_sync.shared_memory import part_of
 from verl.weight_sync.types import Part
 
 T = TypeVar("T")
-# starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have ended.
+# starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have
+# ended.
 State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
 
 
@@ -97,7 +100,9 @@ def _set(ended: asyncio.Future[None]) -> None:
 
 
 def _drop(request: asyncio.Future[Any]) -> None:
-    """Ends a request, whose outcome nobody looks at any more; so it is not told as an error that was missed, either."""
+    """Ends a request, whose outcome nobody looks at any more; so it is not told as an error that was missed,
+    either.
+    """
     if request.cancel():
         request.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     elif not request.cancelled():
@@ -201,7 +206,8 @@ class Member:
             self._become("stale" if self.engine.follows else "serving")
 
     async def take(self, update: Update) -> None:
-        """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made anew once, whole.
+        """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made
+        anew once, whole.
 
         Raises:
             EngineError: it does not come to have these weights.
@@ -216,13 +222,18 @@ class Member:
         await self.engine.pause()
         problem = await self._wrong_after(update)
         if problem:
-            self._note(f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again")
+            self._note(
+                f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again"
+            )
             self.repaired += 1
-            # In plain tensors, if it was whole before: an engine may not know what to do with those that note what is read of them.
+            # In plain tensors, if it was whole before: an engine may not know what to do with those that note
+            # what is read of them.
             self.engine.records, self.engine.reads = self.engine.reads is not None, None
             problem = await self._wrong_after(update)
         if problem:
-            raise EngineError(f"engine {self.name} did not get version {update.version} in two tries: {problem}")
+            raise EngineError(
+                f"engine {self.name} did not get version {update.version} in two tries: {problem}"
+            )
         if life.cause is None:
             self.taken = update  # before the first token of it comes
         await self.engine.resume()
@@ -235,7 +246,9 @@ class Member:
         self.taken, self.is_asleep = None, True
         await self.engine.sleep()
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`; what cannot be is an error of the engine."""
         room, first = params.max_tokens, self.version
         try:
@@ -246,7 +259,9 @@ class Member:
                     yield chunk
         except (EngineError, RefusedError):
             raise
-        except Exception as error:  # the border to a program that is not ours: whatever it did, another engine goes on
+        except (
+            Exception
+        ) as error:  # the border to a program that is not ours: whatever it did, another engine goes on
             raise EngineError(f"engine {self.name}: {type(error).__name__}: {error}") from error
 
     def finished(self) -> None:
@@ -269,7 +284,9 @@ class Member:
         await self.shut()
 
     async def shut(self) -> None:
-        """Ends what the engine has started. It may not raise; if it does, that is told, and keeps it from nothing."""
+        """Ends what the engine has started. It may not raise; if it does, that is told, and keeps it from
+        nothing.
+        """
         try:
             await self.engine.close()
         except Exception as error:  # the border to a program that is not ours
@@ -282,25 +299,40 @@ class Member:
         return self
 
     def _check(self, chunk: Chunk, room: int, first: int | None) -> None:
-        """Refuses garbage, and tokens of other weights than those from the `first` of the answer to the newest."""
+        """Refuses garbage, and tokens of other weights than those from the `first` of the answer to the
+        newest.
+        """
         if chunk.finish_reason == "abort":
             raise EngineError(f"engine {self.name} aborted an answer")
         if chunk.text is not None:
             return
         if chunk.finish_reason == "length" and room > 0 and self.engine.follows:
             raise EngineError(f"engine {self.name} cut an answer off, {room} tokens before its longest")
-        ids, logprobs = chunk.token_ids, [0.0] * len(chunk.token_ids) if chunk.logprobs is None else chunk.logprobs
+        ids, logprobs = (
+            chunk.token_ids,
+            [0.0] * len(chunk.token_ids) if chunk.logprobs is None else chunk.logprobs,
+        )
         if room < 0 or len(ids) != len(logprobs):
-            raise EngineError(f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, {max(0, -room)} of them too many")
+            raise EngineError(
+                f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, {max(0, -room)} of them too many"
+            )
         for token, logprob in zip(ids, logprobs, strict=True):
             if not (type(token) is int and 0 <= token < self._vocabulary and -1e9 < logprob < 1e-3):
-                raise EngineError(f"engine {self.name} gave what no policy can sample, token {token!r} with logprob {logprob!r}")
+                raise EngineError(
+                    f"engine {self.name} gave what no policy can sample, token {token!r} with logprob {logprob!r}"
+                )
         newest = self.version
-        if chunk.version is not None and not ((first or 0) <= chunk.version <= (chunk.version if newest is None else newest)):
-            raise EngineError(f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}")
+        if chunk.version is not None and not (
+            (first or 0) <= chunk.version <= (chunk.version if newest is None else newest)
+        ):
+            raise EngineError(
+                f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}"
+            )
 
     async def _wrong_after(self, update: Update) -> str:
-        """What is wrong with the weights that the engine has after an update; nothing if they are those that were sent."""
+        """What is wrong with the weights that the engine has after an update; nothing if they are those that
+        were sent.
+        """
         try:
             got, expected = await self._loaded(update)
         except EngineError as error:
@@ -308,7 +340,9 @@ class Member:
         return "" if got == expected else f"fingerprint {got}, sent {expected}"
 
     async def _loaded(self, update: Update) -> tuple[str, str]:
-        """Sends everything, or to each rank what it reads; the fingerprints of what the engine says that it took, and of what was sent."""
+        """Sends everything, or to each rank what it reads; the fingerprints of what the engine says that it
+        took, and of what was sent.
+        """
         engine = self.engine
         if update.additions is not None:
             self.taken_bytes = update.num_bytes
@@ -322,7 +356,9 @@ class Member:
         await engine.begin_update()
         for part in parts:
             sent = await self._load(replace(part, reads=part_of(reads, part)), update)
-            digests = [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
+            digests = (
+                [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
+            )
         got = await engine.end_update(update.version)
         if update.direct is not None:
             return got, fingerprint_of_ranks(digests)

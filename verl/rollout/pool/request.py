@@ -48,7 +48,8 @@ class Answer:
         return thrown
 
     def end_if_due(self) -> None:
-        """Ends it where an engine had no time to, or where its stop text began on another engine, after the token that ends it.
+        """Ends it where an engine had no time to, or where its stop text began on another engine, after the
+        token that ends it.
 
         Only tokens of the last `add` are looked at.
         """
@@ -67,8 +68,14 @@ class Answer:
         assert self.finish_reason is not None
         if self.text is None or self.token_ids:
             logprobs = self.logprobs if self.has_logprobs else None
-            return Completion(self.token_ids, logprobs, self.finish_reason, self.versions[0], versions=self.versions)
-        ids: Sequence[int] = self.codec.encode_answer(self.text) if self.finish_reason == "stop" else self.codec.encode(self.text)
+            return Completion(
+                self.token_ids, logprobs, self.finish_reason, self.versions[0], versions=self.versions
+            )
+        ids: Sequence[int] = (
+            self.codec.encode_answer(self.text)
+            if self.finish_reason == "stop"
+            else self.codec.encode(self.text)
+        )
         reason: FinishReason = "length" if len(ids) > self.params.max_tokens else self.finish_reason
         return Completion(ids[: self.params.max_tokens], None, reason, version, self.text)
 

@@ -20,11 +20,13 @@ class Session:
 
 
 class Rooms:
-    """Engines by how many further requests they could take: the one that could take most is found without a look at all of them.
+    """Engines by how many further requests they could take: the one that could take most is found without a
+    look at all of them.
 
     Args:
         most: requests that an engine gets at a time.
-        free: how many further ones it could take now; `changed` is called whenever that may be another number than before.
+        free: how many further ones it could take now; `changed` is called whenever that may be another number
+            than before.
 
     Attributes:
         num_free: further requests that all of them could take now.
@@ -64,9 +66,11 @@ class Rooms:
         _wake(self._waiting, count - before - came)
 
     async def find(self, session: Session) -> Member:
-        """An engine with room: the one that the session is with, else that with most room, with which the session stays.
+        """An engine with room: the one that the session is with, else that with most room, with which the
+        session stays.
 
-        While the session's engine takes weights it is waited for: else all would go to the first one that has them.
+        While the session's engine takes weights it is waited for: else all would go to the first one that has
+        them.
 
         Raises:
             RuntimeError: the wait was given up.
@@ -109,7 +113,9 @@ class Rooms:
         return next(iter(self._by_count[self._highest]), None)
 
     async def _wait(self, queue: Queue, *, is_first: bool) -> None:
-        """Returns when there may be room; first are those who were woken before, when somebody else was faster."""
+        """Returns when there may be room; first are those who were woken before, when somebody else was
+        faster.
+        """
         waiting = asyncio.get_running_loop().create_future()
         (queue.appendleft if is_first else queue.append)(waiting)
         try:

@@ -24,8 +24,9 @@ _LOOK_S = 1.0
 class EnginePool(RolloutEngine):
     """Lets several engines answer, see `Fleet`, in an event loop in a thread of their own.
 
-    Weights of a version are written once, into shared memory, and stay there until the next, so that an engine that comes later, or
-    again, gets the same. While `publish` or `generate` is at work in one thread, another one may ask the fleet, in its loop.
+    Weights of a version are written once, into shared memory, and stay there until the next, so that an
+    engine that comes later, or again, gets the same. While `publish` or `generate` is at work in one thread,
+    another one may ask the fleet, in its loop.
 
     Args:
         specs: of the engines to begin with.
@@ -83,23 +84,30 @@ class EnginePool(RolloutEngine):
         return self.fleet.members
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs something in the loop of the engines, and waits for it; where the wait is broken off, so is the work."""
+        """Runs something in the loop of the engines, and waits for it; where the wait is broken off, so is
+        the work.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             # Again and again: an exception that is sent to a thread gets in only between two waits.
             while not wait([future], timeout=_LOOK_S).done:
                 if not self._thread.is_alive():
-                    raise RuntimeError("the loop of the engines has ended, so nothing answers any more; see the output before this")
+                    raise RuntimeError(
+                        "the loop of the engines has ended, so nothing answers any more; see the output before this"
+                    )
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
-            ValueError: an empty prompt, or prompt and answer longer than the model's context; or an engine refuses a request.
+            ValueError: an empty prompt, or prompt and answer longer than the model's context; or an engine
+                refuses a request.
             RuntimeError: no engine serves, or answers fail on one engine after the other.
         """
         check_requests(prompts, params, context=self._context)
@@ -119,7 +127,8 @@ class EnginePool(RolloutEngine):
 
     @contextmanager
     def policy_at_hand(self) -> Iterator[None]:
-        """Inside, the policy can be asked for weights that only it has: the thread that publishes waits and asks nothing else of it.
+        """Inside, the policy can be asked for weights that only it has: the thread that publishes waits and
+        asks nothing else of it.
 
         Engines that have come since the last time get the weights at once. In other threads it says nothing.
         """

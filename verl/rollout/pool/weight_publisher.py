@@ -1,4 +1,6 @@
-"""The policy's weights on their way to engines: written once per version into shared memory, kept there until the next version."""
+"""The policy's weights on their way to engines: written once per version into shared memory, kept there until
+the next version.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ class Update:
         version: of the policy.
         parts: all weights; none: low-rank additions alone.
         additions: folder of the additions in PEFT format, if only they are trained.
-        expected: the fingerprint that an engine has which took all of it; of an update that is sent directly it is known afterwards.
+        expected: the fingerprint that an engine has which took all of it; of an update that is sent directly
+            it is known afterwards.
         num_bytes: of the tensors.
         seconds: that it took to write.
         disk: folder for engines that only read files.
@@ -82,23 +85,34 @@ class Update:
 
     def bytes_of(self, reads: Sequence[Reads]) -> int:
         """Bytes that ranks get which take this alone."""
-        return sum(num_bytes_of([piece for piece, _ in pieces_in(part.tensors, own)]) for part in self.parts for own in reads)
+        return sum(
+            num_bytes_of([piece for piece, _ in pieces_in(part.tensors, own)])
+            for part in self.parts
+            for own in reads
+        )
 
     def _keys(self, reads: Reads) -> list[str]:
         infos = (info for part in self.parts for info in part.tensors)
         return [key_of(info.name, bounds, shape=info.shape) for info in infos for bounds in reads[info.name]]
 
     def as_files(self, model: Path) -> Part:
-        """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model; written when first asked for."""
+        """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model;
+        written when first asked for.
+        """
         with _WRITING:
             folder = self.disk / f"version-{self.version}-{self.expected}"
             if not folder.exists():
                 shutil.rmtree(self.disk, ignore_errors=True)
                 partial = self.disk / "partial"
                 shutil.copytree(model, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
-                save_file({info.name: tensor for part in self.parts for info, tensor in tensors_of(part)}, partial / "model.safetensors")
+                save_file(
+                    {info.name: tensor for part in self.parts for info, tensor in tensors_of(part)},
+                    partial / "model.safetensors",
+                )
                 partial.rename(folder)
-        return Part(tuple(info for part in self.parts for info in part.tensors), "disk", {"folder": str(folder)})
+        return Part(
+            tuple(info for part in self.parts for info in part.tensors), "disk", {"folder": str(folder)}
+        )
 
 
 @dataclass
@@ -136,13 +150,28 @@ class PolicyWeights:
         digests: dict[str, int] = {}
         if self.on_device:
             self.policy.call(ActorWorker.drop_shared).result()
-        parts = [Part(tuple(own), "direct") for own in infos] if self.is_direct else [self._written(own, folder, digests) for own in infos]
+        parts = (
+            [Part(tuple(own), "direct") for own in infos]
+            if self.is_direct
+            else [self._written(own, folder, digests) for own in infos]
+        )
         if self.is_direct and self._sender is None:
             self._sender = DirectSender(self.policy)
         num_bytes = sum(num_bytes_of(part.tensors) for part in parts)
         expected = "" if self.is_direct else fingerprint({name: digests[name] for name, _ in tensors})
         seconds = time.perf_counter() - start_s
-        return Update(version, tuple(parts), None, expected, num_bytes, seconds, self._disk, digests, self._slices, self._sender)
+        return Update(
+            version,
+            tuple(parts),
+            None,
+            expected,
+            num_bytes,
+            seconds,
+            self._disk,
+            digests,
+            self._slices,
+            self._sender,
+        )
 
     def _written(self, infos: list[TensorInfo], folder: Path, digests: dict[str, int]) -> Part:
         """Tensors in a file of the folder, or on the GPU, with their digests added to those that are known."""
@@ -185,7 +214,15 @@ class PolicyWeights:
         weights = target / "adapter_model.safetensors"
         with safe_open(weights, framework="pt") as file:
             digests = {name: digest(file.get_tensor(name)) for name in list(file.keys())}
-        return Update(version, (), target, fingerprint(digests), weights.stat().st_size, time.perf_counter() - start_s, self._disk)
+        return Update(
+            version,
+            (),
+            target,
+            fingerprint(digests),
+            weights.stat().st_size,
+            time.perf_counter() - start_s,
+            self._disk,
+        )
 
     def _fresh_folder(self) -> Path:
         """An empty folder that only this user can read; those of processes that are gone are removed."""
@@ -219,7 +256,9 @@ def _in_parts(infos: Sequence[TensorInfo], part_bytes: int) -> list[list[TensorI
 
 
 def _is_left_behind(folder: Path) -> bool:
-    """Whether a folder is this user's and of a process that has ended, in whichever container: such a one holds no lock."""
+    """Whether a folder is this user's and of a process that has ended, in whichever container: such a one
+    holds no lock.
+    """
     with suppress(OSError):
         about = folder.stat()
         if about.st_uid != os.getuid() or time.time() - about.st_ctime < _YOUNG_S:

@@ -1,4 +1,6 @@
-"""`verl serve`: a policy behind OpenAI's interface over HTTP, with endpoints for new weights if it is started by a trainer."""
+"""`verl serve`: a policy behind OpenAI's interface over HTTP, with endpoints for new weights if it is started
+by a trainer.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ _LOG = logging.getLogger(__name__)
 # A stream without tokens says so often that the model is alive.
 _HEARTBEAT_S = 1.0
 _ALIVE = b": alive\n\n"
-# Between two events of a stream: what came meanwhile goes into one, as an event costs more than a token of a small model.
+# Between two events of a stream: what came meanwhile goes into one, as an event costs more than a token of a
+# small model.
 _PACE_S = 0.02
 _MAX_BODY_BYTES = 2**26
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -72,7 +75,9 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         if self.max_slots < 1 or self.pace_s < 0:
-            raise ValueError(f"need at least one slot, and pace_s of at least 0, got {self.max_slots} and {self.pace_s}")
+            raise ValueError(
+                f"need at least one slot, and pace_s of at least 0, got {self.max_slots} and {self.pace_s}"
+            )
         if not (self.api_key or self.secret or _is_loopback(self.host)):
             raise ValueError(
                 f"need a key to serve on {self.host}, which others can reach; put one into the environment variable that --api-key-env "
@@ -86,7 +91,9 @@ class Server:
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
         self._codec = TextCodec.load(options.model)
-        model = PolicyModel(load_language_model(options.model), options.precision).to(pick_device(options.device))
+        model = PolicyModel(load_language_model(options.model), options.precision).to(
+            pick_device(options.device)
+        )
         model.requires_grad_(False)
         model.check_forward()
         config = model.transformer.config.get_text_config()
@@ -109,7 +116,9 @@ class Server:
             ]
         )
         if self._options.secret:
-            streams = AnswerStreams(self._thread, self._reader, check=self._check_weights, pace_s=self._options.pace_s)
+            streams = AnswerStreams(
+                self._thread, self._reader, check=self._check_weights, pace_s=self._options.pace_s
+            )
             control = Control(self._thread, self._intake, self._options, streams)
             app.add_routes([web.get("/control/state", control.state), web.get(PATH, streams.serve)])
             app.add_routes([web.post("/control/{command}", control.obey)])
@@ -127,7 +136,11 @@ class Server:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if keys and request.path != "/health" and not any(fits):
-            raise Refusal("need the key of this server as `Authorization: Bearer KEY`", status=401, code="invalid_api_key")
+            raise Refusal(
+                "need the key of this server as `Authorization: Bearer KEY`",
+                status=401,
+                code="invalid_api_key",
+            )
         return await handler(request)
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
@@ -141,7 +154,9 @@ class Server:
 
     async def _model(self, http: web.Request) -> web.StreamResponse:
         if http.match_info["name"].lstrip("/") != self._reader.name.lstrip("/"):
-            raise Refusal(f"the model {http.match_info['name']!r} does not exist", status=404, code="model_not_found")
+            raise Refusal(
+                f"the model {http.match_info['name']!r} does not exist", status=404, code="model_not_found"
+            )
         return web.json_response(self._described())
 
     def _described(self) -> dict[str, Any]:
@@ -156,7 +171,9 @@ class Server:
 
     def _check_weights(self) -> None:
         if self._intake.is_torn and not self._intake.is_open:
-            raise Refusal("the last update of the weights was not completed; the next one repairs them", status=503)
+            raise Refusal(
+                "the last update of the weights was not completed; the next one repairs them", status=503
+            )
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         return await self._answer(http, is_chat=False)
@@ -168,7 +185,12 @@ class Server:
         asked = self._reader.read(await _body(http), is_chat=is_chat)
         self._check_weights()
         writer = Writer.of(asked, self._reader)
-        request = self._thread.ask(asked.prompts, asked.params, num_likeliest=asked.num_likeliest or 0, first_answer=asked.first_answer)
+        request = self._thread.ask(
+            asked.prompts,
+            asked.params,
+            num_likeliest=asked.num_likeliest or 0,
+            first_answer=asked.first_answer,
+        )
         try:
             if asked.streams:
                 return await self._stream(http, writer, request)
@@ -182,9 +204,13 @@ class Server:
             self._thread.drop(request)
 
     async def _stream(self, http: web.Request, writer: Writer, request: Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
         await response.prepare(http)
-        states = [AnswerText(self._codec, writer.asked.params[0].stop) for _ in range(writer.asked.num_answers)]
+        states = [
+            AnswerText(self._codec, writer.asked.params[0].stop) for _ in range(writer.asked.num_answers)
+        ]
         await response.write(_events(writer.opening()) or _ALIVE)
         num_beats = self._thread.num_beats
         try:
@@ -194,14 +220,18 @@ class Server:
                     await response.write(_events(events) or _ALIVE)
                 num_beats = self._thread.num_beats
                 await asyncio.sleep(0 if request.is_over else _PACE_S)
-            await response.write(_events(writer.closing([state.tokens for state in states])) + b"data: [DONE]\n\n")
+            await response.write(
+                _events(writer.closing([state.tokens for state in states])) + b"data: [DONE]\n\n"
+            )
         except RuntimeError as error:  # it is too late for a status
             await response.write(_events([Refusal(str(error), status=500).as_json()]))
         await response.write_eof()
         return response
 
 
-def _written(writer: Writer, states: Sequence[AnswerText], tokens: Sequence[tuple[int, Token]]) -> list[dict[str, Any]]:
+def _written(
+    writer: Writer, states: Sequence[AnswerText], tokens: Sequence[tuple[int, Token]]
+) -> list[dict[str, Any]]:
     """Events for new tokens, one for each answer and version."""
     runs: dict[tuple[int, int], list[Token]] = {}
     for answer, token in tokens:
@@ -213,7 +243,9 @@ def _written(writer: Writer, states: Sequence[AnswerText], tokens: Sequence[tupl
 class Control:
     """What a trainer asks: pause and resume, and new weights. One command at a time."""
 
-    def __init__(self, thread: GenerationThread, intake: WeightIntake, options: ServeOptions, streams: AnswerStreams) -> None:
+    def __init__(
+        self, thread: GenerationThread, intake: WeightIntake, options: ServeOptions, streams: AnswerStreams
+    ) -> None:
         self._thread, self._intake, self._options, self._streams = thread, intake, options, streams
         self._lock = asyncio.Lock()
         self._commands: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
@@ -228,15 +260,24 @@ class Control:
 
     async def state(self, _: web.Request) -> web.StreamResponse:
         """Who answers, with which weights, and how much it does."""
-        state: dict[str, Any] = {"pid": os.getpid(), "version": self._thread.version, "num_running": self._thread.num_running}
+        state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "version": self._thread.version,
+            "num_running": self._thread.num_running,
+        }
         state["shared_memory"] = shared_memory()
-        return web.json_response({**state, "is_torn": self._intake.is_torn, "num_beats": self._thread.num_beats})
+        return web.json_response(
+            {**state, "is_torn": self._intake.is_torn, "num_beats": self._thread.num_beats}
+        )
 
     async def obey(self, http: web.Request) -> web.StreamResponse:
         """Runs a command with the fields of the body."""
         command = self._commands.get(http.match_info["command"])
         if command is None:
-            raise Refusal(f"there is no command {http.match_info['command']!r}; there are {', '.join(self._commands)}", status=404)
+            raise Refusal(
+                f"there is no command {http.match_info['command']!r}; there are {', '.join(self._commands)}",
+                status=404,
+            )
         body = await _body(http)
         try:
             async with self._lock:
@@ -256,7 +297,11 @@ class Control:
         return {}
 
     async def _join_group(self, body: dict[str, Any]) -> dict[str, Any]:
-        place = {"num_ranks": body["num_ranks"], "backend": body["backend"], "timeout_s": self._options.group_timeout_s}
+        place = {
+            "num_ranks": body["num_ranks"],
+            "backend": body["backend"],
+            "timeout_s": self._options.group_timeout_s,
+        }
         await asyncio.to_thread(self._intake.join_group, body["address"], body["port"], body["rank"], **place)
         return {}
 
@@ -267,7 +312,9 @@ class Control:
         return {}
 
     async def _load(self, body: dict[str, Any]) -> dict[str, Any]:
-        infos = tuple(TensorInfo(info["name"], tuple(info["shape"]), info["dtype"]) for info in body["tensors"])
+        infos = tuple(
+            TensorInfo(info["name"], tuple(info["shape"]), info["dtype"]) for info in body["tensors"]
+        )
         # Beside the thread of the model, which goes on to show that it is alive.
         tensors = await asyncio.to_thread(self._intake.received, Part(infos, body["via"], body["where"]))
         await self._thread.with_weights(lambda: self._intake.take(tensors))
@@ -315,7 +362,9 @@ async def _body(http: web.Request) -> Any:
 
 
 def _events(events: Sequence[dict[str, Any]]) -> bytes:
-    return b"".join(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n" for event in events)
+    return b"".join(
+        b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n" for event in events
+    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -358,19 +407,26 @@ def serve(options: ServeOptions) -> None:
 
 
 def serve_from(args: argparse.Namespace) -> None:
-    """`verl serve`: `args` has the options by their names, and `api_key_env` and `secret_env`, the names of the
-    environment variables with the key and with the secret of a trainer."""
+    """`verl serve`: `args` has the options by their names, and `api_key_env` and `secret_env`, the names of
+    the environment variables with the key and with the secret of a trainer."""
     options = {name: vars(args)[name] for name in ("model", "host", "port", "name", "max_slots", "precision")}
     secret, api_key = (os.environ.get(name, "") for name in (args.secret_env, args.api_key_env))
     serve(ServeOptions(**options, secret=secret, api_key=api_key))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m verl.rollout.server.app`, as a trainer starts it: options as JSON, secrets in the environment variables that they name."""
+    """`python -m verl.rollout.server.app`, as a trainer starts it: options as JSON, secrets in the
+    environment variables that they name.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("options", type=json.loads, help="fields of ServeOptions")
-    for name, meaning in (("secret", "opens the endpoints for the trainer"), ("api-key", "asked for on every path but /health")):
-        parser.add_argument(f"--{name}-env", default=None, help=f"name of the environment variable with what {meaning}")
+    for name, meaning in (
+        ("secret", "opens the endpoints for the trainer"),
+        ("api-key", "asked for on every path but /health"),
+    ):
+        parser.add_argument(
+            f"--{name}-env", default=None, help=f"name of the environment variable with what {meaning}"
+        )
     args = parser.parse_args(argv)
     secret, api_key = (os.environ[name] if name else "" for name in (args.secret_env, args.api_key_env))
     serve(ServeOptions(**args.options, secret=secret, api_key=api_key))

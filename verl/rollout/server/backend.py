@@ -1,4 +1,6 @@
-"""`verl serve` as an engine of a pool: a process with our own generator, whose weights follow the policy; it needs no other library."""
+"""`verl serve` as an engine of a pool: a process with our own generator, whose weights follow the policy; it
+needs no other library.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +40,27 @@ class EmbeddedServerOptions:
     Attributes:
         max_slots: answers generated at a time; further ones wait.
         device: auto, cpu or cuda.
-        recompute: after an update, caches of answers that go on are computed anew; else they stay those of the weights before.
+        recompute: after an update, caches of answers that go on are computed anew; else they stay those of
+            the weights before.
         threads: of PyTorch on a CPU; none: as the environment says.
-        pace_s: tokens of answers that go on are sent so often, together; those of a server that dies meanwhile are sampled again.
+        pace_s: tokens of answers that go on are sent so often, together; those of a server that dies
+            meanwhile are sampled again.
     """
 
     max_slots: int = 256
     device: str = "auto"
-    # With caches of the old weights, an answer that goes on is drawn from no policy's distribution: neither the old nor the new one
-    # gives its tokens these logprobs. Computing them anew costs one prefill of what is running.
+    # With caches of the old weights, an answer that goes on is drawn from no policy's distribution: neither
+    # the old nor the new one gives its tokens these logprobs. Computing them anew costs one prefill of what
+    # is running.
     recompute: bool = True
     threads: int | None = None
     pace_s: float = 0.1
 
 
 class EmbeddedServer(ServedEngine):
-    """Starts `verl.rollout.server.app`, or joins one that was started with the secret of the spec. See `EmbeddedServerOptions`."""
+    """Starts `verl.rollout.server.app`, or joins one that was started with the secret of the spec. See
+    `EmbeddedServerOptions`.
+    """
 
     vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
     seeds_by_place = True
@@ -64,7 +71,9 @@ class EmbeddedServer(ServedEngine):
         if spec.dtype not in _PRECISIONS:
             raise ValueError(f"need dtype {', '.join(_PRECISIONS)} for engine {spec.name}, got {spec.dtype}")
         if spec.address is not None and not spec.secret:
-            raise ValueError(f"need the secret of the server at {spec.address} to join it as engine {spec.name}")
+            raise ValueError(
+                f"need the secret of the server at {spec.address} to join it as engine {spec.name}"
+            )
         self._secret = spec.secret or secrets.token_hex(16)
         self._process: ServerProcess | None = None
         self._connection: Connection | None = None
@@ -109,7 +118,9 @@ class EmbeddedServer(ServedEngine):
             await self._process.end()
             self._process = None
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         async with aclosing(self._asked().sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
@@ -123,9 +134,15 @@ class EmbeddedServer(ServedEngine):
         """See `ServedEngine.resume`."""
         await self._command("resume", recompute=self._options.recompute)
 
-    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
-        """See `ServedEngine.join_group`; the group is one of `verl.weight_sync.process_group.open_group` on all sides."""
-        await self._command("join_group", address=address, port=port, rank=first_rank, num_ranks=num_ranks, backend=backend)
+    async def join_group(
+        self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
+    ) -> None:
+        """See `ServedEngine.join_group`; the group is one of `verl.weight_sync.process_group.open_group` on
+        all sides.
+        """
+        await self._command(
+            "join_group", address=address, port=port, rank=first_rank, num_ranks=num_ranks, backend=backend
+        )
 
     async def begin_update(self) -> None:
         """See `ServedEngine.begin_update`; nothing is sampled until an update has ended well."""
@@ -134,15 +151,21 @@ class EmbeddedServer(ServedEngine):
     async def load(self, part: Part) -> None:
         """See `ServedEngine.load`."""
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
-        await self._command("load", tensors=[asdict(info) for info in part.tensors], via=part.via, where=where)
+        await self._command(
+            "load", tensors=[asdict(info) for info in part.tensors], via=part.via, where=where
+        )
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`; weights that were not sent are an error, and the engine serves nothing until the next update."""
+        """See `ServedEngine.end_update`; weights that were not sent are an error, and the engine serves
+        nothing until the next update.
+        """
         return str((await self._command("end_update", version=version))["fingerprint"])
 
     async def load_additions(self, folder: Path, version: int) -> str:
         """See `ServedEngine.load_additions`; they are merged into the weights."""
-        return str((await self._command("load_additions", folder=str(folder), version=version))["fingerprint"])
+        return str(
+            (await self._command("load_additions", folder=str(folder), version=version))["fingerprint"]
+        )
 
     async def _started(self, deadline: float, *, is_last: bool) -> bool:
         """Starts the server; False if its port was taken meanwhile."""
@@ -156,8 +179,17 @@ class EmbeddedServer(ServedEngine):
             "group_timeout_s": self.spec.timeout_s,
             "pace_s": self._options.pace_s,
         }
-        command = [self.spec.python or sys.executable, "-m", "verl.rollout.server.app", json.dumps(options), "--secret-env", _SECRET]
-        self._process = ServerProcess(self.spec.name, command, environment=self._environment(), log=self.spec.log)
+        command = [
+            self.spec.python or sys.executable,
+            "-m",
+            "verl.rollout.server.app",
+            json.dumps(options),
+            "--secret-env",
+            _SECRET,
+        ]
+        self._process = ServerProcess(
+            self.spec.name, command, environment=self._environment(), log=self.spec.log
+        )
         try:
             await self._connect(f"http://127.0.0.1:{port}", deadline)
         except EngineError as error:
@@ -175,7 +207,9 @@ class EmbeddedServer(ServedEngine):
     async def _connect(self, address: str, deadline: float) -> None:
         """Waits until the server answers to the secret, as no other program at its port would."""
         connection = self._connection = Connection(self.spec.name, address, key=self._secret)
-        self._answers = AnswerClient(self.spec.name, lambda: connection.socket(PATH, MAX_MESSAGE_BYTES), timeout_s=self.spec.timeout_s)
+        self._answers = AnswerClient(
+            self.spec.name, lambda: connection.socket(PATH, MAX_MESSAGE_BYTES), timeout_s=self.spec.timeout_s
+        )
         while True:
             if self._process is not None:
                 self._process.check()
@@ -183,7 +217,9 @@ class EmbeddedServer(ServedEngine):
                 state = await self._connection.json("GET", "/control/state", timeout_s=_START_POLL_S)
                 if self._process is None or state.get("pid") == self._process.pid:
                     is_near = state.get("shared_memory") == shared_memory()
-                    self.vias = ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
+                    self.vias = (
+                        ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
+                    )
                     return
             except EngineError as error:
                 if time.monotonic() > deadline:

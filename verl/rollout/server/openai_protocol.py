@@ -1,4 +1,6 @@
-"""OpenAI's completions and chat completions as text in and text out of requests: what is understood, refused and answered; no network."""
+"""OpenAI's completions and chat completions as text in and text out of requests: what is understood, refused
+and answered; no network.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ _COMPLETION_TOKENS = 16
 
 # Say who asks, or what the answer is for: they change no answer.
 _HARMLESS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id"}
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+    }
 )
 # Known elsewhere, not here: fine with the value that changes nothing.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -47,8 +58,12 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
 }
-_SAMPLING = frozenset({"n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"})
-_OUTPUT = frozenset({"model", "logprobs", "stream", "stream_options", "return_token_ids", "detokenize", "first_answer"})
+_SAMPLING = frozenset(
+    {"n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"}
+)
+_OUTPUT = frozenset(
+    {"model", "logprobs", "stream", "stream_options", "return_token_ids", "detokenize", "first_answer"}
+)
 _COMPLETION_FIELDS = _SAMPLING | _OUTPUT | {"prompt"}
 _CHAT_FIELDS = _SAMPLING | _OUTPUT | {"messages", "max_completion_tokens", "top_logprobs"}
 _MESSAGE_FIELDS = frozenset({"role", "content", "name"})
@@ -57,7 +72,9 @@ _MESSAGE_FIELDS = frozenset({"role", "content", "name"})
 class Refusal(Exception):
     """A request that is not answered, as OpenAI's error object says it."""
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
@@ -132,11 +149,17 @@ class Reader:
         _check_names(body, _CHAT_FIELDS if is_chat else _COMPLETION_FIELDS)
         body = {name: value for name, value in body.items() if value is not None}
         if _field(body, "model", str, self.name) != self.name:
-            raise Refusal(f"the model {body['model']!r} does not exist; this server has {self.name!r}", status=404, code="model_not_found")
+            raise Refusal(
+                f"the model {body['model']!r} does not exist; this server has {self.name!r}",
+                status=404,
+                code="model_not_found",
+            )
         prompts = [self._messages(body.get("messages"))] if is_chat else self._prompts(body.get("prompt"))
         options = _field(body, "stream_options", dict, {})
         if unknown := sorted(options.keys() - {"include_usage"}):
-            raise Refusal(f"unknown stream option {unknown[0]!r}; include_usage is known", param="stream_options")
+            raise Refusal(
+                f"unknown stream option {unknown[0]!r}; include_usage is known", param="stream_options"
+            )
         return Asked(
             is_chat,
             prompts,
@@ -149,7 +172,9 @@ class Reader:
             _integer(body, "first_answer", 0, 0, 2**62) or 0,
         )
 
-    def _params(self, body: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, is_chat: bool) -> list[SamplingParams]:
+    def _params(
+        self, body: Mapping[str, Any], prompts: Sequence[Sequence[int]], *, is_chat: bool
+    ) -> list[SamplingParams]:
         stop = body.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
@@ -164,7 +189,11 @@ class Reader:
             n=_integer(body, "n", 1, 1, _MAX_ANSWERS) or 1,
             stop=tuple(stop),
             # One that the model has no output for never comes; some tokenizers know such.
-            stop_ids=tuple(i for i in self._whole(body.get("stop_token_ids", []), "stop_token_ids") if 0 <= i < self.vocabulary),
+            stop_ids=tuple(
+                i
+                for i in self._whole(body.get("stop_token_ids", []), "stop_token_ids")
+                if 0 <= i < self.vocabulary
+            ),
         )
         limit = self._max_tokens(body, is_chat=is_chat)
         return [self._fitting(common, prompt, limit, seed) for prompt in prompts]
@@ -176,7 +205,9 @@ class Reader:
             raise Refusal("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         return limits[0] if limits else None if is_chat else _COMPLETION_TOKENS
 
-    def _fitting(self, params: SamplingParams, prompt: Sequence[int], limit: int | None, seed: int | None) -> SamplingParams:
+    def _fitting(
+        self, params: SamplingParams, prompt: Sequence[int], limit: int | None, seed: int | None
+    ) -> SamplingParams:
         room = self.context - len(prompt)
         if room < (limit or 1):
             raise Refusal(
@@ -192,20 +223,28 @@ class Reader:
         if prompt is None or prompt == []:
             raise Refusal("need a prompt: a text, token ids, or a list of either", param="prompt")
         many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        prompts = [self.codec.encode(one, special_tokens=True) if isinstance(one, str) else self._ids(one, "prompt") for one in many]
+        prompts = [
+            self.codec.encode(one, special_tokens=True) if isinstance(one, str) else self._ids(one, "prompt")
+            for one in many
+        ]
         if not all(prompts):
             raise Refusal("need prompts of at least one token", param="prompt")
         return prompts
 
     def _whole(self, ids: Any, name: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise Refusal(f"need {name} as token ids{', a text, or a list of either' if name == 'prompt' else ''}", param=name)
+            raise Refusal(
+                f"need {name} as token ids{', a text, or a list of either' if name == 'prompt' else ''}",
+                param=name,
+            )
         return ids
 
     def _ids(self, ids: Any, name: str) -> list[int]:
         ids = self._whole(ids, name)
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
-            raise Refusal(f"need token ids from 0 to {self.vocabulary - 1} in {name}, got {wrong[0]}", param=name)
+            raise Refusal(
+                f"need token ids from 0 to {self.vocabulary - 1} in {name}, got {wrong[0]}", param=name
+            )
         return ids
 
     def _messages(self, messages: Any) -> list[int]:
@@ -215,7 +254,9 @@ class Reader:
         try:
             return self.codec.encode_prompt(Prompt(read))
         except (ValueError, TemplateError) as error:
-            raise Refusal(f"the chat template does not take these messages: {error}", param="messages") from error
+            raise Refusal(
+                f"the chat template does not take these messages: {error}", param="messages"
+            ) from error
 
 
 def _check_names(body: Mapping[str, Any], known: frozenset[str]) -> None:
@@ -224,20 +265,33 @@ def _check_names(body: Mapping[str, Any], known: frozenset[str]) -> None:
             continue
         if name in _WITHOUT_EFFECT:
             fine = " or ".join(repr(one) for one in _WITHOUT_EFFECT[name])
-            raise Refusal(f"{name} is not supported; leave it out, or give {fine}", param=name, code="unsupported_parameter")
+            raise Refusal(
+                f"{name} is not supported; leave it out, or give {fine}",
+                param=name,
+                code="unsupported_parameter",
+            )
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
-        raise Refusal(f"{name} is not a field that this server knows{hint}", param=name, code="unknown_parameter")
+        raise Refusal(
+            f"{name} is not a field that this server knows{hint}", param=name, code="unknown_parameter"
+        )
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise Refusal(f"need {place} with a role and content", param=place)
-    if unknown := sorted(name for name, value in message.items() if name not in _MESSAGE_FIELDS and value not in (None, [])):
-        raise Refusal(f"{place}.{unknown[0]} is not supported; a message has role, content and name", param=place)
+    if unknown := sorted(
+        name for name, value in message.items() if name not in _MESSAGE_FIELDS and value not in (None, [])
+    ):
+        raise Refusal(
+            f"{place}.{unknown[0]} is not supported; a message has role, content and name", param=place
+        )
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
             raise Refusal(f"need text alone in the content of {place}", param=place)
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -259,7 +313,9 @@ def _integer(body: Mapping[str, Any], name: str, default: int | None, low: int, 
     return value
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, fits: Callable[[float], bool], bounds: str) -> float:
+def _number(
+    body: Mapping[str, Any], name: str, default: float, fits: Callable[[float], bool], bounds: str
+) -> float:
     value = body.get(name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or not fits(value):
         raise Refusal(f"need {name} as a number, {bounds}, got {value!r}", param=name)
@@ -277,7 +333,8 @@ def _num_likeliest(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
 
 
 class AnswerText:
-    """The text of an answer while its tokens come, up to the first stop text; what might still change is held back.
+    """The text of an answer while its tokens come, up to the first stop text; what might still change is held
+    back.
 
     Attributes:
         tokens: so far.
@@ -338,7 +395,14 @@ class Writer:
     def of(cls, asked: Asked, reader: Reader) -> Writer:
         """With a new identity."""
         kind = "chatcmpl" if asked.is_chat else "cmpl"
-        return cls(asked, reader.name, reader.codec, reader.token_texts, f"{kind}-{secrets.token_hex(12)}", int(time.time()))
+        return cls(
+            asked,
+            reader.name,
+            reader.codec,
+            reader.token_texts,
+            f"{kind}-{secrets.token_hex(12)}",
+            int(time.time()),
+        )
 
     def whole(self, answers: Sequence[Sequence[Token]]) -> dict[str, Any]:
         """The body with all answers."""
@@ -359,15 +423,26 @@ class Writer:
         if not self.asked.is_chat:
             return []
         choices = [
-            {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            {
+                "index": i,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
             for i in range(self.asked.num_answers)
         ]
         prompt = {"prompt_token_ids": self.asked.prompts[0]} if self.asked.token_ids else {}
         return [{**self._head("chat.completion.chunk"), "choices": [choice], **prompt} for choice in choices]
 
     def event(self, answer: int, state: AnswerText, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """An event with some more tokens of one version, which are noted in the state; none if they say nothing yet."""
-        is_first, start, is_last = not state.tokens, state.num_characters, tokens[-1].finish_reason is not None
+        """An event with some more tokens of one version, which are noted in the state; none if they say
+        nothing yet.
+        """
+        is_first, start, is_last = (
+            not state.tokens,
+            state.num_characters,
+            tokens[-1].finish_reason is not None,
+        )
         ids = [token.token_id for token in tokens]
         text = state.add(ids, is_last=is_last) if self.asked.detokenize else ""
         state.tokens += tokens
@@ -375,7 +450,9 @@ class Writer:
             return None
         logprobs = self._logprobs(tokens, start)
         state.num_characters += sum(len(self._text(i)) for i in ids)
-        content: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.asked.is_chat else {"text": text}
+        content: dict[str, Any] = (
+            {"delta": {"content": text} if text else {}} if self.asked.is_chat else {"text": text}
+        )
         choice = {"index": answer, **content, "logprobs": logprobs, "finish_reason": tokens[-1].finish_reason}
         if self.asked.token_ids:
             choice["token_ids"] = ids
@@ -387,7 +464,11 @@ class Writer:
     def closing(self, answers: Sequence[Sequence[Token]]) -> list[dict[str, Any]]:
         """The last event, if it is asked for: the counts."""
         kind = "chat.completion.chunk" if self.asked.is_chat else "text_completion"
-        return [{**self._head(kind), "choices": [], "usage": self.usage(answers)}] if self.asked.usage_in_stream else []
+        return (
+            [{**self._head(kind), "choices": [], "usage": self.usage(answers)}]
+            if self.asked.usage_in_stream
+            else []
+        )
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.identity, "object": kind, "created": self.created_s, "model": self.name}
@@ -395,7 +476,11 @@ class Writer:
     def _choice(self, answer: int, tokens: Sequence[Token]) -> dict[str, Any]:
         ids = [token.token_id for token in tokens]
         text = self.codec.answer_text(ids, self.asked.params[0].stop) if self.asked.detokenize else ""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.asked.is_chat else {"text": text}
+        content = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self.asked.is_chat
+            else {"text": text}
+        )
         choice: dict[str, Any] = {
             "index": answer,
             **content,
@@ -441,5 +526,7 @@ class Writer:
         if not self.asked.detokenize:
             return ""
         if token_id not in self.token_texts:
-            self.token_texts[token_id] = str(self.codec.tokenizer.decode([token_id], skip_special_tokens=False))
+            self.token_texts[token_id] = str(
+                self.codec.tokenizer.decode([token_id], skip_special_tokens=False)
+            )
         return self.token_texts[token_id]

@@ -1,11 +1,13 @@
-"""Many answers over one connection: what a trainer asks of a server of its own and what comes back, in few messages.
+"""Many answers over one connection: what a trainer asks of a server of its own and what comes back, in few
+messages.
 
-Messages go over a WebSocket. To the server JSON objects: `ask`, a list of [number of the first answer on this connection, a body as for
-completions], whose answers are numbered on from there; and `drop`, numbers of answers that are not wanted any more. Back come bytes: the
-length of a JSON object as 4 bytes, the object, then all new ids as 8 bytes each and their logprobs likewise, all little-endian. In the
-object are `tokens`, a list of [number, version, how many of the ids, finish reason or null], and `failed`, a list of [numbers, whether it
-is a refusal, message]; an empty one says that the model is alive. As bytes, because thousands of numbers in JSON keep the interpreter of
-the trainer busy.
+Messages go over a WebSocket. To the server JSON objects: `ask`, a list of [number of the first answer on this
+connection, a body as for completions], whose answers are numbered on from there; and `drop`, numbers of
+answers that are not wanted any more. Back come bytes: the length of a JSON object as 4 bytes, the object,
+then all new ids as 8 bytes each and their logprobs likewise, all little-endian. In the object are `tokens`, a
+list of [number, version, how many of the ids, finish reason or null], and `failed`, a list of [numbers,
+whether it is a refusal, message]; an empty one says that the model is alive. As bytes, because thousands of
+numbers in JSON keep the interpreter of the trainer busy.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class _Wanted:
 class AnswerClient:
     """Asks for answers over a connection that is opened when it is first needed, and again after it broke.
 
-    What is asked at about the same time goes out in one message, and answers to one prompt as one request, so that the server computes
-    the prompt once.
+    What is asked at about the same time goes out in one message, and answers to one prompt as one request, so
+    that the server computes the prompt once.
 
     Args:
         name: of the engine, for messages.
@@ -75,7 +77,13 @@ class AnswerClient:
         timeout_s: longest time without a sign of life while answers are on their way.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse[bool]]], *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Awaitable[aiohttp.ClientWebSocketResponse[bool]]],
+        *,
+        timeout_s: float,
+    ) -> None:
         self._name, self._connect, self._timeout_s = name, connect, timeout_s
         self._numbers = itertools.count()
         self._wanted: dict[int, _Wanted] = {}
@@ -85,7 +93,9 @@ class AnswerClient:
         self._to_send = asyncio.Event()
         self._heard_s = 0.0
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         wanted, place = _Wanted(prompt_ids, params, number), next(self._numbers)
         self._ask(place, wanted)
@@ -125,7 +135,10 @@ class AnswerClient:
         works: list[asyncio.Task[None]] = []
         try:
             socket = await asyncio.wait_for(self._connect(), self._timeout_s)
-            works = [asyncio.create_task(work) for work in (self._send(socket), self._receive(socket), self._watch())]
+            works = [
+                asyncio.create_task(work)
+                for work in (self._send(socket), self._receive(socket), self._watch())
+            ]
             done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
             for work in done:
                 work.result()
@@ -134,14 +147,18 @@ class AnswerClient:
         except asyncio.TimeoutError:
             error = self._silence()
         except (aiohttp.ClientError, OSError, RuntimeError) as caught:
-            error = EngineError(f"{self._name} cannot be asked for answers: {type(caught).__name__}: {caught}")
+            error = EngineError(
+                f"{self._name} cannot be asked for answers: {type(caught).__name__}: {caught}"
+            )
         finally:
             # Before anything is awaited: whoever asks from here on gets a connection of its own.
             self._work = None
             self._fail_all(error)
             for work in works:
                 work.cancel()
-                work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # one error is enough
+                work.add_done_callback(
+                    lambda ended: ended.cancelled() or ended.exception()
+                )  # one error is enough
             if socket is not None:
                 await socket.close()
 
@@ -162,7 +179,9 @@ class AnswerClient:
             try:
                 self._take(message.data)
             except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
-                raise EngineError(f"{self._name} sends what are no answers: {message.data[:500]!r}") from error
+                raise EngineError(
+                    f"{self._name} sends what are no answers: {message.data[:500]!r}"
+                ) from error
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -226,7 +245,9 @@ def _body(first: _Wanted, count: int) -> dict[str, Any]:
 
 
 class _Asked:
-    """Answers that were asked for together, as the server sees them; tokens that were not sent yet are by answer."""
+    """Answers that were asked for together, as the server sees them; tokens that were not sent yet are by
+    answer.
+    """
 
     def __init__(self, first: int, count: int, request: Request) -> None:
         self.first, self.request = first, request
@@ -243,12 +264,18 @@ class _Asked:
         return bool(self.tokens)
 
     def take(self, *, everything: bool) -> list[tuple[int, list[Token]]]:
-        """What is to be sent of answers that have ended, or of all: the number of each, and tokens of one version."""
+        """What is to be sent of answers that have ended, or of all: the number of each, and tokens of one
+        version.
+        """
         numbers = list(self.tokens) if everything else self.ended
         parts = [part for answer in numbers if answer in self.open for part in self._parts(answer)]
         for answer in self.ended:
             self.open.pop(answer, None)
-        self.tokens = {} if everything else {answer: tokens for answer, tokens in self.tokens.items() if answer not in self.ended}
+        self.tokens = (
+            {}
+            if everything
+            else {answer: tokens for answer, tokens in self.tokens.items() if answer not in self.ended}
+        )
         self.ended = []
         return parts
 
@@ -260,8 +287,9 @@ class _Asked:
 class AnswerStreams:
     """Server of `AnswerClient`s.
 
-    Answers that have ended are sent at once, all with what came meanwhile, and those that go on each `pace_s`: a message costs more
-    than many tokens, and a client that loses the server loses no more than what came in that time.
+    Answers that have ended are sent at once, all with what came meanwhile, and those that go on each
+    `pace_s`: a message costs more than many tokens, and a client that loses the server loses no more than
+    what came in that time.
 
     Args:
         thread: of the model.
@@ -270,7 +298,9 @@ class AnswerStreams:
         pace_s: see above.
     """
 
-    def __init__(self, thread: GenerationThread, reader: Reader, *, check: Callable[[], None], pace_s: float) -> None:
+    def __init__(
+        self, thread: GenerationThread, reader: Reader, *, check: Callable[[], None], pace_s: float
+    ) -> None:
         self._thread, self._reader, self._check, self._pace_s = thread, reader, check, pace_s
         self._streams: dict[_Stream, None] = {}
 
@@ -301,7 +331,9 @@ class AnswerStreams:
 class _Stream:
     """One connection of `AnswerStreams`."""
 
-    def __init__(self, thread: GenerationThread, reader: Reader, check: Callable[[], None], pace_s: float) -> None:
+    def __init__(
+        self, thread: GenerationThread, reader: Reader, check: Callable[[], None], pace_s: float
+    ) -> None:
         self._thread, self._reader, self._check, self._pace_s = thread, reader, check, pace_s
         self._asked: list[_Asked] = []
         self._failed: list[tuple[list[int], bool, str]] = []
@@ -355,7 +387,9 @@ class _Stream:
             self._check()
             read = self._reader.read(body, is_chat=False)
         except Refusal as refusal:
-            self._failed.append((list(range(first, first + int(body["n"]))), refusal.status < 500, str(refusal)))
+            self._failed.append(
+                (list(range(first, first + int(body["n"]))), refusal.status < 500, str(refusal))
+            )
             self._arrived.set()
             return
         request = Request(read.num_answers, pace_s=self._pace_s, arrived=self._arrived)
@@ -371,10 +405,14 @@ class _Stream:
         self._thread.drop(asked.request, own if asked.open else None)
 
     def _collect(self) -> bool:
-        """Looks for new tokens, and for answers that have failed; whether there are tokens that were not sent."""
+        """Looks for new tokens, and for answers that have failed; whether there are tokens that were not
+        sent.
+        """
         for asked in self._asked:
             if asked.request.failure is not None and asked.open:
-                self._failed.append(([asked.first + answer for answer in asked.open], False, asked.request.failure))
+                self._failed.append(
+                    ([asked.first + answer for answer in asked.open], False, asked.request.failure)
+                )
                 asked.open = {}
         return sum(asked.collect() for asked in self._asked) > 0  # all are to be asked
 
@@ -393,7 +431,9 @@ def _packed(parts: Sequence[tuple[int, list[Token]]], failed: Sequence[Any]) -> 
     told = [(place, run[-1].version, len(run), run[-1].finish_reason) for place, run in parts]
     head = _dumped({name: found for name, found in (("tokens", told), ("failed", failed)) if found}).encode()
     tokens = [token for _, run in parts for token in run]
-    numbers = struct.pack(f"<{len(tokens)}q{len(tokens)}d", *(t.token_id for t in tokens), *(t.logprob for t in tokens))
+    numbers = struct.pack(
+        f"<{len(tokens)}q{len(tokens)}d", *(t.token_id for t in tokens), *(t.logprob for t in tokens)
+    )
     return struct.pack("<I", len(head)) + head + numbers
 
 

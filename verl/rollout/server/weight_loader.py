@@ -1,4 +1,6 @@
-"""Weights into a model, part by part, as an engine takes them: what came, what is missing, and which weights they are."""
+"""Weights into a model, part by part, as an engine takes them: what came, what is missing, and which weights
+they are.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,13 @@ class WeightIntake:
         # As they were before low-rank additions were added, of the matrices that have some.
         self._without_additions: dict[str, Tensor] = {}
 
-    def join_group(self, address: str, port: int, rank: int, *, num_ranks: int, backend: str, timeout_s: float) -> None:
+    def join_group(
+        self, address: str, port: int, rank: int, *, num_ranks: int, backend: str, timeout_s: float
+    ) -> None:
         """Joins the group over which parts come, in place of one before."""
-        self._arrivals.join(address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s)
+        self._arrivals.join(
+            address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
+        )
 
     def begin(self) -> None:
         """Forgets what was taken before, whether it was ended or not."""
@@ -85,7 +91,9 @@ class WeightIntake:
             own = self._own.get(info.name)
             if own is None or tuple(own.shape) != tuple(tensor.shape):
                 found = "no such tensor" if own is None else f"one of shape {tuple(own.shape)}"
-                raise ValueError(f"need tensors that the model has, got {info.name} of shape {tuple(tensor.shape)}; the model has {found}")
+                raise ValueError(
+                    f"need tensors that the model has, got {info.name} of shape {tuple(tensor.shape)}; the model has {found}"
+                )
             own.copy_(tensor)
             self._names.add(info.name)
             # Of what the model has now, in the dtype that was sent: a lossy copy would show.
@@ -102,19 +110,27 @@ class WeightIntake:
         if not self.is_open:
             raise ValueError("need begin_update before end_update")
         self.is_open = False
-        # Names of one storage, such as a tied head's, count as one. Buffers, which no optimizer changes, need not be sent.
+        # Names of one storage, such as a tied head's, count as one. Buffers, which no optimizer changes, need
+        # not be sent.
         covered = {self._own[name].data_ptr() for name in self._names}
-        parameters = [(name, tensor) for name, tensor in self._own.items() if isinstance(tensor, nn.Parameter) and tensor.numel() > 0]
+        parameters = [
+            (name, tensor)
+            for name, tensor in self._own.items()
+            if isinstance(tensor, nn.Parameter) and tensor.numel() > 0
+        ]
         missing = [name for name, tensor in parameters if tensor.data_ptr() not in covered]
         if missing:
-            raise ValueError(f"need all weights in an update, but {len(missing)} were not sent: {_some(missing)}")
+            raise ValueError(
+                f"need all weights in an update, but {len(missing)} were not sent: {_some(missing)}"
+            )
         self._without_additions = {}
         self.is_torn = False
         return fingerprint(self._taken)
 
     @torch.no_grad()
     def load_additions(self, folder: Path) -> str:
-        """Adds low-rank additions in PEFT format to the weights, in place of those before; the fingerprint of their file.
+        """Adds low-rank additions in PEFT format to the weights, in place of those before; the fingerprint of
+        their file.
 
         Raises:
             ValueError: they do not fit the model, or are of a kind that is not known here.
@@ -122,21 +138,34 @@ class WeightIntake:
         if self.is_torn:
             raise ValueError("need whole weights before additions; the last update was not completed")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if config.get("use_dora") or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise ValueError("need plain low-rank additions of one rank, without DoRA, rank-stabilized scaling or patterns")
+        if (
+            config.get("use_dora")
+            or config.get("use_rslora")
+            or config.get("rank_pattern")
+            or config.get("alpha_pattern")
+        ):
+            raise ValueError(
+                "need plain low-rank additions of one rank, without DoRA, rank-stabilized scaling or patterns"
+            )
         scaling = config["lora_alpha"] / config["r"]
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         ups = {name: name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
         targets = {name: name.removeprefix(_PEFT_PREFIX).replace(".lora_A.", ".") for name in ups}
         unknown = [name for name in tensors if name not in ups and name not in ups.values()]
-        unknown += [name for name, target in targets.items() if target not in self._own or ups[name] not in tensors]
+        unknown += [
+            name for name, target in targets.items() if target not in self._own or ups[name] not in tensors
+        ]
         if unknown:
-            raise ValueError(f"need additions lora_A and lora_B to matrices of the model, got {_some(unknown)}")
+            raise ValueError(
+                f"need additions lora_A and lora_B to matrices of the model, got {_some(unknown)}"
+            )
         for name, target in targets.items():
             shape = (tensors[ups[name]].shape[0], tensors[name].shape[1])
             if tuple(self._own[target].shape) != shape:
-                raise ValueError(f"need additions of the shape of the matrix {target}, {tuple(self._own[target].shape)}, got {shape}")
+                raise ValueError(
+                    f"need additions of the shape of the matrix {target}, {tuple(self._own[target].shape)}, got {shape}"
+                )
         for name, base in self._without_additions.items():
             self._own[name].copy_(base)
         for name, target in targets.items():
@@ -147,7 +176,9 @@ class WeightIntake:
         return fingerprint({name: digest(tensor) for name, tensor in tensors.items()})
 
 
-def _from_folder(folder: Path, wanted: Sequence[TensorInfo], own: Mapping[str, Tensor]) -> Iterator[tuple[TensorInfo, Tensor]]:
+def _from_folder(
+    folder: Path, wanted: Sequence[TensorInfo], own: Mapping[str, Tensor]
+) -> Iterator[tuple[TensorInfo, Tensor]]:
     """The tensors of a Hugging Face folder that are wanted, by the names of the model; none named: all."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -159,9 +190,15 @@ def _from_folder(folder: Path, wanted: Sequence[TensorInfo], own: Mapping[str, T
             found |= {name: file.get_tensor(name) for name in file.keys() if not infos or name in infos}  # noqa: SIM118
     if not set(infos or found) <= found.keys() or not found.keys() <= own.keys():
         # Some families name their tensors otherwise in files than in the model; Transformers knows how.
-        found = {name: t for name, t in load_language_model(str(folder)).state_dict().items() if not infos or name in infos}
+        found = {
+            name: t
+            for name, t in load_language_model(str(folder)).state_dict().items()
+            if not infos or name in infos
+        }
     if missing := sorted(infos.keys() - found.keys()):
-        raise RuntimeError(f"need the tensors of the update in {folder}, but {len(missing)} are not there: {_some(missing)}")
+        raise RuntimeError(
+            f"need the tensors of the update in {folder}, but {len(missing)} are not there: {_some(missing)}"
+        )
     for name, tensor in found.items():
         came = TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         yield infos.get(name, came), tensor.to(dtype_of(infos[name])) if name in infos else tensor

@@ -31,15 +31,19 @@ class Client:
         is_paused: whether it may be silent.
     """
 
-    def __init__(self, name: str, address: str, *, secret: str, timeout_s: float, check: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, address: str, *, secret: str, timeout_s: float, check: Callable[[], None]
+    ) -> None:
         self._name, self._address, self._secret = name, address.rstrip("/"), secret
         self._timeout_s, self._check = timeout_s, check
         self._heard_s = 0.0
         self.is_paused = False
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        # How many requests run at a time is decided elsewhere. A connection for each: the server closes those that wait for 5 s, which
-        # fails the next request on them.
-        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        # How many requests run at a time is decided elsewhere. A connection for each: the server closes those
+        # that wait for 5 s, which fails the next request on them.
+        self._session = aiohttp.ClientSession(
+            headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+        )
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -52,7 +56,9 @@ class Client:
     async def is_ready(self) -> bool:
         """Whether it answers that it is well."""
         try:
-            async with self._session.get(f"{self._address}/health", timeout=aiohttp.ClientTimeout(total=_READY_S)) as response:
+            async with self._session.get(
+                f"{self._address}/health", timeout=aiohttp.ClientTimeout(total=_READY_S)
+            ) as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -66,7 +72,9 @@ class Client:
         """
         limit = aiohttp.ClientTimeout(total=self._timeout_s)
         try:
-            async with self._session.request(method, f"{self._address}{path}", json=body, timeout=limit) as response:
+            async with self._session.request(
+                method, f"{self._address}{path}", json=body, timeout=limit
+            ) as response:
                 text = await response.text()
         except asyncio.TimeoutError:
             raise self.failed(f"did not answer {path} for {self._timeout_s:g} s") from None
@@ -83,7 +91,9 @@ class Client:
             EngineError: the stream broke, or nothing came from the server for too long, on any stream.
             RefusedError: the server will not answer this.
         """
-        post = self._session.post(f"{self._address}{path}", json=body, timeout=aiohttp.ClientTimeout(total=None))
+        post = self._session.post(
+            f"{self._address}{path}", json=body, timeout=aiohttp.ClientTimeout(total=None)
+        )
         try:
             async with await self._heard(post) as response:
                 if response.status != 200:

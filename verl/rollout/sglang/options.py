@@ -1,4 +1,6 @@
-"""Options of SGLang's server as its command line has them, and what the folder of a model says that the server would not."""
+"""Options of SGLang's server as its command line has them, and what the folder of a model says that the
+server would not.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import Any
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
-    """Arguments of a command: `tp_size: 2` as --tp-size 2, true as a flag, false and None not at all, a list as many, a dict as JSON."""
+    """Arguments of a command: `tp_size: 2` as --tp-size 2, true as a flag, false and None not at all, a list
+    as many, a dict as JSON.
+    """
     arguments: list[str] = []
     for name, value in options.items():
         if value is False or value is None:

@@ -1,4 +1,6 @@
-"""SGLang servers behind the contract of engines: started or joined, sampled from by token ids, given weights through a loader of ours."""
+"""SGLang servers behind the contract of engines: started or joined, sampled from by token ids, given weights
+through a loader of ours.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,20 @@ from verl.weight_sync.shard_tracking import as_reads
 from verl.weight_sync.types import Part, Via
 
 OLDEST = "0.5.17"
-_NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation", "/flush_cache", "/update_weights_from_tensor")
+_NEEDED = (
+    "/generate",
+    "/abort_request",
+    "/pause_generation",
+    "/continue_generation",
+    "/flush_cache",
+    "/update_weights_from_tensor",
+)
 # Chosen here, or by the settings of the run.
-_OWN_OPTIONS = frozenset({"model", "model_path", "host", "port", "api_key", "admin_api_key", "config", "dtype", "weight_version"})
-# Deltas: a stream of everything so far grows with the square of the answer. The level keeps one line per request out of the log.
+_OWN_OPTIONS = frozenset(
+    {"model", "model_path", "host", "port", "api_key", "admin_api_key", "config", "dtype", "weight_version"}
+)
+# Deltas: a stream of everything so far grows with the square of the answer. The level keeps one line per
+# request out of the log.
 _OPTIONS = {"sleep_on_idle": True, "incremental_streaming_output": True, "log_level_http": "warning"}
 _CPU_OPTIONS = {
     "device": "cpu",
@@ -51,11 +63,20 @@ _CPU_OPTIONS = {
     "max_total_tokens": 32768,
     "max_running_requests": 64,
 }
-# Of a launcher like torchrun: with them the server would look for ranks of training. The last one makes its logprobs those before the
-# temperature.
-_NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+# Of a launcher like torchrun: with them the server would look for ranks of training. The last one makes its
+# logprobs those before the temperature.
+_NOT_INHERITED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 _ORIGINAL_LOGPROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
-# SGLang keeps some tokens of the context for itself; it must have them beyond those of the model, and wants to be told that this is meant.
+# SGLang keeps some tokens of the context for itself; it must have them beyond those of the model, and wants
+# to be told that this is meant.
 _RESERVED_TOKENS = 8
 _LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _CPU_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
@@ -66,11 +87,12 @@ _ABORT_S = 5.0
 
 
 class SGLangServer(ServedEngine):
-    """One SGLang server with its tensor-parallel ranks; `received_bytes` are those that each took of the last update.
+    """One SGLang server with its tensor-parallel ranks; `received_bytes` are those that each took of the last
+    update.
 
-    Weights are taken by `verl.rollout.sglang.worker.load` in each rank, whatever the way: it computes the digests of what it hands to
-    the model, and says what the model reads of it. A pause retracts the requests that run: they go on after it with a
-    cache that the new weights have computed.
+    Weights are taken by `verl.rollout.sglang.worker.load` in each rank, whatever the way: it computes the
+    digests of what it hands to the model, and says what the model reads of it. A pause retracts the requests
+    that run: they go on after it with a cache that the new weights have computed.
     """
 
     vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
@@ -106,7 +128,13 @@ class SGLangServer(ServedEngine):
         self._folder = Path(tempfile.mkdtemp(prefix="verl-sglang-"))
         port = free_port()
         address = self.spec.address or f"http://127.0.0.1:{port}"
-        self._client = Client(self.spec.name, address, secret=self.spec.secret, timeout_s=self.spec.timeout_s, check=self._check_process)
+        self._client = Client(
+            self.spec.name,
+            address,
+            secret=self.spec.secret,
+            timeout_s=self.spec.timeout_s,
+            check=self._check_process,
+        )
         try:
             if self.spec.address is None:
                 await self._start(port)
@@ -115,7 +143,9 @@ class SGLangServer(ServedEngine):
             await self.close()
             raise
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         body = self._request(prompt_ids, params, seed_of(params, number))
         answer = Answer(truncates=body["return_sampling_mask"])
@@ -135,7 +165,9 @@ class SGLangServer(ServedEngine):
         try:
             await self._ask("GET", "/server_info")
         except (RefusedError, ValueError) as error:
-            raise EngineError(self._asked.told(f"{self.spec.name} does not say how it is: {error}")) from error
+            raise EngineError(
+                self._asked.told(f"{self.spec.name} does not say how it is: {error}")
+            ) from error
 
     async def close(self) -> None:
         """See `ServedEngine.close`."""
@@ -152,7 +184,8 @@ class SGLangServer(ServedEngine):
     async def pause(self) -> None:
         """See `ServedEngine.pause`."""
         self._asked.is_paused = True
-        # Not in place: the cache of requests that run could not be flushed, and they would go on with keys and values of old weights.
+        # Not in place: the cache of requests that run could not be flushed, and they would go on with keys
+        # and values of old weights.
         await self._command("/pause_generation", {"mode": "retract"})
 
     async def resume(self) -> None:
@@ -161,17 +194,24 @@ class SGLangServer(ServedEngine):
         await self._command("/continue_generation", {})
         self._asked.resumed()
 
-    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
+    async def join_group(
+        self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
+    ) -> None:
         """See `ServedEngine.join_group`."""
         if backend != "gloo":
             raise ValueError(f"need the backend gloo for weights to SGLang, got {backend}")
         limit_s = self.spec.timeout_s
         where = {"address": address, "port": port, "first_rank": first_rank, "num_ranks": num_ranks}
-        self._store = await asyncio.to_thread(report_store, address, port, num_ranks=num_ranks, timeout_s=limit_s)
+        self._store = await asyncio.to_thread(
+            report_store, address, port, num_ranks=num_ranks, timeout_s=limit_s
+        )
         opens = not self._in_session
         if opens:
             await self._begin_session()
-        await self._order([Part((), "group", {**where, "backend": backend, "timeout_s": limit_s})] * self.num_ranks, joins=True)
+        await self._order(
+            [Part((), "group", {**where, "backend": backend, "timeout_s": limit_s})] * self.num_ranks,
+            joins=True,
+        )
         if opens:
             await self._end_session()
 
@@ -192,7 +232,9 @@ class SGLangServer(ServedEngine):
     async def end_update(self, version: int) -> str:
         """See `ServedEngine.end_update`."""
         await self._end_session()
-        await self._command("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._command(
+            "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
+        )
         if any(self._seen):
             self.reads = tuple(as_reads(seen) for seen in self._seen)
         return fingerprint_of_ranks(self._digests)
@@ -205,7 +247,9 @@ class SGLangServer(ServedEngine):
         self._additions = name
         if before is not None:
             await self._command("/unload_lora_adapter", {"lora_name": before})
-        await self._command("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._command(
+            "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
+        )
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             return fingerprint({key: digest(file.get_tensor(key)) for key in file.keys()})  # noqa: SIM118 - it is not a mapping
 
@@ -216,7 +260,9 @@ class SGLangServer(ServedEngine):
             RuntimeError: requests run, which would end the server.
         """
         if self._running:
-            raise RuntimeError(f"need an idle engine before it sleeps, but {self.spec.name} has {self._running} requests")
+            raise RuntimeError(
+                f"need an idle engine before it sleeps, but {self.spec.name} has {self._running} requests"
+            )
         if not self._asleep:
             await self._command("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
         self._asleep = True
@@ -261,15 +307,23 @@ class SGLangServer(ServedEngine):
 
     async def _start(self, port: int) -> None:
         assert self._folder is not None
-        # The server imports its loader: this package alone is put on its path, not all that is installed beside it.
+        # The server imports its loader: this package alone is put on its path, not all that is installed
+        # beside it.
         (self._folder / "verl").symlink_to(Path(verl.__file__).parent)
         # SGLang prints its settings with the secret.
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self.spec.log.touch(mode=0o600)
         on_cpu = not torch.accelerator.is_available()
-        command = [self.spec.python or sys.executable, "-m", "sglang.launch_server", *self._flags(port, on_cpu=on_cpu)]
+        command = [
+            self.spec.python or sys.executable,
+            "-m",
+            "sglang.launch_server",
+            *self._flags(port, on_cpu=on_cpu),
+        ]
         environment: dict[str, str | None] = dict.fromkeys((*_NOT_INHERITED, _ORIGINAL_LOGPROBS))
-        environment["PYTHONPATH"] = os.pathsep.join([str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         if "context_length" not in self.spec.options and "context-length" not in self.spec.options:
             environment[_LONGER_CONTEXT] = "1"
         if on_cpu:
@@ -282,7 +336,9 @@ class SGLangServer(ServedEngine):
             self._check_start()
             if time.monotonic() > deadline_s:
                 raise EngineError(
-                    self._asked.told(f"{self.spec.name} did not start in {self.spec.start_timeout_s:.0f} s{self._process.last_lines()}")
+                    self._asked.told(
+                        f"{self.spec.name} did not start in {self.spec.start_timeout_s:.0f} s{self._process.last_lines()}"
+                    )
                 )
             await asyncio.sleep(_POLL_S)
         (self._folder / "secret.yaml").unlink(missing_ok=True)
@@ -300,7 +356,9 @@ class SGLangServer(ServedEngine):
         assert self._folder is not None
         given = {name.replace("-", "_"): value for name, value in self.spec.options.items()}
         if taken := sorted(_OWN_OPTIONS & given.keys()):
-            raise ValueError(f"need engine options that the run does not choose itself, got {', '.join(taken)}")
+            raise ValueError(
+                f"need engine options that the run does not choose itself, got {', '.join(taken)}"
+            )
         loaders = given.pop("custom_weight_loader", [])
         own = {"model_path": self.spec.model, "host": "127.0.0.1", "port": port, "dtype": self.spec.dtype}
         room = {"context_length": self._context + _RESERVED_TOKENS} if self._context else {}
@@ -319,7 +377,9 @@ class SGLangServer(ServedEngine):
         except EngineError as error:
             # What SGLang says of an option: the last word of its parser, or of the checks of the values.
             if refusals := [line for line in self._log_lines() if _REFUSAL.search(line)]:
-                raise ValueError(self._asked.told(f"SGLang refuses what it was given: {refusals[-1]}\n  {error}")) from None
+                raise ValueError(
+                    self._asked.told(f"SGLang refuses what it was given: {refusals[-1]}\n  {error}")
+                ) from None
             raise
 
     async def _learn(self) -> None:
@@ -335,9 +395,13 @@ class SGLangServer(ServedEngine):
         missing = [path for path in _NEEDED if path not in paths]
         if missing or "sampling_mask_max_tokens" not in info:
             lacking = ", ".join(missing) or "sampling masks"
-            raise ValueError(f"need SGLang {OLDEST} or newer for engine {self.spec.name}, got {version}, without {lacking}")
+            raise ValueError(
+                f"need SGLang {OLDEST} or newer for engine {self.spec.name}, got {version}, without {lacking}"
+            )
         if info["dp_size"] != 1 or info["pp_size"] != 1:
-            raise ValueError("need dp_size 1 and pp_size 1 of SGLang, as each replica is a server of its own: set rollout.servers")
+            raise ValueError(
+                "need dp_size 1 and pp_size 1 of SGLang, as each replica is a server of its own: set rollout.servers"
+            )
         self.follows = LOADER in info["custom_weight_loader"]
         if self.spec.address is not None and not self.follows:
             raise ValueError(
@@ -351,7 +415,9 @@ class SGLangServer(ServedEngine):
     def _request(self, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> dict[str, Any]:
         if not all(0 <= token < self._vocabulary for token in prompt_ids) or not prompt_ids:
             # SGLang would not refuse it, but die of it.
-            raise RefusedError(f"need prompt ids from 0 up to {self._vocabulary - 1}, at least one; got {list(prompt_ids)[:20]}")
+            raise RefusedError(
+                f"need prompt ids from 0 up to {self._vocabulary - 1}, at least one; got {list(prompt_ids)[:20]}"
+            )
         truncates = params.truncates and params.temperature > 0
         sampling = {
             "temperature": params.temperature,
@@ -374,7 +440,8 @@ class SGLangServer(ServedEngine):
             "sampling_params": sampling,
             "stream": True,
             "return_logprob": True,
-            # SGLang's logprobs are those before the truncation; with the mask come those of what was drawn from.
+            # SGLang's logprobs are those before the truncation; with the mask come those of what was drawn
+            # from.
             "return_sampling_mask": truncates,
         }
         return body if self._additions is None else {**body, "lora_path": self._additions}
@@ -415,7 +482,9 @@ class SGLangServer(ServedEngine):
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, RefusedError):
                 raise
-            raise self._asked.failed(f"answers what cannot be read: {error!r} in {str(event)[:500]}") from error
+            raise self._asked.failed(
+                f"answers what cannot be read: {error!r} in {str(event)[:500]}"
+            ) from error
 
     def _abort(self, rid: str) -> None:
         """Tells the server, without waiting: the caller may be cancelled itself."""
@@ -445,7 +514,9 @@ class SGLangServer(ServedEngine):
             await self._command("/end_weight_update", {})
 
     async def _order(self, parts: Sequence[Part], *, joins: bool = False) -> list[dict[str, Any]]:
-        """Lets the loader in each rank take a part, or join a group by what is in place of one; what each reports."""
+        """Lets the loader in each rank take a part, or join a group by what is in place of one; what each
+        reports.
+        """
         number, self._num_orders = self._num_orders, self._num_orders + 1
         in_store = parts[0].via in ("group", "direct")
         common = {
@@ -455,10 +526,18 @@ class SGLangServer(ServedEngine):
             "number": number,
             "folder": None if in_store else str(self._folder),
         }
-        orders = [{**common, "where": dict(part.where), "reads": part.reads, "rank": rank} for rank, part in enumerate(parts)]
+        orders = [
+            {**common, "where": dict(part.where), "reads": part.reads, "rank": rank}
+            for rank, part in enumerate(parts)
+        ]
         selector = {"selector": "target"} if self._has_sessions else {}
         # Flushed once, when the update is there.
-        body = {"serialized_named_tensors": [_payload(order) for order in orders], "load_format": LOADER, "flush_cache": False, **selector}
+        body = {
+            "serialized_named_tensors": [_payload(order) for order in orders],
+            "load_format": LOADER,
+            "flush_cache": False,
+            **selector,
+        }
         await self._command("/update_weights_from_tensor", body)
         reports = [await self._report(number, rank, in_store=in_store) for rank in range(self.num_ranks)]
         if errors := [report["error"] for report in reports if "error" in report]:
@@ -473,7 +552,9 @@ class SGLangServer(ServedEngine):
             else:
                 content = report_file(self._folder, number, rank).read_text(encoding="utf-8")
         except (OSError, RuntimeError) as error:
-            raise EngineError(f"rank {rank} of {self.spec.name} has not said what weights it took: {error}") from error
+            raise EngineError(
+                f"rank {rank} of {self.spec.name} has not said what weights it took: {error}"
+            ) from error
         report: dict[str, Any] = json.loads(content)
         return report
 

@@ -1,4 +1,6 @@
-"""What an SGLang server streams for one request, as chunks: deltas or everything so far, with the versions that it says."""
+"""What an SGLang server streams for one request, as chunks: deltas or everything so far, with the versions
+that it says.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Answer:
     """The tokens of one request as they come.
 
     Args:
-        truncates: whether the logprobs are those of a truncated distribution, which SGLang gives beside its usual ones.
+        truncates: whether the logprobs are those of a truncated distribution, which SGLang gives beside its
+            usual ones.
 
     Attributes:
         is_finished: whether the last chunk has come.
@@ -42,10 +45,17 @@ class Answer:
         entries = _last(meta["output_token_logprobs"], num_new)
         if [entry[1] for entry in entries] != list(ids):
             raise ValueError(f"logprobs of {[entry[1] for entry in entries]} for the ids {list(ids)}")
-        own = _last(meta["output_token_sampling_logprobs"], num_new) if self._truncates and num_new else [entry[0] for entry in entries]
+        own = (
+            _last(meta["output_token_sampling_logprobs"], num_new)
+            if self._truncates and num_new
+            else [entry[0] for entry in entries]
+        )
         reason = self._reason(meta["finish_reason"])
         spans = list(_spans(meta, first, self._num_tokens))
-        chunks = [Chunk(tuple(ids[start:stop]), tuple(own[start:stop]), None, version) for start, stop, version in spans]
+        chunks = [
+            Chunk(tuple(ids[start:stop]), tuple(own[start:stop]), None, version)
+            for start, stop, version in spans
+        ]
         if reason is None:
             return chunks
         self.is_finished = True
@@ -68,8 +78,12 @@ def _last(items: Sequence[Any], count: int) -> Sequence[Any]:
 
 
 def _spans(meta: Mapping[str, Any], first: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-    """(start, stop, version) of the new tokens: by token where SGLang says it, which it does at the end, else the version of now."""
-    spans = meta.get("weight_versions") or [{"start": first, "end": stop, "version": meta.get("weight_version")}]
+    """(start, stop, version) of the new tokens: by token where SGLang says it, which it does at the end, else
+    the version of now.
+    """
+    spans = meta.get("weight_versions") or [
+        {"start": first, "end": stop, "version": meta.get("weight_version")}
+    ]
     for span in spans:
         start, end = max(span["start"], first), min(span["end"], stop)
         if start < end:

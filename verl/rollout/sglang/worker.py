@@ -1,4 +1,6 @@
-"""Takes the policy's weights inside the processes of an SGLang server, which calls `load` as a custom weight loader."""
+"""Takes the policy's weights inside the processes of an SGLang server, which calls `load` as a custom weight
+loader.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class _Joined:
-    """What takes weights in this process, and the store in which its group met, for reports to another machine."""
+    """What takes weights in this process, and the store in which its group met, for reports to another
+    machine.
+    """
 
     # The model copies what it is handed, to where it is wanted.
     arrivals: Arrivals = field(default_factory=lambda: Arrivals(None, keeps=False))
@@ -39,9 +43,9 @@ _joined = _Joined()
 def load(model: Any, orders: Sequence[tuple[str, Tensor]]) -> None:
     """Carries out what an engine of verl asks of the model.
 
-    An order is a JSON text in place of a tensor's name; its tensor is empty. After each one a report is written: the digests of the
-    tensors that the model was given, their bytes, and what it read of those that were to be recorded; or the error. An exception here
-    would end the whole server, so none leaves it.
+    An order is a JSON text in place of a tensor's name; its tensor is empty. After each one a report is
+    written: the digests of the tensors that the model was given, their bytes, and what it read of those that
+    were to be recorded; or the error. An exception here would end the whole server, so none leaves it.
 
     Args:
         model: SGLang's, with `load_weights`.
@@ -90,7 +94,12 @@ def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join(where: dict[str, Any], rank: int) -> None:
-    address, port, num_ranks, timeout_s = where["address"], where["port"], where["num_ranks"], where["timeout_s"]
+    address, port, num_ranks, timeout_s = (
+        where["address"],
+        where["port"],
+        where["num_ranks"],
+        where["timeout_s"],
+    )
     place = {"rank": where["first_rank"] + rank, "num_ranks": num_ranks}
     _joined.arrivals.join(address, port, backend=where["backend"], timeout_s=timeout_s, **place)
     _joined.store = report_store(address, port, num_ranks=num_ranks, timeout_s=timeout_s)
@@ -102,6 +111,8 @@ def _write(order: dict[str, Any], report: str) -> None:
             _joined.store.set(report_key(order["number"], order["rank"]), report)
         return
     path = report_file(Path(order["folder"]), order["number"], order["rank"])
-    with os.fdopen(os.open(path.with_suffix(".new"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+    with os.fdopen(
+        os.open(path.with_suffix(".new"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w"
+    ) as file:
         file.write(report)
     path.with_suffix(".new").rename(path)

@@ -1,7 +1,8 @@
-"""The door of a vLLM server: an ASGI middleware that asks every request for the secret; imports the standard library alone.
+"""The door of a vLLM server: an ASGI middleware that asks every request for the secret; imports the standard
+library alone.
 
-vLLM's own key guards the paths under /v1 only, not those that change weights. The secret comes from the environment of the server, since
-everybody on the machine can read a command line.
+vLLM's own key guards the paths under /v1 only, not those that change weights. The secret comes from the
+environment of the server, since everybody on the machine can read a command line.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-# In the environment of a server that a run starts: the secret, and that the server ends when its first process does.
+# In the environment of a server that a run starts: the secret, and that the server ends when its first
+# process does.
 SECRET_VARIABLE, OWNED_VARIABLE = "VERL_SERVER_SECRET", "VERL_SERVER_OWNED"
 # Says whether the server is well, and nothing else.
 _OPEN_PATHS = ("/health",)
@@ -22,7 +24,8 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class RequireSecret:
-    """Answers 401 to whoever does not send `Authorization: Bearer SECRET`; takes `--middleware verl.rollout.vllm.auth.RequireSecret`.
+    """Answers 401 to whoever does not send `Authorization: Bearer SECRET`; takes `--middleware
+    verl.rollout.vllm.auth.RequireSecret`.
 
     Args:
         app: the server behind it.
@@ -47,7 +50,18 @@ class RequireSecret:
         if hmac.compare_digest(given, self._expected):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"application/json")]})
-            await send({"type": "http.response.body", "body": b'{"error": "need the secret as Authorization: Bearer"}'})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 401,
+                    "headers": [(b"content-type", b"application/json")],
+                }
+            )
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b'{"error": "need the secret as Authorization: Bearer"}',
+                }
+            )
         else:
             await send({"type": "websocket.close", "code": 1008})

@@ -1,4 +1,6 @@
-"""vLLM in the process of the trainer, behind the contract of generation; the only module that imports vLLM there."""
+"""vLLM in the process of the trainer, behind the contract of generation; the only module that imports vLLM
+there.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of
 from verl.weight_sync.types import TensorInfo
 
 if not has_accelerator():
-    # Read by vLLM when it is imported. In processes of its own it takes ten times as long to start, and gains nothing.
+    # Read by vLLM when it is imported. In processes of its own it takes ten times as long to start, and gains
+    # nothing.
     for _name, _value in {**cpu_environment(installed()), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
         os.environ.setdefault(_name, _value)
 
@@ -49,16 +52,24 @@ class VLLMEngine(OwnWeightsEngine):
         ValueError: vLLM refuses an option, in its own words, or one that is set here; its version is too old.
     """
 
-    def __init__(self, folder: str, codec: TextCodec, *, options: Mapping[str, Any], dtype: str, max_slots: int) -> None:
+    def __init__(
+        self, folder: str, codec: TextCodec, *, options: Mapping[str, Any], dtype: str, max_slots: int
+    ) -> None:
         self.version = 0
         self._codec = codec
         check_version(vllm.__version__, "in the environment of the run")
         own = own_options(options, {"model": folder, "dtype": dtype}, vllm.__version__)
         # Its memory is wanted for training between two generations.
-        fitting = {"enable_sleep_mode": True} if has_accelerator() else {"enforce_eager": True, "distributed_executor_backend": "uni"}
+        fitting = (
+            {"enable_sleep_mode": True}
+            if has_accelerator()
+            else {"enforce_eager": True, "distributed_executor_backend": "uni"}
+        )
         named = {name.replace("-", "_"): value for name, value in own.items()}
         try:
-            self._llm = vllm.LLM(**{"max_num_seqs": max_slots, "disable_log_stats": True, **fitting, **named, **options})
+            self._llm = vllm.LLM(
+                **{"max_num_seqs": max_slots, "disable_log_stats": True, **fitting, **named, **options}
+            )
         except TypeError as error:  # what a constructor says to an argument that it does not have
             raise ValueError(f"rollout.engine_options: {error}") from error
         # On a CPU nothing is given back, but the states are the same.
@@ -67,7 +78,9 @@ class VLLMEngine(OwnWeightsEngine):
         self._context = config.max_model_len
         self._is_open, self._is_updating, self._sleeps = True, False, False
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
@@ -75,7 +88,11 @@ class VLLMEngine(OwnWeightsEngine):
             RuntimeError: vLLM gave something else than was asked for, or logprobs that are no numbers.
         """
         check_requests(prompts, params, context=self._context)
-        inputs: list[Any] = [{"prompt_token_ids": list(p)} for p, wanted in zip(prompts, params, strict=True) for _ in range(wanted.n)]
+        inputs: list[Any] = [
+            {"prompt_token_ids": list(p)}
+            for p, wanted in zip(prompts, params, strict=True)
+            for _ in range(wanted.n)
+        ]
         if not inputs:
             return []
         asked = [self._asked(wanted, number) for wanted in params for number in range(wanted.n)]
@@ -86,7 +103,8 @@ class VLLMEngine(OwnWeightsEngine):
         """Takes all weights, and samples with them from now on; wakes if it sleeps.
 
         Args:
-            tensors: name as in a Hugging Face folder, and value; each is used once, so they may be made one by one.
+            tensors: name as in a Hugging Face folder, and value; each is used once, so they may be made one
+                by one.
             version: of the policy.
 
         Returns:
@@ -98,7 +116,9 @@ class VLLMEngine(OwnWeightsEngine):
         if self._sleeps:
             self._llm.wake_up()
             self._sleeps = False
-        with tempfile.TemporaryDirectory(prefix="verl-vllm-", dir=_SHARED if os.access(_SHARED, os.W_OK) else None) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="verl-vllm-", dir=_SHARED if os.access(_SHARED, os.W_OK) else None
+        ) as folder:
             self._begin()
             for number, part in enumerate(_in_parts(tensors)):
                 self._step(LOAD, update_info=_written(part, Path(folder) / str(number)))
@@ -115,7 +135,9 @@ class VLLMEngine(OwnWeightsEngine):
         return fingerprint(first["digests"])
 
     def sleep(self) -> None:
-        """Gives device memory back, weights included, until the next `load`; not if the option `enable_sleep_mode` is false."""
+        """Gives device memory back, weights included, until the next `load`; not if the option
+        `enable_sleep_mode` is false.
+        """
         if not self._sleeps and self._may_sleep:
             self._llm.sleep(level=2)
             self._sleeps = True
@@ -187,7 +209,10 @@ def _in_parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str,
 
 def _written(part: Sequence[tuple[str, Tensor]], path: Path) -> dict[str, Any]:
     """The tensors end to end in a file, and what the worker needs to take them from there."""
-    infos = [TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in part]
+    infos = [
+        TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in part
+    ]
     make_file(path, num_bytes_of(infos))
     content = map_file(path, num_bytes_of(infos), for_writing=True)
     start = 0
@@ -195,4 +220,8 @@ def _written(part: Sequence[tuple[str, Tensor]], path: Path) -> dict[str, Any]:
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         content[start : start + len(flat)].copy_(flat)
         start += len(flat)
-    return {"via": "shm", "tensors": [(info.name, list(info.shape), info.dtype) for info in infos], "where": {"path": str(path)}}
+    return {
+        "via": "shm",
+        "tensors": [(info.name, list(info.shape), info.dtype) for info in infos],
+        "where": {"path": str(path)},
+    }

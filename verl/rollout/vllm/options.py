@@ -1,4 +1,6 @@
-"""What the run asks of vLLM beside the user's options: flags, environment, and what a request says; imports PyTorch alone."""
+"""What the run asks of vLLM beside the user's options: flags, environment, and what a request says; imports
+PyTorch alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from verl.utils.sampling_types import FinishReason, SamplingParams
 MODEL = "verl"
 _GUARD = "verl.rollout.vllm.auth.RequireSecret"
 # Options that the run sets itself, beside those of `control`.
-_OWN = {"model", "served-model-name", "host", "port", "dtype", "logprobs-mode", "generation-config", "middleware", "api-key"}
+_OWN = {
+    "model",
+    "served-model-name",
+    "host",
+    "port",
+    "dtype",
+    "logprobs-mode",
+    "generation-config",
+    "middleware",
+    "api-key",
+}
 _OWN |= {"worker-extension-cls", "weight-transfer-config"}
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -32,7 +44,9 @@ def server_flags(spec: EngineSpec, port: int, version: str) -> list[str]:
     place = {"served-model-name": MODEL, "host": "127.0.0.1", "port": port}
     guard = {"middleware": _GUARD} if spec.secret else {}
     on_cpu = {} if has_accelerator() else {"enforce-eager": True}
-    return as_flags({**own, **place, **guard, **on_cpu, **{name.replace("_", "-"): v for name, v in spec.options.items()}})
+    return as_flags(
+        {**own, **place, **guard, **on_cpu, **{name.replace("_", "-"): v for name, v in spec.options.items()}}
+    )
 
 
 def own_options(options: Mapping[str, Any], own: Mapping[str, Any], version: str) -> dict[str, Any]:
@@ -63,7 +77,9 @@ def lacking(missing: Sequence[str]) -> str:
 
 def has_accelerator() -> bool:
     """Whether this machine has one, whatever this environment can use."""
-    return torch.accelerator.is_available() or any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
+    return torch.accelerator.is_available() or any(
+        Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")
+    )
 
 
 def server_environment(spec: EngineSpec, folder: Path, version: str) -> dict[str, str | None]:
@@ -77,7 +93,8 @@ def server_environment(spec: EngineSpec, folder: Path, version: str) -> dict[str
         # vLLM would add a guard of its own.
         "VLLM_API_KEY": None,
     }
-    # Compiling the few functions that vLLM compiles in any case takes half a minute, and is done for the first request.
+    # Compiling the few functions that vLLM compiles in any case takes half a minute, and is done for the
+    # first request.
     return own if has_accelerator() else {**cpu_environment(version), "TORCH_COMPILE_DISABLE": "1", **own}
 
 

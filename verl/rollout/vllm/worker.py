@@ -1,7 +1,8 @@
-"""What verl adds to the processes of vLLM that hold the model: they take weights in parts, and say which ones they have.
+"""What verl adds to the processes of vLLM that hold the model: they take weights in parts, and say which ones
+they have.
 
-The only module that those processes import: vLLM finds it by `--worker-extension-cls`, and importing it makes our way to take weights
-known there under the name `BACKEND`.
+The only module that those processes import: vLLM finds it by `--worker-extension-cls`, and importing it makes
+our way to take weights known there under the name `BACKEND`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import torch
 import vllm
 from safetensors import safe_open
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -53,7 +58,9 @@ class GroupInfo(WeightTransferInitInfo):
 
 @dataclass
 class PartInfo(WeightTransferUpdateInfo):
-    """A `verl.rollout.engine.Part`; tensors as (name, shape, dtype). If it `records`, what the model reads of whole tensors is noted."""
+    """A `verl.rollout.engine.Part`; tensors as (name, shape, dtype). If it `records`, what the model reads of
+    whole tensors is noted.
+    """
 
     via: Via
     tensors: list[tuple[str, list[int], str]] = field(default_factory=list)
@@ -63,7 +70,9 @@ class PartInfo(WeightTransferUpdateInfo):
 
 
 class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
-    """Takes weights in parts, in whatever way they travel, and notes a digest of each tensor that it hands to the model."""
+    """Takes weights in parts, in whatever way they travel, and notes a digest of each tensor that it hands to
+    the model.
+    """
 
     init_info_cls = GroupInfo
     update_info_cls = PartInfo
@@ -112,7 +121,8 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         except Exception as error:
             if self.parallel_config.world_size == 1:
                 raise
-            # An error of one rank leaves the answers of the others in their queues, where vLLM takes them for those to the next calls.
+            # An error of one rank leaves the answers of the others in their queues, where vLLM takes them for
+            # those to the next calls.
             _logger.exception("weights were not taken")
             self._errors.append(f"{type(error).__name__}: {error}")
         if self.device.type == "cuda":
@@ -141,21 +151,32 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         raise NotImplementedError
 
     def report(self) -> dict[str, Any]:
-        """Of the update that is going on: digest of each tensor that the model was handed, what it read of those that were to be recorded,
-        and parameters of layers that lack some."""
+        """Of the update that is going on: digest of each tensor that the model was handed, what it read of
+        those that were to be recorded, and parameters of layers that lack some."""
         came = self._arrivals
         missing = [name for _, names in self._open_layers() for name in names]
-        return {"digests": came.digests, "reads": dict(came.reads), "num_bytes": came.num_bytes, "missing": missing, "errors": self._errors}
+        return {
+            "digests": came.digests,
+            "reads": dict(came.reads),
+            "num_bytes": came.num_bytes,
+            "missing": missing,
+            "errors": self._errors,
+        }
 
     def _with_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors, a tied head beside its embedding.
 
-        Where a backend packs the head into memory of its own (that for CPUs does), it keeps the old one unless it gets it, too.
+        Where a backend packs the head into memory of its own (that for CPUs does), it keeps the old one
+        unless it gets it, too.
         """
         tied = self._has_tied_head()
         for name, tensor in tensors:
             yield name, tensor
-            if tied and name.endswith(_EMBEDDING) and not any(key.split("@")[0] == _HEAD for key in self._arrivals.digests):
+            if (
+                tied
+                and name.endswith(_EMBEDDING)
+                and not any(key.split("@")[0] == _HEAD for key in self._arrivals.digests)
+            ):
                 yield _HEAD, tensor
 
     def _has_tied_head(self) -> bool:
@@ -180,7 +201,9 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         return found
 
     def _put_back(self, layers: Iterable[nn.Module]) -> None:
-        """Lets layers forget what they were handed in an update that is going on, so that they end with what they had before."""
+        """Lets layers forget what they were handed in an update that is going on, so that they end with what
+        they had before.
+        """
         for layer in layers:
             info = get_layerwise_info(layer)
             info.load_numel = 0
@@ -214,7 +237,9 @@ def _names(file: Any) -> list[str]:
 
 
 def _end_with(leader: int) -> None:
-    """Ends this server when the process is gone that was started first: vLLM's others would stay behind if it is killed."""
+    """Ends this server when the process is gone that was started first: vLLM's others would stay behind if it
+    is killed.
+    """
     status = Path(f"/proc/{leader}/stat")
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
         time.sleep(1.0)

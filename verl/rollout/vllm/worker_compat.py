@@ -1,4 +1,5 @@
-"""What verl adds to the processes of vLLM before 0.25: the steps of an update that later versions have themselves.
+"""What verl adds to the processes of vLLM before 0.25: the steps of an update that later versions have
+themselves.
 
 vLLM finds it by `--worker-extension-cls`.
 """
@@ -15,17 +16,24 @@ from verl.rollout.vllm.worker import PartsEngine
 
 
 class OldPartsEngine(PartsEngine):
-    """The engine as later versions of vLLM make it, made of a worker: these would give it other arguments, or refuse it."""
+    """The engine as later versions of vLLM make it, made of a worker: these would give it other arguments, or
+    refuse it.
+    """
 
     def __init__(self, worker: WorkerExtension) -> None:
         self.vllm_config = worker.vllm_config
-        self.parallel_config, self.model_config = self.vllm_config.parallel_config, self.vllm_config.model_config
+        self.parallel_config, self.model_config = (
+            self.vllm_config.parallel_config,
+            self.vllm_config.model_config,
+        )
         # A worker for CPUs has no device of its own in some of them.
         self.device, self.model = worker.model_runner.device, worker.model_runner.get_model()
 
 
 class WorkerExtension(worker.WorkerExtension):
-    """See there; and a method for each step of an update, of the same name and arguments as vLLM's own from 0.25 on."""
+    """See there; and a method for each step of an update, of the same name and arguments as vLLM's own from
+    0.25 on.
+    """
 
     # Of the worker that this becomes a part of.
     vllm_config: Any
@@ -34,7 +42,9 @@ class WorkerExtension(worker.WorkerExtension):
     def verl_place(self) -> dict[str, Any]:
         """See there, and whether kept answers lose tokens here."""
         needed = control(worker.vllm.__version__)
-        loses_tokens = "async-scheduling" in needed and bool(self.vllm_config.scheduler_config.async_scheduling)
+        loses_tokens = "async-scheduling" in needed and bool(
+            self.vllm_config.scheduler_config.async_scheduling
+        )
         return {**super().verl_place(), "loses_tokens": loses_tokens}
 
     def verl_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -34,7 +34,9 @@ class Placement:
         ValueError: devices that do not fit the pools or the models, or that are not there.
     """
 
-    def __init__(self, config: PlacementConfig, roles: Collection[str], folder: Path, timeline: Timeline) -> None:
+    def __init__(
+        self, config: PlacementConfig, roles: Collection[str], folder: Path, timeline: Timeline
+    ) -> None:
         self._config = config
         self._roles_of = [tuple(role for role in pool if role in roles) for pool in _POOLS[config.name]]
         self._roles_of = [pool for pool in self._roles_of if pool]
@@ -46,10 +48,16 @@ class Placement:
         backend = importlib.import_module(_RAY)
         cluster = backend.connect(config.address, num_devices=sum(devices))
         self._close = cluster.close
-        options: dict[str, Any] = {"hang_limit_s": config.hang_limit_s, "log_folder": folder / "logs", "timeline": timeline}
+        options: dict[str, Any] = {
+            "hang_limit_s": config.hang_limit_s,
+            "log_folder": folder / "logs",
+            "timeline": timeline,
+        }
         try:
             named = zip(self._roles_of, devices, strict=True)
-            self._pools = [backend.RayPool(cluster, "+".join(pool), count, **options) for pool, count in named]
+            self._pools = [
+                backend.RayPool(cluster, "+".join(pool), count, **options) for pool, count in named
+            ]
         except BaseException:
             self.close()
             raise
@@ -62,7 +70,11 @@ class Placement:
     def parallel(self, role: str) -> ParallelConfig | None:
         """How the model of a role is spread; None: it is in this process."""
         config = self._config
-        return None if config.name == "local" else {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
+        return (
+            None
+            if config.name == "local"
+            else {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
+        )
 
     def close(self) -> None:
         """Ends all workers and gives everything back."""

@@ -76,7 +76,9 @@ class Team:
             "critic": critic_source or config.critic.path or source,
             "policy": source,
             "teacher": config.teacher.path,
-            "reward": worker_factories.reward_model_options(config).get("path") if self._places_rewards else None,
+            "reward": worker_factories.reward_model_options(config).get("path")
+            if self._places_rewards
+            else None,
         }
         factories: dict[str, WorkerFactory] = {
             "reference": worker_factories.reference,
@@ -91,7 +93,9 @@ class Team:
             for role in (role for role in sources if role in wanted):
                 groups[role] = self._start(role, factories[role], sources[role])
             self.policy = groups["policy"]
-            self.reference, self.critic, self.teacher = (groups.get(role) for role in ("reference", "critic", "teacher"))
+            self.reference, self.critic, self.teacher = (
+                groups.get(role) for role in ("reference", "critic", "teacher")
+            )
             self._check_vocabularies()
             self.placed_rewards = self._placed_rewards(groups.get("reward"))
         except BaseException:
@@ -167,7 +171,9 @@ class Team:
         options = worker_factories.reward_model_options(self._config)
         return {"model": on_group(Judge.of(group, options["path"], options.get("system_prompt")))}
 
-    def _start(self, role: str, factory: WorkerFactory, source: worker_factories.Source | None) -> WorkerGroup:
+    def _start(
+        self, role: str, factory: WorkerFactory, source: worker_factories.Source | None
+    ) -> WorkerGroup:
         parallel = self._placement.parallel(role)
         assert source is not None
         if parallel is not None and not isinstance(source, str):
@@ -183,18 +189,26 @@ class Team:
             "teacher.path": self.teacher,
         }
         for setting, group in others.items():
-            other = group.call(RoleWorker.model_config).result().get_text_config().vocab_size if group else vocabulary
+            other = (
+                group.call(RoleWorker.model_config).result().get_text_config().vocab_size
+                if group
+                else vocabulary
+            )
             if other != vocabulary:
                 raise ValueError(
                     f"need the policy's vocabulary of {vocabulary} tokens in {setting}, got {other}; take a model of its family"
                 )
         top_k = worker_factories.teacher_top_k(config)
         if self.teacher and top_k > vocabulary:
-            raise ValueError(f"need teacher.top_k within the vocabulary of {vocabulary} tokens, got {top_k}; lower it")
+            raise ValueError(
+                f"need teacher.top_k within the vocabulary of {vocabulary} tokens, got {top_k}; lower it"
+            )
 
 
 def _save(group: WorkerGroup, folder: Path) -> Callable[[], None]:
-    """Begins to write the model of a group; returns what waits for it, between the calls of the steps that go on."""
+    """Begins to write the model of a group; returns what waits for it, between the calls of the steps that go
+    on.
+    """
     group.call(Learner.begin_save, folder).result()
 
     def wait() -> None:

@@ -1,4 +1,6 @@
-"""Which engine answers the prompts of a run: the policy itself, a user's worker, or a pool of servers that follow it."""
+"""Which engine answers the prompts of a run: the policy itself, a user's worker, or a pool of servers that
+follow it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ SERVED = {
 }
 
 
-def given_rollout(given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm, codec: TextCodec) -> RolloutEngine:
+def given_rollout(
+    given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm, codec: TextCodec
+) -> RolloutEngine:
     """A user's own engine, or worker that answers in text.
 
     Raises:
@@ -48,9 +52,13 @@ def given_rollout(given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm
         return given
     if "rollout_logprobs" in algorithm.reads:
         remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
-        raise ValueError(f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}")
+        raise ValueError(
+            f"a worker that answers in text gives no logprobs, but a chosen function reads rollout_logprobs{remedy}"
+        )
     if "greedy_rewards" in algorithm.reads:
-        raise ValueError("a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo")
+        raise ValueError(
+            "a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo"
+        )
     return TextWorkerEngine(given, codec)
 
 
@@ -81,10 +89,16 @@ def build_rollout(
     if not rollout.servers and not rollout.addresses:
         if rollout.engine not in ("embedded", *IN_PROCESS):
             known = ", ".join(dict.fromkeys(("embedded", *IN_PROCESS, *SERVED)))
-            raise ValueError(f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}")
+            raise ValueError(
+                f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}"
+            )
         return ActorEngine(policy)
     make, source = engine_class(rollout.engine), str(model_folder(source))
-    if config.policy.lora.rank and rollout.engine in ("vllm", "sglang") and not rollout.engine_options.values.get("enable_lora"):
+    if (
+        config.policy.lora.rank
+        and rollout.engine in ("vllm", "sglang")
+        and not rollout.engine_options.values.get("enable_lora")
+    ):
         raise ValueError(
             f"need rollout.engine_options.enable_lora true, and max_lora_rank of at least {config.policy.lora.rank}, for servers of "
             f"{rollout.engine} that follow policy.lora"
@@ -106,7 +120,11 @@ def build_rollout(
         note=note,
     )
     try:
-        return Control(pool, Path(config.output_dir), new_spec=lambda name, address: _spec(config, source, dtype, name, address))
+        return Control(
+            pool,
+            Path(config.output_dir),
+            new_spec=lambda name, address: _spec(config, source, dtype, name, address),
+        )
     except BaseException:
         pool.close()
         raise
@@ -130,23 +148,34 @@ def engine_class(name: str) -> type[ServedEngine]:
     except (ImportError, KeyError) as error:
         raise ValueError(f"cannot load rollout.engine {name}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, ServedEngine)):
-        raise ValueError(f"need rollout.engine as one of {', '.join(SERVED)}, or package.module:Class of a ServedEngine, got {name!r}")
+        raise ValueError(
+            f"need rollout.engine as one of {', '.join(SERVED)}, or package.module:Class of a ServedEngine, got {name!r}"
+        )
     return found
 
 
 def engine_specs(config: TrainerConfig, source: str, dtype: str) -> list[EngineSpec]:
     """The engines that a run begins with."""
     rollout = config.rollout
-    joined = [_spec(config, source, dtype, f"{rollout.engine}-at-{i}", address) for i, address in enumerate(rollout.addresses)]
-    return joined + [_spec(config, source, dtype, f"{rollout.engine}-{i}", None) for i in range(rollout.servers)]
+    joined = [
+        _spec(config, source, dtype, f"{rollout.engine}-at-{i}", address)
+        for i, address in enumerate(rollout.addresses)
+    ]
+    return joined + [
+        _spec(config, source, dtype, f"{rollout.engine}-{i}", None) for i in range(rollout.servers)
+    ]
 
 
 # What the settings of a run say in an engine's own words.
-_OWN_OPTIONS: dict[str, Callable[[RolloutConfig], dict[str, Any]]] = {"served": lambda rollout: {"max_slots": rollout.max_slots}}
+_OWN_OPTIONS: dict[str, Callable[[RolloutConfig], dict[str, Any]]] = {
+    "served": lambda rollout: {"max_slots": rollout.max_slots}
+}
 
 
 def start_of_engines(config: TrainerConfig, source: Source, codec: TextCodec) -> str:
-    """The model that servers start from: a folder or hub name; a loaded model is saved first, as they add low-rank additions to it."""
+    """The model that servers start from: a folder or hub name; a loaded model is saved first, as they add
+    low-rank additions to it.
+    """
     if isinstance(source, str) or not (config.rollout.servers or config.rollout.addresses):
         return source if isinstance(source, str) else ""
     folder = Path(config.output_dir) / "start" / "engines"

@@ -16,7 +16,13 @@ from verl.config.settings import Choice, ParallelConfig, RoleConfig, TrainerConf
 from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
-from verl.engines.roles.workers import CriticWorker, Learner, ProcessRewardWorker, ReferenceWorker, TeacherWorker
+from verl.engines.roles.workers import (
+    CriticWorker,
+    Learner,
+    ProcessRewardWorker,
+    ReferenceWorker,
+    TeacherWorker,
+)
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, fitting_tensor, has_equal_layout
@@ -29,12 +35,18 @@ Source = str | PreTrainedModel
 Kind = Literal["policy", "value"]
 # Engines in the processes of the policy that have weights of their own.
 IN_PROCESS = {"vllm": "verl.rollout.vllm.in_process:VLLMEngine"}
-# What spreads a model over the ranks of its pool, by the name of `placement.ROLE.engine`; loaded where it is chosen.
-ENGINES = {"fsdp": "verl.engines.fsdp:sharded_engine", "megatron": "verl.engines.megatron.engine:megatron_engine"}
+# What spreads a model over the ranks of its pool, by the name of `placement.ROLE.engine`; loaded where it is
+# chosen.
+ENGINES = {
+    "fsdp": "verl.engines.fsdp:sharded_engine",
+    "megatron": "verl.engines.megatron.engine:megatron_engine",
+}
 _TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 
 
-def actor(codec: TextCodec, config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ActorWorker:
+def actor(
+    codec: TextCodec, config: TrainerConfig, source: Source, parallel: ParallelConfig | None
+) -> ActorWorker:
     """The policy; a loaded model is trained in place.
 
     Args:
@@ -82,7 +94,9 @@ def _has_servers(config: TrainerConfig) -> bool:
 
 
 def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
-    """The policy in a layout to generate in, if one is wanted, or needed as it cannot generate in that of training."""
+    """The policy in a layout to generate in, if one is wanted, or needed as it cannot generate in that of
+    training.
+    """
     wanted = config.hybrid_engine.actor_repartition
     if not wanted.enabled and engine.generates:
         return None
@@ -92,10 +106,14 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
         )
     tensor = wanted.tensor or fitting_tensor(engine.config, engine.mesh)
     if num_ranks == 1 and tensor > 1:
-        raise ValueError(f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several")
+        raise ValueError(
+            f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several"
+        )
     if has_equal_layout(engine, tensor):
         return None
-    return HybridEngine(engine, tensor=tensor, precision=config.policy.precision, overlap=wanted.communication_overlap)
+    return HybridEngine(
+        engine, tensor=tensor, precision=config.policy.precision, overlap=wanted.communication_overlap
+    )
 
 
 def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWeightsEngine | None:
@@ -109,26 +127,36 @@ def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWe
     try:
         made = vars(importlib.import_module(module))[name]
     except ImportError as error:
-        raise ValueError(f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}") from error
-    engine: OwnWeightsEngine = made(folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots)
+        raise ValueError(
+            f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}"
+        ) from error
+    engine: OwnWeightsEngine = made(
+        folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots
+    )
     return engine
 
 
 def critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
-    """The learned judge of tokens: a value model, or a process reward model if the algorithm reads one; its own copy of a loaded model."""
+    """The learned judge of tokens: a value model, or a process reward model if the algorithm reads one; its
+    own copy of a loaded model.
+    """
     algorithm, role = Algorithm.bind(config.algorithm), config.critic
     is_prm = "prm_logprobs" in algorithm.reads
     engine = _trained(config, role, _own(source), parallel, kind="policy" if is_prm else "value")
     if not is_prm:
         return CriticWorker(engine, algorithm, vf_coef=role.vf_coef, epochs=config.algorithm.epochs)
     temperature, chunk = config.sampling.temperature, role.logits_chunk_tokens
-    return ProcessRewardWorker(engine, algorithm, temperature=temperature, epochs=config.algorithm.epochs, chunk=chunk)
+    return ProcessRewardWorker(
+        engine, algorithm, temperature=temperature, epochs=config.algorithm.epochs, chunk=chunk
+    )
 
 
 def reference(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ReferenceWorker:
     """The policy that must not be left; its own copy of a loaded model."""
     engine = _read(config, _own(source), parallel)
-    return ReferenceWorker(engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens)
+    return ReferenceWorker(
+        engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens
+    )
 
 
 def teacher(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> TeacherWorker:
@@ -154,7 +182,9 @@ def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
     """
     chosen = [choice.options for choice in config.rewards.functions if choice.name == "model"]
     if len(chosen) > 1 or any(not options.get("path") for options in chosen):
-        raise ValueError("need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see rewards.functions")
+        raise ValueError(
+            "need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see rewards.functions"
+        )
     return chosen[0] if chosen else {}
 
 
@@ -180,7 +210,12 @@ def _own(source: Source) -> Source:
 
 
 def _trained(
-    config: TrainerConfig, role: RoleConfig, source: Source, parallel: ParallelConfig | None, *, kind: Kind = "policy"
+    config: TrainerConfig,
+    role: RoleConfig,
+    source: Source,
+    parallel: ParallelConfig | None,
+    *,
+    kind: Kind = "policy",
 ) -> TrainEngine:
     """The engine of a model that learns."""
     device, updates = pick_device(config.device), total_updates(config)
@@ -196,11 +231,19 @@ def _read(config: TrainerConfig, source: Source, parallel: ParallelConfig | None
     device = pick_device(config.device)
     if parallel is not None:
         return _spread(config, "policy", config.policy, source, parallel, updates=None)
-    return LocalForwardEngine(_model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device)
+    return LocalForwardEngine(
+        _model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device
+    )
 
 
 def _spread(
-    config: TrainerConfig, kind: str, role: RoleConfig, source: Source, parallel: ParallelConfig, *, updates: int | None
+    config: TrainerConfig,
+    kind: str,
+    role: RoleConfig,
+    source: Source,
+    parallel: ParallelConfig,
+    *,
+    updates: int | None,
 ) -> ForwardEngine:
     """The engine of a model that is spread over the ranks of its pool, by whichever library is chosen."""
     engine: ForwardEngine = engine_maker(parallel.engine.name)(
@@ -210,7 +253,8 @@ def _spread(
 
 
 def engine_maker(name: str) -> Callable[..., ForwardEngine]:
-    """What makes an engine, by its name in `ENGINES`, or as "package.module:function"; called as `verl.engines.fsdp.sharded_engine` is.
+    """What makes an engine, by its name in `ENGINES`, or as "package.module:function"; called as
+    `verl.engines.fsdp.sharded_engine` is.
 
     Raises:
         ValueError: there is none, or its library is not installed.
@@ -219,7 +263,9 @@ def engine_maker(name: str) -> Callable[..., ForwardEngine]:
     try:
         found = vars(importlib.import_module(module))[attribute] if colon else None
     except (ImportError, KeyError) as error:
-        raise ValueError(f"cannot load the engine {name} of placement: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"cannot load the engine {name} of placement: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise ValueError(f"need an engine of {', '.join(ENGINES)}, or package.module:function, got {name!r}")
     return found
@@ -227,7 +273,11 @@ def engine_maker(name: str) -> Callable[..., ForwardEngine]:
 
 def _model(source: Source, kind: Kind, role: RoleConfig) -> Backbone:
     transformer = load_language_model(source) if isinstance(source, str) else source.float()
-    model = value_model(transformer, role.precision) if kind == "value" else PolicyModel(transformer, role.precision)
+    model = (
+        value_model(transformer, role.precision)
+        if kind == "value"
+        else PolicyModel(transformer, role.precision)
+    )
     model.check_forward()
     return model
 
