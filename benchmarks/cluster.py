@@ -15,17 +15,17 @@ from pathlib import Path
 from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
 
 from verl.agents.group_source import FromFleet
-from verl.agents.pipeline import Pipeline, Taken
+from verl.agents.pipeline import Pipeline, TrainBatch
 from verl.config.settings import PipelineConfig
 from verl.data.batch import Trajectory
 from verl.monitoring.ledger import Ledger
-from verl.monitoring.wait_tracker import Waits
-from verl.rollout.engine import EngineSpec
-from verl.rollout.pool.inference_pool import Fleet, OnUpdate
-from verl.rollout.pool.weight_publisher import Update
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.engine import ServerSpec
+from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.virtual_time import run
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of
 # the time.
@@ -52,7 +52,9 @@ class _Answers:
     def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
         return []
 
-    async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+    async def sample_from(
+        self, fleet: InferencePool, prompt: Prompt, params: SamplingParams
+    ) -> list[Trajectory]:
         answers = await fleet.answer(self._prompt, params)
         ids = self._prompt
         return [
@@ -66,7 +68,7 @@ class _Answers:
     def finish(self, answers: Sequence[Trajectory], baseline: Trajectory | None) -> None:
         return
 
-    def is_dead(self, answers: Sequence[Trajectory]) -> bool:
+    def has_no_signal(self, answers: Sequence[Trajectory]) -> bool:
         return False
 
     def check_failed(self, answers: Sequence[Trajectory]) -> None:
@@ -195,7 +197,7 @@ class Cluster:
             "vocabulary": VOCABULARY,
             "context": plan.lengths.blocks(plan.lengths.prompt) + plan.lengths.blocks(plan.lengths.longest),
         }
-        self.fleet = Fleet(
+        self.fleet = InferencePool(
             self.world.engine,
             _NoText(),  # type: ignore[arg-type]
             **sizes,
@@ -204,12 +206,12 @@ class Cluster:
             on_update=plan.on_update,
             note=_refuse,
         )
-        waits = Waits(clock=loop.time)
+        waits = WaitTracker(clock=loop.time)
         source = FromFleet(_Answers(self.world), plan.samples, self.fleet, waits)  # type: ignore[arg-type]
         self.pipeline = Pipeline(
             self.draw, source, self.ledger, plan.config, prompts_per_step=plan.prompts_per_step, waits=waits
         )
-        await self.fleet.open([EngineSpec(f"e{i}", "modelled") for i in range(self._num_engines)])
+        await self.fleet.open([ServerSpec(f"e{i}", "modelled") for i in range(self._num_engines)])
         await self._publish(0)
         start_s, before = await self._stood()
         ends_s = []
@@ -240,7 +242,7 @@ class Cluster:
         await self._publish(step)
         self.pipeline.published(step)
 
-    async def _learned_on_the_way(self) -> Taken:
+    async def _learned_on_the_way(self) -> TrainBatch:
         async for portion in self.pipeline.portions():
             await self._train([group.number for group in portion])
         return self.pipeline.taken()
@@ -258,11 +260,13 @@ class Cluster:
     async def _publish(self, version: int) -> None:
         """As the pool does."""
         await self._deliver()
-        await self.fleet.announce(version)
+        await self.fleet.begin_update(version)
         await asyncio.sleep(self.plan.write_s)
         await self._deliver()
-        part = Part((TensorInfo("w", (1,), "float32"),), "shm")
-        await self.fleet.spread(Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("modelled")))
+        part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm")
+        await self.fleet.spread(
+            WeightSnapshot(version, (part,), None, f"print-{version}", 4, 0.0, Path("modelled"))
+        )
 
     async def _deliver(self) -> None:
         if self.plan.on_update != "keep":

@@ -41,7 +41,7 @@ def by_reference(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
     rewards, rows = group.call(Weightless.generate, counts).result()
     plan = balance(rows.response_lengths, num_ranks=num_ranks, micro_batch_tokens=16_384)
-    rows.adopt(group.call(Weightless.write, rows.only(["rollout_logprobs"]), plan).result())
+    rows.update(group.call(Weightless.write, rows.only(["rollout_logprobs"]), plan).result())
     rows.write("advantages", group_advantages(rewards))
     group.call(Weightless.update, rows.only(["response_ids", "ref_logprobs", "advantages"]), plan).result()
 

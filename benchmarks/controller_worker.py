@@ -8,7 +8,7 @@ import torch.distributed as dist
 from verl.controller.dispatch import ALL_TO_ALL, DP_PROTO, PLANNED, PLANNED_METRICS, layouts_3d, register
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, Ragged
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 
 TOKENS = 64
 
@@ -40,13 +40,13 @@ class Weightless(Worker):
         return self._made(sum(counts))
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """A column over the tokens."""
         logprobs = batch.ragged("rollout_logprobs")
         return Batch({"ref_logprobs": Ragged(logprobs.values + 1, logprobs.lengths)})
 
     @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+    def update(self, batch: Batch, plan: BatchPlan) -> dict[str, float]:
         """Reads every column."""
         total = (
             batch.ragged("response_ids").values.sum()

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from verl.rollout.engine import Chunk, EngineSpec, ServedEngine
+from verl.rollout.engine import InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.inference_pool import OnUpdate
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.types import Part
+from verl.weight_sync.types import WeightChunk
 
 TOKEN, VOCABULARY = 7, 10
 # An answer counts as complete if less than this is left of its last token.
@@ -144,7 +144,7 @@ class World:
     engines: list[ModelledEngine] = field(default_factory=list)
     _drawn: dict[int, list[float]] = field(default_factory=dict)
 
-    def engine(self, spec: EngineSpec) -> ModelledEngine:
+    def engine(self, spec: ServerSpec) -> ModelledEngine:
         """Makes an engine, as a fleet wants to have it done."""
         self.engines.append(ModelledEngine(spec, self))
         return self.engines[-1]
@@ -213,7 +213,7 @@ class _Work:
             self.woken.set_result(None)
 
 
-class ModelledEngine(ServedEngine):
+class ModelledEngine(InferenceServer):
     """An engine that takes the time of its world's pace; all its answers go on at the same speed, which hangs
     on how many there are.
 
@@ -222,10 +222,10 @@ class ModelledEngine(ServedEngine):
     more.
     """
 
-    vias = ("shm",)
-    seeds_by_place = True
+    transports = ("shm",)
+    position_seeded = True
 
-    def __init__(self, spec: EngineSpec, world: World) -> None:
+    def __init__(self, spec: ServerSpec, world: World) -> None:
         super().__init__(spec)
         self._world, self._pace, self._block = world, world.pace, world.lengths.block
         self._prompt_blocks = world.lengths.blocks(world.lengths.prompt)
@@ -238,22 +238,22 @@ class ModelledEngine(ServedEngine):
         self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         self._is_paused = True
         self._plan()
 
     async def check(self) -> None:
-        """See `ServedEngine.check`."""
+        """See `InferenceServer.check`."""
         await asyncio.sleep(_CHECK_S)
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`."""
         work = self._begin(params.seed, number, len(prompt_ids) - self._prompt_blocks)
         try:
             is_over = False
@@ -264,44 +264,44 @@ class ModelledEngine(ServedEngine):
                 is_over, ready = work.is_over, work.ready or [(self._version, 0)]
                 work.ready = []
                 for i, (version, blocks) in enumerate(ready, 1):
-                    yield Chunk(
+                    yield TokenChunk(
                         [TOKEN] * blocks, None, "stop" if is_over and i == len(ready) else None, version
                     )
         finally:
             self._leave(work)
 
     async def pause(self) -> None:
-        """See `ServedEngine.pause`."""
+        """See `InferenceServer.pause`."""
         self.advance()
         self._is_paused = True
         self._plan()
 
     async def begin_update(self) -> None:
-        """See `ServedEngine.begin_update`."""
+        """See `InferenceServer.begin_update`."""
 
-    async def load(self, part: Part) -> None:
-        """See `ServedEngine.load`."""
+    async def load(self, part: WeightChunk) -> None:
+        """See `InferenceServer.load`."""
         await asyncio.sleep(self._pace.load_s)
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`."""
+        """See `InferenceServer.end_update`."""
         for work in self._works:
             self._note(work)
         self._version = version
         return f"print-{version}"
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`; here caches are kept."""
+        """See `InferenceServer.resume`; here caches are kept."""
         self.advance()
         self._is_paused = False
         self._plan()
 
     async def sleep(self) -> None:
-        """See `ServedEngine.sleep`."""
+        """See `InferenceServer.sleep`."""
         await asyncio.sleep(self._pace.switch_s)
 
     async def wake(self) -> None:
-        """See `ServedEngine.wake`."""
+        """See `InferenceServer.wake`."""
         await asyncio.sleep(self._pace.switch_s)
 
     def send(self) -> None:

@@ -26,12 +26,12 @@ from verl.controller.worker_group import LocalPool
 from verl.engines.hf.models import PolicyModel, load_language_model, make_tiny_model
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.engine import EngineSpec
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.engine import ServerSpec
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.backend import EmbeddedServer
 from verl.utils.tokens import TextCodec
-from verl.weight_sync.types import Via
+from verl.weight_sync.types import Transport
 
 SIZES = {"1M": (128, 4), "26M": (512, 8)}
 CPU = torch.device("cpu")
@@ -51,17 +51,21 @@ def policy_of(folder: Path, *, lora_rank: int = 0) -> tuple[PolicyModel, Any]:
 
 
 @contextmanager
-def pool(folder: Path, place: Path, via: Via | None, count: int, lora_rank: int = 0) -> Iterator[EnginePool]:
+def pool(
+    folder: Path, place: Path, via: Transport | None, count: int, lora_rank: int = 0
+) -> Iterator[ThreadedInferencePool]:
     """Servers that follow the policy."""
     policy, group = policy_of(folder, lora_rank=lora_rank)
     specs = [
-        EngineSpec(f"engine-{i}", str(folder), via=via, secret="benchmark", log=place / f"{i}.log")
+        ServerSpec(f"engine-{i}", str(folder), via=via, secret="benchmark", log=place / f"{i}.log")
         for i in range(count)
     ]
-    weights = PolicyWeights(group, "float32", place / "weights")
+    weights = WeightPublisher(group, "float32", place / "weights")
     size = policy.transformer.config.vocab_size
     with closing(
-        EnginePool(specs, EmbeddedServer, TextCodec.load(str(folder)), weights, vocabulary=size, context=1024)
+        ThreadedInferencePool(
+            specs, EmbeddedServer, TextCodec.load(str(folder)), weights, vocabulary=size, context=1024
+        )
     ) as made:
         yield made
 
@@ -85,7 +89,7 @@ def row(size: str, way: str, num_bytes: float, write_s: float, load_s: float) ->
 
 def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
     """Every way to servers of the embedded engine."""
-    ways: list[tuple[str, Via | None, int, int]] = [
+    ways: list[tuple[str, Transport | None, int, int]] = [
         ("shared memory, 1 server", "shm", 1, 0),
         ("shared memory, 2 servers", "shm", 2, 0),
         ("process group (gloo), 1 server", "group", 1, 0),

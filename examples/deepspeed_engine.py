@@ -45,7 +45,7 @@ from verl.engines.hf.models import (
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.tensor_parallel import Meshes, make_meshes
 from verl.utils.sampling_types import Prompt
-from verl.weight_sync.layout import Bounds, Piece, sizes
+from verl.weight_sync.layout import Bounds, TensorShard, sizes
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -174,14 +174,14 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         return gathered
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """See `ForwardEngine.whole_weights`."""
+    def unsharded_weights(self) -> Iterator[None]:
+        """See `ForwardEngine.unsharded_weights`."""
         with _kept_whole(list(self.model.parameters())):
             yield
 
     def export(self, folder: Path) -> None:
         """See `ForwardEngine.export`; every rank has the model whole meanwhile."""
-        with self.whole_weights():
+        with self.unsharded_weights():
             if dist.get_rank() == 0:
                 save_model(self.model, folder)
             dist.barrier(self._meshes.data_ranks)
@@ -198,7 +198,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         """See `ForwardEngine.shapes`; the parameters themselves are empty between their uses."""
         return dict(self._shapes)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorShard]:
         """See `ForwardEngine.pieces`."""
         return [piece for piece, _ in self._boxes()]
 
@@ -212,7 +212,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         """
         return dict(self.model.transformer.named_parameters())
 
-    def _boxes(self) -> Iterator[tuple[Piece, Tensor]]:
+    def _boxes(self) -> Iterator[tuple[TensorShard, Tensor]]:
         """A share is a range of a tensor's elements, which is a few boxes: a part of a row, whole rows, a
         part of a row.
         """
@@ -222,7 +222,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
             for bounds in _boxes_of(self._shapes[name], start, stop):
                 size = sizes(bounds)
                 home = parameter.ds_tensor.detach()[place : place + math.prod(size)].view(size)
-                yield Piece(name, bounds, f"{name} from {start + place}", (0,) * len(bounds)), home
+                yield TensorShard(name, bounds, f"{name} from {start + place}", (0,) * len(bounds)), home
                 place += math.prod(size)
 
     def _forward(self, call: Callable[..., T], *args: Any) -> T:
@@ -236,7 +236,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
                 self._until_backward = kept.pop_all()
         return result
 
-    def _for_company(self) -> None:
+    def _dummy_forward_backward(self) -> None:
         row = Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])
         loss = self._forward(self.model.nothing, self._inputs(row))
         if torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from tests.tiny import batch_of, random_prompts, tiny_policy
 from verl.config import load_config
 from verl.config.settings import OptimizerConfig, RoleConfig, TrainerConfig
 from verl.data.batch import Batch
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 from verl.engines.local import LocalEngine
 from verl.engines.roles.workers import Learner, TeacherWorker, policy_logprobs, with_advantages, write_weights
 from verl.trainer.rl_trainer import Trainer
@@ -136,7 +136,7 @@ def rows_to_learn(*, with_padding: bool = False) -> Batch:
     batch.write("noise", torch.rand(mask.shape, generator=generator))
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25]))
     batch.write("group_ids", torch.tensor([0, 1, 0, 1, 2, 2]))
-    batch.adopt(
+    batch.update(
         TeacherWorker(local_engine(seed=1), temperature=1.0, chunk=100, top_k=5).write(
             batch, one_update(list(range(6)))
         )
@@ -144,9 +144,9 @@ def rows_to_learn(*, with_padding: bool = False) -> Batch:
     return batch
 
 
-def one_update(*micro_batches: list[int]) -> Plan:
+def one_update(*micro_batches: list[int]) -> BatchPlan:
     """A plan of a single minibatch on one rank."""
-    return Plan([[list(micro_batches)]])
+    return BatchPlan([[list(micro_batches)]])
 
 
 def engine_of(trainer: Trainer, role: str = "policy") -> LocalEngine:
@@ -154,7 +154,7 @@ def engine_of(trainer: Trainer, role: str = "policy") -> LocalEngine:
     return getattr(trainer.team, role).worker.engine
 
 
-def learn(worker: Learner, batch: Batch, plan: Plan, kl_coef: float = 0.0) -> dict[str, float]:
+def learn(worker: Learner, batch: Batch, plan: BatchPlan, kl_coef: float = 0.0) -> dict[str, float]:
     """One step of a role, as the trainer has it made."""
     algorithm = worker._algorithm
     write_weights(batch, plan, algorithm)

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from tests.tiny import tiny_codec
-from verl.agents.collector import DataCollector, is_dead
+from verl.agents.collector import DataCollector, has_no_signal
 from verl.algorithms.registry import bind
 from verl.config import load_config
 from verl.config.settings import Choice
@@ -92,7 +92,7 @@ def test_a_step_without_any_reward_stops():
 
 def test_a_group_is_dead_if_its_rewards_are_all_equal():
     groups = collector(Scripted("1", "1", "1", "2", "oops", "3"))._groups(["a", "b", "c"], 2)
-    assert [is_dead(group) for group in groups] == [True, False, True]
+    assert [has_no_signal(group) for group in groups] == [True, False, True]
 
 
 def test_dynamic_sampling_replaces_dead_groups_by_fresh_prompts():

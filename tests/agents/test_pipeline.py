@@ -18,7 +18,7 @@ from verl.agents.pipeline import Pipeline, staleness_metrics
 from verl.config import load_config
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
-from verl.monitoring.wait_tracker import Waits
+from verl.monitoring.wait_tracker import WaitTracker
 from verl.utils.sampling_types import Prompt
 
 
@@ -76,7 +76,7 @@ class Bench:
             self.ledger,
             config.pipeline,
             prompts_per_step=2,
-            waits=Waits(),
+            waits=WaitTracker(),
             replace_dead=replace_dead,
         )
 
@@ -149,7 +149,9 @@ async def test_groups_that_teach_nothing_give_way_to_other_prompts_so_many_times
     await bench.source.answer(2, 0.0, 0.0)
     await bench.source.answer(3, 1.0, 0.0)
     batch = await step
-    assert [group.number for group in batch.groups if not group.is_dead] == [3] and batch.num_refills == 2
+    assert [group.number for group in batch.groups if not group.has_no_signal] == [
+        3
+    ] and batch.num_refills == 2
     assert [group.number for group in batch.everything] == [0, 1, 2, 3]
     bench.pipeline.published(1)
     counts = bench.ledger.counts()

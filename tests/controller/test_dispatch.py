@@ -20,12 +20,12 @@ from verl.controller.dispatch import (
     THREE_D_ALL_MICRO_DP,
     THREE_D_PP_ONLY,
     THREE_D_PROTO,
-    Layout,
-    Place,
+    DispatchLayout,
+    RankPlace,
+    dispatch_mode,
     layouts_3d,
     of_ranks,
     register,
-    transfer_of,
 )
 from verl.data.batch import Batch
 from verl.data.packing import balance
@@ -150,7 +150,7 @@ def test_layouts_that_leave_a_part_out_or_count_it_twice_are_refused(places):
 def test_sizes_that_do_not_divide_a_replica_are_refused():
     with pytest.raises(ValueError, match="divisible by micro_data"):
         layouts_3d(pipeline=1, tensor=2, data=1, micro_data=3)
-    assert Layout((Place(1, True), Place(0, True))).collectors == [1, 0]
+    assert DispatchLayout((RankPlace(1, True), RankPlace(0, True))).collectors == [1, 0]
 
 
 def test_a_method_must_say_how_it_is_called():
@@ -158,6 +158,6 @@ def test_a_method_must_say_how_it_is_called():
     def told():
         """Registered."""
 
-    assert transfer_of(told) is DP_PROTO
+    assert dispatch_mode(told) is DP_PROTO
     with pytest.raises(ValueError, match="decorate it with @register"):
-        transfer_of(rows)
+        dispatch_mode(rows)

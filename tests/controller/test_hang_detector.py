@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from verl.controller.hang_detector import Watch
-from verl.controller.worker_process import Status
+from verl.controller.hang_detector import HangDetector
+from verl.controller.worker_process import WorkerStatus
 
 WAITS = (
     "torch/distributed/distributed_c10d.py:9 in all_reduce",
@@ -13,13 +13,13 @@ WAITS = (
 WORKS = ("verl/engines/hf/models.py:5 in hidden", "verl/engines/local.py:8 in _forward")
 
 
-def status(count: int, stack: tuple[str, ...] = WORKS, call: str | None = "policy.update") -> Status:
-    return Status(call, 1, {"[0, 1] world": count}, stack)
+def status(count: int, stack: tuple[str, ...] = WORKS, call: str | None = "policy.update") -> WorkerStatus:
+    return WorkerStatus(call, 1, {"[0, 1] world": count}, stack)
 
 
 def looked(*looks, limit_s: float = 10.0, every_s: float = 5.0):
     """What the last look finds."""
-    watch, found = Watch(limit_s), None
+    watch, found = HangDetector(limit_s), None
     for i, statuses in enumerate(looks):
         found = watch.look(statuses, i * every_s)
     return found
@@ -65,7 +65,7 @@ def test_a_rank_that_has_ended_without_the_collective_is_told_so():
 
 
 def test_looks_are_a_second_apart_or_a_quarter_of_the_limit():
-    watch = Watch(40.0)
+    watch = HangDetector(40.0)
     assert watch.is_due(0.0)
     watch.look([status(1)], 0.0)
     assert not watch.is_due(9.9) and watch.is_due(10.0)

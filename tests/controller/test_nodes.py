@@ -45,7 +45,7 @@ def test_a_pool_spans_two_nodes_and_rows_are_read_across_them(nodes):
     # The longest row goes first: each row is taken by another rank than the one that made it.
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=8)
     assert [plan.rows_of(rank) for rank in range(4)] != [[0], [1], [2], [3]]
-    rows.adopt(echo.call(Echo.write, rows, plan).result())
+    rows.update(echo.call(Echo.write, rows, plan).result())
     assert rows.ragged("doubled").values.tolist() == [6.0] * 3 + [202.0] + [404.0] * 2 + [610.0] * 5
 
 

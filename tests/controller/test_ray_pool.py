@@ -99,7 +99,7 @@ def test_tokens_stay_with_the_ranks_that_made_them_until_somebody_reads_them(ech
     assert lengths == rows.response_lengths.tolist() == [3, 0, 2, 5, 1]
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=6)
     written = echo.call(Echo.write, rows, plan).result()
-    rows.adopt(written)
+    rows.update(written)
     assert isinstance(rows._columns["response_ids"], KeptColumn) and isinstance(
         rows._columns["doubled"], KeptColumn
     )

@@ -24,7 +24,7 @@ from verl.controller.dispatch import (
 )
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, Ragged
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 
 
 class Echo(Worker):
@@ -99,7 +99,7 @@ class Echo(Worker):
         return lengths, Batch({"response_ids": Ragged.from_rows(rows, torch.int64)})
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """Each row doubled, as a column."""
         ids = batch.ragged("response_ids")
         return Batch(
@@ -110,7 +110,7 @@ class Echo(Worker):
         )
 
     @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan) -> dict[str, float]:
+    def update(self, batch: Batch, plan: BatchPlan) -> dict[str, float]:
         total = torch.tensor(float(batch.ragged("doubled").values.sum()))
         dist.all_reduce(total)
         return {"total": float(total)}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.data.packing import Plan, balance, compute_cost
+from verl.data.packing import BatchPlan, balance, compute_cost
 
 lengths = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 ranks = st.integers(1, 9)
@@ -19,7 +19,7 @@ def rows_of(rank: list[list[int]]) -> list[int]:
     return [row for micro_batch in rank for row in micro_batch]
 
 
-def loads_of(plan: Plan, num_tokens: list[int]) -> list[int]:
+def loads_of(plan: BatchPlan, num_tokens: list[int]) -> list[int]:
     return [sum(num_tokens[row] for row in rows_of(rank)) for rank in plan.minibatches[0]]
 
 

@@ -117,6 +117,6 @@ def load_at(source: str, folder: str) -> list[dict[str, float]]:
     """The step after the checkpoint, of an engine that keeps small tensors whole."""
     engine = engine_on(source, {"options": {}})
     engine.load(Path(folder) / "checkpoint")
-    with engine.whole_weights():
+    with engine.unsharded_weights():
         pass
     return steps(worker_on(engine, {}), dist.get_world_size(), {}, dist.get_rank(), updates=1)

@@ -20,7 +20,7 @@ from verl.config.settings import (
 )
 from verl.controller.dispatch import by_plan
 from verl.data.batch import Batch
-from verl.data.packing import Plan, balance
+from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.hf_io import export_model
@@ -100,7 +100,7 @@ def steps(
         )
         write_weights(batch, plan, algorithm_of(case))
         if rank < 0:
-            plan = Plan(
+            plan = BatchPlan(
                 [[[micro for share in minibatch for micro in share]] for minibatch in plan.minibatches]
             )
             own = (batch, plan)
@@ -124,7 +124,7 @@ def streamed_step(
         own = by_plan((portion, plan), num_ranks)[rank] if num_ranks > 1 else (portion, plan)
         worker.accumulate(*own, 0.0, first_row)
         worker.write(*own)
-        with worker.engine.whole_weights():
+        with worker.engine.unsharded_weights():
             pass
     return worker.finish(portions.policy_scale)
 

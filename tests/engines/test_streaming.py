@@ -18,7 +18,7 @@ from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.settings import AlgorithmConfig, Choice, CriticConfig, KLConfig, OptimizerConfig
 from verl.controller.worker_group import LocalPool
 from verl.data.batch import Batch
-from verl.data.packing import Plan, balance
+from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError, TrainEngine
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
@@ -97,14 +97,14 @@ def roles(config, *, epochs=1, **settings):
     return algorithm, learners
 
 
-def planned(rows: Batch) -> Plan:
+def planned(rows: Batch) -> BatchPlan:
     return balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=20)
 
 
 def prepared(rows, algorithm, learners, kl_coef):
     """Writes what is there before an update, and returns what there is to say of it."""
     for learner in learners.values():
-        rows.adopt(learner.write(rows, planned(rows)))
+        rows.update(learner.write(rows, planned(rows)))
     return write_advantages(rows, algorithm, kl_coef)
 
 
@@ -374,7 +374,7 @@ def test_an_engine_that_keeps_gradients_elsewhere_is_not_taken_for_one_that_was_
     [
         ({"policy_loss": Choice(name="clip_cov")}, 1, one_update([0, 1, 2, 3, 4, 5])),
         ({}, 2, one_update([0, 1, 2, 3, 4, 5])),
-        ({}, 1, Plan([[[[0, 1, 2]]], [[[3, 4, 5]]]])),
+        ({}, 1, BatchPlan([[[[0, 1, 2]]], [[[3, 4, 5]]]])),
     ],
     ids=["statistics of a minibatch", "epochs", "minibatches"],
 )
@@ -479,5 +479,5 @@ def rows_of_all_columns() -> Batch:
         "reward_parts": parts,
         "reward_weights": torch.ones(12, 2),
     }
-    batch.adopt(Batch({**of_rows, "number": torch.arange(12)}))
+    batch.update(Batch({**of_rows, "number": torch.arange(12)}))
     return batch

@@ -8,15 +8,17 @@ import pytest
 
 from verl.monitoring.doctor import diagnose
 from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait
-from verl.monitoring.watchdog import Part, RunLook
+from verl.monitoring.watchdog import Dependency, RunSnapshot
 from verl.utils.process_id import ProcessId
 
 NOW = 10_000.0
 
 
-def look(*stages: StageWaits, still_s: float = 5.0, parts: tuple[Part, ...] = (), **changes) -> RunLook:
+def look(
+    *stages: StageWaits, still_s: float = 5.0, parts: tuple[Dependency, ...] = (), **changes
+) -> RunSnapshot:
     """A run of 1000 s that was looked at a second ago."""
-    found = RunLook(
+    found = RunSnapshot(
         "running",
         "",
         ProcessId("node7", 42, 1),
@@ -36,7 +38,7 @@ def waits(stage: str, what: str, for_s: float, *, num: int = 1) -> StageWaits:
 
 TRAINING = waits("training", "a batch", 300)
 WORKS = StageWaits("training", 5.0)
-FAILED = (Part("engine a", "serving"), Part("engine b", "failed", "out of memory"))
+FAILED = (Dependency("engine a", "serving"), Dependency("engine b", "failed", "out of memory"))
 
 CAUSES = {
     "an engine that failed": (

@@ -10,8 +10,8 @@ import pytest
 
 from verl.cli.main import main
 from verl.monitoring.ledger import FILE, Ledger
-from verl.monitoring.wait_tracker import Waits
-from verl.monitoring.watchdog import Part, Watch
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.monitoring.watchdog import Dependency, Watchdog
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def test_a_group_of_a_run_that_went_on_in_another_folder_is_told(run, capsys):
 def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    waits = Waits()
-    parts = (Part("engine a", "serving"), Part("engine b", "failed", "out of memory"))
-    with waits.on("training", "a batch", limit_s=90), Watch(waits, Path("run"), 1800, parts=lambda: parts):
+    waits = WaitTracker()
+    parts = (Dependency("engine a", "serving"), Dependency("engine b", "failed", "out of memory"))
+    with waits.on("training", "a batch", limit_s=90), Watchdog(waits, Path("run"), 1800, parts=lambda: parts):
         code, told = shown(capsys, "doctor", "run")
     assert (
         code == 0
@@ -124,9 +124,9 @@ def test_a_run_that_was_killed_is_found_to_be_gone(tmp_path, monkeypatch, capsys
     code = """
 import os, signal
 from pathlib import Path
-from verl.monitoring.wait_tracker import Waits
-from verl.monitoring.watchdog import Watch
-with Watch(Waits(), Path("run"), 1800):
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.monitoring.watchdog import Watchdog
+with Watchdog(WaitTracker(), Path("run"), 1800):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run(

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, Waits, span, stall
+from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall
 
 
 class FakeClock:
@@ -31,7 +31,7 @@ def clock():
 
 @pytest.fixture
 def waits(clock):
-    return Waits(clock=clock)
+    return WaitTracker(clock=clock)
 
 
 def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, waits):
@@ -191,7 +191,7 @@ def test_time_in_which_nothing_could_move_is_forgiven(clock, waits):
 
 def test_coroutines_of_one_stage_wait_at_once():
     async def main():
-        waits = Waits(clock=asyncio.get_running_loop().time)
+        waits = WaitTracker(clock=asyncio.get_running_loop().time)
         gate = asyncio.Event()
 
         async def ask(number):
@@ -213,7 +213,7 @@ def test_coroutines_of_one_stage_wait_at_once():
 
 
 def test_threads_wait_and_are_looked_at_all_at_once():
-    waits, num = Waits(), 8
+    waits, num = WaitTracker(), 8
 
     def work():
         for number in range(300):

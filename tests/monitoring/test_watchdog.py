@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.monitoring.watchdog import DIAGNOSIS, FILE, RunLook, last_look
+from verl.monitoring.watchdog import DIAGNOSIS, FILE, RunSnapshot, last_snapshot
 
 # Far beyond what is waited for, on a machine that does much else.
 OUTER_LIMIT_S = 120
@@ -22,13 +22,13 @@ PRELUDE = """
 import asyncio, concurrent.futures, ctypes, os, re, signal, sys, threading, time
 from pathlib import Path
 from verl.utils.thread_interrupt import _SIGNAL
-from verl.monitoring.wait_tracker import Waits
-from verl.monitoring.watchdog import Part, StalledError, Watch
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.monitoring.watchdog import Dependency, StalledError, Watchdog
 
-waits = Waits()
+waits = WaitTracker()
 
 def watch(limit_s=0.5, grace_s=60.0, waits=waits, folder=".", **options):
-    return Watch(waits, Path(folder), limit_s, grace_s=grace_s, every_s=0.05, **options)
+    return Watchdog(waits, Path(folder), limit_s, grace_s=grace_s, every_s=0.05, **options)
 
 def forever():
     lock = threading.Lock()
@@ -51,8 +51,8 @@ def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def kept(folder: Path) -> RunLook:
-    return last_look(folder)
+def kept(folder: Path) -> RunSnapshot:
+    return last_snapshot(folder)
 
 
 STUCK = {
@@ -109,7 +109,7 @@ def serve():
     asyncio.run(main())
 
 threading.Thread(target=serve, name="engines", daemon=True).start()
-with watch(parts=lambda: [Part("engine b", "failed", "out of memory")]):
+with watch(parts=lambda: [Dependency("engine b", "failed", "out of memory")]):
     forever()
 """
     assert "StalledError" in ran(code, tmp_path).stderr
@@ -255,7 +255,7 @@ print(signal.getsignal(_SIGNAL) is mine)
 
 def test_a_run_within_a_run_ends_alone_and_takes_no_time_of_the_outer_one(tmp_path):
     code = """
-inner = Waits()
+inner = WaitTracker()
 with watch(limit_s=2, grace_s=0):
     with watch(limit_s=100, waits=inner, folder="inner"):
         time.sleep(3)
@@ -319,8 +319,7 @@ print("finished")
         stderr=-1,
         text=True,
     )
-    while process.stdout.readline() != "stop me\n":
-        pass
+    assert "stop me\n" in iter(process.stdout.readline, ""), process.communicate()[1]
     process.send_signal(signal.SIGSTOP)
     time.sleep(3)
     process.stdin.write("go on\n")

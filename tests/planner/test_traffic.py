@@ -6,12 +6,12 @@ import pytest
 
 from verl.planner.model_layouts import fsdp, replicated
 from verl.planner.traffic import Cost, formula, gathered, planned, traffic
-from verl.weight_sync.layout import Layout
+from verl.weight_sync.layout import ShardLayout
 from verl.weight_sync.meshes import Mesh
 
 SHAPES = {"w": (8, 3)}
 SHARDS = fsdp(SHAPES, 4)
-HALVES = Layout(SHAPES, tuple(fsdp(SHAPES, 2).ranks[rank // 2] for rank in range(4)))
+HALVES = ShardLayout(SHAPES, tuple(fsdp(SHAPES, 2).ranks[rank // 2] for rank in range(4)))
 M = 48  # bytes in bf16
 
 
@@ -27,7 +27,7 @@ def test_a_plan_costs_what_travels_and_the_weights_that_it_fills():
 
 def test_buckets_one_after_the_other_take_as_long_as_the_busiest_rank_of_each():
     everywhere = replicated(SHAPES, 4)
-    first = Layout(SHAPES, (everywhere.ranks[0], (), (), ()))
+    first = ShardLayout(SHAPES, (everywhere.ranks[0], (), (), ()))
     moved = traffic(first, everywhere, itemsize=2, bucket_bytes=24)
     # One rank sends all of it to three others, half in each bucket.
     assert moved.critical_bytes == 3 * M and moved.in_flight_bytes == 72 and len(moved.buckets) == 2
@@ -36,7 +36,7 @@ def test_buckets_one_after_the_other_take_as_long_as_the_busiest_rank_of_each():
 
 def test_gathering_costs_whole_tensors_in_a_replica_or_over_all_ranks():
     training = fsdp(SHAPES, 4, replicas=2)
-    target = Layout(SHAPES, HALVES.ranks * 2)
+    target = ShardLayout(SHAPES, HALVES.ranks * 2)
     by_bucket, vanilla, all_ranks = gathered(
         training, target, Mesh(shards=4, replicas=2), itemsize=2, bucket_bytes=30, ranks_per_node=2
     )

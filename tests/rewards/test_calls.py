@@ -7,12 +7,12 @@ import sys
 
 PROGRAM = """
 import re
-from verl.rewards.calls import Call, CallPool
+from verl.rewards.calls import RewardCall, CallPool
 
 def endless_expression():
     return re.match("(a+)+$", "a" * 60 + "b")
 
-CallPool(timeout_s=0.2).run([Call("endless", endless_expression, is_async=False)])
+CallPool(timeout_s=0.2).run([RewardCall("endless", endless_expression, is_async=False)])
 """
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.tiny import tiny_codec
 from verl.algorithms.objective import Algorithm
 from verl.config.settings import AlgorithmConfig, OptimizerConfig, ParallelConfig, RoleConfig
-from verl.controller.dispatch import of_ranks, transfer_of
+from verl.controller.dispatch import dispatch_mode, of_ranks
 from verl.controller.worker_group import Done, WorkerGroup
 from verl.engines.fsdp import sharded_engine
 from verl.rollout.actor_worker import ActorWorker
@@ -38,7 +38,7 @@ class ProcessGroup(WorkerGroup):
         """See `WorkerGroup.call`; a method that is none of the worker's is called with it."""
         if not hasattr(ActorWorker, method.__name__):
             return Done(self._all([(method, args)] * len(self._pipes)))
-        transfer = transfer_of(method)
+        transfer = dispatch_mode(method)
         split = transfer.split(args, len(self._pipes))
         return Done(transfer.join(self._all([(method.__name__, own) for own in split]), args))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_model
 from verl.engines.hf.models import PolicyModel, load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine, seed_of
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.openai_engine import HTTPEngine
 from verl.rollout.server.backend import EmbeddedServer
 from verl.rollout.server_process import free_port
@@ -33,7 +33,7 @@ from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.fingerprint import digest, fingerprint
 from verl.weight_sync.process_group import broadcast, open_group
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 T = TypeVar("T")
 PROMPT = [40, 50, 60, 70]
@@ -56,16 +56,16 @@ def own_answer(model: PolicyModel, folder: Path, params: SamplingParams, seed: i
 
 
 async def answer(
-    engine: ServedEngine, params: SamplingParams, *, seed: int = 0, prompt: list[int] = PROMPT
-) -> list[Chunk]:
+    engine: InferenceServer, params: SamplingParams, *, seed: int = 0, prompt: list[int] = PROMPT
+) -> list[TokenChunk]:
     return [chunk async for chunk in engine.sample(prompt, replace(params, seed=seed), number=0)]
 
 
-def ids(chunks: list[Chunk]) -> list[int]:
+def ids(chunks: list[TokenChunk]) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
-def logprobs(chunks: list[Chunk]) -> list[float]:
+def logprobs(chunks: list[TokenChunk]) -> list[float]:
     return [logprob for chunk in chunks for logprob in chunk.logprobs]
 
 
@@ -80,9 +80,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tiny_model(tmp_path_factory.mktemp("http") / "model", seed=seed) for seed in (1, 2, 3)]
 
 
-def spec(folder: Path, log: Path, **changes: Any) -> EngineSpec:
+def spec(folder: Path, log: Path, **changes: Any) -> ServerSpec:
     options = {"max_slots": 4, "device": "cpu", "threads": 1}
-    return EngineSpec(
+    return ServerSpec(
         **{"name": "one", "model": str(folder), "log": log, "timeout_s": 20.0, "options": options, **changes}
     )
 
@@ -110,7 +110,7 @@ def joined(folder, address, tmp_path_factory) -> Iterator[EmbeddedServer]:
 @pytest.fixture
 def served(joined, folder) -> EmbeddedServer:
     """With the weights of the folder as version 0."""
-    run(update(joined, [Part((), "disk", {"folder": folder})], 0))
+    run(update(joined, [WeightChunk((), "disk", {"folder": folder})], 0))
     return joined
 
 
@@ -135,18 +135,18 @@ def packed(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()])
 
 
-def shm_parts(tensors: dict[str, Tensor], folder: Path, *, num_parts: int = 2) -> list[Part]:
+def shm_parts(tensors: dict[str, Tensor], folder: Path, *, num_parts: int = 2) -> list[WeightChunk]:
     """The tensors dealt out over files, with the odd ones in the second: their bytes are aligned to nothing."""
     parts = []
     for i in range(num_parts):
         own = dict(list(tensors.items())[i::num_parts])
         path = folder / f"part-{i}"
         path.write_bytes(bytes(packed(own).tolist()))
-        parts.append(Part(infos(own), "shm", {"path": str(path)}))
+        parts.append(WeightChunk(infos(own), "shm", {"path": str(path)}))
     return parts
 
 
-async def update(engine: ServedEngine, parts: list[Part], version: int) -> str:
+async def update(engine: InferenceServer, parts: list[WeightChunk], version: int) -> str:
     await engine.pause()
     await engine.begin_update()
     for part in parts:
@@ -156,7 +156,7 @@ async def update(engine: ServedEngine, parts: list[Part], version: int) -> str:
     return found
 
 
-def has_weights_of(engine: ServedEngine, folder: Path, version: int) -> bool:
+def has_weights_of(engine: InferenceServer, folder: Path, version: int) -> bool:
     """Whether it answers as the embedded engine with these weights does."""
     chunks = run(answer(engine, SamplingParams(max_tokens=30), seed=version))
     completion = own_answer(policy(folder), folder, SamplingParams(max_tokens=30), version)
@@ -183,7 +183,7 @@ def test_an_answer_is_that_of_the_embedded_engine_in_chunks(served, folder):
 def test_another_engine_goes_on_with_an_answer_as_this_one_would_have(served):
     whole = ids(run(answer(served, LONG, seed=3)))
     rest = run(answer(served, LONG, seed=3, prompt=[*PROMPT, *whole[:9]]))
-    assert served.seeds_by_place and ids(rest)[: len(whole) - 9] == whole[9:]
+    assert served.position_seeded and ids(rest)[: len(whole) - 9] == whole[9:]
 
 
 def test_a_prompt_that_does_not_fit_is_refused(served):
@@ -203,7 +203,7 @@ def test_weights_come_through_shared_memory(served, others, tmp_path, dtype):
 
 def test_weights_come_from_a_folder(served, others):
     tensors = weights(others[1])
-    part = Part(infos(tensors), "disk", {"folder": others[1]})
+    part = WeightChunk(infos(tensors), "disk", {"folder": others[1]})
     assert run(update(served, [part], 2)) == expected(tensors)
     assert has_weights_of(served, others[1], 2)
 
@@ -219,14 +219,14 @@ def test_weights_come_over_a_group(served, others):
         )
         await served.begin_update()
         sent = asyncio.to_thread(broadcast, group, packed(tensors))
-        await asyncio.gather(sent, served.load(Part(infos(tensors), "group")))
+        await asyncio.gather(sent, served.load(WeightChunk(infos(tensors), "group")))
         return await served.end_update(3)
 
     assert run(send()) == expected(tensors)
     assert has_weights_of(served, others[2], 3)
 
 
-async def torn(engine: ServedEngine, parts: list[Part]) -> None:
+async def torn(engine: InferenceServer, parts: list[WeightChunk]) -> None:
     await engine.begin_update()
     await engine.load(parts[0])
     await engine.end_update(9)
@@ -282,8 +282,8 @@ def test_weights_that_give_no_finite_logits_fail_requests_until_better_ones_come
 
 
 def test_a_running_request_is_kept_while_paused_and_goes_on(served, folder):
-    async def paused() -> tuple[list[Chunk], list[Chunk]]:
-        chunks: list[Chunk] = []
+    async def paused() -> tuple[list[TokenChunk], list[TokenChunk]]:
+        chunks: list[TokenChunk] = []
 
         async def collect() -> None:
             chunks.extend(
@@ -310,15 +310,17 @@ def test_a_running_request_is_kept_while_paused_and_goes_on(served, folder):
     assert ids(chunks) == own_answer(policy(folder), folder, LONG, 4).token_ids
 
 
-async def _noted(chunks: AsyncIterator[Chunk], into: list[Chunk]) -> AsyncIterator[Chunk]:
+async def _noted(chunks: AsyncIterator[TokenChunk], into: list[TokenChunk]) -> AsyncIterator[TokenChunk]:
     async for chunk in chunks:
         into.append(chunk)
         yield chunk
 
 
-async def answer_over_update(engine: ServedEngine, parts: list[Part], version: int) -> list[Chunk]:
+async def answer_over_update(
+    engine: InferenceServer, parts: list[WeightChunk], version: int
+) -> list[TokenChunk]:
     """An answer in the midst of which new weights come."""
-    chunks: list[Chunk] = []
+    chunks: list[TokenChunk] = []
     async for chunk in engine.sample(PROMPT, replace(LONG, seed=8), number=0):
         if not chunks:
             await update(engine, parts, version)
@@ -379,7 +381,7 @@ def test_additions_replace_those_before(served, folder, tmp_path):
         (additions / "adapter_config.json").write_text(
             json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3})
         )
-        assert run(served.load_additions(additions, version)) == expected(files)
+        assert run(served.load_lora_adapter(additions, version)) == expected(files)
     model = policy(folder)
     with torch.no_grad():
         model.transformer.get_parameter(f"{target}.weight").add_(1.5 * up @ down)
@@ -435,14 +437,14 @@ def test_an_engine_that_cannot_start_says_why(tmp_path):
 
 def http_engine(folder: Path, url: str, **options: Any) -> HTTPEngine:
     return HTTPEngine(
-        EngineSpec(
+        ServerSpec(
             "far", str(folder), {"model": "tiny", "backoff": 0.05, **options}, address=url, timeout_s=3.0
         )
     )
 
 
-def one_chunk(engine: HTTPEngine, params: SamplingParams, *, seed: int = 0) -> Chunk:
-    async def asked() -> list[Chunk]:
+def one_chunk(engine: HTTPEngine, params: SamplingParams, *, seed: int = 0) -> TokenChunk:
+    async def asked() -> list[TokenChunk]:
         await engine.open()
         try:
             return await answer(engine, params, seed=seed)
@@ -503,7 +505,7 @@ def test_a_refusal_is_told_in_the_servers_own_words_and_a_wrong_key_without_the_
         one_chunk(engine, SamplingParams(max_tokens=2000))
     monkeypatch.setenv("FAR_KEY", "wrong key")
     engine = HTTPEngine(
-        EngineSpec(
+        ServerSpec(
             "far",
             str(folder),
             {"model": "tiny", "api_key_env": "FAR_KEY"},
@@ -525,9 +527,9 @@ def test_options_are_checked(folder, monkeypatch):
         ({"model": "x", "api_key_env": "FAR_KEY"}, "environment variable FAR_KEY, which is not set"),
     ):
         with pytest.raises(ValueError, match=message):
-            HTTPEngine(EngineSpec("far", str(folder), options, address="http://127.0.0.1:1"))
+            HTTPEngine(ServerSpec("far", str(folder), options, address="http://127.0.0.1:1"))
     with pytest.raises(ValueError, match="need the address"):
-        HTTPEngine(EngineSpec("far", str(folder), {"model": "x"}))
+        HTTPEngine(ServerSpec("far", str(folder), {"model": "x"}))
 
 
 @asynccontextmanager
@@ -563,10 +565,10 @@ GOOD = {"choices": [{"text": "fine", "finish_reason": "stop"}]}
 
 def against(
     folder: Path, reply: Callable[[int, web.Request], Any], **options: Any
-) -> tuple[Chunk, list[float]]:
+) -> tuple[TokenChunk, list[float]]:
     """The chunk that an engine gets from a faulty server, and the seconds between its attempts."""
 
-    async def asked() -> tuple[Chunk, list[float]]:
+    async def asked() -> tuple[TokenChunk, list[float]]:
         async with faulty(reply) as (url, came_s):
             engine = http_engine(folder, url, **options)
             await engine.open()

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, ServedEngine
-from verl.rollout.pool.weight_publisher import Update
+from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 T = TypeVar("T")
 VOCABULARY, END = 1000, 1
@@ -130,7 +130,7 @@ class World:
     Attributes:
         faults: that happen.
         pace: of all engines.
-        seeds_by_place: see `ServedEngine`.
+        seeds_by_place: see `InferenceServer`.
         tells_versions: engines say of each chunk which weights sampled it.
         ends_apart: why an answer ended comes after its last tokens.
         breaches: what engines were asked that they must never be asked, in words.
@@ -140,7 +140,7 @@ class World:
 
     faults: Faults = field(default_factory=Faults.none)
     pace: Pace = field(default_factory=Pace)
-    seeds_by_place: bool = True
+    position_seeded: bool = True
     tells_versions: bool = True
     ends_apart: bool = False
     breaches: list[str] = field(default_factory=list)
@@ -149,25 +149,27 @@ class World:
     _memory: str = ""
     _writes: int = 0
 
-    def engine(self, spec: EngineSpec) -> SimulatedEngine:
+    def engine(self, spec: ServerSpec) -> SimulatedEngine:
         """Makes an engine, as a fleet wants to have it done."""
         return SimulatedEngine(spec, self)
 
-    def specs(self, count: int, *, timeout_s: float = 10.0) -> list[EngineSpec]:
+    def specs(self, count: int, *, timeout_s: float = 10.0) -> list[ServerSpec]:
         """Engines to begin with."""
         return [
-            EngineSpec(f"e{i}", "unused", timeout_s=timeout_s, start_timeout_s=60.0) for i in range(count)
+            ServerSpec(f"e{i}", "unused", timeout_s=timeout_s, start_timeout_s=60.0) for i in range(count)
         ]
 
-    def write(self, version: int) -> Update:
+    def write(self, version: int) -> WeightSnapshot:
         """A version of the policy, as `PolicyWeights` writes it: the memory of the one before is given back."""
         self._writes += 1
         self._memory = f"weights-{self._writes}"
         parts = tuple(
-            Part((TensorInfo(f"w{i}", (1,), "float32"),), "shm", {"path": self._memory, "version": version})
+            WeightChunk(
+                (TensorInfo(f"w{i}", (1,), "float32"),), "shm", {"path": self._memory, "version": version}
+            )
             for i in range(_NUM_PARTS)
         )
-        return Update(version, parts, None, f"print-{version}", 4 * _NUM_PARTS, 0.0, Path("unused"))
+        return WeightSnapshot(version, parts, None, f"print-{version}", 4 * _NUM_PARTS, 0.0, Path("unused"))
 
     def close(self) -> None:
         """As `PolicyWeights` is closed."""
@@ -178,7 +180,7 @@ class World:
         if not holds:
             self.breaches.append(what)
 
-    def is_memory(self, part: Part) -> bool:
+    def is_memory(self, part: WeightChunk) -> bool:
         """Whether the memory of a part is not given back."""
         return part.where["path"] == self._memory
 
@@ -238,7 +240,7 @@ def problem_of(
     state, own = state_of(prompt), number
     for i, (token, logprob, version) in enumerate(zip(ids, logprobs, of, strict=True)):
         fits = drawn(state, params.seed, own, version, world.pace.end_in) == (token, logprob)
-        if not fits and not world.seeds_by_place:
+        if not fits and not world.position_seeded:
             own = number + _NUMBERS * i  # another engine goes on from here
             fits = drawn(state, params.seed, own, version, world.pace.end_in) == (token, logprob)
         if not fits:
@@ -359,21 +361,21 @@ class _Server:
             wait.future.set_exception(EngineError(f"{self._name} said nothing for {wait.limit_s:g} s"))
 
 
-class SimulatedEngine(ServedEngine):
+class SimulatedEngine(InferenceServer):
     """An engine whose answers are `drawn`, whose time is the loop's, and to which the faults of its world
     happen.
     """
 
-    vias = ("shm",)
+    transports = ("shm",)
 
-    def __init__(self, spec: EngineSpec, world: World) -> None:
+    def __init__(self, spec: ServerSpec, world: World) -> None:
         super().__init__(spec)
-        self.seeds_by_place = world.seeds_by_place
+        self.position_seeded = world.position_seeded
         self._world, self._pace, self._faults = world, world.pace, world.faults
         self._server: _Server | None = None
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         name, limit_s, start_s = self.spec.name, self.spec.start_timeout_s, self._pace.start_s
         await asyncio.sleep(0.1 * start_s)  # looks what is installed
         server = self._server = _Server(name, self._world)
@@ -384,7 +386,7 @@ class SimulatedEngine(ServedEngine):
         await server.wait(math.inf if fate == "hang" else self._time(fate, start_s, limit_s), limit_s)
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         server, self._server = self._server, None
         if server is not None:
             if self._faults.at("close"):
@@ -392,13 +394,13 @@ class SimulatedEngine(ServedEngine):
             server.end(f"{self.spec.name} was closed")
 
     async def check(self) -> None:
-        """See `ServedEngine.check`."""
+        """See `InferenceServer.check`."""
         await self._command("check", self._pace.command_s, lambda server: None)
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`."""
         server, fate = self._asked, self._meet("sample")
         is_ready = (
             server.weights is not None
@@ -424,7 +426,7 @@ class SimulatedEngine(ServedEngine):
                 if chunk.finish_reason and self._world.ends_apart:
                     yield replace(chunk, finish_reason=None)
                     await server.wait(self._pace.step_s, self.spec.timeout_s)
-                    chunk = Chunk((), (), chunk.finish_reason)
+                    chunk = TokenChunk((), (), chunk.finish_reason)
                 if chunk.token_ids or chunk.finish_reason:
                     yield chunk
                 if chunk.finish_reason or fate == "lost":
@@ -435,11 +437,11 @@ class SimulatedEngine(ServedEngine):
             raise EngineError(f"{self.spec.name}: the connection was reset by the peer")
 
     async def pause(self) -> None:
-        """See `ServedEngine.pause`."""
+        """See `InferenceServer.pause`."""
         await self._command("pause", self._pace.command_s, _Server.pause)
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`."""
+        """See `InferenceServer.resume`."""
 
         def go_on(server: _Server) -> None:
             self._world.must(
@@ -452,7 +454,7 @@ class SimulatedEngine(ServedEngine):
         await self._command("resume", self._pace.command_s, go_on)
 
     async def begin_update(self) -> None:
-        """See `ServedEngine.begin_update`."""
+        """See `InferenceServer.begin_update`."""
 
         def begin(server: _Server) -> None:
             self._world.must(
@@ -463,8 +465,8 @@ class SimulatedEngine(ServedEngine):
 
         await self._command("begin_update", self._pace.command_s, begin)
 
-    async def load(self, part: Part) -> None:
-        """See `ServedEngine.load`."""
+    async def load(self, part: WeightChunk) -> None:
+        """See `InferenceServer.load`."""
 
         def look() -> None:
             self._world.must(
@@ -482,7 +484,7 @@ class SimulatedEngine(ServedEngine):
         await self._command("load", self._pace.load_s, take)
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`."""
+        """See `InferenceServer.end_update`."""
 
         def end(server: _Server, fate: str) -> str:
             parts, server.loading = server.loading, None
@@ -495,7 +497,7 @@ class SimulatedEngine(ServedEngine):
         return await self._command("end_update", self._pace.command_s, end)
 
     async def sleep(self) -> None:
-        """See `ServedEngine.sleep`."""
+        """See `InferenceServer.sleep`."""
 
         def lie_down(server: _Server) -> None:
             asked = server.busy - server.for_nobody
@@ -505,7 +507,7 @@ class SimulatedEngine(ServedEngine):
         await self._command("sleep", self._pace.command_s, lie_down)
 
     async def wake(self) -> None:
-        """See `ServedEngine.wake`."""
+        """See `InferenceServer.wake`."""
 
         def get_up(server: _Server) -> None:
             server.is_asleep = False
@@ -551,7 +553,7 @@ class SimulatedEngine(ServedEngine):
 
     async def _chunk(
         self, server: _Server, params: SamplingParams, number: int, state: int, room: int, first_s: float
-    ) -> tuple[Chunk, int, float]:
+    ) -> tuple[TokenChunk, int, float]:
         """The next tokens, maybe none; the row after them; and the time for what is not done yet."""
         while server.is_paused:
             await server.wait(math.inf, math.inf)
@@ -579,12 +581,12 @@ class SimulatedEngine(ServedEngine):
         reason: FinishReason | None = (
             "stop" if ids and ids[-1] == END else "length" if len(ids) == room else None
         )
-        chunk = Chunk(ids, logprobs, reason, version if self._world.tells_versions else None)
+        chunk = TokenChunk(ids, logprobs, reason, version if self._world.tells_versions else None)
         if fate == "garbage":
             chunk = self._garbage(chunk, room)
         return chunk, states[len(ids)], 0.0 if ids else first_s
 
-    def _garbage(self, chunk: Chunk, room: int) -> Chunk:
+    def _garbage(self, chunk: TokenChunk, room: int) -> TokenChunk:
         """What no policy can have given."""
         ids, logprobs, version = (
             list(chunk.token_ids) or [50],
@@ -592,16 +594,16 @@ class SimulatedEngine(ServedEngine):
             chunk.version,
         )
         kinds = [
-            Chunk([*ids[:-1], VOCABULARY], logprobs, chunk.finish_reason, version),
-            Chunk([*ids[:-1], -1], logprobs, chunk.finish_reason, version),
-            Chunk(ids, [*logprobs[:-1], math.nan], chunk.finish_reason, version),
-            Chunk(ids, [*logprobs[:-1], 0.5], chunk.finish_reason, version),
-            Chunk(ids, logprobs[:-1], chunk.finish_reason, version),
-            Chunk([50] * (room + 1), [-1.0] * (room + 1), "length", version),
-            Chunk(ids, logprobs, "abort", version),
-            Chunk(["50"], [-1.0], None, version),  # type: ignore[list-item]
-            Chunk(ids, logprobs, chunk.finish_reason, 10**6),
-            Chunk(ids, logprobs, "length" if len(ids) < room else "abort", version),
+            TokenChunk([*ids[:-1], VOCABULARY], logprobs, chunk.finish_reason, version),
+            TokenChunk([*ids[:-1], -1], logprobs, chunk.finish_reason, version),
+            TokenChunk(ids, [*logprobs[:-1], math.nan], chunk.finish_reason, version),
+            TokenChunk(ids, [*logprobs[:-1], 0.5], chunk.finish_reason, version),
+            TokenChunk(ids, logprobs[:-1], chunk.finish_reason, version),
+            TokenChunk([50] * (room + 1), [-1.0] * (room + 1), "length", version),
+            TokenChunk(ids, logprobs, "abort", version),
+            TokenChunk(["50"], [-1.0], None, version),  # type: ignore[list-item]
+            TokenChunk(ids, logprobs, chunk.finish_reason, 10**6),
+            TokenChunk(ids, logprobs, "length" if len(ids) < room else "abort", version),
         ]
         return self._faults.random.choice(kinds)
 

@@ -19,13 +19,13 @@ from tests.simulation.engines import END, VOCABULARY, Faults, Pace, World, probl
 from tests.tiny import tiny_codec
 from verl.agents.group_source import FromFleet, Group
 from verl.agents.group_state import saved_groups
-from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
+from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.settings import PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
-from verl.monitoring.wait_tracker import Waits, stall
+from verl.monitoring.wait_tracker import WaitTracker, stall
 from verl.rollout.engine import EngineError
-from verl.rollout.pool.inference_pool import Fleet
+from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, Prompt, SamplingParams
 from verl.utils.virtual_time import run
 
@@ -63,7 +63,9 @@ class Answers:
     def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
         return []
 
-    async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+    async def sample_from(
+        self, fleet: InferencePool, prompt: Prompt, params: SamplingParams
+    ) -> list[Trajectory]:
         oldest = fleet.version
         ids = [10 + prompt.index % 900, 11]
         # A prompt that is longer than the context of the policy is refused by every engine.
@@ -95,7 +97,7 @@ class Answers:
     def finish(self, answers: Sequence[Trajectory], baseline: Trajectory | None) -> None:
         return
 
-    def is_dead(self, answers: Sequence[Trajectory]) -> bool:
+    def has_no_signal(self, answers: Sequence[Trajectory]) -> bool:
         return len({t.reward for t in answers if t.outcome == "ok"}) < 2
 
     def check_failed(self, answers: Sequence[Trajectory]) -> None:
@@ -189,7 +191,7 @@ class Run:
         self.batches: list[list[int]] = []
         self.fates: Counter[str] = Counter()
         self.world = World(
-            Faults.of(seed, most=most_faults), self.case.pace, seeds_by_place=self.rng.random() < 0.7
+            Faults.of(seed, most=most_faults), self.case.pace, position_seeded=self.rng.random() < 0.7
         )
         self.drawn = 0
 
@@ -206,7 +208,7 @@ class Run:
     async def process(self, state: dict[str, Any] | None, version: int, steps: int) -> dict[str, Any] | None:
         """One process of the run, from a checkpoint if there is one; the next checkpoint."""
         case, loop = self.case, asyncio.get_running_loop()
-        fleet = Fleet(
+        fleet = InferencePool(
             self.world.engine,
             CODEC,
             vocabulary=VOCABULARY,
@@ -216,7 +218,7 @@ class Run:
             on_update=case.on_update,  # type: ignore[arg-type]
             note=self.notes.append,
         )
-        waits, ledger = Waits(clock=loop.time), Ledger()
+        waits, ledger = WaitTracker(clock=loop.time), Ledger()
         answers = Answers(
             self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
         )
@@ -249,7 +251,7 @@ class Run:
             pipeline.close()
             await fleet.close()
 
-    async def step(self, pipeline: Pipeline, fleet: Fleet, step: int) -> None:
+    async def step(self, pipeline: Pipeline, fleet: InferencePool, step: int) -> None:
         """One step of a trainer that takes its time."""
         batch = await (self.streamed(pipeline) if self.case.streamed else pipeline.take())
         self.look(batch, pipeline, step)
@@ -262,7 +264,7 @@ class Run:
             )
         pipeline.published(step)
 
-    async def streamed(self, pipeline: Pipeline) -> Taken:
+    async def streamed(self, pipeline: Pipeline) -> TrainBatch:
         """A batch that is learned from as it comes."""
         numbers = []
         async for portion in pipeline.portions():
@@ -275,21 +277,21 @@ class Run:
             )
         return batch
 
-    async def publish(self, fleet: Fleet, version: int) -> None:
+    async def publish(self, fleet: InferencePool, version: int) -> None:
         """A version to all engines."""
-        await fleet.announce(version)
+        await fleet.begin_update(version)
         await asyncio.sleep(self.rng.choice((0.0, 1.0)))
         await fleet.spread(self.world.write(version))
         self.world.oldest = version
 
-    async def watch(self, waits: Waits) -> None:
+    async def watch(self, waits: WaitTracker) -> None:
         """As the watch of a run: nothing may stand still for longer than what engines and rewards may take."""
         while True:
             await asyncio.sleep(50.0)
             if told := stall(waits.snapshot(), 5000.0):
                 self.problems.append(told)
 
-    def look(self, batch: Taken, pipeline: Pipeline, step: int) -> None:
+    def look(self, batch: TrainBatch, pipeline: Pipeline, step: int) -> None:
         """Notes what is wrong with a batch."""
         case, numbers = self.case, [group.number for group in batch.groups]
         self.batches.append(numbers)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from tests.simulation.engines import PLACES, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, EngineSpec
-from verl.rollout.pool.inference_pool import Fleet
+from verl.rollout.engine import EngineError, ServerSpec
+from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.virtual_time import run
 
@@ -37,7 +37,7 @@ class Run:
     may_fail: bool = False
     rng: random.Random = field(init=False)
     world: World = field(init=False)
-    fleet: Fleet = field(init=False)
+    fleet: InferencePool = field(init=False)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     answered: list[tuple[int, ...]] = field(default_factory=list)
@@ -54,11 +54,11 @@ class Run:
             slots=rng.choice((3, 64)),
             end_in=rng.choice((8, 60)),
         )
-        names = ("seeds_by_place", "tells_versions", "ends_apart")
+        names = ("position_seeded", "tells_versions", "ends_apart")
         self.world = World(
             Faults.of(self.seed, most=self.most_faults), pace, **{name: rng.random() < 0.6 for name in names}
         )
-        self.fleet = Fleet(
+        self.fleet = InferencePool(
             self.world.engine,
             CODEC,
             vocabulary=VOCABULARY,
@@ -142,13 +142,13 @@ class Run:
                 member.name for member in fleet.members if member.state != "gone" and not member.is_leaving
             ]
             if rng.random() < 0.5:
-                await fleet.add(EngineSpec(f"added-{i}", "unused", timeout_s=10.0, start_timeout_s=60.0))
+                await fleet.add(ServerSpec(f"added-{i}", "unused", timeout_s=10.0, start_timeout_s=60.0))
             elif len(staying) > 1:
                 await fleet.remove(rng.choice(staying))
 
     async def publish(self, version: int) -> None:
         """A version to all engines."""
-        await self.fleet.announce(version)
+        await self.fleet.begin_update(version)
         await asyncio.sleep(self.rng.choice((0.0, 1.0)))
         await self.fleet.spread(self.world.write(version))
         if self.fleet.on_update != "keep" or not any(member.is_leaving for member in self.fleet.members):
@@ -260,9 +260,9 @@ def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
     )
 
     async def main() -> Completion:
-        fleet = Fleet(world.engine, CODEC, vocabulary=VOCABULARY, context=400)
+        fleet = InferencePool(world.engine, CODEC, vocabulary=VOCABULARY, context=400)
         await fleet.open(world.specs(1))
-        await fleet.announce(4)
+        await fleet.begin_update(4)
         await fleet.spread(world.write(4))
         (answer,) = await fleet.answer(prompt, params)
         await fleet.close()

@@ -26,7 +26,7 @@ def columns_of(trainer, data):
     """The columns that the writers add to collected rows."""
     before = set(data.rows.names)
     for write in trainer.writers:
-        data.rows.adopt(write.start(data.rows).result())
+        data.rows.update(write.start(data.rows).result())
     return set(data.rows.names) - before
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.utils.process_id import ProcessId, life, this_process
+from verl.utils.process_id import ProcessId, process_state, this_process
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
@@ -30,17 +30,17 @@ def child():
 
 
 def wait_for(process: ProcessId, wanted: str) -> None:
-    while life(process) != wanted:
+    while process_state(process) != wanted:
         pass
 
 
 def test_this_process_works():
-    assert life(this_process()) == "works" and this_process().pid == os.getpid()
+    assert process_state(this_process()) == "works" and this_process().pid == os.getpid()
 
 
 def test_a_process_is_seen_to_work_to_be_stopped_and_to_be_gone(child):
     process, told = child
-    assert life(told) == "works"
+    assert process_state(told) == "works"
     process.send_signal(signal.SIGSTOP)
     wait_for(told, "is stopped")
     process.send_signal(signal.SIGCONT)
@@ -48,13 +48,13 @@ def test_a_process_is_seen_to_work_to_be_stopped_and_to_be_gone(child):
     process.kill()
     wait_for(told, "is gone")  # before anybody has asked for its exit code
     process.wait()
-    assert life(told) == "is gone"
+    assert process_state(told) == "is gone"
 
 
 def test_another_process_of_the_same_number_is_not_taken_for_it():
-    assert life(replace(this_process(), started=1)) == "is gone"
-    assert life(replace(this_process(), started=0)) == "works"
+    assert process_state(replace(this_process(), started=1)) == "is gone"
+    assert process_state(replace(this_process(), started=0)) == "works"
 
 
 def test_a_process_of_another_host_is_not_looked_for():
-    assert life(ProcessId("elsewhere", os.getpid(), 1)) == "is on another host"
+    assert process_state(ProcessId("elsewhere", os.getpid(), 1)) == "is on another host"

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from verl.weight_sync.layout import Layout, Piece, sizes, slices_at_home, volume, whole
-from verl.weight_sync.reshard_plan import Copy, Plan
+from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, slices_at_home, volume, whole
+from verl.weight_sync.reshard_plan import Copy, ReshardPlan
 
 
 def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -23,7 +23,7 @@ def window(array: np.ndarray, bounds) -> np.ndarray:
     return array[tuple(slice(*bound) for bound in bounds)]
 
 
-def empty_homes(pieces: tuple[Piece, ...]) -> dict[str, np.ndarray]:
+def empty_homes(pieces: tuple[TensorShard, ...]) -> dict[str, np.ndarray]:
     """Homes just large enough for their pieces, with a row of padding behind, all -1."""
     ends: dict[str, np.ndarray] = {}
     for piece in pieces:
@@ -32,7 +32,7 @@ def empty_homes(pieces: tuple[Piece, ...]) -> dict[str, np.ndarray]:
     return {home: np.full(tuple(end + 1), -1) for home, end in ends.items()}
 
 
-def filled(layout: Layout, wholes: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def filled(layout: ShardLayout, wholes: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Homes of every rank with the values that the layout says."""
     ranks = [empty_homes(pieces) for pieces in layout.ranks]
     for homes, pieces in zip(ranks, layout.ranks, strict=True):
@@ -43,7 +43,7 @@ def filled(layout: Layout, wholes: dict[str, np.ndarray]) -> list[dict[str, np.n
 
 
 def carried_out(
-    plan: Plan, source: list[dict[str, np.ndarray]], target: Layout
+    plan: ReshardPlan, source: list[dict[str, np.ndarray]], target: ShardLayout
 ) -> list[dict[str, np.ndarray]]:
     """Homes of every rank of the target after all copies; an element that is written twice is a fault."""
     ranks = [empty_homes(pieces) for pieces in target.ranks]
@@ -70,11 +70,11 @@ def assert_equal(got: list[dict[str, np.ndarray]], expected: list[dict[str, np.n
         assert [(rank, home) for home in homes if not np.array_equal(homes[home], others[home])] == []
 
 
-def held(layout: Layout, rank: int, wholes: dict[str, np.ndarray]) -> set[int]:
+def held(layout: ShardLayout, rank: int, wholes: dict[str, np.ndarray]) -> set[int]:
     """Elements that a rank has, one by one."""
     return {int(x) for piece in layout.ranks[rank] for x in window(wholes[piece.name], piece.bounds).ravel()}
 
 
-def lacking(source: Layout, target: Layout, rank: int, wholes: dict[str, np.ndarray]) -> int:
+def lacking(source: ShardLayout, target: ShardLayout, rank: int, wholes: dict[str, np.ndarray]) -> int:
     """Elements that a rank has to get from others, whatever the plan."""
     return len(held(target, rank, wholes) - held(source, rank, wholes))

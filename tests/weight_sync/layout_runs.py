@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from verl.config.settings import ParallelConfig
 from verl.engines.hf.hf_io import own_pieces
 from verl.engines.tensor_parallel import make_meshes, parallelize
-from verl.weight_sync.layout import Piece
+from verl.weight_sync.layout import TensorShard
 
 
-def pieces_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[list[Piece]]:
+def pieces_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[list[TensorShard]]:
     """Pieces of this rank, of a model that is spread in each of the ways."""
     found = []
     for parallel in parallels:

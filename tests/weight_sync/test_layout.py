@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.weight_sync.layout import (
-    Layout,
-    Piece,
+    ShardLayout,
+    TensorShard,
     difference,
     intersection,
     offset_of,
@@ -75,27 +75,30 @@ def test_a_scalar_is_a_part_of_one_element():
     ],
 )
 def test_a_part_is_found_in_a_home_of_the_same_fewer_or_more_dimensions(bounds, offset, part, begin, at_home):
-    piece = Piece("w", bounds, "home", offset)
+    piece = TensorShard("w", bounds, "home", offset)
     assert offset_of(part, piece) == begin
     assert slices_at_home(part, begin) == at_home
 
 
 def test_ranks_may_hold_nothing():
-    layout = Layout({"w": (4, 2)}, ((Piece("w", ((1, 4), (0, 2)), "w", (0, 0)),), ()))
+    layout = ShardLayout({"w": (4, 2)}, ((TensorShard("w", ((1, 4), (0, 2)), "w", (0, 0)),), ()))
     assert layout.num_ranks == 2 and [layout.num_elements(rank) for rank in (0, 1)] == [6, 0]
 
 
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        (Piece("v", ((0, 4), (0, 2)), "w", (0, 0)), "there is no such tensor"),
-        (Piece("w", ((0, 5), (0, 2)), "w", (0, 0)), r"the tensor is \(4, 2\)"),
-        (Piece("w", ((3, 2), (0, 2)), "w", (0, 0)), r"the tensor is \(4, 2\)"),
-        (Piece("w", ((0, 4),), "w", (0,)), r"the tensor is \(4, 2\)"),
-        (Piece("w", ((0, 4), (0, 2)), "w", (0, -1)), "need an offset from 0"),
-        (Piece("w", ((0, 4), (0, 2)), "w", (0,)), "need an offset from 0 for each dimension of size above 1"),
+        (TensorShard("v", ((0, 4), (0, 2)), "w", (0, 0)), "there is no such tensor"),
+        (TensorShard("w", ((0, 5), (0, 2)), "w", (0, 0)), r"the tensor is \(4, 2\)"),
+        (TensorShard("w", ((3, 2), (0, 2)), "w", (0, 0)), r"the tensor is \(4, 2\)"),
+        (TensorShard("w", ((0, 4),), "w", (0,)), r"the tensor is \(4, 2\)"),
+        (TensorShard("w", ((0, 4), (0, 2)), "w", (0, -1)), "need an offset from 0"),
+        (
+            TensorShard("w", ((0, 4), (0, 2)), "w", (0,)),
+            "need an offset from 0 for each dimension of size above 1",
+        ),
     ],
 )
 def test_a_piece_that_cannot_be_is_refused(piece, message):
     with pytest.raises(ValueError, match=f"on rank 1 .*{message}"):
-        Layout({"w": (4, 2)}, ((), (piece,)))
+        ShardLayout({"w": (4, 2)}, ((), (piece,)))

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tests.rollout.pool.pools import changed, group_of
 from tests.tiny import tiny_policy
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, ServedEngine
-from verl.rollout.pool.replica import Member
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
+from verl.rollout.pool.replica import Replica
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.weight_sync.fingerprint import fingerprint_of_ranks
-from verl.weight_sync.receiver import Arrivals
+from verl.weight_sync.receiver import WeightReceiver
 from verl.weight_sync.shard_tracking import as_reads
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 RANKS = 2
 
@@ -40,15 +40,15 @@ def part_of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
     return tensor.chunk(RANKS, dim=1 if "o_proj" in name or "down_proj" in name else 0)[rank].clone()
 
 
-class Threads(ServedEngine):
+class Threads(InferenceServer):
     """Two ranks; what they are told has been JSON, as it is on the way to real ones."""
 
-    vias = ("shm", "group", "direct")
+    transports = ("shm", "group", "direct")
     num_ranks = RANKS
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
-        self.arrivals = [Arrivals(torch.device("cpu"), keeps=True) for _ in range(RANKS)]
+        self.arrivals = [WeightReceiver(torch.device("cpu"), keeps=True) for _ in range(RANKS)]
         self.weights: list[dict[str, Tensor]] = [{}, {}]
         self.received_bytes: list[int] = []
 
@@ -74,7 +74,7 @@ class Threads(ServedEngine):
     async def resume(self) -> None:
         return
 
-    def sample(self, prompt_ids: Any, params: Any, *, number: int) -> AsyncIterator[Chunk]:
+    def sample(self, prompt_ids: Any, params: Any, *, number: int) -> AsyncIterator[TokenChunk]:
         raise NotImplementedError
 
     async def join_group(
@@ -89,11 +89,11 @@ class Threads(ServedEngine):
         for arrivals in self.arrivals:
             arrivals.begin()
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         def take(rank: int) -> None:
             own = part.of_rank(rank)
             where, reads = json.loads(json.dumps([own.where, own.reads]))
-            own = Part(part.tensors, part.via, where, tuple(as_reads(read) for read in reads))
+            own = WeightChunk(part.tensors, part.via, where, tuple(as_reads(read) for read in reads))
             for batch in self.arrivals[rank].batches(own, records=self.records):
                 for name, tensor in batch:
                     self.look_at(tensor)
@@ -118,10 +118,10 @@ class Threads(ServedEngine):
 @pytest.mark.parametrize("via", ["shm", "group", "direct"])
 def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     policy = tiny_policy("llama")
-    weights = PolicyWeights(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
-    engine = Threads(EngineSpec("threads", "unused", via=via, timeout_s=20.0))
+    weights = WeightPublisher(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
+    engine = Threads(ServerSpec("threads", "unused", via=via, timeout_s=20.0))
     notes: list[str] = []
-    member = Member(
+    member = Replica(
         engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
     tensors = dict(policy.transformer.named_parameters())
@@ -129,7 +129,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     num_bytes = itemsize * sum(tensor.numel() for tensor in tensors.values())
     norms = itemsize * sum(tensor.numel() for name, tensor in tensors.items() if "norm" in name)
 
-    async def follows() -> None:
+    async def syncs_weights() -> None:
         await member.open()
         for version in range(1, 5):
             if version == 4:  # as if the engine had come to read otherwise
@@ -151,7 +151,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
             assert member.repaired == (version == 4) and member.version == version
 
     try:
-        asyncio.run(follows())
+        asyncio.run(syncs_weights())
     finally:
         weights.close()
     assert len(notes) == 1 and "the engine reads" in notes[0] and "it is sent again" in notes[0]
@@ -167,19 +167,19 @@ class Picky(Threads):
 
 def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
     policy = tiny_policy("llama")
-    weights = PolicyWeights(group_of(policy), "float32", tmp_path)
-    engine, notes = Picky(EngineSpec("picky", "unused", via="shm")), []
-    member = Member(
+    weights = WeightPublisher(group_of(policy), "float32", tmp_path)
+    engine, notes = Picky(ServerSpec("picky", "unused", via="shm")), []
+    member = Replica(
         engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
 
-    async def follows() -> None:
+    async def syncs_weights() -> None:
         await member.open()
         for version in (1, 2):
             await member.take(weights.write(version))
 
     try:
-        asyncio.run(follows())
+        asyncio.run(syncs_weights())
     finally:
         weights.close()
     assert (
@@ -191,9 +191,9 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
 def test_whole_tensors_that_are_not_to_be_recorded_are_plain(tmp_path):
     path, info = tmp_path / "part", TensorInfo("w", (2, 3), "float32")
     path.write_bytes(torch.arange(6.0).view(torch.uint8).numpy().tobytes())
-    arrivals = Arrivals(None, keeps=False)
+    arrivals = WeightReceiver(None, keeps=False)
     for records in (False, True):
-        part = Part((info,), "shm", {"path": str(path)})
+        part = WeightChunk((info,), "shm", {"path": str(path)})
         ((name, tensor),) = (one for batch in arrivals.batches(part, records=records) for one in batch)
         assert (
             name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records

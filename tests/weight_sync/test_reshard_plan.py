@@ -11,32 +11,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.weight_sync.arrays import assert_equal, carried_out, filled, lacking, tensors
-from verl.weight_sync.layout import Layout, Piece, sizes, volume, whole
-from verl.weight_sync.reshard_plan import Plan, Walk, make_plan
+from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, volume, whole
+from verl.weight_sync.reshard_plan import ReshardPlan, Walk, make_plan
 
 
-def sharded(shape, parts: int, dim: int = 0) -> Layout:
+def sharded(shape, parts: int, dim: int = 0) -> ShardLayout:
     """A tensor `w` in equal parts."""
     width = shape[dim] // parts
     ranks = []
     for rank in range(parts):
         bounds = list(whole(shape))
         bounds[dim] = (rank * width, (rank + 1) * width)
-        ranks.append((Piece("w", tuple(bounds), "w", (0,) * len(shape)),))
-    return Layout({"w": shape}, tuple(ranks))
+        ranks.append((TensorShard("w", tuple(bounds), "w", (0,) * len(shape)),))
+    return ShardLayout({"w": shape}, tuple(ranks))
 
 
-def replicated(shapes, num_ranks: int) -> Layout:
-    pieces = tuple(Piece(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
-    return Layout(shapes, (pieces,) * num_ranks)
+def replicated(shapes, num_ranks: int) -> ShardLayout:
+    pieces = tuple(TensorShard(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
+    return ShardLayout(shapes, (pieces,) * num_ranks)
 
 
-def only_on(rank: int, shapes, num_ranks: int) -> Layout:
+def only_on(rank: int, shapes, num_ranks: int) -> ShardLayout:
     full = replicated(shapes, num_ranks)
-    return Layout(shapes, tuple(pieces if r == rank else () for r, pieces in enumerate(full.ranks)))
+    return ShardLayout(shapes, tuple(pieces if r == rank else () for r, pieces in enumerate(full.ranks)))
 
 
-def assert_exact(source: Layout, target: Layout, **options) -> Plan:
+def assert_exact(source: ShardLayout, target: ShardLayout, **options) -> ReshardPlan:
     """A plan that gives every element to who needs it, costs what is lacking, and keeps to its buckets."""
     plan = make_plan(source, target, itemsize=2, **options)
     wholes = tensors(source.shapes)
@@ -61,11 +61,11 @@ def received_in(bucket) -> Counter[int]:
 
 
 @st.composite
-def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete: bool) -> Layout:
+def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete: bool) -> ShardLayout:
     """Any parts anywhere: overlapping between ranks, empty, fused into one home, or of a home with one more
     dimension.
     """
-    ranks: list[list[Piece]] = [[] for _ in range(num_ranks)]
+    ranks: list[list[TensorShard]] = [[] for _ in range(num_ranks)]
     for rank in range(num_ranks):
         end = 0
         for name, shape in shapes.items():
@@ -74,14 +74,14 @@ def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete
                 bounds = tuple((a, b) for a, b in cuts)
                 fused = draw(st.booleans())
                 offset = (end, *(0 for _ in shape)) if fused else (0,) * len(shape)
-                ranks[rank].append(Piece(name, bounds, f"fused{len(shape)}" if fused else name, offset))
+                ranks[rank].append(TensorShard(name, bounds, f"fused{len(shape)}" if fused else name, offset))
                 end += 1
     if complete:
         for name, shape in shapes.items():
             ranks[draw(st.integers(0, num_ranks - 1))].append(
-                Piece(name, whole(shape), f"whole {name}", (0,) * len(shape))
+                TensorShard(name, whole(shape), f"whole {name}", (0,) * len(shape))
             )
-    return Layout(shapes, tuple(map(tuple, ranks)))
+    return ShardLayout(shapes, tuple(map(tuple, ranks)))
 
 
 @st.composite
@@ -125,7 +125,7 @@ def test_a_slice_that_grows_in_place_receives_only_the_rest():
     # Four shards of 2 rows become two of 4 rows: each rank lacks one shard and has the other.
     source = sharded((8, 3), 4)
     halves = sharded((8, 3), 2).ranks
-    plan = assert_exact(source, Layout(source.shapes, (halves[0], halves[0], halves[1], halves[1])))
+    plan = assert_exact(source, ShardLayout(source.shapes, (halves[0], halves[0], halves[1], halves[1])))
     (bucket,) = plan.buckets
     assert [(c.sender, c.receiver, c.bounds[0], c.receiver_offset) for c in bucket] == [
         (1, 0, (2, 4), (2, 0)),
@@ -151,9 +151,9 @@ def test_what_lies_where_it_is_wanted_does_not_travel():
 def test_a_sender_on_the_same_node_comes_before_one_that_has_less_to_send():
     shapes = {f"w{i}": (4,) for i in range(6)}
     full = replicated(shapes, 4).ranks[0]
-    plan = assert_exact(Layout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=2)
+    plan = assert_exact(ShardLayout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=2)
     assert [plan.sent_bytes(rank) for rank in range(4)] == [0, 0, 48, 0]
-    plan = assert_exact(Layout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=1)
+    plan = assert_exact(ShardLayout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=1)
     assert [plan.sent_bytes(rank) for rank in range(4)] == [16, 16, 16, 0]
 
 
@@ -161,7 +161,7 @@ def test_senders_share_what_several_of_them_have():
     shapes = {f"w{i}": (4 + i % 3, 2) for i in range(40)}
     holders = [0, 3, 5]
     full = replicated(shapes, 8).ranks[0]
-    source = Layout(shapes, tuple(full if rank in holders else () for rank in range(8)))
+    source = ShardLayout(shapes, tuple(full if rank in holders else () for rank in range(8)))
     plan = assert_exact(source, replicated(shapes, 8))
     sent = [plan.sent_bytes(rank) for rank in holders]
     assert max(sent) - min(sent) <= 2 * volume(whole((6, 2)))
@@ -195,16 +195,21 @@ def test_layers_that_lie_alike_are_planned_once():
     num_layers = 40
     source = [sharded((8, 4), 4).ranks[rank][0] for rank in range(4)]
     shapes = {f"layer{i}.w": (8, 4) for i in range(num_layers)}
-    ranks = tuple(tuple(Piece(name, piece.bounds, name, piece.offset) for name in shapes) for piece in source)
-    walk = Walk(Layout(shapes, ranks), replicated(shapes, 4), itemsize=2, bucket_bytes=100, ranks_per_node=8)
+    ranks = tuple(
+        tuple(TensorShard(name, piece.bounds, name, piece.offset) for name in shapes) for piece in source
+    )
+    walk = Walk(
+        ShardLayout(shapes, ranks), replicated(shapes, 4), itemsize=2, bucket_bytes=100, ranks_per_node=8
+    )
     steps = list(walk.steps())
     assert len(steps) == num_layers and len({id(step.pattern) for step in steps}) == 1
 
 
 def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
     source = only_on(0, {"w": (4,)}, 2)
-    twice = Layout(
-        source.shapes, ((), (Piece("w", ((0, 4),), "embedding", (0,)), Piece("w", ((0, 4),), "head", (1,))))
+    twice = ShardLayout(
+        source.shapes,
+        ((), (TensorShard("w", ((0, 4),), "embedding", (0,)), TensorShard("w", ((0, 4),), "head", (1,)))),
     )
     plan = make_plan(source, twice, itemsize=2)
     assert {copy.receiver_home for copy in plan.buckets[0]} == {"embedding", "head"}
@@ -221,11 +226,11 @@ def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
         ),
         (replicated({"w": (4,)}, 2), sharded((8,), 2), r"need w with \(8,\) in the source, it has \(4,\)"),
         (
-            Layout({"w": (8,)}, (sharded((8,), 2).ranks[0], ())),
+            ShardLayout({"w": (8,)}, (sharded((8,), 2).ranks[0], ())),
             replicated({"w": (8,)}, 2),
             r"need all of w in the source, it lacks some of \(\(0, 8\),\), which rank 0 wants",
         ),
-        (Layout({"w": (8,)}, ((), ())), replicated({"w": (8,)}, 2), "need all of w in the source"),
+        (ShardLayout({"w": (8,)}, ((), ())), replicated({"w": (8,)}, 2), "need all of w in the source"),
     ],
 )
 def test_layouts_that_do_not_belong_together_are_refused(source, target, message):

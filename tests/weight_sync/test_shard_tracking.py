@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl.weight_sync.layout import volume
-from verl.weight_sync.shard_tracking import OutsideError, disjoint, key_of, partial, recorded, slices_of
+from verl.weight_sync.shard_tracking import (
+    OutsideError,
+    disjoint,
+    record_reads,
+    shard_key,
+    sharded_proxy,
+    slices_of,
+)
 
 WHOLE = torch.arange(96.0).reshape(8, 12)
 ALL = ((0, 8), (0, 12))
@@ -63,9 +70,9 @@ def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
     reads: list = []
     with torch.inference_mode(inference):
         right = operation(WHOLE)
-        assert torch.equal(operation(recorded("w", WHOLE, reads)), right) and reads == expected
+        assert torch.equal(operation(record_reads("w", WHOLE, reads)), right) and reads == expected
         parts = [(bounds, WHOLE[slices_of(bounds)].clone()) for bounds in disjoint(reads)]
-        passed = partial("w", WHOLE.shape, parts, like=WHOLE)
+        passed = sharded_proxy("w", WHOLE.shape, parts, like=WHOLE)
         assert (passed.shape, passed.dtype, passed.device, passed.stride()) == (
             WHOLE.shape,
             WHOLE.dtype,
@@ -81,13 +88,13 @@ def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
     ids=range(4),
 )
 def test_reading_what_is_not_here_is_an_error_that_says_what(operation):
-    part = partial("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
+    part = sharded_proxy("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
     with pytest.raises(
         OutsideError, match=r"the engine reads \d:\d,0:12 of w, of which it was sent 2:5,0:12"
     ):
         operation(part).add(1)
     with pytest.raises(OutsideError, match="was sent nothing"):
-        operation(partial("w", (8, 12), [], like=WHOLE)).add(1)
+        operation(sharded_proxy("w", (8, 12), [], like=WHOLE)).add(1)
 
 
 def test_a_part_in_a_loader_that_counts_what_is_copied_counts_as_the_whole_does():
@@ -98,7 +105,7 @@ def test_a_part_in_a_loader_that_counts_what_is_copied_counts_as_the_whole_does(
             self.copied += args[1].numel() if func is torch.ops.aten.copy_.default else 0
             return func(*args, **(kwargs or {}))
 
-    part = partial("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
+    part = sharded_proxy("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
     with Counter() as counter:
         torch.empty(3, 12, device="meta").copy_(part.narrow(0, 2, 3))
     assert counter.copied == 36
@@ -106,8 +113,8 @@ def test_a_part_in_a_loader_that_counts_what_is_copied_counts_as_the_whole_does(
 
 def test_a_scalar_is_a_tensor_too():
     reads: list = []
-    assert recorded("s", torch.tensor(3.0), reads).item() == 3 and reads == [()]
-    assert float(partial("s", (), [((), torch.tensor(3.0))], like=WHOLE).reshape(1) + 1) == 4
+    assert record_reads("s", torch.tensor(3.0), reads).item() == 3 and reads == [()]
+    assert float(sharded_proxy("s", (), [((), torch.tensor(3.0))], like=WHOLE).reshape(1) + 1) == 4
 
 
 def test_reads_that_overlap_become_one_that_holds_them():
@@ -119,6 +126,6 @@ def test_reads_that_overlap_become_one_that_holds_them():
 
 def test_a_part_has_a_key_of_its_own():
     assert (
-        key_of("w", ALL, shape=(8, 12)) == "w"
-        and key_of("w", ((2, 5), (0, 12)), shape=(8, 12)) == "w@2:5,0:12"
+        shard_key("w", ALL, shape=(8, 12)) == "w"
+        and shard_key("w", ((2, 5), (0, 12)), shape=(8, 12)) == "w@2:5,0:12"
     )

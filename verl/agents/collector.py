@@ -16,7 +16,7 @@ from verl.config.settings import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.tracking import Clock
 from verl.rewards.functions import RewardFunctions, overlong_penalty
-from verl.rollout.pool.inference_pool import Fleet
+from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, Prompt, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -24,7 +24,7 @@ PromptLike = Prompt | str | list[dict[str, Any]]
 
 
 @dataclass
-class Collected:
+class RolloutBatch:
     """The answers of one step.
 
     Attributes:
@@ -84,7 +84,7 @@ class DataCollector:
         *,
         samples: int,
         refill: Callable[[int], Sequence[PromptLike]] | None = None,
-    ) -> Collected:
+    ) -> RolloutBatch:
         """Answers every prompt `samples` times and rewards the answers.
 
         Args:
@@ -99,7 +99,9 @@ class DataCollector:
         algorithm = self._config.algorithm
         everything = groups = self._groups(prompts, samples)
         alive = (
-            [g for g in groups if not self.is_dead(g)] if algorithm.dynamic_sampling and refill else groups
+            [g for g in groups if not self.has_no_signal(g)]
+            if algorithm.dynamic_sampling and refill
+            else groups
         )
         draws = 0
         while (
@@ -111,14 +113,14 @@ class DataCollector:
             draws += 1
             groups = self._groups(refill(len(prompts) - len(alive)), samples)
             everything = [*everything, *groups]
-            alive += [g for g in groups if not self.is_dead(g)]
+            alive += [g for g in groups if not self.has_no_signal(g)]
         collected = self.collected(alive or everything, everything)
         collected.metrics["resample_draws"] = float(draws)
         return collected
 
     def collected(
         self, groups: Sequence[Sequence[Trajectory]], everything: Sequence[Sequence[Trajectory]]
-    ) -> Collected:
+    ) -> RolloutBatch:
         """What a step learns from: the answers of `groups` that have a reward, with metrics over everything,
         by which groups are numbered.
 
@@ -133,7 +135,7 @@ class DataCollector:
             raise RuntimeError(
                 "no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples"
             )
-        return Collected(
+        return RolloutBatch(
             kept, Batch.from_trajectories(kept), collection_metrics(everything, by_parts=self._by_parts)
         )
 
@@ -157,7 +159,9 @@ class DataCollector:
             answers = self.engine.generate(ids, params)
         return [self.trajectories(*group) for group in zip(prompts, ids, answers, params, strict=True)]
 
-    async def sample_from(self, fleet: Fleet, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+    async def sample_from(
+        self, fleet: InferencePool, prompt: Prompt, params: SamplingParams
+    ) -> list[Trajectory]:
         """The group of one prompt, in the loop of some engines."""
         ids = self._codec.encode_prompt(prompt)
         return self.trajectories(prompt, ids, await fleet.answer(ids, params), params)
@@ -195,9 +199,9 @@ class DataCollector:
             else []
         )
 
-    def is_dead(self, group: Sequence[Trajectory]) -> bool:
+    def has_no_signal(self, group: Sequence[Trajectory]) -> bool:
         """Whether a group teaches nothing."""
-        return is_dead(group, by_parts=self._by_parts)
+        return has_no_signal(group, by_parts=self._by_parts)
 
     def finish(self, group: Sequence[Trajectory], baseline: Trajectory | None) -> None:
         """Adds to the rewards of a group what lengths are worth, and notes the reward of the most likely
@@ -304,7 +308,7 @@ def sampling_params(config: TrainerConfig, samples: int) -> SamplingParams:
     return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, s.stop_ids)
 
 
-def is_dead(group: Sequence[Trajectory], *, by_parts: bool = False) -> bool:
+def has_no_signal(group: Sequence[Trajectory], *, by_parts: bool = False) -> bool:
     """Whether a group teaches nothing: fewer than two rewards, or all equal, `by_parts` part by part."""
     return len({(t.reward, *t.parts) if by_parts else t.reward for t in group if t.outcome == "ok"}) < 2
 
@@ -322,7 +326,7 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool
         "failed_share": _mean([t.outcome != "ok" for t in answers]),
     }
     if rewarded and any(len(g) > 1 for g in groups):  # a single answer has no siblings to differ from
-        metrics["dead_groups_share"] = _mean([is_dead(g, by_parts=by_parts) for g in groups])
+        metrics["dead_groups_share"] = _mean([has_no_signal(g, by_parts=by_parts) for g in groups])
     for name in sorted({name for t in rewarded for name in t.scores}):
         key = name if name == "accuracy" else f"score/{name}"
         metrics[key] = _mean([t.scores[name] for t in rewarded if name in t.scores])

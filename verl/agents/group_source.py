@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from verl.agents.collector import DataCollector
 from verl.config.settings import FailureClass
 from verl.data.batch import Trajectory
-from verl.monitoring.wait_tracker import Waits
+from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.engine import EngineError, RefusedError
-from verl.rollout.pool.inference_pool import Fleet
+from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Prompt, SamplingParams
 
 # Rewards that are computed at the same time; each calls its functions on threads of its own.
@@ -75,7 +75,7 @@ class Group:
     answers: list[Trajectory] = field(default_factory=list)
     baseline: Trajectory | None = None
     arrival: int | None = None
-    is_dead: bool = False
+    has_no_signal: bool = False
     pause_s: float = 0.0
 
     @property
@@ -125,13 +125,13 @@ class CollectorSource(Source):
         waits: takes what is waited for.
     """
 
-    def __init__(self, collector: DataCollector, samples: int, waits: Waits) -> None:
+    def __init__(self, collector: DataCollector, samples: int, waits: WaitTracker) -> None:
         self._collector, self._samples, self._waits = collector, samples, waits
 
     def finish(self, group: Group) -> bool:
         """See `Source.finish`."""
         self._collector.finish(group.answers, group.baseline)
-        return not self._collector.is_dead(group.answers)
+        return not self._collector.has_no_signal(group.answers)
 
     def check(self, answers: Sequence[Trajectory]) -> None:
         """See `Source.check`."""
@@ -191,7 +191,9 @@ class FromFleet(CollectorSource):
 
     is_in_turn = False
 
-    def __init__(self, collector: DataCollector, samples: int, fleet: Fleet, waits: Waits) -> None:
+    def __init__(
+        self, collector: DataCollector, samples: int, fleet: InferencePool, waits: WaitTracker
+    ) -> None:
         super().__init__(collector, samples, waits)
         self._fleet = fleet
         self._rewarders = ThreadPoolExecutor(_MAX_REWARDED, thread_name_prefix="rewards")

@@ -67,7 +67,7 @@ def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list
 
 
 def _saved_group(group: Group, num_answers: int) -> dict[str, Any]:
-    names = ("number", "oldest", "draw", "arrival", "is_dead")
+    names = ("number", "oldest", "draw", "arrival", "has_no_signal")
     return {name: vars(group)[name] for name in names} | {
         "prompt": group.prompt.index,
         "tries": dict(group.tries),

@@ -17,7 +17,7 @@ from verl.agents.group_state import groups_from
 from verl.config.settings import FailureClass, PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
-from verl.monitoring.wait_tracker import Waits
+from verl.monitoring.wait_tracker import WaitTracker
 from verl.utils.sampling_types import Prompt
 
 Draw = Callable[[int], Sequence[Prompt]]
@@ -31,7 +31,7 @@ _MOST_SHARES = 8
 
 
 @dataclass
-class Taken:
+class TrainBatch:
     """The groups of a step.
 
     Attributes:
@@ -81,7 +81,7 @@ class Pipeline:
         config: PipelineConfig,
         *,
         prompts_per_step: int,
-        waits: Waits,
+        waits: WaitTracker,
         replace_dead: int = 0,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -97,7 +97,7 @@ class Pipeline:
         self._futures: dict[int, asyncio.Future[None]] = {}
         self._landed: dict[int, asyncio.Future[None]] = {}
         self._hand: list[Group] = []
-        self._next = Taken()
+        self._next = TrainBatch()
         self._ended: list[Group] = []  # since the last batch
         self._again: list[Group] = []  # in flight before a restart
         self._arrivals = self._failures_in_a_row = self._num_dead = self._num_rounds = self._num_checked = 0
@@ -105,7 +105,7 @@ class Pipeline:
         self._changed: asyncio.Future[None] | None = None
         self._idle, self._is_idle = ExitStack(), False
 
-    async def take(self) -> Taken:
+    async def take(self) -> TrainBatch:
         """The next batch; waits until it is complete.
 
         Raises:
@@ -115,17 +115,17 @@ class Pipeline:
             pass
         return self.taken()
 
-    def taken(self) -> Taken:
+    def taken(self) -> TrainBatch:
         """The batch whose portions have all been taken.
 
         Raises:
             RuntimeError: too many of its answers have no reward.
         """
-        batch, self._next, self._ended, self._num_checked = self._next, Taken(), [], 0
+        batch, self._next, self._ended, self._num_checked = self._next, TrainBatch(), [], 0
         groups = batch.groups = sorted(self._hand, key=lambda group: group.number)
-        if all(group.is_dead for group in groups):
+        if all(group.has_no_signal for group in groups):
             for group in groups:
-                group.is_dead = False  # there is nothing else to learn from
+                group.has_no_signal = False  # there is nothing else to learn from
         self._source.check([t for group in batch.everything for t in group.answers])
         return batch
 
@@ -182,7 +182,7 @@ class Pipeline:
     def published(self, version: int) -> None:
         """The policy has learned from the batch that was taken, and this version of it answers from now on."""
         for group in self._hand:
-            if group.is_dead:
+            if group.has_no_signal:
                 self.ledger.drop(group.number, "dead")
             else:
                 self.ledger.train(group.number, step=version)
@@ -333,7 +333,7 @@ class Pipeline:
                 self._num_dead += 1
                 self._drop(group, "dead")
                 return False
-            group.is_dead = True
+            group.has_no_signal = True
         versions = [version for t in group.answers for version in t.versions] or [group.oldest]
         group.oldest, group.arrival = min(versions), self._arrivals
         self._arrivals += 1

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from verl.data.batch import Batch
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 
 Arguments = tuple[Any, ...]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where one rank stands in a layout: the part of the work that it takes, and whether its result counts."""
 
     data_rank: int
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DispatchLayout:
     """Which part of the work each rank of a group takes, and whose results count.
 
     Ranks with the same part compute it together (tensor, pipeline or sequence parallel).
@@ -39,7 +39,7 @@ class Layout:
         places: one per rank.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[RankPlace, ...]
 
     def __post_init__(self) -> None:
         parts = {place.data_rank for place in self.places}
@@ -61,12 +61,12 @@ class Layout:
         return sorted(ranks, key=lambda rank: self.places[rank].data_rank)
 
 
-def of_ranks(places: Iterable[tuple[int, bool]]) -> Layout:
+def of_ranks(places: Iterable[tuple[int, bool]]) -> DispatchLayout:
     """A layout from (part, collects) of each rank."""
-    return Layout(tuple(Place(*place) for place in places))
+    return DispatchLayout(tuple(RankPlace(*place) for place in places))
 
 
-def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) -> dict[str, Layout]:
+def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) -> dict[str, DispatchLayout]:
     """The layouts of a group of pipeline x tensor x data ranks, rank = (d * pipeline + p) * tensor + t.
 
     `ranks`: every rank for itself. `train`: the ranks of a model replica take one part, the last stage's
@@ -92,7 +92,7 @@ def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) ->
 
 
 @dataclass(frozen=True)
-class Transfer:
+class DispatchMode:
     """How a method is called on a group.
 
     Attributes:
@@ -106,7 +106,7 @@ class Transfer:
     join: Callable[[Sequence[Any], Arguments], Any]
 
 
-def register(transfer: Transfer) -> Callable[[Method], Method]:
+def register(transfer: DispatchMode) -> Callable[[Method], Method]:
     """Declares how a method of a worker is called on a group."""
 
     def mark(method: Method) -> Method:
@@ -116,14 +116,14 @@ def register(transfer: Transfer) -> Callable[[Method], Method]:
     return mark
 
 
-def transfer_of(method: Callable[..., Any]) -> Transfer:
+def dispatch_mode(method: Callable[..., Any]) -> DispatchMode:
     """What `register` declared.
 
     Raises:
         ValueError: nothing was.
     """
     transfer = vars(method).get("transfer")
-    if not isinstance(transfer, Transfer):
+    if not isinstance(transfer, DispatchMode):
         raise ValueError(
             f"{method.__qualname__} does not say how its arguments are split; decorate it with @register(...)"
         )
@@ -189,7 +189,7 @@ def by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
     return [tuple(_planned_part(argument, plan, part) for argument in arguments) for part in range(num_parts)]
 
 
-def _planned_part(argument: Any, plan: Plan, part: int) -> Any:
+def _planned_part(argument: Any, plan: BatchPlan, part: int) -> Any:
     if argument is plan:
         return plan.of_rank(part)
     if not isinstance(argument, Batch):
@@ -200,9 +200,9 @@ def _planned_part(argument: Any, plan: Plan, part: int) -> Any:
     return selected
 
 
-def plan_of(arguments: Arguments) -> Plan:
+def plan_of(arguments: Arguments) -> BatchPlan:
     """The one plan among the arguments."""
-    plans = [argument for argument in arguments if isinstance(argument, Plan)]
+    plans = [argument for argument in arguments if isinstance(argument, BatchPlan)]
     if len(plans) != 1:
         raise ValueError(f"need one plan among the arguments, got {len(plans)}")
     return plans[0]
@@ -249,15 +249,15 @@ def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
 
 
 # The six protocols of the paper.
-ONE_TO_ALL = Transfer("ranks", broadcast, as_list)
-THREE_D_PROTO = Transfer("train", evenly, concat)
-THREE_D_ALL_MICRO_DP = Transfer("generate", evenly, concat)
-THREE_D_PP_ONLY = Transfer("stages", broadcast, as_list)
-DP_PROTO = Transfer("ranks", evenly, concat)
-ALL_TO_ALL = Transfer("ranks", one_each, as_list)
+ONE_TO_ALL = DispatchMode("ranks", broadcast, as_list)
+THREE_D_PROTO = DispatchMode("train", evenly, concat)
+THREE_D_ALL_MICRO_DP = DispatchMode("generate", evenly, concat)
+THREE_D_PP_ONLY = DispatchMode("stages", broadcast, as_list)
+DP_PROTO = DispatchMode("ranks", evenly, concat)
+ALL_TO_ALL = DispatchMode("ranks", one_each, as_list)
 # Ours: rows where a plan says, and calls whose results are the same on all ranks.
-PLANNED = Transfer("train", by_plan, in_plan_order)
-PLANNED_METRICS = Transfer("train", by_plan, first)
-SAME_ON_ALL = Transfer("ranks", broadcast, first)
+PLANNED = DispatchMode("train", by_plan, in_plan_order)
+PLANNED_METRICS = DispatchMode("train", by_plan, first)
+SAME_ON_ALL = DispatchMode("ranks", broadcast, first)
 
-Layouts = Mapping[str, Layout]
+Layouts = Mapping[str, DispatchLayout]

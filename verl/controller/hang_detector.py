@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl.controller.worker_process import Status
+from verl.controller.worker_process import WorkerStatus
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Hang:
     story: str
 
 
-class Watch:
+class HangDetector:
     """Compares what the ranks of a pool say of themselves over time.
 
     Ranks that compute for long have all done the same collectives. In a hang nothing moves, and some ranks
@@ -36,7 +36,7 @@ class Watch:
         """Whether it is time to look again: four times within the limit, and no more often than each second."""
         return self._looked_s is None or now_s - self._looked_s >= max(1.0, self._limit_s / 4)
 
-    def look(self, statuses: Sequence[Status | None], now_s: float) -> Hang | None:
+    def look(self, statuses: Sequence[WorkerStatus | None], now_s: float) -> Hang | None:
         """Notes what each rank does (None: it does not answer); returns a hang once it has lasted the limit."""
         self._looked_s = now_s
         seen = [(s.num_calls, s.call, *sorted(s.collectives.items())) if s else () for s in statuses]
@@ -48,7 +48,7 @@ class Watch:
             return None
         return self._hang(statuses) if now_s - self._moved_s >= self._limit_s else None
 
-    def _hang(self, statuses: Sequence[Status | None]) -> Hang | None:
+    def _hang(self, statuses: Sequence[WorkerStatus | None]) -> Hang | None:
         silent = [rank for rank, status in enumerate(statuses) if status is None]
         behind = sorted(_behind(statuses) | set(silent))
         waiting = [rank for rank, status in enumerate(statuses) if status and rank not in behind]
@@ -71,7 +71,7 @@ class Watch:
         return Hang(behind[0], "; ".join(parts))
 
 
-def _behind(statuses: Sequence[Status | None]) -> set[int]:
+def _behind(statuses: Sequence[WorkerStatus | None]) -> set[int]:
     """Ranks that have entered fewer collectives of a group than another rank of it."""
     groups = {group for status in statuses if status for group in status.collectives}
     late: set[int] = set()
@@ -87,7 +87,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _collective(status: Status) -> str:
+def _collective(status: WorkerStatus) -> str:
     """The collective that a rank is in, and who called it."""
     own = next((line for line in status.stack if not line.startswith("torch/")), "an unknown place")
     names = [
@@ -99,7 +99,7 @@ def _collective(status: Status) -> str:
     return f"{called[-1] if called else 'a collective'} (called at {own})"
 
 
-def _where(status: Status | None) -> str:
+def _where(status: WorkerStatus | None) -> str:
     if status is None:
         return "does not answer (stopped, or its node is gone)"
     if status.call is None:

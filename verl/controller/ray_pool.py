@@ -23,11 +23,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from verl.controller.dispatch import Layout, transfer_of
-from verl.controller.hang_detector import Watch
+from verl.controller.dispatch import DispatchLayout, dispatch_mode
+from verl.controller.hang_detector import HangDetector
 from verl.controller.worker_group import Future, Pool, Span, Timeline, WorkerError, WorkerFactory, WorkerGroup
-from verl.controller.worker_process import Answer, Host, Status, tail
-from verl.data.batch import Batch, Elsewhere, Ragged, positions_of
+from verl.controller.worker_process import CallResult, WorkerProcess, WorkerStatus, tail
+from verl.data.batch import Batch, Ragged, RemoteColumn, positions_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class KeptColumn(Elsewhere):
+class KeptColumn(RemoteColumn):
     """Rows of a column in the chunks of several ranks.
 
     Attributes:
@@ -148,13 +148,13 @@ class KeptColumn(Elsewhere):
     lengths: Tensor
 
     def select(self, rows: Tensor) -> KeptColumn:
-        """See `Elsewhere.select`."""
+        """See `RemoteColumn.select`."""
         used, numbers = self.chunk_of[rows].unique(return_inverse=True)
         chunks = tuple(self.chunks[chunk] for chunk in used.tolist())
         return KeptColumn(self.name, chunks, numbers, self.row_of[rows], self.lengths[rows])
 
-    def join(self, others: Sequence[Elsewhere]) -> KeptColumn:
-        """See `Elsewhere.join`."""
+    def join(self, others: Sequence[RemoteColumn]) -> KeptColumn:
+        """See `RemoteColumn.join`."""
         parts = [self, *(other for other in others if isinstance(other, KeptColumn))]
         assert len(parts) == 1 + len(others), "columns of one batch are kept by one backend"
         starts = torch.tensor([0, *(len(part.chunks) for part in parts)]).cumsum(0).tolist()
@@ -167,7 +167,7 @@ class KeptColumn(Elsewhere):
         )
 
     def fetch(self) -> Ragged:
-        """See `Elsewhere.fetch`; in place from chunks of this node, from others by asking their owners for
+        """See `RemoteColumn.fetch`; in place from chunks of this node, from others by asking their owners for
         these rows.
         """
         here = ray.get_runtime_context().get_node_id()
@@ -223,13 +223,13 @@ def _kept(result: Any, owner: ActorHandle) -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _RayHost(Host):
+class _RayHost(WorkerProcess):
     """A host in a process of Ray's; it computes in one thread and answers for itself in others."""
 
-    def run_and_keep(self, role: str, method: str, args: Sequence[Any]) -> Answer:
+    def run_and_keep(self, role: str, method: str, args: Sequence[Any]) -> CallResult:
         answer = self.run(role, method, args)
         own = ray.get_runtime_context().current_actor
-        return Answer(_kept(answer.result, own), answer.failure, answer.start_s, answer.end_s)
+        return CallResult(_kept(answer.result, own), answer.failure, answer.start_s, answer.end_s)
 
     @ray.method(concurrency_group=_CONTROL)
     def where(self) -> tuple[str, str, int]:
@@ -237,7 +237,7 @@ class _RayHost(Host):
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
 
     @ray.method(concurrency_group=_CONTROL)
-    def what(self) -> Status:
+    def what(self) -> WorkerStatus:
         return self.status()
 
     @ray.method(concurrency_group=_CONTROL)
@@ -336,7 +336,7 @@ class RayPool(Pool):
         """Calls a method on one rank."""
         return self.ranks[rank].host.run_and_keep.remote(role, method, args)
 
-    def statuses(self) -> list[Status | None]:
+    def statuses(self) -> list[WorkerStatus | None]:
         """What every rank is doing; None of one that does not answer."""
         asked = [rank.host.what.remote() for rank in self.ranks]
         ray.wait(asked, num_returns=len(asked), timeout=_STATUS_LIMIT_S)
@@ -435,9 +435,9 @@ class RayPool(Pool):
             return ["(its node does not answer)"]
 
 
-def _status(answer: ray.ObjectRef) -> Status | None:
+def _status(answer: ray.ObjectRef) -> WorkerStatus | None:
     try:
-        status: Status = ray.get(answer, timeout=0)
+        status: WorkerStatus = ray.get(answer, timeout=0)
         return status
     except RayError:
         return None
@@ -448,13 +448,13 @@ class RayGroup(WorkerGroup):
 
     def __init__(self, pool: RayPool, role: str, places: Sequence[dict[str, Any]]) -> None:
         self.role = role
-        self.layouts = {name: Layout(tuple(place[name] for place in places)) for name in places[0]}
+        self.layouts = {name: DispatchLayout(tuple(place[name] for place in places)) for name in places[0]}
         self._pool = pool
 
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `WorkerGroup.call`."""
         self._pool.check()
-        transfer, name = transfer_of(method), method.__name__
+        transfer, name = dispatch_mode(method), method.__name__
         layout = self.layouts[transfer.mesh]
         # Each part is put into the object store once, for all ranks that take it together.
         parts = [ray.put(part) for part in transfer.split(args, layout.num_parts)]
@@ -497,15 +497,15 @@ class RayFuture(Future[T]):
         assert self._join is not None
         return self._join([answer.result for answer in self.answers()])
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[CallResult]:
         """What every rank answers.
 
         Raises:
             ValueError: a rank was given something that cannot be used as it started.
             WorkerError: a rank failed, died, or does not arrive where others wait.
         """
-        answers: dict[int, Answer] = {}
-        watch = Watch(self._pool.hang_limit_s)
+        answers: dict[int, CallResult] = {}
+        watch = HangDetector(self._pool.hang_limit_s)
         pending = {reference: rank for rank, reference in enumerate(self._sent)}
         while pending:
             # All at once, or those that are there after a moment: the ranks that wait for a failed one never
@@ -529,9 +529,11 @@ class RayFuture(Future[T]):
         )
         return [answers[rank] for rank in range(len(self._sent))]
 
-    def _answer(self, rank: int, reference: ray.ObjectRef, pending: Mapping[ray.ObjectRef, int]) -> Answer:
+    def _answer(
+        self, rank: int, reference: ray.ObjectRef, pending: Mapping[ray.ObjectRef, int]
+    ) -> CallResult:
         try:
-            answer: Answer = ray.get(reference)
+            answer: CallResult = ray.get(reference)
         except RayActorError as error:
             raise self._pool.fail(
                 rank, f"died in {self._role}.{self._method}: {_first_line(error)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from verl.controller.dispatch import Layout, Layouts, Place, transfer_of
+from verl.controller.dispatch import DispatchLayout, Layouts, RankPlace, dispatch_mode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,11 +25,11 @@ class Worker:
         places: where this rank stands in each layout of its group, by the layout's name.
     """
 
-    places: Mapping[str, Place] = {
-        "ranks": Place(0, True),
-        "train": Place(0, True),
-        "generate": Place(0, True),
-        "stages": Place(0, True),
+    places: Mapping[str, RankPlace] = {
+        "ranks": RankPlace(0, True),
+        "train": RankPlace(0, True),
+        "generate": RankPlace(0, True),
+        "stages": RankPlace(0, True),
     }
 
 
@@ -180,11 +180,11 @@ class LocalGroup(WorkerGroup):
         self.role = role
         self.worker = worker
         self._pool = pool
-        self.layouts: Layouts = {name: Layout((place,)) for name, place in worker.places.items()}
+        self.layouts: Layouts = {name: DispatchLayout((place,)) for name, place in worker.places.items()}
 
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `WorkerGroup.call`."""
-        transfer = transfer_of(method)
+        transfer = dispatch_mode(method)
         (own,) = transfer.split(args, self.layouts[transfer.mesh].num_parts)
         start_s = time.time()
         result = getattr(self.worker, method.__name__)(*own)  # by name: a subclass may have its own

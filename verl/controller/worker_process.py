@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from verl.controller.dispatch import Place
+from verl.controller.dispatch import RankPlace
 from verl.controller.worker_group import Worker, WorkerFactory
 
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Failure:
+class CallError:
     """What a call raised: kept as data, so that it reaches the controller whatever its class."""
 
     kind: str
@@ -39,17 +39,17 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CallResult:
     """What a call returned or raised, and when it ran, in seconds since the epoch."""
 
     result: Any
-    failure: Failure | None
+    failure: CallError | None
     start_s: float
     end_s: float
 
 
 @dataclass(frozen=True)
-class Status:
+class WorkerStatus:
     """What a process is doing.
 
     Attributes:
@@ -66,7 +66,7 @@ class Status:
     stack: tuple[str, ...]
 
 
-class Host:
+class WorkerProcess:
     """The workers of one rank of a pool, by role; calls run one at a time, in the order in which they come."""
 
     def __init__(self) -> None:
@@ -118,12 +118,12 @@ class Host:
             timeout=timedelta(seconds=2 * limit_s + 60),
         )
 
-    def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, Place]:
+    def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, RankPlace]:
         """Makes the worker of a role; returns where it stands."""
         self._workers[role] = factory(*args)
         return dict(self._workers[role].places)
 
-    def run(self, role: str, method: str, args: Sequence[Any]) -> Answer:
+    def run(self, role: str, method: str, args: Sequence[Any]) -> CallResult:
         """Calls a method of a role's worker, or `start` with the role, the factory and its arguments."""
         self._thread, self._call, start_s = threading.get_ident(), f"{role}.{method}", time.time()
         self._num_calls += 1
@@ -135,16 +135,16 @@ class Host:
         except Exception as error:  # the process border
             stack = traceback.format_exc()
             sys.stderr.write(stack)  # into the log of the rank
-            failure = Failure(type(error).__name__, str(error), stack, isinstance(error, ValueError))
+            failure = CallError(type(error).__name__, str(error), stack, isinstance(error, ValueError))
         self._call = None
-        return Answer(result, failure, start_s, time.time())
+        return CallResult(result, failure, start_s, time.time())
 
-    def status(self) -> Status:
+    def status(self) -> WorkerStatus:
         """What it is doing now; asked from another thread than the one that computes."""
         frame = sys._current_frames().get(self._thread)
         stack = traceback.extract_stack(frame)[::-1] if frame and self._call else []
         lines = tuple(f"{_short(line.filename)}:{line.lineno} in {line.name}" for line in stack)
-        return Status(self._call, self._num_calls, _collectives(), lines)
+        return WorkerStatus(self._call, self._num_calls, _collectives(), lines)
 
 
 def _collectives() -> dict[str, int]:

@@ -94,7 +94,7 @@ class Ragged:
         return self.values[start : start + int(self.lengths[i])]
 
 
-class Elsewhere(ABC):
+class RemoteColumn(ABC):
     """A ragged column whose values lie in other processes: rows are picked and joined without them, and
     fetched when they are read.
 
@@ -105,11 +105,11 @@ class Elsewhere(ABC):
     lengths: Tensor
 
     @abstractmethod
-    def select(self, rows: Tensor) -> Elsewhere:
+    def select(self, rows: Tensor) -> RemoteColumn:
         """The given rows, in the given order."""
 
     @abstractmethod
-    def join(self, others: Sequence[Elsewhere]) -> Elsewhere:
+    def join(self, others: Sequence[RemoteColumn]) -> RemoteColumn:
         """The own rows, then those of the others, in order."""
 
     @abstractmethod
@@ -118,10 +118,10 @@ class Elsewhere(ABC):
 
 
 @dataclass(frozen=True)
-class RowOf(Sequence[Any]):
+class RemoteRow(Sequence[Any]):
     """One row of a column that is elsewhere: its length is known, its values are fetched when they are read."""
 
-    column: Elsewhere
+    column: RemoteColumn
     row: int
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class RowOf(Sequence[Any]):
         return self.column.select(torch.tensor([self.row])).fetch().values.tolist()[index]
 
 
-Column = Tensor | Ragged | Elsewhere
+Column = Tensor | Ragged | RemoteColumn
 
 
 def positions_of(lengths: Tensor, rows: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Batch:
         joined: dict[str, Column] = {}
         for name in batches[0].names:
             columns = [batch._columns[name] for batch in batches]
-            away = [column for column in columns if isinstance(column, Elsewhere)]
+            away = [column for column in columns if isinstance(column, RemoteColumn)]
             if len(away) == len(columns):
                 joined[name] = away[0].join(away[1:])
             elif isinstance(columns[0], Tensor):
@@ -263,8 +263,8 @@ class Batch:
         they are read.
         """
         column = self._columns[name]
-        if isinstance(column, Elsewhere):
-            return [RowOf(column, row) for row in range(self.num_rows)]
+        if isinstance(column, RemoteColumn):
+            return [RemoteRow(column, row) for row in range(self.num_rows)]
         ragged = self.ragged(name)
         return [values.tolist() for values in ragged.values.split(ragged.lengths.tolist())]
 
@@ -284,7 +284,7 @@ class Batch:
             )
         self._columns[name] = Ragged(values[present], self.response_lengths)
 
-    def adopt(self, other: Batch) -> None:
+    def update(self, other: Batch) -> None:
         """Takes over the columns of a batch of the same rows, in place of its own of the same names.
 
         Raises:
@@ -318,19 +318,19 @@ class Batch:
         if name not in self._columns:
             raise KeyError(f"no column {name!r}; there are {sorted(self._columns)}")
         column = self._columns[name]
-        if isinstance(column, Elsewhere):
+        if isinstance(column, RemoteColumn):
             column = self._columns[name] = column.fetch()
         return column
 
     def _lengths(self, name: str) -> Tensor:
         """Those of a column over tokens, which stays where it is."""
         column = self._columns.get(name)
-        return column.lengths if isinstance(column, Elsewhere) else self.ragged(name).lengths
+        return column.lengths if isinstance(column, RemoteColumn) else self.ragged(name).lengths
 
 
-def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> Ragged | Elsewhere:
+def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> Ragged | RemoteColumn:
     """Rows as a column; those that are all elsewhere stay there."""
-    away = [row for row in rows if isinstance(row, RowOf)]
+    away = [row for row in rows if isinstance(row, RemoteRow)]
     if len(away) < len(rows):
         return Ragged.from_rows(rows, dtype)
     columns = list({id(row.column): row.column for row in away}.values())

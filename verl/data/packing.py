@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Row indices as minibatches[minibatch][rank][micro_batch], every row once.
 
     In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives.
@@ -24,10 +24,10 @@ class Plan:
         """Rows of a rank, in the order in which it takes them."""
         return [row for minibatch in self.minibatches for micro in minibatch[rank] for row in micro]
 
-    def of_rank(self, rank: int) -> Plan:
+    def of_rank(self, rank: int) -> BatchPlan:
         """The plan of one rank for its rows alone, numbered from 0 as in `rows_of`."""
         numbers = iter(range(len(self.rows_of(rank))))
-        return Plan(
+        return BatchPlan(
             [
                 [[[next(numbers) for _ in micro] for micro in minibatch[rank]]]
                 for minibatch in self.minibatches
@@ -50,7 +50,7 @@ def balance(
     num_minibatches: int = 1,
     cost: Tensor | None = None,
     group_ids: Tensor | None = None,
-) -> Plan:
+) -> BatchPlan:
     """The plan that gives ranks equal work and as few micro-batches as first-fit decreasing finds.
 
     Minibatches are consecutive rows, their sizes (or their numbers of groups) differ by at most one: the
@@ -104,7 +104,7 @@ def balance(
             if min(len(share) for share in shares) >= most:
                 break
         minibatches.append([_split_up_to(most, micro_batches, lengths) for micro_batches in packed])
-    return Plan(minibatches)
+    return BatchPlan(minibatches)
 
 
 def _units(num_rows: int, group_ids: Tensor | None) -> list[list[int]]:

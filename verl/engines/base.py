@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from verl.controller.dispatch import Place
+from verl.controller.dispatch import RankPlace
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput
 from verl.engines.hf.hf_io import own_homes, own_pieces, weight_shapes, whole_tensors
-from verl.engines.hf.lora import without_additions
+from verl.engines.hf.lora import without_lora
 from verl.engines.hf.models import Backbone
-from verl.weight_sync.layout import Piece
+from verl.weight_sync.layout import TensorShard
 from verl.weight_sync.meshes import Mesh
 
 # One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
@@ -70,12 +70,12 @@ class ForwardEngine(ABC):
         model: the model; generation may share its storage.
         places: where this rank stands, see `Worker`.
         mesh: sizes of the layout that the weights have.
-        generates: whether `model` can answer prompts, inside `whole_weights`; if not, another model of these
+        generates: whether `model` can answer prompts, inside `unsharded_weights`; if not, another model of these
             weights must.
     """
 
     model: Backbone
-    places: Mapping[str, Place] = Worker.places
+    places: Mapping[str, RankPlace] = Worker.places
     mesh: Mesh = Mesh()
     generates: bool = True
 
@@ -103,7 +103,7 @@ class ForwardEngine(ABC):
         """Plain data of every data rank, in their order; of this one, if it is alone."""
         return [thing]
 
-    def whole_weights(self) -> AbstractContextManager[None]:
+    def unsharded_weights(self) -> AbstractContextManager[None]:
         """Inside, this rank can run forward passes without the other data ranks, as generation does."""
         return nullcontext()
 
@@ -111,7 +111,7 @@ class ForwardEngine(ABC):
         """Shapes of the whole tensors of the model, by their names in a Hugging Face folder."""
         return dict(weight_shapes(self.model.transformer))
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorShard]:
         """What of the whole tensors lies on this rank."""
         return own_pieces(self.model.transformer)
 
@@ -136,7 +136,7 @@ class ForwardEngine(ABC):
         Raises:
             ValueError: it has none.
         """
-        return without_additions(self.model.transformer)
+        return without_lora(self.model.transformer)
 
 
 class TrainEngine(ForwardEngine):

@@ -25,7 +25,7 @@ from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
-from verl.engines.hf.lora import add_low_rank
+from verl.engines.hf.lora import add_lora
 from verl.engines.hf.meta_init import empty_transformer, kept_tied, parameters_on_meta
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
@@ -72,7 +72,7 @@ def sharded_engine(
     )
     check_sizes(transformer, parallel, packing=role.packing)
     if total_updates is not None and role.lora.rank:
-        add_low_rank(transformer, role.lora)
+        add_lora(transformer, role.lora)
     if kind == "value":
         with parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
@@ -160,8 +160,8 @@ class FSDPForwardEngine(LocalForwardEngine):
         return gathered
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """See `ForwardEngine.whole_weights`; the shards of tensor parallelism stay."""
+    def unsharded_weights(self) -> Iterator[None]:
+        """See `ForwardEngine.unsharded_weights`; the shards of tensor parallelism stay."""
         modules = _sharded_modules(self.model)
         with torch.no_grad():
             # The root first, as FSDP2 takes for the root what is first used.
@@ -189,7 +189,7 @@ class FSDPForwardEngine(LocalForwardEngine):
                 # knows.
                 _root(self.model).reshard()
 
-    def _for_company(self) -> None:
+    def _dummy_forward_backward(self) -> None:
         inputs = self._inputs(_one_token())
         self._forward(self.model.nothing, inputs)
 
@@ -237,7 +237,7 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         ]
         return torch.optim.AdamW(groups)
 
-    def _for_company(self) -> None:
+    def _dummy_forward_backward(self) -> None:
         loss = self._forward(self.model.nothing, self._inputs(_one_token()))
         if torch.is_grad_enabled():
             self._backward(loss)

@@ -29,7 +29,7 @@ from verl.engines.base import (
 )
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model
-from verl.engines.hf.lora import add_low_rank, has_additions, reset_additions
+from verl.engines.hf.lora import add_lora, has_lora, reset_lora
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, save_model
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class LocalForwardEngine(ForwardEngine):
         result = torch.zeros(present.shape)
         for rows in micro_batches:
             if not rows:
-                self._for_company()
+                self._dummy_forward_backward()
                 continue
             values = self._forward(outputs, self._inputs(batch.select(rows))).cpu()
             if values.ndim >= result.ndim:
@@ -142,7 +142,7 @@ class LocalForwardEngine(ForwardEngine):
 
     def export(self, folder: Path) -> None:
         """See `ForwardEngine.export`."""
-        if has_additions(self.model.transformer):
+        if has_lora(self.model.transformer):
             export_model(self.model, folder)
         else:
             save_model(self.model, folder)
@@ -152,7 +152,7 @@ class LocalForwardEngine(ForwardEngine):
         with self.model.ready():
             return self.model(partial(call, *args))
 
-    def _for_company(self) -> None:
+    def _dummy_forward_backward(self) -> None:
         """What a rank without rows does while others compute; alone, nothing."""
         return
 
@@ -211,8 +211,8 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int
     ) -> None:
         if config.lora.rank:
-            add_low_rank(model.transformer, config.lora)
-            reset_additions(model.transformer)
+            add_lora(model.transformer, config.lora)
+            reset_lora(model.transformer)
         super().__init__(model, config, device=device)
         self._prepare(device, total_updates)
 
@@ -233,7 +233,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         so_far.rows += batch.row_ids[[row for rows in micro_batches for row in rows]].tolist()
         for rows in micro_batches:
             if not rows:
-                self._for_company()
+                self._dummy_forward_backward()
                 continue
             micro = batch.select(rows)
             loss, monitors = self._forward(objective, micro, self._inputs(micro))

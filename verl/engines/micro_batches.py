@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from verl.data.batch import Batch, ModelInput
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 from verl.engines.base import MAX_SUFFIX, Objective, TrainEngine
 
 MicroBatches = Sequence[Sequence[int]]
@@ -20,7 +20,7 @@ _TOKENS = "sampled_tokens"
 def run_updates(
     engine: TrainEngine,
     batch: Batch,
-    plan: Plan,
+    plan: BatchPlan,
     objective: Objective,
     epochs: int,
     before: Callable[[Batch, MicroBatches], dict[str, float]] | None = None,

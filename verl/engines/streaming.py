@@ -23,7 +23,7 @@ from verl.algorithms.registry import Bound, bind
 from verl.config.settings import AlgorithmConfig, Choice
 from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 from verl.engines.roles.workers import Learner, with_advantages, write_weights
 
 # Of two groups of two rows: in the first one group teaches nothing, in the second both do, one of them more.
@@ -97,7 +97,7 @@ class Portions:
                 f"need whole groups in a portion, and a number of its own for each in the step, got {again} a second time"
             )
         self._group_ids |= ids
-        write_weights(rows, Plan([[[list(range(rows.num_rows))]]]), self._algorithm)
+        write_weights(rows, BatchPlan([[[list(range(rows.num_rows))]]]), self._algorithm)
         share = len(ids) / max(1, self._num_groups)
         denominator = int(self._denominator({"mask": mask, "group_ids": group_ids}))
         rows.write("weights", rows["weights"] * self._of_weights.factor(denominator, share))
@@ -177,7 +177,7 @@ class StreamedUpdate:
     def __init__(
         self,
         group: WorkerGroup,
-        plan: Callable[[Batch], Plan],
+        plan: Callable[[Batch], BatchPlan],
         *,
         reads: Collection[str],
         kl_coef: float = 0.0,
@@ -225,7 +225,7 @@ class StreamedUpdate:
             more = {"skipped_rows_share": 1 - max(1, self._num_alive) / max(1, self._num_rows)}
         return Merged(_AfterAll(self._started, self._group.call(Learner.finish, scale)), more)
 
-    def _accumulate(self, rows: Batch, plan: Plan, first_row: int) -> None:
+    def _accumulate(self, rows: Batch, plan: BatchPlan, first_row: int) -> None:
         self._started.append(
             self._group.call(Learner.accumulate, rows.only(self._reads), plan, self._kl_coef, first_row)
         )

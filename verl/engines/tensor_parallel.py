@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from verl.config.settings import ParallelConfig
-from verl.controller.dispatch import Place
+from verl.controller.dispatch import RankPlace
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh
 
@@ -53,7 +53,7 @@ class Meshes:
     sequence: SequenceGroup | None
     data_ranks: dist.ProcessGroup
     data_rank: int
-    places: Mapping[str, Place]
+    places: Mapping[str, RankPlace]
     mesh: Mesh
 
 
@@ -85,11 +85,11 @@ def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
     line = SequenceGroup(for_rows["sequence"].get_group(), sequence_rank, sequence) if sequence > 1 else None
     first = tensor_rank == 0
     places = {
-        "ranks": Place(rank, True),
-        "train": Place(data_rank, first and sequence_rank == 0),
+        "ranks": RankPlace(rank, True),
+        "train": RankPlace(data_rank, first and sequence_rank == 0),
         # With whole weights the ranks of a line need not share one.
-        "generate": Place(data_rank * sequence + sequence_rank, first),
-        "stages": Place(0, rank == 0),
+        "generate": RankPlace(data_rank * sequence + sequence_rank, first),
+        "stages": RankPlace(0, rank == 0),
     }
     data = for_weights["replicas", "shards"] if replicas > 1 else for_weights["shards"]
     mesh = Mesh(tensor=tensor, shards=shards * sequence, replicas=replicas)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from verl.monitoring.wait_tracker import StageWaits, Wait, span
-from verl.monitoring.watchdog import DIAGNOSIS, RunLook
-from verl.utils.process_id import Life
+from verl.monitoring.watchdog import DIAGNOSIS, RunSnapshot
+from verl.utils.process_id import ProcessState
 
 # A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no
 # dead one.
@@ -43,8 +43,8 @@ class Case:
         now: seconds since 1970.
     """
 
-    look: RunLook
-    life: Life
+    look: RunSnapshot
+    life: ProcessState
     now: float
 
     @property
@@ -84,7 +84,7 @@ class Case:
         return "; ".join(told)
 
 
-def diagnose(look: RunLook, life: Life, now: float) -> Diagnosis:
+def diagnose(look: RunSnapshot, life: ProcessState, now: float) -> Diagnosis:
     """What is the matter with a run.
 
     Args:
@@ -139,7 +139,7 @@ def _killed(case: Case) -> Diagnosis:
 def _silent(case: Case) -> Diagnosis:
     pid, host = case.look.process.pid, case.look.process.host
     story = f"process {pid} on {host} {case.life}, and has told nothing for {span(case.age_s)}"
-    causes: dict[Life, str] = {
+    causes: dict[ProcessState, str] = {
         "is stopped": f"a Ctrl-Z or SIGSTOP has stopped it; `kill -CONT {pid}` lets it go on",
         "waits in the system": "a device or a file system does not answer it",
         "is on another host": f"it is gone or hangs; ask on {host}",

@@ -15,8 +15,8 @@ from rich.text import Text
 from verl.monitoring.doctor import diagnose
 from verl.monitoring.ledger_report import LedgerReport, lines_of_group, read_ledger
 from verl.monitoring.wait_tracker import span
-from verl.monitoring.watchdog import RunLook, last_look
-from verl.utils.process_id import life
+from verl.monitoring.watchdog import RunSnapshot, last_snapshot
+from verl.utils.process_id import process_state
 
 _NUM_STEPS, _NUM_NAMED = 10, 50
 
@@ -46,8 +46,8 @@ def ledger(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     """`verl doctor RUN`; 1 if it neither works nor has finished."""
     console = Console()
-    look, now = last_look(Path(args.run_folder)), time.time()
-    found = diagnose(look, life(look.process), now)
+    look, now = last_snapshot(Path(args.run_folder)), time.time()
+    found = diagnose(look, process_state(look.process), now)
     _out(console, f"{args.run_folder}: {found.story}")
     if look.state != "finished":
         console.print(_stages(look))
@@ -178,7 +178,7 @@ def _named(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:_NUM_NAMED])) + more
 
 
-def _stages(look: RunLook) -> Table:
+def _stages(look: RunSnapshot) -> Table:
     table = Table("stage", "waits for", "since", "limit", "moved")
     for stage in look.waits.stages:
         if not stage.waits:

@@ -109,7 +109,7 @@ class _Stage:
         return [*([first] if first else []), *islice(oldest, _NUM_TOLD - (first is not None))]
 
 
-class Waits:
+class WaitTracker:
     """The waits of a run, by stage; for threads and coroutines alike.
 
     Args:

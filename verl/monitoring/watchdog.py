@@ -15,9 +15,9 @@ from types import TracebackType
 
 from verl.monitoring import interpreter_watchdog
 from verl.monitoring.stacks import all_stacks
-from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, Waits, span, stall
+from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall
 from verl.utils.process_id import ProcessId, this_process
-from verl.utils.thread_interrupt import EndableBlock
+from verl.utils.thread_interrupt import InterruptibleBlock
 
 # In the folder of a run.
 FILE, DIAGNOSIS = "waits.json", "diagnosis.txt"
@@ -30,7 +30,7 @@ class StalledError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Part:
+class Dependency:
     """Something that a run depends on, such as an engine.
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class RunLook:
+class RunSnapshot:
     """What a look at a run found, as it is in the file.
 
     Attributes:
@@ -68,10 +68,10 @@ class RunLook:
     every_s: float
     limit_s: float
     waits: Snapshot
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Dependency, ...] = ()
 
 
-def last_look(folder: Path) -> RunLook:
+def last_snapshot(folder: Path) -> RunSnapshot:
     """The last look at the run in a folder.
 
     Raises:
@@ -85,11 +85,11 @@ def last_look(folder: Path) -> RunLook:
         StageWaits(**{**stage, "waits": tuple(Wait(**wait) for wait in stage["waits"])})
         for stage in row["waits"].pop("stages")
     )
-    waits, parts = Snapshot(**row["waits"], stages=stages), tuple(Part(**part) for part in row["parts"])
-    return RunLook(**{**row, "process": ProcessId(**row["process"]), "waits": waits, "parts": parts})
+    waits, parts = Snapshot(**row["waits"], stages=stages), tuple(Dependency(**part) for part in row["parts"])
+    return RunSnapshot(**{**row, "process": ProcessId(**row["process"]), "waits": waits, "parts": parts})
 
 
-class Watch:
+class Watchdog:
     """A context around a run, with a thread that looks at its waits.
 
     About every second it writes `waits.json`. When a wait is over its own limit, or nothing has moved for the
@@ -113,18 +113,18 @@ class Watch:
 
     def __init__(
         self,
-        waits: Waits,
+        waits: WaitTracker,
         folder: Path,
         limit_s: float,
         *,
-        parts: Callable[[], Sequence[Part]] = tuple,
+        parts: Callable[[], Sequence[Dependency]] = tuple,
         grace_s: float = 30.0,
         every_s: float = 1.0,
     ) -> None:
         self._waits, self._folder, self._limit_s, self._parts = waits, folder, limit_s, parts
         self._grace_s, self._every_s = grace_s, every_s
         self._process, self._began_at = this_process(), time.time()
-        self._block = EndableBlock()
+        self._block = InterruptibleBlock()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="verl-watch", daemon=True)
         self._looked_s = time.monotonic()
@@ -132,7 +132,7 @@ class Watch:
         self._reason: str | None = None
         self._ending_s = self._told_s = 0.0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._looked_s = time.monotonic()
         self._write("running", self._waits.snapshot())
@@ -204,15 +204,15 @@ class Watch:
         told = "\n".join(str(stage) for stage in self._waits.snapshot().stages)
         return "\n\n".join(text for text in (self._reason or "", told, parts, all_stacks()) if text)
 
-    def _now(self) -> Sequence[Part]:
+    def _now(self) -> Sequence[Dependency]:
         try:
             return self._parts()
         except Exception as error:  # the words must not cost the run what they are about
-            return [Part("the state of the parts", f"not to be told ({type(error).__name__}: {error})")]
+            return [Dependency("the state of the parts", f"not to be told ({type(error).__name__}: {error})")]
 
     def _write(self, state: str, snapshot: Snapshot, *, cause: str = "") -> None:
         parts = tuple(self._now())
-        look = RunLook(
+        look = RunSnapshot(
             state,
             cause,
             self._process,

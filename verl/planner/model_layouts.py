@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from verl.planner.architectures import Architecture
-from verl.weight_sync.layout import Bounds, Layout, Piece, slices_at_home, whole
+from verl.weight_sync.layout import Bounds, ShardLayout, TensorShard, slices_at_home, whole
 from verl.weight_sync.meshes import Mesh, generation_place, stage_layers
 
 # How tensor parallelism splits each kind of weight, by the end of its name. The first that fits counts.
@@ -35,7 +35,7 @@ _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Slot:
     """The part of something that a rank has, of how many.
 
     Attributes:
@@ -57,9 +57,9 @@ class Where:
         experts: of the experts of a layer; size 1: experts are split as other matrices.
     """
 
-    tensor: Part = Part()
-    stage: Part = Part()
-    experts: Part = Part()
+    tensor: Slot = Slot()
+    stage: Slot = Slot()
+    experts: Slot = Slot()
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,23 @@ HOMES: dict[str, Homes] = {
 }
 
 
-def replicated(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> Layout:
+def replicated(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> ShardLayout:
     """Every rank has everything, under the names of the tensors."""
-    pieces = tuple(Piece(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
-    return Layout(shapes, (pieces,) * num_ranks)
+    pieces = tuple(TensorShard(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
+    return ShardLayout(shapes, (pieces,) * num_ranks)
 
 
-def fsdp(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> Layout:
+def fsdp(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> ShardLayout:
     """Every tensor in chunks of ceil(rows / shards) rows, the last ones smaller or empty, as FSDP2 has them;
     replicas have equal shards.
     """
     pieces = replicated(shapes, 1).ranks[0]
-    return Layout(
-        shapes, tuple(shard_homes(pieces, Part(shard, shards)) for shard in range(shards)) * replicas
+    return ShardLayout(
+        shapes, tuple(shard_homes(pieces, Slot(shard, shards)) for shard in range(shards)) * replicas
     )
 
 
-def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transformers") -> Layout:
+def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transformers") -> ShardLayout:
     """The model as it is trained: stages, then parts of matrices, then shards of these.
 
     Args:
@@ -125,12 +125,12 @@ def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transforme
     for rank in range(mesh.num_ranks):
         place = mesh.place(rank)
         where = Where(
-            Part(place.tensor, mesh.tensor),
-            Part(place.stage, mesh.pipeline),
-            Part(mesh.expert_rank(rank), mesh.experts),
+            Slot(place.tensor, mesh.tensor),
+            Slot(place.stage, mesh.pipeline),
+            Slot(mesh.expert_rank(rank), mesh.experts),
         )
-        ranks.append(made(where, Part(place.shard, mesh.shards)))
-    return Layout(model.shapes, tuple(ranks))
+        ranks.append(made(where, Slot(place.shard, mesh.shards)))
+    return ShardLayout(model.shapes, tuple(ranks))
 
 
 def generation_layout(
@@ -142,7 +142,7 @@ def generation_layout(
     homes: str = "vllm",
     grouping: str = "zero-redundancy",
     has_split_experts: bool = True,
-) -> Layout:
+) -> ShardLayout:
     """The model as the same ranks generate with it.
 
     Args:
@@ -162,12 +162,12 @@ def generation_layout(
     ranks = []
     for rank in range(mesh.num_ranks):
         place = generation_place(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
-        part = Part(place.tensor, tensor)
-        ranks.append(made(Where(part, Part(place.stage, pipeline), Part() if has_split_experts else part)))
-    return Layout(model.shapes, tuple(ranks))
+        part = Slot(place.tensor, tensor)
+        ranks.append(made(Where(part, Slot(place.stage, pipeline), Slot() if has_split_experts else part)))
+    return ShardLayout(model.shapes, tuple(ranks))
 
 
-def model_pieces(model: Architecture, where: Where, *, homes: str) -> tuple[Piece, ...]:
+def model_pieces(model: Architecture, where: Where, *, homes: str) -> tuple[TensorShard, ...]:
     """The pieces of one rank.
 
     Args:
@@ -181,7 +181,7 @@ def model_pieces(model: Architecture, where: Where, *, homes: str) -> tuple[Piec
     return tuple(_pieces(model, where, HOMES[homes]))
 
 
-def shard_homes(pieces: tuple[Piece, ...], shard: Part) -> tuple[Piece, ...]:
+def shard_homes(pieces: tuple[TensorShard, ...], shard: Slot) -> tuple[TensorShard, ...]:
     """What FSDP2 leaves of the homes of a rank: of each, the rows of one of `size` chunks of ceil(rows /
     size).
     """
@@ -198,7 +198,7 @@ def shard_homes(pieces: tuple[Piece, ...], shard: Part) -> tuple[Piece, ...]:
     return tuple(piece for piece in kept if piece is not None)
 
 
-def _in_rows(piece: Piece, first: int, width: int) -> Piece | None:
+def _in_rows(piece: TensorShard, first: int, width: int) -> TensorShard | None:
     """What of a piece lies in some rows of its home."""
     at_home = slices_at_home(piece.bounds, piece.offset)[0]
     start, stop = max(at_home.start, first), min(at_home.stop, first + width)
@@ -209,10 +209,10 @@ def _in_rows(piece: Piece, first: int, width: int) -> Piece | None:
     if dim >= 0:
         begin = bounds[dim][0] + start - at_home.start
         bounds[dim] = (begin, begin + stop - start)
-    return Piece(piece.name, tuple(bounds), piece.home, (start - first, *piece.offset[1:]))
+    return TensorShard(piece.name, tuple(bounds), piece.home, (start - first, *piece.offset[1:]))
 
 
-def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[Piece]:
+def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[TensorShard]:
     layers = stage_layers(model.num_layers, where.stage.size)[where.stage.rank]
     for name, shape in model.shapes.items():
         expert = _EXPERT.fullmatch(name)
@@ -221,7 +221,7 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[Piece]:
             expert and int(expert["expert"]) not in experts
         ):
             continue
-        tensor = Part() if expert and where.experts.size > 1 else where.tensor
+        tensor = Slot() if expert and where.experts.size > 1 else where.tensor
         bounds = split(name, shape, tensor, model, homes)
         if any(start >= stop for start, stop in bounds):
             continue
@@ -231,17 +231,17 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[Piece]:
             yield from _interleaved(name, bounds, model, tensor)
         else:
             home, offset = _home(name, model, homes, tensor)
-            yield Piece(name, bounds, home, (offset, *(0 for _ in shape[1:])))
+            yield TensorShard(name, bounds, home, (offset, *(0 for _ in shape[1:])))
     is_last = where.stage.rank == where.stage.size - 1
     if model.is_tied and is_last and where.stage.rank > 0:
         # The last stage has a copy of the embedding, as its head.
         name = next(name for name in model.shapes if name.endswith("embed_tokens.weight"))
-        yield Piece(
+        yield TensorShard(
             name, split(name, model.shapes[name], where.tensor, model, homes), "lm_head.weight", (0, 0)
         )
 
 
-def split(name: str, shape: tuple[int, ...], tensor: Part, model: Architecture, homes: Homes) -> Bounds:
+def split(name: str, shape: tuple[int, ...], tensor: Slot, model: Architecture, homes: Homes) -> Bounds:
     """The part of a tensor that a tensor rank has.
 
     Args:
@@ -300,7 +300,7 @@ def _last(name: str) -> tuple[str, str]:
     return module.rpartition(".")[2], parameter
 
 
-def _home(name: str, model: Architecture, homes: Homes, tensor: Part) -> tuple[str, int]:
+def _home(name: str, model: Architecture, homes: Homes, tensor: Slot) -> tuple[str, int]:
     """Home of a tensor, and the row where it begins there."""
     module, parameter = _last(name)
     if not homes.is_fused or module not in _FUSED:
@@ -320,12 +320,12 @@ def _before(name: str) -> list[str]:
     return [f"{prefix}{member}.{parameter}" for member in members[: members.index(module)]]
 
 
-def _rows(name: str, model: Architecture, homes: Homes, tensor: Part) -> int:
+def _rows(name: str, model: Architecture, homes: Homes, tensor: Slot) -> int:
     start, stop = split(name, model.shapes[name], tensor, model, homes)[0]
     return stop - start
 
 
-def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Part) -> Iterator[Piece]:
+def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Slot) -> Iterator[TensorShard]:
     """Pieces of query, key or value, one for each key-value head: its queries, the key, the value, then the
     next head.
     """
@@ -342,7 +342,7 @@ def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Part) -
     for group in range(model.num_kv_heads // tensor.size):
         first = bounds[0][0] + group * heads * width
         offset = (group * (queries + 2) + start) * width
-        yield Piece(
+        yield TensorShard(
             name, ((first, first + heads * width), *bounds[1:]), home, (offset, *(0 for _ in bounds[1:]))
         )
 
@@ -354,14 +354,14 @@ def _expert_piece(
     experts: range,
     model: Architecture,
     homes: Homes,
-    tensor: Part,
-) -> Piece:
+    tensor: Slot,
+) -> TensorShard:
     """A matrix of an expert: gate and up share a home."""
     is_fused = expert["part"] in _FUSED
     row = sum(_rows(before, model, homes, tensor) for before in _before(name)) if is_fused else 0
     fused = "gate_up_proj" if is_fused else "down_proj"
     if homes.has_stacked_experts:
-        return Piece(
+        return TensorShard(
             name, bounds, f"{expert['module']}.{fused}", (int(expert["expert"]) - experts.start, row, 0)
         )
-    return Piece(name, bounds, f"{expert['module']}.{expert['expert']}.{fused}.weight", (row, 0))
+    return TensorShard(name, bounds, f"{expert['module']}.{expert['expert']}.{fused}.weight", (row, 0))

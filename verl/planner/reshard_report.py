@@ -19,7 +19,7 @@ from rich.table import Table
 from verl.planner.architectures import Architecture, named_architecture
 from verl.planner.model_layouts import generation_layout, training_layout
 from verl.planner.traffic import Cost, Traffic, formula, gathered, planned, traffic
-from verl.weight_sync.layout import Layout
+from verl.weight_sync.layout import ShardLayout
 from verl.weight_sync.meshes import Mesh, groups
 from verl.weight_sync.reshard_plan import Copy, make_plan
 
@@ -69,7 +69,7 @@ class Question:
         """M."""
         return self.model.num_elements * self.itemsize
 
-    def layouts(self, grouping: str | None = None) -> tuple[Layout, Layout]:
+    def layouts(self, grouping: str | None = None) -> tuple[ShardLayout, ShardLayout]:
         """Of training and of generation."""
         target = generation_layout(
             self.model,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from verl.weight_sync.layout import Bounds, Layout, volume, whole
+from verl.weight_sync.layout import Bounds, ShardLayout, volume, whole
 from verl.weight_sync.meshes import Mesh
 from verl.weight_sync.reshard_plan import BUCKET_BYTES, RANKS_PER_NODE, Pattern, Step, Walk
 
@@ -93,8 +93,8 @@ class Traffic:
 
 
 def traffic(
-    source: Layout,
-    target: Layout,
+    source: ShardLayout,
+    target: ShardLayout,
     *,
     itemsize: int,
     bucket_bytes: int = BUCKET_BYTES,
@@ -187,7 +187,9 @@ class Cost:
         )
 
 
-def planned(way: str, moved: Traffic, target: Layout, *, itemsize: int, formula: float | None = None) -> Cost:
+def planned(
+    way: str, moved: Traffic, target: ShardLayout, *, itemsize: int, formula: float | None = None
+) -> Cost:
     """Cost of a plan: the target's weights, and one bucket on its way."""
     weights = max(target.num_elements(rank) for rank in range(target.num_ranks)) * itemsize
     peak = weights + moved.in_flight_bytes
@@ -202,8 +204,8 @@ def planned(way: str, moved: Traffic, target: Layout, *, itemsize: int, formula:
 
 
 def gathered(
-    source: Layout,
-    target: Layout,
+    source: ShardLayout,
+    target: ShardLayout,
     mesh: Mesh,
     *,
     itemsize: int,
@@ -250,7 +252,7 @@ def formula(mesh: Mesh, *, tensor: int, pipeline: int) -> float:
     return (trained - generating) / (generating * trained)
 
 
-def _distinct(layout: Layout, ranks: list[int]) -> int:
+def _distinct(layout: ShardLayout, ranks: list[int]) -> int:
     """Elements that some ranks have together; what several have counts once."""
     pieces: dict[str, set[Bounds]] = {}
     for rank in ranks:
@@ -259,7 +261,7 @@ def _distinct(layout: Layout, ranks: list[int]) -> int:
     return sum(volume(bounds) for found in pieces.values() for bounds in found)
 
 
-def _into_nodes(source: Layout, total: int, itemsize: int, ranks_per_node: int) -> int:
+def _into_nodes(source: ShardLayout, total: int, itemsize: int, ranks_per_node: int) -> int:
     """The most that a node lacks of the whole model."""
     firsts = range(0, source.num_ranks, ranks_per_node)
     held = [

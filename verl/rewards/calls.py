@@ -25,7 +25,7 @@ _GUARD_MARGIN_S = 5.0
 
 
 @dataclass(frozen=True)
-class Failure:
+class RewardFailure:
     """Why a call gave nothing: `outcome` and `detail` as on a trajectory, `interrupt` if the program was
     asked to end.
     """
@@ -35,7 +35,7 @@ class Failure:
     interrupt: BaseException | None = None
 
     @classmethod
-    def raised(cls, error: BaseException) -> Failure:
+    def raised(cls, error: BaseException) -> RewardFailure:
         """From what user code raised: the traceback's last line, and the last place in the user's own file."""
         cause = " ".join("".join(traceback.format_exception_only(error)).split())[:_MAX_DETAIL_CHARS]
         frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -54,13 +54,13 @@ class _Pending:
 PENDING: Final = _Pending()
 
 
-class Call:
+class RewardCall:
     """One call of a user's function.
 
     Attributes:
         name: of the function, for messages.
         function: takes nothing; returns the value, or a coroutine of it if `is_async`.
-        result: the value or a `Failure`; `PENDING` until the call has settled.
+        result: the value or a `RewardFailure`; `PENDING` until the call has settled.
         started: clock when the function was entered, in seconds; None while the call waits for its turn.
         lane: the thread that it runs on; for a coroutine already while it waits.
     """
@@ -86,7 +86,7 @@ class Call:
 class _Round:
     """The calls of one `CallPool.run`; `over` when all have settled or nobody waits any more."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[RewardCall]) -> None:
         self.over = threading.Event()
         self.interrupt: BaseException | None = None
         self._lock = threading.Lock()
@@ -94,13 +94,13 @@ class _Round:
         for call in calls:
             call.round = self
 
-    def settle(self, call: Call, result: Any) -> bool:
+    def settle(self, call: RewardCall, result: Any) -> bool:
         with self._lock:
             if call.result is not PENDING:
                 return False
             call.result = result
             self._unsettled -= 1
-            if isinstance(result, Failure) and result.interrupt is not None:
+            if isinstance(result, RewardFailure) and result.interrupt is not None:
                 self.interrupt = result.interrupt
             if self._unsettled == 0 or self.interrupt is not None:
                 self.over.set()
@@ -110,7 +110,7 @@ class _Round:
 class _ThreadLane:
     """A daemon thread that takes one plain call after the other."""
 
-    def __init__(self, inbox: queue.SimpleQueue[Call | None]) -> None:
+    def __init__(self, inbox: queue.SimpleQueue[RewardCall | None]) -> None:
         self.abandoned = False
         self._inbox = inbox
         self.thread = threading.Thread(target=self._serve, name="verl-reward", daemon=True)
@@ -135,13 +135,13 @@ class _LoopLane:
         self.abandoned = False
         self._timeout_s = timeout_s
         self._num_free = max_concurrent
-        self._waiting: deque[Call] = deque()
+        self._waiting: deque[RewardCall] = deque()
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()  # The loop itself keeps only weak references.
         self.thread = threading.Thread(target=self._serve, name="verl-reward-loop", daemon=True)
         self.thread.start()
 
-    def submit(self, calls: Sequence[Call]) -> None:
+    def submit(self, calls: Sequence[RewardCall]) -> None:
         for call in calls:
             call.lane = self
         self._loop.call_soon_threadsafe(self._receive, calls)
@@ -160,7 +160,7 @@ class _LoopLane:
             self._loop.run_until_complete(asyncio.wait(left, timeout=self._timeout_s))
         self._loop.close()
 
-    def _receive(self, calls: Sequence[Call]) -> None:
+    def _receive(self, calls: Sequence[RewardCall]) -> None:
         self._waiting.extend(calls)
         self._fill()
 
@@ -173,7 +173,7 @@ class _LoopLane:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, call: Call) -> None:
+    async def _run(self, call: RewardCall) -> None:
         if call.lane is not self:  # It was given to another loop while this one was stuck.
             return
         call.started = time.monotonic()
@@ -182,13 +182,13 @@ class _LoopLane:
         limit.cancel()
         self._end(call, result)
 
-    def _end_late(self, call: Call, task: asyncio.Task[Any] | None) -> None:
+    def _end_late(self, call: RewardCall, task: asyncio.Task[Any] | None) -> None:
         assert task is not None
         # Settled before it is cancelled: a coroutine may swallow its cancellation, and nobody waits for that.
-        self._end(call, Failure("reward_timeout", f"no answer within {self._timeout_s:g} s"))
+        self._end(call, RewardFailure("reward_timeout", f"no answer within {self._timeout_s:g} s"))
         task.cancel()
 
-    def _end(self, call: Call, result: Any) -> None:
+    def _end(self, call: RewardCall, result: Any) -> None:
         if call.settle(result):
             self._num_free += 1
             self._fill()
@@ -209,14 +209,14 @@ class CallPool:
     ) -> None:
         self._timeout_s, self._max_abandoned = timeout_s, max_abandoned
         self._num_threads, self._max_concurrent = num_threads, max_concurrent
-        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[RewardCall | None] = queue.SimpleQueue()
         self._threads: list[_ThreadLane] = []
         self._loop: _LoopLane | None = None
         self._abandoned: list[_ThreadLane | _LoopLane] = []
         self._lock = threading.RLock()
 
-    def run(self, calls: Sequence[Call]) -> None:
-        """Settles every call: its `result` is then the value or a `Failure`; several threads may call it at
+    def run(self, calls: Sequence[RewardCall]) -> None:
+        """Settles every call: its `result` is then the value or a `RewardFailure`; several threads may call it at
         once.
 
         A function that keeps the interpreter to itself for more than twice the limit ends the process, with
@@ -257,7 +257,7 @@ class CallPool:
         # does it.
         interpreter_watchdog.arm(current, 2 * self._timeout_s + _GUARD_MARGIN_S)
 
-    def _submit(self, calls: Sequence[Call]) -> None:
+    def _submit(self, calls: Sequence[RewardCall]) -> None:
         plain = [call for call in calls if not call.is_async]
         coroutines = [call for call in calls if call.is_async]
         with self._lock:
@@ -269,12 +269,12 @@ class CallPool:
         for call in plain:
             self._inbox.put(call)
 
-    def _limit_s(self, call: Call) -> float:
+    def _limit_s(self, call: RewardCall) -> float:
         # The event loop ends late coroutines itself. If it has not by twice the limit, then for at least the
         # limit some coroutine has not let it: it hangs without awaiting.
         return 2 * self._timeout_s if call.is_async else self._timeout_s
 
-    def _patience_s(self, calls: Sequence[Call]) -> float:
+    def _patience_s(self, calls: Sequence[RewardCall]) -> float:
         """Seconds until the next call can be over its limit."""
         now = time.monotonic()
         left = [
@@ -284,7 +284,7 @@ class CallPool:
         ]
         return min(max(min(left, default=self._timeout_s), 0.0), self._timeout_s)
 
-    def _expire(self, calls: Sequence[Call]) -> None:
+    def _expire(self, calls: Sequence[RewardCall]) -> None:
         now = time.monotonic()
         for call in calls:
             if (
@@ -299,14 +299,14 @@ class CallPool:
         if stranded:
             self._submit(stranded)
 
-    def _leave_behind(self, call: Call) -> None:
+    def _leave_behind(self, call: RewardCall) -> None:
         cause = f"no answer within {self._timeout_s:g} s"
         if call.is_async:
             cause += (
                 ", and an async function held the event loop; await inside it, or make it a plain function"
             )
         lane = call.lane
-        if not call.settle(Failure("reward_timeout", cause)) or lane is None:
+        if not call.settle(RewardFailure("reward_timeout", cause)) or lane is None:
             return
         with self._lock:
             if not lane.abandoned:
@@ -337,11 +337,11 @@ def _attempt(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except BaseException as error:
-        return Failure.raised(error)
+        return RewardFailure.raised(error)
 
 
 async def _attempt_async(function: Callable[[], Awaitable[Any]]) -> Any:
     try:
         return await function()
     except BaseException as error:
-        return Failure.raised(error)
+        return RewardFailure.raised(error)

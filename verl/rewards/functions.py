@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, SupportsFloat
 from verl.config.loader import nearest
 from verl.config.settings import RewardsConfig
 from verl.data.batch import Trajectory, turn_ends
-from verl.rewards.calls import Call, CallPool, Failure
+from verl.rewards.calls import CallPool, RewardCall, RewardFailure
 from verl.rewards.tasks import exact, position_share, prefix_share
 from verl.utils.sampling_types import Prompt
 
@@ -107,23 +107,25 @@ class RewardFunction:
         self._free = {p.name: p.default for p in by_name if p.name not in self._own}
         self._check_options()
 
-    def calls(self, trajectories: Sequence[Trajectory], name: str) -> list[Call]:
+    def calls(self, trajectories: Sequence[Trajectory], name: str) -> list[RewardCall]:
         """The calls that score these rows: one for each, or one for all if it is batched."""
         if self.form == "batched":
-            return [Call(name, partial(self._call_batched, trajectories), is_async=self.is_async)]
+            return [RewardCall(name, partial(self._call_batched, trajectories), is_async=self.is_async)]
         call = self._call_trajectory if self.form == "trajectory" else self._call_answer
-        return [Call(name, partial(call, trajectory), is_async=self.is_async) for trajectory in trajectories]
+        return [
+            RewardCall(name, partial(call, trajectory), is_async=self.is_async) for trajectory in trajectories
+        ]
 
-    def scores(self, calls: Sequence[Call], num_rows: int) -> list[Score | Failure | None]:
+    def scores(self, calls: Sequence[RewardCall], num_rows: int) -> list[Score | RewardFailure | None]:
         """What the settled calls say of each row: named finite numbers, a failure, or None where it does not
         apply.
         """
         if self.form != "batched":
             return [_score(call.result) for call in calls]
         values = calls[0].result
-        if not isinstance(values, Failure):
+        if not isinstance(values, RewardFailure):
             values = _rows(values, num_rows)
-        if isinstance(values, Failure):
+        if isinstance(values, RewardFailure):
             return [values] * num_rows
         return [None if value is None else _score(value) for value in values]
 
@@ -306,9 +308,9 @@ class RewardFunctions:
         """Ends the threads that calls run on."""
         self._pool.close()
 
-    def _write(self, trajectory: Trajectory, results: Mapping[str, Score | Failure | None]) -> None:
+    def _write(self, trajectory: Trajectory, results: Mapping[str, Score | RewardFailure | None]) -> None:
         scored = {name: result for name, result in results.items() if isinstance(result, dict)}
-        failures = {name: result for name, result in results.items() if isinstance(result, Failure)}
+        failures = {name: result for name, result in results.items() if isinstance(result, RewardFailure)}
         turns = {name: score.pop("turn_rewards") for name, score in scored.items() if "turn_rewards" in score}
         failures |= _wrong_turns(trajectory, turns)
         for name, values in turns.items():
@@ -316,11 +318,13 @@ class RewardFunctions:
         reward = sum(self._functions[name].weight * score["reward"] for name, score in scored.items())
         if not scored and not failures:
             failures = {
-                ", ".join(results): Failure("reward_not_applicable", "no function applies to this prompt")
+                ", ".join(results): RewardFailure(
+                    "reward_not_applicable", "no function applies to this prompt"
+                )
             }
         elif not math.isfinite(reward):
             failures = failures or {
-                ", ".join(results): Failure("reward_not_finite", f"the weighted sum is {reward}")
+                ", ".join(results): RewardFailure("reward_not_finite", f"the weighted sum is {reward}")
             }
         trajectory.scores.update(_named_scores(scored))
         # In the order of the functions, whichever apply: the parts of siblings are compared one by one.
@@ -518,28 +522,30 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _rows(values: Any, num_rows: int) -> list[Any] | Failure:
+def _rows(values: Any, num_rows: int) -> list[Any] | RewardFailure:
     """The values that a batched function returned, one per row."""
     if isinstance(values, (str, bytes, Mapping)) or not (
         isinstance(values, Iterable) and isinstance(values, Sized)
     ):
-        return Failure("reward_wrong_type", f"need a list of numbers, got {type(values).__name__}")
+        return RewardFailure("reward_wrong_type", f"need a list of numbers, got {type(values).__name__}")
     try:
         rows = list(values)
     except Exception as error:  # A tensor without dimensions has a length by its type only.
-        return Failure("reward_wrong_type", f"need a list of numbers, got {type(values).__name__}: {error}")
+        return RewardFailure(
+            "reward_wrong_type", f"need a list of numbers, got {type(values).__name__}: {error}"
+        )
     if len(rows) != num_rows:
-        return Failure("reward_wrong_count", f"need one value per row, got {len(rows)} for {num_rows}")
+        return RewardFailure("reward_wrong_count", f"need one value per row, got {len(rows)} for {num_rows}")
     return rows
 
 
-def _score(value: Any) -> Score | Failure:
+def _score(value: Any) -> Score | RewardFailure:
     """A row's value as finite numbers by name, `reward` among them."""
-    if isinstance(value, Failure):
+    if isinstance(value, RewardFailure):
         return value
     named = value if isinstance(value, Mapping) else {"reward": value}
     if "reward" not in named:
-        return Failure(
+        return RewardFailure(
             "reward_wrong_type",
             f"need a number or a mapping with 'reward', got a mapping with {sorted(map(str, named))}",
         )
@@ -548,7 +554,7 @@ def _score(value: Any) -> Score | Failure:
         if name == "turn_rewards":
             numbers = [_number(value) for value in entry] if isinstance(entry, list | tuple) else [None]
             if any(number is None or not math.isfinite(number) for number in numbers):
-                return Failure(
+                return RewardFailure(
                     "reward_wrong_type", f"need a list of finite numbers for 'turn_rewards', got {entry}"
                 )
             score[name] = numbers
@@ -556,11 +562,11 @@ def _score(value: Any) -> Score | Failure:
         number = _number(entry)
         if number is None:
             hint = "; it did not return a value" if entry is None else ""
-            return Failure(
+            return RewardFailure(
                 "reward_wrong_type", f"need a number for {name!r}, got {type(entry).__name__}{hint}"
             )
         if not math.isfinite(number):
-            return Failure("reward_not_finite", f"need a finite number for {name!r}, got {number}")
+            return RewardFailure("reward_not_finite", f"need a finite number for {name!r}, got {number}")
         score[str(name)] = number
     return score
 
@@ -574,11 +580,11 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> dict[str, Failure]:
+def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> dict[str, RewardFailure]:
     """A failure for each function whose turn rewards are not one per turn."""
     count = len(turn_ends(trajectory)) if turns else 0
     return {
-        name: Failure(
+        name: RewardFailure(
             "reward_wrong_count", f"need a turn reward for each of {count} turns, got {len(values)}"
         )
         for name, values in turns.items()

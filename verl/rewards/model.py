@@ -14,7 +14,7 @@ from verl.config.settings import RoleConfig
 from verl.controller.dispatch import PLANNED, register
 from verl.controller.worker_group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory
-from verl.data.packing import Plan, balance
+from verl.data.packing import BatchPlan, balance
 from verl.engines.hf.models import Precision, RewardModel, load_reward_model
 from verl.engines.local import LocalForwardEngine
 from verl.engines.roles.workers import RoleWorker, plan_rows
@@ -110,7 +110,7 @@ class RewardWorker(RoleWorker):
     """A reward model on one rank."""
 
     @register(PLANNED)
-    def score(self, batch: Batch, plan: Plan) -> Batch:
+    def score(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`scores` [B] of rows of `rows_to_score`."""
         reward_model = self.engine.model
         assert isinstance(reward_model, RewardModel)

@@ -17,20 +17,20 @@ from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
 from verl.controller.worker_group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
-from verl.engines.hf.hf_io import additions_as_files
-from verl.engines.hf.lora import has_additions
+from verl.engines.hf.hf_io import lora_adapter_files
+from verl.engines.hf.lora import has_lora
 from verl.engines.roles.workers import FULLEST, PolicyWorker
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
-from verl.rollout.engine import OwnWeightsEngine
-from verl.rollout.pool.p2p import DirectWorker
+from verl.rollout.engine import ColocatedEngine
+from verl.rollout.pool.p2p import PolicyWeightSender
 from verl.utils.device import synchronize
 from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.cuda_ipc import handle_of
 from verl.weight_sync.fingerprint import digest, fingerprint
 from verl.weight_sync.layout import Bounds, whole
-from verl.weight_sync.shard_tracking import key_of, slices_of
+from verl.weight_sync.shard_tracking import shard_key, slices_of
 from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, unpacked
 from verl.weight_sync.types import TensorInfo
 
@@ -38,7 +38,7 @@ from verl.weight_sync.types import TensorInfo
 Answers = list[tuple[FinishReason, str]]
 
 
-class ActorWorker(DirectWorker, PolicyWorker):
+class ActorWorker(PolicyWeightSender, PolicyWorker):
     """A policy that generates with the weights that it trains.
 
     Args:
@@ -63,7 +63,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
         temperature: float,
         epochs: int,
         chunk: int,
-        generator: OwnWeightsEngine | None = None,
+        generator: ColocatedEngine | None = None,
         hybrid: HybridEngine | None = None,
     ) -> None:
         super().__init__(engine, algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
@@ -110,12 +110,12 @@ class ActorWorker(DirectWorker, PolicyWorker):
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> list[list[Completion]]:
         self._embedded.publish(version)
-        with self.engine.whole_weights() if self._hybrid is None else self._hybrid.ready(version):
+        with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.ready(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
     def _by(
         self,
-        generator: OwnWeightsEngine,
+        generator: ColocatedEngine,
         prompts: list[Sequence[int]],
         params: list[SamplingParams],
         version: int,
@@ -164,9 +164,9 @@ class ActorWorker(DirectWorker, PolicyWorker):
         return {} if self._hybrid is None else self._hybrid.take_switches()
 
     @register(SAME_ON_ALL)
-    def trains_additions_alone(self) -> bool:
+    def trains_lora_only(self) -> bool:
         """Whether low-rank additions are trained, and nothing else."""
-        return has_additions(self.model.transformer)
+        return has_lora(self.model.transformer)
 
     @register(SAME_ON_ALL)
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -182,7 +182,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
 
         Returns:
             For each tensor and for its `slices` their digests as they were before they were written, by
-            `key_of`; and the bytes, if there is no such file where the rank is.
+            `shard_key`; and the bytes, if there is no such file where the rank is.
         """
         target = self._target(infos, path) if self.places["ranks"].data_rank == 0 else None
         digests = self._fill(target, infos, slices)
@@ -228,7 +228,7 @@ class ActorWorker(DirectWorker, PolicyWorker):
                 continue
             served = tensor.to(dtype_of(wanted[name]))
             for bounds in {whole(wanted[name].shape), *slices[name]}:
-                digests[key_of(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
+                digests[shard_key(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
             slots[name].copy_(served)
         return digests
 
@@ -244,10 +244,10 @@ class ActorWorker(DirectWorker, PolicyWorker):
     @register(SAME_ON_ALL)
     def additions(self) -> dict[str, bytes]:
         """The files of the low-rank additions in PEFT format, by name."""
-        return additions_as_files(self.model.transformer)
+        return lora_adapter_files(self.model.transformer)
 
 
-class ActorEngine(RolloutEngine):
+class PolicyEngine(RolloutEngine):
     """Lets the ranks of the policy answer, each its share of the prompts: no copy of the weights, no sync.
 
     Where the ranks are other processes, the tokens stay with them: the completions know their lengths, and

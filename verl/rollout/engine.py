@@ -13,8 +13,8 @@ from torch import Tensor
 
 from verl.rollout.embedded.sampling import answer_seed
 from verl.utils.sampling_types import FinishReason, RolloutEngine, SamplingParams
-from verl.weight_sync.shard_tracking import Reads
-from verl.weight_sync.types import Part, Via
+from verl.weight_sync.shard_tracking import ShardRanges
+from verl.weight_sync.types import Transport, WeightChunk
 
 
 class EngineError(RuntimeError):
@@ -26,7 +26,7 @@ class RefusedError(ValueError):
 
 
 @dataclass(frozen=True)
-class EngineSpec:
+class ServerSpec:
     """One engine to start or to join.
 
     Attributes:
@@ -52,13 +52,13 @@ class EngineSpec:
     secret: str = ""
     log: Path = Path("engine.log")
     dtype: str = "float32"
-    via: Via | None = None
+    via: Transport | None = None
     timeout_s: float = 60.0
     start_timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """Some more tokens of an answer.
 
     Attributes:
@@ -81,7 +81,7 @@ def seed_of(params: SamplingParams, number: int) -> int:
     return answer_seed(params.seed, number) & (2**63 - 1)
 
 
-class OwnWeightsEngine(RolloutEngine):
+class ColocatedEngine(RolloutEngine):
     """An engine in the policy's own process that has its weights apart from it, in its own layout."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class OwnWeightsEngine(RolloutEngine):
         """
 
 
-class ServedEngine(ABC):
+class InferenceServer(ABC):
     """An engine in another process, asked from one event loop; every method but `sample` returns within its
     time limit or raises.
 
@@ -110,26 +110,26 @@ class ServedEngine(ABC):
             so that another engine of this kind goes on with an answer as this one would have.
     """
 
-    follows: bool = True
-    seeds_by_place: bool = False
-    vias: tuple[Via, ...] = ()
+    syncs_weights: bool = True
+    position_seeded: bool = False
+    transports: tuple[Transport, ...] = ()
     num_ranks: int = 1
-    reads: tuple[Reads, ...] | None = None
+    reads: tuple[ShardRanges, ...] | None = None
     records: bool = True
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
 
     @property
-    def via(self) -> Via:
-        """How weights travel to it: as it was told, else the first way of `vias` that reaches it.
+    def via(self) -> Transport:
+        """How weights travel to it: as it was told, else the first way of `transports` that reaches it.
 
         Raises:
             ValueError: it does not take them so.
         """
         host = urlsplit(self.spec.address or "").hostname
         is_local = self.spec.address is None or host == "localhost" or (host or "").startswith("127.")
-        ways = [via for via in self.vias if is_local or via not in ("shm", "ipc")]
+        ways = [via for via in self.transports if is_local or via not in ("shm", "ipc")]
         chosen = self.spec.via or next(iter(ways), None)
         if chosen not in ways:
             raise ValueError(
@@ -150,7 +150,7 @@ class ServedEngine(ABC):
     @abstractmethod
     def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[TokenChunk]:
         """One of the answers to a prompt, in chunks as they come; the last one has a finish reason.
 
         Leaving the iteration aborts the request in the engine.
@@ -200,7 +200,7 @@ class ServedEngine(ABC):
         """Gets ready to take all weights."""
         raise NotImplementedError
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         """Takes some of the weights."""
         raise NotImplementedError
 
@@ -210,11 +210,11 @@ class ServedEngine(ABC):
 
         A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those
         of earlier updates do not count. One of which a rank got parts counts by them, as
-        `verl.weight_sync.shard_tracking.key_of` names them.
+        `verl.weight_sync.shard_tracking.shard_key` names them.
         """
         raise NotImplementedError
 
-    async def load_additions(self, folder: Path, version: int) -> str:
+    async def load_lora_adapter(self, folder: Path, version: int) -> str:
         """Takes low-rank additions in PEFT format in place of those before; returns the `fingerprint` of its
         tensors as they are in the file `adapter_model.safetensors`. Requests from now on are answered with
         them."""

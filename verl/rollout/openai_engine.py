@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine, seed_of
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -272,7 +272,7 @@ def options_of(kind: type, options: Mapping[str, Any], engine: str) -> Any:
         raise ValueError(f"options of the engine {engine} are incomplete: {error}") from error
 
 
-class HTTPEngine(ServedEngine):
+class HTTPEngine(InferenceServer):
     """Any server with OpenAI's interface, at `spec.address` with or without /v1; its weights are its own.
 
     Where it takes token ids and gives them back with logprobs, as vLLM and `verl serve` do, chunks have both;
@@ -280,9 +280,9 @@ class HTTPEngine(ServedEngine):
     `spec.timeout_s`. See `HTTPOptions`.
     """
 
-    follows = False
+    syncs_weights = False
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         self._options = HTTPOptions.of(spec.options)
         # Somebody else's server has no business with the secret of the run.
@@ -294,7 +294,7 @@ class HTTPEngine(ServedEngine):
         self._connection: Connection | None = None
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         self._codec = TextCodec.load(self.spec.model)
         self._places = asyncio.Semaphore(self._options.max_concurrency)
         self._connection = Connection(self.spec.name, self._base, key=self._key)
@@ -309,7 +309,7 @@ class HTTPEngine(ServedEngine):
             await asyncio.sleep(self._options.backoff)
 
     async def check(self) -> None:
-        """See `ServedEngine.check`; a server that answers, if only with a refusal, is well, but for one that
+        """See `InferenceServer.check`; a server that answers, if only with a refusal, is well, but for one that
         refuses the key.
         """
         try:
@@ -319,15 +319,15 @@ class HTTPEngine(ServedEngine):
                 raise
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`; one chunk."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`; one chunk."""
         async with self._places:
             yield await self._answered(list(prompt_ids), params, seed_of(params, number))
 
@@ -336,7 +336,7 @@ class HTTPEngine(ServedEngine):
             raise EngineError(f"{self.spec.name} is closed")
         return self._connection
 
-    async def _answered(self, prompt_ids: list[int], params: SamplingParams, seed: int) -> Chunk:
+    async def _answered(self, prompt_ids: list[int], params: SamplingParams, seed: int) -> TokenChunk:
         deadline = time.monotonic() + self.spec.timeout_s
         attempt = 0
         while True:
@@ -402,7 +402,7 @@ class HTTPEngine(ServedEngine):
         left_s = max(0.001, deadline - time.monotonic())
         return await self._connected().json("POST", path, {**body, **self._options.extra}, timeout_s=left_s)
 
-    def _chunk(self, answer: Mapping[str, Any], params: SamplingParams) -> Chunk:
+    def _chunk(self, answer: Mapping[str, Any], params: SamplingParams) -> TokenChunk:
         """The answer as a chunk.
 
         Raises:
@@ -420,9 +420,9 @@ class HTTPEngine(ServedEngine):
             ) from error
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
             is_plain = params.temperature == 1 and not params.truncates
-            return Chunk(
+            return TokenChunk(
                 tuple(ids), tuple(logprobs) if is_plain or self._options.processed_logprobs else None, reason
             )
         if not isinstance(text, str):
             raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(answer)[:500]}")
-        return Chunk(finish_reason=reason, text=text)
+        return TokenChunk(finish_reason=reason, text=text)

@@ -19,8 +19,8 @@ from verl.config.settings import STALL_LIMIT_S, RunConfig
 from verl.controller.worker_group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.monitoring.tracking import Clock, Tracker, check_sinks
-from verl.monitoring.wait_tracker import Waits
-from verl.monitoring.watchdog import Part, Watch
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.monitoring.watchdog import Dependency, Watchdog
 from verl.trainer.checkpoint_store import CheckpointStore, Save, load_state, only_run_in
 from verl.utils.device import (
     keep_freed_memory,
@@ -69,7 +69,7 @@ class BaseTrainer(ABC):
         self.clock = Clock(partial(synchronize, self.device))
         self.timeline = Timeline()
         self.notes: list[str] = []
-        self.waits = Waits()
+        self.waits = WaitTracker()
         self.run_folder: Path | None = None
         self.loader: PromptLoader | None = None
         self._console = console
@@ -119,7 +119,7 @@ class BaseTrainer(ABC):
         """Time in which nothing moves before the run is ended."""
         return STALL_LIMIT_S
 
-    def parts(self) -> Sequence[Part]:
+    def parts(self) -> Sequence[Dependency]:
         """How what the run depends on is; asked from another thread. Here there is nothing."""
         return ()
 
@@ -166,7 +166,7 @@ class BaseTrainer(ABC):
         report = self.load_train_data()
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         resumed = self._resume(store)
-        with only_run_in(folder), Watch(self.waits, folder, self.stall_limit_s, parts=self.parts):
+        with only_run_in(folder), Watchdog(self.waits, folder, self.stall_limit_s, parts=self.parts):
             tracker = Tracker(
                 config.tracking,
                 folder,

@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from pathlib import Path
 from typing import Any, TypeVar
 
-from verl.agents.collector import Collected, DataCollector
+from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.group_source import FromFleet, Group, InTurn, outside_loops
 from verl.agents.group_state import saved_groups
-from verl.agents.pipeline import Pipeline, Taken, staleness_metrics
+from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.settings import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.dataset import PromptLoader
 from verl.monitoring.ledger import FILE, Ledger
-from verl.monitoring.wait_tracker import Waits
-from verl.rollout.pool.threaded_pool import EnginePool
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.trainer.streamed_step import StreamedStep
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 _TOLD = ("training", "admission")
 
 
-class Collection:
+class BatchProducer:
     """Collects batches ahead of the step, as the settings of `pipeline` say.
 
     Args:
@@ -46,8 +46,8 @@ class Collection:
         loader: PromptLoader,
         config: TrainerConfig,
         *,
-        pool: EnginePool | None,
-        waits: Waits,
+        pool: ThreadedInferencePool | None,
+        waits: WaitTracker,
         folder: Path | None,
         note: Callable[[str], None],
     ) -> None:
@@ -66,7 +66,7 @@ class Collection:
         self._loop = asyncio.new_event_loop()
         self._counted: Counter[str] = Counter()
 
-    def take(self, streamed: StreamedStep | None = None) -> Collected:
+    def take(self, streamed: StreamedStep | None = None) -> RolloutBatch:
         """What the next step learns from.
 
         Args:
@@ -78,7 +78,7 @@ class Collection:
         batch = (
             self._at_work(self.pipeline.take()) if streamed is None else self._learned_on_the_way(streamed)
         )
-        alive = [group.answers for group in batch.groups if not group.is_dead]
+        alive = [group.answers for group in batch.groups if not group.has_no_signal]
         collected = self._collector.collected(
             alive, [group.answers for group in batch.everything if group.answers]
         )
@@ -94,14 +94,14 @@ class Collection:
         if self._pool is None:
             return self._run(work)
         self._collector.engine.generate([], [])  # engines that follow the policy have its weights afterwards
-        with self._pool.policy_at_hand():
+        with self._pool.policy_sends():
             return self._run(work)
 
-    def _learned_on_the_way(self, streamed: StreamedStep) -> Taken:
+    def _learned_on_the_way(self, streamed: StreamedStep) -> TrainBatch:
         portions = self.pipeline.portions()
         num_learned = 0
         while portion := self._at_work(_next(portions)):
-            alive = [group for group in portion if not group.is_dead]
+            alive = [group for group in portion if not group.has_no_signal]
             num_learned += self._learn_from(alive, streamed)
         batch = self._run(self._taken())
         if not num_learned:
@@ -174,7 +174,7 @@ class Collection:
     async def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any], list[Group]]:
         return self._loader.state_dict(), *self.pipeline.snapshot()
 
-    async def _taken(self) -> Taken:
+    async def _taken(self) -> TrainBatch:
         return self.pipeline.taken()
 
     async def _close(self) -> None:

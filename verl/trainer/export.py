@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from verl.config.settings import LoraConfig
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.hf_io import export_model
-from verl.engines.hf.lora import add_low_rank
+from verl.engines.hf.lora import add_lora
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model
 from verl.trainer.checkpoint_store import load_state
 from verl.utils.tokens import TextCodec
@@ -56,7 +56,7 @@ def _empty_model(saved: Path, settings: dict[str, Any]) -> Backbone:
             if is_judge
             else load_language_model(settings["path"])
         )
-        add_low_rank(start, lora)
+        add_lora(start, lora)
     else:
         family = AutoModelForSequenceClassification if is_judge else AutoModelForCausalLM
         start = family.from_config(AutoConfig.from_pretrained(saved), dtype=torch.float32)

@@ -17,14 +17,14 @@ from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
-from verl.trainer.single_model_trainer import OneModelTrainer
+from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
 
 SIDES = ("chosen", "rejected")
 _PROBED_PAIRS = 2
 
 
-class PairsTrainer(OneModelTrainer):
+class PairwiseTrainer(SingleModelTrainer):
     """Trains on pairs: row 2i of a step is the chosen answer of pair i, row 2i + 1 the rejected one.
 
     The loss is the mean over the pairs of the step, whatever the micro-batches are.

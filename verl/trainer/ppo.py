@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.agents.collector import Collected, as_prompt, collection_metrics
+from verl.agents.collector import RolloutBatch, as_prompt, collection_metrics
 from verl.config.loader import make_trainer_config
 from verl.data.batch import Batch, Trajectory
 from verl.trainer.base import Metrics
@@ -67,7 +67,7 @@ class PPOTrainer:
             raise ValueError("need at least one record with prompt, response and reward, got none")
         trajectories = [self._trajectory(record, i) for i, record in enumerate(batch)]
         return self.trainer.update_policy(
-            Collected(
+            RolloutBatch(
                 trajectories,
                 Batch.from_trajectories(trajectories),
                 collection_metrics([[t] for t in trajectories]),

@@ -16,7 +16,7 @@ from verl.config.settings import PreferenceConfig
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_copy
-from verl.trainer.pairwise_trainer import SIDES, PairsTrainer, answers_of, try_out
+from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, try_out
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -24,7 +24,7 @@ from verl.utils.tokens import TextCodec
 _COLUMNS = tuple(name for name in PAIR_COLUMNS if not name.endswith("_rewards"))
 
 
-class PreferenceTrainer(PairsTrainer):
+class PreferenceTrainer(PairwiseTrainer):
     """Makes the chosen answer of a pair likelier than the rejected one, as the configured loss has it.
 
     Args:
@@ -60,7 +60,7 @@ class PreferenceTrainer(PairsTrainer):
             self.reference = frozen_copy(policy, config.reference, config.policy, setting="reference")
 
     def encode(self, pairs: list[Prompt]) -> Batch:
-        """See `PairsTrainer.encode`; answers are closed with the end token."""
+        """See `PairwiseTrainer.encode`; answers are closed with the end token."""
         return Batch.from_trajectories(
             [self._trajectory(*row, i) for i, row in enumerate(zip(*answers_of(pairs), strict=True))]
         )
@@ -82,7 +82,7 @@ class PreferenceTrainer(PairsTrainer):
         return self._logprobs(model, inputs)
 
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """See `PairsTrainer.row_columns`."""
+        """See `PairwiseTrainer.row_columns`."""
         columns = {"logprobs": values.sum(1), "tokens": self.answer_tokens(rows).to(values.device)}
         return columns | ({"ref_logprobs": rows["ref_logprobs"].to(values.device)} if self.reference else {})
 

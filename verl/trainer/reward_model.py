@@ -16,14 +16,14 @@ from verl.data.batch import Batch, ModelInput
 from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.base import Metrics
-from verl.trainer.pairwise_trainer import PairsTrainer, answers_of, try_out
+from verl.trainer.pairwise_trainer import PairwiseTrainer, answers_of, try_out
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 _COLUMNS = tuple(name for name in PAIR_COLUMNS if name.endswith(("_rewards", "_tokens")))
 
 
-class RewardModelTrainer(PairsTrainer):
+class RewardModelTrainer(PairwiseTrainer):
     """Teaches a model which of two answers is the better one.
 
     It starts from a causal language model, whose head of logits is replaced by one of zeros, or goes on with
@@ -61,7 +61,7 @@ class RewardModelTrainer(PairsTrainer):
         return self.policy_engine.model
 
     def encode(self, pairs: list[Prompt]) -> Batch:
-        """See `PairsTrainer.encode`; the last token of each row is not read, see `rows_to_score`."""
+        """See `PairwiseTrainer.encode`; the last token of each row is not read, see `rows_to_score`."""
         return rows_to_score(*answers_of(pairs), codec=self.codec, pad_id=self.reward_model.pad_id)
 
     def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
@@ -69,14 +69,14 @@ class RewardModelTrainer(PairsTrainer):
         return self.reward_model.token_scores(inputs), None
 
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """See `PairsTrainer.row_columns`."""
+        """See `PairwiseTrainer.row_columns`."""
         return {
             "rewards": last_scores(values, rows.response_lengths),
             "tokens": self.answer_tokens(rows).to(values.device),
         }
 
     def answer_tokens(self, rows: Batch) -> Tensor:
-        """See `PairsTrainer.answer_tokens`."""
+        """See `PairwiseTrainer.answer_tokens`."""
         return rows.response_lengths - 1
 
     def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
-from verl.agents.collector import Collected, DataCollector, PromptLike
+from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.settings import RoleConfig, TrainerConfig, WeightedChoice
 from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
-from verl.data.packing import Plan, balance, compute_cost
+from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.data.tasks import TASKS
 from verl.engines.roles.workers import (
     MODEL_COLUMNS,
@@ -33,20 +33,20 @@ from verl.engines.roles.workers import (
     write_weights,
 )
 from verl.engines.streaming import StreamedUpdate
-from verl.monitoring.watchdog import Part
+from verl.monitoring.watchdog import Dependency
 from verl.planner.step_time import ModelShape, StepWork, step_limit
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import BaseTrainer, Metrics
-from verl.trainer.batch_producer import Collection
-from verl.trainer.build.role_groups import Team, WriterOfColumn
+from verl.trainer.batch_producer import BatchProducer
+from verl.trainer.build.role_groups import ColumnWriter, RoleGroups
 from verl.trainer.build.rollout_factory import (
     build_rollout,
     check_logprobs,
     check_mismatch,
-    given_rollout,
+    initial_checkpoint,
     pool_of,
-    start_of_engines,
+    wrap_user_rollout,
 )
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import evaluate
@@ -64,7 +64,7 @@ _REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
 
 
 @dataclass(frozen=True)
-class Call:
+class RoleCall:
     """A call of a role in a step: its name in the metrics, and what starts it."""
 
     name: str
@@ -118,17 +118,17 @@ class Trainer(BaseTrainer):
         self._reward_fn = reward_fn
         self.kl_coef = first_kl_coef(config)
         self.last: list[Trajectory] = []
-        self._collection: Collection | None = None
+        self._collection: BatchProducer | None = None
         source = policy_source(config, actor_model)
         self._owns_rollout = rollout is None
         path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
         self.codec = codec or TextCodec.load(
             path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt
         )
-        start = start_of_engines(
+        start = initial_checkpoint(
             config, source, self.codec
         )  # before low-rank additions are put into a loaded model
-        self.team = Team(
+        self.team = RoleGroups(
             config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline
         )
         try:
@@ -136,7 +136,7 @@ class Trainer(BaseTrainer):
                 self.algorithm, config, [group for group in (self.team.critic, self.team.policy) if group]
             )
             self.rollout = (
-                given_rollout(rollout, self.algorithm, self.codec)
+                wrap_user_rollout(rollout, self.algorithm, self.codec)
                 if rollout is not None
                 else self._chosen_rollout(start)
             )
@@ -160,11 +160,11 @@ class Trainer(BaseTrainer):
 
     def collect_data(
         self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None
-    ) -> Collected:
+    ) -> RolloutBatch:
         """Answers and rewards prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
         return self.collector.collect(prompts, samples=self.config.samples_per_prompt, refill=refill)
 
-    def update_policy(self, data: Collected) -> Metrics:
+    def update_policy(self, data: RolloutBatch) -> Metrics:
         """Learns from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
         rows, self.last = data.rows, data.trajectories
         metrics = data.metrics | (data.finish() if data.finish else self._learn(rows))
@@ -191,7 +191,7 @@ class Trainer(BaseTrainer):
     def _write_columns(self, rows: Batch) -> None:
         check_logprobs(rows, self.algorithm)
         for columns in self._together(self.writers, rows):
-            rows.adopt(columns)
+            rows.update(columns)
 
     @property
     def _streamed(self) -> StreamedStep | None:
@@ -241,22 +241,22 @@ class Trainer(BaseTrainer):
         return f"version {self.version} in {', '.join(without) or 'what generates'}"
 
     @property
-    def writers(self) -> list[Call]:
+    def writers(self) -> list[RoleCall]:
         """Those whose column a chosen function reads."""
-        return [Call(w.column, partial(self._write, w)) for w in self.team.writers]
+        return [RoleCall(w.column, partial(self._write, w)) for w in self.team.writers]
 
     @property
-    def learners(self) -> list[Call]:
+    def learners(self) -> list[RoleCall]:
         """The critic, if there is one, and the policy, once the critic has had its first steps alone."""
-        critic = [Call("update_critic", self._update_critic)] if self.team.critic else []
-        return critic if self._critic_is_alone else [*critic, Call("update_policy", self._update_policy)]
+        critic = [RoleCall("update_critic", self._update_critic)] if self.team.critic else []
+        return critic if self._critic_is_alone else [*critic, RoleCall("update_policy", self._update_policy)]
 
     @property
     def _critic_is_alone(self) -> bool:
         """Whether the critic has its first steps."""
         return self.team.critic is not None and self.version < self.config.critic.warmup_steps
 
-    def _together(self, calls: Sequence[Call], rows: Batch) -> list[Any]:
+    def _together(self, calls: Sequence[RoleCall], rows: Batch) -> list[Any]:
         """The results of calls that are all started before the first is waited for: roles on pools of their
         own run at the same time.
         """
@@ -269,7 +269,7 @@ class Trainer(BaseTrainer):
                 results.append(future.result())
         return results
 
-    def _write(self, writer: WriterOfColumn, rows: Batch) -> Future[Batch]:
+    def _write(self, writer: ColumnWriter, rows: Batch) -> Future[Batch]:
         plan = self._plan(writer.group, rows, writer.config)
         return writer.group.call(writer.method, rows.only(MODEL_COLUMNS), plan)
 
@@ -310,11 +310,11 @@ class Trainer(BaseTrainer):
         )
 
     @property
-    def collection(self) -> Collection:
+    def collection(self) -> BatchProducer:
         """What a step learns from, ahead of it."""
         if self._collection is None:
             assert self.loader is not None, "need load_train_data before the first step"
-            self._collection = Collection(
+            self._collection = BatchProducer(
                 self.collector,
                 self.loader,
                 self.config,
@@ -456,11 +456,11 @@ class Trainer(BaseTrainer):
         """See `BaseTrainer.stall_limit_s`."""
         return self.config.pipeline.stall_limit_s
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Dependency]:
         """See `BaseTrainer.parts`."""
         pool = pool_of(self.rollout)
         return (
-            [Part(f"engine {member.name}", member.state, member.cause) for member in pool.members]
+            [Dependency(f"engine {member.name}", member.state, member.cause) for member in pool.members]
             if pool
             else []
         )
@@ -478,7 +478,7 @@ class Trainer(BaseTrainer):
             if self._collection:
                 ends.callback(self._collection.close)
 
-    def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> Plan:
+    def _plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> BatchPlan:
         """Which rank of a role takes which rows, in micro-batches that fit it."""
         # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift the
         # rows.

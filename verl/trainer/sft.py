@@ -15,11 +15,11 @@ from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance
 from verl.engines.hf.models import PolicyModel
 from verl.trainer.base import Metrics
-from verl.trainer.single_model_trainer import OneModelTrainer
+from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
 
 
-class SFTTrainer(OneModelTrainer):
+class SFTTrainer(SingleModelTrainer):
     """Teaches a model to repeat reference answers.
 
     Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is

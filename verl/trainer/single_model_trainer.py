@@ -16,7 +16,7 @@ from verl.trainer.checkpoint_store import Save
 from verl.utils.tokens import TextCodec
 
 
-class OneModelTrainer(BaseTrainer):
+class SingleModelTrainer(BaseTrainer):
     """A model on a device, and a loop over `step()`.
 
     Args:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Life = Literal["works", "is stopped", "waits in the system", "is gone", "is on another host"]
+ProcessState = Literal["works", "is stopped", "waits in the system", "is gone", "is on another host"]
 # Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-_LIVES: dict[str, Life] = {
+_LIVES: dict[str, ProcessState] = {
     "T": "is stopped",
     "t": "is stopped",
     "D": "waits in the system",
@@ -40,7 +40,7 @@ def this_process() -> ProcessId:
     return ProcessId(socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
 
 
-def life(process: ProcessId) -> Life:
+def process_state(process: ProcessId) -> ProcessState:
     """What a process does."""
     if process.host != socket.gethostname():
         return "is on another host"

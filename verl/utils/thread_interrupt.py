@@ -16,16 +16,16 @@ _SIGNAL = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 _lock = threading.Lock()
 # Of the main thread, the innermost last.
-_blocks: list[EndableBlock] = []
+_blocks: list[InterruptibleBlock] = []
 _before: Any = None
 
 
-class EndedError(KeyboardInterrupt):
+class ThreadInterrupted(KeyboardInterrupt):
     """What ends a block; an interrupt, since `except Exception`, event loops and Ray let only those through."""
 
 
-class EndableBlock:
-    """A context that `end`, called in another thread, leaves with `EndedError`.
+class InterruptibleBlock:
+    """A context that `end`, called in another thread, leaves with `ThreadInterrupted`.
 
     In the main thread a signal interrupts whatever waits, be it a lock, a system call, or a library that
     looks for signals. In another thread the exception comes when it runs Python again, and not before.
@@ -36,7 +36,7 @@ class EndableBlock:
         self._is_wanted = self._is_over = False
         self._thread = threading.main_thread()
 
-    def __enter__(self) -> EndableBlock:
+    def __enter__(self) -> InterruptibleBlock:
         self._thread = threading.current_thread()
         if self._is_main:
             _enter(self)
@@ -84,12 +84,12 @@ class EndableBlock:
         return self._thread.ident
 
 
-def _error_of(raised: Callable[[], None]) -> type[EndedError]:
-    """An `EndedError` that tells when it is raised: what another thread throws is made in the thread that it
+def _error_of(raised: Callable[[], None]) -> type[ThreadInterrupted]:
+    """An `ThreadInterrupted` that tells when it is raised: what another thread throws is made in the thread that it
     hits.
     """
 
-    class Told(EndedError):
+    class Told(ThreadInterrupted):
         def __init__(self) -> None:
             super().__init__("the block was ended by another thread")
             raised()
@@ -97,7 +97,7 @@ def _error_of(raised: Callable[[], None]) -> type[EndedError]:
     return Told
 
 
-def _enter(block: EndableBlock) -> None:
+def _enter(block: InterruptibleBlock) -> None:
     global _before
     with _lock:
         if not _blocks:
@@ -105,7 +105,7 @@ def _enter(block: EndableBlock) -> None:
         _blocks.append(block)
 
 
-def _leave(block: EndableBlock) -> None:
+def _leave(block: InterruptibleBlock) -> None:
     # Under the lock no signal is on its way: one that was sent has been taken note of, and what it asks for
     # is over.
     with _lock:
@@ -116,6 +116,6 @@ def _leave(block: EndableBlock) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if any(block.take() for block in reversed(_blocks)):
-        raise EndedError("the block was ended by another thread")
+        raise ThreadInterrupted("the block was ended by another thread")
     if callable(_before):
         _before(number, frame)

@@ -45,7 +45,7 @@ def difference(one: Bounds, inner: Bounds) -> list[Bounds]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorShard:
     """A part of a whole tensor that lies on a rank.
 
     Attributes:
@@ -65,7 +65,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Which parts of which tensors lie on which rank.
 
     Attributes:
@@ -78,7 +78,7 @@ class Layout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    ranks: tuple[tuple[Piece, ...], ...]
+    ranks: tuple[tuple[TensorShard, ...], ...]
 
     def __post_init__(self) -> None:
         # Replicas that share their tuple are looked at once.
@@ -100,7 +100,7 @@ class Layout:
         """Elements that a rank holds."""
         return sum(volume(piece.bounds) for piece in self.ranks[rank])
 
-    def _fault(self, piece: Piece) -> str | None:
+    def _fault(self, piece: TensorShard) -> str | None:
         shape = self.shapes.get(piece.name)
         if shape is None:
             return "there is no such tensor"
@@ -115,7 +115,7 @@ class Layout:
         return None
 
 
-def offset_of(part: Bounds, piece: Piece) -> tuple[int, ...]:
+def offset_of(part: Bounds, piece: TensorShard) -> tuple[int, ...]:
     """Where a part of a piece begins in the piece's home."""
     steps = tuple(start - first for (start, _), (first, _) in zip(part, piece.bounds, strict=True))
     extra = len(piece.offset) - len(steps)

@@ -18,10 +18,18 @@ from verl.weight_sync.fingerprint import digest
 from verl.weight_sync.layout import Bounds, sizes, whole
 from verl.weight_sync.process_group import broadcast, open_group, receive
 from verl.weight_sync.reshard_exchange import exchange
-from verl.weight_sync.reshard_plan import Copy, Plan
-from verl.weight_sync.shard_tracking import Reads, as_bounds, disjoint, key_of, partial, recorded, slices_of
+from verl.weight_sync.reshard_plan import Copy, ReshardPlan
+from verl.weight_sync.shard_tracking import (
+    ShardRanges,
+    as_bounds,
+    disjoint,
+    record_reads,
+    shard_key,
+    sharded_proxy,
+    slices_of,
+)
 from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, pieces_in, tensors_in, unpacked
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Ways in which the bytes are where this process sees them.
 _MAPPED = ("shm", "ipc")
@@ -29,7 +37,7 @@ _MAPPED = ("shm", "ipc")
 Arrived = tuple[TensorInfo, list[tuple[Bounds, Tensor]], list[Bounds]]
 
 
-class Arrivals:
+class WeightReceiver:
     """Receives parts, as they were cut out for this rank, and notes of each update what it was.
 
     Args:
@@ -38,7 +46,7 @@ class Arrivals:
         keeps: tensors are used after a part was taken, so they must be in memory of their own.
 
     Attributes:
-        digests: of what was handed on since `begin`, by `key_of`.
+        digests: of what was handed on since `begin`, by `shard_key`.
         num_bytes: of it, without what a folder has.
     """
 
@@ -48,7 +56,7 @@ class Arrivals:
         self.begin()
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> ShardRanges:
         """What was read of the tensors that were handed on to be recorded."""
         return {name: disjoint(bounds) for name, bounds in self._reads.items()}
 
@@ -71,7 +79,7 @@ class Arrivals:
         self.num_bytes = 0
         self._reads: dict[str, list[Bounds]] = {}
 
-    def batches(self, part: Part, *, records: bool) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    def batches(self, part: WeightChunk, *, records: bool) -> Iterator[Iterator[tuple[str, Tensor]]]:
         """Name and tensor of all of a part, to be handed on as they come: each batch is used before the next
         one is taken.
 
@@ -99,7 +107,7 @@ class Arrivals:
                 self.leave()
             raise
 
-    def arrived(self, part: Part) -> Iterator[list[Arrived]]:
+    def arrived(self, part: WeightChunk) -> Iterator[list[Arrived]]:
         """What comes of a part that is not in a folder, each tensor once it is complete, noted nowhere.
 
         Raises:
@@ -112,19 +120,19 @@ class Arrivals:
     ) -> tuple[str, Tensor]:
         for bounds in marks:
             own, part = next((own, part) for own, part in parts if _holds(own, bounds))
-            self.digests[key_of(info.name, bounds, shape=info.shape)] = digest(
+            self.digests[shard_key(info.name, bounds, shape=info.shape)] = digest(
                 part[slices_of(bounds, within=own)]
             )
         self.num_bytes += sum(part.nbytes for _, part in parts)
         if [bounds for bounds, _ in parts] != [whole(info.shape)]:
             like = parts[0][1] if parts else torch.empty(0, dtype=dtype_of(info), device=self._device)
-            return info.name, partial(info.name, info.shape, parts, like=like)
+            return info.name, sharded_proxy(info.name, info.shape, parts, like=like)
         ((_, tensor),) = parts
-        return info.name, recorded(
+        return info.name, record_reads(
             info.name, tensor, self._reads.setdefault(info.name, [])
         ) if records else tensor
 
-    def _parts(self, part: Part) -> list[Arrived]:
+    def _parts(self, part: WeightChunk) -> list[Arrived]:
         """Of bytes in shared memory, or from rank 0 of the group."""
         infos = part.tensors
         if not part.reads:
@@ -151,14 +159,14 @@ class Arrivals:
             came[piece.name].append((bounds, tensor))
         return [(info, came[info.name], [bounds for bounds, _ in came[info.name]]) for info in infos]
 
-    def _whole_content(self, part: Part) -> Tensor:
+    def _whole_content(self, part: WeightChunk) -> Tensor:
         if part.via in _MAPPED:
             return self._own(_mapped(part))
         content = torch.empty(num_bytes_of(part.tensors), dtype=torch.uint8, device=self._joined())
         broadcast(self._group, content)
         return self._own(content, is_ours=True)
 
-    def _exchanged(self, part: Part) -> Iterator[list[Arrived]]:
+    def _exchanged(self, part: WeightChunk) -> Iterator[list[Arrived]]:
         """Tensors that the ranks of the policy send, each as soon as all of it has come."""
         infos = {info.name: info for info in part.tensors}
         reads = part.reads[0] if part.reads else {name: [whole(info.shape)] for name, info in infos.items()}
@@ -170,7 +178,7 @@ class Arrivals:
         came: dict[str, list[tuple[Bounds, Tensor]]] = {name: [] for name in infos}
         marks = {name: list(bounds) for name, bounds in left.items()}
         dtype = dtype_of(part.tensors[0])
-        plan = Plan(self._group.size(), dtype.itemsize, (), tuple(map(tuple, buckets)), rank)
+        plan = ReshardPlan(self._group.size(), dtype.itemsize, (), tuple(map(tuple, buckets)), rank)
         stream = exchange(plan, rank, self._group, read=_nothing, dtype=dtype, device=device)
         yield [(infos[name], [], []) for name in infos if not left[name]]
         for bucket in buckets:
@@ -206,7 +214,7 @@ class Arrivals:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _mapped(part: Part) -> Tensor:
+def _mapped(part: WeightChunk) -> Tensor:
     """[n] uint8, the bytes of a part where the policy has them, in memory of this machine or of a GPU."""
     return (
         opened(part.where)

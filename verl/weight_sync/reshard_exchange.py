@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.weight_sync.layout import Bounds, sizes, slices_at_home, volume
-from verl.weight_sync.reshard_plan import Copy, Plan
+from verl.weight_sync.reshard_plan import Copy, ReshardPlan
 
 
 def part_of(home: Tensor, bounds: Bounds, offset: tuple[int, ...]) -> Tensor:
@@ -42,7 +42,7 @@ class _Travelling:
 
 
 def exchange(
-    plan: Plan,
+    plan: ReshardPlan,
     rank: int,
     group: Any,
     *,
@@ -76,7 +76,7 @@ def exchange(
 
 
 def exchange_by_bucket(
-    plan: Plan,
+    plan: ReshardPlan,
     rank: int,
     group: Any,
     *,

@@ -8,12 +8,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 
-from verl.weight_sync.layout import Bounds, Layout, Piece, difference, intersection, offset_of, sizes, volume
+from verl.weight_sync.layout import (
+    Bounds,
+    ShardLayout,
+    TensorShard,
+    difference,
+    intersection,
+    offset_of,
+    sizes,
+    volume,
+)
 
 BUCKET_BYTES = 2**28
 RANKS_PER_NODE = 8
 
-Pieces = list[tuple[int, Piece]]  # of one tensor, with their ranks
+Pieces = list[tuple[int, TensorShard]]  # of one tensor, with their ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReshardPlan:
     """All copies between two layouts, or those of one rank.
 
     Attributes:
@@ -103,14 +112,14 @@ class Plan:
 
 
 def make_plan(
-    source: Layout,
-    target: Layout,
+    source: ShardLayout,
+    target: ShardLayout,
     *,
     itemsize: int,
     bucket_bytes: int = BUCKET_BYTES,
     ranks_per_node: int = RANKS_PER_NODE,
     rank: int | None = None,
-) -> Plan:
+) -> ReshardPlan:
     """The copies that fill a target from a source, with as few bytes as possible; the same on every rank.
 
     What a rank has itself does not travel. What several others have comes from one on its node, else from
@@ -138,7 +147,7 @@ def make_plan(
         for transfer, sender, index in step.of(rank):
             copy = step.copy(transfer, sender)
             (local if index is None else buckets[index]).append(copy)
-    return Plan(source.num_ranks, itemsize, tuple(local), tuple(map(tuple, buckets)), rank)
+    return ReshardPlan(source.num_ranks, itemsize, tuple(local), tuple(map(tuple, buckets)), rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +160,7 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class NeededPart:
     """A part that a rank needs, and those it may come from: itself alone, or several."""
 
     bounds: Bounds
@@ -178,7 +187,7 @@ class Pattern:
         choices: transfers with several possible senders.
     """
 
-    transfers: list[Transfer]
+    transfers: list[NeededPart]
     received: Counter[int] = field(default_factory=Counter)
     sent: dict[int, Counter[int]] = field(default_factory=dict)
     choices: list[int] = field(default_factory=list)
@@ -228,7 +237,7 @@ class Step:
     buckets: dict[int, int]
     spread: dict[int, int]
 
-    def of(self, rank: int | None) -> Iterator[tuple[Transfer, Holder, int | None]]:
+    def of(self, rank: int | None) -> Iterator[tuple[NeededPart, Holder, int | None]]:
         """Transfers of a rank or of all, each with its holder and bucket; None: it does not travel."""
         transfers = self.pattern.transfers
         for index in range(len(transfers)) if rank is None else self.pattern.concerning(rank):
@@ -238,7 +247,7 @@ class Step:
                 bucket = self.spread[index] if index in self.spread else self.buckets.get(transfer.receiver)
                 yield transfer, holder, None if transfer.is_local else bucket
 
-    def copy(self, transfer: Transfer, holder: Holder) -> Copy:
+    def copy(self, transfer: NeededPart, holder: Holder) -> Copy:
         """A transfer of this tensor."""
         homes = self.source[holder.piece][1].home, self.target[transfer.piece][1].home
         return Copy(
@@ -268,7 +277,13 @@ class Walk:
     """
 
     def __init__(
-        self, source: Layout, target: Layout, *, itemsize: int, bucket_bytes: int, ranks_per_node: int
+        self,
+        source: ShardLayout,
+        target: ShardLayout,
+        *,
+        itemsize: int,
+        bucket_bytes: int,
+        ranks_per_node: int,
     ) -> None:
         if min(itemsize, bucket_bytes, ranks_per_node) < 1:
             given = f"itemsize={itemsize}, bucket_bytes={bucket_bytes}, ranks_per_node={ranks_per_node}"
@@ -339,7 +354,7 @@ class Walk:
             self._patterns[key] = Pattern(self._transfers(name, source, target))
         return self._patterns[key]
 
-    def _transfers(self, name: str, source: Pieces, target: Pieces) -> list[Transfer]:
+    def _transfers(self, name: str, source: Pieces, target: Pieces) -> list[NeededPart]:
         regions = _disjoint_regions(source)
         common: dict[Bounds, list[tuple[Bounds, list[int]]]] = {}
         transfers = []
@@ -357,7 +372,9 @@ class Walk:
                     for i in self._usable(receiver, source, owners)
                 )
                 num_bytes = volume(part) * self._itemsize
-                transfers.append(Transfer(part, num_bytes, receiver, index, offset_of(part, piece), holders))
+                transfers.append(
+                    NeededPart(part, num_bytes, receiver, index, offset_of(part, piece), holders)
+                )
         return transfers
 
     def _parts(
@@ -421,7 +438,7 @@ class Walk:
         return {index: self._place(receiver, transfer.num_bytes) for index, transfer in arriving}
 
 
-def _by_name(layout: Layout) -> dict[str, Pieces]:
+def _by_name(layout: ShardLayout) -> dict[str, Pieces]:
     pieces: dict[str, Pieces] = {}
     for rank, held in enumerate(layout.ranks):
         for piece in held:

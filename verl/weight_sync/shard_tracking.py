@@ -1,7 +1,7 @@
 """A tensor that stands for a whole one of which this process has a part, and which notes what of it is read.
 
 Engines load whole tensors and take the part of their rank themselves. What they read of a whole one is what
-they need to be sent the next time; then a `Partial` with that alone passes for the whole one.
+they need to be sent the next time; then a `ShardedTensorProxy` with that alone passes for the whole one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from verl.weight_sync.layout import Bounds, intersection, volume, whole
 
 # What a rank reads of each tensor, by name; disjoint. Nothing of a tensor: it is not read there.
-Reads = Mapping[str, Sequence[Bounds]]
+ShardRanges = Mapping[str, Sequence[Bounds]]
 
 
 class OutsideError(RuntimeError):
@@ -25,8 +25,8 @@ class OutsideError(RuntimeError):
 
 
 @dataclass
-class _Whole:
-    """The tensor that a `Partial` is a view of.
+class _ReadRecord:
+    """The tensor that a `ShardedTensorProxy` is a view of.
 
     Attributes:
         name: for messages.
@@ -100,19 +100,19 @@ class _Whole:
         return tuple(zip(starts, stops, strict=True)), steps
 
 
-class Partial(Tensor):
+class ShardedTensorProxy(Tensor):
     """A whole tensor, or a view of one, of which only some parts are here.
 
     Views of it are made without any values; everything else gets the values that it needs, noted as read.
     """
 
-    _whole: _Whole
+    _whole: _ReadRecord
     _view: Tensor  # without storage
 
     @classmethod
-    def of(cls, source: _Whole, view: Tensor) -> Partial:
+    def of(cls, source: _ReadRecord, view: Tensor) -> ShardedTensorProxy:
         """A view of a tensor, given as one of a tensor without storage."""
-        made: Partial = torch.Tensor._make_wrapper_subclass(
+        made: ShardedTensorProxy = torch.Tensor._make_wrapper_subclass(
             cls,
             view.shape,
             strides=view.stride(),
@@ -146,10 +146,12 @@ class Partial(Tensor):
         if made is not NotImplemented:
             return made
         first = args[0] if args else None
-        if isinstance(first, Partial) and _is_view(func):
+        if isinstance(first, ShardedTensorProxy) and _is_view(func):
             made = func(first._view, *args[1:], **kwargs)
             return tree_map_only(Tensor, lambda view: cls.of(first._whole, view), made)
-        args, kwargs = tree_map_only(Partial, lambda own: own._whole.read(own._view), (args, kwargs))
+        args, kwargs = tree_map_only(
+            ShardedTensorProxy, lambda own: own._whole.read(own._view), (args, kwargs)
+        )
         return func(*args, **kwargs)
 
 
@@ -159,7 +161,7 @@ def _is_view(func: Any) -> bool:
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-def partial(
+def sharded_proxy(
     name: str, shape: Sequence[int], parts: Sequence[tuple[Bounds, Tensor]], *, like: Tensor
 ) -> Tensor:
     """A tensor that passes for a whole one.
@@ -171,14 +173,14 @@ def partial(
         like: of its dtype and on its device.
     """
     view = torch.empty(tuple(shape), dtype=like.dtype, device="meta")
-    return Partial.of(_Whole(name, tuple(shape), like.device, parts), view)
+    return ShardedTensorProxy.of(_ReadRecord(name, tuple(shape), like.device, parts), view)
 
 
-def recorded(name: str, tensor: Tensor, reads: list[Bounds]) -> Tensor:
+def record_reads(name: str, tensor: Tensor, reads: list[Bounds]) -> Tensor:
     """A tensor of which all is here, and which adds to `reads` what of it is read."""
     shape = tuple(tensor.shape)
-    source = _Whole(name, shape, tensor.device, [(whole(shape), tensor)], reads)
-    return Partial.of(source, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+    source = _ReadRecord(name, shape, tensor.device, [(whole(shape), tensor)], reads)
+    return ShardedTensorProxy.of(source, torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
 
 def disjoint(reads: Iterable[Bounds]) -> tuple[Bounds, ...]:
@@ -210,7 +212,7 @@ def bounds_text(bounds: Bounds) -> str:
     return ",".join(f"{start}:{stop}" for start, stop in bounds)
 
 
-def key_of(name: str, bounds: Bounds, *, shape: Sequence[int]) -> str:
+def shard_key(name: str, bounds: Bounds, *, shape: Sequence[int]) -> str:
     """Names a part of a tensor of that shape in a fingerprint; all of it by the tensor's own name."""
     return name if bounds == whole(tuple(shape)) else f"{name}@{bounds_text(bounds)}"
 
@@ -220,8 +222,8 @@ def as_bounds(given: Sequence[Sequence[int]]) -> Bounds:
     return tuple((start, stop) for start, stop in given)
 
 
-def as_reads(given: Mapping[str, Sequence[Sequence[Sequence[int]]]]) -> Reads:
-    """`Reads` that have been JSON."""
+def as_reads(given: Mapping[str, Sequence[Sequence[Sequence[int]]]]) -> ShardRanges:
+    """`ShardRanges` that have been JSON."""
     return {name: tuple(as_bounds(bounds) for bounds in own) for name, own in given.items()}
 
 

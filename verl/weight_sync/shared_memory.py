@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from verl.weight_sync.layout import Bounds, sizes
-from verl.weight_sync.shard_tracking import Reads
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.shard_tracking import ShardRanges
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 
 def dtype_of(info: TensorInfo) -> torch.dtype:
@@ -70,7 +70,7 @@ def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tens
                 yield name, file.get_tensor(name)
 
 
-def pieces_in(infos: Sequence[TensorInfo], reads: Reads) -> list[tuple[TensorInfo, Bounds]]:
+def pieces_in(infos: Sequence[TensorInfo], reads: ShardRanges) -> list[tuple[TensorInfo, Bounds]]:
     """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
     return [
         (TensorInfo(info.name, sizes(bounds), info.dtype), bounds)
@@ -79,7 +79,7 @@ def pieces_in(infos: Sequence[TensorInfo], reads: Reads) -> list[tuple[TensorInf
     ]
 
 
-def part_of(reads: Sequence[Reads], part: Part) -> tuple[Reads, ...]:
+def part_of(reads: Sequence[ShardRanges], part: WeightChunk) -> tuple[ShardRanges, ...]:
     """Of what ranks read, what is in a part."""
     return tuple({info.name: own[info.name] for info in part.tensors} for own in reads)
 

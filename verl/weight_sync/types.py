@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from verl.weight_sync.shard_tracking import Reads
+from verl.weight_sync.shard_tracking import ShardRanges
 
 # How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over
 # a process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
-Via = Literal["shm", "group", "disk", "direct", "ipc"]
+Transport = Literal["shm", "group", "disk", "direct", "ipc"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightChunk:
     """Tensors of an update, their bytes end to end without gaps, and where they are.
 
     Attributes:
@@ -39,11 +39,11 @@ class Part:
     """
 
     tensors: tuple[TensorInfo, ...]
-    via: Via
+    via: Transport
     where: Mapping[str, Any] = field(default_factory=dict)
-    reads: tuple[Reads, ...] = ()
+    reads: tuple[ShardRanges, ...] = ()
 
-    def of_rank(self, rank: int) -> Part:
+    def of_rank(self, rank: int) -> WeightChunk:
         """What one rank of an engine has to know of it."""
         own = {"copies": [self.where["copies"][rank]]} if self.via == "direct" else {}
         return replace(self, where={**self.where, **own}, reads=self.reads[rank : rank + 1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from verl.engines.megatron.checkpoint import Strip, read_progress, strips
-from verl.weight_sync.layout import Piece, sizes, slices_at_home, volume
+from verl.weight_sync.layout import TensorShard, sizes, slices_at_home, volume
 
 
 def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
@@ -21,9 +21,9 @@ def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
     # Rows 1 to 3 of `a`, then the second of three matrices `b`, in one matrix that ends with a row of
     # padding.
     pieces = [
-        Piece("a", ((1, 4), (0, 5)), "ab", (0, 0)),
-        Piece("b", ((1, 2), (0, 3), (0, 5)), "ab", (3, 0)),
-        Piece("c", ((0, 7),), "c", (0,)),
+        TensorShard("a", ((1, 4), (0, 5)), "ab", (0, 0)),
+        TensorShard("b", ((1, 2), (0, 3), (0, 5)), "ab", (3, 0)),
+        TensorShard("c", ((0, 7),), "c", (0,)),
     ]
     homes = {"ab": torch.full((7, 5), -1), "c": torch.zeros(7, dtype=torch.int64)}
     for piece in pieces:

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.tiny import tiny_transformer
-from verl.engines.megatron.weight_mapping import Anatomy, Share
-from verl.weight_sync.layout import Layout, intersection, volume
+from verl.engines.megatron.weight_mapping import MegatronModelSpec, Share
+from verl.weight_sync.layout import ShardLayout, intersection, volume
 
 
 def config_of(family: str, **changes: object) -> PretrainedConfig:
@@ -40,11 +40,11 @@ def shares(tensor: int, pipeline: int, virtual: int, experts: int, parts: int) -
 )
 def test_the_pieces_of_all_ranks_are_the_whole_tensors(family, kind, tensor, pipeline, virtual, parts):
     config = config_of(family)
-    anatomy = Anatomy(config, kind, padded_vocab=-(-config.vocab_size // 16) * 16)
+    anatomy = MegatronModelSpec(config, kind, padded_vocab=-(-config.vocab_size // 16) * 16)
     everyones = [
         anatomy.pieces(share) for share in shares(tensor, pipeline, virtual, anatomy.num_experts, parts)
     ]
-    layout = Layout(anatomy.shapes, tuple(map(tuple, everyones)))
+    layout = ShardLayout(anatomy.shapes, tuple(map(tuple, everyones)))
     held = {
         name: {piece.bounds for rank in layout.ranks for piece in rank if piece.name == name}
         for name in anatomy.shapes
@@ -60,7 +60,7 @@ def test_the_pieces_of_all_ranks_are_the_whole_tensors(family, kind, tensor, pip
 def test_the_tensors_are_those_of_transformers_and_of_what_it_saves(family, tmp_path):
     options = {"num_experts": 4, "moe_intermediate_size": 16} if family == "qwen3_moe" else {}
     model = tiny_transformer(family, **options)
-    anatomy = Anatomy(model.config, "policy", model.config.vocab_size)
+    anatomy = MegatronModelSpec(model.config, "policy", model.config.vocab_size)
     parameters = dict(model.named_parameters())
     assert anatomy.shapes == {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     model.save_pretrained(tmp_path)
@@ -77,7 +77,7 @@ def test_the_tensors_are_those_of_transformers_and_of_what_it_saves(family, tmp_
 
 
 def test_queries_keys_and_values_of_a_group_of_heads_lie_together():
-    anatomy = Anatomy(config_of("llama"), "policy", padded_vocab=128)  # 4 heads of 8, in 2 groups
+    anatomy = MegatronModelSpec(config_of("llama"), "policy", padded_vocab=128)  # 4 heads of 8, in 2 groups
     pieces = anatomy.pieces(
         Share(tensor_rank=1, tensor_size=2, chunks=((0, 4),), is_first=True, is_last=True)
     )
@@ -112,7 +112,7 @@ def test_queries_keys_and_values_of_a_group_of_heads_lie_together():
 )
 def test_models_that_would_be_computed_wrongly_are_refused(family, changes, message):
     with pytest.raises(ValueError, match=message):
-        Anatomy(AutoConfig.for_model(family, **changes), "policy", padded_vocab=256)
+        MegatronModelSpec(AutoConfig.for_model(family, **changes), "policy", padded_vocab=256)
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,8 @@ def test_positions_turn_as_transformers_turns_them(rope):
     config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4, rope_parameters=rope)
     expected = LlamaRotaryEmbedding(config).inv_freq
     torch.testing.assert_close(
-        Anatomy(config, "policy", padded_vocab=32000).inverse_frequencies(), expected, rtol=1e-6, atol=0
+        MegatronModelSpec(config, "policy", padded_vocab=32000).inverse_frequencies(),
+        expected,
+        rtol=1e-6,
+        atol=0,
     )

@@ -14,7 +14,7 @@ from tests.training import gradient, learn, local_engine, one_update, rows_to_le
 from verl.algorithms.objective import Algorithm
 from verl.config.settings import AlgorithmConfig, Choice, CriticConfig, OptimizerConfig
 from verl.data.batch import ModelInput, Ragged
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
 from verl.engines.roles.workers import (
@@ -59,13 +59,13 @@ class CountingEngine(LocalEngine):
 def test_epochs_times_minibatches_updates_are_made_each_epoch_over_all_rows():
     engine = local_engine()
     engine.__class__ = CountingEngine
-    learn(policy(engine, epochs=2), rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3]]], [[[4], [5]]]]))
+    learn(policy(engine, epochs=2), rows_to_learn(), BatchPlan([[[[0, 1], [2]]], [[[3]]], [[[4], [5]]]]))
     assert engine.updates == 2 * [[[0, 1], [2]], [[3]], [[4], [5]]]
 
 
 def test_every_update_moves_the_optimizer_once():
     worker = policy(epochs=3)
-    learn(worker, rows_to_learn(), Plan([[[[0, 1], [2]]], [[[3], [4, 5]]]]))
+    learn(worker, rows_to_learn(), BatchPlan([[[[0, 1], [2]]], [[[3], [4, 5]]]]))
     assert {float(state["step"]) for state in worker.engine._optimizer.state.values()} == {6.0}
 
 
@@ -74,7 +74,7 @@ def test_metrics_are_means_over_sampled_tokens_whatever_the_split():
     assert whole == pytest.approx(parts, rel=1e-5, abs=1e-7)
     batch = rows_to_learn()
     worker = policy()
-    batch.adopt(worker.write(batch, WHOLE))
+    batch.update(worker.write(batch, WHOLE))
     ratio = (batch["trainer_logprobs"] - batch["old_logprobs"]).exp()
     assert whole["ratio"] == pytest.approx(float(ratio[batch["mask"]].mean()), rel=1e-5)
     assert 0 < whole["clip_share"] < 1
@@ -82,9 +82,9 @@ def test_metrics_are_means_over_sampled_tokens_whatever_the_split():
 
 
 def test_the_sampler_is_compared_before_the_first_update_moves_the_policy():
-    batch, plan = rows_to_learn(), Plan([[[[0, 1, 2, 3, 4, 5]]]])
+    batch, plan = rows_to_learn(), BatchPlan([[[[0, 1, 2, 3, 4, 5]]]])
     worker = policy(local_engine(optimizer={"lr": 0.01}), epochs=3)
-    batch.adopt(worker.write(batch, plan))
+    batch.update(worker.write(batch, plan))
     batch.write("rollout_logprobs", batch["trainer_logprobs"])
     assert learn(worker, batch, plan)["kl_sampler"] == pytest.approx(0, abs=1e-9)
 
@@ -133,7 +133,7 @@ def test_an_answer_of_one_token_is_learned():
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.0])
 def test_logprobs_are_those_of_the_model_at_the_temperature_of_the_sampler(temperature):
     worker, batch = policy(temperature=temperature), rows_to_learn()
-    batch.adopt(worker.write(batch, ONE_BY_ONE))
+    batch.update(worker.write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0]
@@ -145,8 +145,8 @@ def test_logprobs_are_those_of_the_model_at_the_temperature_of_the_sampler(tempe
 
 def test_the_reference_writes_what_the_policy_wrote_at_the_start():
     batch, worker = rows_to_learn(), policy()
-    batch.adopt(ReferenceWorker(local_engine(), temperature=1.0, chunk=100).write(batch, ONE_BY_ONE))
-    batch.adopt(worker.write(batch, WHOLE))
+    batch.update(ReferenceWorker(local_engine(), temperature=1.0, chunk=100).write(batch, ONE_BY_ONE))
+    batch.update(worker.write(batch, WHOLE))
     torch.testing.assert_close(batch["ref_logprobs"], batch["trainer_logprobs"], rtol=1e-5, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_negative_entropy_weight_lowers_the_entropy():
 
 def test_the_critic_begins_with_no_opinion_and_learns_the_returns():
     batch, worker = rows_to_learn(), critic(vf_coef=0.5)
-    batch.adopt(worker.write(batch, ONE_BY_ONE))
+    batch.update(worker.write(batch, ONE_BY_ONE))
     assert not batch["values"].any()
     first = learn(worker, batch, WHOLE)
     assert first["critic/loss"] == pytest.approx(
@@ -210,7 +210,7 @@ def test_the_statistics_are_those_of_each_minibatch_and_of_the_policy_as_it_is()
         policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD, epochs=2),
         rows_to_learn(),
     )
-    learn(worker, batch, Plan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
+    learn(worker, batch, BatchPlan([[[[0, 1]]], [[[2, 3, 4], [5]]]]))
     one, two = (policy(local_engine(optimizer={"lr": 0.01}), policy_loss=SPREAD) for _ in range(2))
     for _ in range(2):
         for rows in ([0, 1], [2, 3, 4, 5]):
@@ -260,14 +260,14 @@ def test_likelihood_counts_the_good_answers_of_the_whole_minibatch_alone():
     learn(parts, batch, ONE_BY_ONE)
     torch.testing.assert_close(gradient(parts.engine), gradient(whole.engine), rtol=1e-4, atol=1e-8)
     own = policy()
-    batch.adopt(own.write(batch, WHOLE))
+    batch.update(own.write(batch, WHOLE))
     good = batch["mask"] & (batch["rewards"] > 0)[:, None]
     assert metrics["loss"] == pytest.approx(-0.1 * float(batch["trainer_logprobs"][good].mean()), rel=1e-5)
 
 
 def test_the_teacher_writes_its_most_likely_tokens_and_what_it_thinks_of_the_sampled_ones():
     batch, model = rows_to_learn(), local_engine(seed=1)
-    batch.adopt(TeacherWorker(model, temperature=1.0, chunk=3, top_k=4).write(batch, ONE_BY_ONE))
+    batch.update(TeacherWorker(model, temperature=1.0, chunk=3, top_k=4).write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(3), batch.ragged("response_ids").row(3)
     with torch.no_grad():
         logits = model.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
@@ -290,7 +290,7 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_n
     loss = Choice(name="forward_kl_topk")
     for seed, expected in ((0, pytest.approx(0, abs=1e-6)), (1, pytest.approx(1, abs=1))):
         batch, worker = rows_to_learn(), policy(policy_loss=loss)
-        batch.adopt(
+        batch.update(
             TeacherWorker(local_engine(seed=seed), temperature=1.0, chunk=100, top_k=99).write(batch, WHOLE)
         )
         losses = [learn(worker, batch, ONE_BY_ONE)["loss"] for _ in range(5)]
@@ -301,7 +301,7 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_and_one_that_is_n
 def test_the_sum_of_squared_probabilities_is_that_of_the_whole_distribution():
     batch = rows_to_learn()
     worker = policy(advantage=Choice(name="optimal_token_baseline"))
-    batch.adopt(worker.write(batch, ONE_BY_ONE))
+    batch.update(worker.write(batch, ONE_BY_ONE))
     prompt, response = batch.ragged("prompt_ids").row(0), batch.ragged("response_ids").row(0)
     with torch.no_grad():
         logits = worker.model.transformer(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
@@ -321,7 +321,7 @@ def test_the_process_reward_model_learns_which_answers_were_right():
         rows_to_learn(),
     )
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
-    batch.adopt(worker.write(batch, ONE_BY_ONE))
+    batch.update(worker.write(batch, ONE_BY_ONE))
     batch.write("ref_logprobs", batch["prm_logprobs"])
     losses = [learn(worker, batch, ONE_BY_ONE)["critic/loss"] for _ in range(10)]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # like the reference, it knows nothing yet

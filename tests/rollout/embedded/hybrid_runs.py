@@ -13,7 +13,7 @@ from verl.engines.hf.hf_io import local_slices, own_pieces
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.layout import Layout, volume
+from verl.weight_sync.layout import ShardLayout, volume
 
 
 def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (engine.pieces(), own_pieces(hybrid.model.transformer)))
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    source, target = (Layout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
+    source, target = (ShardLayout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
     item = torch.finfo(hybrid.model.transformer.dtype).bits // 8
     return {
         "wrong": wrong,
@@ -70,7 +70,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def lacking(source: Layout, target: Layout, rank: int) -> int:
+def lacking(source: ShardLayout, target: ShardLayout, rank: int) -> int:
     """Elements that a rank needs and has not, counted one by one."""
     count = 0
     for name, shape in target.shapes.items():

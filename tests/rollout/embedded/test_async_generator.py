@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import random_prompts, shared_policy, tiny_codec, tiny_policy
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.async_generator import GenerationThread, Request
+from verl.rollout.embedded.async_generator import AsyncGenerator, Request
 from verl.rollout.embedded.generator import EmbeddedEngine, Generation
 from verl.utils.sampling_types import SamplingParams
 
@@ -112,7 +112,7 @@ def test_a_thread_answers_many_requests_and_stops_between_two_tokens_for_each_re
     policy = tiny_policy()
 
     async def asked() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        thread = GenerationThread(policy, tiny_codec(), max_slots=3)
+        thread = AsyncGenerator(policy, tiny_codec(), max_slots=3)
         await thread.hold("one")
         await thread.hold("other")
         request, second = thread.ask(PROMPTS[:3], PARAMS[:3]), thread.ask(PROMPTS[3:], PARAMS[3:])

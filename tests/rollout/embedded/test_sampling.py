@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from verl.rollout.embedded.sampling import RowParams, answer_seed, draw, truncated, uniforms
+from verl.rollout.embedded.sampling import RowSampling, answer_seed, draw, truncated, uniforms
 from verl.utils.sampling_types import SamplingParams
 
 PROBS = torch.tensor([0.15, 0.5, 0.1, 0.25])
 
 
-def row_params(*params: SamplingParams, vocabulary: int = 4) -> RowParams:
-    return RowParams.of(params, vocabulary=vocabulary, device=torch.device("cpu"))
+def row_params(*params: SamplingParams, vocabulary: int = 4) -> RowSampling:
+    return RowSampling.of(params, vocabulary=vocabulary, device=torch.device("cpu"))
 
 
 def draws(logits: Tensor, params: SamplingParams, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ from verl.controller.worker_group import LocalGroup, LocalPool
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.engine import EngineSpec
+from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.inference_pool import MakeEngine
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.backend import EmbeddedServer
 
 CPU = torch.device("cpu")
@@ -43,11 +43,11 @@ def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = 
     )
 
 
-def specs(model: str, folder: Path, count: int, **options: Any) -> list[EngineSpec]:
+def specs(model: str, folder: Path, count: int, **options: Any) -> list[ServerSpec]:
     """Servers to start."""
     given = {"timeout_s": 20.0, **options}
     return [
-        EngineSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given)
+        ServerSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given)
         for i in range(count)
     ]
 
@@ -62,16 +62,16 @@ def pool_of(
     notes: list[str] | None = None,
     policy: PolicyModel | None = None,
     **options: Any,
-) -> EnginePool:
+) -> ThreadedInferencePool:
     """A pool of servers that follow the policy of a group, or follow none."""
     sizes = {
         "part_bytes": options.pop("part_bytes", 20_000),
         "is_direct": options.get("via") == "direct",
         "on_device": options.get("via") == "ipc",
     }
-    weights = PolicyWeights(group, "float32", folder / "weights", **sizes) if group else None
+    weights = WeightPublisher(group, "float32", folder / "weights", **sizes) if group else None
     policy = policy or group.worker.model
-    return EnginePool(
+    return ThreadedInferencePool(
         specs(model, folder, count, **options),
         make,
         tiny_codec(),
@@ -113,7 +113,7 @@ def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
     return True
 
 
-def in_background(pool: EnginePool, *args: Any) -> tuple[threading.Thread, list[Any]]:
+def in_background(pool: ThreadedInferencePool, *args: Any) -> tuple[threading.Thread, list[Any]]:
     """A call of `generate` that goes on, and where its result or error will be."""
     out: list[Any] = []
 
@@ -128,7 +128,7 @@ def in_background(pool: EnginePool, *args: Any) -> tuple[threading.Thread, list[
     return thread, out
 
 
-def started(pool: EnginePool, least: int = 4) -> bool:
+def started(pool: ThreadedInferencePool, least: int = 4) -> bool:
     """Whether every engine comes to have requests."""
     return waited(
         lambda: (

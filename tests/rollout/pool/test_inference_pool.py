@@ -13,27 +13,27 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_codec
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine
-from verl.rollout.pool.inference_pool import Fleet
-from verl.rollout.pool.replica import Member
-from verl.rollout.pool.router import Rooms, Session
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import Update
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
+from verl.rollout.pool.inference_pool import InferencePool
+from verl.rollout.pool.replica import Replica
+from verl.rollout.pool.router import PrefixAffinity, Router
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, SamplingParams
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 TWO = SamplingParams(n=2, max_tokens=4)
 
 
-class Gated(ServedEngine):
+class Gated(InferenceServer):
     """Gives a token, 50 plus its place, whenever its gate is open; a prompt that begins with 9 it refuses,
     one with 8 fails.
     """
 
-    vias = ("shm",)
-    seeds_by_place = True
+    transports = ("shm",)
+    position_seeded = True
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         self.gate, self.load_gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
@@ -49,7 +49,9 @@ class Gated(ServedEngine):
     async def close(self) -> None:
         return
 
-    async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Any, params: SamplingParams, *, number: int
+    ) -> AsyncIterator[TokenChunk]:
         if prompt_ids[0] == 9:
             raise RefusedError("not with me")
         if prompt_ids[0] == 8:
@@ -59,7 +61,7 @@ class Gated(ServedEngine):
             for i in range(params.max_tokens):
                 await self.gate.wait()
                 await asyncio.sleep(0)
-                yield Chunk(
+                yield TokenChunk(
                     [50 + len(prompt_ids) + i], [-1.0], "length" if i + 1 == params.max_tokens else None
                 )
         finally:
@@ -74,7 +76,7 @@ class Gated(ServedEngine):
     async def begin_update(self) -> None:
         return
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         await self.load_gate.wait()
 
     async def sleep(self) -> None:
@@ -90,17 +92,17 @@ class Gated(ServedEngine):
 class Free(Gated):
     """The same with weights of its own."""
 
-    follows = False
+    syncs_weights = False
 
 
-def update(version: int) -> Update:
+def update(version: int) -> WeightSnapshot:
     """Weights without any tensors."""
-    part = Part((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
-    return Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
+    part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
+    return WeightSnapshot(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
 
 
 class Weights:
-    def write(self, version: int) -> Update:
+    def write(self, version: int) -> WeightSnapshot:
         return update(version)
 
     def close(self) -> None:
@@ -111,8 +113,10 @@ def with_fleet(test: Any, count: int = 2, make: Any = Free, **options: Any) -> N
     """Runs a test with an open fleet, closed afterwards."""
 
     async def run() -> None:
-        fleet = Fleet(make, tiny_codec(), **{"vocabulary": 100, "context": 100, "max_running": 4, **options})
-        await fleet.open([EngineSpec(f"e{i}", "unused") for i in range(count)])
+        fleet = InferencePool(
+            make, tiny_codec(), **{"vocabulary": 100, "context": 100, "max_running": 4, **options}
+        )
+        await fleet.open([ServerSpec(f"e{i}", "unused") for i in range(count)])
         try:
             await test(fleet)
         finally:
@@ -135,7 +139,7 @@ def tokens(answers: list[Completion]) -> list[list[int]]:
 
 
 def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_the_other():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         both = [begun(fleet.answer([5], TWO)), begun(fleet.answer([5, 6], TWO))]
         await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
         assert fleet.num_running == fleet.num_free == 4
@@ -146,7 +150,7 @@ def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_
 
 
 def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         (engine,) = (member.engine for member in fleet.members)
         engine.gate.clear()
         first, second = begun(fleet.answer([5], TWO)), begun(fleet.answer([6], TWO))
@@ -162,7 +166,7 @@ def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
 
 
 def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         (engine,) = (member.engine for member in fleet.members)
         engine.gate.clear()
         one = SamplingParams(max_tokens=1)
@@ -179,7 +183,7 @@ def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
 
 
 def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         with pytest.raises(
             RefusedError,
             match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100",
@@ -196,7 +200,7 @@ def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
 
 
 def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         other = begun(fleet.answer([5], SamplingParams(max_tokens=40)))
         told = r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
         with pytest.raises(RuntimeError, match=told):
@@ -207,10 +211,10 @@ def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
 
 
 def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         early = begun(fleet.answer([5], TWO))
         for version in (3, 4):
-            await fleet.announce(version)
+            await fleet.begin_update(version)
             late = begun(fleet.answer([6], TWO))
             await asyncio.sleep(0.01)
             assert fleet.num_running == fleet.num_free == 0
@@ -221,9 +225,9 @@ def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
     with_fleet(test, make=Gated)
 
 
-async def asked_of_both(fleet: Fleet, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
+async def asked_of_both(fleet: InferencePool, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
     """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
-    await fleet.announce(1)
+    await fleet.begin_update(1)
     await fleet.spread(update(1))
     asked = [begun(fleet.answer([first, i], TWO)) for i in range(2)]
     await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
@@ -233,11 +237,11 @@ async def asked_of_both(fleet: Fleet, first: int = 5) -> list[asyncio.Task[list[
 
 
 def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         early, late = (member.engine for member in fleet.members)
         asked = await asked_of_both(fleet)
         late.load_gate.clear()
-        await fleet.announce(2)
+        await fleet.begin_update(2)
         spreading = asyncio.ensure_future(fleet.spread(update(2)))
         await until(lambda: late.left == 2 and early.began == 4)
         new = begun(fleet.answer([6], TWO))  # has been nowhere yet
@@ -261,15 +265,15 @@ def test_an_answer_that_was_cut_after_its_last_token_is_over():
     class Late(Gated):
         async def sample(
             self, prompt_ids: Any, params: SamplingParams, *, number: int
-        ) -> AsyncIterator[Chunk]:
+        ) -> AsyncIterator[TokenChunk]:
             self.began += 1
-            yield Chunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
+            yield TokenChunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
             await self.gate.wait()
 
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         asked = await asked_of_both(fleet)
         await asyncio.sleep(0.01)
-        await fleet.announce(2)
+        await fleet.begin_update(2)
         await fleet.spread(update(2))
         reasons = [[answer.finish_reason for answer in await one] for one in asked]
         assert reasons == [["length", "stop"]] * 2 and fleet.take_metrics()["engines/recomputed_tokens"] == 0
@@ -279,7 +283,7 @@ def test_an_answer_that_was_cut_after_its_last_token_is_over():
 
 @pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
 def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         asked = await asked_of_both(fleet)
         await fleet.sleep()
         assert (
@@ -288,7 +292,7 @@ def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
         )
         for member in fleet.members:
             member.engine.gate.set()
-        await fleet.announce(2)
+        await fleet.begin_update(2)
         await fleet.spread(update(2))
         for one in asked:
             for answer in await one:
@@ -300,12 +304,12 @@ def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
 
 
 def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_requests_are_cut():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         leaving, stays = fleet.members
         asked = await asked_of_both(fleet)
         await fleet.remove("e0")
         assert leaving.state == "draining"
-        await fleet.announce(2)
+        await fleet.begin_update(2)
         await fleet.spread(update(2))
         await until(lambda: stays.engine.began == 6)
         stays.engine.gate.set()
@@ -317,7 +321,7 @@ def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_request
 
 
 def test_closing_ends_the_answers_that_run_and_those_that_wait():
-    async def test(fleet: Fleet) -> None:
+    async def test(fleet: InferencePool) -> None:
         for member in fleet.members:
             member.engine.gate.clear()
         runs = [begun(fleet.answer([5], TWO)) for _ in range(6)]
@@ -331,8 +335,10 @@ def test_closing_ends_the_answers_that_run_and_those_that_wait():
 
 
 def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
-    specs = [EngineSpec(f"e{i}", "unused") for i in range(2)]
-    pool = EnginePool(specs, Gated, tiny_codec(), Weights(), vocabulary=100, context=100, max_running=2)
+    specs = [ServerSpec(f"e{i}", "unused") for i in range(2)]
+    pool = ThreadedInferencePool(
+        specs, Gated, tiny_codec(), Weights(), vocabulary=100, context=100, max_running=2
+    )
     try:
         pool.publish(1)
         asked = [asyncio.run_coroutine_threadsafe(pool.fleet.answer([5], TWO), pool.loop) for _ in range(20)]
@@ -346,8 +352,8 @@ def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
 
 
 def test_a_pool_that_closes_ends_who_still_asks_it():
-    pool = EnginePool(
-        [EngineSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100
+    pool = ThreadedInferencePool(
+        [ServerSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100
     )
     asked = asyncio.run_coroutine_threadsafe(
         pool.fleet.answer([5], TWO), pool.loop
@@ -360,12 +366,12 @@ def test_a_pool_that_closes_ends_who_still_asks_it():
 def test_room_is_found_without_a_look_at_all_engines():
     looks = []
 
-    def free(member: Member) -> int:
+    def free(member: Replica) -> int:
         looks.append(member)
         return member.free
 
-    async def run() -> list[Member]:
-        rooms = Rooms(4, free)
+    async def run() -> list[Replica]:
+        rooms = Router(4, free)
         sizes: dict[str, Any] = {
             "max_running": 4,
             "vocabulary": 100,
@@ -373,17 +379,17 @@ def test_room_is_found_without_a_look_at_all_engines():
             "note": lambda _: None,
         }
         members = [
-            Member(Free(EngineSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)
+            Replica(Free(ServerSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)
         ]
         for member in members:
             await member.open()
         assert rooms.num_free == 4000
         looks.clear()
-        found = [await rooms.find(Session())]
+        found = [await rooms.find(PrefixAffinity())]
         for _ in range(999):
             share = asyncio.ensure_future(found[-1].life.share(asyncio.sleep(3600)))
             await asyncio.sleep(0)
-            found.append(await rooms.find(Session()))
+            found.append(await rooms.find(PrefixAffinity()))
             share.cancel()
         return found
 

@@ -15,11 +15,11 @@ import pytest
 from tests.rollout.pool.pools import own_logprobs, saved, specs, waited
 from tests.rollout.ranks import move, moved, policy_ranks
 from tests.tiny import random_prompts, tiny_codec, tiny_policy
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.backend import EmbeddedServer
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.types import Part
+from verl.weight_sync.types import WeightChunk
 
 pytestmark = pytest.mark.servers
 PROMPTS = random_prompts([3, 11, 2, 6])
@@ -31,7 +31,7 @@ class Doomed(EmbeddedServer):
 
     fate: signal.Signals | None = None
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         if self.fate is not None and self.spec.name == "engine-1":
             os.kill(self.pid, self.fate)
             type(self).fate = None
@@ -44,10 +44,10 @@ def running(tmp_path_factory) -> Iterator[Any]:
     folder, policy = tmp_path_factory.mktemp("direct"), tiny_policy("llama", initializer_range=0.02)
     model = saved(policy, folder / "model")
     with policy_ranks(model, 2, tensor=2) as group:
-        weights = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
+        weights = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
         sizes: dict[str, Any] = {"vocabulary": 100, "context": 256, "max_running": 8, "wait_s": 60.0}
         given = specs(model, folder, 2, via="direct", timeout_s=SILENCE_S)
-        pool = EnginePool(given, Doomed, tiny_codec(), weights, **sizes)
+        pool = ThreadedInferencePool(given, Doomed, tiny_codec(), weights, **sizes)
         try:
             yield pool, group, policy
         finally:

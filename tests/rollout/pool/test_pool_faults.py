@@ -16,32 +16,32 @@ import pytest
 
 from tests.rollout.pool.pools import waited
 from tests.tiny import tiny_codec
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import Update
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
-Sampler = Callable[["Scripted", list[int], SamplingParams], AsyncIterator[Chunk]]
+Sampler = Callable[["Scripted", list[int], SamplingParams], AsyncIterator[TokenChunk]]
 
 
-async def plain(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+async def plain(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
     """Tokens 50, 51, ... by their place in the row, as an engine whose answers hang on the place alone."""
     for i in range(params.max_tokens):
         await asyncio.sleep(0)
         last = i + 1 == params.max_tokens
-        yield Chunk([50 + (len(prompt) + i) % 40], [-1.0], "length" if last else None)
+        yield TokenChunk([50 + (len(prompt) + i) % 40], [-1.0], "length" if last else None)
 
 
-class Scripted(ServedEngine):
+class Scripted(InferenceServer):
     """An engine that samples as `scripts` says for its name, once for each life; then as `plain`."""
 
-    vias = ("shm",)
-    seeds_by_place = True
+    transports = ("shm",)
+    position_seeded = True
     scripts: dict[str, list[Sampler]] = {}
     loads = 0
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         self.lives = 0
         self.is_open = False
@@ -57,7 +57,9 @@ class Scripted(ServedEngine):
         if not self.is_open:
             raise EngineError("closed")
 
-    async def sample(self, prompt_ids: Any, params: SamplingParams, *, number: int) -> AsyncIterator[Chunk]:
+    async def sample(
+        self, prompt_ids: Any, params: SamplingParams, *, number: int
+    ) -> AsyncIterator[TokenChunk]:
         scripts = self.scripts.get(self.spec.name, [])
         script = scripts[self.lives - 1] if self.lives <= len(scripts) else plain
         async for chunk in script(self, list(prompt_ids), params):
@@ -72,7 +74,7 @@ class Scripted(ServedEngine):
     async def begin_update(self) -> None:
         return
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         type(self).loads += 1
 
     async def end_update(self, version: int) -> str:
@@ -82,9 +84,9 @@ class Scripted(ServedEngine):
 class Weights:
     """Versions without any tensors."""
 
-    def write(self, version: int) -> Update:
-        part = Part((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
-        return Update(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
+    def write(self, version: int) -> WeightSnapshot:
+        part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
+        return WeightSnapshot(version, (part,), None, f"print-{version}", 4, 0.0, Path("unused"))
 
     def close(self) -> None:
         return
@@ -92,11 +94,11 @@ class Weights:
 
 def pool_of(
     count: int = 2, make: Any = Scripted, notes: list[str] | None = None, **options: Any
-) -> EnginePool:
-    specs = [EngineSpec(f"e{i}", "unused") for i in range(count)]
+) -> ThreadedInferencePool:
+    specs = [ServerSpec(f"e{i}", "unused") for i in range(count)]
     note = (notes if notes is not None else []).append
     sizes = {"vocabulary": 100, "context": 1000, "max_running": 4, "note": note, **options}
-    return EnginePool(specs, make, tiny_codec(), Weights(), **sizes)
+    return ThreadedInferencePool(specs, make, tiny_codec(), Weights(), **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +108,14 @@ def fast(monkeypatch):
     monkeypatch.setattr("verl.rollout.pool.inference_pool._CHECK_S", 0.1)
 
 
-def answers(pool: EnginePool, n: int = 4, **params: Any) -> list[Any]:
+def answers(pool: ThreadedInferencePool, n: int = 4, **params: Any) -> list[Any]:
     return pool.generate([[5, 6]], [SamplingParams(n=n, **{"max_tokens": 6, **params})])[0]
 
 
 def ending(error: BaseException, after: int) -> Sampler:
-    async def script(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def script(
+        engine: Scripted, prompt: list[int], params: SamplingParams
+    ) -> AsyncIterator[TokenChunk]:
         async for chunk in plain(engine, prompt, params):
             if after <= 0:
                 raise error
@@ -122,8 +126,10 @@ def ending(error: BaseException, after: int) -> Sampler:
     return script
 
 
-def giving(*chunks: Chunk) -> Sampler:
-    async def script(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+def giving(*chunks: TokenChunk) -> Sampler:
+    async def script(
+        engine: Scripted, prompt: list[int], params: SamplingParams
+    ) -> AsyncIterator[TokenChunk]:
         for chunk in chunks:
             yield chunk
         raise EngineError("broken off")
@@ -137,16 +143,16 @@ def giving(*chunks: Chunk) -> Sampler:
         ending(EngineError("died"), 1),
         ending(KeyError("a bug of a client"), 1),
         ending(OSError("no route"), 0),
-        giving(Chunk([52], [-1.0]), Chunk([], [], "abort")),
-        giving(Chunk([52, 53], [-1.0])),
-        giving(Chunk([52], [float("nan")])),
-        giving(Chunk([52], [None])),
-        giving(Chunk([100], [-1.0])),
-        giving(Chunk(["52"], [-1.0])),
-        giving(Chunk([52], [0.5])),
-        giving(Chunk([52] * 7, [-1.0] * 7)),
-        giving(Chunk([], [], "stop")),
-        giving(Chunk([52], [-1.0], None, 99)),
+        giving(TokenChunk([52], [-1.0]), TokenChunk([], [], "abort")),
+        giving(TokenChunk([52, 53], [-1.0])),
+        giving(TokenChunk([52], [float("nan")])),
+        giving(TokenChunk([52], [None])),
+        giving(TokenChunk([100], [-1.0])),
+        giving(TokenChunk(["52"], [-1.0])),
+        giving(TokenChunk([52], [0.5])),
+        giving(TokenChunk([52] * 7, [-1.0] * 7)),
+        giving(TokenChunk([], [], "stop")),
+        giving(TokenChunk([52], [-1.0], None, 99)),
     ],
 )
 def test_an_engine_that_fails_or_gives_garbage_is_restarted_and_its_answers_are_whole(script):
@@ -165,17 +171,17 @@ def test_an_engine_that_fails_or_gives_garbage_is_restarted_and_its_answers_are_
 def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
     codec = tiny_codec()
     first, second, *rest = codec.encode("xyzw")
-    Scripted.scripts = {"e0": [giving(Chunk([40, first], [-1.0, -1.0]))]}
+    Scripted.scripts = {"e0": [giving(TokenChunk([40, first], [-1.0, -1.0]))]}
 
     class Other(Scripted):
         async def sample(
             self, prompt_ids: Any, params: SamplingParams, *, number: int
-        ) -> AsyncIterator[Chunk]:
+        ) -> AsyncIterator[TokenChunk]:
             if self.spec.name == "e0" and self.lives == 1:
                 async for chunk in super().sample(prompt_ids, params, number=number):
                     yield chunk
             # One chunk with what an engine that does not know of the "x" before gives.
-            yield Chunk(
+            yield TokenChunk(
                 [second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length"
             )
 
@@ -189,8 +195,10 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
 
 
 def test_streams_that_would_never_end_end_with_the_life_of_their_engine():
-    async def silent(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
-        yield Chunk([52], [-1.0])
+    async def silent(
+        engine: Scripted, prompt: list[int], params: SamplingParams
+    ) -> AsyncIterator[TokenChunk]:
+        yield TokenChunk([52], [-1.0])
         await asyncio.Event().wait()
 
     Scripted.scripts = {"e0": [silent]}
@@ -274,7 +282,7 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
     gate = threading.Event()
 
     class Slow(Scripted):
-        async def load(self, part: Part) -> None:
+        async def load(self, part: WeightChunk) -> None:
             await super().load(part)
             if self.spec.name == "late":
                 await asyncio.to_thread(gate.wait, 10)
@@ -282,7 +290,7 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
     pool = pool_of(1, Slow)
     try:
         pool.publish(1)
-        pool.add(EngineSpec("late", "unused"))
+        pool.add(ServerSpec("late", "unused"))
         assert waited(lambda: pool.members[-1].taking.locked())
         thread = threading.Thread(target=pool.publish, args=(2,), daemon=True)
         thread.start()
@@ -332,7 +340,7 @@ def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_cha
 def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_update):
     aborted = []
 
-    async def slow(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def slow(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         try:
             async for chunk in plain(engine, prompt, params):
                 yield chunk

@@ -27,10 +27,10 @@ from tests.rollout.pool.pools import (
     waited,
 )
 from tests.tiny import random_prompts, tiny_policy
-from verl.rollout.engine import Chunk, EngineError, EngineSpec
+from verl.rollout.engine import EngineError, ServerSpec, TokenChunk
 from verl.rollout.server.backend import EmbeddedServer
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.types import Part
+from verl.weight_sync.types import WeightChunk
 
 pytestmark = pytest.mark.servers
 
@@ -160,7 +160,7 @@ class Watched(EmbeddedServer):
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[TokenChunk]:
         async with aclosing(super().sample(prompt_ids, params, number=number)) as chunks:
             async for chunk in chunks:
                 type(self).tokens += len(chunk.token_ids)
@@ -231,7 +231,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
     killed, hung = servers_of(doomed)
     os.kill(killed, signal.SIGKILL)
     os.kill(hung, signal.SIGSTOP)
-    (third,) = (EngineSpec("third", model, secret="other", log=tmp_path / "third.log", timeout_s=3.0),)
+    (third,) = (ServerSpec("third", model, secret="other", log=tmp_path / "third.log", timeout_s=3.0),)
     doomed.add(third)
     thread.join(120)
     assert not isinstance(out[0], Exception), out[0]
@@ -269,7 +269,7 @@ class Torn(EmbeddedServer):
 
     losses = 1
 
-    async def load(self, part: Part) -> None:
+    async def load(self, part: WeightChunk) -> None:
         if self.losses and self.spec.name == "engine-1":
             self.losses -= 1
             return

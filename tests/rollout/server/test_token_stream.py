@@ -14,10 +14,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from tests.tiny import random_prompts, shared_policy, tiny_codec
-from verl.rollout.embedded.async_generator import GenerationThread, Token
+from verl.rollout.embedded.async_generator import AsyncGenerator, Token
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import Chunk, EngineError, RefusedError
-from verl.rollout.server.openai_protocol import Asked, Reader, Refusal
+from verl.rollout.engine import EngineError, RefusedError, TokenChunk
+from verl.rollout.server.openai_protocol import APIError, ParsedRequest, RequestParser
 from verl.rollout.server.token_stream import AnswerClient, AnswerStreams, _packed, _unpacked
 from verl.utils.sampling_types import SamplingParams
 
@@ -32,24 +32,24 @@ class Both:
     """The two sides of a connection, and what was asked."""
 
     client: AnswerClient
-    thread: GenerationThread
+    thread: AsyncGenerator
     streams: AnswerStreams
     bodies: list[dict[str, Any]]
     refuses: bool = False
 
     def check(self) -> None:
         if self.refuses:
-            raise Refusal("not now", status=503)
+            raise APIError("not now", status=503)
 
 
 class NotingReader:
     """Notes what it reads."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: RequestParser) -> None:
         self.bodies: list[dict[str, Any]] = []
         self._reader = reader
 
-    def read(self, body: Any, *, is_chat: bool) -> Asked:
+    def read(self, body: Any, *, is_chat: bool) -> ParsedRequest:
         self.bodies.append(body)
         return self._reader.read(body, is_chat=is_chat)
 
@@ -70,8 +70,8 @@ async def client_of(
 
 @asynccontextmanager
 async def both_sides(*, pace_s: float = SLOW_S, slots: int = 64) -> AsyncIterator[Both]:
-    thread = GenerationThread(shared_policy(), tiny_codec(), max_slots=slots)
-    reader = NotingReader(Reader("tiny", tiny_codec(), 256, 100))
+    thread = AsyncGenerator(shared_policy(), tiny_codec(), max_slots=slots)
+    reader = NotingReader(RequestParser("tiny", tiny_codec(), 256, 100))
     streams = AnswerStreams(thread, reader, check=lambda: both.check(), pace_s=pace_s)
     async with client_of(streams.serve, timeout_s=20.0) as client:
         both = Both(client, thread, streams, reader.bodies)
@@ -81,11 +81,11 @@ async def both_sides(*, pace_s: float = SLOW_S, slots: int = 64) -> AsyncIterato
 
 async def chunks_of(
     client: AnswerClient, prompt: list[int], params: SamplingParams, number: int = 0
-) -> list[Chunk]:
+) -> list[TokenChunk]:
     return [chunk async for chunk in client.sample(prompt, params, number=number)]
 
 
-def ids(chunks: list[Chunk]) -> list[int]:
+def ids(chunks: list[TokenChunk]) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
@@ -96,7 +96,7 @@ def expected(params: SamplingParams) -> list[list[int]]:
     return [list(c.token_ids) for group in groups for c in group]
 
 
-async def all_answers(client: AnswerClient, params: SamplingParams) -> list[list[Chunk]]:
+async def all_answers(client: AnswerClient, params: SamplingParams) -> list[list[TokenChunk]]:
     asked = [
         chunks_of(client, p, replace(params, seed=i), n)
         for i, p in enumerate(PROMPTS)
@@ -113,7 +113,7 @@ def test_a_message_is_bytes_that_lose_nothing():
 
 
 def test_answers_are_those_of_the_embedded_engine_and_a_prompt_is_asked_once():
-    async def work() -> tuple[list[list[Chunk]], list[dict[str, Any]]]:
+    async def work() -> tuple[list[list[TokenChunk]], list[dict[str, Any]]]:
         async with both_sides() as both:
             return await all_answers(both.client, PARAMS), both.bodies
 
@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_embedded_engine_and_a_prompt_is_asked_once():
 
 
 def test_tokens_come_before_the_end_as_often_as_is_wished():
-    async def work() -> list[list[Chunk]]:
+    async def work() -> list[list[TokenChunk]]:
         async with both_sides(pace_s=0.0) as both:
             return await all_answers(both.client, replace(ENDLESS, n=1))
 
@@ -141,7 +141,7 @@ def test_an_answer_that_is_left_ends_in_the_server_and_its_siblings_go_on():
             async for _ in chunks:
                 break
 
-    async def work() -> tuple[list[list[Chunk]], int]:
+    async def work() -> tuple[list[list[TokenChunk]], int]:
         async with both_sides(pace_s=0.0, slots=8) as both:
             asked = [chunks_of(both.client, PROMPTS[0], ENDLESS, number) for number in (0, 2)]
             first, _, third = await asyncio.gather(asked[0], left(both), asked[1])
@@ -155,7 +155,7 @@ def test_an_answer_that_is_left_ends_in_the_server_and_its_siblings_go_on():
 
 
 def test_a_pause_lets_what_was_sampled_come():
-    async def work() -> Chunk:
+    async def work() -> TokenChunk:
         async with both_sides() as both:
             chunks = both.client.sample(PROMPTS[0], ENDLESS, number=0)
             first = asyncio.ensure_future(anext(chunks))
@@ -172,7 +172,7 @@ def test_a_pause_lets_what_was_sampled_come():
 
 
 def test_what_cannot_be_asked_is_refused_and_what_cannot_be_now_has_failed():
-    async def work() -> list[list[Chunk]]:
+    async def work() -> list[list[TokenChunk]]:
         async with both_sides() as both:
             with pytest.raises(
                 RefusedError, match="context is 256 tokens, but the prompt has 3 and the answer may get 300"
@@ -200,14 +200,14 @@ def test_a_connection_that_breaks_fails_its_answers_and_the_next_ones_get_anothe
             await socket.send_bytes(_packed([(2, [Token(9, -1.0, 0, (), "stop")])], []))
         return socket
 
-    async def work() -> list[Chunk]:
+    async def work() -> list[TokenChunk]:
         async with client_of(handler, timeout_s=20.0) as client:
             broken = [chunks_of(client, PROMPTS[0], PARAMS, number) for number in (0, 1)]
             errors = await asyncio.gather(*broken, return_exceptions=True)
             assert [str(error) for error in errors] == ["one ended the connection"] * 2
             return await chunks_of(client, PROMPTS[0], PARAMS)
 
-    assert asyncio.run(work()) == [Chunk((9,), (-1.0,), "stop", 0)]
+    assert asyncio.run(work()) == [TokenChunk((9,), (-1.0,), "stop", 0)]
 
 
 async def silent(http: web.Request) -> web.StreamResponse:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_transformer
-from verl.rollout.server.weight_loader import WeightIntake
+from verl.rollout.server.weight_loader import WeightLoader
 from verl.weight_sync.fingerprint import digest, fingerprint
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 
-def take_all(intake: WeightIntake, tensors: dict[str, torch.Tensor]) -> str:
+def take_all(intake: WeightLoader, tensors: dict[str, torch.Tensor]) -> str:
     intake.begin()
     intake.take(
         [
@@ -28,7 +28,7 @@ def test_a_tied_head_is_taken_by_either_of_its_names(names):
     tensors = dict(source.state_dict())
     left = {"embedding": "lm_head.weight", "head": "model.embed_tokens.weight", "both": ""}[names]
     tensors.pop(left, None)
-    assert take_all(WeightIntake(model), tensors) == fingerprint(
+    assert take_all(WeightLoader(model), tensors) == fingerprint(
         {name: digest(t) for name, t in tensors.items()}
     )
     assert all(torch.equal(own, source.state_dict()[name]) for name, own in model.state_dict().items())
@@ -37,7 +37,7 @@ def test_a_tied_head_is_taken_by_either_of_its_names(names):
 def test_without_any_of_its_names_it_is_missing():
     tensors = dict(tiny_transformer().named_parameters())
     del tensors["model.embed_tokens.weight"]
-    intake = WeightIntake(tiny_transformer())
+    intake = WeightLoader(tiny_transformer())
     with pytest.raises(ValueError, match="2 were not sent: model.embed_tokens.weight, lm_head.weight"):
         take_all(intake, tensors)
     assert intake.is_torn and not intake.is_open
@@ -46,14 +46,14 @@ def test_without_any_of_its_names_it_is_missing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_have_the_fingerprint_of_what_was_sent(dtype):
     tensors = {name: t.detach().to(dtype) for name, t in tiny_transformer(seed=1).named_parameters()}
-    assert take_all(WeightIntake(tiny_transformer()), tensors) == fingerprint(
+    assert take_all(WeightLoader(tiny_transformer()), tensors) == fingerprint(
         {name: digest(t) for name, t in tensors.items()}
     )
 
 
 def test_a_copy_that_loses_digits_shows_in_the_fingerprint():
     tensors = {name: t.detach().double() + 1e-12 for name, t in tiny_transformer(seed=1).named_parameters()}
-    assert take_all(WeightIntake(tiny_transformer()), tensors) != fingerprint(
+    assert take_all(WeightLoader(tiny_transformer()), tensors) != fingerprint(
         {name: digest(t) for name, t in tensors.items()}
     )
 
@@ -65,9 +65,9 @@ def test_a_folder_is_read_by_the_models_names_even_where_its_files_have_others(f
     tensors = dict(source.named_parameters())
     infos = tuple(TensorInfo(name, tuple(t.shape), "float32") for name, t in tensors.items())
     for asked in (infos, ()):
-        intake = WeightIntake(model)
+        intake = WeightLoader(model)
         intake.begin()
-        intake.take(intake.received(Part(asked, "disk", {"folder": str(tmp_path)})))
+        intake.take(intake.received(WeightChunk(asked, "disk", {"folder": str(tmp_path)})))
         found = intake.end()
         assert not asked or found == fingerprint({name: digest(t) for name, t in tensors.items()})
         assert all(torch.equal(own, tensors[name]) for name, own in model.named_parameters())
@@ -75,7 +75,9 @@ def test_a_folder_is_read_by_the_models_names_even_where_its_files_have_others(f
 
 def test_a_folder_without_a_tensor_of_the_update_is_an_error(tmp_path):
     tiny_transformer().save_pretrained(tmp_path)
-    intake = WeightIntake(tiny_transformer())
+    intake = WeightLoader(tiny_transformer())
     intake.begin()
     with pytest.raises(RuntimeError, match="1 are not there: other"):
-        intake.received(Part((TensorInfo("other", (1,), "float32"),), "disk", {"folder": str(tmp_path)}))
+        intake.received(
+            WeightChunk((TensorInfo("other", (1,), "float32"),), "disk", {"folder": str(tmp_path)})
+        )

@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 
 from tests.rollout.ranks import move, moved, policy_ranks
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_transformer
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError
+from verl.rollout.engine import EngineError, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.pool.broadcast import Broadcaster
-from verl.rollout.pool.replica import Member
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.pool.replica import Replica
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.sglang.options import flags
 from verl.rollout.sglang.server import SGLangServer
-from verl.rollout.sglang.stream import Answer
+from verl.rollout.sglang.stream import SGLangStream
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint
 from verl.weight_sync.layout import volume
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 SECRET = "s3cret-of-the-tests"
 FAMILY = "qwen2"
@@ -58,23 +58,23 @@ class Running:
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
-    def answer(self, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0) -> Chunk:
+    def answer(self, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0) -> TokenChunk:
         return self.run(whole(self.engine, prompt, params, seed=seed))
 
 
 async def whole(
     engine: SGLangServer, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0
-) -> Chunk:
+) -> TokenChunk:
     """All chunks of an answer as one."""
     ids: list[int] = []
     logprobs: list[float] = []
     async for chunk in engine.sample(prompt, params, number=seed):
         ids.extend(chunk.token_ids)
         logprobs.extend(chunk.logprobs)
-    return Chunk(ids, logprobs, chunk.finish_reason, chunk.version)
+    return TokenChunk(ids, logprobs, chunk.finish_reason, chunk.version)
 
 
-def spec_of(folder: Path, *, family: str = FAMILY, **changes: Any) -> EngineSpec:
+def spec_of(folder: Path, *, family: str = FAMILY, **changes: Any) -> ServerSpec:
     model = folder / "model"
     if not model.exists():
         tiny_transformer(family, max_position_embeddings=CONTEXT).save_pretrained(model)
@@ -85,7 +85,7 @@ def spec_of(folder: Path, *, family: str = FAMILY, **changes: Any) -> EngineSpec
         "max_lora_rank": 4,
         "lora_target_modules": ["q_proj", "v_proj"],
     }
-    spec = EngineSpec(
+    spec = ServerSpec(
         "sglang-0",
         str(model),
         options,
@@ -140,7 +140,7 @@ def expected_logprobs(
     return expected
 
 
-def assert_is_of(running: Running, prompt: Sequence[int], answer: Chunk, params: SamplingParams) -> None:
+def assert_is_of(running: Running, prompt: Sequence[int], answer: TokenChunk, params: SamplingParams) -> None:
     expected = expected_logprobs(running.model, prompt, answer.token_ids, params)
     torch.testing.assert_close(torch.tensor(list(answer.logprobs)), torch.tensor(expected), atol=1e-4, rtol=0)
 
@@ -183,7 +183,7 @@ def test_requests_that_run_together_keep_their_own_parameters(running):
         for k, p in ((0, 1.0), (7, 1.0), (30, 0.9))
     ]
 
-    async def together() -> list[Chunk]:
+    async def together() -> list[TokenChunk]:
         return await asyncio.gather(
             *(whole(running.engine, PROMPTS[i % 4], params) for i, params in enumerate(all_params))
         )
@@ -258,7 +258,7 @@ def test_a_truncation_that_has_no_logprobs_is_refused_with_what_helps(running):
     body["sampling_params"]["top_k"] = 5000
 
     async def asked() -> None:
-        answer = Answer(truncates=True)
+        answer = SGLangStream(truncates=True)
         async for event in running.engine._asked.events("/generate", body):
             running.engine._read(answer, event)
 
@@ -362,7 +362,7 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def parts_of(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> list[Part]:
+def parts_of(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> list[WeightChunk]:
     """The tensors in some files, as the pool writes them."""
     names = list(tensors)
     parts = []
@@ -374,7 +374,7 @@ def parts_of(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> 
         make_file(path, num_bytes_of(infos))
         content = torch.cat([tensors[info.name].view(-1).view(torch.uint8) for info in infos])
         map_file(path, len(content), for_writing=True).copy_(content)
-        parts.append(Part(infos, "shm", {"path": str(path)}))
+        parts.append(WeightChunk(infos, "shm", {"path": str(path)}))
     return parts
 
 
@@ -382,7 +382,7 @@ def print_of(tensors: dict[str, torch.Tensor]) -> str:
     return fingerprint({name: digest(tensor) for name, tensor in tensors.items()})
 
 
-async def updated(running: Running, parts: Sequence[Part], *, group: Broadcaster | None = None) -> str:
+async def updated(running: Running, parts: Sequence[WeightChunk], *, group: Broadcaster | None = None) -> str:
     """An update of a server as the pool makes it."""
     engine = running.engine
     running.version += 1
@@ -395,7 +395,7 @@ async def updated(running: Running, parts: Sequence[Part], *, group: Broadcaster
     return got
 
 
-async def through_group(running: Running, parts: Sequence[Part]) -> str:
+async def through_group(running: Running, parts: Sequence[WeightChunk]) -> str:
     """An update by broadcasts, as the pool makes it for an engine on another machine."""
     return await updated(running, parts, group=await Broadcaster.meet(running.engine))
 
@@ -425,7 +425,7 @@ def test_weights_come_over_a_group(running, tmp_path):
 def test_weights_come_from_a_folder(running, tmp_path):
     model = changed_model(3)
     model.save_pretrained(tmp_path)
-    assert running.run(updated(running, [Part((), "disk", {"folder": str(tmp_path)})])) == print_of(
+    assert running.run(updated(running, [WeightChunk((), "disk", {"folder": str(tmp_path)})])) == print_of(
         tensors_of(model)
     )
     assert_serves(running, model)
@@ -461,8 +461,8 @@ def test_weights_that_cannot_be_taken_are_an_error_that_says_why_and_the_server_
 def test_a_pause_keeps_requests_which_go_on_with_the_new_weights(running, tmp_path):
     params = SamplingParams(max_tokens=220, temperature=1.0)
 
-    async def through(after: Any, number: int) -> tuple[list[Chunk], int]:
-        chunks: list[Chunk] = []
+    async def through(after: Any, number: int) -> tuple[list[TokenChunk], int]:
+        chunks: list[TokenChunk] = []
 
         async def read() -> None:
             async for chunk in running.engine.sample(PROMPTS[0], params, number=number):
@@ -516,12 +516,12 @@ def test_requests_that_are_left_before_an_update_do_not_come_back_after_it(runni
     assert_serves(running, model)
 
 
-async def _more(chunks: list[Chunk], count: int) -> bool:
+async def _more(chunks: list[TokenChunk], count: int) -> bool:
     return len(chunks) >= count
 
 
 def test_a_request_that_comes_during_a_pause_waits_longer_than_silence_is_allowed(running):
-    async def waits() -> Chunk:
+    async def waits() -> TokenChunk:
         engine = running.engine
         await engine.pause()
         patience_s, engine._asked._timeout_s = engine._asked._timeout_s, 1.0
@@ -572,7 +572,7 @@ def test_low_rank_additions_are_taken_in_place_of_those_before(running, tmp_path
 
         async def taken(folder: Path = folder) -> str:
             await engine.pause()
-            got = await engine.load_additions(folder, running.version)
+            got = await engine.load_lora_adapter(folder, running.version)
             await engine.resume()
             return got
 
@@ -604,7 +604,7 @@ def test_it_does_not_sleep_while_it_answers(running):
 def test_a_server_that_runs_is_joined_and_stays(running):
     joined = SGLangServer(replace(running.engine.spec, name="joined", address=running.engine._asked._address))
 
-    async def through() -> Chunk:
+    async def through() -> TokenChunk:
         await joined.open()
         answer = await whole(joined, PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))
         await joined.close()
@@ -612,7 +612,7 @@ def test_a_server_that_runs_is_joined_and_stays(running):
         return answer
 
     assert len(running.run(through()).token_ids) == 4
-    assert joined.follows and joined.num_ranks == 1
+    assert joined.syncs_weights and joined.num_ranks == 1
 
 
 def test_joining_with_a_wrong_secret_is_an_error(running):
@@ -696,14 +696,14 @@ def takes_slices(running: Running, folder: Path) -> None:
     weights of the policy.
     """
     engine, model, notes = running.engine, tiny_transformer("llama"), []
-    member = Member(
+    member = Replica(
         engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
     member._become("stale")  # as after a start
     engine.reads = None
     with policy_ranks(engine.spec.model, 2) as group:
-        gathered = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000)
-        sent = PolicyWeights(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
+        gathered = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000)
+        sent = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
         num_bytes = sum(tensor.nbytes for tensor in tensors_of(model).values())
         for weights, via in (
             (gathered, "shm"),
@@ -758,7 +758,7 @@ def test_options_of_the_run_are_not_those_of_the_engine(tmp_path):
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="need a folder with a model for SGLang"):
-        SGLangServer(EngineSpec("sglang-0", str(tmp_path)))
+        SGLangServer(ServerSpec("sglang-0", str(tmp_path)))
 
 
 def test_an_interpreter_without_sglang_is_an_error_with_its_log(tmp_path):
@@ -797,7 +797,7 @@ def event_of(ids: list[int], logprobs: list[float], total: int, **meta: Any) -> 
 
 @pytest.mark.parametrize("deltas", [True, False])
 def test_deltas_and_everything_so_far_are_read_alike(deltas):
-    steps, answer, chunks = [[7], [8, 9], [], [5]], Answer(truncates=False), []
+    steps, answer, chunks = [[7], [8, 9], [], [5]], SGLangStream(truncates=False), []
     so_far: list[int] = []
     for number, new in enumerate(steps):
         so_far += new
@@ -816,7 +816,7 @@ def test_deltas_and_everything_so_far_are_read_alike(deltas):
 
 
 def test_the_last_tokens_are_told_apart_by_their_versions():
-    answer = Answer(truncates=False)
+    answer = SGLangStream(truncates=False)
     assert [chunk.version for chunk in answer.take(event_of([4], [-1.0], 1, weight_version="2"))] == [2]
     spans = [{"version": "2", "start": 0, "end": 2}, {"version": "3", "start": 2, "end": 4}]
     end = {"weight_version": "3", "weight_versions": spans, "finish_reason": {"type": "stop", "matched": 5}}
@@ -838,4 +838,4 @@ def test_the_last_tokens_are_told_apart_by_their_versions():
 )
 def test_events_that_cannot_be_are_errors(event):
     with pytest.raises(ValueError):
-        Answer(truncates=False).take(event)
+        SGLangStream(truncates=False).take(event)

@@ -21,7 +21,7 @@ from tests.rollout.pool.pools import (
 )
 from tests.rollout.vllm.test_server import counted
 from tests.tiny import random_prompts, tiny_policy
-from verl.rollout.engine import EngineSpec
+from verl.rollout.engine import ServerSpec
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.sampling_types import SamplingParams
 
@@ -54,7 +54,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
         os.killpg(killed, signal.SIGKILL)
         os.killpg(hung, signal.SIGSTOP)
         pool.add(
-            EngineSpec("third", model, options, secret="other", log=tmp_path / "third.log", timeout_s=15.0)
+            ServerSpec("third", model, options, secret="other", log=tmp_path / "third.log", timeout_s=15.0)
         )
         thread.join(400)
         assert out and not isinstance(out[0], Exception), out or [

@@ -25,16 +25,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError
+from verl.rollout.engine import EngineError, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.server_process import free_port
 from verl.rollout.vllm.options import as_flags
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.process_group import broadcast, open_group
-from verl.weight_sync.shard_tracking import key_of, slices_of
+from verl.weight_sync.shard_tracking import shard_key, slices_of
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 pytestmark = pytest.mark.vllm
 
@@ -60,14 +60,14 @@ def saved(family: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
 class Bench:
     """A server, and the model whose weights it should have."""
 
-    def __init__(self, model: PreTrainedModel, spec: EngineSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: ServerSpec) -> None:
         self.model, self.engine = model, VLLMServer(spec)
         self.loop = asyncio.new_event_loop()
 
     def run(self, awaitable):
         return self.loop.run_until_complete(asyncio.wait_for(awaitable, 300))
 
-    def answer(self, prompt: list[int], params: SamplingParams = FREE, *, seed: int = 0) -> Chunk:
+    def answer(self, prompt: list[int], params: SamplingParams = FREE, *, seed: int = 0) -> TokenChunk:
         return self.run(whole(self.engine.sample(prompt, params, number=seed)))
 
     def refresh(self, *, seed: int) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class Bench:
         return {name: tensor.detach() for name, tensor in self.model.named_parameters()}
 
 
-async def whole(chunks: AsyncIterator[Chunk]) -> Chunk:
+async def whole(chunks: AsyncIterator[TokenChunk]) -> TokenChunk:
     """The chunks of an answer as one."""
     ids, logprobs, reason = [], [], None
     async for chunk in chunks:
@@ -91,13 +91,13 @@ async def whole(chunks: AsyncIterator[Chunk]) -> Chunk:
         logprobs += chunk.logprobs
         reason = chunk.finish_reason
     assert reason is not None
-    return Chunk(ids, logprobs, reason)
+    return TokenChunk(ids, logprobs, reason)
 
 
 @contextlib.contextmanager
 def serving(family: str, folder: Path, **changes: Any) -> Iterator[Bench]:
     """A server that runs, and leaves no process behind."""
-    spec = EngineSpec(
+    spec = ServerSpec(
         f"tiny {family}",
         str(folder),
         OPTIONS,
@@ -173,7 +173,9 @@ def kept_by_hand(probs: list[float], params: SamplingParams) -> set[int]:
     return kept
 
 
-def assert_follows(bench: Bench, answer: Chunk, prompt: list[int], params: SamplingParams = FREE) -> None:
+def assert_follows(
+    bench: Bench, answer: TokenChunk, prompt: list[int], params: SamplingParams = FREE
+) -> None:
     assert answer.logprobs == pytest.approx(
         own_logprobs(bench.model, prompt, list(answer.token_ids), params), abs=1e-4
     )
@@ -189,18 +191,18 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors.values()])
 
 
-def shared(tensors: Mapping[str, Tensor], path: Path) -> Part:
+def shared(tensors: Mapping[str, Tensor], path: Path) -> WeightChunk:
     infos = infos_of(tensors)
     make_file(path, num_bytes_of(infos))
     map_file(path, num_bytes_of(infos), for_writing=True).copy_(bytes_of(tensors))
-    return Part(infos, "shm", {"path": path})
+    return WeightChunk(infos, "shm", {"path": path})
 
 
 def print_of(tensors: Mapping[str, Tensor]) -> str:
     return fingerprint({name: digest(tensor) for name, tensor in tensors.items()})
 
 
-async def update(engine: VLLMServer, parts: list[Part], version: int) -> str:
+async def update(engine: VLLMServer, parts: list[WeightChunk], version: int) -> str:
     await engine.pause()
     try:
         await engine.begin_update()
@@ -234,7 +236,7 @@ def test_logprobs_are_of_the_truncated_and_renormalized_distribution(bench, para
 
 
 def test_temperature_0_takes_the_most_likely_token_with_its_own_logprob_beside_other_requests(bench):
-    async def both() -> list[Chunk]:
+    async def both() -> list[TokenChunk]:
         greedy = SamplingParams(0, top_p=0.5, top_k=3, max_tokens=24)
         hot = SamplingParams(2.0, top_k=2, max_tokens=24)
         return await asyncio.gather(
@@ -367,7 +369,9 @@ def test_weights_come_over_a_group(bench):
         weights = bench.refresh(seed=seed)
         thread = threading.Thread(target=broadcast, args=(sender["group"], bytes_of(weights)))
         thread.start()
-        assert bench.run(update(bench.engine, [Part(infos_of(weights), "group")], seed)) == print_of(weights)
+        assert bench.run(update(bench.engine, [WeightChunk(infos_of(weights), "group")], seed)) == print_of(
+            weights
+        )
         thread.join()
         assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
 
@@ -377,7 +381,7 @@ def test_weights_come_from_a_folder(bench, tmp_path):
     bench.model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
     assert bench.run(
-        update(bench.engine, [Part(infos_of(weights), "disk", {"folder": str(tmp_path)})], 4)
+        update(bench.engine, [WeightChunk(infos_of(weights), "disk", {"folder": str(tmp_path)})], 4)
     ) == print_of(weights)
     assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
 
@@ -426,12 +430,12 @@ def test_a_request_that_is_paused_goes_on_with_the_weights_of_then(bench, tmp_pa
     long = SamplingParams(max_tokens=240)
     free = bench.answer(PROMPTS[0], long, seed=9)
 
-    async def paused() -> tuple[asyncio.Task[Chunk], int]:
+    async def paused() -> tuple[asyncio.Task[TokenChunk], int]:
         """An answer that rests in its midst, and how many tokens of it have come."""
-        got: list[Chunk] = []
+        got: list[TokenChunk] = []
 
-        async def collect() -> Chunk:
-            async def noted() -> AsyncIterator[Chunk]:
+        async def collect() -> TokenChunk:
+            async def noted() -> AsyncIterator[TokenChunk]:
                 async for chunk in bench.engine.sample(PROMPTS[0], long, number=9):
                     got.append(chunk)
                     yield chunk
@@ -445,7 +449,7 @@ def test_a_request_that_is_paused_goes_on_with_the_weights_of_then(bench, tmp_pa
         await asyncio.sleep(0.3)
         return task, sum(len(c.token_ids) for c in got)
 
-    async def interrupted() -> tuple[Chunk, int]:
+    async def interrupted() -> tuple[TokenChunk, int]:
         task, num_before = await paused()
         # On a busy machine an answer may be over before the pause.
         for _ in range(10):
@@ -487,7 +491,7 @@ def test_a_server_that_runs_is_joined_and_left_running(bench):
     engine = VLLMServer(replace(bench.engine.spec, address=bench.engine._url))
     bench.run(engine.open())
     assert (
-        engine.vias == bench.engine.vias == ("shm", "group", "disk", "direct", "ipc")
+        engine.transports == bench.engine.transports == ("shm", "group", "disk", "direct", "ipc")
         and engine.num_ranks == 1
     )
     assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0))), PROMPTS[0])
@@ -519,7 +523,7 @@ def test_additions_are_loaded_and_replaced_and_a_killed_server_is_an_error(tmp_p
         answers = []
         for seed in (1, 2):
             folder, adapted = addition(tmp_path, seed)
-            printed = bench.run(bench.engine.load_additions(folder, seed))
+            printed = bench.run(bench.engine.load_lora_adapter(folder, seed))
             assert printed == print_of(load_file(folder / "adapter_model.safetensors"))
             answers.append(bench.answer(PROMPTS[1]))
             own = own_logprobs(adapted, PROMPTS[1], list(answers[-1].token_ids))
@@ -603,7 +607,7 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
 
 def digests_of(weights, reads) -> dict[str, int]:
     return {
-        key_of(name, bounds, shape=tensor.shape): digest(tensor[slices_of(bounds)])
+        shard_key(name, bounds, shape=tensor.shape): digest(tensor[slices_of(bounds)])
         for name, tensor in weights.items()
         for bounds in reads[name]
     }
@@ -611,7 +615,7 @@ def digests_of(weights, reads) -> dict[str, int]:
 
 def test_an_unknown_option_is_an_error_in_vllms_own_words(tmp_path):
     saved("llama", tmp_path)
-    engine = VLLMServer(EngineSpec("wrong", str(tmp_path), {"no_such_option": 1}, log=tmp_path / "log"))
+    engine = VLLMServer(ServerSpec("wrong", str(tmp_path), {"no_such_option": 1}, log=tmp_path / "log"))
     with pytest.raises(ValueError, match="unrecognized arguments: --no-such-option"):
         asyncio.run(engine.open())
 
@@ -619,7 +623,7 @@ def test_an_unknown_option_is_an_error_in_vllms_own_words(tmp_path):
 def test_an_option_that_the_run_sets_itself_is_refused(tmp_path):
     saved("llama", tmp_path)
     engine = VLLMServer(
-        EngineSpec("wrong", str(tmp_path), {"port": 1, "logprobs-mode": "raw_logprobs"}, log=tmp_path / "log")
+        ServerSpec("wrong", str(tmp_path), {"port": 1, "logprobs-mode": "raw_logprobs"}, log=tmp_path / "log")
     )
     with pytest.raises(ValueError, match="cannot set logprobs-mode, port"):
         asyncio.run(engine.open())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_transformer
-from verl.rollout.engine import EngineSpec
+from verl.rollout.engine import ServerSpec
 from verl.rollout.vllm.options import server_flags
 from verl.rollout.vllm.server import VLLMServer
 from verl.rollout.vllm.versions import BEGIN, check_version, cpu_environment, has_own_steps, method_of
@@ -20,7 +20,7 @@ LATER = [
     "--weight-transfer-config",
     '{"backend": "verl"}',
 ]
-OLD = ["--worker-extension-cls", "verl.rollout.vllm.worker_compat.WorkerExtension"]
+OLD = ["--worker-extension-cls", "verl.rollout.vllm.worker_compat.LegacyWorkerExtension"]
 
 
 @pytest.mark.parametrize("version", ["0.8.2", "0.9.2", "0.19.1+cpu", "0.19.2rc1"])
@@ -43,7 +43,7 @@ def test_later_versions_and_those_without_a_number_are_taken(version):
 
 def test_each_version_is_started_with_what_it_has():
     flags = {
-        version: " ".join(server_flags(EngineSpec("a", "b"), 1, version))
+        version: " ".join(server_flags(ServerSpec("a", "b"), 1, version))
         for version in ("0.20.2", "0.21.0", "0.22.1", "0.24.0", "0.25.0", "")
     }
     later, old = " ".join(LATER), " ".join(OLD)
@@ -52,8 +52,8 @@ def test_each_version_is_started_with_what_it_has():
     # There a request that is kept over an update would lose a token.
     assert [version for version in flags if "--no-async-scheduling" in flags[version]] == ["0.20.2", "0.21.0"]
     with pytest.raises(ValueError, match="cannot set async-scheduling"):
-        server_flags(EngineSpec("a", "b", {"async_scheduling": True}), 1, "0.21.0")
-    assert "--async-scheduling" in server_flags(EngineSpec("a", "b", {"async_scheduling": True}), 1, "0.22.0")
+        server_flags(ServerSpec("a", "b", {"async_scheduling": True}), 1, "0.21.0")
+    assert "--async-scheduling" in server_flags(ServerSpec("a", "b", {"async_scheduling": True}), 1, "0.22.0")
     assert "VLLM_CPU_OMP_THREADS_BIND" not in cpu_environment(
         "0.20.0"
     ) and "VLLM_CPU_OMP_THREADS_BIND" in cpu_environment("0.21.0")
@@ -72,5 +72,5 @@ def test_an_environment_that_has_an_old_version_is_refused_before_it_is_started(
     with pytest.raises(
         ValueError, match=rf"need vLLM 0.20 or newer, got 0.19.1 in the environment of {python}"
     ):
-        asyncio.run(VLLMServer(EngineSpec("old", str(tmp_path / "model"), python=python, log=log)).open())
+        asyncio.run(VLLMServer(ServerSpec("old", str(tmp_path / "model"), python=python, log=log)).open())
     assert not Path(log).exists()

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from verl.engines.hf.lora import base_name, initial_addition, is_addition, scaling_of
+from verl.engines.hf.lora import base_name, initial_lora_weight, is_lora_parameter, scaling_of
 from verl.engines.hf.models import VALUE_HEAD, Backbone, ValueModel, load_language_model
-from verl.weight_sync.layout import Piece
+from verl.weight_sync.layout import TensorShard
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
@@ -85,9 +85,9 @@ def load_sharded(model: Backbone, source: str) -> None:
     """
     folder = model_folder(source)
     own = dict(model.transformer.named_parameters())
-    for name in [name for name in own if is_addition(name)]:
+    for name in [name for name in own if is_lora_parameter(name)]:
         parameter = own.pop(name)
-        _fill(parameter, initial_addition(name, parameter.shape)[local_slices(parameter)])
+        _fill(parameter, initial_lora_weight(name, parameter.shape)[local_slices(parameter)])
     files = files_of(folder)
     names = {name: name_in_files(base_name(name), files, model.transformer.base_model_prefix) for name in own}
     if all(file_name is not None for file_name in names.values()):
@@ -209,7 +209,7 @@ def whole_tensors(
     """
     additions = _with_additions(transformer)
     for name, parameter in transformer.named_parameters():
-        if is_addition(name) or (wanted is not None and base_name(name) not in wanted):
+        if is_lora_parameter(name) or (wanted is not None and base_name(name) not in wanted):
             continue
         whole = _whole(parameter)
         owner = name.removesuffix(".base_layer.weight")
@@ -218,15 +218,15 @@ def whole_tensors(
         yield base_name(name), whole
 
 
-def own_pieces(transformer: nn.Module) -> list[Piece]:
+def own_pieces(transformer: nn.Module) -> list[TensorShard]:
     """What of the whole tensors lies on this rank, by the names of `whole_tensors`; the homes are those of
     `own_homes`.
     """
     pieces = []
     for name, parameter in transformer.named_parameters():
         bounds = tuple((part.start, part.stop) for part in local_slices(parameter))
-        if not is_addition(name) and all(start < stop for start, stop in bounds):
-            pieces.append(Piece(base_name(name), bounds, base_name(name), (0,) * len(bounds)))
+        if not is_lora_parameter(name) and all(start < stop for start, stop in bounds):
+            pieces.append(TensorShard(base_name(name), bounds, base_name(name), (0,) * len(bounds)))
     return pieces
 
 
@@ -238,7 +238,7 @@ def own_homes(transformer: nn.Module) -> dict[str, Tensor]:
     additions = _with_additions(transformer)
     homes = {}
     for name, parameter in transformer.named_parameters():
-        if is_addition(name):
+        if is_lora_parameter(name):
             continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         owner = name.removesuffix(".base_layer.weight")
@@ -253,12 +253,12 @@ def weight_shapes(transformer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     return [
         (base_name(name), tuple(p.shape))
         for name, p in transformer.named_parameters()
-        if not is_addition(name)
+        if not is_lora_parameter(name)
     ]
 
 
 @torch.no_grad()
-def additions_as_files(transformer: nn.Module) -> dict[str, bytes]:
+def lora_adapter_files(transformer: nn.Module) -> dict[str, bytes]:
     """The low-rank additions as the two files of a PEFT folder, name -> content; a collective for each
     tensor.
     """

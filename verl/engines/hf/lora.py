@@ -19,11 +19,11 @@ _PEFT = "peft"
 _ADAPTER = "default"
 
 
-def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
+def add_lora(transformer: PreTrainedModel, config: LoraConfig) -> None:
     """Freezes the weights and gives the matrices named in `config.targets` additions B A alpha / rank, in
     place.
 
-    LoRA, https://arxiv.org/abs/2106.09685, section 4.1. Their values are set by `reset_additions`.
+    LoRA, https://arxiv.org/abs/2106.09685, section 4.1. Their values are set by `reset_lora`.
 
     Raises:
         ValueError: PEFT is not installed, or no matrix has such a name.
@@ -43,7 +43,7 @@ def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
             f"need names of matrices in lora.targets, got {sorted(missing)}; this model has {', '.join(sorted(names))}"
         )
     # A model that is loaded has its weights; those of additions begin as LoRA has them, see
-    # `reset_additions`.
+    # `reset_lora`.
     options = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False
     )
@@ -51,20 +51,20 @@ def add_low_rank(transformer: PreTrainedModel, config: LoraConfig) -> None:
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
         # A head that scores is new, and small.
-        parameter.requires_grad_(is_addition(name) or name == "score.weight")
+        parameter.requires_grad_(is_lora_parameter(name) or name == "score.weight")
 
 
-def is_addition(name: str) -> bool:
+def is_lora_parameter(name: str) -> bool:
     """Whether a parameter of that name belongs to low-rank additions."""
     return ".lora_A." in name or ".lora_B." in name
 
 
-def has_additions(transformer: nn.Module) -> bool:
+def has_lora(transformer: nn.Module) -> bool:
     """Whether the model has low-rank additions."""
-    return any(is_addition(name) for name, _ in transformer.named_parameters())
+    return any(is_lora_parameter(name) for name, _ in transformer.named_parameters())
 
 
-def initial_addition(name: str, shape: torch.Size) -> Tensor:
+def initial_lora_weight(name: str, shape: torch.Size) -> Tensor:
     """The first value of an addition: B is 0, A uniform in +- 1 / sqrt(inputs), the same for a name however
     it is sharded.
     """
@@ -76,15 +76,15 @@ def initial_addition(name: str, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def reset_additions(transformer: PreTrainedModel) -> None:
+def reset_lora(transformer: PreTrainedModel) -> None:
     """Gives the additions of a model on one device their first values."""
     for name, parameter in transformer.named_parameters():
-        if is_addition(name):
-            parameter.copy_(initial_addition(name, parameter.shape))
+        if is_lora_parameter(name):
+            parameter.copy_(initial_lora_weight(name, parameter.shape))
 
 
 @contextmanager
-def without_additions(transformer: PreTrainedModel) -> Iterator[None]:
+def without_lora(transformer: PreTrainedModel) -> Iterator[None]:
     """Inside, the additions are switched off.
 
     Raises:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from verl.engines.dcp_checkpoint import PROGRESS, REMEDY
-from verl.weight_sync.layout import Bounds, Piece, difference, intersection, sizes, volume
+from verl.weight_sync.layout import Bounds, TensorShard, difference, intersection, sizes, volume
 
 # What is saved for each part of a weight: itself in fp32, and what AdamW has for it.
 WEIGHT, STATES = "weight", ("exp_avg", "exp_avg_sq")
@@ -44,7 +44,7 @@ class Strip:
 
 
 def strips(
-    pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], owned: Mapping[str, tuple[int, int]]
+    pieces: Sequence[TensorShard], shapes: Mapping[str, tuple[int, ...]], owned: Mapping[str, tuple[int, int]]
 ) -> list[Strip]:
     """What of the whole tensors lies in stretches of local tensors.
 
@@ -223,7 +223,7 @@ def agreed(error: ValueError | None) -> None:
 
 @torch.no_grad()
 def optimizer_parts(
-    optimizer: Any, parameters: Mapping[str, Tensor], pieces: Sequence[Piece], *, with_states: bool
+    optimizer: Any, parameters: Mapping[str, Tensor], pieces: Sequence[TensorShard], *, with_states: bool
 ) -> Iterator[tuple[Strip, dict[str, Tensor]]]:
     """The parts of weights that this rank updates, each with its flat weight in fp32 and AdamW's states, as
     views.

@@ -38,20 +38,20 @@ from verl.engines.megatron.checkpoint import (
     read_progress,
     set_steps,
 )
-from verl.engines.megatron.grad_buffers import Gradients
+from verl.engines.megatron.grad_buffers import GradBuffers
 from verl.engines.megatron.hf_io import export_folder, fill_from_folder, whole_tensors
 from verl.engines.megatron.model import (
-    Chunks,
-    Line,
     MegatronPolicy,
     MegatronValue,
-    make_chunks,
+    PackedSequence,
+    PipelineStages,
+    make_stages,
     transformer_config,
 )
-from verl.engines.megatron.parallel_dims import Extents, Grid, make_grid
-from verl.engines.megatron.weight_mapping import Anatomy, Share, check_divisible
+from verl.engines.megatron.parallel_dims import ParallelSizes, RankCoordinates, make_coordinates
+from verl.engines.megatron.weight_mapping import MegatronModelSpec, Share, check_divisible
 from verl.utils.sampling_types import Prompt
-from verl.weight_sync.layout import Piece
+from verl.weight_sync.layout import TensorShard
 
 # Options of this engine, and fields of Megatron-Core's TransformerConfig that pass through to it.
 OWN_OPTIONS = (
@@ -110,7 +110,9 @@ def megatron_engine(
     folder = model_folder(source)
     anatomy = _anatomy(folder, kind, own["make_vocab_size_divisible_by"] * parallel.tensor)
     expert = own["expert"] if anatomy.is_mixture else 0
-    extents = Extents(parallel.tensor, parallel.pipeline, parallel.sequence, expert, own["virtual_pipeline"])
+    extents = ParallelSizes(
+        parallel.tensor, parallel.pipeline, parallel.sequence, expert, own["virtual_pipeline"]
+    )
     is_even = not any(name.startswith("num_layers_in_") for name in passed)
     check_divisible(
         anatomy,
@@ -123,11 +125,11 @@ def megatron_engine(
     if anatomy.is_mixture and extents.tensor > 1:
         # Megatron-Core's dispatchers of tokens to experts want each token on one tensor rank.
         passed.setdefault("sequence_parallel", True)
-    grid = make_grid(extents, device)
+    grid = make_coordinates(extents, device)
     precision: Any = role.precision
     with grid.active():
         megatron_config = transformer_config(anatomy, grid, precision, passed)
-        chunks = Chunks(make_chunks(megatron_config, anatomy, grid), anatomy.config)
+        chunks = PipelineStages(make_stages(megatron_config, anatomy, grid), anatomy.config)
         if kind == "value":
             model: MegatronPolicy | MegatronValue = MegatronValue(chunks, precision, has_head=grid.is_last)
         else:
@@ -142,13 +144,13 @@ def megatron_engine(
         return MegatronEngine(engine, total_updates=total_updates, own_options=own)
 
 
-def _anatomy(folder: Path, kind: Literal["policy", "value"], multiple: int) -> Anatomy:
+def _anatomy(folder: Path, kind: Literal["policy", "value"], multiple: int) -> MegatronModelSpec:
     """The model of a folder, its vocabulary filled up to a multiple."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a model from {str(folder)!r}: {error}") from error
-    return Anatomy(config, kind, -(-config.vocab_size // multiple) * multiple)
+    return MegatronModelSpec(config, kind, -(-config.vocab_size // multiple) * multiple)
 
 
 def _options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,7 +211,7 @@ class _MicroBatch:
     rows: Sequence[int]
     batch: Batch
     inputs: ModelInput
-    line: Line
+    line: PackedSequence
 
 
 class MegatronForwardEngine(ForwardEngine):
@@ -230,8 +232,8 @@ class MegatronForwardEngine(ForwardEngine):
         self,
         model: MegatronPolicy | MegatronValue,
         role: RoleConfig,
-        anatomy: Anatomy,
-        grid: Grid,
+        anatomy: MegatronModelSpec,
+        grid: RankCoordinates,
         megatron_config: TransformerConfig,
     ) -> None:
         self.model = model
@@ -301,7 +303,7 @@ class MegatronForwardEngine(ForwardEngine):
         """See `ForwardEngine.shapes`; the head of a value model is not among them."""
         return dict(self._anatomy.shapes)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorShard]:
         """See `ForwardEngine.pieces`."""
         return self._anatomy.pieces(self._share)
 
@@ -319,7 +321,7 @@ class MegatronForwardEngine(ForwardEngine):
             {name: shape for name, shape in self.shapes().items() if wanted is None or name in wanted}
         )
 
-    def all_pieces(self) -> list[Piece]:
+    def all_pieces(self) -> list[TensorShard]:
         """What of the whole tensors, and of the head of a value model, lies on this rank."""
         return self.pieces() + self._anatomy.head_pieces(self._share)
 
@@ -380,12 +382,13 @@ class MegatronForwardEngine(ForwardEngine):
         places = [-(-given.input_ids.shape[1] // multiple) * multiple for given in inputs]
         places = [max(places)] * len(places) if extents.virtual > 1 else places
         lines = [
-            Line.of(given, self._grid.sequence, length) for given, length in zip(inputs, places, strict=True)
+            PackedSequence.of(given, self._grid.sequence, length)
+            for given, length in zip(inputs, places, strict=True)
         ]
         return [_MicroBatch(*parts) for parts in zip(micro_batches, batches, inputs, lines, strict=True)]
 
     def _evaluated(
-        self, evaluate: Callable[[], Any], line: Line, states: Tensor, non_loss_data: bool = False
+        self, evaluate: Callable[[], Any], line: PackedSequence, states: Tensor, non_loss_data: bool = False
     ) -> Any:
         self.model.line, self.model.states = line, states
         try:
@@ -420,7 +423,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         self._config = self._role
         self._total_updates, self._updates, self._bad_updates = total_updates, 0, 0
         self._scale = LossScale(enabled=False)
-        self._gradients = Gradients(
+        self._gradients = GradBuffers(
             list(self.model.transformer.children()),
             self._megatron_config,
             bucket_size=own_options["bucket_size"],

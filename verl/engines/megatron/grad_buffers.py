@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-class Gradients:
+class GradBuffers:
     """Gradients in fp32 of the chunks of a model on this rank.
 
     Args:

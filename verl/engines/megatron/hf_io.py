@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from verl.engines.hf.hf_io import SHARD_BYTES, bytes_of, files_of, name_in_files, name_parts, write_part
 from verl.engines.hf.models import VALUE_HEAD
-from verl.engines.megatron.weight_mapping import Anatomy
+from verl.engines.megatron.weight_mapping import MegatronModelSpec
 from verl.weight_sync.layout import (
     Bounds,
-    Piece,
+    TensorShard,
     intersection,
     offset_of,
     sizes,
@@ -31,7 +31,7 @@ from verl.weight_sync.layout import (
 
 @torch.no_grad()
 def fill_from_folder(
-    pieces: Sequence[Piece], homes: Mapping[str, Tensor], folder: Path, anatomy: Anatomy
+    pieces: Sequence[TensorShard], homes: Mapping[str, Tensor], folder: Path, anatomy: MegatronModelSpec
 ) -> None:
     """Reads the pieces of this rank, and nothing else, from a Hugging Face folder.
 
@@ -43,7 +43,7 @@ def fill_from_folder(
     """
     files = files_of(folder)
     head = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
-    by_file: dict[Path, list[tuple[str, Bounds, Piece]]] = {}
+    by_file: dict[Path, list[tuple[str, Bounds, TensorShard]]] = {}
     for piece in pieces:
         if piece.name in anatomy.head_shapes:
             _put(
@@ -61,11 +61,13 @@ def fill_from_folder(
             for name, bounds, piece in wanted:
                 common = intersection(piece.bounds, bounds)
                 assert common is not None
-                part = Piece(piece.name, common, piece.home, offset_of(common, piece))
+                part = TensorShard(piece.name, common, piece.home, offset_of(common, piece))
                 _put(part, homes, _slice(file.get_slice(name), part, bounds, path))
 
 
-def _found(piece: Piece, files: Mapping[str, Path], anatomy: Anatomy) -> list[tuple[str, Bounds]]:
+def _found(
+    piece: TensorShard, files: Mapping[str, Path], anatomy: MegatronModelSpec
+) -> list[tuple[str, Bounds]]:
     """The tensors of the files that have values of a piece, each with the part of the whole tensor that it
     is.
     """
@@ -83,7 +85,7 @@ def _found(piece: Piece, files: Mapping[str, Path], anatomy: Anatomy) -> list[tu
     return [(str(names[name]), bounds) for name, bounds in parts]
 
 
-def _slice(saved: Any, part: Piece, bounds: Bounds, path: Path) -> Tensor:
+def _slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
     """A part of a whole tensor out of the tensor of a file that has these bounds in it; a file's tensor may
     lack leading dimensions.
     """
@@ -100,14 +102,16 @@ def _slice(saved: Any, part: Piece, bounds: Bounds, path: Path) -> Tensor:
     return values
 
 
-def _put(piece: Piece, homes: Mapping[str, Tensor], values: Tensor) -> None:
+def _put(piece: TensorShard, homes: Mapping[str, Tensor], values: Tensor) -> None:
     place = homes[piece.home][slices_at_home(piece.bounds, piece.offset)]
     place.copy_(values.reshape(place.shape))
 
 
 @torch.no_grad()
 def whole_tensors(
-    shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[int, Sequence[Piece]], homes: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Mapping[int, Sequence[TensorShard]],
+    homes: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and whole tensors, one after the other: each rank sends its pieces of one to all others; a
     collective.
@@ -118,7 +122,7 @@ def whole_tensors(
         homes: of this rank.
     """
     own = next(iter(homes.values()))
-    by_name: dict[str, dict[int, list[Piece]]] = {}
+    by_name: dict[str, dict[int, list[TensorShard]]] = {}
     seen: set[tuple[str, Any]] = set()
     for rank, some in pieces.items():
         for piece in some:
@@ -132,7 +136,7 @@ def whole_tensors(
         yield name, tensor
 
 
-def _send(rank: int, parts: Sequence[Piece], homes: Mapping[str, Tensor], tensor: Tensor) -> None:
+def _send(rank: int, parts: Sequence[TensorShard], homes: Mapping[str, Tensor], tensor: Tensor) -> None:
     """Puts what a rank has of a whole tensor into it, on all ranks; in one message."""
     lengths = [volume(part.bounds) for part in parts]
     buffer = tensor.new_empty(sum(lengths))
@@ -145,7 +149,10 @@ def _send(rank: int, parts: Sequence[Piece], homes: Mapping[str, Tensor], tensor
 
 
 def export_folder(
-    folder: Path, anatomy: Anatomy, tensors: Iterator[tuple[str, Tensor]], head: Iterator[tuple[str, Tensor]]
+    folder: Path,
+    anatomy: MegatronModelSpec,
+    tensors: Iterator[tuple[str, Tensor]],
+    head: Iterator[tuple[str, Tensor]],
 ) -> None:
     """Writes a model in Hugging Face format; on all ranks together, of which the first writes."""
     writes = dist.get_rank() == 0
@@ -176,7 +183,9 @@ def export_folder(
         save_file(of_head, folder / VALUE_HEAD)
 
 
-def _as_saved(tensors: Iterator[tuple[str, Tensor]], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+def _as_saved(
+    tensors: Iterator[tuple[str, Tensor]], anatomy: MegatronModelSpec
+) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors as a folder has them: stacked experts one by one."""
     for name, tensor in tensors:
         for saved, bounds in anatomy.in_folder(name):

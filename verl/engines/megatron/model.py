@@ -28,8 +28,8 @@ from transformers import PretrainedConfig
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import RowLayout, rows_attention
 from verl.engines.hf.models import Backbone, PolicyModel, Precision, ValueModel
-from verl.engines.megatron.parallel_dims import Grid
-from verl.engines.megatron.weight_mapping import Anatomy
+from verl.engines.megatron.parallel_dims import RankCoordinates
+from verl.engines.megatron.weight_mapping import MegatronModelSpec
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.engines.tensor_parallel import without_padding_gradient
 
@@ -38,7 +38,7 @@ from verl.engines.tensor_parallel import without_padding_gradient
 
 
 @dataclass
-class RowParams(PackedSeqParams):
+class PackedAttentionParams(PackedSeqParams):
     """What Megatron-Core hands through to the attention of every layer: a line is one sequence, and `layout`
     knows its rows.
     """
@@ -48,7 +48,7 @@ class RowParams(PackedSeqParams):
 
 
 @dataclass(frozen=True)
-class Line:
+class PackedSequence:
     """Rows end to end, as a rank reads them.
 
     Attributes:
@@ -60,11 +60,11 @@ class Line:
 
     input_ids: Tensor
     position_ids: Tensor
-    params: RowParams
+    params: PackedAttentionParams
     num_places: int
 
     @classmethod
-    def of(cls, inputs: ModelInput, sequence: SequenceGroup | None, num_places: int) -> Line:
+    def of(cls, inputs: ModelInput, sequence: SequenceGroup | None, num_places: int) -> PackedSequence:
         """The line of packed rows, filled up by places that belong to no row and that nobody sees."""
         layout = RowLayout.of(inputs)
         to_padded, from_padded = layout.padded_index
@@ -75,7 +75,7 @@ class Line:
         if sequence is not None:
             ids, positions = sequence.slice_of(ids), sequence.slice_of(positions)
         filled = RowLayout(inputs.lengths, True, layout.device, index=index, sequence=sequence)
-        return cls(ids, positions, RowParams(layout=filled), num_places)
+        return cls(ids, positions, PackedAttentionParams(layout=filled), num_places)
 
 
 class RMSNorm(nn.Module):
@@ -110,7 +110,13 @@ class RowAttention(MegatronModule):
         self.layer_idx = layer_number
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: RowParams, **__: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: PackedAttentionParams,
+        **__: Any,
     ) -> Tensor:
         """[n, 1, H * D] from query, key and value [n, 1, ., D]."""
         assert packed_seq_params.layout is not None
@@ -119,7 +125,7 @@ class RowAttention(MegatronModule):
         return attended[0].flatten(1)[:, None]
 
 
-class Chunk(GPTModel):
+class PipelineStage(GPTModel):
     """Consecutive layers, with the embedding before the first and the final norm and the head after the last
     of a model.
 
@@ -129,7 +135,7 @@ class Chunk(GPTModel):
     def __init__(
         self,
         config: TransformerConfig,
-        anatomy: Anatomy,
+        anatomy: MegatronModelSpec,
         *,
         has_embedding: bool,
         has_head: bool,
@@ -185,7 +191,9 @@ class Chunk(GPTModel):
         return hidden_states[:, 0]
 
 
-def _layers(config: TransformerConfig, anatomy: Anatomy, number: int | None) -> TransformerBlockSubmodules:
+def _layers(
+    config: TransformerConfig, anatomy: MegatronModelSpec, number: int | None
+) -> TransformerBlockSubmodules:
     """What the layers of a chunk are made of."""
     spec = get_gpt_layer_local_spec(
         num_experts=anatomy.num_experts or None,
@@ -203,14 +211,14 @@ def _layers(config: TransformerConfig, anatomy: Anatomy, number: int | None) -> 
     )
 
 
-class Chunks(nn.ModuleList):
+class PipelineStages(nn.ModuleList):
     """The chunks of this rank, in the place of a Transformers model.
 
     Attributes:
         config: of the model, as Transformers has it.
     """
 
-    def __init__(self, chunks: Iterable[Chunk], config: PretrainedConfig) -> None:
+    def __init__(self, chunks: Iterable[PipelineStage], config: PretrainedConfig) -> None:
         super().__init__(chunks)
         self.config = config
 
@@ -223,7 +231,7 @@ class _OnLastStage(Backbone):
         states: [N, hidden] of it, or this rank's part of them.
     """
 
-    line: Line
+    line: PackedSequence
     states: Tensor
 
     def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +247,9 @@ class MegatronPolicy(_OnLastStage, PolicyModel):
     each.
     """
 
-    def __init__(self, chunks: Chunks, anatomy: Anatomy, precision: Precision, *, has_head: bool) -> None:
+    def __init__(
+        self, chunks: PipelineStages, anatomy: MegatronModelSpec, precision: Precision, *, has_head: bool
+    ) -> None:
         super().__init__(chunks, precision)  # type: ignore[arg-type]
         self._vocab = anatomy.config.vocab_size
         last: Any = chunks[-1]
@@ -258,7 +268,7 @@ class MegatronPolicy(_OnLastStage, PolicyModel):
 class MegatronValue(_OnLastStage, ValueModel):
     """A value model, whose head all tensor ranks have."""
 
-    def __init__(self, chunks: Chunks, precision: Precision, *, has_head: bool) -> None:
+    def __init__(self, chunks: PipelineStages, precision: Precision, *, has_head: bool) -> None:
         Backbone.__init__(self, chunks, precision)  # type: ignore[arg-type]
         last: Any = chunks[-1]
         if has_head:
@@ -266,7 +276,7 @@ class MegatronValue(_OnLastStage, ValueModel):
 
 
 def transformer_config(
-    anatomy: Anatomy, grid: Grid, precision: Precision, options: dict[str, Any]
+    anatomy: MegatronModelSpec, grid: RankCoordinates, precision: Precision, options: dict[str, Any]
 ) -> TransformerConfig:
     """The model as Megatron-Core describes it; options are fields of its own configuration.
 
@@ -314,7 +324,7 @@ def transformer_config(
         raise ValueError(f"Megatron-Core refuses this model or its options: {error}") from error
 
 
-def _of_layers(anatomy: Anatomy) -> dict[str, Any]:
+def _of_layers(anatomy: MegatronModelSpec) -> dict[str, Any]:
     """What the layers of a model compute, in Megatron-Core's words."""
     config = anatomy.config
     fields: dict[str, Any] = {
@@ -347,11 +357,13 @@ def _of_layers(anatomy: Anatomy) -> dict[str, Any]:
     }
 
 
-def make_chunks(config: TransformerConfig, anatomy: Anatomy, grid: Grid) -> list[Chunk]:
-    """The chunks of this rank, to be filled; inside `Grid.active`."""
+def make_stages(
+    config: TransformerConfig, anatomy: MegatronModelSpec, grid: RankCoordinates
+) -> list[PipelineStage]:
+    """The chunks of this rank, to be filled; inside `RankCoordinates.active`."""
     virtual = grid.extents.virtual
     return [
-        Chunk(
+        PipelineStage(
             config,
             anatomy,
             has_embedding=grid.stage == 0 and number == 0,

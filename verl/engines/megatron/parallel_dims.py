@@ -14,14 +14,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from verl.controller.dispatch import Place
+from verl.controller.dispatch import RankPlace
 from verl.engines.megatron.cpu_patches import megatron_on
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh
 
 
 @dataclass(frozen=True)
-class Extents:
+class ParallelSizes:
     """Ranks in each direction of a grid; what they leave over are data ranks.
 
     Attributes:
@@ -59,7 +59,7 @@ class Extents:
 
 
 @dataclass(frozen=True)
-class Grid:
+class RankCoordinates:
     """This rank among those of a model.
 
     Attributes:
@@ -77,7 +77,7 @@ class Grid:
         mesh: the sizes, for those who generate with the weights.
     """
 
-    extents: Extents
+    extents: ParallelSizes
     device: torch.device
     tensor_rank: int
     stage: int
@@ -87,7 +87,7 @@ class Grid:
     data_ranks: dist.ProcessGroup
     replica: dist.ProcessGroup
     collector: int
-    places: Mapping[str, Place]
+    places: Mapping[str, RankPlace]
     mesh: Mesh
     _state: Mapping[str, Any]
 
@@ -111,10 +111,10 @@ class Grid:
 
 
 # Grids of this process by the world they are in, their extents and device: every group costs a communicator.
-_grids: dict[tuple[Any, Extents, str], Grid] = {}
+_grids: dict[tuple[Any, ParallelSizes, str], RankCoordinates] = {}
 
 
-def make_grid(extents: Extents, device: torch.device) -> Grid:
+def make_coordinates(extents: ParallelSizes, device: torch.device) -> RankCoordinates:
     """The grid over all ranks of the default process group; every rank makes it at once.
 
     Raises:
@@ -136,7 +136,7 @@ def _groups() -> dict[str, Any]:
     }
 
 
-def _new_grid(extents: Extents, device: torch.device) -> Grid:
+def _new_grid(extents: ParallelSizes, device: torch.device) -> RankCoordinates:
     before = _groups()
     try:
         with megatron_on(device):
@@ -170,10 +170,10 @@ def _new_grid(extents: Extents, device: torch.device) -> Grid:
     collector = everywhere.index((data, 0, extents.pipeline - 1, 0))
     collects = dist.get_rank() == collector
     places = {
-        "ranks": Place(dist.get_rank(), True),
-        "train": Place(data, collects),
-        "generate": Place(data, collects),
-        "stages": Place(stage, (data, line, tensor) == (0, 0, 0)),
+        "ranks": RankPlace(dist.get_rank(), True),
+        "train": RankPlace(data, collects),
+        "generate": RankPlace(data, collects),
+        "stages": RankPlace(stage, (data, line, tensor) == (0, 0, 0)),
     }
     sequence = SequenceGroup(context, line, extents.context) if extents.context > 1 else None
     sizes = {
@@ -183,7 +183,7 @@ def _new_grid(extents: Extents, device: torch.device) -> Grid:
         "experts": max(1, extents.expert),
     }
     mesh = Mesh(**sizes, replicas=len(same_rows))
-    return Grid(
+    return RankCoordinates(
         extents,
         device,
         tensor,
@@ -200,7 +200,7 @@ def _new_grid(extents: Extents, device: torch.device) -> Grid:
     )
 
 
-def _initialize(extents: Extents, device: torch.device) -> None:
+def _initialize(extents: ParallelSizes, device: torch.device) -> None:
     """Makes Megatron-Core's groups anew."""
     vars(parallel_state).update(
         {name: {} if isinstance(value, dict) else None for name, value in _groups().items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from verl.weight_sync.layout import Bounds, Piece, whole
+from verl.weight_sync.layout import Bounds, TensorShard, whole
 
 # Families whose weights this module can place, and what their folders call the parts of a mixture of experts:
 # router, gate, up, down.
@@ -63,7 +63,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class MegatronModelSpec:
     """A model as its Hugging Face configuration describes it.
 
     Attributes:
@@ -250,9 +250,9 @@ class Anatomy:
             for part, start, stop in halves
         ]
 
-    def pieces(self, share: Share) -> list[Piece]:
+    def pieces(self, share: Share) -> list[TensorShard]:
         """What of the whole tensors a rank holds; the homes are parameters of its chunks, as `CHUNK.NAME`."""
-        pieces: list[Piece] = []
+        pieces: list[TensorShard] = []
         last = len(share.chunks) - 1
         if share.is_first:
             pieces += self._vocabulary("embed_tokens.weight", "0.embedding.word_embeddings.weight", share)
@@ -261,35 +261,37 @@ class Anatomy:
                 own = f"{self.prefix}layers.{layer}."
                 home = f"{chunk}.decoder.layers.{layer - start}."
                 pieces += [
-                    Piece(own + p.name, p.bounds, home + p.home, p.offset) for p in self._layer_pieces(share)
+                    TensorShard(own + p.name, p.bounds, home + p.home, p.offset)
+                    for p in self._layer_pieces(share)
                 ]
         if share.is_last:
             norm = f"{self.prefix}norm.weight"
             pieces.append(
-                Piece(norm, whole(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,))
+                TensorShard(norm, whole(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,))
             )
         if share.is_last and self.kind == "policy" and not (self.is_tied and share.is_first):
             name = "embed_tokens.weight" if self.is_tied else "lm_head.weight"
             pieces += self._vocabulary(name, f"{last}.output_layer.weight", share)
         return pieces
 
-    def head_pieces(self, share: Share) -> list[Piece]:
+    def head_pieces(self, share: Share) -> list[TensorShard]:
         """The same of the head of a value model."""
         last = len(share.chunks) - 1
         shapes = self.head_shapes if share.is_last else {}
         return [
-            Piece(name, whole(shape), f"{last}.{name}", (0,) * len(shape)) for name, shape in shapes.items()
+            TensorShard(name, whole(shape), f"{last}.{name}", (0,) * len(shape))
+            for name, shape in shapes.items()
         ]
 
-    def _vocabulary(self, name: str, home: str, share: Share) -> list[Piece]:
+    def _vocabulary(self, name: str, home: str, share: Share) -> list[TensorShard]:
         """A slice of the rows of a tensor over the vocabulary; none, if it has padding only."""
         name = name if name.startswith("lm_head") else self.prefix + name
         rows = self.padded_vocab // share.tensor_size
         vocab, hidden = self.shapes[name]
         start, stop = share.tensor_rank * rows, min(vocab, (share.tensor_rank + 1) * rows)
-        return [Piece(name, ((start, stop), (0, hidden)), home, (0, 0))] if start < stop else []
+        return [TensorShard(name, ((start, stop), (0, hidden)), home, (0, 0))] if start < stop else []
 
-    def _layer_pieces(self, share: Share) -> Iterator[Piece]:
+    def _layer_pieces(self, share: Share) -> Iterator[TensorShard]:
         shapes = self._layer_shapes()
         homes = {
             "input_layernorm.weight": "input_layernorm.weight",
@@ -300,7 +302,7 @@ class Anatomy:
                 f"self_attn.{part}_norm.weight": f"self_attention.{part}_layernorm.weight" for part in "qk"
             }
         for name, home in homes.items():
-            yield Piece(name, whole(shapes[name]), home, (0,))
+            yield TensorShard(name, whole(shapes[name]), home, (0,))
         yield from self._attention(share, "weight", shapes)
         if self.has_qkv_bias:
             yield from self._attention(share, "bias", shapes)
@@ -308,13 +310,15 @@ class Anatomy:
         if not self.is_mixture:
             yield from _mlp(shapes, share)
             return
-        yield Piece("mlp.gate.weight", whole(shapes["mlp.gate.weight"]), "mlp.router.weight", (0, 0))
+        yield TensorShard("mlp.gate.weight", whole(shapes["mlp.gate.weight"]), "mlp.router.weight", (0, 0))
         for number, expert in enumerate(range(*share.experts)):
             for name, home in ((_GATE_UP, "linear_fc1"), (_DOWN, "linear_fc2")):
                 bounds = ((expert, expert + 1), *whole(shapes[name][1:]))
-                yield Piece(name, bounds, f"mlp.experts.local_experts.{number}.{home}.weight", (0, 0))
+                yield TensorShard(name, bounds, f"mlp.experts.local_experts.{number}.{home}.weight", (0, 0))
 
-    def _attention(self, share: Share, what: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
+    def _attention(
+        self, share: Share, what: str, shapes: dict[str, tuple[int, ...]]
+    ) -> Iterator[TensorShard]:
         """Megatron keeps the queries of a group of heads, its key and its value one after the other."""
         own = self.groups // share.tensor_size
         queries = self.config.num_attention_heads // self.groups * self.head_dim
@@ -329,32 +333,32 @@ class Anatomy:
             ):
                 bounds = ((group * size, (group + 1) * size), *rest)
                 offset = (row + begin, *(0 for _ in rest))
-                yield Piece(
+                yield TensorShard(
                     f"self_attn.{part}_proj.{what}", bounds, f"self_attention.linear_qkv.{what}", offset
                 )
 
 
-def _columns(name: str, home: str, shapes: dict[str, tuple[int, ...]], share: Share) -> Piece:
+def _columns(name: str, home: str, shapes: dict[str, tuple[int, ...]], share: Share) -> TensorShard:
     """A slice of the inputs of a matrix."""
     rows, columns = shapes[name]
     width = columns // share.tensor_size
-    return Piece(
+    return TensorShard(
         name, ((0, rows), (share.tensor_rank * width, (share.tensor_rank + 1) * width)), home, (0, 0)
     )
 
 
-def _mlp(shapes: dict[str, tuple[int, ...]], share: Share) -> Iterator[Piece]:
+def _mlp(shapes: dict[str, tuple[int, ...]], share: Share) -> Iterator[TensorShard]:
     """Slices of gate and up, one after the other in one matrix, and of down."""
     rows, columns = shapes["mlp.gate_proj.weight"]
     height = rows // share.tensor_size
     bounds = ((share.tensor_rank * height, (share.tensor_rank + 1) * height), (0, columns))
-    yield Piece("mlp.gate_proj.weight", bounds, "mlp.linear_fc1.weight", (0, 0))
-    yield Piece("mlp.up_proj.weight", bounds, "mlp.linear_fc1.weight", (height, 0))
+    yield TensorShard("mlp.gate_proj.weight", bounds, "mlp.linear_fc1.weight", (0, 0))
+    yield TensorShard("mlp.up_proj.weight", bounds, "mlp.linear_fc1.weight", (height, 0))
     yield _columns("mlp.down_proj.weight", "mlp.linear_fc2.weight", shapes, share)
 
 
 def check_divisible(
-    anatomy: Anatomy, *, tensor: int, context: int, expert: int, chunks: int, packing: bool
+    anatomy: MegatronModelSpec, *, tensor: int, context: int, expert: int, chunks: int, packing: bool
 ) -> None:
     """Refuses sizes that a model cannot be spread over.
 

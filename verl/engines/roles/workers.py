@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from verl.algorithms.objective import Algorithm
-from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, Transfer, broadcast, register
+from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, DispatchMode, broadcast, register
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput, Ragged, present_mask
-from verl.data.packing import Plan
+from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine, Objective, TrainEngine
 from verl.engines.hf.models import PolicyModel, ValueModel, at_targets, entropies
 from verl.engines.micro_batches import MicroBatches, counted, mean_over, per_token, run_updates
@@ -44,7 +44,7 @@ def _all(results: Sequence[bool], arguments: object) -> bool:
 
 
 # The same arguments to all ranks; of numbers by name the largest.
-FULLEST = Transfer("ranks", broadcast, _fullest)
+FULLEST = DispatchMode("ranks", broadcast, _fullest)
 
 
 class RoleWorker(Worker):
@@ -76,16 +76,16 @@ class RoleWorker(Worker):
         self.engine.export(folder)
 
 
-class Writer(RoleWorker):
+class ColumnWorker(RoleWorker):
     """A role that gives the rows a column before the update."""
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """The columns, as a batch of the same rows."""
         raise NotImplementedError
 
 
-class Learner(Writer):
+class Learner(ColumnWorker):
     """A role that is trained.
 
     Args:
@@ -104,7 +104,7 @@ class Learner(Writer):
         self._epochs = epochs
 
     @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
+    def update(self, batch: Batch, plan: BatchPlan, kl_coef: float) -> dict[str, float]:
         """Runs every update of a step on rows that have their weights.
 
         Returns:
@@ -115,7 +115,7 @@ class Learner(Writer):
         )
 
     @register(PLANNED_METRICS)
-    def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
+    def accumulate(self, batch: Batch, plan: BatchPlan, kl_coef: float, first_row: int) -> None:
         """Runs forward and backward on a portion of the rows of a step of one update; see
         `verl.engines.streaming`.
 
@@ -148,7 +148,7 @@ class Learner(Writer):
         """Forgets the portions since the last update."""
         self.engine.discard()
 
-    @register(Transfer("ranks", broadcast, _all))
+    @register(DispatchMode("ranks", broadcast, _all))
     def accumulates(self) -> bool:
         """Whether the engine takes an update in portions."""
         return self.engine.accumulates
@@ -166,7 +166,7 @@ class Learner(Writer):
         self._saving = thread.submit(self.engine.save(folder))
         thread.shutdown(wait=False)
 
-    @register(Transfer("ranks", broadcast, _all))
+    @register(DispatchMode("ranks", broadcast, _all))
     def is_saved(self) -> bool:
         """Whether it is written, or has failed, on every rank."""
         assert self._saving is not None
@@ -213,7 +213,7 @@ class PolicyWorker(Learner):
         return self.engine.model
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are
         now.
         """
@@ -230,7 +230,7 @@ class PolicyWorker(Learner):
         )
 
     @register(PLANNED)
-    def write_reference(self, batch: Batch, plan: Plan) -> Batch:
+    def write_reference(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`ref_logprobs` of the policy without its low-rank additions: the model that it started from."""
         with self.engine.adapter_off():
             logprobs = policy_logprobs(
@@ -239,7 +239,7 @@ class PolicyWorker(Learner):
         return over_response(batch, {"ref_logprobs": logprobs})
 
     @register(PLANNED_METRICS)
-    def update(self, batch: Batch, plan: Plan, kl_coef: float) -> dict[str, float]:
+    def update(self, batch: Batch, plan: BatchPlan, kl_coef: float) -> dict[str, float]:
         """Minimises the policy loss."""
         needs_whole = self._algorithm.needs_whole_minibatch
         before = self._write_gradients if needs_whole and not self._has_whole_minibatches(plan) else None
@@ -249,7 +249,7 @@ class PolicyWorker(Learner):
         return mean_over(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
 
     @register(PLANNED_METRICS)
-    def accumulate(self, batch: Batch, plan: Plan, kl_coef: float, first_row: int) -> None:
+    def accumulate(self, batch: Batch, plan: BatchPlan, kl_coef: float, first_row: int) -> None:
         """See `Learner.accumulate`."""
         if self._algorithm.needs_whole_minibatch:
             raise ValueError(
@@ -279,11 +279,11 @@ class PolicyWorker(Learner):
         entropy = entropies(log_probs, with_grad=self._algorithm.entropy_coef != 0)
         return (at_targets(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
 
-    def _has_whole_minibatches(self, plan: Plan) -> bool:
+    def _has_whole_minibatches(self, plan: BatchPlan) -> bool:
         """Whether each update is a single micro-batch of this rank alone, whose own forward pass gives the
         statistics.
         """
-        single = all(sum(map(bool, plan_rows(Plan([minibatch])))) <= 1 for minibatch in plan.minibatches)
+        single = all(sum(map(bool, plan_rows(BatchPlan([minibatch])))) <= 1 for minibatch in plan.minibatches)
         return len(self.engine.gather_over_data(single)) == 1 and single
 
     def _write_gradients(self, batch: Batch, micro_batches: MicroBatches) -> dict[str, float]:
@@ -330,7 +330,7 @@ class CriticWorker(Learner):
         return self.engine.model
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`values`: of the state before each response token."""
         return over_response(
             batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)}
@@ -361,7 +361,7 @@ class ProcessRewardWorker(Learner):
         self._reads = critic_reads(algorithm)
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`prm_logprobs`."""
         logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
         return over_response(batch, {"prm_logprobs": logprobs})
@@ -380,7 +380,7 @@ class ProcessRewardWorker(Learner):
         return objective
 
 
-class ReferenceWorker(Writer):
+class ReferenceWorker(ColumnWorker):
     """The policy that must not be left: writes `ref_logprobs`; never trained."""
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int) -> None:
@@ -389,13 +389,13 @@ class ReferenceWorker(Writer):
         self._chunk = chunk
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`ref_logprobs`."""
         logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
         return over_response(batch, {"ref_logprobs": logprobs})
 
 
-class TeacherWorker(Writer):
+class TeacherWorker(ColumnWorker):
     """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never
     trained.
     """
@@ -407,7 +407,7 @@ class TeacherWorker(Writer):
         self._top_k = top_k
 
     @register(PLANNED)
-    def write(self, batch: Batch, plan: Plan) -> Batch:
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
         model, k = self.engine.model, self._top_k
         assert isinstance(model, PolicyModel)
@@ -435,7 +435,7 @@ class TeacherWorker(Writer):
 
 
 def policy_logprobs(
-    engine: ForwardEngine, batch: Batch, plan: Plan, *, temperature: float, chunk: int
+    engine: ForwardEngine, batch: Batch, plan: BatchPlan, *, temperature: float, chunk: int
 ) -> Tensor:
     """[B, T] fp32 logprobs of the response tokens under the engine's model."""
     model = engine.model
@@ -447,7 +447,7 @@ def policy_logprobs(
     )
 
 
-def plan_rows(plan: Plan) -> list[list[int]]:
+def plan_rows(plan: BatchPlan) -> list[list[int]]:
     """All micro-batches of a one-rank plan, minibatch after minibatch."""
     return [rows for minibatch in plan.minibatches for rows in minibatch[0]]
 
@@ -479,7 +479,7 @@ def critic_reads(algorithm: Algorithm) -> set[str]:
     return {*algorithm.value_loss.columns, "weights", "row_weights"} - {"new_values", "prm_logprobs"}
 
 
-def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
+def write_weights(batch: Batch, plan: BatchPlan, algorithm: Algorithm) -> None:
     """Adds what each token and row counts in the loss of its minibatch, whatever the ranks and micro-batches
     are.
 
@@ -505,7 +505,7 @@ def write_weights(batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
         batch.write("likelihood_weights", of_likelihood)
 
 
-def with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
+def with_advantages(batch: Batch, plan: BatchPlan) -> tuple[BatchPlan, dict[str, float]]:
     """The plan without the rows whose advantages are all 0, whose gradient is 0, and their share.
 
     Of a minibatch of such rows alone the shortest stays: the optimizer must see its gradient of 0.
@@ -522,7 +522,7 @@ def with_advantages(batch: Batch, plan: Plan) -> tuple[Plan, dict[str, float]]:
             for micro_batches in plan.minibatches[number]
         ]
 
-    short = Plan([kept(number) for number in range(len(plan.minibatches))])
+    short = BatchPlan([kept(number) for number in range(len(plan.minibatches))])
     num_kept = sum(len(short.rows_of_minibatch(number)) for number in range(len(short.minibatches)))
     return short, {"skipped_rows_share": 1 - num_kept / batch.num_rows}
 

@@ -130,7 +130,7 @@ class _Command:
     result: Future[Any]
 
 
-class GenerationThread:
+class AsyncGenerator:
     """Runs a model; everything about it is asked from one event loop.
 
     Attributes:

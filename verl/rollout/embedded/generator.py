@@ -12,7 +12,7 @@ from torch import Tensor
 
 from verl.engines.hf.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.sampling import RowParams, answer_seed, draw, truncated, uniforms
+from verl.rollout.embedded.sampling import RowSampling, answer_seed, draw, truncated, uniforms
 from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
@@ -284,7 +284,7 @@ class Generation:
         self._note_likeliest(self.rows[start:], logits, params)
         return self.rows[start:]
 
-    def _note_likeliest(self, rows: Sequence[Row], logits: Tensor, params: RowParams) -> None:
+    def _note_likeliest(self, rows: Sequence[Row], logits: Tensor, params: RowSampling) -> None:
         """Notes the most likely tokens, by the distribution that was drawn from, for the rows that want them."""
         if not (count := max(row.num_likeliest for row in rows)):
             return
@@ -332,9 +332,9 @@ class Generation:
         stop_ids = frozenset((*self.codec.stop_ids, *group.params.stop_ids))
         return Row(group.request, sample, group.prompt, group.params, stop_ids, group.num_likeliest)
 
-    def _row_params(self, start: int = 0) -> RowParams:
+    def _row_params(self, start: int = 0) -> RowSampling:
         vocabulary = self.model.transformer.config.get_text_config().vocab_size
-        return RowParams.of(
+        return RowSampling.of(
             [r.params for r in self.rows[start:]], vocabulary=vocabulary, device=self.tokens.device
         )
 

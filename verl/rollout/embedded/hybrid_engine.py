@@ -23,17 +23,17 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.config.settings import ParallelConfig
-from verl.controller.dispatch import Place
+from verl.controller.dispatch import RankPlace
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.hf_io import own_pieces
 from verl.engines.hf.meta_init import empty_transformer, kept_tied
 from verl.engines.hf.models import PolicyModel, Precision
 from verl.engines.tensor_parallel import TENSOR_PARALLEL, check_sizes, parallelize
 from verl.utils.device import PRECISIONS
-from verl.weight_sync.layout import Layout, sizes
+from verl.weight_sync.layout import ShardLayout, sizes
 from verl.weight_sync.meshes import Mesh, groups
 from verl.weight_sync.reshard_exchange import exchange_by_bucket, part_of
-from verl.weight_sync.reshard_plan import BUCKET_BYTES, Copy, Plan, make_plan
+from verl.weight_sync.reshard_plan import BUCKET_BYTES, Copy, ReshardPlan, make_plan
 
 # Devices of a machine, beyond which sharing every matrix is slow.
 _MOST_TENSOR = 8
@@ -120,7 +120,7 @@ class HybridEngine:
         # matrix is split further than by the tensor ranks of training, and then a little more travels.
         replicas = [sorted(ranks) for ranks in groups(engine.mesh, tensor=tensor)]
         replica = next(i for i, ranks in enumerate(replicas) if self._rank in ranks)
-        self.place = Place(replica, replicas[replica][0] == self._rank)
+        self.place = RankPlace(replica, replicas[replica][0] == self._rank)
         self.model = self._empty_model(engine, replicas, precision)
         self.plan = self._plan(bucket_bytes)
         self._shared = self._share()
@@ -157,13 +157,13 @@ class HybridEngine:
             )
         return PolicyModel(transformer, precision)
 
-    def _plan(self, bucket_bytes: int) -> Plan:
+    def _plan(self, bucket_bytes: int) -> ReshardPlan:
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, (self._engine.pieces(), own_pieces(self.model.transformer)))
         shapes = {
             name: tuple(parameter.shape) for name, parameter in self.model.transformer.named_parameters()
         }
-        source, target = (Layout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
+        source, target = (ShardLayout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
         return make_plan(
             source, target, itemsize=self._dtype.itemsize, bucket_bytes=bucket_bytes, rank=self._rank
         )

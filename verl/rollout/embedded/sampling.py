@@ -47,7 +47,7 @@ def _shifted(state: Tensor, bits: int) -> Tensor:
 
 
 @dataclass
-class RowParams:
+class RowSampling:
     """Sampling parameters of A rows as tensors [A].
 
     Attributes:
@@ -67,7 +67,7 @@ class RowParams:
     plain: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], *, vocabulary: int, device: torch.device) -> RowParams:
+    def of(cls, params: Sequence[SamplingParams], *, vocabulary: int, device: torch.device) -> RowSampling:
         """One row per entry."""
         return cls(
             torch.tensor([p.temperature or 1.0 for p in params], device=device),
@@ -79,7 +79,7 @@ class RowParams:
         )
 
 
-def truncated(logits: Tensor, params: RowParams) -> Tensor:
+def truncated(logits: Tensor, params: RowSampling) -> Tensor:
     """Logits [A, V] with -inf where top-k, top-p or min-p drop the token; the most likely token always stays.
 
     All three look at the distribution after the temperature; a token must pass each of them.
@@ -96,7 +96,7 @@ def truncated(logits: Tensor, params: RowParams) -> Tensor:
     return logits.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), float("-inf"))
 
 
-def draw(logits: Tensor, params: RowParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, params: RowSampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from; NaN for
     NaN logits.
 

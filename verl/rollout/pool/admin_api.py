@@ -18,17 +18,17 @@ from urllib.request import Request, urlopen
 
 from aiohttp import web
 
-from verl.rollout.engine import EngineSpec
-from verl.rollout.pool.threaded_pool import EnginePool
+from verl.rollout.engine import ServerSpec
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
 
 # In the folder of a run: where its endpoint is, and what it asks for; readable by the user of the run alone.
 FILE = "control.json"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
-NewSpec = Callable[[str, str | None], EngineSpec]
+NewSpec = Callable[[str, str | None], ServerSpec]
 
 
-class Control(RolloutEngine):
+class AdminAPI(RolloutEngine):
     """A pool of engines that `verl engines` can list and change while it works.
 
     Args:
@@ -37,7 +37,7 @@ class Control(RolloutEngine):
         new_spec: describes an engine of a name, to start or, with an address, to join.
     """
 
-    def __init__(self, pool: EnginePool, folder: Path, new_spec: NewSpec) -> None:
+    def __init__(self, pool: ThreadedInferencePool, folder: Path, new_spec: NewSpec) -> None:
         self.pool = pool
         self._file = folder / FILE
         self._new_spec = new_spec
@@ -54,7 +54,7 @@ class Control(RolloutEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `EnginePool.generate`."""
+        """See `ThreadedInferencePool.generate`."""
         self._tell()
         return self.pool.generate(prompts, params)
 

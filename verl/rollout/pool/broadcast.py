@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from verl.rollout.engine import EngineError, ServedEngine
+from verl.rollout.engine import EngineError, InferenceServer
 from verl.weight_sync.process_group import broadcast, open_group, send
-from verl.weight_sync.shard_tracking import Reads, slices_of
+from verl.weight_sync.shard_tracking import ShardRanges, slices_of
 from verl.weight_sync.shared_memory import map_file, num_bytes_of, pieces_in, unpacked
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 _LOOPBACK = "127.0.0.1"
 
@@ -32,7 +32,7 @@ class Broadcaster:
         self._group = group
 
     @classmethod
-    async def meet(cls, engine: ServedEngine) -> Broadcaster:
+    async def meet(cls, engine: InferenceServer) -> Broadcaster:
         """Listens, and waits for the engine's ranks.
 
         Raises:
@@ -49,7 +49,7 @@ class Broadcaster:
         group, _ = await both(opened, joined, f"engine {engine.spec.name} did not join the group for weights")
         return cls(group)
 
-    async def send(self, part: Part, engine: ServedEngine) -> None:
+    async def send(self, part: WeightChunk, engine: InferenceServer) -> None:
         """Sends the bytes of a part while the engine loads them: all to all ranks, or to each what it reads.
 
         Raises:
@@ -57,10 +57,10 @@ class Broadcaster:
         """
         content = map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
         sent = asyncio.to_thread(self._send, content, part)
-        loaded = engine.load(Part(part.tensors, "group", reads=part.reads))
+        loaded = engine.load(WeightChunk(part.tensors, "group", reads=part.reads))
         await both(sent, loaded, f"weights did not reach engine {engine.spec.name}")
 
-    def _send(self, content: Tensor, part: Part) -> None:
+    def _send(self, content: Tensor, part: WeightChunk) -> None:
         if not part.reads:
             broadcast(self._group, content)
             return
@@ -91,7 +91,7 @@ def free_port_at(address: str) -> int:
         return port
 
 
-def _packed(tensors: Mapping[str, Tensor], reads: Reads, infos: Sequence[TensorInfo]) -> Tensor:
+def _packed(tensors: Mapping[str, Tensor], reads: ShardRanges, infos: Sequence[TensorInfo]) -> Tensor:
     """[bytes] uint8, what a rank reads of the tensors, end to end."""
     pieces = [tensors[piece.name][slices_of(bounds)] for piece, bounds in pieces_in(infos, reads)]
     return torch.cat(

@@ -10,16 +10,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from verl.rollout.engine import EngineError, EngineSpec, RefusedError, ServedEngine
-from verl.rollout.pool.replica import Interrupted, Life, Member
-from verl.rollout.pool.request import Answer
-from verl.rollout.pool.router import Rooms, Session
-from verl.rollout.pool.weight_publisher import Update
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec
+from verl.rollout.pool.replica import Incarnation, Replica, RequestInterrupted
+from verl.rollout.pool.request import InflightRequest
+from verl.rollout.pool.router import PrefixAffinity, Router
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
-MakeEngine = Callable[[EngineSpec], ServedEngine]
+MakeEngine = Callable[[ServerSpec], InferenceServer]
 # What becomes of requests that run when weights come, see `rollout.on_update`.
 OnUpdate = Literal["keep", "recompute", "abort"]
 # How often engines are asked whether they are well, and how often one answer may move to another engine.
@@ -46,7 +46,7 @@ class _Counts:
     sync_bytes: int = 0
 
 
-class Fleet:
+class InferencePool:
     """Lets several engines answer, each the prompts for which it has room; what one has not finished, another
     goes on with.
 
@@ -89,10 +89,10 @@ class Fleet:
         on_update: OnUpdate = "keep",
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.members: list[Member] = []
+        self.members: list[Replica] = []
         self.version = 0
-        self.update: Update | None = None
-        self.policy_is_at_hand = False
+        self.update: WeightSnapshot | None = None
+        self.policy_can_send = False
         self.on_update = on_update
         self._make, self._codec, self._note = make, codec, note
         self._vocabulary, self._context, self._max_running, self._wait_s = (
@@ -102,7 +102,7 @@ class Fleet:
             wait_s,
         )
         self._counts = _Counts()
-        self._rooms = Rooms(max_running, self._free)
+        self._rooms = Router(max_running, self._free)
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._running = 0
         self._served_s = 0.0
@@ -118,14 +118,14 @@ class Fleet:
         return self._rooms.num_free
 
     @property
-    def takes_directly(self) -> bool:
+    def needs_policy(self) -> bool:
         """Whether the weights of this version are with the policy alone."""
         return self.update is not None and self.update.direct is not None
 
     # Engines
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def open(self, specs: Sequence[EngineSpec]) -> None:
+    async def open(self, specs: Sequence[ServerSpec]) -> None:
         """Starts all engines at once; those that fail are tried again, unless all do.
 
         Raises:
@@ -147,7 +147,7 @@ class Fleet:
             raise failures[0]
         self._do(self._watch())
 
-    async def add(self, spec: EngineSpec) -> None:
+    async def add(self, spec: ServerSpec) -> None:
         """One more engine, which serves as soon as it has started and has the weights.
 
         Raises:
@@ -187,7 +187,7 @@ class Fleet:
     # Weights
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def announce(self, version: int) -> None:
+    async def begin_update(self, version: int) -> None:
         """A version of the policy is about to be written: from here on no engine reads the one before, whose
         memory is given back.
 
@@ -198,10 +198,10 @@ class Fleet:
         await self._forget()
         if self.on_update == "abort":
             await asyncio.gather(
-                *(member.life.interrupt() for member in self.members if member.engine.follows)
+                *(member.life.interrupt() for member in self.members if member.engine.syncs_weights)
             )
 
-    async def spread(self, update: Update | None = None) -> None:
+    async def spread(self, update: WeightSnapshot | None = None) -> None:
         """Gives weights to all that have others, and returns when they serve them, or have failed.
 
         Args:
@@ -275,7 +275,7 @@ class Fleet:
             check_requests([prompt], [params], context=self._context)
         except ValueError as error:
             raise RefusedError(str(error).replace("prompt 0", "the prompt", 1)) from None
-        session, ids = Session(), list(prompt)
+        session, ids = PrefixAffinity(), list(prompt)
         one = replace(params, n=1, stop_ids=tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids))))
         if params.n == 1:
             return [await self._answer(ids, one, 0, session)]
@@ -301,22 +301,22 @@ class Fleet:
             raise
 
     async def _answer(
-        self, prompt: list[int], params: SamplingParams, number: int, session: Session
+        self, prompt: list[int], params: SamplingParams, number: int, session: PrefixAffinity
     ) -> Completion:
         """One answer, from as many engines as it takes."""
-        answer = Answer(params, self._codec)
+        answer = InflightRequest(params, self._codec)
         while answer.finish_reason is None:
             member = await self._rooms.find(session)
             life = member.life
             if self.on_update == "abort" and answer.versions and answer.versions[-1] != member.version:
                 self._counts.thrown_tokens += (
-                    answer.begin_anew()
+                    answer.restart()
                 )  # it lost its engine, and weights came before it had another one
             self._running += 1
             try:
                 await life.share(self._go_on(answer, member, prompt, number))
                 member.finished()
-            except Interrupted:
+            except RequestInterrupted:
                 self._cut(answer, len(prompt))
             except RefusedError as error:
                 asked = f"answer {number} to a prompt of {len(prompt)} tokens, with up to {params.max_tokens} more"
@@ -332,29 +332,31 @@ class Fleet:
                 self._running -= 1
         return answer.completion(self.version)
 
-    def _cut(self, answer: Answer, prompt_tokens: int) -> None:
+    def _cut(self, answer: InflightRequest, prompt_tokens: int) -> None:
         """Takes an answer from an engine that gets weights, or gives its memory back."""
         if self.on_update == "abort":
-            self._counts.thrown_tokens += answer.begin_anew()
+            self._counts.thrown_tokens += answer.restart()
             return
-        answer.end_if_due()
+        answer.finish_if_stopped()
         if answer.token_ids and answer.finish_reason is None:
             self._counts.recomputed_tokens += prompt_tokens + len(answer.token_ids)
 
-    def _move(self, answer: Answer, session: Session, error: EngineError, *, asked: str) -> None:
+    def _move(
+        self, answer: InflightRequest, session: PrefixAffinity, error: EngineError, *, asked: str
+    ) -> None:
         """Takes an answer from an engine that failed."""
         session.member = None
-        answer.moves += 1
+        answer.num_migrations += 1
         self._counts.moved += 1
         self._counts.kept_tokens += len(answer.token_ids)
-        if answer.moves > _MAX_MOVES:
+        if answer.num_migrations > _MAX_MOVES:
             sampled = f"{len(answer.token_ids)} of at most {answer.params.max_tokens} tokens"
             raise RuntimeError(
-                f"{asked} failed on {answer.moves} engines in turn, with {sampled} sampled; the last: {error}"
+                f"{asked} failed on {answer.num_migrations} engines in turn, with {sampled} sampled; the last: {error}"
             ) from error
-        answer.end_if_due()
+        answer.finish_if_stopped()
 
-    async def _go_on(self, answer: Answer, member: Member, prompt: list[int], number: int) -> None:
+    async def _go_on(self, answer: InflightRequest, member: Replica, prompt: list[int], number: int) -> None:
         """Samples the rest of an answer on one engine.
 
         Raises:
@@ -363,7 +365,7 @@ class Fleet:
         have = len(answer.token_ids)
         # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn
         # with.
-        own = number if not have or member.engine.seeds_by_place else number + _NUMBERS * have
+        own = number if not have or member.engine.position_seeded else number + _NUMBERS * have
         rest = replace(answer.params, max_tokens=answer.params.max_tokens - have) if have else answer.params
         row = [*prompt, *answer.token_ids] if have else prompt
         async with aclosing(member.sample(row, rest, number=own)) as chunks:  # type: ignore[type-var]
@@ -374,14 +376,14 @@ class Fleet:
                     break
                 answer.finish_reason = chunk.finish_reason
                 if have:
-                    answer.end_if_due()
+                    answer.finish_if_stopped()
                 if answer.finish_reason is not None:
                     return
         raise EngineError(f"engine {member.name} ended an answer without a token or without saying why")
 
-    def _free(self, member: Member) -> int:
+    def _free(self, member: Replica) -> int:
         """Requests that an engine could take now, with the weights of this version if it follows the policy."""
-        is_current = not member.engine.follows or (
+        is_current = not member.engine.syncs_weights or (
             member.taken is self.update and member.version == self.version
         )
         return member.free if is_current else 0
@@ -389,15 +391,15 @@ class Fleet:
     # The lives of engines
     # ---------------------------------------------------------------------------------------------------
 
-    def _member(self, spec: EngineSpec) -> Member:
+    def _member(self, spec: ServerSpec) -> Replica:
         if any(member.name == spec.name and member.state != "gone" for member in self.members):
             raise ValueError(f"need a name that no engine has, got {spec.name!r}")
         sizes = {"max_running": self._max_running, "vocabulary": self._vocabulary}
-        return Member(
+        return Replica(
             self._make(spec), clock=self.loop.time, changed=self._rooms.changed, note=self._note, **sizes
         )
 
-    async def _join(self, member: Member) -> None:
+    async def _join(self, member: Replica) -> None:
         try:
             await member.open()
         except Exception as error:  # the border to a program that is not ours
@@ -405,7 +407,7 @@ class Fleet:
         else:
             await self._sync(member)
 
-    async def _drain(self, member: Member) -> None:
+    async def _drain(self, member: Replica) -> None:
         while member.life.running:
             await asyncio.sleep(_DRAIN_POLL_S)
         await member.leave(f"engine {member.name} was removed")
@@ -418,7 +420,7 @@ class Fleet:
             self._rooms.changed(member)
         await self.settled()
 
-    async def _send_to_sleep(self, member: Member) -> None:
+    async def _send_to_sleep(self, member: Replica) -> None:
         life = member.life
         try:
             await life.interrupt()
@@ -426,19 +428,19 @@ class Fleet:
         except Exception as error:  # the border to a program that is not ours
             self._fail(member, life, error)
 
-    async def _sync(self, member: Member) -> None:
+    async def _sync(self, member: Replica) -> None:
         """Gives an engine the newest weights, if it follows the policy and has others, and they are here or
         the policy can be asked.
         """
         async with member.taking:
             update = self.update
-            is_here = update is not None and (update.direct is None or self.policy_is_at_hand)
+            is_here = update is not None and (update.direct is None or self.policy_can_send)
             # Else it stays stale until it is.
-            if update is not None and is_here and member.engine.follows and member.taken is not update:
+            if update is not None and is_here and member.engine.syncs_weights and member.taken is not update:
                 await self._give(update, member)
         self._rooms.changed(member)  # it is not coming any more
 
-    async def _give(self, update: Update, member: Member) -> None:
+    async def _give(self, update: WeightSnapshot, member: Replica) -> None:
         life = member.life
         if self.on_update == "recompute":
             await life.interrupt()
@@ -450,7 +452,7 @@ class Fleet:
         except Exception as error:  # the border to a program that is not ours
             self._fail(member, life, error)
 
-    def _fail(self, member: Member, life: Life, error: BaseException) -> None:
+    def _fail(self, member: Replica, life: Incarnation, error: BaseException) -> None:
         """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing
         of this one.
         """
@@ -462,7 +464,7 @@ class Fleet:
             return  # it has no requests any more, so it leaves
         self._do(self._restart(member))
 
-    async def _restart(self, member: Member) -> None:
+    async def _restart(self, member: Replica) -> None:
         """Ends it, starts it anew and gives it the newest weights; gives it up after several tries in vain."""
         pause_s = _FIRST_PAUSE_S
         while member.state == "failed":
@@ -498,7 +500,7 @@ class Fleet:
                     looks[member.name] = self._do(self._look(member, member.life))
             self._check_waiting()
 
-    async def _look(self, member: Member, life: Life) -> None:
+    async def _look(self, member: Replica, life: Incarnation) -> None:
         try:
             await member.engine.check()
         except Exception as error:  # the border to a program that is not ours
@@ -509,8 +511,8 @@ class Fleet:
         """Ends the waits for an engine if none has served for too long, or none ever will."""
         now_s = self.loop.time()
         # While the policy has yet to give its weights, it is not the engines for which one waits.
-        is_late = self.update is not None and (not self.takes_directly or self.policy_is_at_hand)
-        is_late = is_late or not any(member.engine.follows for member in self.members)
+        is_late = self.update is not None and (not self.needs_policy or self.policy_can_send)
+        is_late = is_late or not any(member.engine.syncs_weights for member in self.members)
         if (
             not self._rooms.has_waiters
             or not is_late

@@ -15,20 +15,20 @@ from torch import Tensor
 from verl.controller.dispatch import ONE_TO_ALL, SAME_ON_ALL, register
 from verl.controller.worker_group import WorkerGroup
 from verl.engines.roles.workers import RoleWorker
-from verl.rollout.engine import EngineError, ServedEngine
+from verl.rollout.engine import EngineError, InferenceServer
 from verl.rollout.pool.broadcast import address_towards, both, free_port_at
 from verl.weight_sync.fingerprint import digest
-from verl.weight_sync.layout import Layout, Piece, sizes, slices_at_home, whole
+from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, slices_at_home, whole
 from verl.weight_sync.process_group import open_group, shared_memory
 from verl.weight_sync.reshard_exchange import exchange
-from verl.weight_sync.reshard_plan import Copy, Plan, make_plan
-from verl.weight_sync.shard_tracking import Reads, key_of
+from verl.weight_sync.reshard_plan import Copy, ReshardPlan, make_plan
+from verl.weight_sync.shard_tracking import ShardRanges, shard_key
 from verl.weight_sync.shared_memory import dtype_of
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Of an address that is in no network, to find the way out of this machine; nothing is sent there. RFC 5737.
 _ELSEWHERE = "http://192.0.2.1"
-# What a rank of the policy sent: digests by rank of the engine and by `key_of`; and why it failed, if it did.
+# What a rank of the policy sent: digests by rank of the engine and by `shard_key`; and why it failed, if it did.
 Sent = tuple[dict[int, dict[str, int]], str]
 
 
@@ -52,13 +52,13 @@ class Plans:
         rank: whose copies are wanted; None: all.
     """
 
-    pieces: Sequence[Sequence[Piece]]
+    pieces: Sequence[Sequence[TensorShard]]
     rank: int | None = None
-    _made: dict[str, tuple[tuple[TensorInfo, ...], tuple[Reads, ...], Plan]] = field(
+    _made: dict[str, tuple[tuple[TensorInfo, ...], tuple[ShardRanges, ...], ReshardPlan]] = field(
         default_factory=dict, init=False
     )
 
-    def of(self, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Plan:
+    def of(self, infos: tuple[TensorInfo, ...], reads: tuple[ShardRanges, ...]) -> ReshardPlan:
         """For a part, of which each rank of an engine reads something."""
         first = infos[0].name
         made = self._made.get(first)
@@ -66,15 +66,17 @@ class Plans:
             made = self._made[first] = infos, reads, self._make(infos, reads)
         return made[2]
 
-    def _make(self, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Plan:
+    def _make(self, infos: tuple[TensorInfo, ...], reads: tuple[ShardRanges, ...]) -> ReshardPlan:
         shapes = {info.name: info.shape for info in infos}
         held = tuple(tuple(piece for piece in own if piece.name in shapes) for own in self.pieces)
         wanted = tuple(
-            tuple(Piece(name, bounds, name, (0,) * len(bounds)) for name in shapes for bounds in own[name])
+            tuple(
+                TensorShard(name, bounds, name, (0,) * len(bounds)) for name in shapes for bounds in own[name]
+            )
             for own in reads
         )
-        source = Layout(shapes, (*held, *(() for _ in wanted)))
-        target = Layout(shapes, (*(() for _ in held), *wanted))
+        source = ShardLayout(shapes, (*held, *(() for _ in wanted)))
+        target = ShardLayout(shapes, (*(() for _ in held), *wanted))
         # Which of them are near each other is not known.
         return make_plan(
             source,
@@ -93,7 +95,7 @@ class _Link:
     num_senders: int
 
 
-class DirectWorker(RoleWorker):
+class PolicyWeightSender(RoleWorker):
     """A rank of the policy that sends its weights to engines. What goes wrong on the way is told, and ends no
     rank.
     """
@@ -104,7 +106,7 @@ class DirectWorker(RoleWorker):
         self._plans: Plans | None = None
 
     @register(ONE_TO_ALL)
-    def held_pieces(self) -> tuple[list[Piece], str]:
+    def held_pieces(self) -> tuple[list[TensorShard], str]:
         """What of the weights lies on this rank; and which processes see the same shared memory."""
         return self.engine.pieces(), shared_memory()
 
@@ -115,7 +117,7 @@ class DirectWorker(RoleWorker):
         return address, free_port_at(address)
 
     @register(ONE_TO_ALL)
-    def join_engine(self, name: str, meeting: Meeting, pieces: Sequence[Sequence[Piece]]) -> str:
+    def join_engine(self, name: str, meeting: Meeting, pieces: Sequence[Sequence[TensorShard]]) -> str:
         """Joins the group with an engine, in place of one before; why that failed, if it did.
 
         Args:
@@ -136,7 +138,7 @@ class DirectWorker(RoleWorker):
         return ""
 
     @register(ONE_TO_ALL)
-    def send_weights(self, name: str, infos: tuple[TensorInfo, ...], reads: tuple[Reads, ...]) -> Sent:
+    def send_weights(self, name: str, infos: tuple[TensorInfo, ...], reads: tuple[ShardRanges, ...]) -> Sent:
         """Sends what this rank has of some tensors to those ranks of an engine that read it, which receive it
         meanwhile.
         """
@@ -152,7 +154,7 @@ class DirectWorker(RoleWorker):
                 home[slices_at_home(copy.bounds, copy.sender_offset)].reshape(sizes(copy.bounds)).to(dtype)
             )
             own = digests.setdefault(copy.receiver - link.num_senders, {})
-            own[key_of(copy.name, copy.bounds, shape=shapes[copy.name])] = digest(values)
+            own[shard_key(copy.name, copy.bounds, shape=shapes[copy.name])] = digest(values)
             return values
 
         try:
@@ -176,12 +178,12 @@ class DirectWorker(RoleWorker):
         return self.places["ranks"].data_rank
 
 
-class DirectSender:
+class P2PSender:
     """Lets the ranks of a policy send to engines, one engine at a time; used while nobody else calls the
     policy.
 
     Args:
-        policy: its ranks, each a `DirectWorker`.
+        policy: its ranks, each a `PolicyWeightSender`.
     """
 
     def __init__(self, policy: WorkerGroup) -> None:
@@ -191,7 +193,7 @@ class DirectSender:
         self._is_here = False
         self._joined: dict[str, object] = {}
 
-    async def send(self, part: Part, engine: ServedEngine, life: object) -> list[dict[str, int]]:
+    async def send(self, part: WeightChunk, engine: InferenceServer, life: object) -> list[dict[str, int]]:
         """Sends a part while the engine loads it.
 
         Args:
@@ -200,7 +202,7 @@ class DirectSender:
             life: another one than before means that the engine has begun anew and is met again.
 
         Returns:
-            For each rank of the engine the digests of what it was sent, by `key_of`.
+            For each rank of the engine the digests of what it was sent, by `shard_key`.
 
         Raises:
             EngineError: it did not get there. The group is given up, and the next part begins with another
@@ -215,28 +217,28 @@ class DirectSender:
                 return await self._sent(part, engine)
             except BaseException:
                 self._joined.pop(name, None)
-                await self._call(DirectWorker.leave_engine, name)
+                await self._call(PolicyWeightSender.leave_engine, name)
                 raise
 
-    async def _join(self, engine: ServedEngine) -> None:
+    async def _join(self, engine: InferenceServer) -> None:
         name, limit_s = engine.spec.name, engine.spec.timeout_s
         plans = await self._all_plans()
         is_near = engine.spec.address is None and self._is_here
         url = None if is_near else engine.spec.address or f"http://{address_towards(_ELSEWHERE)}"
-        address, port = await self._call(DirectWorker.meeting_place, url)
+        address, port = await self._call(PolicyWeightSender.meeting_place, url)
         num_senders = len(plans.pieces)
         meeting = Meeting(address, port, num_senders, num_senders + engine.num_ranks, limit_s)
         joined = engine.join_group(
             address=address, port=port, first_rank=num_senders, num_ranks=meeting.num_ranks, backend="gloo"
         )
         causes, _ = await both(
-            self._call(DirectWorker.join_engine, name, meeting, plans.pieces),
+            self._call(PolicyWeightSender.join_engine, name, meeting, plans.pieces),
             joined,
             f"engine {name} did not join the policy for weights",
         )
         _check(causes, f"engine {name} did not join the policy for weights")
 
-    async def _sent(self, part: Part, engine: ServedEngine) -> list[dict[str, int]]:
+    async def _sent(self, part: WeightChunk, engine: InferenceServer) -> list[dict[str, int]]:
         plans, name = await self._all_plans(), engine.spec.name
         everything = {info.name: (whole(info.shape),) for info in part.tensors}
         names = everything.keys()
@@ -250,8 +252,8 @@ class DirectSender:
             [[(c.name, c.bounds, c.sender) for c in bucket if c.receiver == rank] for bucket in plan.buckets]
             for rank in ranks
         ]
-        sending = self._call(DirectWorker.send_weights, name, part.tensors, reads)
-        loading = engine.load(Part(part.tensors, "direct", {"copies": copies}, part.reads))
+        sending = self._call(PolicyWeightSender.send_weights, name, part.tensors, reads)
+        loading = engine.load(WeightChunk(part.tensors, "direct", {"copies": copies}, part.reads))
         sent, _ = await both(sending, loading, f"weights did not reach engine {name}")
         _check([cause for _, cause in sent], f"weights did not reach engine {name}")
         digests: list[dict[str, int]] = [{} for _ in ranks]
@@ -262,7 +264,7 @@ class DirectSender:
 
     async def _all_plans(self) -> Plans:
         if self._plans is None:
-            held = await self._call(DirectWorker.held_pieces)
+            held = await self._call(PolicyWeightSender.held_pieces)
             self._plans = Plans([pieces for pieces, _ in held])
             self._is_here = {machine for _, machine in held} == {shared_memory()}
         return self._plans

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from verl.rollout.engine import Chunk, EngineError, RefusedError, ServedEngine
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, TokenChunk
 from verl.rollout.pool.broadcast import Broadcaster
-from verl.rollout.pool.weight_publisher import Update
+from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint_of_ranks
 from verl.weight_sync.shared_memory import part_of
-from verl.weight_sync.types import Part
+from verl.weight_sync.types import WeightChunk
 
 T = TypeVar("T")
 # starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have
@@ -25,11 +25,11 @@ T = TypeVar("T")
 State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
 
 
-class Interrupted(Exception):
+class RequestInterrupted(Exception):
     """A request was ended by us, not by its engine; it is to be asked again."""
 
 
-class Life:
+class Incarnation:
     """From a start of an engine to its failure or end: the requests that it has.
 
     Args:
@@ -85,7 +85,7 @@ class Life:
             if self.cause is not None and (request.cancelled() or not request.done()):
                 raise EngineError(self.cause)
             if request in self._interrupted and (request.cancelled() or request.exception() is not None):
-                raise Interrupted
+                raise RequestInterrupted
             return request.result()
         finally:
             del self._requests[request]
@@ -109,7 +109,7 @@ def _drop(request: asyncio.Future[Any]) -> None:
         request.exception()
 
 
-class Member:
+class Replica:
     """An engine and its state.
 
     Args:
@@ -136,19 +136,19 @@ class Member:
 
     def __init__(
         self,
-        engine: ServedEngine,
+        engine: InferenceServer,
         *,
         max_running: int,
         vocabulary: int,
         clock: Callable[[], float],
-        changed: Callable[[Member], None],
+        changed: Callable[[Replica], None],
         note: Callable[[str], None],
     ) -> None:
         self.engine = engine
         self._clock = clock
         self._changed = lambda: changed(self)
-        self.life = Life(self._changed)
-        self.taken: Update | None = None
+        self.life = Incarnation(self._changed)
+        self.taken: WeightSnapshot | None = None
         self.is_leaving = False
         self.is_asleep = False
         self.served = 0
@@ -195,7 +195,7 @@ class Member:
 
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
-        life = self._become("starting").life = Life(self._changed)
+        life = self._become("starting").life = Incarnation(self._changed)
         self.taken, self.is_asleep, self.engine.records = None, False, True
         try:
             await self.engine.open()
@@ -203,9 +203,9 @@ class Member:
             if life.cause is not None:
                 await self.shut()  # it has left, when there may have been nothing to end yet
         if life.cause is None:
-            self._become("stale" if self.engine.follows else "serving")
+            self._become("stale" if self.engine.syncs_weights else "serving")
 
-    async def take(self, update: Update) -> None:
+    async def take(self, update: WeightSnapshot) -> None:
         """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made
         anew once, whole.
 
@@ -248,8 +248,8 @@ class Member:
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`; what cannot be is an error of the engine."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`; what cannot be is an error of the engine."""
         room, first = params.max_tokens, self.version
         try:
             async with aclosing(self.engine.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
@@ -292,13 +292,13 @@ class Member:
         except Exception as error:  # the border to a program that is not ours
             self._note(f"engine {self.name} could not be ended: {type(error).__name__}: {error}")
 
-    def _become(self, state: State) -> Member:
+    def _become(self, state: State) -> Replica:
         if self._state != "gone":
             self._state, self.since_s = state, self._clock()
         self._changed()
         return self
 
-    def _check(self, chunk: Chunk, room: int, first: int | None) -> None:
+    def _check(self, chunk: TokenChunk, room: int, first: int | None) -> None:
         """Refuses garbage, and tokens of other weights than those from the `first` of the answer to the
         newest.
         """
@@ -306,7 +306,7 @@ class Member:
             raise EngineError(f"engine {self.name} aborted an answer")
         if chunk.text is not None:
             return
-        if chunk.finish_reason == "length" and room > 0 and self.engine.follows:
+        if chunk.finish_reason == "length" and room > 0 and self.engine.syncs_weights:
             raise EngineError(f"engine {self.name} cut an answer off, {room} tokens before its longest")
         ids, logprobs = (
             chunk.token_ids,
@@ -329,7 +329,7 @@ class Member:
                 f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}"
             )
 
-    async def _wrong_after(self, update: Update) -> str:
+    async def _wrong_after(self, update: WeightSnapshot) -> str:
         """What is wrong with the weights that the engine has after an update; nothing if they are those that
         were sent.
         """
@@ -339,14 +339,14 @@ class Member:
             return str(error)
         return "" if got == expected else f"fingerprint {got}, sent {expected}"
 
-    async def _loaded(self, update: Update) -> tuple[str, str]:
+    async def _loaded(self, update: WeightSnapshot) -> tuple[str, str]:
         """Sends everything, or to each rank what it reads; the fingerprints of what the engine says that it
         took, and of what was sent.
         """
         engine = self.engine
         if update.additions is not None:
             self.taken_bytes = update.num_bytes
-            return await engine.load_additions(update.additions, update.version), update.expected
+            return await engine.load_lora_adapter(update.additions, update.version), update.expected
         files, reads = engine.via == "disk", engine.reads or ()
         if files or not update.has(reads):
             reads = ()
@@ -365,7 +365,7 @@ class Member:
         update.note(engine.reads or ())
         return got, update.expected_of(reads) if reads else update.expected
 
-    async def _load(self, part: Part, update: Update) -> list[dict[str, int]]:
+    async def _load(self, part: WeightChunk, update: WeightSnapshot) -> list[dict[str, int]]:
         """Sends a part; the digests of what each rank was sent, where it is not known before."""
         if update.direct is not None:
             return await update.direct.send(part, self.engine, self.life)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from verl.rollout.engine import Chunk
+from verl.rollout.engine import TokenChunk
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
 
 @dataclass
-class Answer:
+class InflightRequest:
     """What has been sampled of an answer, by whichever engines.
 
     Attributes:
@@ -28,10 +28,10 @@ class Answer:
     has_logprobs: bool = True
     finish_reason: FinishReason | None = None
     text: str | None = None
-    moves: int = 0
+    num_migrations: int = 0
     _num_seen: int = 0
 
-    def add(self, chunk: Chunk, version: int) -> None:
+    def add(self, chunk: TokenChunk, version: int) -> None:
         """Some more tokens, of a version of the weights; what the engine went on after did not end it."""
         self._num_seen = len(self.token_ids)
         self.token_ids += chunk.token_ids
@@ -40,14 +40,14 @@ class Answer:
         self.versions += [version] * len(chunk.token_ids)
         self.text = chunk.text if chunk.text is not None else self.text
 
-    def begin_anew(self) -> int:
+    def restart(self) -> int:
         """Throws away what was sampled; how many tokens that were."""
         thrown = len(self.token_ids)
         self.token_ids, self.logprobs, self.versions, self.text, self.has_logprobs = [], [], [], None, True
         self._num_seen = 0
         return thrown
 
-    def end_if_due(self) -> None:
+    def finish_if_stopped(self) -> None:
         """Ends it where an engine had no time to, or where its stop text began on another engine, after the
         token that ends it.
 

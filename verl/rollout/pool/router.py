@@ -7,19 +7,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from verl.rollout.pool.replica import Member
+from verl.rollout.pool.replica import Replica
 
 Queue = deque[asyncio.Future[None]]
 
 
 @dataclass
-class Session:
+class PrefixAffinity:
     """Requests that share a prefix, and the engine that has it in its cache."""
 
-    member: Member | None = None
+    member: Replica | None = None
 
 
-class Rooms:
+class Router:
     """Engines by how many further requests they could take: the one that could take most is found without a
     look at all of them.
 
@@ -32,15 +32,15 @@ class Rooms:
         num_free: further requests that all of them could take now.
     """
 
-    def __init__(self, most: int, free: Callable[[Member], int]) -> None:
+    def __init__(self, most: int, free: Callable[[Replica], int]) -> None:
         self.num_free = 0
         self._free = free
         # In the order in which they came to have so much room.
-        self._by_count: list[dict[Member, None]] = [{} for _ in range(most + 1)]
-        self._counts: dict[Member, int] = {}
+        self._by_count: list[dict[Replica, None]] = [{} for _ in range(most + 1)]
+        self._counts: dict[Replica, int] = {}
         self._highest = 0
         self._waiting: Queue = deque()
-        self._coming: dict[Member, Queue] = {}
+        self._coming: dict[Replica, Queue] = {}
         self._closed_because: str | None = None
 
     @property
@@ -50,7 +50,7 @@ class Rooms:
             self._waiting.popleft()
         return bool(self._waiting or self._coming)
 
-    def changed(self, member: Member) -> None:
+    def changed(self, member: Replica) -> None:
         """An engine may have more or less room than before; for each place more, one that waits is woken."""
         before, count = self._counts.get(member, 0), self._free(member)
         came = 0 if member.is_coming and not count else _wake(self._coming.pop(member, deque()))
@@ -65,7 +65,7 @@ class Rooms:
         self.num_free += count - before
         _wake(self._waiting, count - before - came)
 
-    async def find(self, session: Session) -> Member:
+    async def find(self, session: PrefixAffinity) -> Replica:
         """An engine with room: the one that the session is with, else that with most room, with which the
         session stays.
 
@@ -107,7 +107,7 @@ class Rooms:
         self._closed_because = cause
         self.give_up(cause)
 
-    def _roomiest(self) -> Member | None:
+    def _roomiest(self) -> Replica | None:
         while self._highest and not self._by_count[self._highest]:
             self._highest -= 1
         return next(iter(self._by_count[self._highest]), None)

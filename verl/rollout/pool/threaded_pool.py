@@ -9,10 +9,10 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from verl.rollout.engine import EngineSpec
-from verl.rollout.pool.inference_pool import Fleet, MakeEngine, OnUpdate
-from verl.rollout.pool.replica import Member
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.engine import ServerSpec
+from verl.rollout.pool.inference_pool import InferencePool, MakeEngine, OnUpdate
+from verl.rollout.pool.replica import Replica
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
@@ -21,8 +21,8 @@ T = TypeVar("T")
 _LOOK_S = 1.0
 
 
-class EnginePool(RolloutEngine):
-    """Lets several engines answer, see `Fleet`, in an event loop in a thread of their own.
+class ThreadedInferencePool(RolloutEngine):
+    """Lets several engines answer, see `InferencePool`, in an event loop in a thread of their own.
 
     Weights of a version are written once, into shared memory, and stay there until the next, so that an
     engine that comes later, or again, gets the same. While `publish` or `generate` is at work in one thread,
@@ -38,7 +38,7 @@ class EnginePool(RolloutEngine):
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any engine that serves.
         sleeps: engines give their device memory back on `sleep`.
-        on_update: what becomes of requests that run when weights come, see `Fleet`.
+        on_update: what becomes of requests that run when weights come, see `InferencePool`.
         note: is told what happened, for people.
 
     Attributes:
@@ -52,10 +52,10 @@ class EnginePool(RolloutEngine):
 
     def __init__(
         self,
-        specs: Sequence[EngineSpec],
+        specs: Sequence[ServerSpec],
         make: MakeEngine,
         codec: TextCodec,
-        weights: PolicyWeights | None,
+        weights: WeightPublisher | None,
         *,
         vocabulary: int,
         context: int,
@@ -66,7 +66,7 @@ class EnginePool(RolloutEngine):
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         sizes = {"vocabulary": vocabulary, "context": context, "max_running": max_running}
-        self.fleet = Fleet(make, codec, **sizes, wait_s=wait_s, on_update=on_update, note=note)
+        self.fleet = InferencePool(make, codec, **sizes, wait_s=wait_s, on_update=on_update, note=note)
         self._weights, self._context, self._sleeps = weights, context, sleeps
         self._publisher = threading.get_ident()
         self.loop = asyncio.new_event_loop()
@@ -79,7 +79,7 @@ class EnginePool(RolloutEngine):
             raise
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[Replica]:
         """The engines."""
         return self.fleet.members
 
@@ -113,35 +113,35 @@ class EnginePool(RolloutEngine):
         check_requests(prompts, params, context=self._context)
         if self._weights is not None and self.fleet.update is None:
             self.publish(self.version)
-        with self.policy_at_hand():
+        with self.policy_sends():
             return self.run(self.fleet.generate(prompts, params))
 
     def publish(self, version: int) -> None:
         """See `RolloutEngine.publish`; what becomes of requests that run, `on_update` says."""
         super().publish(version)
         self._publisher = threading.get_ident()
-        self.run(self.fleet.announce(version))
+        self.run(self.fleet.begin_update(version))
         update = None if self._weights is None else self._weights.write(version)
-        with self.policy_at_hand():
+        with self.policy_sends():
             self.run(self.fleet.spread(update))
 
     @contextmanager
-    def policy_at_hand(self) -> Iterator[None]:
+    def policy_sends(self) -> Iterator[None]:
         """Inside, the policy can be asked for weights that only it has: the thread that publishes waits and
         asks nothing else of it.
 
         Engines that have come since the last time get the weights at once. In other threads it says nothing.
         """
-        is_outermost = not self.fleet.policy_is_at_hand and threading.get_ident() == self._publisher
-        self.fleet.policy_is_at_hand |= is_outermost
+        is_outermost = not self.fleet.policy_can_send and threading.get_ident() == self._publisher
+        self.fleet.policy_can_send |= is_outermost
         try:
-            if is_outermost and self.fleet.takes_directly:
+            if is_outermost and self.fleet.needs_policy:
                 self.run(self.fleet.spread())
             yield
         finally:
             if is_outermost:
-                self.fleet.policy_is_at_hand = False
-            if is_outermost and self.fleet.takes_directly:
+                self.fleet.policy_can_send = False
+            if is_outermost and self.fleet.needs_policy:
                 self.run(self.fleet.settled())
 
     def sleep(self) -> None:
@@ -149,12 +149,12 @@ class EnginePool(RolloutEngine):
         if self._sleeps:
             self.run(self.fleet.sleep())
 
-    def add(self, spec: EngineSpec) -> None:
-        """See `Fleet.add`."""
+    def add(self, spec: ServerSpec) -> None:
+        """See `InferencePool.add`."""
         self.run(self.fleet.add(spec))
 
     def remove(self, name: str) -> None:
-        """See `Fleet.remove`."""
+        """See `InferencePool.remove`."""
         self.run(self.fleet.remove(name))
 
     def take_metrics(self) -> dict[str, float]:

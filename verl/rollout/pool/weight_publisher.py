@@ -22,12 +22,12 @@ from torch import Tensor
 
 from verl.controller.worker_group import WorkerGroup
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.pool.p2p import DirectSender
+from verl.rollout.pool.p2p import P2PSender
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.layout import Bounds
-from verl.weight_sync.shard_tracking import Reads, key_of
+from verl.weight_sync.shard_tracking import ShardRanges, shard_key
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of, pieces_in, unpacked
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Memory that every process of this machine can map; elsewhere a folder on disk does the same, more slowly.
 _SHARED = Path("/dev/shm")
@@ -41,7 +41,7 @@ _WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Update:
+class WeightSnapshot:
     """A version of the policy, ready to be taken by engines.
 
     Attributes:
@@ -53,13 +53,13 @@ class Update:
         num_bytes: of the tensors.
         seconds: that it took to write.
         disk: folder for engines that only read files.
-        digests: of each tensor, and of parts of them, by `key_of`.
+        digests: of each tensor, and of parts of them, by `shard_key`.
         slices: parts whose digests the next updates shall have, too.
         direct: sends the parts, if they are not in shared memory.
     """
 
     version: int
-    parts: tuple[Part, ...]
+    parts: tuple[WeightChunk, ...]
     additions: Path | None
     expected: str
     num_bytes: int
@@ -67,23 +67,23 @@ class Update:
     disk: Path
     digests: Mapping[str, int] = field(default_factory=dict)
     slices: Slices = field(default_factory=dict)
-    direct: DirectSender | None = None
+    direct: P2PSender | None = None
 
-    def has(self, reads: Sequence[Reads]) -> bool:
+    def has(self, reads: Sequence[ShardRanges]) -> bool:
         """Whether it is known, or will be, which digests an engine has whose ranks take this alone."""
         return self.direct is not None or all(key in self.digests for own in reads for key in self._keys(own))
 
-    def note(self, reads: Sequence[Reads]) -> None:
+    def note(self, reads: Sequence[ShardRanges]) -> None:
         """From the next update on, the digests of this are known."""
         for own in reads:
             for name, bounds in own.items():
                 self.slices.setdefault(name, set()).update(bounds)
 
-    def expected_of(self, reads: Sequence[Reads]) -> str:
+    def expected_of(self, reads: Sequence[ShardRanges]) -> str:
         """The fingerprint that an engine has whose ranks took this alone."""
         return fingerprint_of_ranks([{key: self.digests[key] for key in self._keys(own)} for own in reads])
 
-    def bytes_of(self, reads: Sequence[Reads]) -> int:
+    def bytes_of(self, reads: Sequence[ShardRanges]) -> int:
         """Bytes that ranks get which take this alone."""
         return sum(
             num_bytes_of([piece for piece, _ in pieces_in(part.tensors, own)])
@@ -91,11 +91,13 @@ class Update:
             for own in reads
         )
 
-    def _keys(self, reads: Reads) -> list[str]:
+    def _keys(self, reads: ShardRanges) -> list[str]:
         infos = (info for part in self.parts for info in part.tensors)
-        return [key_of(info.name, bounds, shape=info.shape) for info in infos for bounds in reads[info.name]]
+        return [
+            shard_key(info.name, bounds, shape=info.shape) for info in infos for bounds in reads[info.name]
+        ]
 
-    def as_files(self, model: Path) -> Part:
+    def as_files(self, model: Path) -> WeightChunk:
         """The same weights as a Hugging Face folder, with the configuration and tokenizer of the model;
         written when first asked for.
         """
@@ -110,13 +112,13 @@ class Update:
                     partial / "model.safetensors",
                 )
                 partial.rename(folder)
-        return Part(
+        return WeightChunk(
             tuple(info for part in self.parts for info in part.tensors), "disk", {"folder": str(folder)}
         )
 
 
 @dataclass
-class PolicyWeights:
+class WeightPublisher:
     """Writes versions of the policy for engines of this machine, and of others.
 
     Args:
@@ -135,15 +137,15 @@ class PolicyWeights:
     is_direct: bool = False
     on_device: bool = False
     _slices: Slices = field(default_factory=dict, init=False)
-    _sender: DirectSender | None = field(default=None, init=False)
+    _sender: P2PSender | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
     _lock: IO[str] | None = field(default=None, init=False)
 
-    def write(self, version: int) -> Update:
+    def write(self, version: int) -> WeightSnapshot:
         """The policy as it is now; what was written before is gone."""
         start_s = time.perf_counter()
         folder = self._fresh_folder()
-        if self.policy.call(ActorWorker.trains_additions_alone).result():
+        if self.policy.call(ActorWorker.trains_lora_only).result():
             return self._additions(version, folder, start_s)
         tensors = self.policy.call(ActorWorker.weight_shapes).result()
         infos = _in_parts([TensorInfo(name, shape, self.dtype) for name, shape in tensors], self.part_bytes)
@@ -151,16 +153,16 @@ class PolicyWeights:
         if self.on_device:
             self.policy.call(ActorWorker.drop_shared).result()
         parts = (
-            [Part(tuple(own), "direct") for own in infos]
+            [WeightChunk(tuple(own), "direct") for own in infos]
             if self.is_direct
             else [self._written(own, folder, digests) for own in infos]
         )
         if self.is_direct and self._sender is None:
-            self._sender = DirectSender(self.policy)
+            self._sender = P2PSender(self.policy)
         num_bytes = sum(num_bytes_of(part.tensors) for part in parts)
         expected = "" if self.is_direct else fingerprint({name: digests[name] for name, _ in tensors})
         seconds = time.perf_counter() - start_s
-        return Update(
+        return WeightSnapshot(
             version,
             tuple(parts),
             None,
@@ -173,20 +175,20 @@ class PolicyWeights:
             self._sender,
         )
 
-    def _written(self, infos: list[TensorInfo], folder: Path, digests: dict[str, int]) -> Part:
+    def _written(self, infos: list[TensorInfo], folder: Path, digests: dict[str, int]) -> WeightChunk:
         """Tensors in a file of the folder, or on the GPU, with their digests added to those that are known."""
         slices = {info.name: tuple(self._slices.get(info.name, ())) for info in infos}
         if self.on_device:
             written, handle = self.policy.call(ActorWorker.share_weights, infos, slices).result()
             digests |= written
-            return Part(tuple(infos), "ipc", handle)
+            return WeightChunk(tuple(infos), "ipc", handle)
         path = folder / f"part-{len(list(folder.glob('part-*')))}"
         make_file(path, num_bytes_of(infos))
         written, content = self.policy.call(ActorWorker.write_weights, infos, str(path), slices).result()
         if content is not None:  # the ranks are on another machine
             map_file(path, len(content), for_writing=True).copy_(content)
         digests |= written
-        return Part(tuple(infos), "shm", {"path": str(path)})
+        return WeightChunk(tuple(infos), "shm", {"path": str(path)})
 
     def close(self) -> None:
         """Gives the memory and the files back."""
@@ -206,7 +208,7 @@ class PolicyWeights:
             self._lock.close()
             self._lock = None
 
-    def _additions(self, version: int, folder: Path, start_s: float) -> Update:
+    def _additions(self, version: int, folder: Path, start_s: float) -> WeightSnapshot:
         target = folder / f"additions-{version}"
         for name, content in self.policy.call(ActorWorker.additions).result().items():
             target.mkdir(exist_ok=True)
@@ -214,7 +216,7 @@ class PolicyWeights:
         weights = target / "adapter_model.safetensors"
         with safe_open(weights, framework="pt") as file:
             digests = {name: digest(file.get_tensor(name)) for name in list(file.keys())}
-        return Update(
+        return WeightSnapshot(
             version,
             (),
             target,
@@ -237,7 +239,7 @@ class PolicyWeights:
         return self._folder
 
 
-def tensors_of(part: Part) -> list[tuple[TensorInfo, Tensor]]:
+def tensors_of(part: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
     """The tensors of a part in shared memory, in place."""
     return unpacked(map_file(Path(part.where["path"]), num_bytes_of(part.tensors)), part.tensors)
 

@@ -23,14 +23,14 @@ from typing import Any
 from aiohttp import web
 
 from verl.engines.hf.models import PolicyModel, Precision, load_language_model
-from verl.rollout.embedded.async_generator import GenerationThread, Request, Token
-from verl.rollout.server.openai_protocol import AnswerText, Reader, Refusal, Writer
+from verl.rollout.embedded.async_generator import AsyncGenerator, Request, Token
+from verl.rollout.server.openai_protocol import AnswerText, APIError, RequestParser, ResponseWriter
 from verl.rollout.server.token_stream import PATH, AnswerStreams
-from verl.rollout.server.weight_loader import WeightIntake
+from verl.rollout.server.weight_loader import WeightLoader
 from verl.utils.device import pick_device
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.process_group import shared_memory
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 _LOG = logging.getLogger(__name__)
 # A stream without tokens says so often that the model is alive.
@@ -98,9 +98,9 @@ class Server:
         model.check_forward()
         config = model.transformer.config.get_text_config()
         name = options.name or options.model
-        self._reader = Reader(name, self._codec, config.max_position_embeddings, config.vocab_size)
-        self._intake = WeightIntake(model.transformer)
-        self._thread = GenerationThread(model, self._codec, max_slots=options.max_slots)
+        self._reader = RequestParser(name, self._codec, config.max_position_embeddings, config.vocab_size)
+        self._intake = WeightLoader(model.transformer)
+        self._thread = AsyncGenerator(model, self._codec, max_slots=options.max_slots)
         self._created_s = int(time.time())
 
     def app(self) -> web.Application:
@@ -119,7 +119,7 @@ class Server:
             streams = AnswerStreams(
                 self._thread, self._reader, check=self._check_weights, pace_s=self._options.pace_s
             )
-            control = Control(self._thread, self._intake, self._options, streams)
+            control = WeightControlAPI(self._thread, self._intake, self._options, streams)
             app.add_routes([web.get("/control/state", control.state), web.get(PATH, streams.serve)])
             app.add_routes([web.post("/control/{command}", control.obey)])
         return app
@@ -136,7 +136,7 @@ class Server:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if keys and request.path != "/health" and not any(fits):
-            raise Refusal(
+            raise APIError(
                 "need the key of this server as `Authorization: Bearer KEY`",
                 status=401,
                 code="invalid_api_key",
@@ -146,7 +146,7 @@ class Server:
     async def _health(self, _: web.Request) -> web.StreamResponse:
         self._check_weights()
         if not self._thread.is_alive:
-            raise Refusal("the thread of the model has ended", status=503)
+            raise APIError("the thread of the model has ended", status=503)
         return web.json_response({"status": "ok"})
 
     async def _models(self, _: web.Request) -> web.StreamResponse:
@@ -154,7 +154,7 @@ class Server:
 
     async def _model(self, http: web.Request) -> web.StreamResponse:
         if http.match_info["name"].lstrip("/") != self._reader.name.lstrip("/"):
-            raise Refusal(
+            raise APIError(
                 f"the model {http.match_info['name']!r} does not exist", status=404, code="model_not_found"
             )
         return web.json_response(self._described())
@@ -171,7 +171,7 @@ class Server:
 
     def _check_weights(self) -> None:
         if self._intake.is_torn and not self._intake.is_open:
-            raise Refusal(
+            raise APIError(
                 "the last update of the weights was not completed; the next one repairs them", status=503
             )
 
@@ -184,7 +184,7 @@ class Server:
     async def _answer(self, http: web.Request, *, is_chat: bool) -> web.StreamResponse:
         asked = self._reader.read(await _body(http), is_chat=is_chat)
         self._check_weights()
-        writer = Writer.of(asked, self._reader)
+        writer = ResponseWriter.of(asked, self._reader)
         request = self._thread.ask(
             asked.prompts,
             asked.params,
@@ -203,7 +203,9 @@ class Server:
             # Also when the client has left: then this task is cancelled.
             self._thread.drop(request)
 
-    async def _stream(self, http: web.Request, writer: Writer, request: Request) -> web.StreamResponse:
+    async def _stream(
+        self, http: web.Request, writer: ResponseWriter, request: Request
+    ) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
@@ -224,13 +226,13 @@ class Server:
                 _events(writer.closing([state.tokens for state in states])) + b"data: [DONE]\n\n"
             )
         except RuntimeError as error:  # it is too late for a status
-            await response.write(_events([Refusal(str(error), status=500).as_json()]))
+            await response.write(_events([APIError(str(error), status=500).as_json()]))
         await response.write_eof()
         return response
 
 
 def _written(
-    writer: Writer, states: Sequence[AnswerText], tokens: Sequence[tuple[int, Token]]
+    writer: ResponseWriter, states: Sequence[AnswerText], tokens: Sequence[tuple[int, Token]]
 ) -> list[dict[str, Any]]:
     """Events for new tokens, one for each answer and version."""
     runs: dict[tuple[int, int], list[Token]] = {}
@@ -240,11 +242,11 @@ def _written(
     return [event for event in events if event is not None]
 
 
-class Control:
+class WeightControlAPI:
     """What a trainer asks: pause and resume, and new weights. One command at a time."""
 
     def __init__(
-        self, thread: GenerationThread, intake: WeightIntake, options: ServeOptions, streams: AnswerStreams
+        self, thread: AsyncGenerator, intake: WeightLoader, options: ServeOptions, streams: AnswerStreams
     ) -> None:
         self._thread, self._intake, self._options, self._streams = thread, intake, options, streams
         self._lock = asyncio.Lock()
@@ -255,7 +257,7 @@ class Control:
             "begin_update": self._begin_update,
             "load": self._load,
             "end_update": self._end_update,
-            "load_additions": self._load_additions,
+            "load_lora_adapter": self._load_additions,
         }
 
     async def state(self, _: web.Request) -> web.StreamResponse:
@@ -274,7 +276,7 @@ class Control:
         """Runs a command with the fields of the body."""
         command = self._commands.get(http.match_info["command"])
         if command is None:
-            raise Refusal(
+            raise APIError(
                 f"there is no command {http.match_info['command']!r}; there are {', '.join(self._commands)}",
                 status=404,
             )
@@ -283,9 +285,9 @@ class Control:
             async with self._lock:
                 return web.json_response(await command(body))
         except (KeyError, TypeError) as error:
-            raise Refusal(f"the body does not fit: {type(error).__name__}: {error}") from error
+            raise APIError(f"the body does not fit: {type(error).__name__}: {error}") from error
         except ValueError as error:
-            raise Refusal(str(error)) from error
+            raise APIError(str(error)) from error
 
     async def _pause(self, _: dict[str, Any]) -> dict[str, Any]:
         await self._thread.hold("pause")
@@ -316,7 +318,9 @@ class Control:
             TensorInfo(info["name"], tuple(info["shape"]), info["dtype"]) for info in body["tensors"]
         )
         # Beside the thread of the model, which goes on to show that it is alive.
-        tensors = await asyncio.to_thread(self._intake.received, Part(infos, body["via"], body["where"]))
+        tensors = await asyncio.to_thread(
+            self._intake.received, WeightChunk(infos, body["via"], body["where"])
+        )
         await self._thread.with_weights(lambda: self._intake.take(tensors))
         return {}
 
@@ -331,7 +335,7 @@ class Control:
         folder, version = Path(body["folder"]), int(body["version"])
         await self._thread.hold("additions")
         try:
-            fingerprint = await self._thread.with_weights(lambda: self._intake.load_additions(folder))
+            fingerprint = await self._thread.with_weights(lambda: self._intake.load_lora_adapter(folder))
             self._thread.version = version
         finally:
             await self._thread.release("additions", recompute=True)
@@ -342,15 +346,15 @@ class Control:
 async def _errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Refusal as error:
+    except APIError as error:
         refusal = error
     except web.HTTPException as error:  # an unknown path or method, a body that is too large
-        refusal = Refusal(f"{error.reason}: {request.method} {request.path}", status=error.status)
+        refusal = APIError(f"{error.reason}: {request.method} {request.path}", status=error.status)
     except ConnectionError:  # the client has left
         raise
     except (RuntimeError, OSError) as error:
         _LOG.exception("%s %s failed", request.method, request.path)
-        refusal = Refusal(f"{type(error).__name__}: {error}", status=500)
+        refusal = APIError(f"{type(error).__name__}: {error}", status=500)
     return web.json_response(refusal.as_json(), status=refusal.status)
 
 
@@ -358,7 +362,7 @@ async def _body(http: web.Request) -> Any:
     try:
         return await http.json()
     except ValueError as error:  # not JSON, or not UTF-8
-        raise Refusal(f"need JSON as the body: {error}") from error
+        raise APIError(f"need JSON as the body: {error}") from error
 
 
 def _events(events: Sequence[dict[str, Any]]) -> bytes:

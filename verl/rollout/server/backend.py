@@ -18,13 +18,13 @@ from typing import Any
 
 import verl
 from verl.engines.hf.models import Precision
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, ServedEngine
+from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.openai_engine import Connection, options_of
 from verl.rollout.server.token_stream import MAX_MESSAGE_BYTES, PATH, AnswerClient
 from verl.rollout.server_process import ServerProcess, free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.process_group import shared_memory
-from verl.weight_sync.types import Part, Via
+from verl.weight_sync.types import Transport, WeightChunk
 
 _SECRET = "VERL_SERVE_SECRET"
 _PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -57,15 +57,15 @@ class EmbeddedServerOptions:
     pace_s: float = 0.1
 
 
-class EmbeddedServer(ServedEngine):
+class EmbeddedServer(InferenceServer):
     """Starts `verl.rollout.server.app`, or joins one that was started with the secret of the spec. See
     `EmbeddedServerOptions`.
     """
 
-    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
-    seeds_by_place = True
+    transports: tuple[Transport, ...] = ("shm", "group", "disk", "direct", "ipc")
+    position_seeded = True
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         self._options: EmbeddedServerOptions = options_of(EmbeddedServerOptions, spec.options, "served")
         if spec.dtype not in _PRECISIONS:
@@ -87,7 +87,7 @@ class EmbeddedServer(ServedEngine):
         return self._process.pid
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         deadline = time.monotonic() + self.spec.start_timeout_s
         try:
             if self.spec.address is not None:
@@ -101,13 +101,13 @@ class EmbeddedServer(ServedEngine):
             raise
 
     async def check(self) -> None:
-        """See `ServedEngine.check`."""
+        """See `InferenceServer.check`."""
         if self._process is not None:
             self._process.check()
         await self._connected().json("GET", "/health", timeout_s=self.spec.timeout_s)
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         answers, self._answers = self._answers, None
         if answers is not None:
             await answers.close()
@@ -120,24 +120,24 @@ class EmbeddedServer(ServedEngine):
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`."""
         async with aclosing(self._asked().sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 yield chunk
 
     async def pause(self) -> None:
-        """See `ServedEngine.pause`."""
+        """See `InferenceServer.pause`."""
         await self._command("pause")
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`."""
+        """See `InferenceServer.resume`."""
         await self._command("resume", recompute=self._options.recompute)
 
     async def join_group(
         self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
     ) -> None:
-        """See `ServedEngine.join_group`; the group is one of `verl.weight_sync.process_group.open_group` on
+        """See `InferenceServer.join_group`; the group is one of `verl.weight_sync.process_group.open_group` on
         all sides.
         """
         await self._command(
@@ -145,26 +145,26 @@ class EmbeddedServer(ServedEngine):
         )
 
     async def begin_update(self) -> None:
-        """See `ServedEngine.begin_update`; nothing is sampled until an update has ended well."""
+        """See `InferenceServer.begin_update`; nothing is sampled until an update has ended well."""
         await self._command("begin_update")
 
-    async def load(self, part: Part) -> None:
-        """See `ServedEngine.load`."""
+    async def load(self, part: WeightChunk) -> None:
+        """See `InferenceServer.load`."""
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
         await self._command(
             "load", tensors=[asdict(info) for info in part.tensors], via=part.via, where=where
         )
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`; weights that were not sent are an error, and the engine serves
+        """See `InferenceServer.end_update`; weights that were not sent are an error, and the engine serves
         nothing until the next update.
         """
         return str((await self._command("end_update", version=version))["fingerprint"])
 
-    async def load_additions(self, folder: Path, version: int) -> str:
-        """See `ServedEngine.load_additions`; they are merged into the weights."""
+    async def load_lora_adapter(self, folder: Path, version: int) -> str:
+        """See `InferenceServer.load_lora_adapter`; they are merged into the weights."""
         return str(
-            (await self._command("load_additions", folder=str(folder), version=version))["fingerprint"]
+            (await self._command("load_lora_adapter", folder=str(folder), version=version))["fingerprint"]
         )
 
     async def _started(self, deadline: float, *, is_last: bool) -> bool:
@@ -217,7 +217,7 @@ class EmbeddedServer(ServedEngine):
                 state = await self._connection.json("GET", "/control/state", timeout_s=_START_POLL_S)
                 if self._process is None or state.get("pid") == self._process.pid:
                     is_near = state.get("shared_memory") == shared_memory()
-                    self.vias = (
+                    self.transports = (
                         ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
                     )
                     return

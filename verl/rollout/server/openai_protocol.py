@@ -69,7 +69,7 @@ _CHAT_FIELDS = _SAMPLING | _OUTPUT | {"messages", "max_completion_tokens", "top_
 _MESSAGE_FIELDS = frozenset({"role", "content", "name"})
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """A request that is not answered, as OpenAI's error object says it."""
 
     def __init__(
@@ -85,7 +85,7 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """What a body asks for.
 
     Attributes:
@@ -121,7 +121,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reader:
+class RequestParser:
     """Reads bodies for one model.
 
     Attributes:
@@ -138,18 +138,18 @@ class Reader:
     vocabulary: int
     token_texts: dict[int, str] = field(default_factory=dict)
 
-    def read(self, body: Any, *, is_chat: bool) -> Asked:
+    def read(self, body: Any, *, is_chat: bool) -> ParsedRequest:
         """What is asked for.
 
         Raises:
             Refusal: it cannot be answered, or would be answered otherwise than the body says.
         """
         if not isinstance(body, dict):
-            raise Refusal("need a JSON object as the body")
+            raise APIError("need a JSON object as the body")
         _check_names(body, _CHAT_FIELDS if is_chat else _COMPLETION_FIELDS)
         body = {name: value for name, value in body.items() if value is not None}
         if _field(body, "model", str, self.name) != self.name:
-            raise Refusal(
+            raise APIError(
                 f"the model {body['model']!r} does not exist; this server has {self.name!r}",
                 status=404,
                 code="model_not_found",
@@ -157,10 +157,10 @@ class Reader:
         prompts = [self._messages(body.get("messages"))] if is_chat else self._prompts(body.get("prompt"))
         options = _field(body, "stream_options", dict, {})
         if unknown := sorted(options.keys() - {"include_usage"}):
-            raise Refusal(
+            raise APIError(
                 f"unknown stream option {unknown[0]!r}; include_usage is known", param="stream_options"
             )
-        return Asked(
+        return ParsedRequest(
             is_chat,
             prompts,
             self._params(body, prompts, is_chat=is_chat),
@@ -178,7 +178,7 @@ class Reader:
         stop = body.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-            raise Refusal("need stop as a text or a list of texts, none empty", param="stop")
+            raise APIError("need stop as a text or a list of texts, none empty", param="stop")
         seed = _integer(body, "seed", None, -(2**63), 2**63 - 1)
         top_k = _integer(body, "top_k", 0, -1, 2**31)
         common = SamplingParams(
@@ -202,7 +202,9 @@ class Reader:
         names = [name for name in ("max_completion_tokens", "max_tokens") if name in body]
         limits = [_integer(body, name, None, 1, 2**31) for name in names]
         if len(set(limits)) > 1:
-            raise Refusal("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+            raise APIError(
+                "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens"
+            )
         return limits[0] if limits else None if is_chat else _COMPLETION_TOKENS
 
     def _fitting(
@@ -210,7 +212,7 @@ class Reader:
     ) -> SamplingParams:
         room = self.context - len(prompt)
         if room < (limit or 1):
-            raise Refusal(
+            raise APIError(
                 f"this model's context is {self.context} tokens, but the prompt has {len(prompt)} and the answer may get {limit or 1}; "
                 "shorten the prompt or lower max_tokens",
                 param="messages" if limit is None else "max_tokens",
@@ -221,19 +223,19 @@ class Reader:
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         if prompt is None or prompt == []:
-            raise Refusal("need a prompt: a text, token ids, or a list of either", param="prompt")
+            raise APIError("need a prompt: a text, token ids, or a list of either", param="prompt")
         many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         prompts = [
             self.codec.encode(one, special_tokens=True) if isinstance(one, str) else self._ids(one, "prompt")
             for one in many
         ]
         if not all(prompts):
-            raise Refusal("need prompts of at least one token", param="prompt")
+            raise APIError("need prompts of at least one token", param="prompt")
         return prompts
 
     def _whole(self, ids: Any, name: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise Refusal(
+            raise APIError(
                 f"need {name} as token ids{', a text, or a list of either' if name == 'prompt' else ''}",
                 param=name,
             )
@@ -242,19 +244,19 @@ class Reader:
     def _ids(self, ids: Any, name: str) -> list[int]:
         ids = self._whole(ids, name)
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
-            raise Refusal(
+            raise APIError(
                 f"need token ids from 0 to {self.vocabulary - 1} in {name}, got {wrong[0]}", param=name
             )
         return ids
 
     def _messages(self, messages: Any) -> list[int]:
         if not isinstance(messages, list) or not messages:
-            raise Refusal("need messages: a list of at least one message", param="messages")
+            raise APIError("need messages: a list of at least one message", param="messages")
         read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
         try:
             return self.codec.encode_prompt(Prompt(read))
         except (ValueError, TemplateError) as error:
-            raise Refusal(
+            raise APIError(
                 f"the chat template does not take these messages: {error}", param="messages"
             ) from error
 
@@ -265,25 +267,25 @@ def _check_names(body: Mapping[str, Any], known: frozenset[str]) -> None:
             continue
         if name in _WITHOUT_EFFECT:
             fine = " or ".join(repr(one) for one in _WITHOUT_EFFECT[name])
-            raise Refusal(
+            raise APIError(
                 f"{name} is not supported; leave it out, or give {fine}",
                 param=name,
                 code="unsupported_parameter",
             )
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
-        raise Refusal(
+        raise APIError(
             f"{name} is not a field that this server knows{hint}", param=name, code="unknown_parameter"
         )
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise Refusal(f"need {place} with a role and content", param=place)
+        raise APIError(f"need {place} with a role and content", param=place)
     if unknown := sorted(
         name for name, value in message.items() if name not in _MESSAGE_FIELDS and value not in (None, [])
     ):
-        raise Refusal(
+        raise APIError(
             f"{place}.{unknown[0]} is not supported; a message has role, content and name", param=place
         )
     content = message.get("content")
@@ -292,24 +294,24 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
             for part in content
         ):
-            raise Refusal(f"need text alone in the content of {place}", param=place)
+            raise APIError(f"need text alone in the content of {place}", param=place)
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise Refusal(f"need a text as the content of {place}", param=place)
+        raise APIError(f"need a text as the content of {place}", param=place)
     return {**{name: value for name, value in message.items() if name in _MESSAGE_FIELDS}, "content": content}
 
 
 def _field(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
     value = body.get(name, default)
     if not isinstance(value, kind):
-        raise Refusal(f"need {name} as {kind.__name__}, got {value!r}", param=name)
+        raise APIError(f"need {name} as {kind.__name__}, got {value!r}", param=name)
     return value
 
 
 def _integer(body: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:
     value = body.get(name, default)
     if value is not None and (type(value) is not int or not low <= value <= high):
-        raise Refusal(f"need {name} as a whole number from {low} to {high}, got {value!r}", param=name)
+        raise APIError(f"need {name} as a whole number from {low} to {high}, got {value!r}", param=name)
     return value
 
 
@@ -318,7 +320,7 @@ def _number(
 ) -> float:
     value = body.get(name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or not fits(value):
-        raise Refusal(f"need {name} as a number, {bounds}, got {value!r}", param=name)
+        raise APIError(f"need {name} as a number, {bounds}, got {value!r}", param=name)
     return float(value)
 
 
@@ -328,7 +330,7 @@ def _num_likeliest(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
     wanted = _field(body, "logprobs", bool, False)
     count = _integer(body, "top_logprobs", None, 0, _MAX_LOGPROBS)
     if count is not None and not wanted:
-        raise Refusal("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
     return (count or 0) if wanted else None
 
 
@@ -372,19 +374,19 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass(frozen=True)
-class Writer:
+class ResponseWriter:
     """Writes the answers to one request.
 
     Attributes:
         asked: the request.
         name: of the model.
         codec: its tokenizer.
-        token_texts: see `Reader`.
+        token_texts: see `RequestParser`.
         identity: of the request.
         created_s: seconds since the epoch.
     """
 
-    asked: Asked
+    asked: ParsedRequest
     name: str
     codec: TextCodec
     token_texts: dict[int, str]
@@ -392,7 +394,7 @@ class Writer:
     created_s: int
 
     @classmethod
-    def of(cls, asked: Asked, reader: Reader) -> Writer:
+    def of(cls, asked: ParsedRequest, reader: RequestParser) -> ResponseWriter:
         """With a new identity."""
         kind = "chatcmpl" if asked.is_chat else "cmpl"
         return cls(

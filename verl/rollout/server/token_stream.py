@@ -25,9 +25,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from verl.rollout.embedded.async_generator import GenerationThread, Request, Token
-from verl.rollout.engine import Chunk, EngineError, RefusedError
-from verl.rollout.server.openai_protocol import Reader, Refusal
+from verl.rollout.embedded.async_generator import AsyncGenerator, Request, Token
+from verl.rollout.engine import EngineError, RefusedError, TokenChunk
+from verl.rollout.server.openai_protocol import APIError, RequestParser
 from verl.utils.sampling_types import SamplingParams
 
 PATH = "/control/answers"
@@ -41,10 +41,10 @@ class _Wanted:
     def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, number: int) -> None:
         self.prompt_ids, self.params, self.number = prompt_ids, params, number
         self.failure: EngineError | RefusedError | None = None
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[TokenChunk] = deque()
         self._arrived: asyncio.Future[None] | None = None
 
-    def take(self, chunk: Chunk) -> None:
+    def take(self, chunk: TokenChunk) -> None:
         self._chunks.append(chunk)
         self._wake()
 
@@ -52,7 +52,7 @@ class _Wanted:
         self.failure = error
         self._wake()
 
-    async def next(self) -> Chunk:
+    async def next(self) -> TokenChunk:
         while not self._chunks:
             if self.failure is not None:
                 raise self.failure
@@ -95,7 +95,7 @@ class AnswerClient:
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[TokenChunk]:
         """See `ServedEngine.sample`."""
         wanted, place = _Wanted(prompt_ids, params, number), next(self._numbers)
         self._ask(place, wanted)
@@ -200,7 +200,7 @@ class AnswerClient:
             own = slice(start, start + count)
             start += count
             if place in self._wanted:  # else it was dropped meanwhile
-                self._wanted[place].take(Chunk(ids[own], logprobs[own], reason, version))
+                self._wanted[place].take(TokenChunk(ids[own], logprobs[own], reason, version))
         for places, is_refusal, told in head.get("failed", ()):
             error = RefusedError(told) if is_refusal else EngineError(f"{self._name} failed: {told}")
             for place in places:
@@ -219,8 +219,8 @@ def _asks(asked: dict[int, _Wanted]) -> list[tuple[int, dict[str, Any]]]:
     runs: list[list[tuple[int, _Wanted]]] = []
     for place, wanted in asked.items():
         last_place, last = runs[-1][-1] if runs else (-2, wanted)
-        follows = place == last_place + 1 and wanted.number == last.number + 1
-        if follows and wanted.params == last.params and wanted.prompt_ids == last.prompt_ids:
+        syncs_weights = place == last_place + 1 and wanted.number == last.number + 1
+        if syncs_weights and wanted.params == last.params and wanted.prompt_ids == last.prompt_ids:
             runs[-1].append((place, wanted))
         else:
             runs.append([(place, wanted)])
@@ -294,12 +294,12 @@ class AnswerStreams:
     Args:
         thread: of the model.
         reader: of requests.
-        check: raises `Refusal` while nothing may be asked.
+        check: raises `APIError` while nothing may be asked.
         pace_s: see above.
     """
 
     def __init__(
-        self, thread: GenerationThread, reader: Reader, *, check: Callable[[], None], pace_s: float
+        self, thread: AsyncGenerator, reader: RequestParser, *, check: Callable[[], None], pace_s: float
     ) -> None:
         self._thread, self._reader, self._check, self._pace_s = thread, reader, check, pace_s
         self._streams: dict[_Stream, None] = {}
@@ -332,7 +332,7 @@ class _Stream:
     """One connection of `AnswerStreams`."""
 
     def __init__(
-        self, thread: GenerationThread, reader: Reader, check: Callable[[], None], pace_s: float
+        self, thread: AsyncGenerator, reader: RequestParser, check: Callable[[], None], pace_s: float
     ) -> None:
         self._thread, self._reader, self._check, self._pace_s = thread, reader, check, pace_s
         self._asked: list[_Asked] = []
@@ -386,7 +386,7 @@ class _Stream:
         try:
             self._check()
             read = self._reader.read(body, is_chat=False)
-        except Refusal as refusal:
+        except APIError as refusal:
             self._failed.append(
                 (list(range(first, first + int(body["n"]))), refusal.status < 500, str(refusal))
             )

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from verl.engines.hf.models import load_language_model
 from verl.weight_sync.fingerprint import digest, fingerprint
 from verl.weight_sync.layout import Bounds, whole
-from verl.weight_sync.receiver import Arrivals
-from verl.weight_sync.shard_tracking import key_of, slices_of
+from verl.weight_sync.receiver import WeightReceiver
+from verl.weight_sync.shard_tracking import shard_key, slices_of
 from verl.weight_sync.shared_memory import dtype_of
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Names in PEFT's files: base_model.model.NAME.lora_A.weight
 _PEFT_PREFIX = "base_model.model."
 
 
-class WeightIntake:
+class WeightLoader:
     """Takes updates into the weights of a model, in place.
 
     Between `begin` and an `end` that succeeds the weights are neither the old nor the new ones.
@@ -43,7 +43,7 @@ class WeightIntake:
         # Parts by which a tensor that came directly counts.
         self._marks: dict[str, list[Bounds]] = {}
         # The model copies what comes into its own weights.
-        self._arrivals = Arrivals(None, keeps=False)
+        self._arrivals = WeightReceiver(None, keeps=False)
         # As they were before low-rank additions were added, of the matrices that have some.
         self._without_additions: dict[str, Tensor] = {}
 
@@ -60,7 +60,7 @@ class WeightIntake:
         self._taken, self._names, self._marks = {}, set(), {}
         self.is_open = self.is_torn = True
 
-    def received(self, part: Part) -> list[tuple[TensorInfo, Tensor]]:
+    def received(self, part: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
         """The tensors of a part, the weights left alone; waits for the sender where they come over a group.
 
         Raises:
@@ -99,7 +99,7 @@ class WeightIntake:
             # Of what the model has now, in the dtype that was sent: a lossy copy would show.
             served = own.to(tensor.dtype)
             for bounds in self._marks.get(info.name) or [whole(tuple(own.shape))]:
-                self._taken[key_of(info.name, bounds, shape=own.shape)] = digest(served[slices_of(bounds)])
+                self._taken[shard_key(info.name, bounds, shape=own.shape)] = digest(served[slices_of(bounds)])
 
     def end(self) -> str:
         """The fingerprint of what was taken.
@@ -128,7 +128,7 @@ class WeightIntake:
         return fingerprint(self._taken)
 
     @torch.no_grad()
-    def load_additions(self, folder: Path) -> str:
+    def load_lora_adapter(self, folder: Path) -> str:
         """Adds low-rank additions in PEFT format to the weights, in place of those before; the fingerprint of
         their file.
 

@@ -24,16 +24,16 @@ import torch
 from safetensors import safe_open
 
 import verl
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine, seed_of
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.server_process import ServerProcess, free_port
 from verl.rollout.sglang.client import Client
 from verl.rollout.sglang.options import flags, sizes_of
-from verl.rollout.sglang.stream import Answer
+from verl.rollout.sglang.stream import SGLangStream
 from verl.rollout.sglang.worker import LOADER, report_file, report_key, report_store
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.shard_tracking import as_reads
-from verl.weight_sync.types import Part, Via
+from verl.weight_sync.types import Transport, WeightChunk
 
 OLDEST = "0.5.17"
 _NEEDED = (
@@ -86,7 +86,7 @@ _POLL_S = 0.2
 _ABORT_S = 5.0
 
 
-class SGLangServer(ServedEngine):
+class SGLangServer(InferenceServer):
     """One SGLang server with its tensor-parallel ranks; `received_bytes` are those that each took of the last
     update.
 
@@ -95,13 +95,13 @@ class SGLangServer(ServedEngine):
     that run: they go on after it with a cache that the new weights have computed.
     """
 
-    vias: tuple[Via, ...] = ("shm", "group", "disk", "direct", "ipc")
+    transports: tuple[Transport, ...] = ("shm", "group", "disk", "direct", "ipc")
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         if spec.address is not None:
             # One that was started elsewhere, maybe in a container, need not see the folders of this run.
-            self.vias = ("group", "direct")
+            self.transports = ("group", "direct")
         self._process: ServerProcess | None = None
         self._client: Client | None = None
         self._folder: Path | None = None
@@ -121,7 +121,7 @@ class SGLangServer(ServedEngine):
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         self._additions = self._store = self.reads = None
         self._asleep = self._in_session = False
         # Reports of the ranks, and the secret while the server starts, are for this user alone.
@@ -145,10 +145,10 @@ class SGLangServer(ServedEngine):
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`."""
         body = self._request(prompt_ids, params, seed_of(params, number))
-        answer = Answer(truncates=body["return_sampling_mask"])
+        answer = SGLangStream(truncates=body["return_sampling_mask"])
         self._running += 1
         try:
             async with aclosing(self._chunks(body, answer)) as chunks:  # type: ignore[type-var]
@@ -160,7 +160,7 @@ class SGLangServer(ServedEngine):
                 self._abort(body["rid"])
 
     async def check(self) -> None:
-        """See `ServedEngine.check`; its scheduler must answer, not its HTTP server alone."""
+        """See `InferenceServer.check`; its scheduler must answer, not its HTTP server alone."""
         self._check_process()
         try:
             await self._ask("GET", "/server_info")
@@ -170,7 +170,7 @@ class SGLangServer(ServedEngine):
             ) from error
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         for task in self._aborts:
             task.cancel()
         if self._client is not None:
@@ -182,14 +182,14 @@ class SGLangServer(ServedEngine):
         self._client = self._process = self._folder = self._store = None
 
     async def pause(self) -> None:
-        """See `ServedEngine.pause`."""
+        """See `InferenceServer.pause`."""
         self._asked.is_paused = True
         # Not in place: the cache of requests that run could not be flushed, and they would go on with keys
         # and values of old weights.
         await self._command("/pause_generation", {"mode": "retract"})
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`."""
+        """See `InferenceServer.resume`."""
         await self._command("/flush_cache")
         await self._command("/continue_generation", {})
         self._asked.resumed()
@@ -197,7 +197,7 @@ class SGLangServer(ServedEngine):
     async def join_group(
         self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
     ) -> None:
-        """See `ServedEngine.join_group`."""
+        """See `InferenceServer.join_group`."""
         if backend != "gloo":
             raise ValueError(f"need the backend gloo for weights to SGLang, got {backend}")
         limit_s = self.spec.timeout_s
@@ -209,20 +209,20 @@ class SGLangServer(ServedEngine):
         if opens:
             await self._begin_session()
         await self._order(
-            [Part((), "group", {**where, "backend": backend, "timeout_s": limit_s})] * self.num_ranks,
+            [WeightChunk((), "group", {**where, "backend": backend, "timeout_s": limit_s})] * self.num_ranks,
             joins=True,
         )
         if opens:
             await self._end_session()
 
     async def begin_update(self) -> None:
-        """See `ServedEngine.begin_update`."""
+        """See `InferenceServer.begin_update`."""
         self._digests, self._seen = [{} for _ in range(self.num_ranks)], [{} for _ in range(self.num_ranks)]
         self.received_bytes = [0] * self.num_ranks
         await self._begin_session()
 
-    async def load(self, part: Part) -> None:
-        """See `ServedEngine.load`."""
+    async def load(self, part: WeightChunk) -> None:
+        """See `InferenceServer.load`."""
         reports = await self._order([part.of_rank(rank) for rank in range(self.num_ranks)])
         for rank, report in enumerate(reports):
             self._digests[rank] |= report["digests"]
@@ -230,7 +230,7 @@ class SGLangServer(ServedEngine):
             self.received_bytes[rank] += report["num_bytes"]
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`."""
+        """See `InferenceServer.end_update`."""
         await self._end_session()
         await self._command(
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
@@ -239,8 +239,8 @@ class SGLangServer(ServedEngine):
             self.reads = tuple(as_reads(seen) for seen in self._seen)
         return fingerprint_of_ranks(self._digests)
 
-    async def load_additions(self, folder: Path, version: int) -> str:
-        """See `ServedEngine.load_additions`; the digests are those of the file, which SGLang reads itself."""
+    async def load_lora_adapter(self, folder: Path, version: int) -> str:
+        """See `InferenceServer.load_lora_adapter`; the digests are those of the file, which SGLang reads itself."""
         name, before = f"verl-{version}-{self._num_orders}", self._additions
         self._num_orders += 1
         await self._ask("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
@@ -254,7 +254,7 @@ class SGLangServer(ServedEngine):
             return fingerprint({key: digest(file.get_tensor(key)) for key in file.keys()})  # noqa: SIM118 - it is not a mapping
 
     async def sleep(self) -> None:
-        """See `ServedEngine.sleep`; memory is given back by a server with `enable_memory_saver`.
+        """See `InferenceServer.sleep`; memory is given back by a server with `enable_memory_saver`.
 
         Raises:
             RuntimeError: requests run, which would end the server.
@@ -268,7 +268,7 @@ class SGLangServer(ServedEngine):
         self._asleep = True
 
     async def wake(self) -> None:
-        """See `ServedEngine.wake`."""
+        """See `InferenceServer.wake`."""
         if self._asleep:
             await self._command("/resume_memory_occupation", {"tags": ["kv_cache", "weights"]})
         self._asleep = False
@@ -402,14 +402,14 @@ class SGLangServer(ServedEngine):
             raise ValueError(
                 "need dp_size 1 and pp_size 1 of SGLang, as each replica is a server of its own: set rollout.servers"
             )
-        self.follows = LOADER in info["custom_weight_loader"]
-        if self.spec.address is not None and not self.follows:
+        self.syncs_weights = LOADER in info["custom_weight_loader"]
+        if self.spec.address is not None and not self.syncs_weights:
             raise ValueError(
                 f"need the server at {self.spec.address} to be started with --custom-weight-loader {LOADER}, to give it weights"
             )
         self.num_ranks = info["tp_size"]
         self._has_sessions = "/begin_weight_update" in paths
-        self._deterministic = self.seeds_by_place = bool(info["enable_deterministic_inference"])
+        self._deterministic = self.position_seeded = bool(info["enable_deterministic_inference"])
         self._max_kept = info["sampling_mask_max_tokens"]
 
     def _request(self, prompt_ids: Sequence[int], params: SamplingParams, seed: int) -> dict[str, Any]:
@@ -461,7 +461,7 @@ class SGLangServer(ServedEngine):
             )
         return top_k
 
-    async def _chunks(self, body: Mapping[str, Any], answer: Answer) -> AsyncIterator[Chunk]:
+    async def _chunks(self, body: Mapping[str, Any], answer: SGLangStream) -> AsyncIterator[TokenChunk]:
         async with aclosing(self._asked.events("/generate", body)) as events:  # type: ignore[type-var]
             async for event in events:
                 for chunk in self._read(answer, event):
@@ -470,7 +470,7 @@ class SGLangServer(ServedEngine):
                     return
         raise self._asked.failed("ended an answer without saying why")
 
-    def _read(self, answer: Answer, event: dict[str, Any]) -> list[Chunk]:
+    def _read(self, answer: SGLangStream, event: dict[str, Any]) -> list[TokenChunk]:
         if "error" in event:
             error = event["error"]
             raise self._asked.refused(error.get("code", 400), error["message"])
@@ -513,7 +513,7 @@ class SGLangServer(ServedEngine):
         if self._has_sessions:
             await self._command("/end_weight_update", {})
 
-    async def _order(self, parts: Sequence[Part], *, joins: bool = False) -> list[dict[str, Any]]:
+    async def _order(self, parts: Sequence[WeightChunk], *, joins: bool = False) -> list[dict[str, Any]]:
         """Lets the loader in each rank take a part, or join a group by what is in place of one; what each
         reports.
         """

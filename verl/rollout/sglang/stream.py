@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from verl.rollout.engine import Chunk
+from verl.rollout.engine import TokenChunk
 from verl.utils.sampling_types import FinishReason
 
 # SGLang ends an answer so, as if by a stop text, whose next id is not in the vocabulary.
@@ -15,7 +15,7 @@ _BROKEN = "NaN happen"
 _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-class Answer:
+class SGLangStream:
     """The tokens of one request as they come.
 
     Args:
@@ -31,7 +31,7 @@ class Answer:
         self._num_tokens = 0
         self.is_finished = False
 
-    def take(self, event: Mapping[str, Any]) -> list[Chunk]:
+    def take(self, event: Mapping[str, Any]) -> list[TokenChunk]:
         """The new tokens of an event, in several chunks if their versions differ.
 
         Raises:
@@ -53,14 +53,14 @@ class Answer:
         reason = self._reason(meta["finish_reason"])
         spans = list(_spans(meta, first, self._num_tokens))
         chunks = [
-            Chunk(tuple(ids[start:stop]), tuple(own[start:stop]), None, version)
+            TokenChunk(tuple(ids[start:stop]), tuple(own[start:stop]), None, version)
             for start, stop, version in spans
         ]
         if reason is None:
             return chunks
         self.is_finished = True
-        last = chunks.pop() if chunks else Chunk()
-        return [*chunks, Chunk(last.token_ids, last.logprobs, reason, last.version)]
+        last = chunks.pop() if chunks else TokenChunk()
+        return [*chunks, TokenChunk(last.token_ids, last.logprobs, reason, last.version)]
 
     def _reason(self, given: Mapping[str, Any] | None) -> FinishReason | None:
         if given is None:

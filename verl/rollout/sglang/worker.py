@@ -16,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.weight_sync.receiver import Arrivals
+from verl.weight_sync.receiver import WeightReceiver
 from verl.weight_sync.shard_tracking import as_reads
-from verl.weight_sync.types import Part, TensorInfo
+from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Name by which SGLang finds the loader: of `--custom-weight-loader` and of `load_format`.
 LOADER = "verl.rollout.sglang.worker.load"
@@ -33,7 +33,7 @@ class _Joined:
     """
 
     # The model copies what it is handed, to where it is wanted.
-    arrivals: Arrivals = field(default_factory=lambda: Arrivals(None, keeps=False))
+    arrivals: WeightReceiver = field(default_factory=lambda: WeightReceiver(None, keeps=False))
     store: Any = None
 
 
@@ -87,7 +87,9 @@ def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, Any]:
         _join(order["where"], order["rank"])
     else:
         infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in order["tensors"])
-        part = Part(infos, order["via"], order["where"], tuple(as_reads(reads) for reads in order["reads"]))
+        part = WeightChunk(
+            infos, order["via"], order["where"], tuple(as_reads(reads) for reads in order["reads"])
+        )
         for batch in arrivals.batches(part, records=order["records"]):
             model.load_weights(list(batch))
     return {"digests": arrivals.digests, "reads": dict(arrivals.reads), "num_bytes": arrivals.num_bytes}

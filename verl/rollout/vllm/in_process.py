@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.rollout.engine import OwnWeightsEngine, seed_of
+from verl.rollout.engine import ColocatedEngine, seed_of
 from verl.rollout.vllm.options import REASONS, has_accelerator, lacking, own_options
 from verl.rollout.vllm.versions import BEGIN, END, LOAD, check_version, cpu_environment, installed, method_of
 from verl.utils.sampling_types import Completion, SamplingParams, check_requests
@@ -38,7 +38,7 @@ _SHARED = Path("/dev/shm")
 _PART_BYTES = 2**28
 
 
-class VLLMEngine(OwnWeightsEngine):
+class VLLMEngine(ColocatedEngine):
     """Answers prompts with a copy of the policy in vLLM; `load` makes it the policy of now.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from verl.rollout.engine import EngineSpec
+from verl.rollout.engine import ServerSpec
 from verl.rollout.vllm.auth import OWNED_VARIABLE, SECRET_VARIABLE
 from verl.rollout.vllm.versions import control, cpu_environment
 from verl.utils.sampling_types import FinishReason, SamplingParams
@@ -34,7 +34,7 @@ _OWN |= {"worker-extension-cls", "weight-transfer-config"}
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-def server_flags(spec: EngineSpec, port: int, version: str) -> list[str]:
+def server_flags(spec: ServerSpec, port: int, version: str) -> list[str]:
     """The command line of a server of a version of vLLM.
 
     Raises:
@@ -82,7 +82,7 @@ def has_accelerator() -> bool:
     )
 
 
-def server_environment(spec: EngineSpec, folder: Path, version: str) -> dict[str, str | None]:
+def server_environment(spec: ServerSpec, folder: Path, version: str) -> dict[str, str | None]:
     """Added to the environment of a server; the folder has verl in it, and nothing else."""
     own: dict[str, str | None] = {
         "PYTHONPATH": str(folder),

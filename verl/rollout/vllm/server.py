@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 import verl
-from verl.rollout.engine import Chunk, EngineError, EngineSpec, RefusedError, ServedEngine, seed_of
+from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.server_process import ServerProcess, free_port
 from verl.rollout.vllm.options import (
     MODEL,
@@ -46,7 +46,7 @@ from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint, fingerprint_of_ranks
 from verl.weight_sync.process_group import shared_memory
 from verl.weight_sync.shard_tracking import as_reads
-from verl.weight_sync.types import Part
+from verl.weight_sync.types import WeightChunk
 
 T = TypeVar("T")
 
@@ -58,13 +58,13 @@ _START_POLL_S = 0.2
 _LINE_BYTES = 2**24
 
 
-class VLLMServer(ServedEngine):
+class VLLMServer(InferenceServer):
     """A server of vLLM, started on the loopback interface or joined.
 
     A server that is joined must have been started with the flags of `docs/vllm.md`.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
         self._process: ServerProcess | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -78,7 +78,7 @@ class VLLMServer(ServedEngine):
         self._last_sign_s = 0.0
 
     async def open(self) -> None:
-        """See `ServedEngine.open`."""
+        """See `InferenceServer.open`."""
         self._vocabulary = _vocabulary(self.spec.model)
         headers = {"Authorization": f"Bearer {self.spec.secret}"} if self.spec.secret else {}
         # A connection for each request: vLLM closes those that wait for 5 s and those of some errors, which
@@ -189,13 +189,15 @@ class VLLMServer(ServedEngine):
             )
         self.num_ranks = int((await self._call("GET", "/get_world_size"))["world_size"])
         is_near = shared_memory() in {place["shared_memory"] for place in places} - {""}
-        self.vias = ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
+        self.transports = (
+            ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
+        )
         self.reads = None
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[Chunk]:
-        """See `ServedEngine.sample`."""
+    ) -> AsyncIterator[TokenChunk]:
+        """See `InferenceServer.sample`."""
         if len(prompt_ids) + params.max_tokens > self._context:
             # vLLM would answer, and stop where its context ends.
             raise RefusedError(
@@ -231,12 +233,12 @@ class VLLMServer(ServedEngine):
             if content and content != b"[DONE]":
                 yield self._json(content)
 
-    def _chunk(self, event: dict[str, Any], prompt_ids: Sequence[int]) -> Chunk:
+    def _chunk(self, event: dict[str, Any], prompt_ids: Sequence[int]) -> TokenChunk:
         """What an event says, if it can be."""
         if error := event.get("error"):
             raise _refusal(int(error.get("code") or 500), str(error.get("message")))
         if not event.get("choices"):
-            return Chunk()
+            return TokenChunk()
         choice = event["choices"][0]
         read = choice.get("prompt_token_ids")
         if read is not None and read != list(prompt_ids):
@@ -258,15 +260,15 @@ class VLLMServer(ServedEngine):
             )
         if reason is not None and reason not in REASONS:
             raise EngineError(f"vLLM server {self.spec.name} ended an answer with {reason!r}")
-        return Chunk(ids, logprobs, REASONS.get(reason))
+        return TokenChunk(ids, logprobs, REASONS.get(reason))
 
     async def check(self) -> None:
-        """See `ServedEngine.check`."""
+        """See `InferenceServer.check`."""
         self._check_process()
         await self._call("GET", "/health", timeout_s=self.spec.timeout_s)
 
     async def close(self) -> None:
-        """See `ServedEngine.close`."""
+        """See `InferenceServer.close`."""
         if self._session is not None:
             await self._session.close()
         if self._process is not None:
@@ -276,12 +278,12 @@ class VLLMServer(ServedEngine):
         self._session = self._process = self._folder = None
 
     async def pause(self) -> None:
-        """See `ServedEngine.pause`."""
+        """See `InferenceServer.pause`."""
         await self._call("POST", "/pause", query={"mode": "keep"})
         self._is_paused = True
 
     async def resume(self) -> None:
-        """See `ServedEngine.resume`; the prompts and answers of kept requests are read again with the weights
+        """See `InferenceServer.resume`; the prompts and answers of kept requests are read again with the weights
         of now.
         """
         await self._forget_cache()
@@ -292,7 +294,7 @@ class VLLMServer(ServedEngine):
     async def join_group(
         self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
     ) -> None:
-        """See `ServedEngine.join_group`; rank 0 opens `verl.weight_sync.process_group.open_group`."""
+        """See `InferenceServer.join_group`; rank 0 opens `verl.weight_sync.process_group.open_group`."""
         group = {
             "address": address,
             "port": port,
@@ -303,7 +305,7 @@ class VLLMServer(ServedEngine):
         await self._step(JOIN, init_info={**group, "timeout_s": self.spec.timeout_s})
 
     async def begin_update(self) -> None:
-        """See `ServedEngine.begin_update`."""
+        """See `InferenceServer.begin_update`."""
         try:
             await self._step(BEGIN)
         except EngineError:
@@ -311,8 +313,8 @@ class VLLMServer(ServedEngine):
             await self._step(END)
             await self._step(BEGIN)
 
-    async def load(self, part: Part) -> None:
-        """See `ServedEngine.load`."""
+    async def load(self, part: WeightChunk) -> None:
+        """See `InferenceServer.load`."""
         tensors = [(info.name, list(info.shape), info.dtype) for info in part.tensors]
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
         records = self.records and self.num_ranks > 1 and part.via != "disk"
@@ -326,7 +328,7 @@ class VLLMServer(ServedEngine):
         await self._step(LOAD, update_info=update)
 
     async def end_update(self, version: int) -> str:
-        """See `ServedEngine.end_update`.
+        """See `InferenceServer.end_update`.
 
         Raises:
             EngineError: there are parameters that no tensor reached, or one was not taken.
@@ -346,8 +348,8 @@ class VLLMServer(ServedEngine):
         self._served = self._base
         return fingerprint_of_ranks([report["digests"] for report in reports])
 
-    async def load_additions(self, folder: Path, version: int) -> str:
-        """See `ServedEngine.load_additions`; needs the option `enable_lora`."""
+    async def load_lora_adapter(self, folder: Path, version: int) -> str:
+        """See `InferenceServer.load_lora_adapter`; needs the option `enable_lora`."""
         adapter = {"lora_name": _ADDITIONS, "lora_path": str(folder), "load_inplace": True}
         await self._call("POST", "/v1/load_lora_adapter", body=adapter)
         await self._forget_cache()
@@ -360,11 +362,11 @@ class VLLMServer(ServedEngine):
         return fingerprint(first)
 
     async def sleep(self) -> None:
-        """See `ServedEngine.sleep`; on a GPU it needs the option `enable_sleep_mode`."""
+        """See `InferenceServer.sleep`; on a GPU it needs the option `enable_sleep_mode`."""
         await self._call("POST", "/sleep", query={"level": "2"})
 
     async def wake(self) -> None:
-        """See `ServedEngine.wake`."""
+        """See `InferenceServer.wake`."""
         await self._call("POST", "/wake_up")
 
     async def _forget_cache(self) -> None:

@@ -74,7 +74,7 @@ def control(version: str) -> dict[str, Any]:
             "weight-transfer-config": {"backend": "verl"},
         }
     kept = {"async-scheduling": False} if _is_before(version, _ASYNC_IS_RIGHT) else {}
-    return {"worker-extension-cls": "verl.rollout.vllm.worker_compat.WorkerExtension", **kept}
+    return {"worker-extension-cls": "verl.rollout.vllm.worker_compat.LegacyWorkerExtension", **kept}
 
 
 def cpu_environment(version: str) -> dict[str, str]:

@@ -34,9 +34,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from verl.rollout.vllm.auth import OWNED_VARIABLE
 from verl.weight_sync.fingerprint import digest
 from verl.weight_sync.process_group import shared_memory
-from verl.weight_sync.receiver import Arrivals
+from verl.weight_sync.receiver import WeightReceiver
 from verl.weight_sync.shard_tracking import as_reads
-from verl.weight_sync.types import Part, TensorInfo, Via
+from verl.weight_sync.types import TensorInfo, Transport, WeightChunk
 
 BACKEND = "verl"
 _logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _EMBEDDING = "embed_tokens.weight"
 
 @dataclass
 class GroupInfo(WeightTransferInitInfo):
-    """A process group to join; see `verl.rollout.engine.ServedEngine.join_group`."""
+    """A process group to join; see `verl.rollout.engine.InferenceServer.join_group`."""
 
     address: str
     port: int
@@ -58,18 +58,18 @@ class GroupInfo(WeightTransferInitInfo):
 
 @dataclass
 class PartInfo(WeightTransferUpdateInfo):
-    """A `verl.rollout.engine.Part`; tensors as (name, shape, dtype). If it `records`, what the model reads of
+    """A `verl.rollout.engine.WeightChunk`; tensors as (name, shape, dtype). If it `records`, what the model reads of
     whole tensors is noted.
     """
 
-    via: Via
+    via: Transport
     tensors: list[tuple[str, list[int], str]] = field(default_factory=list)
     where: dict[str, Any] = field(default_factory=dict)
     reads: list[dict[str, Any]] = field(default_factory=list)
     records: bool = False
 
 
-class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
+class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
     """Takes weights in parts, in whatever way they travel, and notes a digest of each tensor that it hands to
     the model.
     """
@@ -79,13 +79,13 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
     supports_draft_weight_update = False
 
     # The signature of the constructor differs between versions of vLLM.
-    _came: Arrivals | None = None
+    _came: WeightReceiver | None = None
     _errors: list[str] = []
 
     @property
-    def _arrivals(self) -> Arrivals:
+    def _arrivals(self) -> WeightReceiver:
         # A layer keeps what it is handed until it has all of its weights.
-        self._came = self._came or Arrivals(self.device, keeps=True)
+        self._came = self._came or WeightReceiver(self.device, keeps=True)
         return self._came
 
     @property
@@ -132,7 +132,7 @@ class PartsEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         """Takes one part."""
         infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors)
         reads = tuple(as_reads(own) for own in update_info.reads)
-        part = Part(infos, update_info.via, update_info.where, reads).of_rank(self._rank)
+        part = WeightChunk(infos, update_info.via, update_info.where, reads).of_rank(self._rank)
         for batch in self._arrivals.batches(part, records=update_info.records):
             self.model.load_weights(self._with_head(batch))
 
@@ -222,7 +222,7 @@ class WorkerExtension:
         return {"version": vllm.__version__, "shared_memory": shared_memory()}
 
     def verl_report(self) -> dict[str, Any]:
-        """See `PartsEngine.report`."""
+        """See `ChunkEngine.report`."""
         report: dict[str, Any] = self.weight_transfer_engine.report()
         return report
 
@@ -250,4 +250,4 @@ if os.environ.get(OWNED_VARIABLE) and Path("/proc").exists():
     # A run starts each server as the leader of a process group.
     threading.Thread(target=_end_with, args=(os.getpgrp(),), daemon=True).start()
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, PartsEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, ChunkEngine)

@@ -12,15 +12,15 @@ import torch
 
 from verl.rollout.vllm import worker
 from verl.rollout.vllm.versions import control
-from verl.rollout.vllm.worker import PartsEngine
+from verl.rollout.vllm.worker import ChunkEngine
 
 
-class OldPartsEngine(PartsEngine):
+class LegacyChunkEngine(ChunkEngine):
     """The engine as later versions of vLLM make it, made of a worker: these would give it other arguments, or
     refuse it.
     """
 
-    def __init__(self, worker: WorkerExtension) -> None:
+    def __init__(self, worker: LegacyWorkerExtension) -> None:
         self.vllm_config = worker.vllm_config
         self.parallel_config, self.model_config = (
             self.vllm_config.parallel_config,
@@ -30,7 +30,7 @@ class OldPartsEngine(PartsEngine):
         self.device, self.model = worker.model_runner.device, worker.model_runner.get_model()
 
 
-class WorkerExtension(worker.WorkerExtension):
+class LegacyWorkerExtension(worker.WorkerExtension):
     """See there; and a method for each step of an update, of the same name and arguments as vLLM's own from
     0.25 on.
     """
@@ -48,27 +48,27 @@ class WorkerExtension(worker.WorkerExtension):
         return {**super().verl_place(), "loses_tokens": loses_tokens}
 
     def verl_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See `PartsEngine.init_transfer_engine`."""
+        """See `ChunkEngine.init_transfer_engine`."""
         engine = self._verl_engine()
         engine.init_transfer_engine(engine.parse_init_info(init_info))
 
     def verl_start_weight_update(self) -> None:
-        """See `PartsEngine.start_weight_update`; one before that did not end is undone."""
+        """See `ChunkEngine.start_weight_update`; one before that did not end is undone."""
         with torch.device(self.model_runner.device):
             self._verl_engine().start_weight_update()
 
     def verl_update_weights(self, update_info: dict[str, Any]) -> None:
-        """See `PartsEngine.update_weights`."""
+        """See `ChunkEngine.update_weights`."""
         with torch.device(self.model_runner.device):
             self._verl_engine().update_weights(update_info)
 
     def verl_finish_weight_update(self, weight_version: str | None = None) -> None:
-        """See `PartsEngine.finish_weight_update`; these versions have no name for their weights."""
+        """See `ChunkEngine.finish_weight_update`; these versions have no name for their weights."""
         with torch.device(self.model_runner.device):
             self._verl_engine().finish_weight_update()
 
-    def _verl_engine(self) -> PartsEngine:
+    def _verl_engine(self) -> ChunkEngine:
         """Ours, kept where the worker would have its own, so that it ends with it."""
-        if not isinstance(self.weight_transfer_engine, PartsEngine):
-            self.weight_transfer_engine = OldPartsEngine(self)
+        if not isinstance(self.weight_transfer_engine, ChunkEngine):
+            self.weight_transfer_engine = LegacyChunkEngine(self)
         return self.weight_transfer_engine

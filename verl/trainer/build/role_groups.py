@@ -15,8 +15,8 @@ from verl.algorithms.objective import Algorithm
 from verl.config.settings import RoleConfig, TrainerConfig
 from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
-from verl.data.packing import Plan
-from verl.engines.roles.workers import Learner, PolicyWorker, RoleWorker, Writer
+from verl.data.packing import BatchPlan
+from verl.engines.roles.workers import ColumnWorker, Learner, PolicyWorker, RoleWorker
 from verl.rewards.model import Judge, on_group
 from verl.trainer.base import Metrics
 from verl.trainer.build import worker_factories
@@ -29,16 +29,16 @@ _JUDGED = {"values", "prm_logprobs"}
 
 
 @dataclass(frozen=True)
-class WriterOfColumn:
+class ColumnWriter:
     """Who writes a column before the update, with which method and micro-batches."""
 
     column: str
     group: WorkerGroup
-    method: Callable[[Any, Batch, Plan], Batch]
+    method: Callable[[Any, Batch, BatchPlan], Batch]
     config: RoleConfig
 
 
-class Team:
+class RoleGroups:
     """The policy, and the critic, the reference and the teacher if some chosen function reads their columns.
 
     On pools of devices also the reward model, if there is one; in one process its reward function holds it.
@@ -81,11 +81,11 @@ class Team:
             else None,
         }
         factories: dict[str, WorkerFactory] = {
-            "reference": worker_factories.reference,
-            "critic": worker_factories.critic,
-            "policy": partial(worker_factories.actor, codec),
-            "teacher": worker_factories.teacher,
-            "reward": worker_factories.reward_model,
+            "reference": worker_factories.build_reference,
+            "critic": worker_factories.build_critic,
+            "policy": partial(worker_factories.build_actor, codec),
+            "teacher": worker_factories.build_teacher,
+            "reward": worker_factories.build_reward_model,
         }
         groups = {}
         try:
@@ -108,21 +108,21 @@ class Team:
         return self.policy.call(RoleWorker.model_config).result()
 
     @property
-    def writers(self) -> list[WriterOfColumn]:
+    def writers(self) -> list[ColumnWriter]:
         """Those whose column a chosen function reads."""
         reads, policy, critic = self._algorithm.reads, self._config.policy, self._config.critic
         writers = []
         if {"trainer_logprobs", "sum_squared_probs"} & reads:
-            writers.append(WriterOfColumn("trainer_logprobs", self.policy, Writer.write, policy))
+            writers.append(ColumnWriter("trainer_logprobs", self.policy, ColumnWorker.write, policy))
         if self.reference:
-            writers.append(WriterOfColumn("ref_logprobs", self.reference, Writer.write, policy))
+            writers.append(ColumnWriter("ref_logprobs", self.reference, ColumnWorker.write, policy))
         elif "ref_logprobs" in reads:
-            writers.append(WriterOfColumn("ref_logprobs", self.policy, PolicyWorker.write_reference, policy))
+            writers.append(ColumnWriter("ref_logprobs", self.policy, PolicyWorker.write_reference, policy))
         if self.teacher:
-            writers.append(WriterOfColumn("teacher_logprobs", self.teacher, Writer.write, policy))
+            writers.append(ColumnWriter("teacher_logprobs", self.teacher, ColumnWorker.write, policy))
         if self.critic:
             column = "values" if "values" in reads else "prm_logprobs"
-            writers.append(WriterOfColumn(column, self.critic, Writer.write, critic))
+            writers.append(ColumnWriter(column, self.critic, ColumnWorker.write, critic))
         return writers
 
     @property

@@ -18,18 +18,18 @@ from verl.config.settings import RolloutConfig, TrainerConfig
 from verl.controller.worker_group import WorkerGroup
 from verl.data.batch import Batch
 from verl.engines.hf.hf_io import model_folder
-from verl.rollout.actor_worker import ActorEngine
-from verl.rollout.engine import EngineSpec, ServedEngine
-from verl.rollout.pool.admin_api import Control
-from verl.rollout.pool.threaded_pool import EnginePool
-from verl.rollout.pool.weight_publisher import PolicyWeights
+from verl.rollout.actor_worker import PolicyEngine
+from verl.rollout.engine import InferenceServer, ServerSpec
+from verl.rollout.pool.admin_api import AdminAPI
+from verl.rollout.pool.threaded_pool import ThreadedInferencePool
+from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.text_worker import TextWorkerEngine
 from verl.trainer.build.worker_factories import IN_PROCESS, Source, saved
 from verl.utils.device import PRECISIONS
 from verl.utils.rollout import BaseRolloutWorker
 from verl.utils.sampling_types import RolloutEngine
 from verl.utils.tokens import TextCodec
-from verl.weight_sync.types import Via
+from verl.weight_sync.types import Transport
 
 # Engines in other processes, loaded where one is chosen.
 SERVED = {
@@ -40,7 +40,7 @@ SERVED = {
 }
 
 
-def given_rollout(
+def wrap_user_rollout(
     given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm, codec: TextCodec
 ) -> RolloutEngine:
     """A user's own engine, or worker that answers in text.
@@ -92,7 +92,7 @@ def build_rollout(
             raise ValueError(
                 f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}"
             )
-        return ActorEngine(policy)
+        return PolicyEngine(policy)
     make, source = engine_class(rollout.engine), str(model_folder(source))
     if (
         config.policy.lora.rank
@@ -106,12 +106,12 @@ def build_rollout(
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
     text = model_config.get_text_config()
     ways = {"is_direct": rollout.weights_via == "direct", "on_device": rollout.weights_via == "ipc"}
-    weights = PolicyWeights(policy, dtype, Path(config.output_dir) / "weights", **ways)
-    pool = EnginePool(
+    weights = WeightPublisher(policy, dtype, Path(config.output_dir) / "weights", **ways)
+    pool = ThreadedInferencePool(
         engine_specs(config, source, dtype),
         make,
         codec,
-        weights if make.follows else None,
+        weights if make.syncs_weights else None,
         vocabulary=text.vocab_size,
         context=text.max_position_embeddings,
         max_running=rollout.max_slots,
@@ -120,7 +120,7 @@ def build_rollout(
         note=note,
     )
     try:
-        return Control(
+        return AdminAPI(
             pool,
             Path(config.output_dir),
             new_spec=lambda name, address: _spec(config, source, dtype, name, address),
@@ -130,13 +130,13 @@ def build_rollout(
         raise
 
 
-def pool_of(rollout: RolloutEngine) -> EnginePool | None:
+def pool_of(rollout: RolloutEngine) -> ThreadedInferencePool | None:
     """The engines beside training, if there are such."""
-    inner = rollout.pool if isinstance(rollout, Control) else rollout
-    return inner if isinstance(inner, EnginePool) else None
+    inner = rollout.pool if isinstance(rollout, AdminAPI) else rollout
+    return inner if isinstance(inner, ThreadedInferencePool) else None
 
 
-def engine_class(name: str) -> type[ServedEngine]:
+def engine_class(name: str) -> type[InferenceServer]:
     """The class of an engine by its name in `SERVED`, or as "package.module:Class".
 
     Raises:
@@ -147,14 +147,14 @@ def engine_class(name: str) -> type[ServedEngine]:
         found = vars(importlib.import_module(module))[attribute] if colon else None
     except (ImportError, KeyError) as error:
         raise ValueError(f"cannot load rollout.engine {name}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, ServedEngine)):
+    if not (isinstance(found, type) and issubclass(found, InferenceServer)):
         raise ValueError(
             f"need rollout.engine as one of {', '.join(SERVED)}, or package.module:Class of a ServedEngine, got {name!r}"
         )
     return found
 
 
-def engine_specs(config: TrainerConfig, source: str, dtype: str) -> list[EngineSpec]:
+def engine_specs(config: TrainerConfig, source: str, dtype: str) -> list[ServerSpec]:
     """The engines that a run begins with."""
     rollout = config.rollout
     joined = [
@@ -172,7 +172,7 @@ _OWN_OPTIONS: dict[str, Callable[[RolloutConfig], dict[str, Any]]] = {
 }
 
 
-def start_of_engines(config: TrainerConfig, source: Source, codec: TextCodec) -> str:
+def initial_checkpoint(config: TrainerConfig, source: Source, codec: TextCodec) -> str:
     """The model that servers start from: a folder or hub name; a loaded model is saved first, as they add
     low-rank additions to it.
     """
@@ -215,10 +215,16 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
     return [] if kl <= config.mismatch_warn else [told]
 
 
-def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> EngineSpec:
+def _spec(config: TrainerConfig, source: str, dtype: str, name: str, address: str | None) -> ServerSpec:
     rollout = config.rollout
-    via: dict[str, Via] = {"shm": "shm", "group": "group", "disk": "disk", "direct": "direct", "ipc": "ipc"}
-    return EngineSpec(
+    via: dict[str, Transport] = {
+        "shm": "shm",
+        "group": "group",
+        "disk": "disk",
+        "direct": "direct",
+        "ipc": "ipc",
+    }
+    return ServerSpec(
         name,
         source,
         {**_OWN_OPTIONS.get(rollout.engine, lambda _: {})(rollout), **rollout.engine_options.values},

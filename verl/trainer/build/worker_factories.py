@@ -26,7 +26,7 @@ from verl.engines.roles.workers import (
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, fitting_tensor, has_equal_layout
-from verl.rollout.engine import OwnWeightsEngine
+from verl.rollout.engine import ColocatedEngine
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
 
@@ -44,7 +44,7 @@ ENGINES = {
 _TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 
 
-def actor(
+def build_actor(
     codec: TextCodec, config: TrainerConfig, source: Source, parallel: ParallelConfig | None
 ) -> ActorWorker:
     """The policy; a loaded model is trained in place.
@@ -55,7 +55,7 @@ def actor(
         source: of the weights.
         parallel: how they are spread over the ranks of the pool; None: this process alone.
     """
-    engine = _trained(config, config.policy, source, _as_mapped(config, parallel))
+    engine = build_train_engine(config, config.policy, source, apply_strategy_mapping(config, parallel))
     generator = _generator(config, source, codec)
     return ActorWorker(
         engine,
@@ -70,7 +70,7 @@ def actor(
     )
 
 
-def _as_mapped(config: TrainerConfig, parallel: ParallelConfig | None) -> ParallelConfig | None:
+def apply_strategy_mapping(config: TrainerConfig, parallel: ParallelConfig | None) -> ParallelConfig | None:
     """How the policy is spread, by the engine that `hybrid_engine.actor_repartition.strategy_mapping` names."""
     wanted = config.hybrid_engine.actor_repartition
     training = wanted.strategy_mapping.training
@@ -116,7 +116,7 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
     )
 
 
-def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWeightsEngine | None:
+def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> ColocatedEngine | None:
     """An engine with weights of its own in the processes of the policy, if one is chosen."""
     rollout = config.rollout
     if rollout.engine not in IN_PROCESS or _has_servers(config):
@@ -130,19 +130,19 @@ def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> OwnWe
         raise ValueError(
             f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}"
         ) from error
-    engine: OwnWeightsEngine = made(
+    engine: ColocatedEngine = made(
         folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots
     )
     return engine
 
 
-def critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
+def build_critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
     """The learned judge of tokens: a value model, or a process reward model if the algorithm reads one; its
     own copy of a loaded model.
     """
     algorithm, role = Algorithm.bind(config.algorithm), config.critic
     is_prm = "prm_logprobs" in algorithm.reads
-    engine = _trained(config, role, _own(source), parallel, kind="policy" if is_prm else "value")
+    engine = build_train_engine(config, role, _own(source), parallel, kind="policy" if is_prm else "value")
     if not is_prm:
         return CriticWorker(engine, algorithm, vf_coef=role.vf_coef, epochs=config.algorithm.epochs)
     temperature, chunk = config.sampling.temperature, role.logits_chunk_tokens
@@ -151,27 +151,31 @@ def critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | Non
     )
 
 
-def reference(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ReferenceWorker:
+def build_reference(
+    config: TrainerConfig, source: Source, parallel: ParallelConfig | None
+) -> ReferenceWorker:
     """The policy that must not be left; its own copy of a loaded model."""
-    engine = _read(config, _own(source), parallel)
+    engine = build_forward_engine(config, _own(source), parallel)
     return ReferenceWorker(
         engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens
     )
 
 
-def teacher(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> TeacherWorker:
+def build_teacher(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> TeacherWorker:
     """The model to distil from."""
-    engine = _read(config, _own(source), parallel)
+    engine = build_forward_engine(config, _own(source), parallel)
     chunk, temperature = config.policy.logits_chunk_tokens, config.sampling.temperature
     return TeacherWorker(engine, temperature=temperature, chunk=chunk, top_k=teacher_top_k(config))
 
 
-def reward_model(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> RewardWorker:
+def build_reward_model(
+    config: TrainerConfig, source: Source, parallel: ParallelConfig | None
+) -> RewardWorker:
     """The reward model that the reward function `model` asks, on ranks of its own."""
     assert parallel is not None, "in this process the reward function loads it itself"
     options = reward_model_options(config)
     role = RoleConfig(precision=options.get("precision", "fp32"))
-    return RewardWorker(_spread(config, "reward", role, source, parallel, updates=None))
+    return RewardWorker(shard_engine(config, "reward", role, source, parallel, updates=None))
 
 
 def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _own(source: Source) -> Source:
     return source if isinstance(source, str) else copy.deepcopy(source)
 
 
-def _trained(
+def build_train_engine(
     config: TrainerConfig,
     role: RoleConfig,
     source: Source,
@@ -220,23 +224,25 @@ def _trained(
     """The engine of a model that learns."""
     device, updates = pick_device(config.device), total_updates(config)
     if parallel is not None:
-        engine = _spread(config, kind, role, source, parallel, updates=updates)
+        engine = shard_engine(config, kind, role, source, parallel, updates=updates)
         assert isinstance(engine, TrainEngine), f"{parallel.engine.name} was to give a TrainEngine"
         return engine
     return LocalEngine(_model(source, kind, role).to(device), role, device=device, total_updates=updates)
 
 
-def _read(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> ForwardEngine:
+def build_forward_engine(
+    config: TrainerConfig, source: Source, parallel: ParallelConfig | None
+) -> ForwardEngine:
     """The engine of a language model that is only read, with the precision and packing of the policy."""
     device = pick_device(config.device)
     if parallel is not None:
-        return _spread(config, "policy", config.policy, source, parallel, updates=None)
+        return shard_engine(config, "policy", config.policy, source, parallel, updates=None)
     return LocalForwardEngine(
         _model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device
     )
 
 
-def _spread(
+def shard_engine(
     config: TrainerConfig,
     kind: str,
     role: RoleConfig,
