@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from verl.agents.collector import DataCollector
 from verl.config.settings import FailureClass
 from verl.data.batch import Trajectory
@@ -128,13 +130,13 @@ class CollectorSource(Source):
     def __init__(self, collector: DataCollector, samples: int, waits: WaitTracker) -> None:
         self._collector, self._samples, self._waits = collector, samples, waits
 
+    @override
     def finish(self, group: Group) -> bool:
-        """See `Source.finish`."""
         self._collector.finish(group.answers, group.baseline)
         return not self._collector.has_no_signal(group.answers)
 
+    @override
     def check(self, answers: Sequence[Trajectory]) -> None:
-        """See `Source.check`."""
         self._collector.check_failed(answers)
 
 
@@ -198,8 +200,8 @@ class FromFleet(CollectorSource):
         self._fleet = fleet
         self._rewarders = ThreadPoolExecutor(_MAX_REWARDED, thread_name_prefix="rewards")
 
+    @override
     def start(self, groups: Sequence[Group]) -> list[asyncio.Future[None]]:
-        """See `Source.start`."""
         return [asyncio.ensure_future(self._answer(group)) for group in groups]
 
     async def _answer(self, group: Group) -> None:
@@ -243,6 +245,6 @@ class FromFleet(CollectorSource):
                 task.cancel()  # the other one of a request that failed
         group.answers, group.baseline = answers, baselines[0][0] if baselines else None
 
+    @override
     def close(self) -> None:
-        """See `Source.close`."""
         self._rewarders.shutdown(wait=False, cancel_futures=True)

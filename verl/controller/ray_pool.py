@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
+from typing_extensions import override
 
 from verl.controller.dispatch import DispatchLayout, dispatch_mode
 from verl.controller.hang_detector import HangDetector
@@ -147,14 +148,14 @@ class KeptColumn(RemoteColumn):
     row_of: Tensor
     lengths: Tensor
 
+    @override
     def select(self, rows: Tensor) -> KeptColumn:
-        """See `RemoteColumn.select`."""
         used, numbers = self.chunk_of[rows].unique(return_inverse=True)
         chunks = tuple(self.chunks[chunk] for chunk in used.tolist())
         return KeptColumn(self.name, chunks, numbers, self.row_of[rows], self.lengths[rows])
 
+    @override
     def join(self, others: Sequence[RemoteColumn]) -> KeptColumn:
-        """See `RemoteColumn.join`."""
         parts = [self, *(other for other in others if isinstance(other, KeptColumn))]
         assert len(parts) == 1 + len(others), "columns of one batch are kept by one backend"
         starts = torch.tensor([0, *(len(part.chunks) for part in parts)]).cumsum(0).tolist()
@@ -327,8 +328,8 @@ class RayPool(Pool):
         ]
         self._join()
 
+    @override
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> RayGroup:
-        """See `Pool.start`."""
         answers = RayFuture(self, role, "start", self._send_all(role, "start", (factory, *args))).answers()
         return RayGroup(self, role, [answer.result for answer in answers])
 
@@ -365,8 +366,8 @@ class RayPool(Pool):
         if self._cluster.failure is not None:
             raise self._cluster.failure
 
+    @override
     def close(self) -> None:
-        """See `Pool.close`."""
         for rank in self.ranks:
             ray.kill(rank.host, no_restart=True)
         self.ranks = []
@@ -451,8 +452,8 @@ class RayGroup(WorkerGroup):
         self.layouts = {name: DispatchLayout(tuple(place[name] for place in places)) for name in places[0]}
         self._pool = pool
 
+    @override
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """See `WorkerGroup.call`."""
         self._pool.check()
         transfer, name = dispatch_mode(method), method.__name__
         layout = self.layouts[transfer.mesh]
@@ -488,8 +489,8 @@ class RayFuture(Future[T]):
         self._sent = list(sent)
         self._join = join
 
+    @override
     def result(self) -> T:
-        """See `Future.result`."""
         return self._result
 
     @cached_property

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from typing_extensions import override
+
 from verl.controller.dispatch import DispatchLayout, Layouts, RankPlace, dispatch_mode
 
 P = ParamSpec("P")
@@ -152,8 +154,8 @@ class Done(Future[T]):
 
     value: T
 
+    @override
     def result(self) -> T:
-        """See `Future.result`."""
         return self.value
 
 
@@ -164,8 +166,8 @@ class Merged(Future[dict[str, float]]):
     future: Future[dict[str, float]]
     more: dict[str, float]
 
+    @override
     def result(self) -> dict[str, float]:
-        """See `Future.result`."""
         return self.future.result() | self.more
 
 
@@ -182,8 +184,8 @@ class LocalGroup(WorkerGroup):
         self._pool = pool
         self.layouts: Layouts = {name: DispatchLayout((place,)) for name, place in worker.places.items()}
 
+    @override
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """See `WorkerGroup.call`."""
         transfer = dispatch_mode(method)
         (own,) = transfer.split(args, self.layouts[transfer.mesh].num_parts)
         start_s = time.time()
@@ -202,8 +204,8 @@ class LocalPool(Pool):
         self.num_devices = 1
         self.timeline = timeline or Timeline()
 
+    @override
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> LocalGroup:
-        """See `Pool.start`."""
         return LocalGroup(self, role, factory(*args))
 
     def close(self) -> None:

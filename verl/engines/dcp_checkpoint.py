@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from typing_extensions import override
 
 REMEDY = "start with `checkpoint.resume=never` or another output_dir"
 _METADATA, PROGRESS = ".metadata", "progress.json"
@@ -35,8 +36,8 @@ _PLAIN_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.ch
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes the classes of checkpoint metadata, dtypes and nothing else."""
 
+    @override
     def find_class(self, module: str, name: str) -> Any:
-        """See `pickle.Unpickler`."""
         is_own_class = (
             module in _PLAIN_MODULES
             and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -57,8 +58,8 @@ class _SafeReader(dcp.FileSystemReader):
     as weights only.
     """
 
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """See `StorageReader.read_metadata`."""
         with (Path(self.path) / _METADATA).open("rb") as file:
             metadata = _read_metadata(file)
         if metadata.storage_meta is None:

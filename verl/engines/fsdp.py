@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from typing_extensions import override
 
 from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
@@ -153,8 +154,8 @@ class FSDPForwardEngine(LocalForwardEngine):
         self._config = config
         self._meshes = meshes
 
+    @override
     def gather_over_data(self, thing: Any) -> list[Any]:
-        """See `ForwardEngine.gather_over_data`."""
         gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_ranks)
         dist.all_gather_object(gathered, thing, group=self._meshes.data_ranks)
         return gathered
@@ -176,8 +177,8 @@ class FSDPForwardEngine(LocalForwardEngine):
                 module.reshard()
                 module.set_reshard_after_forward(id(module) != id(self.model), recurse=False)
 
+    @override
     def export(self, folder: Path) -> None:
-        """See `ForwardEngine.export`."""
         export_model(self.model, folder)
 
     def _forward(self, call: Callable[..., T], *args: Any) -> T:
@@ -213,16 +214,16 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         self._saving = dist.new_group(backend="gloo")
         self._prepare(device, total_updates)
 
+    @override
     def save(self, folder: Path) -> Callable[[], None]:
-        """See `TrainEngine.save`."""
         if dist.get_rank() == 0:
             self.model.transformer.config.save_pretrained(folder)
         return begin_save(
             folder, trained_state(self.model, self._optimizer), self._progress(), group=self._saving
         )
 
+    @override
     def load(self, folder: Path) -> None:
-        """See `TrainEngine.load`."""
         self._go_on(load_trained(folder, self.model, self._optimizer, kind=self._kind, is_alone=False))
 
     def _build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from verl.config.settings import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, present_mask
@@ -124,8 +125,8 @@ class LocalForwardEngine(ForwardEngine):
         self._config = config
 
     @torch.no_grad()
+    @override
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        """See `ForwardEngine.infer`."""
         present = present_mask(batch.response_lengths)
         result = torch.zeros(present.shape)
         for rows in micro_batches:
@@ -140,8 +141,8 @@ class LocalForwardEngine(ForwardEngine):
             result[list(rows)] = block
         return result
 
+    @override
     def export(self, folder: Path) -> None:
-        """See `ForwardEngine.export`."""
         if has_lora(self.model.transformer):
             export_model(self.model, folder)
         else:
@@ -216,16 +217,16 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         super().__init__(model, config, device=device)
         self._prepare(device, total_updates)
 
+    @override
     def update(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
     ) -> dict[str, float]:
-        """See `TrainEngine.update`."""
         self.discard()
         self.accumulate(batch, micro_batches, objective)
         return self.finish()
 
+    @override
     def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
-        """See `TrainEngine.accumulate`."""
         if self._accumulated is None:
             self._optimizer.zero_grad(set_to_none=True)
             self._accumulated = Accumulated()
@@ -243,8 +244,8 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             self._backward(self._scale.scaled(loss))
             so_far.add(loss, monitors)
 
+    @override
     def finish(self, scale: float = 1.0) -> dict[str, float]:
-        """See `TrainEngine.finish`."""
         so_far, self._accumulated = self._accumulated, None
         assert so_far is not None, "an update is finished once, after its portions"
         metrics, bad = self._over_ranks(
@@ -262,17 +263,17 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         self._bad_updates = 0
         return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
 
+    @override
     def discard(self) -> None:
-        """See `TrainEngine.discard`."""
         self._accumulated = None
 
+    @override
     def save(self, folder: Path) -> Callable[[], None]:
-        """See `TrainEngine.save`."""
         self.model.transformer.config.save_pretrained(folder)
         return begin_save(folder, trained_state(self.model, self._optimizer), self._progress())
 
+    @override
     def load(self, folder: Path) -> None:
-        """See `TrainEngine.load`."""
         self._go_on(load_trained(folder, self.model, self._optimizer, kind=self._kind, is_alone=True))
 
     def _progress(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from verl.algorithms.aggregations import DENOMINATORS, num_rows
 from verl.algorithms.dry_run import probe_columns
@@ -244,8 +245,8 @@ class _AfterAll(Future[dict[str, float]]):
     before: list[Future[None]]
     last: Future[dict[str, float]]
 
+    @override
     def result(self) -> dict[str, float]:
-        """See `Future.result`."""
         for future in self.before:
             future.result()
         return self.last.result()

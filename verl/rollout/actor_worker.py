@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from verl.algorithms.objective import Algorithm
 from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
@@ -257,8 +258,8 @@ class PolicyEngine(RolloutEngine):
     def __init__(self, actor: WorkerGroup) -> None:
         self._actor = actor
 
+    @override
     def sleep(self) -> None:
-        """See `RolloutEngine.sleep`."""
         self._actor.call(ActorWorker.sleep).result()
 
     def close(self) -> None:
@@ -266,8 +267,8 @@ class PolicyEngine(RolloutEngine):
         with suppress(WorkerError):
             self._actor.call(ActorWorker.end).result()
 
+    @override
     def take_metrics(self) -> dict[str, float]:
-        """See `RolloutEngine.take_metrics`."""
         return self._actor.call(ActorWorker.take_switches).result()
 
     def generate(

@@ -17,6 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
+from typing_extensions import override
 
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.utils.sampling_types import FinishReason, SamplingParams
@@ -293,8 +294,8 @@ class HTTPEngine(InferenceServer):
         self._gives_ids = not self._options.chat
         self._connection: Connection | None = None
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         self._codec = TextCodec.load(self.spec.model)
         self._places = asyncio.Semaphore(self._options.max_concurrency)
         self._connection = Connection(self.spec.name, self._base, key=self._key)
@@ -318,8 +319,8 @@ class HTTPEngine(InferenceServer):
             if error.status in (401, 403) or not error.is_refusal:
                 raise
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from verl.algorithms.registry import Bound
 from verl.config.settings import PairsConfig, RoleConfig
@@ -36,8 +37,8 @@ class PairwiseTrainer(SingleModelTrainer):
     config: PairsConfig
     loss: Bound
 
+    @override
     def step(self) -> Metrics:
-        """See `BaseTrainer.step`."""
         assert self.loader is not None
         return self.learn(self.loader.take(self.config.pairs_per_step))
 
@@ -111,13 +112,13 @@ class PairwiseTrainer(SingleModelTrainer):
         return pairs, report
 
     @property
+    @override
     def eval_every(self) -> int:
-        """See `BaseTrainer.eval_every`."""
         return 0 if self.config.data.test is None else self.config.eval_every_steps or self.config.steps
 
     @property
+    @override
     def eval_at_start(self) -> bool:
-        """See `BaseTrainer.eval_at_start`."""
         return self.eval_every > 0
 
     @cached_property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from verl.algorithms.preference import PAIR_COLUMNS, PAIR_LOSSES
 from verl.algorithms.registry import bind
@@ -81,8 +82,8 @@ class PreferenceTrainer(PairwiseTrainer):
         assert isinstance(model, PolicyModel)
         return self._logprobs(model, inputs)
 
+    @override
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """See `PairwiseTrainer.row_columns`."""
         columns = {"logprobs": values.sum(1), "tokens": self.answer_tokens(rows).to(values.device)}
         return columns | ({"ref_logprobs": rows["ref_logprobs"].to(values.device)} if self.reference else {})
 

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from verl.algorithms.preference import PAIR_COLUMNS, REWARD_LOSSES, calibration
 from verl.algorithms.registry import bind
@@ -68,15 +69,15 @@ class RewardModelTrainer(PairwiseTrainer):
         """Scores."""
         return self.reward_model.token_scores(inputs), None
 
+    @override
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """See `PairwiseTrainer.row_columns`."""
         return {
             "rewards": last_scores(values, rows.response_lengths),
             "tokens": self.answer_tokens(rows).to(values.device),
         }
 
+    @override
     def answer_tokens(self, rows: Batch) -> Tensor:
-        """See `PairwiseTrainer.answer_tokens`."""
         return rows.response_lengths - 1
 
     def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:

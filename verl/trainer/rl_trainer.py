@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
@@ -368,13 +369,13 @@ class Trainer(BaseTrainer):
         return self.read_prompts(self.config.data.test, "test")[0][: self.config.evaluation.prompts]
 
     @property
+    @override
     def eval_every(self) -> int:
-        """See `BaseTrainer.eval_every`."""
         return self.config.evaluation.every_steps
 
     @property
+    @override
     def eval_at_start(self) -> bool:
-        """See `BaseTrainer.eval_at_start`."""
         return self.eval_every > 0 and self.config.evaluation.at_start
 
     def evaluate(self) -> Metrics:
@@ -383,18 +384,18 @@ class Trainer(BaseTrainer):
         """
         return evaluate(self.collector, self.test_prompts, self.config)
 
+    @override
     def samples(self) -> list[dict[str, Any]]:
-        """See `BaseTrainer.samples`."""
         return [sample_row(t) for t in self.last[: self.config.tracking.num_samples]]
 
+    @override
     def state(self) -> dict[str, Any]:
-        """See `BaseTrainer.state`."""
         collection = self.collection.state()
         own = {"loader": collection.pop("loader"), "collection": collection}
         return super().state() | own | {"dispatched": self.collector.dispatched, "kl_coef": self.kl_coef}
 
+    @override
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `BaseTrainer.load_state`."""
         super().load_state(state)
         self.collector.dispatched = state["dispatched"]
         self.kl_coef = state["kl_coef"]
@@ -433,31 +434,31 @@ class Trainer(BaseTrainer):
         return measure_speed(self.device, dtypes[self.config.policy.precision])
 
     @property
+    @override
     def model_config(self) -> PretrainedConfig:
-        """See `BaseTrainer.model_config`."""
         return self.team.model_config
 
     @property
+    @override
     def saves(self) -> Mapping[str, Save]:
-        """See `BaseTrainer.saves`."""
         return self.team.saves
 
+    @override
     def load_models(self, folder: Path) -> None:
-        """See `BaseTrainer.load_models`."""
         self.rollout.sleep()  # what generates has weights from before
         self.team.load(folder)
 
+    @override
     def export(self, folder: Path) -> None:
-        """See `BaseTrainer.export`."""
         self.team.policy.call(RoleWorker.export, folder).result()
 
     @property
+    @override
     def stall_limit_s(self) -> float:
-        """See `BaseTrainer.stall_limit_s`."""
         return self.config.pipeline.stall_limit_s
 
+    @override
     def parts(self) -> list[Dependency]:
-        """See `BaseTrainer.parts`."""
         pool = pool_of(self.rollout)
         return (
             [Dependency(f"engine {member.name}", member.state, member.cause) for member in pool.members]
@@ -465,12 +466,12 @@ class Trainer(BaseTrainer):
             else []
         )
 
+    @override
     def memory(self) -> Metrics:
-        """See `BaseTrainer.memory`."""
         return self.team.memory()
 
+    @override
     def close(self) -> None:
-        """See `BaseTrainer.close`."""
         with ExitStack() as ends:
             ends.callback(self.team.close)
             if self._owns_rollout:

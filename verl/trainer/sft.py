@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from verl.algorithms.aggregations import token_mean
 from verl.config.settings import SFTConfig
@@ -28,8 +29,8 @@ class SFTTrainer(SingleModelTrainer):
 
     config: SFTConfig
 
+    @override
     def step(self) -> Metrics:
-        """See `BaseTrainer.step`."""
         assert self.loader is not None
         return self.learn(self.loader.take(self.config.rows_per_step))
 
@@ -55,8 +56,8 @@ class SFTTrainer(SingleModelTrainer):
             "tokens": float(rows.num_tokens.sum()),
         }
 
+    @override
     def load_train_data(self) -> LoadReport:
-        """See `BaseTrainer.load_train_data`."""
         source = self.config.data.train
         if source is None:
             raise ValueError(

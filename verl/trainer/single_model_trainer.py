@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from verl.config.settings import RunConfig
 from verl.engines.hf.models import Backbone, PolicyModel, check_model, load_language_model
@@ -45,21 +46,21 @@ class SingleModelTrainer(BaseTrainer):
         self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=config.steps)
 
     @property
+    @override
     def model_config(self) -> PretrainedConfig:
-        """See `BaseTrainer.model_config`."""
         return self.policy_engine.model.transformer.config
 
     @property
+    @override
     def saves(self) -> Mapping[str, Save]:
-        """See `BaseTrainer.saves`."""
         return {"policy": self.policy_engine.save}
 
+    @override
     def load_models(self, folder: Path) -> None:
-        """See `BaseTrainer.load_models`."""
         self.policy_engine.load(folder / "policy")
 
+    @override
     def export(self, folder: Path) -> None:
-        """See `BaseTrainer.export`."""
         self.policy_engine.export(folder)
 
     def _model(self, actor_model: PreTrainedModel | str | None) -> Backbone:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
 T = TypeVar("T")
 # Rounds of the loop at one instant after which nothing will change any more, and the time that tasks have to
 # end in.
@@ -46,8 +48,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         """Tasks that are not done, the oldest first."""
         return [task for task in self._tasks if not task.done()]
 
+    @override
     def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        """See `asyncio.loop.create_task`."""
         task = super().create_task(coro, **options)
         self._tasks.append(task)
         if len(self._tasks) > self._most_tasks:

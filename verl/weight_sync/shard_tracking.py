@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from typing_extensions import override
 
 from verl.weight_sync.layout import Bounds, intersection, volume, whole
 
@@ -127,8 +128,8 @@ class ShardedTensorProxy(Tensor):
         """See `Tensor.tolist`, which refuses what is no plain tensor; so does `numpy`."""
         return self._whole.read(self._view).tolist()
 
+    @override
     def numpy(self, *, force: bool = False) -> Any:
-        """See `Tensor.numpy`."""
         return self._whole.read(self._view).numpy(force=force)
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -23,6 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
+from typing_extensions import override
 
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import DecodeLayout, RowLayout, row_attention
@@ -248,8 +249,8 @@ class PolicyModel(Backbone):
             results = tuple(torch.cat(result) for result in zip(*parts, strict=True))
         return tuple(self.of_all_tokens(result, own, inputs) for result in results)
 
+    @override
     def nothing(self, inputs: ModelInput) -> Tensor:
-        """See `Backbone.nothing`."""
         return 0 * self.logits(self.predictor_states(inputs)[0]).sum()
 
     def token_logprobs(
@@ -285,8 +286,8 @@ class ValueModel(Backbone):
         states, own = self.predictor_states(inputs)
         return self.of_all_tokens(self.head(states).squeeze(-1).float(), own, inputs)
 
+    @override
     def nothing(self, inputs: ModelInput) -> Tensor:
-        """See `Backbone.nothing`."""
         return 0 * self.token_values(inputs).sum()
 
 
@@ -317,8 +318,8 @@ class RewardModel(Backbone):
             scores = self.transformer.get_submodule("score")(states.float()).squeeze(-1)
         return self.of_all_tokens(scores, own, inputs)
 
+    @override
     def nothing(self, inputs: ModelInput) -> Tensor:
-        """See `Backbone.nothing`."""
         return 0 * self.token_scores(inputs).sum()
 
 

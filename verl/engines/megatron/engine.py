@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from transformers import AutoConfig
+from typing_extensions import override
 
 from verl.config.settings import ParallelConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
@@ -289,12 +290,12 @@ class MegatronForwardEngine(ForwardEngine):
         received: Tensor = self._from_collector(result)
         return received
 
+    @override
     def export(self, folder: Path) -> None:
-        """See `ForwardEngine.export`."""
         export_folder(folder, self._anatomy, self.whole_tensors(), self._all_whole(self._anatomy.head_shapes))
 
+    @override
     def gather_over_data(self, thing: Any) -> list[Any]:
-        """See `ForwardEngine.gather_over_data`."""
         gathered: list[Any] = [None] * dist.get_world_size(self._grid.data_ranks)
         dist.all_gather_object(gathered, thing, group=self._grid.data_ranks)
         return gathered
@@ -303,20 +304,20 @@ class MegatronForwardEngine(ForwardEngine):
         """See `ForwardEngine.shapes`; the head of a value model is not among them."""
         return dict(self._anatomy.shapes)
 
+    @override
     def pieces(self) -> list[TensorShard]:
-        """See `ForwardEngine.pieces`."""
         return self._anatomy.pieces(self._share)
 
+    @override
     def homes(self) -> dict[str, Tensor]:
-        """See `ForwardEngine.homes`."""
         return {
             name: parameter.detach()
             for name, parameter in self.all_homes().items()
             if "value_head" not in name
         }
 
+    @override
     def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """See `ForwardEngine.whole_tensors`."""
         return self._all_whole(
             {name: shape for name, shape in self.shapes().items() if wanted is None or name in wanted}
         )
@@ -454,10 +455,10 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         return optimizer
 
+    @override
     def update(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
     ) -> dict[str, float]:
-        """See `TrainEngine.update`."""
         self._begin()
         self._add(batch, micro_batches, objective)
         return self._finished(1.0)
@@ -469,8 +470,8 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         with self._gradients.apart():
             self._add(batch, micro_batches, objective)
 
+    @override
     def finish(self, scale: float = 1.0) -> dict[str, float]:
-        """See `TrainEngine.finish`."""
         assert self._accumulated is not None, "an update is finished once, after its portions"
         with self._grid.active():
             self._gradients.sum()
@@ -536,8 +537,8 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         self._updates += 1
         return norm
 
+    @override
     def save(self, folder: Path) -> Callable[[], None]:
-        """See `TrainEngine.save`."""
         if dist.get_rank() == 0:
             self.config.save_pretrained(folder)
         # The head of the last stage, if it is the embedding of the first, is saved there.

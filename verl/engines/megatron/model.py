@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import RowLayout, rows_attention
@@ -234,8 +235,8 @@ class _OnLastStage(Backbone):
     line: PackedSequence
     states: Tensor
 
+    @override
     def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
-        """See `Backbone.predictor_states`."""
         if self.sequence is None:
             return self.states.index_select(0, inputs.predictors), None
         own, places = self.sequence.own(inputs.predictors, self.line.num_places)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from verl.algorithms.objective import Algorithm
 from verl.controller.dispatch import PLANNED, PLANNED_METRICS, SAME_ON_ALL, DispatchMode, broadcast, register
@@ -249,8 +250,8 @@ class PolicyWorker(Learner):
         return mean_over(updates) | {name: updates[0][name] for name in _AT_FIRST if name in updates[0]}
 
     @register(PLANNED_METRICS)
+    @override
     def accumulate(self, batch: Batch, plan: BatchPlan, kl_coef: float, first_row: int) -> None:
-        """See `Learner.accumulate`."""
         if self._algorithm.needs_whole_minibatch:
             raise ValueError(
                 f"need whole updates for {self._algorithm.policy_loss.name}, whose statistics are over all rows of one"

@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from aiohttp import web
+from typing_extensions import override
 
 from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
@@ -46,28 +47,28 @@ class AdminAPI(RolloutEngine):
         self._told = {"address": f"http://127.0.0.1:{port}", "secret": self._secret}
         self._is_known = False
 
+    @override
     def publish(self, version: int) -> None:
-        """See `RolloutEngine.publish`."""
         super().publish(version)
         self.pool.publish(version)
 
+    @override
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `ThreadedInferencePool.generate`."""
         self._tell()
         return self.pool.generate(prompts, params)
 
+    @override
     def sleep(self) -> None:
-        """See `RolloutEngine.sleep`."""
         self.pool.sleep()
 
+    @override
     def take_metrics(self) -> dict[str, float]:
-        """See `RolloutEngine.take_metrics`."""
         return self.pool.take_metrics()
 
+    @override
     def close(self) -> None:
-        """See `RolloutEngine.close`."""
         if self.pool.loop.is_closed():
             return
         try:

@@ -9,6 +9,8 @@ from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
 from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.inference_pool import InferencePool, MakeEngine, OnUpdate
 from verl.rollout.pool.replica import Replica
@@ -150,23 +152,22 @@ class ThreadedInferencePool(RolloutEngine):
             self.run(self.fleet.sleep())
 
     def add(self, spec: ServerSpec) -> None:
-        """See `InferencePool.add`."""
+        """Add an engine while the pool is running."""
         self.run(self.fleet.add(spec))
 
     def remove(self, name: str) -> None:
-        """See `InferencePool.remove`."""
+        """Remove an engine once its running requests have finished."""
         self.run(self.fleet.remove(name))
 
+    @override
     def take_metrics(self) -> dict[str, float]:
-        """See `RolloutEngine.take_metrics`."""
-
         async def taken() -> dict[str, float]:
             return self.fleet.take_metrics()
 
         return self.run(taken())
 
+    @override
     def close(self) -> None:
-        """See `RolloutEngine.close`."""
         if self.loop.is_closed():
             return
         try:

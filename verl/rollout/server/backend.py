@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 import verl
 from verl.engines.hf.models import Precision
 from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
@@ -86,8 +88,8 @@ class EmbeddedServer(InferenceServer):
             raise EngineError(f"{self.spec.name} has no process of its own")
         return self._process.pid
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         deadline = time.monotonic() + self.spec.start_timeout_s
         try:
             if self.spec.address is not None:
@@ -100,14 +102,14 @@ class EmbeddedServer(InferenceServer):
             await self.close()
             raise
 
+    @override
     async def check(self) -> None:
-        """See `InferenceServer.check`."""
         if self._process is not None:
             self._process.check()
         await self._connected().json("GET", "/health", timeout_s=self.spec.timeout_s)
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         answers, self._answers = self._answers, None
         if answers is not None:
             await answers.close()
@@ -118,20 +120,20 @@ class EmbeddedServer(InferenceServer):
             await self._process.end()
             self._process = None
 
+    @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`."""
         async with aclosing(self._asked().sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 yield chunk
 
+    @override
     async def pause(self) -> None:
-        """See `InferenceServer.pause`."""
         await self._command("pause")
 
+    @override
     async def resume(self) -> None:
-        """See `InferenceServer.resume`."""
         await self._command("resume", recompute=self._options.recompute)
 
     async def join_group(
@@ -148,8 +150,8 @@ class EmbeddedServer(InferenceServer):
         """See `InferenceServer.begin_update`; nothing is sampled until an update has ended well."""
         await self._command("begin_update")
 
+    @override
     async def load(self, part: WeightChunk) -> None:
-        """See `InferenceServer.load`."""
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
         await self._command(
             "load", tensors=[asdict(info) for info in part.tensors], via=part.via, where=where

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from typing_extensions import override
 
 import verl
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
@@ -120,8 +121,8 @@ class SGLangServer(InferenceServer):
         self._additions: str | None = None
         self._aborts: set[asyncio.Task[None]] = set()
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         self._additions = self._store = self.reads = None
         self._asleep = self._in_session = False
         # Reports of the ranks, and the secret while the server starts, are for this user alone.
@@ -143,10 +144,10 @@ class SGLangServer(InferenceServer):
             await self.close()
             raise
 
+    @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`."""
         body = self._request(prompt_ids, params, seed_of(params, number))
         answer = SGLangStream(truncates=body["return_sampling_mask"])
         self._running += 1
@@ -169,8 +170,8 @@ class SGLangServer(InferenceServer):
                 self._asked.told(f"{self.spec.name} does not say how it is: {error}")
             ) from error
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         for task in self._aborts:
             task.cancel()
         if self._client is not None:
@@ -181,23 +182,23 @@ class SGLangServer(InferenceServer):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._client = self._process = self._folder = self._store = None
 
+    @override
     async def pause(self) -> None:
-        """See `InferenceServer.pause`."""
         self._asked.is_paused = True
         # Not in place: the cache of requests that run could not be flushed, and they would go on with keys
         # and values of old weights.
         await self._command("/pause_generation", {"mode": "retract"})
 
+    @override
     async def resume(self) -> None:
-        """See `InferenceServer.resume`."""
         await self._command("/flush_cache")
         await self._command("/continue_generation", {})
         self._asked.resumed()
 
+    @override
     async def join_group(
         self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
     ) -> None:
-        """See `InferenceServer.join_group`."""
         if backend != "gloo":
             raise ValueError(f"need the backend gloo for weights to SGLang, got {backend}")
         limit_s = self.spec.timeout_s
@@ -215,22 +216,22 @@ class SGLangServer(InferenceServer):
         if opens:
             await self._end_session()
 
+    @override
     async def begin_update(self) -> None:
-        """See `InferenceServer.begin_update`."""
         self._digests, self._seen = [{} for _ in range(self.num_ranks)], [{} for _ in range(self.num_ranks)]
         self.received_bytes = [0] * self.num_ranks
         await self._begin_session()
 
+    @override
     async def load(self, part: WeightChunk) -> None:
-        """See `InferenceServer.load`."""
         reports = await self._order([part.of_rank(rank) for rank in range(self.num_ranks)])
         for rank, report in enumerate(reports):
             self._digests[rank] |= report["digests"]
             self._seen[rank] |= report["reads"]
             self.received_bytes[rank] += report["num_bytes"]
 
+    @override
     async def end_update(self, version: int) -> str:
-        """See `InferenceServer.end_update`."""
         await self._end_session()
         await self._command(
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
@@ -267,8 +268,8 @@ class SGLangServer(InferenceServer):
             await self._command("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
         self._asleep = True
 
+    @override
     async def wake(self) -> None:
-        """See `InferenceServer.wake`."""
         if self._asleep:
             await self._command("/resume_memory_occupation", {"tags": ["kv_cache", "weights"]})
         self._asleep = False

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+from typing_extensions import override
 
 import verl
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
@@ -77,8 +78,8 @@ class VLLMServer(InferenceServer):
         self._is_paused = False
         self._last_sign_s = 0.0
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         self._vocabulary = _vocabulary(self.spec.model)
         headers = {"Authorization": f"Bearer {self.spec.secret}"} if self.spec.secret else {}
         # A connection for each request: vLLM closes those that wait for 5 s and those of some errors, which
@@ -194,10 +195,10 @@ class VLLMServer(InferenceServer):
         )
         self.reads = None
 
+    @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`."""
         if len(prompt_ids) + params.max_tokens > self._context:
             # vLLM would answer, and stop where its context ends.
             raise RefusedError(
@@ -262,13 +263,13 @@ class VLLMServer(InferenceServer):
             raise EngineError(f"vLLM server {self.spec.name} ended an answer with {reason!r}")
         return TokenChunk(ids, logprobs, REASONS.get(reason))
 
+    @override
     async def check(self) -> None:
-        """See `InferenceServer.check`."""
         self._check_process()
         await self._call("GET", "/health", timeout_s=self.spec.timeout_s)
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         if self._session is not None:
             await self._session.close()
         if self._process is not None:
@@ -277,8 +278,8 @@ class VLLMServer(InferenceServer):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._session = self._process = self._folder = None
 
+    @override
     async def pause(self) -> None:
-        """See `InferenceServer.pause`."""
         await self._call("POST", "/pause", query={"mode": "keep"})
         self._is_paused = True
 
@@ -304,8 +305,8 @@ class VLLMServer(InferenceServer):
         }
         await self._step(JOIN, init_info={**group, "timeout_s": self.spec.timeout_s})
 
+    @override
     async def begin_update(self) -> None:
-        """See `InferenceServer.begin_update`."""
         try:
             await self._step(BEGIN)
         except EngineError:
@@ -313,8 +314,8 @@ class VLLMServer(InferenceServer):
             await self._step(END)
             await self._step(BEGIN)
 
+    @override
     async def load(self, part: WeightChunk) -> None:
-        """See `InferenceServer.load`."""
         tensors = [(info.name, list(info.shape), info.dtype) for info in part.tensors]
         where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
         records = self.records and self.num_ranks > 1 and part.via != "disk"
@@ -365,8 +366,8 @@ class VLLMServer(InferenceServer):
         """See `InferenceServer.sleep`; on a GPU it needs the option `enable_sleep_mode`."""
         await self._call("POST", "/sleep", query={"level": "2"})
 
+    @override
     async def wake(self) -> None:
-        """See `InferenceServer.wake`."""
         await self._call("POST", "/wake_up")
 
     async def _forget_cache(self) -> None:

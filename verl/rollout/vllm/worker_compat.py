@@ -48,7 +48,7 @@ class LegacyWorkerExtension(worker.WorkerExtension):
         return {**super().verl_place(), "loses_tokens": loses_tokens}
 
     def verl_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See `ChunkEngine.init_transfer_engine`."""
+        """Join the process group that carries the weights."""
         engine = self._verl_engine()
         engine.init_transfer_engine(engine.parse_init_info(init_info))
 
@@ -58,7 +58,7 @@ class LegacyWorkerExtension(worker.WorkerExtension):
             self._verl_engine().start_weight_update()
 
     def verl_update_weights(self, update_info: dict[str, Any]) -> None:
-        """See `ChunkEngine.update_weights`."""
+        """Load one chunk of the weights."""
         with torch.device(self.model_runner.device):
             self._verl_engine().update_weights(update_info)
 
