@@ -15,7 +15,7 @@ from typing import Any
 from cluster import Cluster, Plan
 from modelled_engines import Lengths, Pace
 
-from verl.config.settings import PipelineConfig
+from verl.config.pipeline import PipelineConfig
 
 _BASE, _AHEAD = "ahead 0", "ahead "
 _STEPS, _WARMUP = 40, 10

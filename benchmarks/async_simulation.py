@@ -23,7 +23,7 @@ from cluster import Cluster, Figures, Plan
 from matplotlib.figure import Figure
 from modelled_engines import Lengths, Pace
 
-from verl.config.settings import PipelineConfig
+from verl.config.pipeline import PipelineConfig
 from verl.rollout.pool.inference_pool import OnUpdate
 
 # Parts of the devices that may generate, in 5 %; where the search begins.

@@ -20,7 +20,7 @@ from rich.console import Console
 from verl.agents.collector import sampling_params
 from verl.cli.quickstart import accuracy_of, quickstart_config, warm_up
 from verl.config import load_run
-from verl.config.settings import PreferenceConfig, RewardModelConfig, TrainerConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, TrainerConfig
 from verl.data.tasks import TASKS, near_miss
 from verl.engines.hf.models import make_tiny_model
 from verl.trainer.evaluation import answer_all

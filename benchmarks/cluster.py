@@ -16,7 +16,7 @@ from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
 
 from verl.agents.group_source import FromFleet
 from verl.agents.pipeline import Pipeline, TrainBatch
-from verl.config.settings import PipelineConfig
+from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker

@@ -23,7 +23,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, Choice, ParallelConfig, RoleConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.data.packing import balance
 from verl.engines.fsdp import sharded_engine

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from verl.config.settings import ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
 from verl.engines.fsdp import FSDPForwardEngine, sharded_engine
 from verl.engines.hf.hf_io import local_slices
 from verl.engines.hf.models import make_tiny_model

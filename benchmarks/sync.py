@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, LoraConfig, RoleConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.roles import LoraConfig, RoleConfig
 from verl.controller.worker_group import LocalPool
 from verl.engines.hf.models import PolicyModel, load_language_model, make_tiny_model
 from verl.engines.local import LocalEngine

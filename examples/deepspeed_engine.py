@@ -30,7 +30,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save
 from verl.engines.hf.models import (

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from tests.tiny import batch_of, random_prompts, tiny_policy
 from verl.config import load_config
-from verl.config.settings import OptimizerConfig, RoleConfig, TrainerConfig
+from verl.config.roles import OptimizerConfig, RoleConfig
+from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.local import LocalEngine

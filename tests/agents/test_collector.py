@@ -12,7 +12,7 @@ from tests.tiny import tiny_codec
 from verl.agents.collector import DataCollector, has_no_signal
 from verl.algorithms.registry import bind
 from verl.config import load_config
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 from verl.rewards.functions import build_rewards
 from verl.rewards.shaping import LENGTH_PENALTIES
 from verl.utils.sampling_types import Completion, Prompt, RolloutEngine

@@ -25,7 +25,7 @@ from verl.algorithms.advantages import (
     rloo,
 )
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 SEEDS = st.integers(0, 10_000)
 EVERY_ADVANTAGE = pytest.mark.parametrize("name", ADVANTAGES)

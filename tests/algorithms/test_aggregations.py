@@ -13,7 +13,7 @@ from tests.oracles import losses as oracle
 from tests.oracles.columns import random_columns
 from verl.algorithms.aggregations import AGGREGATIONS, DENOMINATORS, prompt_mean, seq_mean_token_sum_norm
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}

@@ -17,7 +17,8 @@ from verl.algorithms.kl import KL_ESTIMATORS
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.registry import COLUMNS, bind
 from verl.algorithms.value_losses import VALUE_LOSSES
-from verl.config.settings import AlgorithmConfig, Choice
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
 
 TABLES = [ADVANTAGES, POLICY_LOSSES, VALUE_LOSSES, AGGREGATIONS, KL_ESTIMATORS, CORRECTIONS]
 ENTRIES = [(table, name) for table in TABLES for name in table]

@@ -30,7 +30,7 @@ from verl.algorithms.correction import (
 )
 from verl.algorithms.mismatch import mismatch, weight_monitors
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 # The random differences are large, so every bound is wide enough to reject some rows and keep others.
 OPTIONS = [

@@ -25,7 +25,7 @@ from verl.algorithms.kl import (
     scheduled_coef,
 )
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 POLICY, SAMPLER, REFERENCE = ([0.5, -0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3])
 

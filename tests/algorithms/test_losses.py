@@ -30,7 +30,7 @@ from verl.algorithms.losses import (
     sapo,
 )
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 SEEDS = st.integers(0, 10_000)
 LENGTH = {"seq_mean_token_sum_norm": {"length": 7}}

@@ -20,7 +20,7 @@ from verl.algorithms.losses import POLICY_LOSSES, ppo_clip
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
 from verl.algorithms.preference import dpo
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 SEEDS = st.integers(0, 10_000)
 NAMES = ["clip_cov", "kl_cov", "online_dpo"]

@@ -9,7 +9,8 @@ import torch
 
 from verl.algorithms.objective import Algorithm, at_last_sampled_token, token_rewards, write_advantages
 from verl.config import load_config
-from verl.config.settings import AlgorithmConfig, Choice, KLConfig
+from verl.config.algorithm import AlgorithmConfig, KLConfig
+from verl.config.fields import Choice
 from verl.data.batch import Batch, Trajectory
 from verl.utils.sampling_types import Prompt
 

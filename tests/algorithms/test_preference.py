@@ -26,7 +26,7 @@ from verl.algorithms.preference import (
     simpo,
 )
 from verl.algorithms.registry import COLUMNS, bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 LOSSES = {**PAIR_LOSSES, **REWARD_LOSSES}
 OPTIONS = {

@@ -12,7 +12,7 @@ from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.registry import COLUMNS, bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 
 def bound(table, name, **options):

@@ -12,7 +12,7 @@ from tests.oracles.columns import random_columns
 from tests.oracles.gradients import assert_agrees, summed
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.value_losses import VALUE_LOSSES, value_clip, value_mse
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 SEEDS = st.integers(0, 10_000)
 LEARNED = {"value_clip": "new_values", "value_mse": "new_values", "outcome_cross_entropy": "prm_logprobs"}

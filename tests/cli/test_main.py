@@ -15,7 +15,7 @@ import verl
 from tests.training import CHARACTERS, logged, write_prompts
 from verl.cli.main import main
 from verl.config import load_config, load_run, load_sft_config
-from verl.config.settings import PreferenceConfig, RewardModelConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig
 
 COMMANDS = (
     "train",

@@ -19,10 +19,11 @@ from verl.config import (
     make_trainer_config,
     to_yaml,
 )
+from verl.config.algorithm import KLAdaptive, KLSchedule
 from verl.config.checks import IGNORED, READERS
 from verl.config.introspection import places
 from verl.config.reference import describe_settings, settings_markdown
-from verl.config.settings import KLAdaptive, KLSchedule, PreferenceConfig, RewardModelConfig, TrainerConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, TrainerConfig
 
 CASE_STUDY = {
     "actor_micro_batch_size": 4,

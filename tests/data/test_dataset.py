@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.settings import DataConfig
+from verl.config.data import DataConfig
 from verl.data.dataset import PromptLoader, drop_long_prompts, load_examples, load_prompts
 from verl.data.tasks import TASKS
 from verl.utils.sampling_types import Prompt

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.config.settings import PairsDataConfig
+from verl.config.data import PairsDataConfig
 from verl.data.dataset import PromptLoader
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.data.tasks import TASKS, near_miss, write_jsonl

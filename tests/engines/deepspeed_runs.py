@@ -14,7 +14,8 @@ from examples.deepspeed_engine import deepspeed_engine
 from tests.engines.sharded_runs import CPU, algorithm_of, answered, role_config, steps, worker_on
 from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
-from verl.config.settings import Choice, ParallelConfig
+from verl.config.fields import Choice
+from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
 from verl.engines.roles.workers import ReferenceWorker, write_weights

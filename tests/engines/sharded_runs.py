@@ -10,14 +10,10 @@ import torch
 from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import (
-    AlgorithmConfig,
-    Choice,
-    LoraConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RoleConfig,
-)
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
+from verl.config.placement import ParallelConfig
+from verl.config.roles import LoraConfig, OptimizerConfig, RoleConfig
 from verl.controller.dispatch import by_plan
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance

@@ -10,7 +10,7 @@ import torch
 
 from tests.tiny import tiny_policy, tiny_transformer
 from tests.training import local_engine, rows_to_learn
-from verl.config.settings import LoraConfig, RoleConfig
+from verl.config.roles import LoraConfig, RoleConfig
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine

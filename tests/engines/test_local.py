@@ -15,7 +15,9 @@ from tests.training import learn as train
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, Choice, OptimizerConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
+from verl.config.roles import OptimizerConfig
 from verl.engines.base import NotFiniteError
 from verl.engines.local import lr_factor
 from verl.engines.roles.workers import PolicyWorker

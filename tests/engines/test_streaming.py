@@ -15,7 +15,9 @@ from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.config.settings import AlgorithmConfig, Choice, CriticConfig, KLConfig, OptimizerConfig
+from verl.config.algorithm import AlgorithmConfig, KLConfig
+from verl.config.fields import Choice
+from verl.config.roles import CriticConfig, OptimizerConfig
 from verl.controller.worker_group import LocalPool
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance

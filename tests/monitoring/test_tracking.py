@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from verl.config.settings import TrackingConfig
+from verl.config.run import TrackingConfig
 from verl.monitoring.tracking import SINKS, Clock, Sink, Tracker, samples_table, save_curve, terminal_curve
 
 METRICS = {
@@ -253,7 +253,7 @@ def test_samples_that_cannot_be_written_stop_nobody(tmp_path):
 
 def test_a_closed_pipe_does_not_end_the_run(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from verl.config.settings import TrackingConfig; from verl.monitoring.tracking import Tracker\n"
+        "import sys; from pathlib import Path; from verl.config.run import TrackingConfig; from verl.monitoring.tracking import Tracker\n"
         "out = Tracker(TrackingConfig(sinks=('console', 'jsonl')), Path(sys.argv[1]), total_steps=9)\n"
         "sys.stdin.read()\n"
         "for step in (1, 2, 3): out.log(step, {'reward': 1.0})\n"

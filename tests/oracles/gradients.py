@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from verl.algorithms.registry import bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 
 def summed(columns, weights, learned, table, choice):

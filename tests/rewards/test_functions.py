@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl.config.settings import RewardsConfig
+from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import (
     RewardFunction,

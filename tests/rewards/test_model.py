@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.training import CHARACTERS
-from verl.config.settings import RewardsConfig, WeightedChoice
+from verl.config.data import RewardsConfig, WeightedChoice
 from verl.data.batch import Trajectory
 from verl.engines.hf.models import (
     RewardModel,

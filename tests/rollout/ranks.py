@@ -18,7 +18,9 @@ import torch.distributed as dist
 
 from tests.tiny import tiny_codec
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, OptimizerConfig, ParallelConfig, RoleConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.controller.dispatch import dispatch_mode, of_ranks
 from verl.controller.worker_group import Done, WorkerGroup
 from verl.engines.fsdp import sharded_engine

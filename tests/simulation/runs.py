@@ -20,7 +20,7 @@ from tests.tiny import tiny_codec
 from verl.agents.group_source import FromFleet, Group
 from verl.agents.group_state import saved_groups
 from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
-from verl.config.settings import PipelineConfig
+from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker, stall

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 
-from verl.config.settings import PipelineConfig
+from verl.config.pipeline import PipelineConfig
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 NUM_ENGINES, SLOTS, PROMPTS, SAMPLES, LENGTH, PROMPT = 20, 16, 40, 4, 1000, 100

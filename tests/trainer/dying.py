@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.config.settings import Choice, ParallelConfig
+from verl.config.fields import Choice
+from verl.config.placement import ParallelConfig
 from verl.engines.base import ForwardEngine
 from verl.engines.fsdp import FSDPEngine, sharded_engine
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.training import CHARACTERS, logged, toy_config, toy_trainer
-from verl.config.settings import ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
 from verl.controller.worker_group import WorkerError
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.models import make_tiny_model

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.training import gradient, logged, weights
 from verl.config import load_run
-from verl.config.settings import PreferenceConfig
+from verl.config.run import PreferenceConfig
 from verl.data.preference_pairs import Pair
 from verl.engines.hf.models import make_tiny_model
 from verl.trainer.pairwise_trainer import plan_pairs

@@ -17,7 +17,7 @@ from tests.tiny import FAMILIES, tiny_codec, tiny_transformer
 from tests.trainer.test_preference import PAIRS, write_pairs
 from tests.training import gradient, logged, weights
 from verl.config import load_run, load_sft_config
-from verl.config.settings import RewardModelConfig
+from verl.config.run import RewardModelConfig
 from verl.data.batch import ModelInput
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.attention import row_attention

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from verl.config.settings import ParallelConfig
+from verl.config.placement import ParallelConfig
 from verl.engines.hf.hf_io import own_pieces
 from verl.engines.tensor_parallel import make_meshes, parallelize
 from verl.weight_sync.layout import TensorShard

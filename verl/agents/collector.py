@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from verl.algorithms.registry import Bound
-from verl.config.settings import TrainerConfig
+from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.tracking import Clock
 from verl.rewards.functions import RewardFunctions, overlong_penalty

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing_extensions import override
 
 from verl.agents.collector import DataCollector
-from verl.config.settings import FailureClass
+from verl.config.pipeline import FailureClass
 from verl.data.batch import Trajectory
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.engine import EngineError, RefusedError

@@ -14,7 +14,7 @@ from typing import Any
 from verl.agents.admission import Admission
 from verl.agents.group_source import Group, GroupError, Source
 from verl.agents.group_state import groups_from
-from verl.config.settings import FailureClass, PipelineConfig
+from verl.config.pipeline import FailureClass, PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker

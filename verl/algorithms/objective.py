@@ -18,7 +18,7 @@ from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.mismatch import mismatch, weight_monitors
 from verl.algorithms.registry import COLUMNS, Bound, bind
 from verl.algorithms.value_losses import VALUE_LOSSES
-from verl.config.settings import AlgorithmConfig
+from verl.config.algorithm import AlgorithmConfig
 from verl.data.batch import Batch
 
 # Columns of ids, which no function reads.

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 # Every column that a function may read; B rows, T response positions, right-padded, K reward functions; fp32
 # unless said otherwise.

@@ -13,15 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from verl.cli.quickstart import run_quickstart
+from verl.config.algorithm import AlgorithmConfig
 from verl.config.loader import to_yaml
-from verl.config.settings import (
-    AlgorithmConfig,
-    PreferenceConfig,
-    RewardModelConfig,
-    RunConfig,
-    SFTConfig,
-    TrainerConfig,
-)
+from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.models import make_tiny_model
 from verl.monitoring.tracking import check_sinks, samples_table

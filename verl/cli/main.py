@@ -15,7 +15,7 @@ from typing import Any
 from verl import __version__
 from verl.config.loader import RECIPES, load_config, load_run, to_yaml
 from verl.config.reference import describe_settings
-from verl.config.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
 
 # Loaded only by the commands that need them: `verl config` and `--help` answer at once.
 _COMMANDS_WITH_MODELS = "verl.cli.commands"

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from verl.config.loader import load_config, load_sft_config
-from verl.config.settings import TrainerConfig
+from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.engines.hf.models import make_tiny_model
 from verl.monitoring.tracking import samples_table, save_curve, terminal_curve

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from verl.config.settings import Choice, PairsConfig, PreferenceConfig, SFTConfig, TrainerConfig
+from verl.config.fields import Choice
+from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig, TrainerConfig
 
 # Columns that decide what exists -> the built-in functions that read them. Settings load without PyTorch, so
 # the functions themselves cannot be asked here; a test compares.

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from verl.config.settings import Choice, Options, PlacementConfig, Section, TrainerConfig
+from verl.config.fields import Choice, Options, Section
+from verl.config.placement import PlacementConfig
+from verl.config.run import TrainerConfig
 
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 

@@ -1,6 +1,4 @@
-"""Loading, checking and writing settings; what each one is, `verl.config.settings` says, what must hold
-between them, `verl.config.checks`.
-"""
+"""Load, check and write the settings of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +12,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from verl.config.algorithm import KLAdaptive
 from verl.config.checks import IGNORED, WRONG, may_read, reads
 from verl.config.introspection import is_section, merged, notes_of, places, type_text
-from verl.config.settings import KLAdaptive, RunConfig, SFTConfig, TrainerConfig
+from verl.config.run import RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError, dumped, parsed
 
 _RECIPES_DIR = Path(__file__).parent / "recipes"

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.config.introspection import is_section, notes_of, places, type_text
 from verl.config.loader import at, nearest, plain
-from verl.config.settings import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from verl.config.settings import DataConfig
+from verl.config.data import DataConfig
 from verl.data.tasks import TASKS
 from verl.utils.sampling_types import Prompt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from verl.config.settings import PairsDataConfig
+from verl.config.data import PairsDataConfig
 from verl.data.dataset import (
     Content,
     LoadReport,

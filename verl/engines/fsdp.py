@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typing_extensions import override
 
-from verl.config.settings import OptimizerConfig, ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.config.settings import OptimizerConfig, RoleConfig
+from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, present_mask
 from verl.engines.base import (
     Accumulated,

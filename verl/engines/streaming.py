@@ -21,7 +21,8 @@ from verl.algorithms.aggregations import DENOMINATORS, num_rows
 from verl.algorithms.dry_run import probe_columns
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.algorithms.registry import Bound, bind
-from verl.config.settings import AlgorithmConfig, Choice
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
 from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan

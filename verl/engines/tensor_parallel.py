@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import PreTrainedModel
 
-from verl.config.settings import ParallelConfig
+from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import RankPlace
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh

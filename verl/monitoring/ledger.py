@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from verl.config.settings import FailureClass
+from verl.config.pipeline import FailureClass
 from verl.utils.jsonl import json_line, keep_steps_before
 
 STATES: tuple[str, ...] = ("answering", "waiting")

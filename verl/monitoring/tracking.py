@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from verl.config.settings import TrackingConfig
+from verl.config.run import TrackingConfig
 from verl.utils.jsonl import json_line, keep_steps_before
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal, SupportsFloat
 
+from verl.config.data import RewardsConfig
 from verl.config.loader import nearest
-from verl.config.settings import RewardsConfig
 from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import CallPool, RewardCall, RewardFailure
 from verl.rewards.tasks import exact, position_share, prefix_share

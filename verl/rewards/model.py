@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from verl.config.settings import RoleConfig
+from verl.config.roles import RoleConfig
 from verl.controller.dispatch import PLANNED, register
 from verl.controller.worker_group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.registry import Bound, bind
-from verl.config.settings import Choice
+from verl.config.fields import Choice
 
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:

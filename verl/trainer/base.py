@@ -15,7 +15,8 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from verl.config.loader import to_yaml
-from verl.config.settings import STALL_LIMIT_S, RunConfig
+from verl.config.pipeline import STALL_LIMIT_S
+from verl.config.run import RunConfig
 from verl.controller.worker_group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.monitoring.tracking import Clock, Tracker, check_sinks

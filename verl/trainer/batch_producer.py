@@ -14,7 +14,7 @@ from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.group_source import FromFleet, Group, InTurn, outside_loops
 from verl.agents.group_state import saved_groups
 from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
-from verl.config.settings import TrainerConfig
+from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.dataset import PromptLoader
 from verl.monitoring.ledger import FILE, Ledger

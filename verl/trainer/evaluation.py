@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from verl.agents.collector import DataCollector, sampling_params
-from verl.config.settings import TrainerConfig
+from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 

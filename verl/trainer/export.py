@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from verl.config.settings import LoraConfig
+from verl.config.roles import LoraConfig
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.lora import add_lora

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from verl.algorithms.kl import adapted_coef, scheduled_coef
-from verl.config.settings import KLAdaptive, KLSchedule, TrainerConfig
+from verl.config.algorithm import KLAdaptive, KLSchedule
+from verl.config.run import TrainerConfig
 
 
 def first_kl_coef(config: TrainerConfig) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from verl.algorithms.registry import Bound
-from verl.config.settings import PairsConfig, RoleConfig
+from verl.config.roles import RoleConfig
+from verl.config.run import PairsConfig
 from verl.data.batch import Batch, ModelInput, Ragged
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import balance

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from verl.algorithms.preference import PAIR_COLUMNS, PAIR_LOSSES
 from verl.algorithms.registry import bind
-from verl.config.settings import PreferenceConfig
+from verl.config.run import PreferenceConfig
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_copy

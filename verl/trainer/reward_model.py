@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from verl.algorithms.preference import PAIR_COLUMNS, REWARD_LOSSES, calibration
 from verl.algorithms.registry import bind
-from verl.config.settings import RewardModelConfig
+from verl.config.run import RewardModelConfig
 from verl.data.batch import Batch, ModelInput
 from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score

@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.config.settings import RoleConfig, TrainerConfig, WeightedChoice
+from verl.config.data import WeightedChoice
+from verl.config.roles import RoleConfig
+from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader

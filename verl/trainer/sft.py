@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from verl.algorithms.aggregations import token_mean
-from verl.config.settings import SFTConfig
+from verl.config.run import SFTConfig
 from verl.data.batch import Batch, ModelInput, Ragged, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance

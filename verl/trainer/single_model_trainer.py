@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from verl.config.settings import RunConfig
+from verl.config.run import RunConfig
 from verl.engines.hf.models import Backbone, PolicyModel, check_model, load_language_model
 from verl.engines.local import LocalEngine
 from verl.trainer.base import BaseTrainer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.config.settings import TrainerConfig
+from verl.config.run import TrainerConfig
 from verl.controller.worker_group import WorkerGroup
 from verl.data.batch import Batch
 from verl.engines.roles.workers import Learner

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_policy, tiny_transformer
 from tests.training import local_engine
-from verl.config.settings import LoraConfig
+from verl.config.roles import LoraConfig
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
 from verl.engines.hf.meta_init import empty_transformer
 from verl.engines.hf.models import PolicyModel, RewardModel, as_reward_model, value_model

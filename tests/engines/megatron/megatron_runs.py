@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.engines.sharded_runs import CPU, algorithm_of, role_config, steps, stream_case, worker_on
 from tests.training import rows_to_learn
-from verl.config.settings import ParallelConfig
+from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
 from verl.engines.base import NotFiniteError

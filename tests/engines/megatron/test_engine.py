@@ -16,7 +16,8 @@ from tests.distributed import on_ranks
 from tests.engines.sharded_runs import CPU, local_engine_on, steps, trained_weights, worker_on
 from tests.tiny import tiny_transformer
 from tests.training import rows_to_learn
-from verl.config.settings import ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
 from verl.data.packing import balance
 from verl.engines.hf.models import load_language_model
 

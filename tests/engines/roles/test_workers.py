@@ -12,7 +12,9 @@ import torch
 from tests.tiny import tiny_transformer
 from tests.training import gradient, learn, local_engine, one_update, rows_to_learn, weights
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, Choice, CriticConfig, OptimizerConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.fields import Choice
+from verl.config.roles import CriticConfig, OptimizerConfig
 from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import BatchPlan
 from verl.engines.hf.models import value_model

@@ -12,7 +12,8 @@ import torch
 
 from tests.tiny import tiny_codec
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import AlgorithmConfig, LoraConfig, OptimizerConfig, RoleConfig
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.roles import LoraConfig, OptimizerConfig, RoleConfig
 from verl.controller.worker_group import LocalGroup, LocalPool
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalEngine

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from verl.config.settings import LoraConfig
+from verl.config.roles import LoraConfig
 
 # Loaded only where there are low-rank additions.
 _PEFT = "peft"

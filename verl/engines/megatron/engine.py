@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from typing_extensions import override
 
-from verl.config.settings import ParallelConfig, RoleConfig
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
 from verl.engines.base import Accumulated, ForwardEngine, Objective, Outputs
 from verl.engines.hf.hf_io import model_folder

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from verl.config.settings import ParallelConfig
+from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import RankPlace
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.hf_io import own_pieces

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from verl.config.settings import ParallelConfig, PlacementConfig
+from verl.config.placement import ParallelConfig, PlacementConfig
 from verl.controller.worker_group import LocalPool, Pool, Timeline, WorkerFactory, WorkerGroup
 
 # Roles that share a pool, pool by pool, in the order of `placement.devices`.

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import RoleConfig, TrainerConfig
+from verl.config.roles import RoleConfig
+from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan

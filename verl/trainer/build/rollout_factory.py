@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import RolloutConfig, TrainerConfig
+from verl.config.rollout import RolloutConfig
+from verl.config.run import TrainerConfig
 from verl.controller.worker_group import WorkerGroup
 from verl.data.batch import Batch
 from verl.engines.hf.hf_io import model_folder

@@ -12,7 +12,10 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from verl.algorithms.objective import Algorithm
-from verl.config.settings import Choice, ParallelConfig, RoleConfig, TrainerConfig
+from verl.config.fields import Choice
+from verl.config.placement import ParallelConfig
+from verl.config.roles import RoleConfig
+from verl.config.run import TrainerConfig
 from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine

@@ -1,0 +1,49 @@
+"""Settings of the data of a run: prompts, pairs of answers, and reward functions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from verl.config.fields import Choice, Section, setting
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    train: str | None = setting(None, "JSONL, Parquet or Arrow file, saved `datasets` folder, or task:NAME.")
+    test: str | None = setting(None, "The same for evaluation; task:NAME takes that task's held-out prompts.")
+    prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
+    answer_key: str = setting(
+        "answer", "Column with the reference answer, for the rewards; for fine-tuning, the answer."
+    )
+    system_prompt: str | None = setting(None, "Put in front of chat prompts that have no system message.")
+    max_prompt_tokens: int = setting(1024, "Longer prompts are dropped and counted.", unit="tokens", ge=1)
+    on_malformed: Literal["stop", "skip"] = setting(
+        "stop", "A row that cannot be read stops the start, or is skipped and counted."
+    )
+    shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
+
+
+class PairsDataConfig(DataConfig):
+    """Where pairs come from."""
+
+    chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
+    rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
+
+
+class WeightedChoice(Choice):
+    """A reward function with its weight in the sum."""
+
+    weight: float = 1.0
+
+
+class RewardsConfig(Section):
+    """What an answer is worth: the weighted sum of functions."""
+
+    functions: tuple[WeightedChoice, ...] = setting(
+        (), 'Functions by name, `verl.rewards`, or as "package.module:function".'
+    )
+    timeout_s: float = setting(30.0, "Time limit of one call.", unit="s", gt=0)
+    max_failed_share: float = setting(
+        0.5, "Share of a step's answers without a reward above which the run stops.", ge=0, le=1
+    )

@@ -1,0 +1,126 @@
+"""Settings of a whole run, for each kind of training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.data import DataConfig, PairsDataConfig, RewardsConfig
+from verl.config.fields import Choice, Section, setting
+from verl.config.pipeline import PipelineConfig
+from verl.config.placement import HybridConfig, PlacementConfig
+from verl.config.roles import CriticConfig, RoleConfig, TeacherConfig
+from verl.config.rollout import RolloutConfig, SamplingConfig
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, answered by the current policy."""
+
+    every_steps: int = setting(0, "Steps between evaluations; 0: never.", unit="steps", ge=0)
+    at_start: bool = setting(True, "Also before the first step.")
+    prompts: int | None = setting(None, "Prompts used, from the first on; none: all.", unit="prompts", ge=1)
+    samples: int = setting(1, "Answers per prompt, k of mean@k and pass@k.", unit="answers", ge=1)
+    temperature: float = setting(1.0, "Temperature of these answers.", ge=0)
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk to go on from."""
+
+    every_steps: int = setting(0, "Steps between checkpoints; 0: only at the end.", unit="steps", ge=0)
+    keep: int = setting(2, "Newest checkpoints kept.", unit="checkpoints", ge=1)
+    resume: str = setting(
+        "auto", "auto: from the newest complete one in output_dir; never; or the folder of one."
+    )
+
+
+class TrackingConfig(Section):
+    """Where metrics and samples go."""
+
+    sinks: tuple[str, ...] = setting(
+        ("console", "jsonl", "tensorboard"), "console, jsonl, tensorboard, wandb, mlflow."
+    )
+    project: str = setting("verl", "Project name for W&B and MLflow.")
+    samples_every_steps: int = setting(
+        10, "Steps between tables of sampled answers on disk; 0: never.", unit="steps", ge=0
+    )
+    num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
+
+
+class RunConfig(Section):
+    """What every run has, whatever it learns from."""
+
+    seed: int = setting(0, "Seed of the data order, the sampling and new weights.", ge=0)
+    output_dir: str = setting("outputs/run", "Folder of metrics, samples, checkpoints and the trained model.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where there is one.")
+    steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
+    policy: RoleConfig = setting(RoleConfig(), "The model that learns to answer.")
+    data: DataConfig = setting(DataConfig(), "Where prompts come from.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "What is kept to go on from.")
+    tracking: TrackingConfig = setting(TrackingConfig(), "Where metrics and samples go.")
+
+
+class SFTConfig(RunConfig):
+    """A run of supervised fine-tuning."""
+
+    rows_per_step: int = setting(64, "Examples of a step.", unit="examples", ge=1)
+
+
+class PairsConfig(RunConfig):
+    """A run on pairs of a better and a worse answer."""
+
+    data: PairsDataConfig = setting(PairsDataConfig(), "Where pairs come from.")
+    pairs_per_step: int = setting(
+        64, "Pairs of a step.", unit="pairs", source="DPO, 2305.18290, appendix B", ge=1
+    )
+    eval_every_steps: int = setting(
+        0, "Steps between evaluations on data.test; 0: only before the first and after the last.", ge=0
+    )
+
+
+class PreferenceConfig(PairsConfig):
+    """A run that optimizes the policy on preferences directly."""
+
+    loss: Choice = setting(
+        Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference`.", source="DPO, 2305.18290"
+    )
+    reference: str | None = setting(
+        None, "Model of the reference policy; none: the policy as it was at the start."
+    )
+
+
+class RewardModelConfig(PairsConfig):
+    """A run that teaches a model with a scalar head which answers are better."""
+
+    loss: Choice = setting(
+        Choice(name="bradley_terry"),
+        "Loss of a pair, `verl.algorithms.preference`.",
+        source="InstructGPT, 2203.02155",
+    )
+
+
+class TrainerConfig(RunConfig):
+    """A run of reinforcement learning."""
+
+    prompts_per_step: int = setting(32, "Prompts of a step.", unit="prompts", ge=1)
+    samples_per_prompt: int = setting(
+        8,
+        "Answers per prompt, the size of a group.",
+        unit="answers",
+        source="GRPO takes 64, 2402.03300",
+        ge=1,
+    )
+    algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
+    critic: CriticConfig = setting(CriticConfig(), "The learned judge of tokens.")
+    reference: str | None = setting(
+        None, "Model of the reference policy; none: the policy as it was at the start."
+    )
+    teacher: TeacherConfig = setting(TeacherConfig(), "The model to distil from.")
+    sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
+    rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
+    rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
+    pipeline: PipelineConfig = setting(PipelineConfig(), "Collection ahead of training.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
+    placement: PlacementConfig = setting(PlacementConfig(), "Which devices do what.")
+    hybrid_engine: HybridConfig = setting(
+        HybridConfig(), "The switch of the policy between training and generation."
+    )
