@@ -31,7 +31,8 @@ from verl.data.batch import Batch, Trajectory
 from verl.data.packing import balance
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.models import PolicyModel
-from verl.engines.roles.workers import PolicyWorker, write_weights
+from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.roles.policy import PolicyWorker
 from verl.planner.step_time import ModelShape, StepWork, forward_flops, rollout_seconds
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.device import MachineSpeed, measure_speed, synchronize
@@ -118,7 +119,7 @@ def train(size: str, args: argparse.Namespace, device: torch.device, speed: Mach
         shape = ModelShape.from_hf_config(engine.config)
         rows, seconds = rows_of(args, shape.vocab), []
         plan = balance(rows.num_tokens, num_ranks=1, micro_batch_tokens=args.micro_batch_tokens)
-        write_weights(rows, plan, algorithm)
+        write_loss_weights(rows, plan, algorithm)
         for _ in range(args.repeats + 1):
             synchronize(device)
             start_s = time.perf_counter()

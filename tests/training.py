@@ -17,7 +17,10 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.local import LocalEngine
-from verl.engines.roles.workers import Learner, TeacherWorker, policy_logprobs, with_advantages, write_weights
+from verl.engines.roles.base import Learner
+from verl.engines.roles.columns import policy_logprobs
+from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
+from verl.engines.roles.teacher import TeacherWorker
 from verl.trainer.rl_trainer import Trainer
 
 CHARACTERS = "abcdefgh="
@@ -158,8 +161,8 @@ def engine_of(trainer: Trainer, role: str = "policy") -> LocalEngine:
 def learn(worker: Learner, batch: Batch, plan: BatchPlan, kl_coef: float = 0.0) -> dict[str, float]:
     """One step of a role, as the trainer has it made."""
     algorithm = worker._algorithm
-    write_weights(batch, plan, algorithm)
-    plan, metrics = with_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
+    write_loss_weights(batch, plan, algorithm)
+    plan, metrics = skip_zero_advantages(batch, plan) if algorithm.skip_zero_advantages else (plan, {})
     return worker.update(batch, plan, kl_coef) | metrics
 
 

@@ -18,7 +18,8 @@ from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
-from verl.engines.roles.workers import ReferenceWorker, write_weights
+from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.roles.reference import ReferenceWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.weight_sync.reshard_exchange import part_of
@@ -110,7 +111,7 @@ def bad_step(worker: Any, rank: int) -> dict[str, float]:
     batch = rows_to_learn(with_padding=True)
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)
-    write_weights(batch, plan, algorithm_of({}))
+    write_loss_weights(batch, plan, algorithm_of({}))
     return worker.update(*by_plan((batch, plan), 2)[rank], 0.0)
 
 

@@ -22,7 +22,9 @@ from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine
-from verl.engines.roles.workers import CriticWorker, PolicyWorker, write_weights
+from verl.engines.roles.critic import CriticWorker
+from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.roles.policy import PolicyWorker
 from verl.engines.streaming import Portions
 from verl.rollout.actor_worker import ActorWorker
 from verl.utils.sampling_types import SamplingParams
@@ -94,7 +96,7 @@ def steps(
             micro_batch_tokens=8,
             num_minibatches=case.get("minibatches", 2),
         )
-        write_weights(batch, plan, algorithm_of(case))
+        write_loss_weights(batch, plan, algorithm_of(case))
         if rank < 0:
             plan = BatchPlan(
                 [[[micro for share in minibatch for micro in share]] for minibatch in plan.minibatches]
@@ -246,7 +248,7 @@ def not_finite(source: str) -> list[dict[str, float]]:
             "advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan if bad else 1.0, advantages)
         )
         plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
-        write_weights(batch, plan, algorithm_of({}))
+        write_loss_weights(batch, plan, algorithm_of({}))
         history.append(worker.update(*by_plan((batch, plan), num_ranks)[rank], 0.0))
     return history
 

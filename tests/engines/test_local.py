@@ -20,7 +20,7 @@ from verl.config.fields import Choice
 from verl.config.roles import OptimizerConfig
 from verl.engines.base import NotFiniteError
 from verl.engines.local import lr_factor
-from verl.engines.roles.workers import PolicyWorker
+from verl.engines.roles.policy import PolicyWorker
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
 SPLITS = [[[0], [1], [2], [3], [4], [5]], [[5, 0], [], [3, 4, 1], [2]], [[4], [2, 1, 0], [5, 3], []]]

@@ -26,7 +26,8 @@ from verl.config.fields import Choice
 from verl.controller.worker_group import Future, Merged, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
-from verl.engines.roles.workers import Learner, with_advantages, write_weights
+from verl.engines.roles.base import Learner
+from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
 
 # Of two groups of two rows: in the first one group teaches nothing, in the second both do, one of them more.
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))
@@ -99,7 +100,7 @@ class Portions:
                 f"need whole groups in a portion, and a number of its own for each in the step, got {again} a second time"
             )
         self._group_ids |= ids
-        write_weights(rows, BatchPlan([[[list(range(rows.num_rows))]]]), self._algorithm)
+        write_loss_weights(rows, BatchPlan([[[list(range(rows.num_rows))]]]), self._algorithm)
         share = len(ids) / max(1, self._num_groups)
         denominator = int(self._denominator({"mask": mask, "group_ids": group_ids}))
         rows.write("weights", rows["weights"] * self._of_weights.factor(denominator, share))
@@ -206,7 +207,7 @@ class StreamedUpdate:
             if not num_alive:
                 self._keep_shortest(rows, first_row)
                 return
-            plan, _ = with_advantages(rows, plan)
+            plan, _ = skip_zero_advantages(rows, plan)
         self._accumulate(rows, plan, first_row)
 
     def finish(self, scale: float) -> Future[dict[str, float]]:

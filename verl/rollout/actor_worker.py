@@ -20,7 +20,8 @@ from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
 from verl.engines.hf.hf_io import lora_adapter_files
 from verl.engines.hf.lora import has_lora
-from verl.engines.roles.workers import FULLEST, PolicyWorker
+from verl.engines.roles.base import FULLEST
+from verl.engines.roles.policy import PolicyWorker
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.rollout.engine import ColocatedEngine

@@ -26,15 +26,9 @@ from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.data.tasks import TASKS
-from verl.engines.roles.workers import (
-    MODEL_COLUMNS,
-    Learner,
-    RoleWorker,
-    critic_reads,
-    policy_reads,
-    with_advantages,
-    write_weights,
-)
+from verl.engines.roles.base import Learner, RoleWorker
+from verl.engines.roles.columns import MODEL_COLUMNS, critic_reads, policy_reads
+from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
 from verl.engines.streaming import StreamedUpdate
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_time import ModelShape, StepWork, step_limit
@@ -280,13 +274,15 @@ class Trainer(BaseTrainer):
         critic = self.team.critic
         assert critic is not None
         plan = self._plan(critic, rows, self.config.critic)
-        write_weights(rows, plan, self.algorithm)
+        write_loss_weights(rows, plan, self.algorithm)
         return critic.call(Learner.update, rows.only(self._critic_columns), plan, 0.0)
 
     def _update_policy(self, rows: Batch) -> Future[Metrics]:
         plan = self._plan(self.team.policy, rows, self.config.policy)
-        write_weights(rows, plan, self.algorithm)
-        plan, metrics = with_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
+        write_loss_weights(rows, plan, self.algorithm)
+        plan, metrics = (
+            skip_zero_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
+        )
         read = rows.only(self._policy_columns)
         return Merged(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
 

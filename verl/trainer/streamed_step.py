@@ -11,7 +11,7 @@ from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.run import TrainerConfig
 from verl.controller.worker_group import WorkerGroup
 from verl.data.batch import Batch
-from verl.engines.roles.workers import Learner
+from verl.engines.roles.base import Learner
 from verl.engines.streaming import Portions, StreamedUpdate, why_not_streamed
 from verl.trainer.base import Metrics
 

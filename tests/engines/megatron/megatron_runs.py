@@ -15,7 +15,7 @@ from verl.controller.dispatch import by_plan
 from verl.data.packing import balance
 from verl.engines.base import NotFiniteError
 from verl.engines.megatron.engine import megatron_engine
-from verl.engines.roles.workers import write_weights
+from verl.engines.roles.loss_weights import write_loss_weights
 
 UPDATES = 2
 
@@ -150,7 +150,7 @@ def update_with(engine: Any, case: dict[str, Any], advantage: float) -> dict[str
     rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, advantage, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
-    write_weights(batch, plan, algorithm_of(case))
+    write_loss_weights(batch, plan, algorithm_of(case))
     try:
         return worker_on(engine, case).update(
             *(by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0

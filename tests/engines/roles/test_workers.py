@@ -19,13 +19,11 @@ from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import BatchPlan
 from verl.engines.hf.models import value_model
 from verl.engines.local import LocalEngine
-from verl.engines.roles.workers import (
-    CriticWorker,
-    PolicyWorker,
-    ProcessRewardWorker,
-    ReferenceWorker,
-    TeacherWorker,
-)
+from verl.engines.roles.critic import CriticWorker
+from verl.engines.roles.policy import PolicyWorker
+from verl.engines.roles.process_reward import ProcessRewardWorker
+from verl.engines.roles.reference import ReferenceWorker
+from verl.engines.roles.teacher import TeacherWorker
 
 WHOLE = one_update([0, 1, 2, 3, 4, 5])
 ONE_BY_ONE = one_update(*[[row] for row in range(6)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from verl.controller.dispatch import ONE_TO_ALL, SAME_ON_ALL, register
 from verl.controller.worker_group import WorkerGroup
-from verl.engines.roles.workers import RoleWorker
+from verl.engines.roles.base import RoleWorker
 from verl.rollout.engine import EngineError, InferenceServer
 from verl.rollout.pool.broadcast import address_towards, both, free_port_at
 from verl.weight_sync.fingerprint import digest

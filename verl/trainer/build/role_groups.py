@@ -17,7 +17,8 @@ from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
-from verl.engines.roles.workers import ColumnWorker, Learner, PolicyWorker, RoleWorker
+from verl.engines.roles.base import ColumnWorker, Learner, RoleWorker
+from verl.engines.roles.policy import PolicyWorker
 from verl.rewards.model import Judge, on_group
 from verl.trainer.base import Metrics
 from verl.trainer.build import worker_factories

@@ -19,13 +19,11 @@ from verl.config.run import TrainerConfig
 from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
-from verl.engines.roles.workers import (
-    CriticWorker,
-    Learner,
-    ProcessRewardWorker,
-    ReferenceWorker,
-    TeacherWorker,
-)
+from verl.engines.roles.base import Learner
+from verl.engines.roles.critic import CriticWorker
+from verl.engines.roles.process_reward import ProcessRewardWorker
+from verl.engines.roles.reference import ReferenceWorker
+from verl.engines.roles.teacher import TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, fitting_tensor, has_equal_layout

@@ -1,0 +1,47 @@
+"""The critic as a role: writes the values of the response tokens and is trained by the value loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from verl.algorithms.objective import Algorithm
+from verl.controller.dispatch import PLANNED, register
+from verl.data.batch import Batch, ModelInput
+from verl.data.packing import BatchPlan
+from verl.engines.base import Objective, TrainEngine
+from verl.engines.hf.models import ValueModel
+from verl.engines.roles.base import Learner
+from verl.engines.roles.columns import critic_reads, pad_response, read_columns, response_columns
+from verl.engines.roles.loss_weights import plan_rows
+
+
+class CriticWorker(Learner):
+    """The critic: writes `values`, and learns; its metrics are prefixed `critic/`."""
+
+    _prefix = "critic/"
+
+    def __init__(self, engine: TrainEngine, algorithm: Algorithm, *, vf_coef: float, epochs: int) -> None:
+        super().__init__(engine, algorithm, epochs=epochs)
+        self._vf_coef = vf_coef
+        self._reads = critic_reads(algorithm)
+
+    @property
+    def model(self) -> ValueModel:
+        """The value model itself."""
+        assert isinstance(self.engine.model, ValueModel)
+        return self.engine.model
+
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
+        """`values`: of the state before each response token."""
+        return response_columns(
+            batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)}
+        )
+
+    def _objective(self, kl_coef: float) -> Objective:
+        def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+            values = pad_response(self.model.token_values(inputs), inputs)
+            columns = read_columns(rows, self._reads, values.device) | {"new_values": values}
+            return self._algorithm.value_objective(columns, self._vf_coef)
+
+        return objective

@@ -1,0 +1,25 @@
+"""The frozen reference policy as a role: writes its logprobs."""
+
+from __future__ import annotations
+
+from verl.controller.dispatch import PLANNED, register
+from verl.data.batch import Batch
+from verl.data.packing import BatchPlan
+from verl.engines.base import ForwardEngine
+from verl.engines.roles.base import ColumnWorker
+from verl.engines.roles.columns import policy_logprobs, response_columns
+
+
+class ReferenceWorker(ColumnWorker):
+    """The policy that must not be left: writes `ref_logprobs`; never trained."""
+
+    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int) -> None:
+        super().__init__(engine)
+        self._temperature = temperature or 1.0
+        self._chunk = chunk
+
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
+        """`ref_logprobs`."""
+        logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
+        return response_columns(batch, {"ref_logprobs": logprobs})

@@ -1,0 +1,54 @@
+"""The frozen teacher of a distillation as a role: writes its logprobs and its most likely tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from verl.controller.dispatch import PLANNED, register
+from verl.data.batch import Batch
+from verl.data.packing import BatchPlan
+from verl.engines.base import ForwardEngine
+from verl.engines.hf.models import PolicyModel, at_targets
+from verl.engines.roles.base import ColumnWorker
+from verl.engines.roles.columns import response_columns, stacked_columns
+from verl.engines.roles.loss_weights import plan_rows
+
+
+class TeacherWorker(ColumnWorker):
+    """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never
+    trained.
+    """
+
+    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
+        super().__init__(engine)
+        self._temperature = temperature or 1.0
+        self._chunk = chunk
+        self._top_k = top_k
+
+    @register(PLANNED)
+    def write(self, batch: Batch, plan: BatchPlan) -> Batch:
+        """`teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
+        model, k = self.engine.model, self._top_k
+        assert isinstance(model, PolicyModel)
+
+        def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            top, ids = log_probs.topk(k, -1)
+            # One tensor: fp32 holds every id below 2^24 exactly, more than any vocabulary has.
+            return (torch.cat([at_targets(log_probs, targets)[:, None], top, ids.float()], 1),)
+
+        written = self.engine.infer(
+            batch,
+            plan_rows(plan),
+            lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[
+                0
+            ],
+        )
+        written = stacked_columns(written, batch, 1 + 2 * k)
+        columns = {"teacher_logprobs": written[..., 0]}
+        if k:
+            columns |= {
+                "teacher_top_logprobs": written[..., 1 : k + 1],
+                "teacher_top_ids": written[..., k + 1 :].long(),
+            }
+        return response_columns(batch, columns)
