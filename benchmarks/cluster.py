@@ -264,7 +264,7 @@ class Cluster:
         await asyncio.sleep(self.plan.write_s)
         await self._deliver()
         part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm")
-        await self.fleet.spread(
+        await self.fleet.sync_weights(
             WeightSnapshot(version, (part,), None, f"print-{version}", 4, 0.0, Path("modelled"))
         )
 

@@ -52,7 +52,7 @@ def main() -> None:
     pool = pool_of(trainer.rollout)
     # Those that are servers of this run have a process.
     gate.servers = (
-        [member.engine.pid for member in pool.members if isinstance(member.engine, EmbeddedServer)]
+        [replica.engine.pid for replica in pool.replicas if isinstance(replica.engine, EmbeddedServer)]
         if pool
         else []
     )

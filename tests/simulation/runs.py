@@ -281,7 +281,7 @@ class Run:
         """A version to all engines."""
         await fleet.begin_update(version)
         await asyncio.sleep(self.rng.choice((0.0, 1.0)))
-        await fleet.spread(self.world.write(version))
+        await fleet.sync_weights(self.world.write(version))
         self.world.oldest = version
 
     async def watch(self, waits: WaitTracker) -> None:

@@ -139,7 +139,9 @@ class Run:
         for i in range(rng.randint(0, 4)):
             await asyncio.sleep(rng.uniform(0, 10))
             staying = [
-                member.name for member in fleet.members if member.state != "gone" and not member.is_leaving
+                replica.name
+                for replica in fleet.replicas
+                if replica.state != "gone" and not replica.is_draining
             ]
             if rng.random() < 0.5:
                 await fleet.add(ServerSpec(f"added-{i}", "unused", timeout_s=10.0, start_timeout_s=60.0))
@@ -150,21 +152,21 @@ class Run:
         """A version to all engines."""
         await self.fleet.begin_update(version)
         await asyncio.sleep(self.rng.choice((0.0, 1.0)))
-        await self.fleet.spread(self.world.write(version))
-        if self.fleet.on_update != "keep" or not any(member.is_leaving for member in self.fleet.members):
+        await self.fleet.sync_weights(self.world.write(version))
+        if self.fleet.on_update != "keep" or not any(replica.is_draining for replica in self.fleet.replicas):
             self.world.oldest = version
 
     async def recover(self) -> None:
         """When nothing is asked any more and no fault happens, all engines come back."""
         fleet = self.fleet
         self.world.faults.left = 0
-        while any(member.state not in ("serving", "gone") for member in fleet.members):
+        while any(replica.state not in ("serving", "gone") for replica in fleet.replicas):
             await asyncio.sleep(10)
         await asyncio.sleep(100)  # what left as it started may take so long to end
-        serving = [member for member in fleet.members if member.state == "serving"]
-        assert [member.version for member in serving] == [fleet.version] * len(serving)
-        assert fleet.num_running == 0 and fleet.num_free == sum(member.free for member in serving)
-        assert all(member.free for member in serving) and not fleet._rooms.has_waiters
+        serving = [replica for replica in fleet.replicas if replica.state == "serving"]
+        assert [replica.version for replica in serving] == [fleet.version] * len(serving)
+        assert fleet.num_running == 0 and fleet.num_free == sum(replica.num_free for replica in serving)
+        assert all(replica.num_free for replica in serving) and not fleet._router.has_waiters
         assert self.world.num_processes == len(serving)
 
 
@@ -238,7 +240,7 @@ def test_whatever_happens_every_answer_is_whole_and_right():
 def test_where_too_much_happens_answers_are_right_or_say_why_there_are_none():
     runs = all_runs(CHOSEN[:50], most_faults=100, may_fail=True)
     for made in runs:
-        states = {member.state for member in made.fleet.members}
+        states = {replica.state for replica in made.fleet.replicas}
         for told in made.failed:
             assert "failed on 9 engines in turn" in told or (
                 "no engine serves version" in told and states == {"gone"}
@@ -263,7 +265,7 @@ def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
         fleet = InferencePool(world.engine, CODEC, vocabulary=VOCABULARY, context=400)
         await fleet.open(world.specs(1))
         await fleet.begin_update(4)
-        await fleet.spread(world.write(4))
+        await fleet.sync_weights(world.write(4))
         (answer,) = await fleet.answer(prompt, params)
         await fleet.close()
         return answer

@@ -274,6 +274,6 @@ def test_a_reward_that_asks_the_program_to_end_ends_the_run_and_not_the_engines(
     try:
         with pytest.raises(RuntimeError, match="a reward function asked the program to end: SystemExit 3"):
             trainer.step()
-        assert trainer.rollout.pool.members[0].state == "serving"
+        assert trainer.rollout.pool.replicas[0].state == "serving"
     finally:
         trainer.close()

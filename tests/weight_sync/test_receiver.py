@@ -121,7 +121,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     weights = WeightPublisher(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
     engine = Threads(ServerSpec("threads", "unused", via=via, timeout_s=20.0))
     notes: list[str] = []
-    member = Replica(
+    replica = Replica(
         engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
     tensors = dict(policy.transformer.named_parameters())
@@ -130,12 +130,12 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     norms = itemsize * sum(tensor.numel() for name, tensor in tensors.items() if "norm" in name)
 
     async def syncs_weights() -> None:
-        await member.open()
+        await replica.open()
         for version in range(1, 5):
             if version == 4:  # as if the engine had come to read otherwise
                 engine.reads = (engine.reads[1], engine.reads[0])
             changed(policy, seed=version)
-            await member.take(weights.write(version))
+            await replica.load_weights(weights.write(version))
             for rank, own in enumerate(engine.weights):
                 assert own.keys() == tensors.keys()
                 for name, tensor in tensors.items():
@@ -144,11 +144,11 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
                     ), name
             is_whole = version in (1, 4)
             assert (
-                member.taken_bytes
+                replica.synced_bytes
                 == sum(engine.received_bytes)
                 == (2 * num_bytes if is_whole else num_bytes + norms)
             )
-            assert member.repaired == (version == 4) and member.version == version
+            assert replica.num_repaired == (version == 4) and replica.version == version
 
     try:
         asyncio.run(syncs_weights())
@@ -169,21 +169,24 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
     policy = tiny_policy("llama")
     weights = WeightPublisher(group_of(policy), "float32", tmp_path)
     engine, notes = Picky(ServerSpec("picky", "unused", via="shm")), []
-    member = Replica(
+    replica = Replica(
         engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
 
     async def syncs_weights() -> None:
-        await member.open()
+        await replica.open()
         for version in (1, 2):
-            await member.take(weights.write(version))
+            await replica.load_weights(weights.write(version))
 
     try:
         asyncio.run(syncs_weights())
     finally:
         weights.close()
     assert (
-        member.version == 2 and member.repaired == 1 and engine.reads is None and "what is that?" in notes[0]
+        replica.version == 2
+        and replica.num_repaired == 1
+        and engine.reads is None
+        and "what is that?" in notes[0]
     )
     assert engine.received_bytes == [sum(tensor.nbytes for tensor in policy.transformer.parameters())] * RANKS
 

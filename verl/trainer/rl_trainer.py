@@ -231,7 +231,7 @@ class Trainer(BaseTrainer):
         """Who does not have the newest weights, for people."""
         pool = pool_of(self.rollout)
         without = (
-            [m.name for m in pool.members if m.state in ("stale", "serving") and m.version != self.version]
+            [m.name for m in pool.replicas if m.state in ("stale", "serving") and m.version != self.version]
             if pool
             else []
         )
@@ -459,7 +459,7 @@ class Trainer(BaseTrainer):
     def parts(self) -> list[Dependency]:
         pool = pool_of(self.rollout)
         return (
-            [Dependency(f"engine {member.name}", member.state, member.cause) for member in pool.members]
+            [Dependency(f"engine {replica.name}", replica.state, replica.cause) for replica in pool.replicas]
             if pool
             else []
         )

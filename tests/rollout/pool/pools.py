@@ -133,7 +133,7 @@ def started(pool: ThreadedInferencePool, least: int = 4) -> bool:
     """Whether every engine comes to have requests."""
     return waited(
         lambda: (
-            sum(member.life.running for member in pool.members) >= least
-            and all(m.life.running for m in pool.members)
+            sum(replica.incarnation.num_running for replica in pool.replicas) >= least
+            and all(m.incarnation.num_running for m in pool.replicas)
         )
     )

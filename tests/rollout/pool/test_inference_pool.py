@@ -141,7 +141,7 @@ def tokens(answers: list[Completion]) -> list[list[int]]:
 def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_the_other():
     async def test(fleet: InferencePool) -> None:
         both = [begun(fleet.answer([5], TWO)), begun(fleet.answer([5, 6], TWO))]
-        await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
+        await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
         assert fleet.num_running == fleet.num_free == 4
         assert [tokens(await one) for one in both] == [[[51, 52, 53, 54]] * 2, [[52, 53, 54, 55]] * 2]
         assert fleet.num_running == 0 and fleet.num_free == 8
@@ -151,7 +151,7 @@ def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_
 
 def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
     async def test(fleet: InferencePool) -> None:
-        (engine,) = (member.engine for member in fleet.members)
+        (engine,) = (replica.engine for replica in fleet.replicas)
         engine.gate.clear()
         first, second = begun(fleet.answer([5], TWO)), begun(fleet.answer([6], TWO))
         waits = begun(fleet.answer([7], TWO))
@@ -167,7 +167,7 @@ def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
 
 def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
     async def test(fleet: InferencePool) -> None:
-        (engine,) = (member.engine for member in fleet.members)
+        (engine,) = (replica.engine for replica in fleet.replicas)
         engine.gate.clear()
         one = SamplingParams(max_tokens=1)
         has, woken, last = (begun(fleet.answer([5], one)) for _ in range(3))
@@ -194,7 +194,7 @@ def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
             match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me",
         ):
             await fleet.answer([9], TWO)
-        assert [member.state for member in fleet.members] == ["serving"] * 2 and fleet.num_running == 0
+        assert [replica.state for replica in fleet.replicas] == ["serving"] * 2 and fleet.num_running == 0
 
     with_fleet(test)
 
@@ -218,7 +218,7 @@ def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
             late = begun(fleet.answer([6], TWO))
             await asyncio.sleep(0.01)
             assert fleet.num_running == fleet.num_free == 0
-            await fleet.spread(update(version))
+            await fleet.sync_weights(update(version))
             assert {v for answer in await late for v in answer.versions} == {version}
         assert {v for answer in await early for v in answer.versions} == {3}
 
@@ -228,21 +228,21 @@ def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
 async def asked_of_both(fleet: InferencePool, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
     """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
     await fleet.begin_update(1)
-    await fleet.spread(update(1))
+    await fleet.sync_weights(update(1))
     asked = [begun(fleet.answer([first, i], TWO)) for i in range(2)]
-    await until(lambda: [member.engine.began for member in fleet.members] == [2, 2])
-    for member in fleet.members:
-        member.engine.gate.clear()
+    await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
+    for replica in fleet.replicas:
+        replica.engine.gate.clear()
     return asked
 
 
 def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
     async def test(fleet: InferencePool) -> None:
-        early, late = (member.engine for member in fleet.members)
+        early, late = (replica.engine for replica in fleet.replicas)
         asked = await asked_of_both(fleet)
         late.load_gate.clear()
         await fleet.begin_update(2)
-        spreading = asyncio.ensure_future(fleet.spread(update(2)))
+        spreading = asyncio.ensure_future(fleet.sync_weights(update(2)))
         await until(lambda: late.left == 2 and early.began == 4)
         new = begun(fleet.answer([6], TWO))  # has been nowhere yet
         await until(lambda: early.began == 6)
@@ -274,7 +274,7 @@ def test_an_answer_that_was_cut_after_its_last_token_is_over():
         asked = await asked_of_both(fleet)
         await asyncio.sleep(0.01)
         await fleet.begin_update(2)
-        await fleet.spread(update(2))
+        await fleet.sync_weights(update(2))
         reasons = [[answer.finish_reason for answer in await one] for one in asked]
         assert reasons == [["length", "stop"]] * 2 and fleet.take_metrics()["engines/recomputed_tokens"] == 0
 
@@ -288,12 +288,12 @@ def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
         await fleet.sleep()
         assert (
             fleet.num_running == fleet.num_free == 0
-            and [member.state for member in fleet.members] == ["stale"] * 2
+            and [replica.state for replica in fleet.replicas] == ["stale"] * 2
         )
-        for member in fleet.members:
-            member.engine.gate.set()
+        for replica in fleet.replicas:
+            replica.engine.gate.set()
         await fleet.begin_update(2)
-        await fleet.spread(update(2))
+        await fleet.sync_weights(update(2))
         for one in asked:
             for answer in await one:
                 assert list(answer.token_ids) == [52, 53, 54, 55] and answer.versions[-1] == 2
@@ -305,12 +305,12 @@ def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
 
 def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_requests_are_cut():
     async def test(fleet: InferencePool) -> None:
-        leaving, stays = fleet.members
+        leaving, stays = fleet.replicas
         asked = await asked_of_both(fleet)
         await fleet.remove("e0")
         assert leaving.state == "draining"
         await fleet.begin_update(2)
-        await fleet.spread(update(2))
+        await fleet.sync_weights(update(2))
         await until(lambda: stays.engine.began == 6)
         stays.engine.gate.set()
         assert all(answer.versions[-1] == 2 for group in await asyncio.gather(*asked) for answer in group)
@@ -322,8 +322,8 @@ def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_request
 
 def test_closing_ends_the_answers_that_run_and_those_that_wait():
     async def test(fleet: InferencePool) -> None:
-        for member in fleet.members:
-            member.engine.gate.clear()
+        for replica in fleet.replicas:
+            replica.engine.gate.clear()
         runs = [begun(fleet.answer([5], TWO)) for _ in range(6)]
         await until(lambda: fleet.num_running == 8)
         await fleet.close()
@@ -366,30 +366,30 @@ def test_a_pool_that_closes_ends_who_still_asks_it():
 def test_room_is_found_without_a_look_at_all_engines():
     looks = []
 
-    def free(member: Replica) -> int:
-        looks.append(member)
-        return member.free
+    def free(replica: Replica) -> int:
+        looks.append(replica)
+        return replica.num_free
 
     async def run() -> list[Replica]:
-        rooms = Router(4, free)
+        router = Router(4, free)
         sizes: dict[str, Any] = {
             "max_running": 4,
             "vocabulary": 100,
             "clock": lambda: 0.0,
             "note": lambda _: None,
         }
-        members = [
-            Replica(Free(ServerSpec(f"e{i}", "unused")), changed=rooms.changed, **sizes) for i in range(1000)
+        replicas = [
+            Replica(Free(ServerSpec(f"e{i}", "unused")), changed=router.changed, **sizes) for i in range(1000)
         ]
-        for member in members:
-            await member.open()
-        assert rooms.num_free == 4000
+        for replica in replicas:
+            await replica.open()
+        assert router.num_free == 4000
         looks.clear()
-        found = [await rooms.find(PrefixAffinity())]
+        found = [await router.find(PrefixAffinity())]
         for _ in range(999):
-            share = asyncio.ensure_future(found[-1].life.share(asyncio.sleep(3600)))
+            share = asyncio.ensure_future(found[-1].incarnation.run(asyncio.sleep(3600)))
             await asyncio.sleep(0)
-            found.append(await rooms.find(PrefixAffinity()))
+            found.append(await router.find(PrefixAffinity()))
             share.cancel()
         return found
 

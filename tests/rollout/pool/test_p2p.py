@@ -75,7 +75,7 @@ def test_servers_have_the_weights_of_policy_ranks_that_nobody_gathered(running):
     pool, _, policy = running
     for version in (1, 2):
         published(running, version)
-        assert [member.state for member in pool.members] == ["serving"] * 2
+        assert [replica.state for replica in pool.replicas] == ["serving"] * 2
         assert_serves(running, version)
         num_bytes = sum(parameter.nbytes for parameter in policy.transformer.parameters())
         metrics = pool.take_metrics()
@@ -89,22 +89,22 @@ def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_
     pool, _, _ = running
     Doomed.fate = fate
     assert published(running, version) < 60
-    assert [member.version for member in pool.members] == [version, None]
+    assert [replica.version for replica in pool.replicas] == [version, None]
     # What comes back has no weights until the policy can be asked, which is before the next answers.
-    assert waited(lambda: pool.members[1].state == "stale", 90), (
-        pool.members[1].state,
-        pool.members[1].cause,
+    assert waited(lambda: pool.replicas[1].state == "stale", 90), (
+        pool.replicas[1].state,
+        pool.replicas[1].cause,
     )
     time.sleep(0.3)
-    assert pool.members[1].state == "stale" and pool.members[0].state == "serving"
+    assert pool.replicas[1].state == "stale" and pool.replicas[0].state == "serving"
     assert_serves(running, version)
-    assert [member.version for member in pool.members] == [version] * 2
+    assert [replica.version for replica in pool.replicas] == [version] * 2
 
 
 def test_the_only_server_that_fails_while_it_answers_gets_the_weights_again(running):
     pool, _, policy = running
     pool.remove("engine-1")
-    pid = pool.members[0].engine.pid
+    pid = pool.replicas[0].engine.pid
     os.kill(pid, signal.SIGSTOP)
     assert_serves(running, 4)
-    assert pool.members[0].engine.pid != pid
+    assert pool.replicas[0].engine.pid != pid

@@ -162,7 +162,7 @@ def test_an_engine_that_fails_or_gives_garbage_is_restarted_and_its_answers_are_
         for answer in answers(pool):
             assert list(answer.token_ids) == [52, 53, 54, 55, 56, 57] and list(answer.logprobs) == [-1.0] * 6
             assert answer.finish_reason == "length" and set(answer.versions) == {0}
-        assert waited(lambda: pool.members[0].state == "serving") and pool.members[0].engine.lives == 2
+        assert waited(lambda: pool.replicas[0].state == "serving") and pool.replicas[0].engine.lives == 2
         assert pool.take_metrics()["engines/failures"] == 1
     finally:
         pool.close()
@@ -207,11 +207,11 @@ def test_streams_that_would_never_end_end_with_the_life_of_their_engine():
         out: list[Any] = []
         thread = threading.Thread(target=lambda: out.extend(answers(pool)), daemon=True)
         thread.start()
-        assert waited(lambda: pool.members[0].life.running == 4)
-        pool.members[0].engine.is_open = False  # the next check fails
+        assert waited(lambda: pool.replicas[0].incarnation.num_running == 4)
+        pool.replicas[0].engine.is_open = False  # the next check fails
         thread.join(20)
         assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
-        assert pool.members[0].engine.lives == 2 and waited(lambda: pool.members[0].free == 4)
+        assert pool.replicas[0].engine.lives == 2 and waited(lambda: pool.replicas[0].num_free == 4)
     finally:
         pool.close()
 
@@ -220,13 +220,13 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
     pool = pool_of(1)
     try:
         answers(pool)
-        member = pool.members[0]
-        before = member.life
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("first"))
-        assert waited(lambda: member.state == "serving" and member.engine.lives == 2)
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, before, EngineError("late"))
+        replica = pool.replicas[0]
+        before = replica.incarnation
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, before, EngineError("first"))
+        assert waited(lambda: replica.state == "serving" and replica.engine.lives == 2)
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, before, EngineError("late"))
         time.sleep(0.3)
-        assert member.state == "serving" and member.engine.lives == 2
+        assert replica.state == "serving" and replica.engine.lives == 2
     finally:
         pool.close()
 
@@ -236,14 +236,14 @@ def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
     pool = pool_of()
     try:
         answers(pool)
-        member = pool.members[0]
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, member, member.life, EngineError("died"))
-        assert waited(lambda: member.state == "failed")
+        replica = pool.replicas[0]
+        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, replica.incarnation, EngineError("died"))
+        assert waited(lambda: replica.state == "failed")
         pool.remove("e0")
-        assert waited(lambda: member.state == "gone")
+        assert waited(lambda: replica.state == "gone")
         time.sleep(1)
-        assert member.state == "gone" and member.engine.lives == 1 and not member.engine.is_open
-        assert len(answers(pool)) == 4 and member.served <= 4
+        assert replica.state == "gone" and replica.engine.lives == 1 and not replica.engine.is_open
+        assert len(answers(pool)) == 4 and replica.num_served <= 4
     finally:
         pool.close()
 
@@ -291,14 +291,14 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
     try:
         pool.publish(1)
         pool.add(ServerSpec("late", "unused"))
-        assert waited(lambda: pool.members[-1].taking.locked())
+        assert waited(lambda: pool.replicas[-1].sync_lock.locked())
         thread = threading.Thread(target=pool.publish, args=(2,), daemon=True)
         thread.start()
         time.sleep(0.2)
-        assert pool.fleet.update is None and thread.is_alive()
+        assert pool.fleet.snapshot is None and thread.is_alive()
         gate.set()
         thread.join(20)
-        assert [member.version for member in pool.members] == [2, 2] and pool.take_metrics()[
+        assert [replica.version for replica in pool.replicas] == [2, 2] and pool.take_metrics()[
             "engines/failures"
         ] == 0
     finally:
@@ -327,11 +327,11 @@ class Counted(deque):
 
 def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_change():
     pool = pool_of(2, max_running=8)
-    pool.fleet._rooms._waiting = Counted()
+    pool.fleet._router._waiting = Counted()
     try:
         groups = pool.generate([[5, 6]] * 500, [SamplingParams(n=4, max_tokens=2)] * 500)
         assert [len(group) for group in groups] == [4] * 500
-        assert 2000 - 16 <= pool.fleet._rooms._waiting.waits < 2 * 2000
+        assert 2000 - 16 <= pool.fleet._router._waiting.waits < 2 * 2000
     finally:
         pool.close()
 
@@ -386,7 +386,7 @@ def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
     try:
         with pytest.raises(ValueError, match="too long for me"):
             answers(pool)
-        assert [member.state for member in pool.members] == ["serving"] * 2
+        assert [replica.state for replica in pool.replicas] == ["serving"] * 2
     finally:
         pool.close()
 
@@ -409,7 +409,7 @@ def test_servers_that_share_devices_sleep_while_the_policy_learns_and_wake_for_t
     try:
         answers(pool)
         pool.sleep()
-        assert pool.members[0].state == ("stale" if sleeps else "serving")
+        assert pool.replicas[0].state == ("stale" if sleeps else "serving")
         pool.publish(1)
         assert calls == (["update", "sleep", "wake", "update"] if sleeps else ["update", "update"])
         assert {version for answer in answers(pool) for version in answer.versions} == {1}

@@ -69,7 +69,7 @@ def doomed(policy, model, tmp_path, notes):
 
 
 def servers_of(pool) -> list[int]:
-    return [member.engine.pid for member in pool.members]
+    return [replica.engine.pid for replica in pool.replicas]
 
 
 def check_all_answered(policy, groups, params, version: int) -> None:
@@ -91,10 +91,10 @@ def check_all_answered(policy, groups, params, version: int) -> None:
 
 def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy):
     params = [SamplingParams(max_tokens=12, n=2, seed=i) for i in range(6)]
-    before = [member.served for member in pool.members]
+    before = [replica.num_served for replica in pool.replicas]
     groups = pool.generate(PROMPTS, params)
     check_all_answered(policy, groups, params, pool.version)
-    assert all(member.served > count for member, count in zip(pool.members, before, strict=True))
+    assert all(replica.num_served > count for replica, count in zip(pool.replicas, before, strict=True))
     again = pool.generate(PROMPTS[::-1], params[::-1])[::-1]
     assert [[c.token_ids for c in group] for group in again] == [
         [c.token_ids for c in group] for group in groups
@@ -122,7 +122,7 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
     thread, out = in_background(
         pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)]
     )
-    assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
+    assert waited(lambda: sum(replica.incarnation.num_running for replica in pool.replicas) == 2)
     old = pool.version
     changed(policy, seed=2)
     pool.publish(old + 1)
@@ -137,7 +137,7 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
     try:
         params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
         thread, out = in_background(pool, PROMPTS[:2], params)
-        assert waited(lambda: sum(member.life.running for member in pool.members) == 2)
+        assert waited(lambda: sum(replica.incarnation.num_running for replica in pool.replicas) == 2)
         changed(policy, seed=4)
         pool.publish(pool.version + 1)
         thread.join(60)
@@ -149,7 +149,7 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
         if set(c.versions) == {pool.version}:
             assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
     assert pool.take_metrics()["engines/failures"] == 0 and all(
-        member.life.running == 0 for member in pool.members
+        replica.incarnation.num_running == 0 for replica in pool.replicas
     )
 
 
@@ -242,10 +242,10 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
     assert any("engine-0 failed" in note for note in notes) and any(
         "engine-1 failed" in note for note in notes
     )
-    assert waited(lambda: [m.state for m in doomed.members] == ["serving"] * 3, 60), [
-        (m.state, m.cause) for m in doomed.members
+    assert waited(lambda: [m.state for m in doomed.replicas] == ["serving"] * 3, 60), [
+        (m.state, m.cause) for m in doomed.replicas
     ]
-    assert [m.version for m in doomed.members] == [5] * 3
+    assert [m.version for m in doomed.replicas] == [5] * 3
     assert not psutil.pid_exists(hung) and not psutil.pid_exists(killed)
 
 
@@ -285,7 +285,7 @@ def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes)
     try:
         changed(policy, seed=3)
         pool.publish(1)
-        assert [member.version for member in pool.members] == [1, 1]
+        assert [replica.version for replica in pool.replicas] == [1, 1]
         assert pool.take_metrics()["engines/repaired_updates"] == 1
         assert any("engine-1 did not get version 1 whole" in note for note in notes)
         for group in pool.generate(PROMPTS, [SamplingParams(max_tokens=6)] * 6):
@@ -298,9 +298,9 @@ def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_pa
     pool = pool_of(group_of(policy), model, tmp_path, 2, make=AlwaysTorn, notes=notes)
     try:
         pool.publish(1)
-        assert [member.state == "serving" for member in pool.members] == [True, False]
+        assert [replica.state == "serving" for replica in pool.replicas] == [True, False]
         pool.generate(PROMPTS, [SamplingParams(max_tokens=6, n=2)] * 6)
-        assert pool.members[1].served == 0 and pool.members[1].version is None
+        assert pool.replicas[1].num_served == 0 and pool.replicas[1].version is None
     finally:
         pool.close()
 

@@ -696,10 +696,10 @@ def takes_slices(running: Running, folder: Path) -> None:
     weights of the policy.
     """
     engine, model, notes = running.engine, tiny_transformer("llama"), []
-    member = Replica(
+    replica = Replica(
         engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
     )
-    member._become("stale")  # as after a start
+    replica._set_state("stale")  # as after a start
     engine.reads = None
     with policy_ranks(engine.spec.model, 2) as group:
         gathered = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000)
@@ -717,14 +717,14 @@ def takes_slices(running: Running, folder: Path) -> None:
             move(model, running.version)
             engine.spec = replace(engine.spec, via=via)
             known = engine.reads
-            running.run(member.take(weights.write(running.version)))
+            running.run(replica.load_weights(weights.write(running.version)))
             assert_serves(running, model)
             planned = (
                 [num_bytes] * 2
                 if known is None
                 else [4 * sum(volume(b) for own in reads.values() for b in own) for reads in known]
             )
-            assert engine.received_bytes == planned and member.taken_bytes == sum(planned)
+            assert engine.received_bytes == planned and replica.synced_bytes == sum(planned)
         # Half of each matrix, where the norms are whole on both: no byte of a matrix travels twice.
         norms = sum(tensor.nbytes for name, tensor in tensors_of(model).items() if "norm" in name)
         assert sum(engine.received_bytes) == num_bytes + norms and notes == []
@@ -732,10 +732,12 @@ def takes_slices(running: Running, folder: Path) -> None:
         first = tuple(engine.reads[0])[0]
         engine.reads = ({**engine.reads[0], first: engine.reads[1][first]}, engine.reads[1])
         running.version += 1
-        running.run(member.take(sent.write(running.version)))
+        running.run(replica.load_weights(sent.write(running.version)))
         assert_serves(running, model)
         assert (
-            member.repaired == 1 and engine.received_bytes == [num_bytes] * 2 and "OutsideError" in notes[0]
+            replica.num_repaired == 1
+            and engine.received_bytes == [num_bytes] * 2
+            and "OutsideError" in notes[0]
         )
         assert engine.reads == known
         for weights in (gathered, sent):

@@ -46,11 +46,11 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
         assert started(pool)
         assert waited(
             lambda: all(
-                pool.run(counted(member.engine, "vllm:generation_tokens_total")) > 20
-                for member in pool.members
+                pool.run(counted(replica.engine, "vllm:generation_tokens_total")) > 20
+                for replica in pool.replicas
             )
         )
-        killed, hung = (member.engine._process.pid for member in pool.members)
+        killed, hung = (replica.engine._process.pid for replica in pool.replicas)
         os.killpg(killed, signal.SIGKILL)
         os.killpg(hung, signal.SIGSTOP)
         pool.add(
@@ -58,7 +58,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
         )
         thread.join(400)
         assert out and not isinstance(out[0], Exception), out or [
-            (m.name, m.state, m.cause) for m in pool.members
+            (m.name, m.state, m.cause) for m in pool.replicas
         ]
         groups = out[0]
         assert [len(group) for group in groups] == [8] * 4

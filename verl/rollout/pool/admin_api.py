@@ -116,21 +116,21 @@ class AdminAPI(RolloutEngine):
         now = self.pool.loop.time()
         rows = [
             {
-                "name": member.name,
-                "state": member.state,
-                "for_s": round(now - member.since_s, 1),
-                "version": member.version,
-                "running": member.life.running,
-                "served": member.served,
-                "cause": member.cause,
+                "name": replica.name,
+                "state": replica.state,
+                "for_s": round(now - replica.state_since_s, 1),
+                "version": replica.version,
+                "running": replica.incarnation.num_running,
+                "served": replica.num_served,
+                "cause": replica.cause,
             }
-            for member in self.pool.fleet.members
+            for replica in self.pool.fleet.replicas
         ]
         return web.json_response({"version": self.pool.version, "engines": rows})
 
     async def _add(self, request: web.Request) -> web.Response:
         asked = await request.json()
-        name = asked.get("name") or f"added-{len(self.pool.fleet.members)}"
+        name = asked.get("name") or f"added-{len(self.pool.fleet.replicas)}"
         if not _NAME.fullmatch(name):
             raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
         await self.pool.fleet.add(self._new_spec(name, asked.get("address")))

@@ -67,7 +67,7 @@ class InferencePool:
         note: is told what happened, for people.
 
     Attributes:
-        members: the engines, also those that are gone.
+        replicas: the engines, also those that are gone.
         version: of the policy.
         update: its weights; None: they are not written yet, and no engine that follows the policy is asked
             anything.
@@ -89,9 +89,9 @@ class InferencePool:
         on_update: OnUpdate = "keep",
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.members: list[Replica] = []
+        self.replicas: list[Replica] = []
         self.version = 0
-        self.update: WeightSnapshot | None = None
+        self.snapshot: WeightSnapshot | None = None
         self.policy_can_send = False
         self.on_update = on_update
         self._make, self._codec, self._note = make, codec, note
@@ -102,7 +102,7 @@ class InferencePool:
             wait_s,
         )
         self._counts = _Counts()
-        self._rooms = Router(max_running, self._free)
+        self._router = Router(max_running, self._free)
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._running = 0
         self._served_s = 0.0
@@ -115,12 +115,12 @@ class InferencePool:
     @property
     def num_free(self) -> int:
         """Further requests that engines which serve this version could take now."""
-        return self._rooms.num_free
+        return self._router.num_free
 
     @property
     def needs_policy(self) -> bool:
         """Whether the weights of this version are with the policy alone."""
-        return self.update is not None and self.update.direct is not None
+        return self.snapshot is not None and self.snapshot.direct is not None
 
     # Engines
     # ----------------------------------------------------------------------------------------------------------------
@@ -135,17 +135,17 @@ class InferencePool:
         self.loop = asyncio.get_running_loop()
         self._served_s = self.loop.time()
         for spec in specs:
-            self.members.append(self._member(spec))
-        opened = await asyncio.gather(*(member.open() for member in self.members), return_exceptions=True)
-        for member, error in zip(self.members, opened, strict=True):
+            self.replicas.append(self._new_replica(spec))
+        opened = await asyncio.gather(*(replica.open() for replica in self.replicas), return_exceptions=True)
+        for replica, error in zip(self.replicas, opened, strict=True):
             if isinstance(error, BaseException) and not isinstance(error, EngineError):
                 raise error
             if isinstance(error, EngineError):
-                self._fail(member, member.life, error)
+                self._fail(replica, replica.incarnation, error)
         failures = [error for error in opened if isinstance(error, EngineError)]
         if failures and len(failures) == len(opened):
             raise failures[0]
-        self._do(self._watch())
+        self._do(self._monitor())
 
     async def add(self, spec: ServerSpec) -> None:
         """One more engine, which serves as soon as it has started and has the weights.
@@ -153,9 +153,9 @@ class InferencePool:
         Raises:
             ValueError: there is one of this name, or it cannot be used.
         """
-        member = self._member(spec)
-        self.members.append(member)
-        self._do(self._join(member))
+        replica = self._new_replica(spec)
+        self.replicas.append(replica)
+        self._do(self._join(replica))
 
     async def remove(self, name: str) -> None:
         """Gives an engine no further requests, and ends it when it has none.
@@ -163,15 +163,15 @@ class InferencePool:
         Raises:
             ValueError: there is no such engine.
         """
-        member = next(
-            (member for member in self.members if member.name == name and member.state != "gone"), None
+        replica = next(
+            (replica for replica in self.replicas if replica.name == name and replica.state != "gone"), None
         )
-        if member is None:
+        if replica is None:
             raise ValueError(
-                f"need the name of an engine, got {name!r}; there are {', '.join(member.name for member in self.members)}"
+                f"need the name of an engine, got {name!r}; there are {', '.join(replica.name for replica in self.replicas)}"
             )
-        member.begin_to_leave()
-        self._do(self._drain(member))
+        replica.start_draining()
+        self._do(self._drain(replica))
 
     async def close(self) -> None:
         """Ends all engines; answers that are still asked for fail. May be called again."""
@@ -179,9 +179,9 @@ class InferencePool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._rooms.close("the engines were closed")
+        self._router.close("the engines were closed")
         await asyncio.gather(
-            *(member.leave("the run has ended") for member in self.members), return_exceptions=True
+            *(replica.retire("the run has ended") for replica in self.replicas), return_exceptions=True
         )
 
     # Weights
@@ -195,13 +195,17 @@ class InferencePool:
         go on meanwhile, or are ended at once if they are to begin anew.
         """
         self.version = version
-        await self._forget()
+        await self._drop_snapshot()
         if self.on_update == "abort":
             await asyncio.gather(
-                *(member.life.interrupt() for member in self.members if member.engine.syncs_weights)
+                *(
+                    replica.incarnation.interrupt()
+                    for replica in self.replicas
+                    if replica.engine.syncs_weights
+                )
             )
 
-    async def spread(self, update: WeightSnapshot | None = None) -> None:
+    async def sync_weights(self, update: WeightSnapshot | None = None) -> None:
         """Gives weights to all that have others, and returns when they serve them, or have failed.
 
         Args:
@@ -209,41 +213,41 @@ class InferencePool:
                 meanwhile.
         """
         if update is not None:
-            self.update = update
+            self.snapshot = update
             self._counts.write_s += update.seconds
         start_s = self.loop.time()
         await asyncio.gather(
             *(
-                self._sync(member)
-                for member in self.members
-                if member.state in ("stale", "serving", "draining")
+                self._sync(replica)
+                for replica in self.replicas
+                if replica.state in ("stale", "serving", "draining")
             )
         )
         self._counts.sync_s += self.loop.time() - start_s
 
-    async def settled(self) -> None:
+    async def wait_synced(self) -> None:
         """Returns when no engine takes weights."""
-        for member in self.members:
-            async with member.taking:
+        for replica in self.replicas:
+            async with replica.sync_lock:
                 pass
 
     async def sleep(self) -> None:
         """Engines that serve give their device memory back until the next weights; what they were asked goes
         on then.
         """
-        await self._forget()
+        await self._drop_snapshot()
         await asyncio.gather(
-            *(self._send_to_sleep(member) for member in self.members if member.state == "serving")
+            *(self._send_to_sleep(replica) for replica in self.replicas if replica.state == "serving")
         )
 
     def take_metrics(self) -> dict[str, float]:
         """What happened since the last call, for the metrics of a step."""
         counts, self._counts = self._counts, _Counts()
-        repaired = sum(member.repaired for member in self.members)
-        for member in self.members:
-            member.repaired = 0
+        repaired = sum(replica.num_repaired for replica in self.replicas)
+        for replica in self.replicas:
+            replica.num_repaired = 0
         return {
-            "engines/serving": float(sum(member.state == "serving" for member in self.members)),
+            "engines/serving": float(sum(replica.state == "serving" for replica in self.replicas)),
             "engines/failures": float(counts.failures),
             "engines/moved_answers": float(counts.moved),
             "engines/kept_tokens": float(counts.kept_tokens),
@@ -258,28 +262,41 @@ class InferencePool:
     # Answers
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def answer(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion]:
-        """The `params.n` answers to one prompt, which one engine gives if it can. Cancelled, it ends its
-        requests in the engines.
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int, affinity: PrefixAffinity
+    ) -> Completion:
+        """Sample one completion of a prompt, on as many engines as it takes.
 
-        May be called at any time after `open`, as often at once as one likes; it waits for the first weights,
-        for room, and for engines that take weights or begin anew.
+        Any number of calls may run at the same time after `open`. A call waits for the first weights, for a free
+        slot, and for engines that load weights or restart. A cancelled call aborts its request in the engine.
+
+        Args:
+            prompt_ids: token ids of the prompt.
+            params: how to sample; `params.n` is ignored.
+            number: of the completion among those of the prompt; with `params.seed` it selects the random numbers.
+            affinity: shared by the completions of one prompt, so that they are sampled on one engine.
 
         Raises:
-            RefusedError: no engine would ever answer: an empty prompt, prompt and answer longer than the
-                context, or what an engine said.
-            RuntimeError: no engine has served for too long or ever will, the answer failed on one engine
-                after the other, or the fleet was closed.
+            RefusedError: no engine would ever answer: an empty prompt, prompt and completion longer than the
+                context, or an engine refused the request.
+            RuntimeError: no engine has served for too long or ever will, the request failed on one engine
+                after the other, or the pool was closed.
         """
         try:
-            check_requests([prompt], [params], context=self._context)
+            check_requests([prompt_ids], [params], context=self._context)
         except ValueError as error:
             raise RefusedError(str(error).replace("prompt 0", "the prompt", 1)) from None
-        session, ids = PrefixAffinity(), list(prompt)
-        one = replace(params, n=1, stop_ids=tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids))))
+        stop_ids = tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids)))
+        return await self._answer(list(prompt_ids), replace(params, n=1, stop_ids=stop_ids), number, affinity)
+
+    async def answer(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion]:
+        """The `params.n` completions of one prompt, sampled on one engine if possible; raises as `sample`."""
+        affinity = PrefixAffinity()
         if params.n == 1:
-            return [await self._answer(ids, one, 0, session)]
-        return await self._all([self._answer(ids, one, number, session) for number in range(params.n)])
+            return [await self.sample(prompt, params, number=0, affinity=affinity)]
+        return await self._all(
+            [self.sample(prompt, params, number=i, affinity=affinity) for i in range(params.n)]
+        )
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
@@ -306,25 +323,25 @@ class InferencePool:
         """One answer, from as many engines as it takes."""
         answer = InflightRequest(params, self._codec)
         while answer.finish_reason is None:
-            member = await self._rooms.find(session)
-            life = member.life
-            if self.on_update == "abort" and answer.versions and answer.versions[-1] != member.version:
+            replica = await self._router.find(session)
+            incarnation = replica.incarnation
+            if self.on_update == "abort" and answer.versions and answer.versions[-1] != replica.version:
                 self._counts.thrown_tokens += (
                     answer.restart()
                 )  # it lost its engine, and weights came before it had another one
             self._running += 1
             try:
-                await life.share(self._go_on(answer, member, prompt, number))
-                member.finished()
+                await incarnation.run(self._sample_rest(answer, replica, prompt, number))
+                replica.record_success()
             except RequestInterrupted:
                 self._cut(answer, len(prompt))
             except RefusedError as error:
                 asked = f"answer {number} to a prompt of {len(prompt)} tokens, with up to {params.max_tokens} more"
                 raise RefusedError(
-                    f"engine {member.name} refuses {asked}, and so would any other: {error}"
+                    f"engine {replica.name} refuses {asked}, and so would any other: {error}"
                 ) from error
             except EngineError as error:
-                self._fail(member, life, error)
+                self._fail(replica, incarnation, error)
                 self._move(
                     answer, session, error, asked=f"answer {number} to a prompt of {len(prompt)} tokens"
                 )
@@ -345,7 +362,7 @@ class InferencePool:
         self, answer: InflightRequest, session: PrefixAffinity, error: EngineError, *, asked: str
     ) -> None:
         """Takes an answer from an engine that failed."""
-        session.member = None
+        session.replica = None
         answer.num_migrations += 1
         self._counts.moved += 1
         self._counts.kept_tokens += len(answer.token_ids)
@@ -356,7 +373,9 @@ class InferencePool:
             ) from error
         answer.finish_if_stopped()
 
-    async def _go_on(self, answer: InflightRequest, member: Replica, prompt: list[int], number: int) -> None:
+    async def _sample_rest(
+        self, answer: InflightRequest, replica: Replica, prompt: list[int], number: int
+    ) -> None:
         """Samples the rest of an answer on one engine.
 
         Raises:
@@ -365,12 +384,12 @@ class InferencePool:
         have = len(answer.token_ids)
         # An engine that begins its random numbers anew may not repeat those that the first tokens were drawn
         # with.
-        own = number if not have or member.engine.position_seeded else number + _NUMBERS * have
+        own = number if not have or replica.engine.position_seeded else number + _NUMBERS * have
         rest = replace(answer.params, max_tokens=answer.params.max_tokens - have) if have else answer.params
         row = [*prompt, *answer.token_ids] if have else prompt
-        async with aclosing(member.sample(row, rest, number=own)) as chunks:  # type: ignore[type-var]
+        async with aclosing(replica.sample(row, rest, number=own)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                version = next(v for v in (chunk.version, member.version, self.version) if v is not None)
+                version = next(v for v in (chunk.version, replica.version, self.version) if v is not None)
                 answer.add(chunk, version)
                 if chunk.finish_reason is not None and not answer.token_ids and answer.text is None:
                     break
@@ -379,152 +398,157 @@ class InferencePool:
                     answer.finish_if_stopped()
                 if answer.finish_reason is not None:
                     return
-        raise EngineError(f"engine {member.name} ended an answer without a token or without saying why")
+        raise EngineError(f"engine {replica.name} ended an answer without a token or without saying why")
 
-    def _free(self, member: Replica) -> int:
+    def _free(self, replica: Replica) -> int:
         """Requests that an engine could take now, with the weights of this version if it follows the policy."""
-        is_current = not member.engine.syncs_weights or (
-            member.taken is self.update and member.version == self.version
+        is_current = not replica.engine.syncs_weights or (
+            replica.snapshot is self.snapshot and replica.version == self.version
         )
-        return member.free if is_current else 0
+        return replica.num_free if is_current else 0
 
     # The lives of engines
     # ---------------------------------------------------------------------------------------------------
 
-    def _member(self, spec: ServerSpec) -> Replica:
-        if any(member.name == spec.name and member.state != "gone" for member in self.members):
+    def _new_replica(self, spec: ServerSpec) -> Replica:
+        if any(replica.name == spec.name and replica.state != "gone" for replica in self.replicas):
             raise ValueError(f"need a name that no engine has, got {spec.name!r}")
         sizes = {"max_running": self._max_running, "vocabulary": self._vocabulary}
         return Replica(
-            self._make(spec), clock=self.loop.time, changed=self._rooms.changed, note=self._note, **sizes
+            self._make(spec), clock=self.loop.time, changed=self._router.changed, note=self._note, **sizes
         )
 
-    async def _join(self, member: Replica) -> None:
+    async def _join(self, replica: Replica) -> None:
         try:
-            await member.open()
+            await replica.open()
         except Exception as error:  # the border to a program that is not ours
-            self._fail(member, member.life, error)
+            self._fail(replica, replica.incarnation, error)
         else:
-            await self._sync(member)
+            await self._sync(replica)
 
-    async def _drain(self, member: Replica) -> None:
-        while member.life.running:
+    async def _drain(self, replica: Replica) -> None:
+        while replica.incarnation.num_running:
             await asyncio.sleep(_DRAIN_POLL_S)
-        await member.leave(f"engine {member.name} was removed")
-        self._note(f"engine {member.name} has left")
+        await replica.retire(f"engine {replica.name} was removed")
+        self._note(f"engine {replica.name} has left")
 
-    async def _forget(self) -> None:
+    async def _drop_snapshot(self) -> None:
         """No engine reads the last update from here on."""
-        self.update = None
-        for member in self.members:
-            self._rooms.changed(member)
-        await self.settled()
+        self.snapshot = None
+        for replica in self.replicas:
+            self._router.changed(replica)
+        await self.wait_synced()
 
-    async def _send_to_sleep(self, member: Replica) -> None:
-        life = member.life
+    async def _send_to_sleep(self, replica: Replica) -> None:
+        incarnation = replica.incarnation
         try:
-            await life.interrupt()
-            await member.sleep()
+            await incarnation.interrupt()
+            await replica.sleep()
         except Exception as error:  # the border to a program that is not ours
-            self._fail(member, life, error)
+            self._fail(replica, incarnation, error)
 
-    async def _sync(self, member: Replica) -> None:
+    async def _sync(self, replica: Replica) -> None:
         """Gives an engine the newest weights, if it follows the policy and has others, and they are here or
         the policy can be asked.
         """
-        async with member.taking:
-            update = self.update
+        async with replica.sync_lock:
+            update = self.snapshot
             is_here = update is not None and (update.direct is None or self.policy_can_send)
             # Else it stays stale until it is.
-            if update is not None and is_here and member.engine.syncs_weights and member.taken is not update:
-                await self._give(update, member)
-        self._rooms.changed(member)  # it is not coming any more
+            if (
+                update is not None
+                and is_here
+                and replica.engine.syncs_weights
+                and replica.snapshot is not update
+            ):
+                await self._push(update, replica)
+        self._router.changed(replica)  # it is not coming any more
 
-    async def _give(self, update: WeightSnapshot, member: Replica) -> None:
-        life = member.life
+    async def _push(self, update: WeightSnapshot, replica: Replica) -> None:
+        incarnation = replica.incarnation
         if self.on_update == "recompute":
-            await life.interrupt()
-        if member.is_leaving:
+            await incarnation.interrupt()
+        if replica.is_draining:
             return
         try:
-            await member.take(update)
-            self._counts.sync_bytes += member.taken_bytes
+            await replica.load_weights(update)
+            self._counts.sync_bytes += replica.synced_bytes
         except Exception as error:  # the border to a program that is not ours
-            self._fail(member, life, error)
+            self._fail(replica, incarnation, error)
 
-    def _fail(self, member: Replica, life: Incarnation, error: BaseException) -> None:
-        """Takes an engine out and begins to restart it; what comes late of an earlier life of it says nothing
+    def _fail(self, replica: Replica, incarnation: Incarnation, error: BaseException) -> None:
+        """Takes an engine out and begins to restart it; what comes late of an earlier incarnation of it says nothing
         of this one.
         """
-        if member.life is not life or life.cause is not None or member.state == "gone":
+        if replica.incarnation is not incarnation or incarnation.cause is not None or replica.state == "gone":
             return
         self._counts.failures += 1
-        member.fail(str(error) or type(error).__name__)
-        if member.is_leaving:
+        replica.fail(str(error) or type(error).__name__)
+        if replica.is_draining:
             return  # it has no requests any more, so it leaves
-        self._do(self._restart(member))
+        self._do(self._restart(replica))
 
-    async def _restart(self, member: Replica) -> None:
+    async def _restart(self, replica: Replica) -> None:
         """Ends it, starts it anew and gives it the newest weights; gives it up after several tries in vain."""
         pause_s = _FIRST_PAUSE_S
-        while member.state == "failed":
-            await member.shut()
-            if member.failures >= _MAX_FAILURES:
+        while replica.state == "failed":
+            await replica.shut_down()
+            if replica.num_consecutive_failures >= _MAX_FAILURES:
                 self._note(
-                    f"engine {member.name} is given up after {member.failures} failures; the last: {member.cause}"
+                    f"engine {replica.name} is given up after {replica.num_consecutive_failures} failures; the last: {replica.cause}"
                 )
-                await member.leave(member.cause)
+                await replica.retire(replica.cause)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            if member.state != "failed":
+            if replica.state != "failed":
                 return
             try:
-                await member.open()
+                await replica.open()
             except Exception as error:  # the border to a program that is not ours
-                member.fail(str(error) or type(error).__name__)
-        if member.state == "stale":
-            await self._sync(member)
-        if member.state == "serving":
-            self._note(f"engine {member.name} is back with version {member.version}")
+                replica.fail(str(error) or type(error).__name__)
+        if replica.state == "stale":
+            await self._sync(replica)
+        if replica.state == "serving":
+            self._note(f"engine {replica.name} is back with version {replica.version}")
 
-    async def _watch(self) -> None:
+    async def _monitor(self) -> None:
         """Asks every engine whether it is well, again and again; tells those who wait when no engine will
         ever serve.
         """
-        looks: dict[str, asyncio.Task[None]] = {}
+        checks: dict[str, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(_CHECK_S)
-            for member in self.members:
-                if member.state == "serving" and (member.name not in looks or looks[member.name].done()):
-                    looks[member.name] = self._do(self._look(member, member.life))
+            for replica in self.replicas:
+                if replica.state == "serving" and (replica.name not in checks or checks[replica.name].done()):
+                    checks[replica.name] = self._do(self._health_check(replica, replica.incarnation))
             self._check_waiting()
 
-    async def _look(self, member: Replica, life: Incarnation) -> None:
+    async def _health_check(self, replica: Replica, incarnation: Incarnation) -> None:
         try:
-            await member.engine.check()
+            await replica.engine.check()
         except Exception as error:  # the border to a program that is not ours
-            if member.state == "serving":
-                self._fail(member, life, error)
+            if replica.state == "serving":
+                self._fail(replica, incarnation, error)
 
     def _check_waiting(self) -> None:
         """Ends the waits for an engine if none has served for too long, or none ever will."""
         now_s = self.loop.time()
         # While the policy has yet to give its weights, it is not the engines for which one waits.
-        is_late = self.update is not None and (not self.needs_policy or self.policy_can_send)
-        is_late = is_late or not any(member.engine.syncs_weights for member in self.members)
+        is_late = self.snapshot is not None and (not self.needs_policy or self.policy_can_send)
+        is_late = is_late or not any(replica.engine.syncs_weights for replica in self.replicas)
         if (
-            not self._rooms.has_waiters
+            not self._router.has_waiters
             or not is_late
-            or any(member.state == "serving" for member in self.members)
+            or any(replica.state == "serving" for replica in self.replicas)
         ):
             self._served_s = now_s
-        is_over = all(member.state == "gone" for member in self.members)
+        is_over = all(replica.state == "gone" for replica in self.replicas)
         if is_over or now_s - self._served_s >= self._wait_s:
             states = "; ".join(
-                f"{member.name} {member.state}: {member.cause or 'no cause'}" for member in self.members
+                f"{replica.name} {replica.state}: {replica.cause or 'no cause'}" for replica in self.replicas
             )
-            self._rooms.give_up(
+            self._router.give_up(
                 f"no engine serves version {self.version} of the policy ({states}); see the logs of the engines"
             )
 

@@ -47,7 +47,7 @@ class Incarnation:
         self._interrupted: dict[asyncio.Future[Any], None] = {}
 
     @property
-    def running(self) -> int:
+    def num_running(self) -> int:
         """Requests that it has."""
         return len(self._requests)
 
@@ -66,12 +66,12 @@ class Incarnation:
         if requests:
             await asyncio.wait(requests)
 
-    async def share(self, work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Does a request within this life.
 
         Raises:
             EngineError: the life is over, or ends meanwhile.
-            Interrupted: see `interrupt`.
+            RequestInterrupted: `interrupt` ended it.
         """
         request = asyncio.ensure_future(work)
         self._requests[request] = None
@@ -123,14 +123,14 @@ class Replica:
     Attributes:
         life: the present one.
         taken: the update that it has; None: not known to have any.
-        is_leaving: it gets no more requests.
+        is_draining: it gets no more requests.
         is_asleep: it has given its device memory back.
         served: answers that it has finished.
         cause: of its last failure.
         failures: since the last good answer.
         repaired: updates that were torn and made anew.
-        taken_bytes: of its last update, over all of its ranks.
-        since_s: of the state, by the clock.
+        synced_bytes: of its last update, over all of its ranks.
+        state_since_s: of the state, by the clock.
         taking: held while it takes weights.
     """
 
@@ -147,16 +147,16 @@ class Replica:
         self.engine = engine
         self._clock = clock
         self._changed = lambda: changed(self)
-        self.life = Incarnation(self._changed)
-        self.taken: WeightSnapshot | None = None
-        self.is_leaving = False
+        self.incarnation = Incarnation(self._changed)
+        self.snapshot: WeightSnapshot | None = None
+        self.is_draining = False
         self.is_asleep = False
-        self.served = 0
+        self.num_served = 0
         self.cause = ""
-        self.failures = 0
-        self.repaired = self.taken_bytes = 0
-        self.since_s = clock()
-        self.taking = asyncio.Lock()
+        self.num_consecutive_failures = 0
+        self.num_repaired = self.synced_bytes = 0
+        self.state_since_s = clock()
+        self.sync_lock = asyncio.Lock()
         self._state: State = "starting"
         self._max_running = max_running
         self._vocabulary = vocabulary
@@ -171,51 +171,51 @@ class Replica:
     @property
     def state(self) -> State:
         """See `State`."""
-        return "draining" if self.is_leaving and self._state != "gone" else self._state
+        return "draining" if self.is_draining and self._state != "gone" else self._state
 
     @property
     def version(self) -> int | None:
         """Of the weights that it has."""
-        return self.taken.version if self.taken else None
+        return self.snapshot.version if self.snapshot else None
 
     @property
-    def free(self) -> int:
+    def num_free(self) -> int:
         """Requests that it could take now."""
-        return self._max_running - self.life.running if self.state == "serving" else 0
+        return self._max_running - self.incarnation.num_running if self.state == "serving" else 0
 
     @property
-    def is_coming(self) -> bool:
+    def is_syncing(self) -> bool:
         """Whether it takes weights that it will serve, or waits for its turn to."""
-        return self.taking.locked() and self.state in ("stale", "serving")
+        return self.sync_lock.locked() and self.state in ("stale", "serving")
 
-    def begin_to_leave(self) -> None:
+    def start_draining(self) -> None:
         """It gets no more requests."""
-        self.is_leaving = True
+        self.is_draining = True
         self._changed()
 
     async def open(self) -> None:
         """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
-        life = self._become("starting").life = Incarnation(self._changed)
-        self.taken, self.is_asleep, self.engine.records = None, False, True
+        life = self._set_state("starting").incarnation = Incarnation(self._changed)
+        self.snapshot, self.is_asleep, self.engine.records = None, False, True
         try:
             await self.engine.open()
         finally:
             if life.cause is not None:
-                await self.shut()  # it has left, when there may have been nothing to end yet
+                await self.shut_down()  # it has left, when there may have been nothing to end yet
         if life.cause is None:
-            self._become("stale" if self.engine.syncs_weights else "serving")
+            self._set_state("stale" if self.engine.syncs_weights else "serving")
 
-    async def take(self, update: WeightSnapshot) -> None:
+    async def load_weights(self, update: WeightSnapshot) -> None:
         """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made
         anew once, whole.
 
         Raises:
             EngineError: it does not come to have these weights.
         """
-        life = self.life
+        life = self.incarnation
         if life.cause is not None:
             raise EngineError(life.cause)
-        self._become("stale")
+        self._set_state("stale")
         if self.is_asleep:
             await self.engine.wake()
             self.is_asleep = False
@@ -225,7 +225,7 @@ class Replica:
             self._note(
                 f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again"
             )
-            self.repaired += 1
+            self.num_repaired += 1
             # In plain tensors, if it was whole before: an engine may not know what to do with those that note
             # what is read of them.
             self.engine.records, self.engine.reads = self.engine.reads is not None, None
@@ -235,15 +235,15 @@ class Replica:
                 f"engine {self.name} did not get version {update.version} in two tries: {problem}"
             )
         if life.cause is None:
-            self.taken = update  # before the first token of it comes
+            self.snapshot = update  # before the first token of it comes
         await self.engine.resume()
         if life.cause is None:
-            self._become("serving")
+            self._set_state("serving")
 
     async def sleep(self) -> None:
         """Gives its device memory back; it is stale until it takes weights again."""
-        self._become("stale")
-        self.taken, self.is_asleep = None, True
+        self._set_state("stale")
+        self.snapshot, self.is_asleep = None, True
         await self.engine.sleep()
 
     async def sample(
@@ -264,26 +264,26 @@ class Replica:
         ) as error:  # the border to a program that is not ours: whatever it did, another engine goes on
             raise EngineError(f"engine {self.name}: {type(error).__name__}: {error}") from error
 
-    def finished(self) -> None:
+    def record_success(self) -> None:
         """An answer came to its end."""
-        self.served, self.failures = self.served + 1, 0
+        self.num_served, self.num_consecutive_failures = self.num_served + 1, 0
 
     def fail(self, cause: str) -> None:
         """Takes it out, and ends its requests."""
-        self.cause, self.taken, self._group = cause, None, None
-        self.failures += 1
-        self._become("failed")
-        self.life.end(cause)
+        self.cause, self.snapshot, self._group = cause, None, None
+        self.num_consecutive_failures += 1
+        self._set_state("failed")
+        self.incarnation.end(cause)
         self._note(f"engine {self.name} failed: {cause}")
 
-    async def leave(self, cause: str) -> None:
+    async def retire(self, cause: str) -> None:
         """Ends it for good."""
-        self._become("gone")
-        self.life.end(cause)
+        self._set_state("gone")
+        self.incarnation.end(cause)
         self._group = None
-        await self.shut()
+        await self.shut_down()
 
-    async def shut(self) -> None:
+    async def shut_down(self) -> None:
         """Ends what the engine has started. It may not raise; if it does, that is told, and keeps it from
         nothing.
         """
@@ -292,9 +292,9 @@ class Replica:
         except Exception as error:  # the border to a program that is not ours
             self._note(f"engine {self.name} could not be ended: {type(error).__name__}: {error}")
 
-    def _become(self, state: State) -> Replica:
+    def _set_state(self, state: State) -> Replica:
         if self._state != "gone":
-            self._state, self.since_s = state, self._clock()
+            self._state, self.state_since_s = state, self._clock()
         self._changed()
         return self
 
@@ -345,12 +345,12 @@ class Replica:
         """
         engine = self.engine
         if update.additions is not None:
-            self.taken_bytes = update.num_bytes
+            self.synced_bytes = update.num_bytes
             return await engine.load_lora_adapter(update.additions, update.version), update.expected
         files, reads = engine.via == "disk", engine.reads or ()
         if files or not update.has(reads):
             reads = ()
-        self.taken_bytes = update.bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
+        self.synced_bytes = update.bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
         parts = [await asyncio.to_thread(update.as_files, Path(engine.spec.model))] if files else update.parts
         digests: list[dict[str, int]] = [{} for _ in range(engine.num_ranks)]
         await engine.begin_update()
@@ -368,7 +368,7 @@ class Replica:
     async def _load(self, part: WeightChunk, update: WeightSnapshot) -> list[dict[str, int]]:
         """Sends a part; the digests of what each rank was sent, where it is not known before."""
         if update.direct is not None:
-            return await update.direct.send(part, self.engine, self.life)
+            return await update.direct.send(part, self.engine, self.incarnation)
         if self.engine.via != "group":
             await self.engine.load(part)
             return []

@@ -16,7 +16,7 @@ Queue = deque[asyncio.Future[None]]
 class PrefixAffinity:
     """Requests that share a prefix, and the engine that has it in its cache."""
 
-    member: Replica | None = None
+    replica: Replica | None = None
 
 
 class Router:
@@ -50,17 +50,17 @@ class Router:
             self._waiting.popleft()
         return bool(self._waiting or self._coming)
 
-    def changed(self, member: Replica) -> None:
+    def changed(self, replica: Replica) -> None:
         """An engine may have more or less room than before; for each place more, one that waits is woken."""
-        before, count = self._counts.get(member, 0), self._free(member)
-        came = 0 if member.is_coming and not count else _wake(self._coming.pop(member, deque()))
+        before, count = self._counts.get(replica, 0), self._free(replica)
+        came = 0 if replica.is_syncing and not count else _wake(self._coming.pop(replica, deque()))
         if before == count:
             return
         if before:
-            del self._by_count[before][member]
+            del self._by_count[before][replica]
         if count:
-            self._by_count[count][member] = None
-        self._counts[member] = count
+            self._by_count[count][replica] = None
+        self._counts[replica] = count
         self._highest = max(self._highest, count)
         self.num_free += count - before
         _wake(self._waiting, count - before - came)
@@ -77,10 +77,10 @@ class Router:
         """
         was_woken = False
         while self._closed_because is None:
-            own = session.member
+            own = session.replica
             if own is not None and self._free(own):
                 return own
-            if own is not None and own.is_coming:
+            if own is not None and own.is_syncing:
                 _wake(self._waiting, int(was_woken))  # whatever room there is is for others
                 await self._wait(self._coming.setdefault(own, deque()), is_first=False)
                 was_woken = False
@@ -88,7 +88,7 @@ class Router:
             roomiest = self._roomiest()
             if roomiest is not None:
                 if own is None or own.state != "serving":
-                    session.member = roomiest
+                    session.replica = roomiest
                 return roomiest
             await self._wait(self._waiting, is_first=was_woken)
             was_woken = True

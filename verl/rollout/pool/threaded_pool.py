@@ -81,9 +81,9 @@ class ThreadedInferencePool(RolloutEngine):
             raise
 
     @property
-    def members(self) -> list[Replica]:
+    def replicas(self) -> list[Replica]:
         """The engines."""
-        return self.fleet.members
+        return self.fleet.replicas
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs something in the loop of the engines, and waits for it; where the wait is broken off, so is
@@ -113,7 +113,7 @@ class ThreadedInferencePool(RolloutEngine):
             RuntimeError: no engine serves, or answers fail on one engine after the other.
         """
         check_requests(prompts, params, context=self._context)
-        if self._weights is not None and self.fleet.update is None:
+        if self._weights is not None and self.fleet.snapshot is None:
             self.publish(self.version)
         with self.policy_sends():
             return self.run(self.fleet.generate(prompts, params))
@@ -125,7 +125,7 @@ class ThreadedInferencePool(RolloutEngine):
         self.run(self.fleet.begin_update(version))
         update = None if self._weights is None else self._weights.write(version)
         with self.policy_sends():
-            self.run(self.fleet.spread(update))
+            self.run(self.fleet.sync_weights(update))
 
     @contextmanager
     def policy_sends(self) -> Iterator[None]:
@@ -138,13 +138,13 @@ class ThreadedInferencePool(RolloutEngine):
         self.fleet.policy_can_send |= is_outermost
         try:
             if is_outermost and self.fleet.needs_policy:
-                self.run(self.fleet.spread())
+                self.run(self.fleet.sync_weights())
             yield
         finally:
             if is_outermost:
                 self.fleet.policy_can_send = False
             if is_outermost and self.fleet.needs_policy:
-                self.run(self.fleet.settled())
+                self.run(self.fleet.wait_synced())
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; those that share no device go on."""
