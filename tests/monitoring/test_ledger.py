@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.monitoring.ledger import FAILURES, FILE, Ledger, LedgerCounts
+from verl.monitoring.ledger import FAILURES, LEDGER_FILE, Ledger, LedgerCounts
 from verl.monitoring.ledger_report import lines_of_group, read_ledger
 
 
@@ -34,15 +34,15 @@ def loaded(state: dict, path: Path | None) -> Ledger:
 
 def written(path: Path, *, steps: int = 3) -> Ledger:
     """A run of steps of two groups each, the last of which leaves one group under way and one waiting."""
-    ledger = Ledger(path / FILE)
+    ledger = Ledger(path / LEDGER_FILE)
     for step in range(1, steps + 1):
         for prompt in (10 * step, 10 * step + 1):
             number = ledger.dispatch(prompt, version=step - 1)
-            ledger.arrive(number, versions=(step - 1, step - 1))
+            ledger.complete(number, versions=(step - 1, step - 1))
             ledger.train(number, step=step)
         if step == steps:
             ledger.dispatch(90, version=step)
-            ledger.arrive(ledger.dispatch(91, version=step), versions=(step, step))
+            ledger.complete(ledger.dispatch(91, version=step), versions=(step, step))
         ledger.commit(step)
     return ledger
 
@@ -51,7 +51,7 @@ def test_groups_are_numbered_and_each_fate_is_counted():
     ledger = Ledger()
     numbers = [ledger.dispatch(prompt, version=0) for prompt in (7, 3, 9, 7, 5, 1)]
     for number in numbers[:3]:
-        ledger.arrive(number, versions=(0, 1))
+        ledger.complete(number, versions=(0, 1))
     ledger.train(0, step=2)
     ledger.drop(1, "dead")
     ledger.drop(3, "straggler")
@@ -61,7 +61,7 @@ def test_groups_are_numbered_and_each_fate_is_counted():
     assert ledger.counts() == LedgerCounts(
         6, 1, 1, 1, {"dead": 1, "straggler": 1}, {"reward": 1}, {"infrastructure": 1}
     )
-    assert ledger.counts().accounted == 6 and ledger.open.keys() == {2, 5}
+    assert ledger.counts().accounted == 6 and ledger.open_groups.keys() == {2, 5}
 
 
 def begun(*acts: str) -> Ledger:
@@ -75,11 +75,11 @@ def begun(*acts: str) -> Ledger:
 
 ACTS = {
     "retry": lambda ledger: ledger.retry(0, "data", "x"),
-    "arrive": lambda ledger: ledger.arrive(0, versions=(0, 0)),
+    "arrive": lambda ledger: ledger.complete(0, versions=(0, 0)),
     "train": lambda ledger: ledger.train(0, step=1),
     "drop": lambda ledger: ledger.drop(0, "dead"),
     "fail": lambda ledger: ledger.fail(0, "data", "x"),
-    "again": lambda ledger: ledger.again(0, version=1),
+    "again": lambda ledger: ledger.redispatch(0, version=1),
     "commit": lambda ledger: ledger.commit(1),
 }
 IMPOSSIBLE = [
@@ -118,7 +118,7 @@ def test_what_was_given_wrongly_is_refused():
     ):
         ledger.fail(0, "bad luck", "x")
     with pytest.raises(ValueError, match="the oldest version, then the newest"):
-        ledger.arrive(0, versions=(2, 1))
+        ledger.complete(0, versions=(2, 1))
     with pytest.raises(ValueError, match="need the reason"):
         ledger.drop(0, "")
     ledger.commit(4)
@@ -152,15 +152,15 @@ def test_a_group_of_another_step_is_refused_when_the_step_is_closed():
 
 
 def test_the_file_has_a_line_for_each_group_that_ended_and_one_for_the_step(tmp_path):
-    ledger = Ledger(tmp_path / FILE)
+    ledger = Ledger(tmp_path / LEDGER_FILE)
     for prompt in (4, 5, 6):
         ledger.dispatch(prompt, version=0)
     ledger.retry(1, "infrastructure", "engine b\n  died")
-    ledger.arrive(1, versions=(0, 1))
+    ledger.complete(1, versions=(0, 1))
     ledger.train(1, step=1)
     ledger.fail(2, "reward", "judge is down")
     ledger.commit(1)
-    trained, failed, summary = map(json.loads, (tmp_path / FILE).read_text().splitlines())
+    trained, failed, summary = map(json.loads, (tmp_path / LEDGER_FILE).read_text().splitlines())
     common = {
         "group": 1,
         "prompt": 5,
@@ -193,21 +193,21 @@ def test_what_is_read_is_what_was_kept(tmp_path):
 
 
 def test_groups_under_way_keep_their_numbers_over_a_restart_and_are_sent_again(tmp_path):
-    ledger = loaded(saved(written(tmp_path)), tmp_path / FILE)
-    assert {number: (group.prompt, group.state) for number, group in ledger.left.items()} == {
+    ledger = loaded(saved(written(tmp_path)), tmp_path / LEDGER_FILE)
+    assert {number: (group.prompt, group.state) for number, group in ledger.orphaned.items()} == {
         6: (90, "answering"),
         7: (91, "waiting"),
     }
     with pytest.raises(
         RuntimeError, match="cannot take group 6, which is answering since before the run was restarted"
     ):
-        ledger.arrive(6, versions=(3, 3))
-    ledger.again(6, version=3)
+        ledger.complete(6, versions=(3, 3))
+    ledger.redispatch(6, version=3)
     ledger.train(7, step=4)  # its answers were in the checkpoint
-    ledger.arrive(6, versions=(3, 3))
-    assert ledger.left == {} and ledger.counts().again == 1 and ledger.dispatch(92, version=3) == 8
+    ledger.complete(6, versions=(3, 3))
+    assert ledger.orphaned == {} and ledger.counts().again == 1 and ledger.dispatch(92, version=3) == 8
     with pytest.raises(RuntimeError, match="this process has sent already and which is waiting"):
-        ledger.again(6, version=3)
+        ledger.redispatch(6, version=3)
     ledger.commit(4)
     assert read_ledger(tmp_path).counts == ledger.counts() and lines_of_group(tmp_path, 7)[0]["attempts"] == 1
 
@@ -217,7 +217,7 @@ def test_steps_after_the_checkpoint_are_cut_away_when_they_are_written_again(tmp
     state = saved(ledger)
     ledger.drop(6, "straggler")
     ledger.commit(4)
-    ledger = loaded(state, tmp_path / FILE)
+    ledger = loaded(state, tmp_path / LEDGER_FILE)
     assert read_ledger(tmp_path).step == 4  # the folder may belong to another process until the run begins
     ledger.fail(6, "data", "x")
     ledger.commit(4)
@@ -228,7 +228,7 @@ def test_steps_after_the_checkpoint_are_cut_away_when_they_are_written_again(tmp
 def test_what_ended_after_the_last_step_of_a_checkpoint_is_not_forgotten(tmp_path):
     ledger = written(tmp_path)
     ledger.drop(6, "straggler")
-    ledger = loaded(saved(ledger), tmp_path / FILE)
+    ledger = loaded(saved(ledger), tmp_path / LEDGER_FILE)
     ledger.commit(4)
     assert read_ledger(tmp_path).counts.dropped == {"straggler": 1} and read_ledger(tmp_path).adds_up
 
@@ -245,7 +245,7 @@ def test_a_run_that_goes_on_in_another_folder_says_what_was_before(there, tmp_pa
     state = saved(written(tmp_path / "one"))
     if there:
         written(tmp_path / "two", steps=there)
-    ledger = loaded(state, tmp_path / "two" / FILE)
+    ledger = loaded(state, tmp_path / "two" / LEDGER_FILE)
     ledger.drop(6, "straggler")
     ledger.commit(4)
     report = read_ledger(tmp_path / "two")
@@ -254,10 +254,10 @@ def test_a_run_that_goes_on_in_another_folder_says_what_was_before(there, tmp_pa
 
 def test_a_commit_that_was_cut_off_counts_for_nothing_at_every_byte(tmp_path):
     written(tmp_path, steps=2)
-    whole = (tmp_path / FILE).read_bytes()
+    whole = (tmp_path / LEDGER_FILE).read_bytes()
     begin = whole.index(b"\n", whole.index(b'"dispatched"')) + 1
     for size in range(begin, len(whole)):
-        (tmp_path / FILE).write_bytes(whole[:size])
+        (tmp_path / LEDGER_FILE).write_bytes(whole[:size])
         report = read_ledger(tmp_path)
         complete = json.loads(whole.splitlines()[-1]) == _last(whole[:size])
         assert report.adds_up and report.step == 1 + complete
@@ -276,8 +276,8 @@ def test_a_run_goes_on_from_a_file_that_was_cut_off(tmp_path):
     state = saved(ledger)
     ledger.drop(6, "straggler")
     ledger.commit(4)
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-40])
-    ledger = loaded(state, tmp_path / FILE)
+    (tmp_path / LEDGER_FILE).write_bytes((tmp_path / LEDGER_FILE).read_bytes()[:-40])
+    ledger = loaded(state, tmp_path / LEDGER_FILE)
     ledger.commit(4)
     assert read_ledger(tmp_path).adds_up and read_ledger(tmp_path).num_cut_off == 0
 
@@ -285,15 +285,15 @@ def test_a_run_goes_on_from_a_file_that_was_cut_off(tmp_path):
 def test_a_file_that_cannot_be_written_costs_no_line(tmp_path):
     folder = tmp_path / "run"
     ledger = written(folder)
-    (folder / FILE).rename(tmp_path / "kept")
-    (folder / FILE).mkdir()
+    (folder / LEDGER_FILE).rename(tmp_path / "kept")
+    (folder / LEDGER_FILE).mkdir()
     ledger.drop(6, "straggler")
     with pytest.raises(OSError):
         ledger.commit(4)
     state = saved(ledger)
-    (folder / FILE).rmdir()
-    (tmp_path / "kept").rename(folder / FILE)
-    for goes_on in (loaded(state, folder / FILE), ledger):
+    (folder / LEDGER_FILE).rmdir()
+    (tmp_path / "kept").rename(folder / LEDGER_FILE)
+    for goes_on in (loaded(state, folder / LEDGER_FILE), ledger):
         goes_on.commit(5)
         assert [step["step"] for step in read_ledger(folder).steps] == [1, 2, 3, 4, 5] and read_ledger(
             folder
@@ -301,9 +301,9 @@ def test_a_file_that_cannot_be_written_costs_no_line(tmp_path):
 
 
 def changed(path: Path, old: str, new: str) -> None:
-    text = (path / FILE).read_text()
+    text = (path / LEDGER_FILE).read_text()
     assert old in text
-    (path / FILE).write_text(text.replace(old, new))
+    (path / LEDGER_FILE).write_text(text.replace(old, new))
 
 
 def test_groups_that_are_missing_or_twice_and_sums_that_are_wrong_are_found(tmp_path):
@@ -343,7 +343,7 @@ def test_a_state_that_does_not_add_up_is_refused():
 
 def test_memory_holds_open_groups_alone(tmp_path):
     ledger = written(tmp_path, steps=50)
-    assert len(ledger.open) == 2 and len(str(ledger.state_dict())) < 2000
+    assert len(ledger.open_groups) == 2 and len(str(ledger.state_dict())) < 2000
 
 
 # What may happen next, each with a number that picks a group.
@@ -380,8 +380,8 @@ class Course:
         state, fates, self.step = self.kept
         self.fates = dict(fates)
         self.ledger = loaded(state, self.path)
-        for number in self.ledger.left:
-            self.ledger.again(number, version=self.step)
+        for number in self.ledger.orphaned:
+            self.ledger.redispatch(number, version=self.step)
             self.fates[number] = "answering"
 
     def do(self, operation: str, pick: int) -> None:
@@ -408,7 +408,7 @@ class Course:
         if operation == "retry":
             self.ledger.retry(number, failure, "cause")
         elif operation == "arrive":
-            self.ledger.arrive(number, versions=(self.step, self.step))
+            self.ledger.complete(number, versions=(self.step, self.step))
             self.fates[number] = "waiting"
         elif operation == "train":
             self.ledger.train(number, step=self.step + 1)
@@ -424,7 +424,7 @@ class Course:
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 50)), max_size=80))
 def test_whatever_happens_every_group_is_there_once(operations):
     with tempfile.TemporaryDirectory() as folder:
-        course = Course(Path(folder) / FILE)
+        course = Course(Path(folder) / LEDGER_FILE)
         for operation, pick in [*operations, ("commit", 0)]:
             course.do(operation, pick)
             counts, fates = course.ledger.counts(), list(course.fates.values())

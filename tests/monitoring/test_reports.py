@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from verl.cli.main import main
-from verl.monitoring.ledger import FILE, Ledger
+from verl.monitoring.ledger import LEDGER_FILE, Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency, Watchdog
 
@@ -19,11 +19,11 @@ def run(tmp_path, monkeypatch):
     """A run of two steps with every fate."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    ledger = Ledger(tmp_path / "run" / FILE)
+    ledger = Ledger(tmp_path / "run" / LEDGER_FILE)
     for step in (1, 2):
         numbers = [ledger.dispatch(10 * step + i, version=step - 1) for i in range(4)]
         ledger.retry(numbers[0], "infrastructure", "engine b\x1b[2J died")
-        ledger.arrive(numbers[0], versions=(0, step - 1))
+        ledger.complete(numbers[0], versions=(0, step - 1))
         ledger.train(numbers[0], step=step)
         ledger.drop(numbers[1], "straggler")
         ledger.fail(numbers[2], "reward", f"judge is down {step}")
@@ -59,8 +59,8 @@ def test_the_ledger_is_summed_up(run, capsys):
 
 
 def test_groups_that_are_missing_or_twice_are_named(run, capsys):
-    text = (run / FILE).read_text()
-    (run / FILE).write_text(text.replace('{"group": 5,', '{"group": 6,'))
+    text = (run / LEDGER_FILE).read_text()
+    (run / LEDGER_FILE).write_text(text.replace('{"group": 5,', '{"group": 6,'))
     code, told = shown(capsys, "ledger", "run")
     assert code == 1 and told.endswith("missing: 1 groups: 5\ntwice: 1 groups: 6\nthe ledger does not add up")
     assert shown(capsys, "ledger", "run", "--group", "5") == (1, "group 5: missing: nothing is known of it")
@@ -77,14 +77,14 @@ def test_one_group_is_told_in_a_line(run, capsys):
 
 
 def test_a_commit_that_was_cut_off_is_told(run, capsys):
-    (run / FILE).write_bytes((run / FILE).read_bytes()[:-10])
+    (run / LEDGER_FILE).write_bytes((run / LEDGER_FILE).read_bytes()[:-10])
     code, told = shown(capsys, "ledger", "run")
     assert code == 0 and "up to step 1" in told and "4 lines at the end count for nothing" in told
 
 
 def test_a_group_of_a_run_that_went_on_in_another_folder_is_told(run, capsys):
-    other = Ledger(Path("other") / FILE)
-    state = Ledger(run / FILE)
+    other = Ledger(Path("other") / LEDGER_FILE)
+    state = Ledger(run / LEDGER_FILE)
     state.dispatch(5, version=0)
     state.drop(0, "dead")
     state.commit(1)
@@ -100,7 +100,10 @@ def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkey
     monkeypatch.setenv("COLUMNS", "160")
     waits = WaitTracker()
     parts = (Dependency("engine a", "serving"), Dependency("engine b", "failed", "out of memory"))
-    with waits.on("training", "a batch", limit_s=90), Watchdog(waits, Path("run"), 1800, parts=lambda: parts):
+    with (
+        waits.track("training", "a batch", limit_s=90),
+        Watchdog(waits, Path("run"), 1800, parts=lambda: parts),
+    ):
         code, told = shown(capsys, "doctor", "run")
     assert (
         code == 0

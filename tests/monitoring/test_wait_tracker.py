@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall
+from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall_reason
 
 
 class FakeClock:
@@ -35,7 +35,7 @@ def waits(clock):
 
 
 def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, waits):
-    with waits.on("training", "a batch", limit_s=60.0):
+    with waits.track("training", "a batch", limit_s=60.0):
         clock.pass_s(5)
         assert waits.snapshot() == Snapshot(
             5.0, 60.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 60.0),)),)
@@ -44,17 +44,17 @@ def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, wai
 
 
 def test_seconds_are_taken_once_also_of_a_wait_that_goes_on(clock, waits):
-    with waits.on("training", "a batch"):
+    with waits.track("training", "a batch"):
         clock.pass_s(5)
-        assert waits.seconds() == {"training": 5.0}
+        assert waits.take_seconds() == {"training": 5.0}
         clock.pass_s(2)
     clock.pass_s(100)
-    assert waits.seconds() == {"training": 2.0}
-    assert waits.seconds() == {"training": 0.0}
+    assert waits.take_seconds() == {"training": 2.0}
+    assert waits.take_seconds() == {"training": 0.0}
 
 
 def test_several_waits_of_a_stage_count_once_and_the_oldest_is_told(clock, waits):
-    first, second = waits.on("rewards", "group 1"), waits.on("rewards", "group 2")
+    first, second = waits.track("rewards", "group 1"), waits.track("rewards", "group 2")
     first.__enter__()
     clock.pass_s(3)
     second.__enter__()
@@ -67,15 +67,15 @@ def test_several_waits_of_a_stage_count_once_and_the_oldest_is_told(clock, waits
     clock.pass_s(1)
     assert str(waits.snapshot().stages[0]) == "rewards has waited 2.0 s for group 2, moved 1.0 s ago"
     second.__exit__(None, None, None)
-    assert waits.seconds() == {"rewards": 5.0}
+    assert waits.take_seconds() == {"rewards": 5.0}
 
 
 def test_waits_of_stages_nest(clock, waits):
-    with waits.on("training", "a batch"):
+    with waits.track("training", "a batch"):
         clock.pass_s(1)
-        with waits.on("publishing", "engine b"):
+        with waits.track("publishing", "engine b"):
             clock.pass_s(2)
-    assert waits.seconds() == {"training": 3.0, "publishing": 2.0}
+    assert waits.take_seconds() == {"training": 3.0, "publishing": 2.0}
 
 
 def test_words_are_asked_for_when_someone_wants_to_know(waits):
@@ -84,13 +84,13 @@ def test_words_are_asked_for_when_someone_wants_to_know(waits):
     def told():
         return f"{have} of 8 groups"
 
-    with waits.on("training", told):
+    with waits.track("training", told):
         have = 5
         assert waits.snapshot().stages[0].waits[0].what == "5 of 8 groups"
 
 
 def test_words_that_cannot_be_told_cost_nothing(waits):
-    with waits.on("training", lambda: str(1 / 0)):
+    with waits.track("training", lambda: str(1 / 0)):
         assert (
             waits.snapshot().stages[0].waits[0].what
             == "something that cannot be told (ZeroDivisionError: division by zero)"
@@ -105,31 +105,31 @@ def test_words_are_asked_again_if_what_they_are_about_changed_meanwhile(waits):
             raise error
         return "3 groups"
 
-    with waits.on("training", told):
+    with waits.track("training", told):
         assert waits.snapshot().stages[0].waits[0].what == "3 groups"
 
 
 def test_a_wait_that_got_what_it_was_for_has_moved_and_one_that_failed_has_not(clock, waits):
     clock.pass_s(10)
-    with pytest.raises(TimeoutError), waits.on("training", "a batch"):
+    with pytest.raises(TimeoutError), waits.track("training", "a batch"):
         clock.pass_s(1)
         raise TimeoutError
-    assert waits.snapshot().still_s == 11.0 and waits.seconds() == {"training": 1.0}
-    with waits.on("training", "a batch"):
+    assert waits.snapshot().still_s == 11.0 and waits.take_seconds() == {"training": 1.0}
+    with waits.track("training", "a batch"):
         clock.pass_s(1)
     assert waits.snapshot().still_s == 0.0
 
 
 def test_whatever_moves_in_any_stage_keeps_the_run_going(clock, waits):
-    with waits.on("training", "a batch"):
+    with waits.track("training", "a batch"):
         for _ in range(10):
             clock.pass_s(9)
-            assert stall(waits.snapshot(), 10) is None
-            waits.moved("generation")
+            assert stall_reason(waits.snapshot(), 10) is None
+            waits.mark_progress("generation")
         clock.pass_s(9.5)
-        assert stall(waits.snapshot(), 10) is None
+        assert stall_reason(waits.snapshot(), 10) is None
         clock.pass_s(0.5)
-        assert stall(waits.snapshot(), 10) == (
+        assert stall_reason(waits.snapshot(), 10) == (
             "nothing has moved for 10 s, and may stand still for 10 s; training has waited 100 s for a batch, moved 100 s ago; "
             "generation waits for nothing, moved 10 s ago"
         )
@@ -138,7 +138,7 @@ def test_whatever_moves_in_any_stage_keeps_the_run_going(clock, waits):
 def test_a_run_that_never_named_a_stage_can_stall_too(clock, waits):
     clock.pass_s(10)
     assert (
-        stall(waits.snapshot(), 10)
+        stall_reason(waits.snapshot(), 10)
         == "nothing has moved for 10 s, and may stand still for 10 s; no stage has begun"
     )
 
@@ -146,27 +146,27 @@ def test_a_run_that_never_named_a_stage_can_stall_too(clock, waits):
 def test_a_wait_over_its_own_limit_is_a_stall_though_others_move_and_though_it_is_not_the_oldest(
     clock, waits
 ):
-    with waits.on("rewards", "group 1"), waits.on("rewards", "group 2", limit_s=5):
+    with waits.track("rewards", "group 1"), waits.track("rewards", "group 2", limit_s=5):
         clock.pass_s(5)
-        waits.moved("generation")
-        assert stall(waits.snapshot(), 100) is None
+        waits.mark_progress("generation")
+        assert stall_reason(waits.snapshot(), 100) is None
         clock.pass_s(0.1)
-        waits.moved("generation")
-        assert stall(waits.snapshot(), 100).startswith(
+        waits.mark_progress("generation")
+        assert stall_reason(waits.snapshot(), 100).startswith(
             "rewards has waited 5.1 s for group 2, and may for 5.0 s; rewards has waited"
         )
 
 
 def test_a_wait_that_may_take_longer_than_the_limit_may(clock, waits):
-    with waits.on("publishing", "engine b to start", limit_s=50):
+    with waits.track("publishing", "engine b to start", limit_s=50):
         clock.pass_s(49)
-        assert stall(waits.snapshot(), 10) is None
+        assert stall_reason(waits.snapshot(), 10) is None
     clock.pass_s(10)
-    assert stall(waits.snapshot(), 10) is not None
+    assert stall_reason(waits.snapshot(), 10) is not None
 
 
 def test_only_a_few_of_many_waits_are_told_and_one_over_its_limit_is_among_them(clock, waits):
-    contexts = [waits.on("generation", f"group {i}", limit_s=5 if i == 400 else None) for i in range(500)]
+    contexts = [waits.track("generation", f"group {i}", limit_s=5 if i == 400 else None) for i in range(500)]
     for context in contexts:
         context.__enter__()
     clock.pass_s(6)
@@ -179,13 +179,13 @@ def test_only_a_few_of_many_waits_are_told_and_one_over_its_limit_is_among_them(
 
 
 def test_time_in_which_nothing_could_move_is_forgiven(clock, waits):
-    with waits.on("training", "a batch", limit_s=20):
+    with waits.track("training", "a batch", limit_s=20):
         clock.pass_s(1000)
-        waits.forgive(995)
+        waits.exclude(995)
         assert waits.snapshot() == Snapshot(
             5.0, 20.0, (StageWaits("training", 5.0, 1, (Wait("a batch", 5.0, 20.0),)),)
         )
-        waits.forgive(995)
+        waits.exclude(995)
         assert waits.snapshot().still_s == 0.0
 
 
@@ -195,7 +195,7 @@ def test_coroutines_of_one_stage_wait_at_once():
         gate = asyncio.Event()
 
         async def ask(number):
-            with waits.on("generation", f"group {number}"):
+            with waits.track("generation", f"group {number}"):
                 await gate.wait()
 
         tasks = [asyncio.ensure_future(ask(number)) for number in range(4)]
@@ -217,15 +217,15 @@ def test_threads_wait_and_are_looked_at_all_at_once():
 
     def work():
         for number in range(300):
-            with waits.on("rewards", lambda number=number: f"group {number}"):
-                waits.moved("generation")
+            with waits.track("rewards", lambda number=number: f"group {number}"):
+                waits.mark_progress("generation")
 
     threads = [threading.Thread(target=work) for _ in range(num)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         assert all(stage.num_waits <= num for stage in waits.snapshot().stages)
-        assert all(seconds >= 0 for seconds in waits.seconds().values())
+        assert all(seconds >= 0 for seconds in waits.take_seconds().values())
     assert [stage.num_waits for stage in waits.snapshot().stages] == [0, 0]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.monitoring.watchdog import DIAGNOSIS, FILE, RunSnapshot, last_snapshot
+from verl.monitoring.watchdog import DIAGNOSIS_FILE, WAITS_FILE, RunSnapshot, last_snapshot
 
 # Far beyond what is waited for, on a machine that does much else.
 OUTER_LIMIT_S = 120
@@ -80,7 +80,7 @@ asyncio.run(swallow())
 def test_code_that_is_stuck_gets_an_error_that_says_what_was_waited_for(stuck, tmp_path):
     code = f"""
 try:
-    with watch(), waits.on("training", "a batch"):
+    with watch(), waits.track("training", "a batch"):
         exec({STUCK[stuck]!r})
 except StalledError as error:
     print(error)
@@ -91,7 +91,7 @@ except StalledError as error:
         r"nothing has moved for [\d.]+ s, and may stand still for 0.5 s; training has waited [\d.]+ s for a batch, ",
         result.stdout,
     )
-    assert f"all stacks: {DIAGNOSIS}" in result.stdout
+    assert f"all stacks: {DIAGNOSIS_FILE}" in result.stdout
     assert kept(tmp_path).state == "stalled" and "a batch" in kept(tmp_path).cause
 
 
@@ -113,7 +113,7 @@ with watch(parts=lambda: [Dependency("engine b", "failed", "out of memory")]):
     forever()
 """
     assert "StalledError" in ran(code, tmp_path).stderr
-    told = (tmp_path / DIAGNOSIS).read_text()
+    told = (tmp_path / DIAGNOSIS_FILE).read_text()
     assert (
         "engine b is failed: out of memory" in told and "thread MainThread:" in told and "in forever" in told
     )
@@ -129,10 +129,10 @@ def test_a_wait_over_its_own_limit_ends_the_run_though_others_move(tmp_path):
     code = """
 def move():
     while True:
-        waits.moved("generation")
+        waits.mark_progress("generation")
         time.sleep(0.01)
 threading.Thread(target=move, daemon=True).start()
-with watch(limit_s=100), waits.on("rewards", "the function judge", limit_s=0.5):
+with watch(limit_s=100), waits.track("rewards", "the function judge", limit_s=0.5):
     forever()
 """
     assert re.search(
@@ -159,7 +159,7 @@ def deadlock():
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
     libc.pthread_mutex_lock(mutex)
-with watch(grace_s=0.5), waits.on("training", "a batch"):
+with watch(grace_s=0.5), waits.track("training", "a batch"):
     deadlock()
 """
     result = ran(code, tmp_path)
@@ -205,13 +205,13 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
     code = """
 with watch(limit_s=1, grace_s=0):
     for _ in range(60):
-        with waits.on("training", "a batch"):
+        with waits.track("training", "a batch"):
             time.sleep(0.05)
 print("finished")
 """
     result = ran(code, tmp_path)
     assert result.stdout == "finished\n", result.stderr
-    assert kept(tmp_path).state == "finished" and not (tmp_path / DIAGNOSIS).exists()
+    assert kept(tmp_path).state == "finished" and not (tmp_path / DIAGNOSIS_FILE).exists()
 
 
 def test_the_process_may_do_what_it_wants_after_the_run(tmp_path):
@@ -260,12 +260,12 @@ with watch(limit_s=2, grace_s=0):
     with watch(limit_s=100, waits=inner, folder="inner"):
         time.sleep(3)
     try:
-        with watch(waits=inner, folder="inner"), inner.on("training", "the inner batch"):
+        with watch(waits=inner, folder="inner"), inner.track("training", "the inner batch"):
             forever()
     except StalledError as error:
         print("inner batch" in str(error))
-    waits.moved("training")
-    with waits.on("training", "the outer batch"):
+    waits.mark_progress("training")
+    with waits.track("training", "the outer batch"):
         forever()
 """
     result = ran(code, tmp_path)
@@ -275,7 +275,7 @@ with watch(limit_s=2, grace_s=0):
 
 IN_A_THREAD = """
 def run():
-    with watch(grace_s={grace_s}), waits.on("training", "a batch"):
+    with watch(grace_s={grace_s}), waits.track("training", "a batch"):
         {stuck}
 with concurrent.futures.ThreadPoolExecutor() as pool:
     try:
@@ -304,7 +304,7 @@ def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path):
 with watch(limit_s=2):
     for _ in range(20):
         time.sleep(0.05)
-        waits.moved("training")
+        waits.mark_progress("training")
     print("stop me", flush=True)
     sys.stdin.readline()
     time.sleep(0.5)  # for several looks
@@ -332,7 +332,7 @@ def test_the_file_can_be_read_whenever_it_is_there(tmp_path):
     code = """
 with watch(limit_s=100):
     print("ready", flush=True)
-    with waits.on("training", "a batch"):
+    with waits.track("training", "a batch"):
         sys.stdin.readline()
 """
     process = subprocess.Popen(
@@ -346,11 +346,11 @@ with watch(limit_s=100):
         times.add(look.written_at)
     assert look.waits.stages[0].waits[0].what == "a batch"
     process.communicate("\n", timeout=OUTER_LIMIT_S)
-    assert kept(tmp_path).state == "finished" and list(tmp_path.iterdir()) == [tmp_path / FILE]
+    assert kept(tmp_path).state == "finished" and list(tmp_path.iterdir()) == [tmp_path / WAITS_FILE]
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
-    (tmp_path / f"{FILE}.part").mkdir()
+    (tmp_path / f"{WAITS_FILE}.part").mkdir()
     result = ran("with watch(limit_s=100): time.sleep(0.2)\nprint('finished')", tmp_path)
     assert result.stdout == "finished\n" and result.stderr == ""
 
@@ -366,7 +366,7 @@ def never():
     time.sleep(1000)
 
 try:
-    with watch(limit_s=2), waits.on("training", "a rank"):
+    with watch(limit_s=2), waits.track("training", "a rank"):
         ray.get(never.remote())
 except StalledError as error:
     print("stalled", error)

@@ -194,7 +194,7 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine, see
     ids = ended[1].token_ids
     assert ended[1].finish_reason == "stop" and ids == free[1].token_ids[: len(ids)]
     assert codec.decode(ids).endswith(stop[0]) and stop[0] not in codec.decode(ids[:-1])
-    assert codec.answer_text(ids, stop) == text[: text.index(stop[0])]
+    assert codec.decode_answer(ids, stop) == text[: text.index(stop[0])]
     assert ended[0].token_ids == free[0].token_ids
 
 

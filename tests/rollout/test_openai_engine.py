@@ -483,7 +483,7 @@ def test_a_chat_gets_the_prompts_text_and_gives_text(served, address, folder, mo
     engine = http_engine(folder, address, api_key_env="FAR_KEY", chat=True, extra={"temperature": 0})
     chunk = one_chunk(engine, SamplingParams(max_tokens=12))
     codec = TextCodec.load(str(folder))
-    prompt = codec.encode(f"u:{codec.read_text(PROMPT)}\na:")
+    prompt = codec.encode(f"u:{codec.decode_prompt(PROMPT)}\na:")
     (completion,) = EmbeddedEngine(policy(folder), codec).generate(
         [prompt], [SamplingParams(0, max_tokens=12)]
     )[0]
@@ -642,7 +642,7 @@ def test_a_server_that_knows_no_token_ids_is_asked_with_texts(folder):
     chunk, _ = against(folder, lambda i, request: reply(request), extra={"user": "me"})
     assert chunk.text == "fine" and [body["prompt"] for body in seen] == [
         PROMPT,
-        TextCodec.load(str(folder)).read_text(PROMPT),
+        TextCodec.load(str(folder)).decode_prompt(PROMPT),
     ]
     assert all(body["user"] == "me" for body in seen)
 

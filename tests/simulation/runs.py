@@ -23,7 +23,7 @@ from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
-from verl.monitoring.wait_tracker import WaitTracker, stall
+from verl.monitoring.wait_tracker import WaitTracker, stall_reason
 from verl.rollout.engine import EngineError
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, Prompt, SamplingParams
@@ -288,7 +288,7 @@ class Run:
         """As the watch of a run: nothing may stand still for longer than what engines and rewards may take."""
         while True:
             await asyncio.sleep(50.0)
-            if told := stall(waits.snapshot(), 5000.0):
+            if told := stall_reason(waits.snapshot(), 5000.0):
                 self.problems.append(told)
 
     def look(self, batch: TrainBatch, pipeline: Pipeline, step: int) -> None:

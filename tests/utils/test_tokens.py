@@ -87,10 +87,10 @@ def test_an_answer_that_came_as_text_is_closed_once():
 
 def test_an_answer_has_no_special_tokens_and_ends_before_the_first_stop_text():
     ids = [2, *codec().encode("x=4;\ny=5;"), 1]
-    assert codec().answer_text(ids) == "x=4;\ny=5;"
-    assert codec().answer_text(ids, (";", "=")) == "x"
-    assert codec().answer_text(ids, ("?", "\n")) == "x=4;"
-    assert codec().answer_text(ids, ("x",)) == ""
+    assert codec().decode_answer(ids) == "x=4;\ny=5;"
+    assert codec().decode_answer(ids, (";", "=")) == "x"
+    assert codec().decode_answer(ids, ("?", "\n")) == "x=4;"
+    assert codec().decode_answer(ids, ("x",)) == ""
 
 
 def test_sampled_ids_need_not_be_those_of_their_text():

@@ -283,7 +283,7 @@ class DataCollector:
             [answer.version] * length if answer.versions is None else list(answer.versions),
             0,
             truncated=answer.finish_reason == "length",
-            text=self._codec.answer_text(answer.token_ids, params.stop)
+            text=self._codec.decode_answer(answer.token_ids, params.stop)
             if answer.text is None
             else answer.text,
         )

@@ -161,11 +161,11 @@ class InTurn(CollectorSource):
         collector = self._collector
         fresh = [group for group in groups if not group.answers]
         params = [collector.params(self._samples, number=group.number, draw=group.draw) for group in fresh]
-        with self._waits.on("generation", f"answers to {len(fresh)} prompts"):
+        with self._waits.track("generation", f"answers to {len(fresh)} prompts"):
             self._sample(fresh, params)
         with (
             collector.clock.phase("reward"),
-            self._waits.on("rewards", f"{collector.reward_names} of {len(groups)} groups"),
+            self._waits.track("rewards", f"{collector.reward_names} of {len(groups)} groups"),
         ):
             collector.reward([t for group in groups for t in group.everything])
 
@@ -208,12 +208,12 @@ class FromFleet(CollectorSource):
         if group.pause_s:
             await asyncio.sleep(group.pause_s)
         if not group.answers:
-            with self._waits.on("generation", f"answers of group {group.number}"):
+            with self._waits.track("generation", f"answers of group {group.number}"):
                 await self._sample(group)
-            self._waits.moved("generation")
-        with self._waits.on("rewards", f"{self._collector.reward_names} of group {group.number}"):
+            self._waits.mark_progress("generation")
+        with self._waits.track("rewards", f"{self._collector.reward_names} of group {group.number}"):
             await self._reward(group)
-        self._waits.moved("rewards")
+        self._waits.mark_progress("rewards")
 
     async def _reward(self, group: Group) -> None:
         await asyncio.get_running_loop().run_in_executor(self._rewarders, self._reward_here, group.everything)

@@ -137,9 +137,9 @@ class Pipeline:
         self._begin_anew()
         while left > 0:
             self._fill()
-            with self._waits.on("training", self._wanted):
+            with self._waits.track("training", self._wanted):
                 chosen = await self._chosen(left, min(least, left))
-            self._waits.moved("training")
+            self._waits.mark_progress("training")
             left -= len(chosen)
             self._hand += chosen
             yield chosen
@@ -168,7 +168,7 @@ class Pipeline:
             RuntimeError: a group would be too stale.
         """
         while self._in_order and self._futures and not self._error:
-            with self._waits.on(
+            with self._waits.track(
                 "publishing",
                 lambda: f"{len(self._futures)} groups that are still answered by version {self.version}",
             ):
@@ -190,7 +190,7 @@ class Pipeline:
         self.version = self._batches = version
         self._num_dead = self._num_rounds = 0
         self.ledger.commit(version)
-        self._waits.moved("training")
+        self._waits.mark_progress("training")
         self._fill_unless_in_turn()
 
     def metrics(self) -> dict[str, float]:
@@ -221,7 +221,7 @@ class Pipeline:
             self._groups[group.number] = group
             if group.arrival is None:
                 group.oldest = version
-                self.ledger.again(group.number, version=version)
+                self.ledger.redispatch(group.number, version=version)
         self._arrivals = max(
             [group.arrival + 1 for group in self._groups.values() if group.arrival is not None], default=0
         )
@@ -337,7 +337,7 @@ class Pipeline:
         versions = [version for t in group.answers for version in t.versions] or [group.oldest]
         group.oldest, group.arrival = min(versions), self._arrivals
         self._arrivals += 1
-        self.ledger.arrive(group.number, versions=(group.oldest, max(versions)))
+        self.ledger.complete(group.number, versions=(group.oldest, max(versions)))
         return False
 
     def _refilled(self, group: Group, failed: Trajectory) -> bool:
@@ -448,7 +448,7 @@ class Pipeline:
         self._is_idle = is_idle
         self._idle.close()
         if is_idle:
-            self._idle.enter_context(self._waits.on("admission", self._room_wanted))
+            self._idle.enter_context(self._waits.track("admission", self._room_wanted))
 
     def _room_wanted(self) -> str:
         return f"room for more groups: those within {self._config.max_staleness} steps of version {self.version} are answered"

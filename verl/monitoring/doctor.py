@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from verl.monitoring.wait_tracker import StageWaits, Wait, span
-from verl.monitoring.watchdog import DIAGNOSIS, RunSnapshot
+from verl.monitoring.watchdog import DIAGNOSIS_FILE, RunSnapshot
 from verl.utils.process_id import ProcessState
 
 # A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no
@@ -123,7 +123,7 @@ def _ended(case: Case) -> Diagnosis:
     return Diagnosis(
         False,
         story,
-        "; ".join(text for text in (case.broken, look.cause, f"all stacks are in {DIAGNOSIS}") if text),
+        "; ".join(text for text in (case.broken, look.cause, f"all stacks are in {DIAGNOSIS_FILE}") if text),
     )
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from verl.config.pipeline import FailureClass
-from verl.utils.jsonl import json_line, keep_steps_before
+from verl.utils.jsonl import json_line, truncate_from_step
 
 STATES: tuple[str, ...] = ("answering", "waiting")
 FAILURES: tuple[str, ...] = get_args(FailureClass)
 # In the folder of a run.
-FILE = "ledger.jsonl"
+LEDGER_FILE = "ledger.jsonl"
 _MAX_CAUSE_CHARS = 300
 
 
@@ -120,7 +120,7 @@ class Ledger:
             self._open[number] = OpenGroup(prompt, version)
             return number
 
-    def again(self, number: int, *, version: int) -> None:
+    def redispatch(self, number: int, *, version: int) -> None:
         """Sends a group once more that an earlier process of the run had under way, under the same number;
         see `left`.
         """
@@ -144,7 +144,7 @@ class Ledger:
             group.attempts += 1
             group.retries[failure] = group.retries.get(failure, (0, ""))[0] + 1, _short(cause)
 
-    def arrive(self, number: int, *, versions: tuple[int, int]) -> None:
+    def complete(self, number: int, *, versions: tuple[int, int]) -> None:
         """Notes that a group is answered and rewarded, with the oldest and the newest version that sampled
         its tokens.
         """
@@ -191,7 +191,7 @@ class Ledger:
             return self._counts()
 
     @property
-    def open(self) -> dict[int, OpenGroup]:
+    def open_groups(self) -> dict[int, OpenGroup]:
         """A copy of the groups that have not ended, by number, in the order of their numbers."""
         with self._lock:
             return {
@@ -200,11 +200,11 @@ class Ledger:
             }
 
     @property
-    def left(self) -> dict[int, OpenGroup]:
+    def orphaned(self) -> dict[int, OpenGroup]:
         """Those of `open` that an earlier process of the run had under way and that have neither been sent
         `again` nor ended.
         """
-        return {number: group for number, group in self.open.items() if group.is_left}
+        return {number: group for number, group in self.open_groups.items() if group.is_left}
 
     def commit(self, step: int) -> None:
         """Closes the account of a step: every group that was sent out is in it once; what ended goes into the
@@ -370,7 +370,7 @@ class Ledger:
         in another folder.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        last = keep_steps_before(path, self._written["step"] + 1)
+        last = truncate_from_step(path, self._written["step"] + 1)
         is_known = last is not None and json.loads(last) == self._written
         return [] if is_known or self._written["step"] == 0 else [{**self._written, "base": True}]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl.monitoring.ledger import FILE, LedgerCounts
+from verl.monitoring.ledger import LEDGER_FILE, LedgerCounts
 
 _FATES = ("trained", "dropped", "failed")
 
@@ -83,7 +83,7 @@ def lines_of_group(folder: Path, number: int) -> list[dict[str, Any]]:
 def _lines(folder: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Number and content of each line; None for one that cannot be read."""
     try:
-        with (folder / FILE).open("rb") as file:
+        with (folder / LEDGER_FILE).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield number, _parsed(line)
     except OSError as error:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl.config.run import TrackingConfig
-from verl.utils.jsonl import json_line, keep_steps_before
+from verl.utils.jsonl import json_line, truncate_from_step
 
 
 class Clock:
@@ -144,7 +144,7 @@ class JsonlSink(Sink):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         path = run.output_dir / "metrics.jsonl"
-        keep_steps_before(path, run.first_step)
+        truncate_from_step(path, run.first_step)
         self._file = path.open("ab")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -123,7 +123,7 @@ class WaitTracker:
         self._moved_at_s = clock()
 
     @contextmanager
-    def on(self, stage: str, what: What, *, limit_s: float | None = None) -> Iterator[None]:
+    def track(self, stage: str, what: What, *, limit_s: float | None = None) -> Iterator[None]:
         """Inside, a stage waits for something.
 
         A wait that ends as it should has got what it was for, so the stage has moved; one that ends with an
@@ -151,13 +151,13 @@ class WaitTracker:
                 if has_come:
                     found.moved_at_s = self._moved_at_s = now_s
 
-    def moved(self, stage: str) -> None:
+    def mark_progress(self, stage: str) -> None:
         """Something went on in a stage."""
         with self._lock:
             now_s = self._clock()
             self._stage(stage, now_s).moved_at_s = self._moved_at_s = now_s
 
-    def seconds(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         """How long each stage has waited since the last call, by its name; several waits at once count once."""
         with self._lock:
             now_s = self._clock()
@@ -186,7 +186,7 @@ class WaitTracker:
         )
         return Snapshot(still_s, allowed_s, tuple(stages))
 
-    def forgive(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Takes time out of all that goes on, in which nothing could move: the process was stopped, or
         another one had its turn.
         """
@@ -202,7 +202,7 @@ class WaitTracker:
         return self._stages.setdefault(name, _Stage(now_s))
 
 
-def stall(snapshot: Snapshot, limit_s: float) -> str | None:
+def stall_reason(snapshot: Snapshot, limit_s: float) -> str | None:
     """Why a run counts as stalled, in words with all stages, or None.
 
     A wait is over its own limit, or nothing has moved for `limit_s`; for the longest own limit of the waits

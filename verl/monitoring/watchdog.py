@@ -15,12 +15,12 @@ from types import TracebackType
 
 from verl.monitoring import interpreter_watchdog
 from verl.monitoring.stacks import all_stacks
-from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall
+from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker, span, stall_reason
 from verl.utils.process_id import ProcessId, this_process
 from verl.utils.thread_interrupt import InterruptibleBlock
 
 # In the folder of a run.
-FILE, DIAGNOSIS = "waits.json", "diagnosis.txt"
+WAITS_FILE, DIAGNOSIS_FILE = "waits.json", "diagnosis.txt"
 # So many times the usual between two looks: the process was stopped, or something had the interpreter.
 _GAP = 10
 
@@ -78,7 +78,7 @@ def last_snapshot(folder: Path) -> RunSnapshot:
         ValueError: there was none.
     """
     try:
-        row = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        row = json.loads((folder / WAITS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"need the output_dir of a run, got {folder}: {error}") from error
     stages = tuple(
@@ -151,7 +151,7 @@ class Watchdog:
         state, cause = ("stalled", self._reason or "") if is_stalled else _end_of(error)
         self._write(state, self._waits.snapshot(), cause=cause)
         if is_stalled:
-            raise StalledError(f"{self._reason}; all stacks: {self._folder / DIAGNOSIS}") from error
+            raise StalledError(f"{self._reason}; all stacks: {self._folder / DIAGNOSIS_FILE}") from error
 
     def _run(self) -> None:
         interpreter_watchdog.arm(self, self._limit_s + self._grace_s)
@@ -165,10 +165,10 @@ class Watchdog:
         now_s = time.monotonic()
         since_s, self._looked_s = now_s - self._looked_s, now_s
         if since_s > _GAP * self._every_s or not self._block.is_innermost:
-            self._waits.forgive(since_s)
+            self._waits.exclude(since_s)
         snapshot = self._waits.snapshot()
         interpreter_watchdog.arm(self, max(self._limit_s, snapshot.allowed_s) + self._grace_s)
-        reason = self._reason or stall(snapshot, self._limit_s)
+        reason = self._reason or stall_reason(snapshot, self._limit_s)
         self._write("stalled" if reason else "running", snapshot, cause=reason or "")
         if reason:
             self._end(reason, now_s)
@@ -178,7 +178,7 @@ class Watchdog:
         if self._reason is None:
             self._reason, self._ending_s = reason, now_s
             with suppress(OSError):
-                (self._folder / DIAGNOSIS).write_text(self._diagnosis(), encoding="utf-8")
+                (self._folder / DIAGNOSIS_FILE).write_text(self._diagnosis(), encoding="utf-8")
         self._block.end()
         if not self._block.has_ended.is_set():
             if now_s - self._ending_s > self._grace_s:
@@ -225,9 +225,9 @@ class Watchdog:
         )
         # A full disk must not cost the run; who reads the file sees that it is old.
         with suppress(OSError):
-            fresh = self._folder / f"{FILE}.part"
+            fresh = self._folder / f"{WAITS_FILE}.part"
             fresh.write_text(json.dumps(asdict(look)), encoding="utf-8")
-            os.replace(fresh, self._folder / FILE)
+            os.replace(fresh, self._folder / WAITS_FILE)
 
 
 def _end_of(error: BaseException | None) -> tuple[str, str]:

@@ -103,7 +103,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
             }
         )
         texts = [
-            [(c.finish_reason, self._codec.answer_text(c.token_ids, wanted.stop)) for c in group]
+            [(c.finish_reason, self._codec.decode_answer(c.token_ids, wanted.stop)) for c in group]
             for group, wanted in zip(groups, params, strict=True)
         ]
         return texts, tokens

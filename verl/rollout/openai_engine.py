@@ -388,7 +388,7 @@ class HTTPEngine(InferenceServer):
         if self._options.chat:
             path, body["messages"] = (
                 "/chat/completions",
-                [{"role": "user", "content": self._codec.read_text(prompt_ids)}],
+                [{"role": "user", "content": self._codec.decode_prompt(prompt_ids)}],
             )
         elif self._gives_ids:
             path = "/completions"
@@ -399,7 +399,7 @@ class HTTPEngine(InferenceServer):
                 "stop_token_ids": list(params.stop_ids),
             }
         else:
-            path, body["prompt"] = "/completions", self._codec.read_text(prompt_ids)
+            path, body["prompt"] = "/completions", self._codec.decode_prompt(prompt_ids)
         left_s = max(0.001, deadline - time.monotonic())
         return await self._connected().json("POST", path, {**body, **self._options.extra}, timeout_s=left_s)
 

@@ -32,7 +32,7 @@ class TextWorkerEngine(RolloutEngine):
             ValueError: the worker gave something else than a list with one text per prompt.
         """
         asked = [
-            self._codec.read_text(list(p))
+            self._codec.decode_prompt(list(p))
             for p, wanted in zip(prompts, params, strict=True)
             for _ in range(wanted.n)
         ]

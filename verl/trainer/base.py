@@ -202,7 +202,7 @@ class BaseTrainer(ABC):
         return history
 
     def _begin_checkpoint(self, store: CheckpointStore) -> None:
-        with self.waits.on("update", "a checkpoint"):
+        with self.waits.track("update", "a checkpoint"):
             store.begin(self.version, self.saves, self.state())
 
     def save_model(self, folder: Path) -> None:
@@ -260,7 +260,7 @@ class BaseTrainer(ABC):
         finally:
             while self.notes:
                 tracker.event(self.notes.pop(0))
-        self.waits.moved("update")
+        self.waits.mark_progress("update")
         seconds = time.perf_counter() - start
         metrics |= {"seconds": seconds, "tokens_per_s": metrics.get("tokens", 0.0) / seconds}
         metrics |= self.clock.take() | self.step_limit(seconds)
@@ -278,7 +278,7 @@ class BaseTrainer(ABC):
         return memory_bytes(self.device)
 
     def _timed_evaluation(self) -> Metrics:
-        with self.waits.on("update", "an evaluation"):
+        with self.waits.track("update", "an evaluation"):
             metrics = self.evaluate()
         return metrics | {"time/evaluate_s": sum(self.clock.take().values())}
 

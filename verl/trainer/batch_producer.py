@@ -17,7 +17,7 @@ from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.dataset import PromptLoader
-from verl.monitoring.ledger import FILE, Ledger
+from verl.monitoring.ledger import LEDGER_FILE, Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.trainer.streamed_step import StreamedStep
@@ -56,7 +56,7 @@ class BatchProducer:
         self.pipeline = Pipeline(
             loader.take,
             FromFleet(collector, samples, pool.fleet, waits) if pool else InTurn(collector, samples, waits),
-            Ledger(folder / FILE if folder else None),
+            Ledger(folder / LEDGER_FILE if folder else None),
             config.pipeline,
             prompts_per_step=config.prompts_per_step,
             waits=waits,
@@ -152,7 +152,7 @@ class BatchProducer:
         fresh, self._counted = totals - self._counted, totals
         waited = {
             f"time/wait_{stage}_s": seconds
-            for stage, seconds in self._waits.seconds().items()
+            for stage, seconds in self._waits.take_seconds().items()
             if stage in _TOLD
         }
         return self.pipeline.metrics() | {name: float(count) for name, count in fresh.items()} | waited

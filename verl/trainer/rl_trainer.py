@@ -222,7 +222,7 @@ class Trainer(BaseTrainer):
         if self._collection:
             self._collection.settle()
         self.version += 1
-        with self.waits.on("publishing", self._without_weights):
+        with self.waits.track("publishing", self._without_weights):
             self.rollout.publish(self.version)
         if self._collection:
             self._collection.published(self.version)
@@ -259,10 +259,10 @@ class Trainer(BaseTrainer):
         """
         started, results = [], []
         for call in calls:
-            with self.clock.phase(call.name), self.waits.on("update", call.name):
+            with self.clock.phase(call.name), self.waits.track("update", call.name):
                 started.append(call.start(rows))
         for call, future in zip(calls, started, strict=True):
-            with self.clock.phase(call.name), self.waits.on("update", call.name):
+            with self.clock.phase(call.name), self.waits.track("update", call.name):
                 results.append(future.result())
         return results
 

@@ -17,7 +17,7 @@ def json_line(row: Mapping[str, object]) -> bytes:
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
-def keep_steps_before(path: Path, first_step: int) -> bytes | None:
+def truncate_from_step(path: Path, first_step: int) -> bytes | None:
     """Removes the lines of steps that will be written again, and a last line that was cut off.
 
     Args:

@@ -123,7 +123,7 @@ class TextCodec:
         """The text of sampled ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def read_text(self, prompt_ids: Sequence[int]) -> str:
+    def decode_prompt(self, prompt_ids: Sequence[int]) -> str:
         """The text that a server reads for a prompt: with the marks of the chat template, without the start
         token that it adds itself.
         """
@@ -131,7 +131,7 @@ class TextCodec:
         ids = prompt_ids[1:] if start is not None and prompt_ids[:1] == [start] else prompt_ids
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def answer_text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    def decode_answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """The text of an answer, up to the first stop text if one is in it."""
         text = self.decode(ids)
         cuts = [text.find(s) for s in stop if s in text]

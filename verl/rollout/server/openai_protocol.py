@@ -477,7 +477,7 @@ class ResponseWriter:
 
     def _choice(self, answer: int, tokens: Sequence[Token]) -> dict[str, Any]:
         ids = [token.token_id for token in tokens]
-        text = self.codec.answer_text(ids, self.asked.params[0].stop) if self.asked.detokenize else ""
+        text = self.codec.decode_answer(ids, self.asked.params[0].stop) if self.asked.detokenize else ""
         content = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
             if self.asked.is_chat
