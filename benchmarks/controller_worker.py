@@ -19,7 +19,7 @@ class Weightless(Worker):
     def __init__(self) -> None:
         layouts = layouts_3d(pipeline=1, tensor=1, data=dist.get_world_size())
         self.rank = dist.get_rank()
-        self.places = {name: layout.places[self.rank] for name, layout in layouts.items()}
+        self.dispatch_ranks = {name: layout.ranks[self.rank] for name, layout in layouts.items()}
         self._rows: Batch | None = None
 
     def _made(self, num_rows: int) -> tuple[torch.Tensor, Batch]:

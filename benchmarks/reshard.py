@@ -28,10 +28,10 @@ from verl.planner.model_layouts import generation_layout, training_layout
 from verl.planner.traffic import (
     NETWORK_BYTES_PER_S,
     NVLINK_BYTES_PER_S,
-    Cost,
-    formula,
-    gathered,
-    planned,
+    ReshardCost,
+    gather_costs,
+    plan_cost,
+    received_share,
     traffic,
 )
 from verl.weight_sync.meshes import Mesh
@@ -75,12 +75,12 @@ class Row:
     training: str
     generation: int
     model_bytes: int
-    ours: Cost
-    vanilla: Cost
-    sharded: Cost
+    ours: ReshardCost
+    vanilla: ReshardCost
+    sharded: ReshardCost
     alone_s: tuple[float, float]
 
-    def saved(self, what: str, other: Cost) -> float:
+    def saved(self, what: str, other: ReshardCost) -> float:
         """Share of another way's traffic, memory or seconds that the plan does without."""
         values = {
             "traffic": lambda cost: cost.received_bytes,
@@ -105,11 +105,11 @@ def rows(devices: tuple[int, ...]) -> Iterator[Row]:
                 generation_layout(model, mesh, tensor=tensor),
             )
             options = {"itemsize": ITEMSIZE, "ranks_per_node": DEVICES_PER_NODE}
-            share = formula(mesh, tensor=tensor, pipeline=1)
-            ours = planned(
+            share = received_share(mesh, tensor=tensor, pipeline=1)
+            ours = plan_cost(
                 "this plan", traffic(source, target, **options), target, itemsize=ITEMSIZE, formula=share
             )
-            _, vanilla, sharded = gathered(source, target, mesh, **options)
+            _, vanilla, sharded = gather_costs(source, target, mesh, **options)
             alone = tuple(fetched_alone_s(cost, min(count, DEVICES_PER_NODE)) for cost in (vanilla, sharded))
             training = " ".join(f"{key}={size}" for key, size in sizes.items()).replace("shards", "fsdp")
             yield Row(
@@ -117,7 +117,7 @@ def rows(devices: tuple[int, ...]) -> Iterator[Row]:
             )
 
 
-def fetched_alone_s(cost: Cost, ranks: int) -> float:
+def fetched_alone_s(cost: ReshardCost, ranks: int) -> float:
     """Seconds of the model if each rank of a node fetches what the node lacks."""
     return max(cost.received_bytes / NVLINK_BYTES_PER_S, ranks * cost.node_bytes / NETWORK_BYTES_PER_S)
 

@@ -46,7 +46,7 @@ from verl.engines.hf.models import (
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.tensor_parallel import Meshes, make_meshes
 from verl.utils.sampling_types import Prompt
-from verl.weight_sync.layout import Bounds, TensorShard, sizes
+from verl.weight_sync.layout import Bounds, TensorShard, shape_of
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -130,7 +130,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         self.model = model
         self.model.eval()
         self.model.compute_device = device
-        self.places, self.mesh = meshes.places, meshes.mesh
+        self.dispatch_ranks, self.mesh = meshes.dispatch_ranks, meshes.mesh
         self._config, self._parallel, self._meshes = config, parallel, meshes
         self._shapes = {
             name: tuple(parameter.shape) for name, parameter in model.transformer.named_parameters()
@@ -205,7 +205,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
 
     def homes(self) -> dict[str, Tensor]:
         """See `ForwardEngine.homes`; views of what is on this rank."""
-        return {piece.home: home for piece, home in self._boxes()}
+        return {piece.local_name: home for piece, home in self._boxes()}
 
     def _parameters(self) -> dict[str, Any]:
         """Those of the Hugging Face model, with what DeepSpeed adds to them: `ds_tensor` is the share of this
@@ -221,7 +221,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
             start, stop = _own_range(parameter)
             place = 0
             for bounds in _boxes_of(self._shapes[name], start, stop):
-                size = sizes(bounds)
+                size = shape_of(bounds)
                 home = parameter.ds_tensor.detach()[place : place + math.prod(size)].view(size)
                 yield TensorShard(name, bounds, f"{name} from {start + place}", (0,) * len(bounds)), home
                 place += math.prod(size)

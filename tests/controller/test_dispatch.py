@@ -21,10 +21,10 @@ from verl.controller.dispatch import (
     THREE_D_PP_ONLY,
     THREE_D_PROTO,
     DispatchLayout,
-    RankPlace,
+    DispatchRank,
     dispatch_mode,
+    layout_of_ranks,
     layouts_3d,
-    of_ranks,
     register,
 )
 from verl.data.batch import Batch
@@ -34,11 +34,11 @@ from verl.data.packing import balance
 GRID = layouts_3d(pipeline=2, tensor=2, data=2, micro_data=2)
 
 
-def called(transfer, *args):
+def called(mode, *args):
     """What each rank is given, and the result if each answers with its number and arguments."""
-    layout = GRID[transfer.mesh]
-    parts = transfer.split(args, layout.num_parts)
-    given_to = [parts[place.data_rank] for place in layout.places]
+    layout = GRID[mode.layout]
+    parts = mode.split(args, layout.num_parts)
+    given_to = [parts[place.data_rank] for place in layout.ranks]
     return given_to, layout.collectors
 
 
@@ -144,13 +144,13 @@ def test_results_that_cannot_be_joined_are_named():
 )
 def test_layouts_that_leave_a_part_out_or_count_it_twice_are_refused(places):
     with pytest.raises(ValueError, match="need parts numbered from 0"):
-        of_ranks(places)
+        layout_of_ranks(places)
 
 
 def test_sizes_that_do_not_divide_a_replica_are_refused():
     with pytest.raises(ValueError, match="divisible by micro_data"):
         layouts_3d(pipeline=1, tensor=2, data=1, micro_data=3)
-    assert DispatchLayout((RankPlace(1, True), RankPlace(0, True))).collectors == [1, 0]
+    assert DispatchLayout((DispatchRank(1, True), DispatchRank(0, True))).collectors == [1, 0]
 
 
 def test_a_method_must_say_how_it_is_called():

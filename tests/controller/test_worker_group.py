@@ -7,7 +7,7 @@ import json
 import pytest
 
 from verl.controller.dispatch import DP_PROTO, ONE_TO_ALL, register
-from verl.controller.worker_group import Done, LocalPool, Merged, Worker, append_trace
+from verl.controller.worker_group import CompletedFuture, LocalPool, MergedMetrics, Worker, append_trace
 
 
 class Doubler(Worker):
@@ -51,4 +51,7 @@ def test_spans_say_what_ran_when_and_the_trace_is_one_that_viewers_read(tmp_path
 
 
 def test_metrics_of_the_controller_join_those_of_a_call():
-    assert Merged(Done({"loss": 1.0}), {"skipped": 0.5}).result() == {"loss": 1.0, "skipped": 0.5}
+    assert MergedMetrics(CompletedFuture({"loss": 1.0}), {"skipped": 0.5}).result() == {
+        "loss": 1.0,
+        "skipped": 0.5,
+    }

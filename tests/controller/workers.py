@@ -33,7 +33,7 @@ class Echo(Worker):
     def __init__(self, sizes: dict[str, int] | None = None) -> None:
         layouts = layouts_3d(**(sizes or {"pipeline": 1, "tensor": 1, "data": dist.get_world_size()}))
         self.rank = dist.get_rank()
-        self.places = {name: layout.places[self.rank] for name, layout in layouts.items()}
+        self.dispatch_ranks = {name: layout.ranks[self.rank] for name, layout in layouts.items()}
 
     @register(ONE_TO_ALL)
     def one_to_all(self, value: Any) -> Any:

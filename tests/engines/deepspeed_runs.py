@@ -16,13 +16,13 @@ from tests.tiny import tiny_codec
 from tests.training import rows_to_learn
 from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
-from verl.controller.dispatch import by_plan
+from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
 from verl.engines.roles.loss_weights import write_loss_weights
 from verl.engines.roles.reference import ReferenceWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine
-from verl.weight_sync.reshard_exchange import part_of
+from verl.weight_sync.reshard_exchange import local_view
 
 # Else DeepSpeed keeps tensors as small as those of the tests whole on each rank.
 DIVIDED = {"stage3_param_persistence_threshold": 0}
@@ -52,13 +52,13 @@ def run_case(source: str, case: dict[str, Any]) -> dict[str, Any]:
     worker, rank = worker_on(engine, case), dist.get_rank()
     history = steps(worker, 2, case, rank)
     batch = rows_to_learn(with_padding=True)
-    own, plan = by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
+    own, plan = split_by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = worker.write(own, plan)
     rows = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
     weights = dict(engine.whole_tensors())
     homes = engine.homes()
     for piece in engine.pieces():
-        part = part_of(homes[piece.home], piece.bounds, piece.offset)
+        part = local_view(homes[piece.local_name], piece.bounds, piece.offset)
         torch.testing.assert_close(
             part, weights[piece.name][tuple(slice(*bound) for bound in piece.bounds)], rtol=0, atol=0
         )
@@ -102,7 +102,7 @@ def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> di
 def reference(source: str, rank: int) -> dict[int, torch.Tensor]:
     """Logprobs of the rows of a rank by a model that is only read."""
     frozen, batch = engine_on(source, {}, total_updates=None), rows_to_learn(with_padding=True)
-    own, plan = by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
+    own, plan = split_by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = ReferenceWorker(frozen, temperature=1.0, chunk=3).write(own, plan)
     return {int(row): written.ragged("ref_logprobs").row(i) for i, row in enumerate(own.row_ids)}
 
@@ -112,7 +112,7 @@ def bad_step(worker: Any, rank: int) -> dict[str, float]:
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, torch.nan, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)
     write_loss_weights(batch, plan, algorithm_of({}))
-    return worker.update(*by_plan((batch, plan), 2)[rank], 0.0)
+    return worker.update(*split_by_plan((batch, plan), 2)[rank], 0.0)
 
 
 def load_at(source: str, folder: str) -> list[dict[str, float]]:

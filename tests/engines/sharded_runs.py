@@ -14,7 +14,7 @@ from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
 from verl.config.roles import LoraConfig, OptimizerConfig, RoleConfig
-from verl.controller.dispatch import by_plan
+from verl.controller.dispatch import split_by_plan
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError
@@ -103,7 +103,7 @@ def steps(
             )
             own = (batch, plan)
         else:
-            own = by_plan((batch, plan), num_ranks)[rank] if num_ranks > 1 else (batch, plan)
+            own = split_by_plan((batch, plan), num_ranks)[rank] if num_ranks > 1 else (batch, plan)
         history.append(worker.update(*own, 0.0))
     return history
 
@@ -119,7 +119,7 @@ def streamed_step(
         portion = batch.select(rows)
         first_row = portions.add(portion)
         plan = balance(portion.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
-        own = by_plan((portion, plan), num_ranks)[rank] if num_ranks > 1 else (portion, plan)
+        own = split_by_plan((portion, plan), num_ranks)[rank] if num_ranks > 1 else (portion, plan)
         worker.accumulate(*own, 0.0, first_row)
         worker.write(*own)
         with worker.engine.unsharded_weights():
@@ -133,7 +133,7 @@ def stream_case(case: dict[str, Any], engine: Any, updates: int) -> dict[str, An
     """
     worker, rank, num_data = (
         worker_on(engine, case),
-        engine.places["train"].data_rank,
+        engine.dispatch_ranks["train"].data_rank,
         len(engine.gather_over_data(None)),
     )
     history = [
@@ -170,7 +170,7 @@ def trained_weights(model: Backbone, folder: Path) -> dict[str, torch.Tensor]:
 def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """Five steps on a sharded engine; then logprobs of all rows, written by the ranks that have them."""
     engine = engine_on(case["source"], case)
-    place = engine.places["train"]
+    place = engine.dispatch_ranks["train"]
     worker = worker_on(engine, case)
     num_data = len(engine.gather_over_data(None))
     history = steps(worker, num_data, case, place.data_rank)
@@ -181,7 +181,7 @@ def run_case(case: dict[str, Any], folder: str) -> dict[str, Any]:
     }
     batch = rows_to_learn(with_padding=True)
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
-    own, own_plan = by_plan((batch, plan), num_data)[place.data_rank] if num_data > 1 else (batch, plan)
+    own, own_plan = split_by_plan((batch, plan), num_data)[place.data_rank] if num_data > 1 else (batch, plan)
     written = worker.write(own, own_plan)
     written.write("row_ids", own.row_ids)
     out["written"] = {
@@ -206,14 +206,14 @@ def generate(source: str, parallel: dict[str, int], prompts: list[list[int]]) ->
     actor = ActorWorker(
         engine, algorithm_of(case), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
     )
-    rank = engine.places["generate"].data_rank
+    rank = engine.dispatch_ranks["generate"].data_rank
     mine = prompts[: rank + 1]
     before = steps(
-        actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1
+        actor, len(engine.gather_over_data(None)), case, engine.dispatch_ranks["train"].data_rank, updates=1
     )
     answers = answered(actor, mine)
     after = steps(
-        actor, len(engine.gather_over_data(None)), case, engine.places["train"].data_rank, updates=1
+        actor, len(engine.gather_over_data(None)), case, engine.dispatch_ranks["train"].data_rank, updates=1
     )
     return answers, before, after
 
@@ -241,7 +241,7 @@ def not_finite(source: str) -> list[dict[str, float]]:
     """A step in which one row, on one of the ranks, has no finite loss, and one after it."""
     engine = engine_on(source, {})
     worker, batch = worker_on(engine, {}), rows_to_learn(with_padding=True)
-    rank, num_ranks = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    rank, num_ranks = engine.dispatch_ranks["train"].data_rank, len(engine.gather_over_data(None))
     advantages, history = batch["advantages"], []
     for bad in (True, False):
         batch.write(
@@ -249,7 +249,7 @@ def not_finite(source: str) -> list[dict[str, float]]:
         )
         plan = balance(batch.num_tokens, num_ranks=num_ranks, micro_batch_tokens=8)
         write_loss_weights(batch, plan, algorithm_of({}))
-        history.append(worker.update(*by_plan((batch, plan), num_ranks)[rank], 0.0))
+        history.append(worker.update(*split_by_plan((batch, plan), num_ranks)[rank], 0.0))
     return history
 
 
@@ -257,7 +257,7 @@ def save_at(source: str, case: dict[str, Any], folder: str) -> list[dict[str, fl
     """Two steps, a checkpoint that is written while a third is made."""
     engine = engine_on(source, case)
     worker = worker_on(engine, case)
-    rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    rank, num_data = engine.dispatch_ranks["train"].data_rank, len(engine.gather_over_data(None))
     steps(worker, num_data, case, rank, updates=2)
     wait = engine.save(Path(folder))
     history = steps(worker, num_data, case, rank, updates=2)
@@ -269,5 +269,5 @@ def load_at(source: str, case: dict[str, Any], folder: str) -> list[dict[str, fl
     """The steps after the checkpoint."""
     engine = engine_on(source, case)
     engine.load(Path(folder))
-    rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    rank, num_data = engine.dispatch_ranks["train"].data_rank, len(engine.gather_over_data(None))
     return steps(worker_on(engine, case), num_data, case, rank, updates=2)

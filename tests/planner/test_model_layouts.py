@@ -14,15 +14,15 @@ from tests.distributed import on_ranks
 from tests.weight_sync.arrays import assert_equal, carried_out, filled, tensors, window
 from verl.planner.architectures import SIZES, Architecture, architecture, named_architecture
 from verl.planner.model_layouts import (
-    Slot,
-    Where,
-    fsdp,
+    AxisRank,
+    ModelParallelRank,
+    fsdp_layout,
     generation_layout,
-    model_pieces,
-    replicated,
+    model_shards,
+    replicated_layout,
     training_layout,
 )
-from verl.planner.traffic import formula, traffic
+from verl.planner.traffic import received_share, traffic
 from verl.weight_sync.layout import ShardLayout
 from verl.weight_sync.meshes import Mesh
 from verl.weight_sync.reshard_plan import make_plan
@@ -86,7 +86,7 @@ def test_the_named_sizes_have_the_weights_of_their_models():
 def test_fsdp_shards_are_the_chunks_of_pytorch(shards):
     shapes = {"w": (10, 3), "b": (4,), "one": (1, 2)}
     wholes = tensors(shapes)
-    ranks = filled(fsdp(shapes, shards, replicas=2), wholes)
+    ranks = filled(fsdp_layout(shapes, shards, replicas=2), wholes)
     for rank, homes in enumerate(ranks):
         for name, values in wholes.items():
             chunks = torch.from_numpy(values).chunk(shards)
@@ -118,15 +118,15 @@ def test_layouts_of_fsdp_and_tensor_parallel_are_those_of_real_models():
             architecture(config), Mesh(tensor=tensor, shards=4 // (tensor * replicas), replicas=replicas)
         )
         for rank in range(4):
-            assert set(ranks[rank][i]) == set(expected.ranks[rank]), (sizes, rank)
+            assert set(ranks[rank][i]) == set(expected.shards[rank]), (sizes, rank)
 
 
 def parts(values: np.ndarray, size: int, rank: int, dim: int = 0) -> torch.Tensor:
     return torch.from_numpy(values).chunk(size, dim)[rank]
 
 
-def home_of(model: Architecture, where: Where, homes: str, name: str) -> np.ndarray:
-    layout = ShardLayout(model.shapes, (model_pieces(model, where, homes=homes),))
+def home_of(model: Architecture, where: ModelParallelRank, homes: str, name: str) -> np.ndarray:
+    layout = ShardLayout(model.shapes, (model_shards(model, where, homes=homes),))
     home = filled(layout, tensors(model.shapes))[0][name]
     return home[tuple(slice(0, -1) for _ in home.shape)]
 
@@ -134,7 +134,7 @@ def home_of(model: Architecture, where: Where, homes: str, name: str) -> np.ndar
 @pytest.mark.parametrize("rank", range(4))
 def test_fused_homes_have_queries_keys_and_values_one_after_the_other(rank):
     wholes = tensors(DENSE.shapes)
-    prefix, where = "model.layers.2", Where(Slot(rank, 4))
+    prefix, where = "model.layers.2", ModelParallelRank(AxisRank(rank, 4))
     qkv = torch.cat([parts(wholes[f"{prefix}.self_attn.{x}_proj.weight"], 4, rank) for x in "qkv"])
     np.testing.assert_array_equal(home_of(DENSE, where, "vllm", f"{prefix}.self_attn.qkv_proj.weight"), qkv)
     gate_up = torch.cat([parts(wholes[f"{prefix}.mlp.{x}_proj.weight"], 4, rank) for x in ("gate", "up")])
@@ -146,7 +146,9 @@ def test_fused_homes_have_queries_keys_and_values_one_after_the_other(rank):
 def test_fewer_key_value_heads_than_ranks_are_repeated():
     wholes = tensors(DENSE.shapes)
     for rank in range(8):
-        home = home_of(DENSE, Where(Slot(rank, 8)), "vllm", "model.layers.0.self_attn.qkv_proj.weight")
+        home = home_of(
+            DENSE, ModelParallelRank(AxisRank(rank, 8)), "vllm", "model.layers.0.self_attn.qkv_proj.weight"
+        )
         key = wholes["model.layers.0.self_attn.k_proj.weight"].reshape(4, 2, 8)[rank // 2]
         np.testing.assert_array_equal(home[2:4], key)
 
@@ -162,7 +164,10 @@ def test_megatron_has_each_key_value_head_behind_its_queries(tensor):
         expected = torch.cat(grouped, 1).flatten(0, 1).chunk(tensor)
         for rank in range(tensor):
             home = home_of(
-                model, Where(Slot(rank, tensor)), "megatron", f"model.layers.1.self_attn.qkv_proj.{kind}"
+                model,
+                ModelParallelRank(AxisRank(rank, tensor)),
+                "megatron",
+                f"model.layers.1.self_attn.qkv_proj.{kind}",
             )
             np.testing.assert_array_equal(home, expected[rank])
 
@@ -176,7 +181,8 @@ def test_the_vocabulary_is_padded_before_it_is_split_and_padding_is_part_of_noth
         found = []
         for rank in range(tensor):
             pieces = {
-                piece.name: piece for piece in model_pieces(DENSE, Where(Slot(rank, tensor)), homes=homes)
+                piece.name: piece
+                for piece in model_shards(DENSE, ModelParallelRank(AxisRank(rank, tensor)), homes=homes)
             }
             head = pieces.get("lm_head.weight")
             found.append(head.bounds[0][1] - head.bounds[0][0] if head else 0)
@@ -186,8 +192,10 @@ def test_the_vocabulary_is_padded_before_it_is_split_and_padding_is_part_of_noth
 
 def test_experts_are_stacked_in_one_home_or_have_one_each():
     wholes, prefix = tensors(SPARSE.shapes), "model.layers.1.mlp.experts"
-    split = home_of(SPARSE, Where(Slot(1, 2)), "vllm", f"{prefix}.gate_up_proj")
-    of_experts = home_of(SPARSE, Where(Slot(1, 2), experts=Slot(1, 2)), "vllm", f"{prefix}.gate_up_proj")
+    split = home_of(SPARSE, ModelParallelRank(AxisRank(1, 2)), "vllm", f"{prefix}.gate_up_proj")
+    of_experts = home_of(
+        SPARSE, ModelParallelRank(AxisRank(1, 2), experts=AxisRank(1, 2)), "vllm", f"{prefix}.gate_up_proj"
+    )
     assert split.shape == (8, 8, 8) and of_experts.shape == (4, 16, 8)
     for expert in range(8):
         gate, up = (wholes[f"{prefix}.{expert}.{x}_proj.weight"] for x in ("gate", "up"))
@@ -195,18 +203,26 @@ def test_experts_are_stacked_in_one_home_or_have_one_each():
         if expert >= 4:
             np.testing.assert_array_equal(of_experts[expert - 4], np.concatenate([gate, up]))
     single = home_of(
-        SPARSE, Where(Slot(1, 2), experts=Slot(1, 2)), "megatron", f"{prefix}.5.down_proj.weight"
+        SPARSE,
+        ModelParallelRank(AxisRank(1, 2), experts=AxisRank(1, 2)),
+        "megatron",
+        f"{prefix}.5.down_proj.weight",
     )
     np.testing.assert_array_equal(single, wholes[f"{prefix}.5.down_proj.weight"])
 
 
 def test_stages_have_their_layers_and_a_tied_embedding_is_the_head_of_the_last():
-    pieces = [model_pieces(TIED, Where(stage=Slot(stage, 3)), homes="megatron") for stage in range(3)]
+    pieces = [
+        model_shards(TIED, ModelParallelRank(stage=AxisRank(stage, 3)), homes="megatron")
+        for stage in range(3)
+    ]
     layers = [
         sorted({p.name.split(".")[2] for p in stage if p.name.startswith("model.layers")}) for stage in pieces
     ]
     assert layers == [["0", "1"], ["2"], ["3"]]
-    homes = [{piece.home for piece in stage if piece.name == "model.embed_tokens.weight"} for stage in pieces]
+    homes = [
+        {piece.local_name for piece in stage if piece.name == "model.embed_tokens.weight"} for stage in pieces
+    ]
     assert homes == [{"model.embed_tokens.weight"}, set(), {"lm_head.weight"}]
     assert [{"model.norm.weight"} & {p.name for p in stage} for stage in pieces] == [
         set(),
@@ -218,7 +234,7 @@ def test_stages_have_their_layers_and_a_tied_embedding_is_the_head_of_the_last()
 def layouts(model: Architecture) -> dict[str, ShardLayout]:
     """Sixteen ranks in every way."""
     flat = Mesh(replicas=16)
-    found = {"replicated": replicated(model.shapes, 16)}
+    found = {"replicated": replicated_layout(model.shapes, 16)}
     meshes = {
         "fsdp 16": Mesh(shards=16),
         "fsdp 4 x 4 replicas": Mesh(shards=4, replicas=4),
@@ -251,7 +267,7 @@ def layouts(model: Architecture) -> dict[str, ShardLayout]:
 def mask(layout: ShardLayout, rank: int, wholes: dict[str, np.ndarray], size: int) -> np.ndarray:
     """Which elements a rank has."""
     held = np.zeros(size, dtype=bool)
-    for piece in layout.ranks[rank]:
+    for piece in layout.shards[rank]:
         held[window(wholes[piece.name], piece.bounds).ravel()] = True
     return held
 
@@ -315,12 +331,12 @@ def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(mesh
         generation_layout(model, mesh, tensor=tensor, pipeline=pipeline),
     )
     both = [
-        ShardLayout(split, tuple(tuple(p for p in ranks if p.name in split) for ranks in layout.ranks))
+        ShardLayout(split, tuple(tuple(p for p in ranks if p.name in split) for ranks in layout.shards))
         for layout in (source, target)
     ]
     counted = traffic(*both, itemsize=2)
     total = 2 * sum(int(np.prod(shape)) for shape in split.values())
-    assert set(counted.received) == {formula(mesh, tensor=tensor, pipeline=pipeline) * total}
+    assert set(counted.received) == {received_share(mesh, tensor=tensor, pipeline=pipeline) * total}
     # Nothing of training is left beside what generation has.
     assert set(counted.local) == {total // (mesh.tensor * mesh.pipeline)}
 

@@ -12,7 +12,7 @@ import pytest
 
 import verl
 from verl.cli.main import main
-from verl.planner.reshard_report import gigabytes, seconds
+from verl.planner.reshard_report import format_bytes, format_seconds
 
 TINY = {
     "model_type": "llama",
@@ -52,7 +52,7 @@ def test_the_table_shows_the_plan_beside_the_paper_and_other_ways(tmp_path, monk
     }
     assert rows["share"] == ["0.376", "0.500", "0.876", "0.876", "0.938"]
     assert rows["in paper"] == ["0.375", "", "0.875", "0.875", "0.938"]
-    assert rows["received"] == [gigabytes(way["received_bytes"]) for way in figures["ways"]]
+    assert rows["received"] == [format_bytes(way["received_bytes"]) for way in figures["ways"]]
     assert (
         "8 replicas of generation: [0, 4], [1, 5], [2, 6], [3, 7], ..." in shown
         and "several nodes" not in shown
@@ -134,14 +134,14 @@ def test_the_drawing_is_a_picture(name, start, tiny, capsys):
 
 
 def test_numbers_are_told_for_people():
-    assert [gigabytes(n) for n in (0, 999, 1e3, 15.13e6, 1.5e11)] == [
+    assert [format_bytes(n) for n in (0, 999, 1e3, 15.13e6, 1.5e11)] == [
         "0 B",
         "999 B",
         "1 kB",
         "15.1 MB",
         "150 GB",
     ]
-    assert [seconds(s) for s in (0.00844, 4.938)] == ["8.44 ms", "4.94 s"]
+    assert [format_seconds(s) for s in (0.00844, 4.938)] == ["8.44 ms", "4.94 s"]
 
 
 def test_planning_loads_no_model_library():

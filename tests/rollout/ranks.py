@@ -21,8 +21,8 @@ from verl.algorithms.objective import Algorithm
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.placement import ParallelConfig
 from verl.config.roles import OptimizerConfig, RoleConfig
-from verl.controller.dispatch import dispatch_mode, of_ranks
-from verl.controller.worker_group import Done, WorkerGroup
+from verl.controller.dispatch import dispatch_mode, layout_of_ranks
+from verl.controller.worker_group import CompletedFuture, WorkerGroup
 from verl.engines.fsdp import sharded_engine
 from verl.rollout.actor_worker import ActorWorker
 
@@ -34,15 +34,15 @@ class ProcessGroup(WorkerGroup):
 
     def __init__(self, pipes: list[Any]) -> None:
         self._pipes = pipes
-        self.layouts = {"ranks": of_ranks((rank, True) for rank in range(len(pipes)))}
+        self.layouts = {"ranks": layout_of_ranks((rank, True) for rank in range(len(pipes)))}
 
     def call(self, method: Any, *args: Any) -> Any:
         """See `WorkerGroup.call`; a method that is none of the worker's is called with it."""
         if not hasattr(ActorWorker, method.__name__):
-            return Done(self._all([(method, args)] * len(self._pipes)))
-        transfer = dispatch_mode(method)
-        split = transfer.split(args, len(self._pipes))
-        return Done(transfer.join(self._all([(method.__name__, own) for own in split]), args))
+            return CompletedFuture(self._all([(method, args)] * len(self._pipes)))
+        mode = dispatch_mode(method)
+        split = mode.split(args, len(self._pipes))
+        return CompletedFuture(mode.join(self._all([(method.__name__, own) for own in split]), args))
 
     def _all(self, calls: list[Any]) -> list[Any]:
         for pipe, call in zip(self._pipes, calls, strict=True):

@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_are_errors(served, folder, tmp_path):
         with pytest.raises(EngineError, match=message):
             run(update(served, shm_parts(sent, tmp_path), 5))
     (part,) = shm_parts(tensors, tmp_path, num_parts=1)
-    Path(part.where["path"]).write_bytes(b"too short")
+    Path(part.location["path"]).write_bytes(b"too short")
     with pytest.raises(EngineError, match="bytes of weights in"):
         run(update(served, [part], 5))
     assert run(update(served, shm_parts(tensors, tmp_path), 6)) == expected(tensors)

@@ -182,7 +182,7 @@ class World:
 
     def is_memory(self, part: WeightChunk) -> bool:
         """Whether the memory of a part is not given back."""
-        return part.where["path"] == self._memory
+        return part.location["path"] == self._memory
 
 
 def state_of(row: Sequence[int]) -> int:
@@ -477,7 +477,7 @@ class SimulatedEngine(InferenceServer):
             look()
             if server.loading is None:
                 raise EngineError(f"{self.spec.name}: need begin_update before weights are loaded")
-            server.loading.append(-2 if fate == "torn" else part.where["version"])
+            server.loading.append(-2 if fate == "torn" else part.location["version"])
             server.weights = -1  # neither the old nor the new ones
 
         look()

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, slices_at_home, volume, whole
+from verl.weight_sync.layout import (
+    ShardLayout,
+    TensorShard,
+    full_bounds,
+    local_slices,
+    num_elements,
+    shape_of,
+)
 from verl.weight_sync.reshard_plan import Copy, ReshardPlan
 
 
@@ -14,7 +21,7 @@ def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Whole tensors of which every element differs from every other one."""
     first, made = 1, {}
     for name, shape in shapes.items():
-        made[name] = np.arange(first, first + volume(whole(shape)), dtype=np.int64).reshape(shape)
+        made[name] = np.arange(first, first + num_elements(full_bounds(shape)), dtype=np.int64).reshape(shape)
         first += made[name].size
     return made
 
@@ -27,17 +34,17 @@ def empty_homes(pieces: tuple[TensorShard, ...]) -> dict[str, np.ndarray]:
     """Homes just large enough for their pieces, with a row of padding behind, all -1."""
     ends: dict[str, np.ndarray] = {}
     for piece in pieces:
-        stops = np.array([part.stop for part in slices_at_home(piece.bounds, piece.offset)], dtype=int)
-        ends[piece.home] = np.maximum(ends.get(piece.home, stops), stops)
+        stops = np.array([part.stop for part in local_slices(piece.bounds, piece.offset)], dtype=int)
+        ends[piece.local_name] = np.maximum(ends.get(piece.local_name, stops), stops)
     return {home: np.full(tuple(end + 1), -1) for home, end in ends.items()}
 
 
 def filled(layout: ShardLayout, wholes: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Homes of every rank with the values that the layout says."""
-    ranks = [empty_homes(pieces) for pieces in layout.ranks]
-    for homes, pieces in zip(ranks, layout.ranks, strict=True):
+    ranks = [empty_homes(pieces) for pieces in layout.shards]
+    for homes, pieces in zip(ranks, layout.shards, strict=True):
         for piece in pieces:
-            view = homes[piece.home][(..., *slices_at_home(piece.bounds, piece.offset))]
+            view = homes[piece.local_name][(..., *local_slices(piece.bounds, piece.offset))]
             view[...] = window(wholes[piece.name], piece.bounds).reshape(view.shape)
     return ranks
 
@@ -46,14 +53,14 @@ def carried_out(
     plan: ReshardPlan, source: list[dict[str, np.ndarray]], target: ShardLayout
 ) -> list[dict[str, np.ndarray]]:
     """Homes of every rank of the target after all copies; an element that is written twice is a fault."""
-    ranks = [empty_homes(pieces) for pieces in target.ranks]
+    ranks = [empty_homes(pieces) for pieces in target.shards]
 
     def carry(copy: Copy) -> None:
-        values = source[copy.sender][copy.sender_home][
-            (..., *slices_at_home(copy.bounds, copy.sender_offset))
-        ].reshape(sizes(copy.bounds))
-        view = ranks[copy.receiver][copy.receiver_home][
-            (..., *slices_at_home(copy.bounds, copy.receiver_offset))
+        values = source[copy.sender][copy.sender_tensor][
+            (..., *local_slices(copy.bounds, copy.sender_offset))
+        ].reshape(shape_of(copy.bounds))
+        view = ranks[copy.receiver][copy.receiver_tensor][
+            (..., *local_slices(copy.bounds, copy.receiver_offset))
         ]
         assert (view == -1).all()
         view[...] = values.reshape(view.shape)
@@ -72,7 +79,7 @@ def assert_equal(got: list[dict[str, np.ndarray]], expected: list[dict[str, np.n
 
 def held(layout: ShardLayout, rank: int, wholes: dict[str, np.ndarray]) -> set[int]:
     """Elements that a rank has, one by one."""
-    return {int(x) for piece in layout.ranks[rank] for x in window(wholes[piece.name], piece.bounds).ravel()}
+    return {int(x) for piece in layout.shards[rank] for x in window(wholes[piece.name], piece.bounds).ravel()}
 
 
 def lacking(source: ShardLayout, target: ShardLayout, rank: int, wholes: dict[str, np.ndarray]) -> int:

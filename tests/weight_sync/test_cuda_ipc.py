@@ -14,7 +14,7 @@ from tests.rollout.pool.pools import changed, group_of, own_logprobs, pool_of, s
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.actor_worker import ActorWorker
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.cuda_ipc import handle_of
+from verl.weight_sync.cuda_ipc import export_handle
 from verl.weight_sync.fingerprint import digest
 
 PROMPTS = random_prompts([3, 7, 1, 5])
@@ -43,7 +43,7 @@ def test_another_process_reads_and_shares_the_bytes_of_a_part_of_a_tensor():
     try:
         for part in (whole, whole[4096:8192]):
             expected = digest(part)
-            print(json.dumps(handle_of(part)), file=reader.stdin, flush=True)
+            print(json.dumps(export_handle(part)), file=reader.stdin, flush=True)
             assert int(reader.stdout.readline()) == expected
             assert reader.stdout.readline() == "written\n"
             assert part[:8].tolist() == [7] * 8
@@ -54,7 +54,7 @@ def test_another_process_reads_and_shares_the_bytes_of_a_part_of_a_tensor():
 
 @pytest.mark.gpu
 def test_a_gpu_that_is_not_there_is_named():
-    handle = handle_of(torch.zeros(16, device="cuda", dtype=torch.uint8)) | {"device": "GPU-none"}
+    handle = export_handle(torch.zeros(16, device="cuda", dtype=torch.uint8)) | {"device": "GPU-none"}
     code = "import json, sys; from verl.weight_sync.cuda_ipc import opened; opened(json.loads(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps(handle)], capture_output=True, text=True)
     assert done.returncode == 1 and "need the GPU GPU-none for weights in its memory" in done.stderr

@@ -11,12 +11,12 @@ from verl.weight_sync.layout import (
     ShardLayout,
     TensorShard,
     difference,
+    full_bounds,
     intersection,
-    offset_of,
-    sizes,
-    slices_at_home,
-    volume,
-    whole,
+    local_offset,
+    local_slices,
+    num_elements,
+    shape_of,
 )
 
 PAIR = st.tuples(st.integers(0, 5), st.integers(0, 5)).map(lambda pair: tuple(sorted(pair)))
@@ -36,7 +36,7 @@ def test_parts_meet_in_the_elements_that_both_have(boxes):
     both = mask(one) & mask(other)
     common = intersection(one, other)
     assert (common is None) == (not both.any())
-    assert volume(one) == mask(one).sum()
+    assert num_elements(one) == mask(one).sum()
     if common is not None:
         assert (mask(common) == both).all()
         rest = [mask(part) for part in difference(one, common)]
@@ -46,7 +46,7 @@ def test_parts_meet_in_the_elements_that_both_have(boxes):
 
 
 def test_a_scalar_is_a_part_of_one_element():
-    assert volume(()) == 1 and intersection((), ()) == () and sizes(whole(())) == ()
+    assert num_elements(()) == 1 and intersection((), ()) == () and shape_of(full_bounds(())) == ()
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_a_scalar_is_a_part_of_one_element():
 )
 def test_a_part_is_found_in_a_home_of_the_same_fewer_or_more_dimensions(bounds, offset, part, begin, at_home):
     piece = TensorShard("w", bounds, "home", offset)
-    assert offset_of(part, piece) == begin
-    assert slices_at_home(part, begin) == at_home
+    assert local_offset(part, piece) == begin
+    assert local_slices(part, begin) == at_home
 
 
 def test_ranks_may_hold_nothing():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl.rollout.server_process import free_port
-from verl.weight_sync.process_group import broadcast, open_group, receive, send, shared_memory
+from verl.weight_sync.process_group import broadcast, open_group, receive, send, shared_memory_id
 
 
 def test_a_group_beside_the_default_one_carries_what_rank_0_has():
@@ -62,4 +62,4 @@ def test_a_group_needs_a_known_backend():
 
 def test_processes_of_this_machine_see_the_same_shared_memory():
     with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(shared_memory) == shared_memory()
+        assert pool.apply(shared_memory_id) == shared_memory_id()

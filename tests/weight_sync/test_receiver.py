@@ -22,7 +22,7 @@ from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.weight_sync.fingerprint import fingerprint_of_ranks
 from verl.weight_sync.receiver import WeightReceiver
-from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 RANKS = 2
@@ -48,7 +48,7 @@ class Threads(InferenceServer):
 
     def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
-        self.arrivals = [WeightReceiver(torch.device("cpu"), keeps=True) for _ in range(RANKS)]
+        self.arrivals = [WeightReceiver(torch.device("cpu"), copies_tensors=True) for _ in range(RANKS)]
         self.weights: list[dict[str, Tensor]] = [{}, {}]
         self.received_bytes: list[int] = []
 
@@ -82,18 +82,20 @@ class Threads(InferenceServer):
     ) -> None:
         place = {"num_ranks": num_ranks, "backend": backend, "timeout_s": self.spec.timeout_s}
         await self.on_ranks(
-            lambda rank: self.arrivals[rank].join(address, port, rank=first_rank + rank, **place)
+            lambda rank: self.arrivals[rank].join_group(address, port, rank=first_rank + rank, **place)
         )
 
     async def begin_update(self) -> None:
         for arrivals in self.arrivals:
-            arrivals.begin()
+            arrivals.reset()
 
     async def load(self, part: WeightChunk) -> None:
         def take(rank: int) -> None:
             own = part.of_rank(rank)
-            where, reads = json.loads(json.dumps([own.where, own.reads]))
-            own = WeightChunk(part.tensors, part.via, where, tuple(as_reads(read) for read in reads))
+            where, reads = json.loads(json.dumps([own.location, own.ranges]))
+            own = WeightChunk(
+                part.tensors, part.transport, where, tuple(parse_ranges(read) for read in reads)
+            )
             for batch in self.arrivals[rank].batches(own, records=self.records):
                 for name, tensor in batch:
                     self.look_at(tensor)
@@ -109,8 +111,8 @@ class Threads(InferenceServer):
 
     async def end_update(self, version: int) -> str:
         self.received_bytes = [arrivals.num_bytes for arrivals in self.arrivals]
-        if self.records and all(arrivals.reads for arrivals in self.arrivals):
-            self.reads = tuple(arrivals.reads for arrivals in self.arrivals)
+        if self.records and all(arrivals.read_ranges for arrivals in self.arrivals):
+            self.reads = tuple(arrivals.read_ranges for arrivals in self.arrivals)
         return fingerprint_of_ranks([arrivals.digests for arrivals in self.arrivals])
 
 
@@ -194,11 +196,11 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
 def test_whole_tensors_that_are_not_to_be_recorded_are_plain(tmp_path):
     path, info = tmp_path / "part", TensorInfo("w", (2, 3), "float32")
     path.write_bytes(torch.arange(6.0).view(torch.uint8).numpy().tobytes())
-    arrivals = WeightReceiver(None, keeps=False)
+    arrivals = WeightReceiver(None, copies_tensors=False)
     for records in (False, True):
         part = WeightChunk((info,), "shm", {"path": str(path)})
         ((name, tensor),) = (one for batch in arrivals.batches(part, records=records) for one in batch)
         assert (
             name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records
         )
-    assert arrivals.reads == {"w": (((0, 2), (0, 3)),)}
+    assert arrivals.read_ranges == {"w": (((0, 2), (0, 3)),)}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.weight_sync.arrays import assert_equal, carried_out, filled, lacking, tensors
-from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, volume, whole
-from verl.weight_sync.reshard_plan import ReshardPlan, Walk, make_plan
+from verl.weight_sync.layout import ShardLayout, TensorShard, full_bounds, num_elements, shape_of
+from verl.weight_sync.reshard_plan import ReshardPlan, ReshardPlanner, make_plan
 
 
 def sharded(shape, parts: int, dim: int = 0) -> ShardLayout:
@@ -20,20 +20,22 @@ def sharded(shape, parts: int, dim: int = 0) -> ShardLayout:
     width = shape[dim] // parts
     ranks = []
     for rank in range(parts):
-        bounds = list(whole(shape))
+        bounds = list(full_bounds(shape))
         bounds[dim] = (rank * width, (rank + 1) * width)
         ranks.append((TensorShard("w", tuple(bounds), "w", (0,) * len(shape)),))
     return ShardLayout({"w": shape}, tuple(ranks))
 
 
 def replicated(shapes, num_ranks: int) -> ShardLayout:
-    pieces = tuple(TensorShard(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
+    pieces = tuple(
+        TensorShard(name, full_bounds(shape), name, (0,) * len(shape)) for name, shape in shapes.items()
+    )
     return ShardLayout(shapes, (pieces,) * num_ranks)
 
 
 def only_on(rank: int, shapes, num_ranks: int) -> ShardLayout:
     full = replicated(shapes, num_ranks)
-    return ShardLayout(shapes, tuple(pieces if r == rank else () for r, pieces in enumerate(full.ranks)))
+    return ShardLayout(shapes, tuple(pieces if r == rank else () for r, pieces in enumerate(full.shards)))
 
 
 def assert_exact(source: ShardLayout, target: ShardLayout, **options) -> ReshardPlan:
@@ -56,7 +58,7 @@ def assert_exact(source: ShardLayout, target: ShardLayout, **options) -> Reshard
 def received_in(bucket) -> Counter[int]:
     received = Counter()
     for copy in bucket:
-        received[copy.receiver] += 2 * volume(copy.bounds)
+        received[copy.receiver] += 2 * num_elements(copy.bounds)
     return received
 
 
@@ -79,7 +81,7 @@ def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete
     if complete:
         for name, shape in shapes.items():
             ranks[draw(st.integers(0, num_ranks - 1))].append(
-                TensorShard(name, whole(shape), f"whole {name}", (0,) * len(shape))
+                TensorShard(name, full_bounds(shape), f"whole {name}", (0,) * len(shape))
             )
     return ShardLayout(shapes, tuple(map(tuple, ranks)))
 
@@ -124,7 +126,7 @@ def test_a_rank_that_lists_only_its_own_copies_has_those_of_the_whole_plan(case)
 def test_a_slice_that_grows_in_place_receives_only_the_rest():
     # Four shards of 2 rows become two of 4 rows: each rank lacks one shard and has the other.
     source = sharded((8, 3), 4)
-    halves = sharded((8, 3), 2).ranks
+    halves = sharded((8, 3), 2).shards
     plan = assert_exact(source, ShardLayout(source.shapes, (halves[0], halves[0], halves[1], halves[1])))
     (bucket,) = plan.buckets
     assert [(c.sender, c.receiver, c.bounds[0], c.receiver_offset) for c in bucket] == [
@@ -150,7 +152,7 @@ def test_what_lies_where_it_is_wanted_does_not_travel():
 
 def test_a_sender_on_the_same_node_comes_before_one_that_has_less_to_send():
     shapes = {f"w{i}": (4,) for i in range(6)}
-    full = replicated(shapes, 4).ranks[0]
+    full = replicated(shapes, 4).shards[0]
     plan = assert_exact(ShardLayout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=2)
     assert [plan.sent_bytes(rank) for rank in range(4)] == [0, 0, 48, 0]
     plan = assert_exact(ShardLayout(shapes, (full, full, full, ())), replicated(shapes, 4), ranks_per_node=1)
@@ -160,11 +162,11 @@ def test_a_sender_on_the_same_node_comes_before_one_that_has_less_to_send():
 def test_senders_share_what_several_of_them_have():
     shapes = {f"w{i}": (4 + i % 3, 2) for i in range(40)}
     holders = [0, 3, 5]
-    full = replicated(shapes, 8).ranks[0]
+    full = replicated(shapes, 8).shards[0]
     source = ShardLayout(shapes, tuple(full if rank in holders else () for rank in range(8)))
     plan = assert_exact(source, replicated(shapes, 8))
     sent = [plan.sent_bytes(rank) for rank in holders]
-    assert max(sent) - min(sent) <= 2 * volume(whole((6, 2)))
+    assert max(sent) - min(sent) <= 2 * num_elements(full_bounds((6, 2)))
 
 
 def test_tensors_arrive_in_the_order_of_the_target_and_each_in_one_bucket():
@@ -177,14 +179,14 @@ def test_tensors_arrive_in_the_order_of_the_target_and_each_in_one_bucket():
 def test_a_tensor_that_is_larger_than_a_bucket_comes_in_several():
     shapes = {"w": (3, 5), "v": (2,)}
     plan = assert_exact(only_on(0, shapes, 2), replicated(shapes, 2), bucket_bytes=12)
-    assert [[(copy.name, sizes(copy.bounds)) for copy in bucket] for bucket in plan.buckets] == [
+    assert [[(copy.name, shape_of(copy.bounds)) for copy in bucket] for bucket in plan.buckets] == [
         [("w", (1, 5))],
         [("w", (1, 5))],
         [("w", (1, 5))],
         [("v", (2,))],
     ]
     plan = assert_exact(only_on(0, shapes, 2), replicated(shapes, 2), bucket_bytes=4)
-    assert Counter(sizes(copy.bounds) for bucket in plan.buckets for copy in bucket) == {
+    assert Counter(shape_of(copy.bounds) for bucket in plan.buckets for copy in bucket) == {
         (1, 2): 6,
         (1, 1): 3,
         (2,): 1,
@@ -193,12 +195,12 @@ def test_a_tensor_that_is_larger_than_a_bucket_comes_in_several():
 
 def test_layers_that_lie_alike_are_planned_once():
     num_layers = 40
-    source = [sharded((8, 4), 4).ranks[rank][0] for rank in range(4)]
+    source = [sharded((8, 4), 4).shards[rank][0] for rank in range(4)]
     shapes = {f"layer{i}.w": (8, 4) for i in range(num_layers)}
     ranks = tuple(
         tuple(TensorShard(name, piece.bounds, name, piece.offset) for name in shapes) for piece in source
     )
-    walk = Walk(
+    walk = ReshardPlanner(
         ShardLayout(shapes, ranks), replicated(shapes, 4), itemsize=2, bucket_bytes=100, ranks_per_node=8
     )
     steps = list(walk.steps())
@@ -212,7 +214,7 @@ def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
         ((), (TensorShard("w", ((0, 4),), "embedding", (0,)), TensorShard("w", ((0, 4),), "head", (1,)))),
     )
     plan = make_plan(source, twice, itemsize=2)
-    assert {copy.receiver_home for copy in plan.buckets[0]} == {"embedding", "head"}
+    assert {copy.receiver_tensor for copy in plan.buckets[0]} == {"embedding", "head"}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
         ),
         (replicated({"w": (4,)}, 2), sharded((8,), 2), r"need w with \(8,\) in the source, it has \(4,\)"),
         (
-            ShardLayout({"w": (8,)}, (sharded((8,), 2).ranks[0], ())),
+            ShardLayout({"w": (8,)}, (sharded((8,), 2).shards[0], ())),
             replicated({"w": (8,)}, 2),
             r"need all of w in the source, it lacks some of \(\(0, 8\),\), which rank 0 wants",
         ),

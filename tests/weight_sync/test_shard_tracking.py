@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from verl.weight_sync.layout import volume
+from verl.weight_sync.layout import num_elements
 from verl.weight_sync.shard_tracking import (
-    OutsideError,
-    disjoint,
+    MissingShardError,
+    merge_overlapping,
     record_reads,
     shard_key,
     sharded_proxy,
@@ -71,7 +71,7 @@ def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
     with torch.inference_mode(inference):
         right = operation(WHOLE)
         assert torch.equal(operation(record_reads("w", WHOLE, reads)), right) and reads == expected
-        parts = [(bounds, WHOLE[slices_of(bounds)].clone()) for bounds in disjoint(reads)]
+        parts = [(bounds, WHOLE[slices_of(bounds)].clone()) for bounds in merge_overlapping(reads)]
         passed = sharded_proxy("w", WHOLE.shape, parts, like=WHOLE)
         assert (passed.shape, passed.dtype, passed.device, passed.stride()) == (
             WHOLE.shape,
@@ -90,10 +90,10 @@ def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
 def test_reading_what_is_not_here_is_an_error_that_says_what(operation):
     part = sharded_proxy("w", (8, 12), [(((2, 5), (0, 12)), WHOLE[2:5])], like=WHOLE)
     with pytest.raises(
-        OutsideError, match=r"the engine reads \d:\d,0:12 of w, of which it was sent 2:5,0:12"
+        MissingShardError, match=r"the engine reads \d:\d,0:12 of w, of which it was sent 2:5,0:12"
     ):
         operation(part).add(1)
-    with pytest.raises(OutsideError, match="was sent nothing"):
+    with pytest.raises(MissingShardError, match="was sent nothing"):
         operation(sharded_proxy("w", (8, 12), [], like=WHOLE)).add(1)
 
 
@@ -119,9 +119,11 @@ def test_a_scalar_is_a_tensor_too():
 
 def test_reads_that_overlap_become_one_that_holds_them():
     boxes = [((0, 2), (0, 4)), ((4, 6), (0, 4)), ((1, 3), (2, 6)), ((2, 5), (0, 1)), ((7, 8), (0, 12))]
-    found = disjoint(boxes)
-    assert found == (((0, 6), (0, 6)), ((7, 8), (0, 12))) and disjoint(found) == found
-    assert disjoint([]) == () and sum(map(volume, disjoint([((0, 2),), ((2, 4),)]))) == 4
+    found = merge_overlapping(boxes)
+    assert found == (((0, 6), (0, 6)), ((7, 8), (0, 12))) and merge_overlapping(found) == found
+    assert (
+        merge_overlapping([]) == () and sum(map(num_elements, merge_overlapping([((0, 2),), ((2, 4),)]))) == 4
+    )
 
 
 def test_a_part_has_a_key_of_its_own():

@@ -22,7 +22,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class RankPlace:
+class DispatchRank:
     """Where one rank stands in a layout: the part of the work that it takes, and whether its result counts."""
 
     data_rank: int
@@ -36,34 +36,34 @@ class DispatchLayout:
     Ranks with the same part compute it together (tensor, pipeline or sequence parallel).
 
     Attributes:
-        places: one per rank.
+        ranks: one per rank.
     """
 
-    places: tuple[RankPlace, ...]
+    ranks: tuple[DispatchRank, ...]
 
     def __post_init__(self) -> None:
-        parts = {place.data_rank for place in self.places}
-        counted = sorted(place.data_rank for place in self.places if place.collects)
+        parts = {place.data_rank for place in self.ranks}
+        counted = sorted(place.data_rank for place in self.ranks if place.collects)
         if parts != set(range(len(parts))) or counted != sorted(set(counted)) or not counted:
             raise ValueError(
-                f"need parts numbered from 0 and the results of at most one rank of each, got {self.places}"
+                f"need parts numbered from 0 and the results of at most one rank of each, got {self.ranks}"
             )
 
     @property
     def num_parts(self) -> int:
         """Parts that arguments are split into."""
-        return 1 + max(place.data_rank for place in self.places)
+        return 1 + max(place.data_rank for place in self.ranks)
 
     @property
     def collectors(self) -> list[int]:
         """Ranks whose results count, in the order of their parts."""
-        ranks = [rank for rank, place in enumerate(self.places) if place.collects]
-        return sorted(ranks, key=lambda rank: self.places[rank].data_rank)
+        ranks = [rank for rank, place in enumerate(self.ranks) if place.collects]
+        return sorted(ranks, key=lambda rank: self.ranks[rank].data_rank)
 
 
-def of_ranks(places: Iterable[tuple[int, bool]]) -> DispatchLayout:
+def layout_of_ranks(places: Iterable[tuple[int, bool]]) -> DispatchLayout:
     """A layout from (part, collects) of each rank."""
-    return DispatchLayout(tuple(RankPlace(*place) for place in places))
+    return DispatchLayout(tuple(DispatchRank(*place) for place in places))
 
 
 def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) -> dict[str, DispatchLayout]:
@@ -84,10 +84,10 @@ def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) ->
     grid = [(d, p, t) for d in range(data) for p in range(pipeline) for t in range(tensor)]
     share = replica // micro_data
     return {
-        "ranks": of_ranks((rank, True) for rank in range(len(grid))),
-        "train": of_ranks((d, p == pipeline - 1 and t == 0) for d, p, t in grid),
-        "generate": of_ranks((rank // share, rank % share == 0) for rank in range(len(grid))),
-        "stages": of_ranks((p, d == 0 and t == 0) for d, p, t in grid),
+        "ranks": layout_of_ranks((rank, True) for rank in range(len(grid))),
+        "train": layout_of_ranks((d, p == pipeline - 1 and t == 0) for d, p, t in grid),
+        "generate": layout_of_ranks((rank // share, rank % share == 0) for rank in range(len(grid))),
+        "stages": layout_of_ranks((p, d == 0 and t == 0) for d, p, t in grid),
     }
 
 
@@ -96,21 +96,21 @@ class DispatchMode:
     """How a method is called on a group.
 
     Attributes:
-        mesh: name of the layout, one of those that the workers of the group have.
+        layout: name of the layout, one of those that the workers of the group have.
         split: arguments and number of parts to the arguments of each part.
         join: results of the parts, in order, and the arguments of the call, to its result.
     """
 
-    mesh: str
+    layout: str
     split: Callable[[Arguments, int], list[Arguments]]
     join: Callable[[Sequence[Any], Arguments], Any]
 
 
-def register(transfer: DispatchMode) -> Callable[[Method], Method]:
+def register(mode: DispatchMode) -> Callable[[Method], Method]:
     """Declares how a method of a worker is called on a group."""
 
     def mark(method: Method) -> Method:
-        method.transfer = transfer  # type: ignore[attr-defined]
+        method.dispatch_mode = mode  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -122,12 +122,12 @@ def dispatch_mode(method: Callable[..., Any]) -> DispatchMode:
     Raises:
         ValueError: nothing was.
     """
-    transfer = vars(method).get("transfer")
-    if not isinstance(transfer, DispatchMode):
+    mode = vars(method).get("dispatch_mode")
+    if not isinstance(mode, DispatchMode):
         raise ValueError(
             f"{method.__qualname__} does not say how its arguments are split; decorate it with @register(...)"
         )
-    return transfer
+    return mode
 
 
 def broadcast(arguments: Arguments, num_parts: int) -> list[Arguments]:
@@ -135,7 +135,7 @@ def broadcast(arguments: Arguments, num_parts: int) -> list[Arguments]:
     return [arguments] * num_parts
 
 
-def one_each(arguments: Arguments, num_parts: int) -> list[Arguments]:
+def split_lists(arguments: Arguments, num_parts: int) -> list[Arguments]:
     """Every argument is a list with an entry for each part.
 
     Raises:
@@ -148,7 +148,7 @@ def one_each(arguments: Arguments, num_parts: int) -> list[Arguments]:
     return [tuple(argument[part] for argument in arguments) for part in range(num_parts)]
 
 
-def evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
+def split_evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
     """Batches, tensors and lists in consecutive parts whose sizes differ by at most one; everything else
     whole.
     """
@@ -172,7 +172,7 @@ def _even_parts(argument: Any, num_parts: int) -> list[Any]:
     return [argument] * num_parts
 
 
-def by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
+def split_by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
     """Batches are split as the one plan among the arguments says; each part gets its rows, with `row_ids`,
     and its own plan.
 
@@ -181,7 +181,7 @@ def by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
     """
     if num_parts == 1:
         return [arguments]
-    plan = plan_of(arguments)
+    plan = find_plan(arguments)
     if any(len(minibatch) != num_parts for minibatch in plan.minibatches):
         raise ValueError(
             f"need a plan for {num_parts} ranks, got one for {[len(minibatch) for minibatch in plan.minibatches]}"
@@ -200,7 +200,7 @@ def _planned_part(argument: Any, plan: BatchPlan, part: int) -> Any:
     return selected
 
 
-def plan_of(arguments: Arguments) -> BatchPlan:
+def find_plan(arguments: Arguments) -> BatchPlan:
     """The one plan among the arguments."""
     plans = [argument for argument in arguments if isinstance(argument, BatchPlan)]
     if len(plans) != 1:
@@ -241,7 +241,7 @@ def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
     """Batches end to end, their rows where the plan took them from."""
     if len(results) == 1:
         return results[0]
-    plan = plan_of(arguments)
+    plan = find_plan(arguments)
     taken = torch.tensor(
         [row for part in range(len(results)) for row in plan.rows_of(part)], dtype=torch.int64
     )
@@ -250,14 +250,14 @@ def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
 
 # The six protocols of the paper.
 ONE_TO_ALL = DispatchMode("ranks", broadcast, as_list)
-THREE_D_PROTO = DispatchMode("train", evenly, concat)
-THREE_D_ALL_MICRO_DP = DispatchMode("generate", evenly, concat)
+THREE_D_PROTO = DispatchMode("train", split_evenly, concat)
+THREE_D_ALL_MICRO_DP = DispatchMode("generate", split_evenly, concat)
 THREE_D_PP_ONLY = DispatchMode("stages", broadcast, as_list)
-DP_PROTO = DispatchMode("ranks", evenly, concat)
-ALL_TO_ALL = DispatchMode("ranks", one_each, as_list)
+DP_PROTO = DispatchMode("ranks", split_evenly, concat)
+ALL_TO_ALL = DispatchMode("ranks", split_lists, as_list)
 # Ours: rows where a plan says, and calls whose results are the same on all ranks.
-PLANNED = DispatchMode("train", by_plan, in_plan_order)
-PLANNED_METRICS = DispatchMode("train", by_plan, first)
+PLANNED = DispatchMode("train", split_by_plan, in_plan_order)
+PLANNED_METRICS = DispatchMode("train", split_by_plan, first)
 SAME_ON_ALL = DispatchMode("ranks", broadcast, first)
 
 Layouts = Mapping[str, DispatchLayout]

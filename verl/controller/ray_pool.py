@@ -455,20 +455,20 @@ class RayGroup(WorkerGroup):
     @override
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         self._pool.check()
-        transfer, name = dispatch_mode(method), method.__name__
-        layout = self.layouts[transfer.mesh]
+        mode, name = dispatch_mode(method), method.__name__
+        layout = self.layouts[mode.layout]
         # Each part is put into the object store once, for all ranks that take it together.
-        parts = [ray.put(part) for part in transfer.split(args, layout.num_parts)]
+        parts = [ray.put(part) for part in mode.split(args, layout.num_parts)]
         sent = [
             self._pool.send(rank, self.role, name, parts[place.data_rank])
-            for rank, place in enumerate(layout.places)
+            for rank, place in enumerate(layout.ranks)
         ]
         return RayFuture(
             self._pool,
             self.role,
             name,
             sent,
-            lambda results: transfer.join([results[r] for r in layout.collectors], args),
+            lambda results: mode.join([results[r] for r in layout.collectors], args),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from typing_extensions import override
 
-from verl.controller.dispatch import DispatchLayout, Layouts, RankPlace, dispatch_mode
+from verl.controller.dispatch import DispatchLayout, DispatchRank, Layouts, dispatch_mode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,11 +27,11 @@ class Worker:
         places: where this rank stands in each layout of its group, by the layout's name.
     """
 
-    places: Mapping[str, RankPlace] = {
-        "ranks": RankPlace(0, True),
-        "train": RankPlace(0, True),
-        "generate": RankPlace(0, True),
-        "stages": RankPlace(0, True),
+    dispatch_ranks: Mapping[str, DispatchRank] = {
+        "ranks": DispatchRank(0, True),
+        "train": DispatchRank(0, True),
+        "generate": DispatchRank(0, True),
+        "stages": DispatchRank(0, True),
     }
 
 
@@ -61,7 +61,7 @@ class WorkerGroup(ABC):
 
     Attributes:
         role: its name.
-        layouts: which part of the work each rank takes, by the name that a transfer has for it.
+        layouts: which part of the work each rank takes, by the name that a mode has for it.
     """
 
     role: str
@@ -69,10 +69,10 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Calls a method of the worker's class on every rank, as its transfer says; calls run in the order
+        """Calls a method of the worker's class on every rank, as its mode says; calls run in the order
         that they are made.
 
-        Takes positional arguments only. `T` is what the transfer joins the results to.
+        Takes positional arguments only. `T` is what the mode joins the results to.
         """
 
 
@@ -149,7 +149,7 @@ def append_trace(path: Path, spans: list[Span]) -> None:
 
 
 @dataclass(frozen=True)
-class Done(Future[T]):
+class CompletedFuture(Future[T]):
     """A result that is there."""
 
     value: T
@@ -160,7 +160,7 @@ class Done(Future[T]):
 
 
 @dataclass(frozen=True)
-class Merged(Future[dict[str, float]]):
+class MergedMetrics(Future[dict[str, float]]):
     """Metrics of a call with further ones beside."""
 
     future: Future[dict[str, float]]
@@ -182,18 +182,20 @@ class LocalGroup(WorkerGroup):
         self.role = role
         self.worker = worker
         self._pool = pool
-        self.layouts: Layouts = {name: DispatchLayout((place,)) for name, place in worker.places.items()}
+        self.layouts: Layouts = {
+            name: DispatchLayout((place,)) for name, place in worker.dispatch_ranks.items()
+        }
 
     @override
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        transfer = dispatch_mode(method)
-        (own,) = transfer.split(args, self.layouts[transfer.mesh].num_parts)
+        mode = dispatch_mode(method)
+        (own,) = mode.split(args, self.layouts[mode.layout].num_parts)
         start_s = time.time()
         result = getattr(self.worker, method.__name__)(*own)  # by name: a subclass may have its own
         self._pool.timeline.spans.append(
             Span(self._pool.name, 0, self.role, method.__name__, start_s, time.time())
         )
-        return Done(transfer.join([result], args))
+        return CompletedFuture(mode.join([result], args))
 
 
 class LocalPool(Pool):

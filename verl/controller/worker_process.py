@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from verl.controller.dispatch import RankPlace
+from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker, WorkerFactory
 
 _LOOPBACK = "127.0.0.1"
@@ -118,10 +118,10 @@ class WorkerProcess:
             timeout=timedelta(seconds=2 * limit_s + 60),
         )
 
-    def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, RankPlace]:
+    def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, DispatchRank]:
         """Makes the worker of a role; returns where it stands."""
         self._workers[role] = factory(*args)
-        return dict(self._workers[role].places)
+        return dict(self._workers[role].dispatch_ranks)
 
     def run(self, role: str, method: str, args: Sequence[Any]) -> CallResult:
         """Calls a method of a role's worker, or `start` with the role, the factory and its arguments."""

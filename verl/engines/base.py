@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from verl.controller.dispatch import RankPlace
+from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput
 from verl.engines.hf.hf_io import own_homes, own_pieces, weight_shapes, whole_tensors
@@ -75,7 +75,7 @@ class ForwardEngine(ABC):
     """
 
     model: Backbone
-    places: Mapping[str, RankPlace] = Worker.places
+    dispatch_ranks: Mapping[str, DispatchRank] = Worker.dispatch_ranks
     mesh: Mesh = Mesh()
     generates: bool = True
 

@@ -150,7 +150,7 @@ class FSDPForwardEngine(LocalForwardEngine):
     def __init__(self, model: Backbone, config: RoleConfig, meshes: Meshes, *, device: torch.device) -> None:
         self.model = model
         self.model.eval()
-        self.places = meshes.places
+        self.dispatch_ranks = meshes.dispatch_ranks
         self.mesh = meshes.mesh
         self._config = config
         self._meshes = meshes

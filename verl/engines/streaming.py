@@ -23,7 +23,7 @@ from verl.algorithms.objective import Algorithm, write_advantages
 from verl.algorithms.registry import Bound, bind
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
-from verl.controller.worker_group import Future, Merged, WorkerGroup
+from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.roles.base import Learner
@@ -226,7 +226,7 @@ class StreamedUpdate:
                 row, number = self._shortest
                 self._accumulate(row, self._plan(row), number)
             more = {"skipped_rows_share": 1 - max(1, self._num_alive) / max(1, self._num_rows)}
-        return Merged(_AfterAll(self._started, self._group.call(Learner.finish, scale)), more)
+        return MergedMetrics(_AfterAll(self._started, self._group.call(Learner.finish, scale)), more)
 
     def _accumulate(self, rows: Batch, plan: BatchPlan, first_row: int) -> None:
         self._started.append(

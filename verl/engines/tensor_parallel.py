@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from verl.config.placement import ParallelConfig
-from verl.controller.dispatch import RankPlace
+from verl.controller.dispatch import DispatchRank
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh
 
@@ -53,7 +53,7 @@ class Meshes:
     sequence: SequenceGroup | None
     data_ranks: dist.ProcessGroup
     data_rank: int
-    places: Mapping[str, RankPlace]
+    dispatch_ranks: Mapping[str, DispatchRank]
     mesh: Mesh
 
 
@@ -85,11 +85,11 @@ def make_meshes(parallel: ParallelConfig, device: torch.device) -> Meshes:
     line = SequenceGroup(for_rows["sequence"].get_group(), sequence_rank, sequence) if sequence > 1 else None
     first = tensor_rank == 0
     places = {
-        "ranks": RankPlace(rank, True),
-        "train": RankPlace(data_rank, first and sequence_rank == 0),
+        "ranks": DispatchRank(rank, True),
+        "train": DispatchRank(data_rank, first and sequence_rank == 0),
         # With whole weights the ranks of a line need not share one.
-        "generate": RankPlace(data_rank * sequence + sequence_rank, first),
-        "stages": RankPlace(0, rank == 0),
+        "generate": DispatchRank(data_rank * sequence + sequence_rank, first),
+        "stages": DispatchRank(0, rank == 0),
     }
     data = for_weights["replicas", "shards"] if replicas > 1 else for_weights["shards"]
     mesh = Mesh(tensor=tensor, shards=shards * sequence, replicas=replicas)

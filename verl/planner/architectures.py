@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.weight_sync.layout import volume, whole
+from verl.weight_sync.layout import full_bounds, num_elements
 
 Config = Mapping[str, Any]  # of Hugging Face, config.json
 
@@ -64,7 +64,7 @@ class Architecture:
     @property
     def num_elements(self) -> int:
         """Weights of the model."""
-        return sum(volume(whole(shape)) for shape in self.shapes.values())
+        return sum(num_elements(full_bounds(shape)) for shape in self.shapes.values())
 
 
 def architecture(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture:

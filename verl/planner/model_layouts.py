@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from verl.planner.architectures import Architecture
-from verl.weight_sync.layout import Bounds, ShardLayout, TensorShard, slices_at_home, whole
-from verl.weight_sync.meshes import Mesh, generation_place, stage_layers
+from verl.weight_sync.layout import Bounds, ShardLayout, TensorShard, full_bounds, local_slices
+from verl.weight_sync.meshes import Mesh, generation_coordinates, stage_layers
 
 # How tensor parallelism splits each kind of weight, by the end of its name. The first that fits counts.
 SPLITS: dict[str, str] = {
@@ -35,7 +35,7 @@ _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class AxisRank:
     """The part of something that a rank has, of how many.
 
     Attributes:
@@ -48,7 +48,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class ModelParallelRank:
     """What a rank has of a model, before FSDP shards it.
 
     Attributes:
@@ -57,13 +57,13 @@ class Where:
         experts: of the experts of a layer; size 1: experts are split as other matrices.
     """
 
-    tensor: Slot = Slot()
-    stage: Slot = Slot()
-    experts: Slot = Slot()
+    tensor: AxisRank = AxisRank()
+    stage: AxisRank = AxisRank()
+    experts: AxisRank = AxisRank()
 
 
 @dataclass(frozen=True)
-class Homes:
+class WeightFormat:
     """How local tensors are named and what lies in them.
 
     Attributes:
@@ -81,30 +81,32 @@ class Homes:
     has_stacked_experts: bool = True
 
 
-HOMES: dict[str, Homes] = {
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
     # Modules of Transformers, sharded by FSDP2 and split by DTensor.
-    "transformers": Homes(),
-    "vllm": Homes(lambda tensor: 64, is_fused=True),
+    "transformers": WeightFormat(),
+    "vllm": WeightFormat(lambda tensor: 64, is_fused=True),
     # Its default of make_vocab_size_divisible_by.
-    "megatron": Homes(
+    "megatron": WeightFormat(
         lambda tensor: 128 * tensor, is_fused=True, is_interleaved=True, has_stacked_experts=False
     ),
 }
 
 
-def replicated(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> ShardLayout:
+def replicated_layout(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> ShardLayout:
     """Every rank has everything, under the names of the tensors."""
-    pieces = tuple(TensorShard(name, whole(shape), name, (0,) * len(shape)) for name, shape in shapes.items())
+    pieces = tuple(
+        TensorShard(name, full_bounds(shape), name, (0,) * len(shape)) for name, shape in shapes.items()
+    )
     return ShardLayout(shapes, (pieces,) * num_ranks)
 
 
-def fsdp(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> ShardLayout:
+def fsdp_layout(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> ShardLayout:
     """Every tensor in chunks of ceil(rows / shards) rows, the last ones smaller or empty, as FSDP2 has them;
     replicas have equal shards.
     """
-    pieces = replicated(shapes, 1).ranks[0]
+    pieces = replicated_layout(shapes, 1).shards[0]
     return ShardLayout(
-        shapes, tuple(shard_homes(pieces, Slot(shard, shards)) for shard in range(shards)) * replicas
+        shapes, tuple(fsdp_shards(pieces, AxisRank(shard, shards)) for shard in range(shards)) * replicas
     )
 
 
@@ -114,22 +116,22 @@ def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transforme
     Args:
         model: its shapes.
         mesh: sizes of training.
-        homes: a key of `HOMES`.
+        homes: a key of `WEIGHT_FORMATS`.
 
     Raises:
         ValueError: sizes that do not fit the model, or a tensor that is not known.
     """
-    whole_homes = cache(lambda where: tuple(_pieces(model, where, HOMES[homes])))
-    made = cache(lambda where, shard: shard_homes(whole_homes(where), shard))
+    whole_homes = cache(lambda where: tuple(_pieces(model, where, WEIGHT_FORMATS[homes])))
+    made = cache(lambda where, shard: fsdp_shards(whole_homes(where), shard))
     ranks = []
     for rank in range(mesh.num_ranks):
-        place = mesh.place(rank)
-        where = Where(
-            Slot(place.tensor, mesh.tensor),
-            Slot(place.stage, mesh.pipeline),
-            Slot(mesh.expert_rank(rank), mesh.experts),
+        place = mesh.coordinates(rank)
+        where = ModelParallelRank(
+            AxisRank(place.tensor, mesh.tensor),
+            AxisRank(place.stage, mesh.pipeline),
+            AxisRank(mesh.expert_rank(rank), mesh.experts),
         )
-        ranks.append(made(where, Slot(place.shard, mesh.shards)))
+        ranks.append(made(where, AxisRank(place.shard, mesh.shards)))
     return ShardLayout(model.shapes, tuple(ranks))
 
 
@@ -150,7 +152,7 @@ def generation_layout(
         mesh: sizes of training.
         tensor: ranks of generation that share every matrix.
         pipeline: stages of generation.
-        homes: a key of `HOMES`.
+        homes: a key of `WEIGHT_FORMATS`.
         grouping: a key of `verl.weight_sync.meshes.GROUPINGS`.
         has_split_experts: experts are split as other matrices; else each tensor rank has whole ones (expert
             parallel).
@@ -158,30 +160,36 @@ def generation_layout(
     Raises:
         ValueError: sizes that do not fit the model or the ranks, or a tensor that is not known.
     """
-    made = cache(lambda where: tuple(_pieces(model, where, HOMES[homes])))
+    made = cache(lambda where: tuple(_pieces(model, where, WEIGHT_FORMATS[homes])))
     ranks = []
     for rank in range(mesh.num_ranks):
-        place = generation_place(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
-        part = Slot(place.tensor, tensor)
-        ranks.append(made(Where(part, Slot(place.stage, pipeline), Slot() if has_split_experts else part)))
+        place = generation_coordinates(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
+        part = AxisRank(place.tensor, tensor)
+        ranks.append(
+            made(
+                ModelParallelRank(
+                    part, AxisRank(place.stage, pipeline), AxisRank() if has_split_experts else part
+                )
+            )
+        )
     return ShardLayout(model.shapes, tuple(ranks))
 
 
-def model_pieces(model: Architecture, where: Where, *, homes: str) -> tuple[TensorShard, ...]:
+def model_shards(model: Architecture, where: ModelParallelRank, *, homes: str) -> tuple[TensorShard, ...]:
     """The pieces of one rank.
 
     Args:
         model: its shapes.
         where: its part.
-        homes: a key of `HOMES`.
+        homes: a key of `WEIGHT_FORMATS`.
 
     Raises:
         ValueError: sizes that do not fit the model, or a tensor that is not known.
     """
-    return tuple(_pieces(model, where, HOMES[homes]))
+    return tuple(_pieces(model, where, WEIGHT_FORMATS[homes]))
 
 
-def shard_homes(pieces: tuple[TensorShard, ...], shard: Slot) -> tuple[TensorShard, ...]:
+def fsdp_shards(pieces: tuple[TensorShard, ...], shard: AxisRank) -> tuple[TensorShard, ...]:
     """What FSDP2 leaves of the homes of a rank: of each, the rows of one of `size` chunks of ceil(rows /
     size).
     """
@@ -189,18 +197,20 @@ def shard_homes(pieces: tuple[TensorShard, ...], shard: Slot) -> tuple[TensorSha
         return pieces
     rows: dict[str, int] = {}
     for piece in pieces:
-        rows[piece.home] = max(rows.get(piece.home, 0), slices_at_home(piece.bounds, piece.offset)[0].stop)
+        rows[piece.local_name] = max(
+            rows.get(piece.local_name, 0), local_slices(piece.bounds, piece.offset)[0].stop
+        )
     kept = (
         _in_rows(piece, shard.rank * width, width)
         for piece in pieces
-        for width in [-(-rows[piece.home] // shard.size)]
+        for width in [-(-rows[piece.local_name] // shard.size)]
     )
     return tuple(piece for piece in kept if piece is not None)
 
 
 def _in_rows(piece: TensorShard, first: int, width: int) -> TensorShard | None:
     """What of a piece lies in some rows of its home."""
-    at_home = slices_at_home(piece.bounds, piece.offset)[0]
+    at_home = local_slices(piece.bounds, piece.offset)[0]
     start, stop = max(at_home.start, first), min(at_home.stop, first + width)
     if start >= stop:
         return None
@@ -209,10 +219,10 @@ def _in_rows(piece: TensorShard, first: int, width: int) -> TensorShard | None:
     if dim >= 0:
         begin = bounds[dim][0] + start - at_home.start
         bounds[dim] = (begin, begin + stop - start)
-    return TensorShard(piece.name, tuple(bounds), piece.home, (start - first, *piece.offset[1:]))
+    return TensorShard(piece.name, tuple(bounds), piece.local_name, (start - first, *piece.offset[1:]))
 
 
-def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[TensorShard]:
+def _pieces(model: Architecture, where: ModelParallelRank, homes: WeightFormat) -> Iterator[TensorShard]:
     layers = stage_layers(model.num_layers, where.stage.size)[where.stage.rank]
     for name, shape in model.shapes.items():
         expert = _EXPERT.fullmatch(name)
@@ -221,8 +231,8 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[TensorS
             expert and int(expert["expert"]) not in experts
         ):
             continue
-        tensor = Slot() if expert and where.experts.size > 1 else where.tensor
-        bounds = split(name, shape, tensor, model, homes)
+        tensor = AxisRank() if expert and where.experts.size > 1 else where.tensor
+        bounds = tensor_parallel_bounds(name, shape, tensor, model, homes)
         if any(start >= stop for start, stop in bounds):
             continue
         if expert:
@@ -237,11 +247,16 @@ def _pieces(model: Architecture, where: Where, homes: Homes) -> Iterator[TensorS
         # The last stage has a copy of the embedding, as its head.
         name = next(name for name in model.shapes if name.endswith("embed_tokens.weight"))
         yield TensorShard(
-            name, split(name, model.shapes[name], where.tensor, model, homes), "lm_head.weight", (0, 0)
+            name,
+            tensor_parallel_bounds(name, model.shapes[name], where.tensor, model, homes),
+            "lm_head.weight",
+            (0, 0),
         )
 
 
-def split(name: str, shape: tuple[int, ...], tensor: Slot, model: Architecture, homes: Homes) -> Bounds:
+def tensor_parallel_bounds(
+    name: str, shape: tuple[int, ...], tensor: AxisRank, model: Architecture, homes: WeightFormat
+) -> Bounds:
     """The part of a tensor that a tensor rank has.
 
     Args:
@@ -260,12 +275,12 @@ def split(name: str, shape: tuple[int, ...], tensor: Slot, model: Architecture, 
             f"need a tensor whose split is known, got {name}; verl.planner.model_layouts.SPLITS has no pattern for it"
         )
     if kind == "whole" or tensor.size == 1:
-        return whole(shape)
+        return full_bounds(shape)
     if kind == "vocabulary":
         multiple = homes.vocabulary_multiple(tensor.size)
         width = -(-(-(-shape[0] // multiple) * multiple) // tensor.size)
         rows = (min(shape[0], tensor.rank * width), min(shape[0], (tensor.rank + 1) * width))
-        return (rows, *whole(shape[1:]))
+        return (rows, *full_bounds(shape[1:]))
     dim = 1 if kind == "rows" else 0
     units = {"queries": model.num_heads, "keys": model.num_kv_heads}.get(kind, shape[dim])
     rank, parts = tensor.rank, tensor.size
@@ -277,7 +292,7 @@ def split(name: str, shape: tuple[int, ...], tensor: Slot, model: Architecture, 
             f"need tensor parallel sizes that divide {name}, got {units} {kind} for tensor={tensor.size}; take a divisor"
         )
     width = shape[dim] // parts
-    bounds = list(whole(shape))
+    bounds = list(full_bounds(shape))
     bounds[dim] = (rank * width, (rank + 1) * width)
     return tuple(bounds)
 
@@ -289,7 +304,7 @@ def _is_in_stage(name: str, layers: range, num_layers: int) -> bool:
     return layers.start == 0 if name.endswith("embed_tokens.weight") else layers.stop == num_layers
 
 
-def _experts(model: Architecture, where: Where) -> range:
+def _experts(model: Architecture, where: ModelParallelRank) -> range:
     """Experts of a rank: as many on each, the first ranks one more if that does not work out."""
     return stage_layers(model.num_experts, where.experts.size)[where.experts.rank]
 
@@ -300,7 +315,7 @@ def _last(name: str) -> tuple[str, str]:
     return module.rpartition(".")[2], parameter
 
 
-def _home(name: str, model: Architecture, homes: Homes, tensor: Slot) -> tuple[str, int]:
+def _home(name: str, model: Architecture, homes: WeightFormat, tensor: AxisRank) -> tuple[str, int]:
     """Home of a tensor, and the row where it begins there."""
     module, parameter = _last(name)
     if not homes.is_fused or module not in _FUSED:
@@ -320,12 +335,12 @@ def _before(name: str) -> list[str]:
     return [f"{prefix}{member}.{parameter}" for member in members[: members.index(module)]]
 
 
-def _rows(name: str, model: Architecture, homes: Homes, tensor: Slot) -> int:
-    start, stop = split(name, model.shapes[name], tensor, model, homes)[0]
+def _rows(name: str, model: Architecture, homes: WeightFormat, tensor: AxisRank) -> int:
+    start, stop = tensor_parallel_bounds(name, model.shapes[name], tensor, model, homes)[0]
     return stop - start
 
 
-def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: Slot) -> Iterator[TensorShard]:
+def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: AxisRank) -> Iterator[TensorShard]:
     """Pieces of query, key or value, one for each key-value head: its queries, the key, the value, then the
     next head.
     """
@@ -353,8 +368,8 @@ def _expert_piece(
     bounds: Bounds,
     experts: range,
     model: Architecture,
-    homes: Homes,
-    tensor: Slot,
+    homes: WeightFormat,
+    tensor: AxisRank,
 ) -> TensorShard:
     """A matrix of an expert: gate and up share a home."""
     is_fused = expert["part"] in _FUSED

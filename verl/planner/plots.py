@@ -9,10 +9,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from verl.planner.traffic import Cost, Counts
+from verl.planner.traffic import Counts, ReshardCost
 
 
-def draw(path: Path, between: Counts, costs: list[Cost], model_bytes: int) -> None:
+def draw(path: Path, between: Counts, costs: list[ReshardCost], model_bytes: int) -> None:
     """Writes a heat map of the bytes between ranks, [sender, receiver], beside bars of the ways' traffic and
     memory.
     """
@@ -35,7 +35,7 @@ def _draw_map(figure: Figure, axes: Any, between: Counts) -> None:
     figure.colorbar(image, ax=axes, label="GB", shrink=0.85)
 
 
-def _draw_bars(axes: Any, costs: list[Cost], model_bytes: int) -> None:
+def _draw_bars(axes: Any, costs: list[ReshardCost], model_bytes: int) -> None:
     rows = np.arange(len(costs))
     height = 0.38
     for offset, values, label, color in (

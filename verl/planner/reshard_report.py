@@ -18,9 +18,9 @@ from rich.table import Table
 
 from verl.planner.architectures import Architecture, named_architecture
 from verl.planner.model_layouts import generation_layout, training_layout
-from verl.planner.traffic import Cost, Traffic, formula, gathered, planned, traffic
+from verl.planner.traffic import ReshardCost, Traffic, gather_costs, plan_cost, received_share, traffic
 from verl.weight_sync.layout import ShardLayout
-from verl.weight_sync.meshes import Mesh, groups
+from verl.weight_sync.meshes import Mesh, generation_groups
 from verl.weight_sync.reshard_plan import Copy, make_plan
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -37,13 +37,13 @@ _GENERATION = ("tensor", "pipeline", "experts")
 
 
 @dataclass(frozen=True)
-class Question:
+class ReshardQuery:
     """What is asked.
 
     Attributes:
         model: whose weights.
         mesh: sizes of training.
-        homes: of training, a key of `verl.planner.model_layouts.HOMES`.
+        homes: of training, a key of `verl.planner.model_layouts.WEIGHT_FORMATS`.
         tensor: of generation.
         pipeline: of generation.
         has_split_experts: in generation.
@@ -81,7 +81,7 @@ class Question:
         )
         return training_layout(self.model, self.mesh, homes=self.homes), target
 
-    def costs(self) -> tuple[Traffic, list[Cost]]:
+    def costs(self) -> tuple[Traffic, list[ReshardCost]]:
         """Traffic of the plan, and the costs of the plan and of other ways."""
         source, target = self.layouts()
         options = {
@@ -91,17 +91,17 @@ class Question:
         }
         moved = traffic(source, target, **options)
         share = (
-            formula(self.mesh, tensor=self.tensor, pipeline=self.pipeline)
+            received_share(self.mesh, tensor=self.tensor, pipeline=self.pipeline)
             if self.grouping == "zero-redundancy"
             else None
         )
-        costs = [planned("this plan", moved, target, itemsize=self.itemsize, formula=share)]
+        costs = [plan_cost("this plan", moved, target, itemsize=self.itemsize, formula=share)]
         if self.grouping == "zero-redundancy" and self.tensor * self.pipeline > 1:
             _, other = self.layouts("consecutive")
             costs.append(
-                planned("consecutive", traffic(source, other, **options), other, itemsize=self.itemsize)
+                plan_cost("consecutive", traffic(source, other, **options), other, itemsize=self.itemsize)
             )
-        return moved, [*costs, *gathered(source, target, self.mesh, **options)]
+        return moved, [*costs, *gather_costs(source, target, self.mesh, **options)]
 
 
 def reshard(args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def reshard(args: argparse.Namespace) -> None:
         console.out(f"drawing: {args.plot}", highlight=False)
 
 
-def question_of(args: argparse.Namespace) -> Question:
+def question_of(args: argparse.Namespace) -> ReshardQuery:
     """What the arguments of the command ask.
 
     Raises:
@@ -155,7 +155,7 @@ def question_of(args: argparse.Namespace) -> Question:
     if model.num_experts == 0 and max(experts, mesh.experts) > 1:
         raise ValueError("need a model with experts for experts above 1, this one has none")
     homes = "transformers" if "fsdp" in training else "megatron"
-    return Question(
+    return ReshardQuery(
         model,
         mesh,
         homes,
@@ -198,7 +198,7 @@ def _ranks_per_node(args: argparse.Namespace, num_ranks: int) -> int:
     return num_ranks // int(args.nodes)
 
 
-def gigabytes(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes for people, with three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
@@ -206,26 +206,28 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def seconds(time_s: float) -> str:
+def format_seconds(time_s: float) -> str:
     """Seconds for people, with three digits."""
     return f"{time_s:.3g} s" if time_s >= 1 else f"{time_s * 1e3:.3g} ms"
 
 
-def _show(console: Console, question: Question, moved: Traffic, costs: list[Cost]) -> None:
+def _show(console: Console, question: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> None:
     mesh, total = question.mesh, question.model_bytes
-    title = f"{question.model.num_elements / 1e9:.3g}B weights, {gigabytes(total)}, on {mesh.num_ranks} ranks"
+    title = (
+        f"{question.model.num_elements / 1e9:.3g}B weights, {format_bytes(total)}, on {mesh.num_ranks} ranks"
+    )
     table = Table("", title=title)
     for cost in costs:
         table.add_column(cost.way, justify="right")
-    rows: dict[str, Callable[[Cost], str]] = {
-        "received": lambda cost: gigabytes(cost.received_bytes),
+    rows: dict[str, Callable[[ReshardCost], str]] = {
+        "received": lambda cost: format_bytes(cost.received_bytes),
         "share": lambda cost: f"{cost.received_bytes / total:.3f}",
         "in paper": lambda cost: "" if cost.formula is None else f"{cost.formula:.3f}",
-        "sent": lambda cost: gigabytes(cost.sent_bytes),
-        "to a node": lambda cost: gigabytes(cost.node_bytes),
-        "memory": lambda cost: gigabytes(cost.peak_bytes),
+        "sent": lambda cost: format_bytes(cost.sent_bytes),
+        "to a node": lambda cost: format_bytes(cost.node_bytes),
+        "memory": lambda cost: format_bytes(cost.peak_bytes),
         "messages": lambda cost: str(cost.num_messages),
-        "at least": lambda cost: seconds(cost.seconds),
+        "at least": lambda cost: format_seconds(cost.seconds),
     }
     for name, told in rows.items():
         table.add_row(name, *map(told, costs))
@@ -234,18 +236,18 @@ def _show(console: Console, question: Question, moved: Traffic, costs: list[Cost
         console.out(line, highlight=False)
 
 
-def _remarks(question: Question, moved: Traffic) -> list[str]:
+def _remarks(question: ReshardQuery, moved: Traffic) -> list[str]:
     options: dict[str, Any] = {
         "tensor": question.tensor,
         "pipeline": question.pipeline,
         "grouping": question.grouping,
     }
-    found = groups(question.mesh, **options)
+    found = generation_groups(question.mesh, **options)
     fullest = int(moved.received.argmax())
     elsewhere = int(moved.from_other_nodes[fullest])
-    within = gigabytes(int(moved.received[fullest]) - elsewhere)
+    within = format_bytes(int(moved.received[fullest]) - elsewhere)
     lines = [
-        f"rank {fullest} receives {within} within its node and {gigabytes(elsewhere)} from others, in {len(moved.buckets)} buckets"
+        f"rank {fullest} receives {within} within its node and {format_bytes(elsewhere)} from others, in {len(moved.buckets)} buckets"
     ]
     shown = ", ".join(str(group) for group in found[:4]) + (", ..." if len(found) > 4 else "")
     lines.append(f"{len(found)} replicas of generation: {shown}")
@@ -258,7 +260,7 @@ def _remarks(question: Question, moved: Traffic) -> list[str]:
     return lines
 
 
-def _show_copies(console: Console, question: Question, rank: int) -> None:
+def _show_copies(console: Console, question: ReshardQuery, rank: int) -> None:
     source, target = question.layouts()
     options = {
         "itemsize": question.itemsize,
@@ -276,13 +278,11 @@ def _show_copies(console: Console, question: Question, rank: int) -> None:
 
 def _told(copy: Copy) -> str:
     part = ", ".join(f"{start}:{stop}" for start, stop in copy.bounds)
-    homes = (
-        f"{copy.sender_home}{list(copy.sender_offset)} -> {copy.receiver_home}{list(copy.receiver_offset)}"
-    )
+    homes = f"{copy.sender_tensor}{list(copy.sender_offset)} -> {copy.receiver_tensor}{list(copy.receiver_offset)}"
     return f"{copy.name}[{part}] {homes}"
 
 
-def _facts(question: Question, moved: Traffic, costs: list[Cost]) -> Mapping[str, Any]:
+def _facts(question: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> Mapping[str, Any]:
     return {
         "model_bytes": question.model_bytes,
         "num_ranks": question.mesh.num_ranks,

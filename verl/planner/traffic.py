@@ -15,9 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from verl.weight_sync.layout import Bounds, ShardLayout, volume, whole
+from verl.weight_sync.layout import Bounds, ShardLayout, full_bounds, num_elements
 from verl.weight_sync.meshes import Mesh
-from verl.weight_sync.reshard_plan import BUCKET_BYTES, RANKS_PER_NODE, Pattern, Step, Walk
+from verl.weight_sync.reshard_plan import (
+    BUCKET_BYTES,
+    RANKS_PER_NODE,
+    CopyPattern,
+    ReshardPlanner,
+    TensorCopies,
+)
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -106,7 +112,9 @@ def traffic(
     Raises:
         ValueError: as `make_plan`.
     """
-    walk = Walk(source, target, itemsize=itemsize, bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node)
+    walk = ReshardPlanner(
+        source, target, itemsize=itemsize, bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node
+    )
     num_ranks = source.num_ranks
     buckets: list[Counts] = []
     local = np.zeros(num_ranks, dtype=np.int64)
@@ -135,7 +143,7 @@ class _Fixed:
     local ones.
     """
 
-    def __init__(self, pattern: Pattern, num_ranks: int) -> None:
+    def __init__(self, pattern: CopyPattern, num_ranks: int) -> None:
         self.between = np.zeros((num_ranks, num_ranks), dtype=np.int64)
         self.local = np.zeros(num_ranks, dtype=np.int64)
         for transfer in pattern.transfers:
@@ -145,7 +153,7 @@ class _Fixed:
                 self.between[transfer.holders[0].rank, transfer.receiver] += transfer.num_bytes
 
 
-def _by_bucket(step: Step) -> dict[int, list[int]]:
+def _by_bucket(step: TensorCopies) -> dict[int, list[int]]:
     """Receivers of each bucket, without those of which every transfer has its own."""
     receivers: dict[int, list[int]] = {}
     for receiver, bucket in step.buckets.items():
@@ -154,7 +162,7 @@ def _by_bucket(step: Step) -> dict[int, list[int]]:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ReshardCost:
     """What a way to change the layout costs.
 
     Attributes:
@@ -187,9 +195,9 @@ class Cost:
         )
 
 
-def planned(
+def plan_cost(
     way: str, moved: Traffic, target: ShardLayout, *, itemsize: int, formula: float | None = None
-) -> Cost:
+) -> ReshardCost:
     """Cost of a plan: the target's weights, and one bucket on its way."""
     weights = max(target.num_elements(rank) for rank in range(target.num_ranks)) * itemsize
     peak = weights + moved.in_flight_bytes
@@ -200,10 +208,10 @@ def planned(
         peak,
         int(moved.messages.max()),
     )
-    return Cost(way, *numbers, formula)
+    return ReshardCost(way, *numbers, formula)
 
 
-def gathered(
+def gather_costs(
     source: ShardLayout,
     target: ShardLayout,
     mesh: Mesh,
@@ -211,15 +219,15 @@ def gathered(
     itemsize: int,
     bucket_bytes: int = BUCKET_BYTES,
     ranks_per_node: int = RANKS_PER_NODE,
-) -> list[Cost]:
+) -> list[ReshardCost]:
     """Costs of gathering whole tensors: bucket by bucket, as HybridFlow-V, and as DS-Chat, which shards over
     all ranks.
 
     A ring in which what comes into a node comes once.
     """
-    shapes = [(name, whole(shape)) for name, shape in target.shapes.items()]
-    total = sum(volume(bounds) for _, bounds in shapes) * itemsize
-    sizes = [volume(bounds) * itemsize for _, bounds in shapes]
+    shapes = [(name, full_bounds(shape)) for name, shape in target.shapes.items()]
+    total = sum(num_elements(bounds) for _, bounds in shapes) * itemsize
+    sizes = [num_elements(bounds) * itemsize for _, bounds in shapes]
     replica = mesh.num_ranks // (mesh.replicas * mesh.sequence)
     lacking = total - min(_distinct(source, [rank]) for rank in range(source.num_ranks)) * itemsize
     weights = max(target.num_elements(rank) for rank in range(target.num_ranks)) * itemsize
@@ -230,9 +238,11 @@ def gathered(
     everywhere, nodes = mesh.num_ranks, -(-mesh.num_ranks // ranks_per_node)
     zero = total - total // everywhere
     return [
-        Cost("by bucket", lacking, lacking, node, weights + max(bucket_bytes, *sizes), messages, share),
-        Cost("HybridFlow-V", lacking, lacking, node, total, messages, share),
-        Cost(
+        ReshardCost(
+            "by bucket", lacking, lacking, node, weights + max(bucket_bytes, *sizes), messages, share
+        ),
+        ReshardCost("HybridFlow-V", lacking, lacking, node, total, messages, share),
+        ReshardCost(
             "DS-Chat",
             zero,
             zero,
@@ -244,7 +254,7 @@ def gathered(
     ]
 
 
-def formula(mesh: Mesh, *, tensor: int, pipeline: int) -> float:
+def received_share(mesh: Mesh, *, tensor: int, pipeline: int) -> float:
     """Received bytes as a share of the model, (t p - t_g p_g) / (t_g p_g t p), where sizes divide and every
     weight is split.
     """
@@ -256,9 +266,9 @@ def _distinct(layout: ShardLayout, ranks: list[int]) -> int:
     """Elements that some ranks have together; what several have counts once."""
     pieces: dict[str, set[Bounds]] = {}
     for rank in ranks:
-        for piece in layout.ranks[rank]:
+        for piece in layout.shards[rank]:
             pieces.setdefault(piece.name, set()).add(piece.bounds)
-    return sum(volume(bounds) for found in pieces.values() for bounds in found)
+    return sum(num_elements(bounds) for found in pieces.values() for bounds in found)
 
 
 def _into_nodes(source: ShardLayout, total: int, itemsize: int, ranks_per_node: int) -> int:

@@ -29,11 +29,11 @@ from verl.rollout.pool.p2p import PolicyWeightSender
 from verl.utils.device import synchronize
 from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
-from verl.weight_sync.cuda_ipc import handle_of
+from verl.weight_sync.cuda_ipc import export_handle
 from verl.weight_sync.fingerprint import digest, fingerprint
-from verl.weight_sync.layout import Bounds, whole
+from verl.weight_sync.layout import Bounds, full_bounds
 from verl.weight_sync.shard_tracking import shard_key, slices_of
-from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, unpacked
+from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, unpack
 from verl.weight_sync.types import TensorInfo
 
 # Of the answers to one prompt: why each ended, and its text.
@@ -71,7 +71,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         super().__init__(engine, algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
         self._codec, self._hybrid = codec, hybrid
         if hybrid is not None:
-            self.places = {**self.places, "generate": hybrid.place}
+            self.dispatch_ranks = {**self.dispatch_ranks, "generate": hybrid.dispatch_rank}
         self._embedded = EmbeddedEngine(
             self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots
         )
@@ -134,7 +134,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
                     f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log"
                 )
             self._has_weights = True
-        if not self.places["generate"].collects:
+        if not self.dispatch_ranks["generate"].collects:
             return [[] for _ in prompts]
         return generator.generate(prompts, params) if prompts else []
 
@@ -186,7 +186,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
             For each tensor and for its `slices` their digests as they were before they were written, by
             `shard_key`; and the bytes, if there is no such file where the rank is.
         """
-        target = self._target(infos, path) if self.places["ranks"].data_rank == 0 else None
+        target = self._target(infos, path) if self.dispatch_ranks["ranks"].data_rank == 0 else None
         digests = self._fill(target, infos, slices)
         return digests, None if target is None or Path(path).exists() else target
 
@@ -205,13 +205,13 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
             raise ValueError(
                 f"need the policy on a GPU for rollout.weights_via=ipc, it is on {device}; take auto"
             )
-        if self.places["ranks"].data_rank != 0:
+        if self.dispatch_ranks["ranks"].data_rank != 0:
             return self._fill(None, infos, slices), {}
         target = torch.empty(num_bytes_of(infos), dtype=torch.uint8, device=device)
         digests = self._fill(target, infos, slices)
         self._shared.append(target)
         synchronize(device)
-        return digests, handle_of(target)
+        return digests, export_handle(target)
 
     @register(SAME_ON_ALL)
     def drop_shared(self) -> None:
@@ -224,12 +224,12 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         """All ranks gather, and one has a target for the tensors, end to end; their digests there."""
         wanted = {info.name: info for info in infos}
         digests: dict[str, int] = {}
-        slots = {info.name: place for info, place in unpacked(target, infos)} if target is not None else {}
+        slots = {info.name: place for info, place in unpack(target, infos)} if target is not None else {}
         for name, tensor in self.engine.whole_tensors(wanted):
             if target is None:
                 continue
             served = tensor.to(dtype_of(wanted[name]))
-            for bounds in {whole(wanted[name].shape), *slices[name]}:
+            for bounds in {full_bounds(wanted[name].shape), *slices[name]}:
                 digests[shard_key(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
             slots[name].copy_(served)
         return digests

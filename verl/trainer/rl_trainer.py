@@ -21,7 +21,7 @@ from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import WeightedChoice
 from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
-from verl.controller.worker_group import Future, Merged, WorkerGroup
+from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import BatchPlan, balance, compute_cost
@@ -284,7 +284,7 @@ class Trainer(BaseTrainer):
             skip_zero_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
         )
         read = rows.only(self._policy_columns)
-        return Merged(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
+        return MergedMetrics(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
 
     @property
     def _critic_columns(self) -> set[str]:

@@ -17,7 +17,7 @@ _BYTES = {"handle": 7, "references": 11, "event": 13}
 _NUMBERS = {"offset": 3, "storage_bytes": 8, "storage_offset": 9, "reference_number": 12, "waits": 14}
 
 
-def handle_of(content: Tensor) -> dict[str, Any]:
+def export_handle(content: Tensor) -> dict[str, Any]:
     """What another process on this machine needs to see the same bytes, as JSON can hold it; they stay as
     long as either side has them.
 
@@ -32,7 +32,7 @@ def handle_of(content: Tensor) -> dict[str, Any]:
     return handle | {"num_bytes": content.numel(), "device": _name_of(content.get_device())}
 
 
-def opened(handle: Mapping[str, Any]) -> Tensor:
+def open_handle(handle: Mapping[str, Any]) -> Tensor:
     """[n] uint8, the bytes of another process in place; to be read, and let go soon.
 
     Raises:

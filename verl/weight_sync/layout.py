@@ -9,17 +9,17 @@ from math import prod
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) in each dimension of a whole tensor
 
 
-def whole(shape: tuple[int, ...]) -> Bounds:
+def full_bounds(shape: tuple[int, ...]) -> Bounds:
     """The bounds of all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
-def sizes(bounds: Bounds) -> tuple[int, ...]:
+def shape_of(bounds: Bounds) -> tuple[int, ...]:
     """The shape of a part."""
     return tuple(stop - start for start, stop in bounds)
 
 
-def volume(bounds: Bounds) -> int:
+def num_elements(bounds: Bounds) -> int:
     """Number of elements of a part."""
     return prod(stop - start for start, stop in bounds)
 
@@ -51,7 +51,7 @@ class TensorShard:
     Attributes:
         name: of the whole tensor, as in a Hugging Face folder.
         bounds: which part of the whole tensor.
-        home: name of the local tensor that holds it.
+        local_name: name of the local tensor that holds it.
         offset: where it begins in the home, one number for each dimension of the home. The last dimensions of
             the home are the last ones of the whole tensor. A home with fewer dimensions lacks leading ones,
             in which the part has size 1 (an expert of a stacked weight); in leading dimensions that only the
@@ -60,7 +60,7 @@ class TensorShard:
 
     name: str
     bounds: Bounds
-    home: str
+    local_name: str
     offset: tuple[int, ...]
 
 
@@ -70,7 +70,7 @@ class ShardLayout:
 
     Attributes:
         shapes: of the whole tensors by name, in the order in which they are wanted.
-        ranks: pieces of each rank. Replicas are equal bounds on several ranks; a rank may have none. Padding
+        shards: shards of each rank. Replicas are equal bounds on several ranks; a rank may have none. Padding
             of a local tensor is part of no piece.
 
     Raises:
@@ -78,13 +78,13 @@ class ShardLayout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    ranks: tuple[tuple[TensorShard, ...], ...]
+    shards: tuple[tuple[TensorShard, ...], ...]
 
     def __post_init__(self) -> None:
         # Replicas that share their tuple are looked at once.
-        distinct = {id(pieces): rank for rank, pieces in reversed(list(enumerate(self.ranks)))}
+        distinct = {id(pieces): rank for rank, pieces in reversed(list(enumerate(self.shards)))}
         for rank in sorted(distinct.values()):
-            for piece in self.ranks[rank]:
+            for piece in self.shards[rank]:
                 fault = self._fault(piece)
                 if fault:
                     raise ValueError(
@@ -94,11 +94,11 @@ class ShardLayout:
     @property
     def num_ranks(self) -> int:
         """Ranks, with those that hold nothing."""
-        return len(self.ranks)
+        return len(self.shards)
 
     def num_elements(self, rank: int) -> int:
         """Elements that a rank holds."""
-        return sum(volume(piece.bounds) for piece in self.ranks[rank])
+        return sum(num_elements(piece.bounds) for piece in self.shards[rank])
 
     def _fault(self, piece: TensorShard) -> str | None:
         shape = self.shapes.get(piece.name)
@@ -115,7 +115,7 @@ class ShardLayout:
         return None
 
 
-def offset_of(part: Bounds, piece: TensorShard) -> tuple[int, ...]:
+def local_offset(part: Bounds, piece: TensorShard) -> tuple[int, ...]:
     """Where a part of a piece begins in the piece's home."""
     steps = tuple(start - first for (start, _), (first, _) in zip(part, piece.bounds, strict=True))
     extra = len(piece.offset) - len(steps)
@@ -123,11 +123,11 @@ def offset_of(part: Bounds, piece: TensorShard) -> tuple[int, ...]:
     return tuple(begin + step for begin, step in zip(piece.offset, steps, strict=True))
 
 
-def slices_at_home(part: Bounds, offset: tuple[int, ...]) -> tuple[slice, ...]:
+def local_slices(part: Bounds, offset: tuple[int, ...]) -> tuple[slice, ...]:
     """Where a part that begins at an offset lies in its home; what they give has as many elements as the
     part, in the same order.
     """
-    shape = sizes(part)
+    shape = shape_of(part)
     extra = len(offset) - len(shape)
     shape = (1,) * extra + shape if extra > 0 else shape[-extra:]
     return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingPlace:
+class TrainingCoordinates:
     """Where a rank stands in training.
 
     Attributes:
@@ -69,22 +69,22 @@ class Mesh:
         """All ranks."""
         return self.tensor * self.pipeline * self.shards * self.sequence * self.replicas
 
-    def place(self, rank: int) -> TrainingPlace:
+    def coordinates(self, rank: int) -> TrainingCoordinates:
         """Where a rank stands."""
         rest, tensor = divmod(rank, self.tensor)
         rest, sequence = divmod(rest, self.sequence)
         rest, shard = divmod(rest, self.shards)
         replica, stage = divmod(rest, self.pipeline)
-        return TrainingPlace(replica, stage, shard, sequence, tensor)
+        return TrainingCoordinates(replica, stage, shard, sequence, tensor)
 
     def expert_rank(self, rank: int) -> int:
         """Which part of the experts a rank has."""
-        place = self.place(rank)
+        place = self.coordinates(rank)
         return ((place.replica * self.sequence + place.sequence) * self.tensor + place.tensor) % self.experts
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationPlace:
+class GenerationCoordinates:
     """Where a rank stands in generation.
 
     Attributes:
@@ -98,7 +98,7 @@ class GenerationPlace:
     tensor: int
 
 
-def zero_redundancy(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationPlace:
+def zero_redundancy(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationCoordinates:
     """What a rank has in training is part of what it needs: ranks of a generation group are at stride t /
     t_g, not consecutive.
 
@@ -106,30 +106,30 @@ def zero_redundancy(rank: int, training: Mesh, tensor: int, pipeline: int) -> Ge
     likewise, and what is left over numbers the d_g = p t / (p_g t_g) replicas of generation in a replica of
     training. Shards of FSDP play the part of tensor ranks, within these.
     """
-    place = training.place(rank)
+    place = training.coordinates(rank)
     width, depth = training.tensor * training.shards // tensor, training.pipeline // pipeline
     column, micro_column = divmod(place.tensor * training.shards + place.shard, width)
     stage, micro_stage = divmod(place.stage, depth)
     line = place.replica * training.sequence + place.sequence
-    return GenerationPlace((line * depth + micro_stage) * width + micro_column, stage, column)
+    return GenerationCoordinates((line * depth + micro_stage) * width + micro_column, stage, column)
 
 
-def consecutive(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationPlace:
+def consecutive(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationCoordinates:
     """The grouping of an engine by itself, and of the paper's HybridFlow-V: consecutive ranks share a model."""
     rest, column = divmod(rank, tensor)
     replica, stage = divmod(rest, pipeline)
-    return GenerationPlace(replica, stage, column)
+    return GenerationCoordinates(replica, stage, column)
 
 
-GROUPINGS: dict[str, Callable[[int, Mesh, int, int], GenerationPlace]] = {
+GROUPINGS: dict[str, Callable[[int, Mesh, int, int], GenerationCoordinates]] = {
     "zero-redundancy": zero_redundancy,
     "consecutive": consecutive,
 }
 
 
-def generation_place(
+def generation_coordinates(
     rank: int, training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
-) -> GenerationPlace:
+) -> GenerationCoordinates:
     """Where a rank of training stands in generation.
 
     Args:
@@ -159,12 +159,12 @@ def generation_place(
     return GROUPINGS[grouping](rank, training, tensor, pipeline)
 
 
-def groups(
+def generation_groups(
     training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
 ) -> list[list[int]]:
     """Ranks of each replica of generation, by stage and tensor rank."""
     places = [
-        generation_place(rank, training, tensor=tensor, pipeline=pipeline, grouping=grouping)
+        generation_coordinates(rank, training, tensor=tensor, pipeline=pipeline, grouping=grouping)
         for rank in range(training.num_ranks)
     ]
     order = sorted(

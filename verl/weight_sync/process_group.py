@@ -78,7 +78,7 @@ def receive(group: Any, tensor: Tensor, *, sender: int) -> None:
         group.recv([tensor], sender, 0).wait()
 
 
-def shared_memory() -> str:
+def shared_memory_id() -> str:
     """Equal in processes that see the same shared memory; a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return (

@@ -13,22 +13,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.weight_sync.cuda_ipc import opened
+from verl.weight_sync.cuda_ipc import open_handle
 from verl.weight_sync.fingerprint import digest
-from verl.weight_sync.layout import Bounds, sizes, whole
+from verl.weight_sync.layout import Bounds, full_bounds, shape_of
 from verl.weight_sync.process_group import broadcast, open_group, receive
 from verl.weight_sync.reshard_exchange import exchange
 from verl.weight_sync.reshard_plan import Copy, ReshardPlan
 from verl.weight_sync.shard_tracking import (
     ShardRanges,
-    as_bounds,
-    disjoint,
+    merge_overlapping,
+    parse_bounds,
     record_reads,
     shard_key,
     sharded_proxy,
     slices_of,
 )
-from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, pieces_in, tensors_in, unpacked
+from verl.weight_sync.shared_memory import (
+    dtype_of,
+    map_file,
+    num_bytes_of,
+    read_safetensors,
+    shards_in,
+    unpack,
+)
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Ways in which the bytes are where this process sees them.
@@ -43,24 +50,24 @@ class WeightReceiver:
     Args:
         device: where tensors are handed on; None: where they come, as the model copies them itself to where
             it wants them.
-        keeps: tensors are used after a part was taken, so they must be in memory of their own.
+        copies_tensors: tensors are used after a part was taken, so they must be in memory of their own.
 
     Attributes:
-        digests: of what was handed on since `begin`, by `shard_key`.
+        digests: of what was handed on since `reset`, by `shard_key`.
         num_bytes: of it, without what a folder has.
     """
 
-    def __init__(self, device: torch.device | None, *, keeps: bool) -> None:
-        self._device, self._keeps = device, keeps
+    def __init__(self, device: torch.device | None, *, copies_tensors: bool) -> None:
+        self._device, self._keeps = device, copies_tensors
         self._group: Any = None
-        self.begin()
+        self.reset()
 
     @property
-    def reads(self) -> ShardRanges:
+    def read_ranges(self) -> ShardRanges:
         """What was read of the tensors that were handed on to be recorded."""
-        return {name: disjoint(bounds) for name, bounds in self._reads.items()}
+        return {name: merge_overlapping(bounds) for name, bounds in self._reads.items()}
 
-    def join(
+    def join_group(
         self, address: str, port: int, *, rank: int, num_ranks: int, backend: str, timeout_s: float
     ) -> None:
         """Joins the group over which parts come, in place of one before."""
@@ -69,11 +76,11 @@ class WeightReceiver:
             address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
         )
 
-    def leave(self) -> None:
+    def leave_group(self) -> None:
         """Leaves it."""
         self._group = None
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Forgets what came before."""
         self.digests: dict[str, int] = {}
         self.num_bytes = 0
@@ -90,30 +97,34 @@ class WeightReceiver:
         Raises:
             RuntimeError: bytes are missing, the group failed, or there is none.
         """
-        if part.via == "disk":
-            tensors = tensors_in(Path(part.where["folder"]), device=str(self._device or "cpu"))
+        if part.transport == "disk":
+            tensors = read_safetensors(Path(part.location["folder"]), device=str(self._device or "cpu"))
             arrived = (
-                (TensorInfo(name, tuple(t.shape), ""), [(whole(tuple(t.shape)), t)], [whole(tuple(t.shape))])
+                (
+                    TensorInfo(name, tuple(t.shape), ""),
+                    [(full_bounds(tuple(t.shape)), t)],
+                    [full_bounds(tuple(t.shape))],
+                )
                 for name, t in tensors
             )
             yield (self._handed(*one, records=False) for one in arrived)
             return
         try:
-            for batch in self.arrived(part):
-                yield (self._handed(*one, records=records and not part.reads) for one in batch)
+            for batch in self.received(part):
+                yield (self._handed(*one, records=records and not part.ranges) for one in batch)
         except BaseException:
             # Also when the model did not take a batch: those who send would wait for us.
-            if part.via not in _MAPPED:
-                self.leave()
+            if part.transport not in _MAPPED:
+                self.leave_group()
             raise
 
-    def arrived(self, part: WeightChunk) -> Iterator[list[Arrived]]:
+    def received(self, part: WeightChunk) -> Iterator[list[Arrived]]:
         """What comes of a part that is not in a folder, each tensor once it is complete, noted nowhere.
 
         Raises:
             RuntimeError: see `batches`.
         """
-        return self._exchanged(part) if part.via == "direct" else iter([self._parts(part)])
+        return self._exchanged(part) if part.transport == "direct" else iter([self._parts(part)])
 
     def _handed(
         self, info: TensorInfo, parts: list[tuple[Bounds, Tensor]], marks: list[Bounds], *, records: bool
@@ -124,7 +135,7 @@ class WeightReceiver:
                 part[slices_of(bounds, within=own)]
             )
         self.num_bytes += sum(part.nbytes for _, part in parts)
-        if [bounds for bounds, _ in parts] != [whole(info.shape)]:
+        if [bounds for bounds, _ in parts] != [full_bounds(info.shape)]:
             like = parts[0][1] if parts else torch.empty(0, dtype=dtype_of(info), device=self._device)
             return info.name, sharded_proxy(info.name, info.shape, parts, like=like)
         ((_, tensor),) = parts
@@ -135,15 +146,15 @@ class WeightReceiver:
     def _parts(self, part: WeightChunk) -> list[Arrived]:
         """Of bytes in shared memory, or from rank 0 of the group."""
         infos = part.tensors
-        if not part.reads:
+        if not part.ranges:
             content = self._whole_content(part)
             return [
-                (info, [(whole(info.shape), tensor)], [whole(info.shape)])
-                for info, tensor in unpacked(content, infos)
+                (info, [(full_bounds(info.shape), tensor)], [full_bounds(info.shape)])
+                for info, tensor in unpack(content, infos)
             ]
-        pieces = pieces_in(infos, part.reads[0])
-        if part.via in _MAPPED:
-            mapped = {info.name: tensor for info, tensor in unpacked(_mapped(part), infos)}
+        pieces = shards_in(infos, part.ranges[0])
+        if part.transport in _MAPPED:
+            mapped = {info.name: tensor for info, tensor in unpack(_mapped(part), infos)}
             tensors = [self._own(mapped[piece.name][slices_of(bounds)]) for piece, bounds in pieces]
         else:
             content = torch.empty(
@@ -152,7 +163,7 @@ class WeightReceiver:
             receive(self._group, content, sender=0)
             tensors = [
                 self._own(tensor, is_ours=True)
-                for _, tensor in unpacked(content, [piece for piece, _ in pieces])
+                for _, tensor in unpack(content, [piece for piece, _ in pieces])
             ]
         came: dict[str, list[tuple[Bounds, Tensor]]] = {info.name: [] for info in infos}
         for (piece, bounds), tensor in zip(pieces, tensors, strict=True):
@@ -160,7 +171,7 @@ class WeightReceiver:
         return [(info, came[info.name], [bounds for bounds, _ in came[info.name]]) for info in infos]
 
     def _whole_content(self, part: WeightChunk) -> Tensor:
-        if part.via in _MAPPED:
+        if part.transport in _MAPPED:
             return self._own(_mapped(part))
         content = torch.empty(num_bytes_of(part.tensors), dtype=torch.uint8, device=self._joined())
         broadcast(self._group, content)
@@ -169,9 +180,13 @@ class WeightReceiver:
     def _exchanged(self, part: WeightChunk) -> Iterator[list[Arrived]]:
         """Tensors that the ranks of the policy send, each as soon as all of it has come."""
         infos = {info.name: info for info in part.tensors}
-        reads = part.reads[0] if part.reads else {name: [whole(info.shape)] for name, info in infos.items()}
+        reads = (
+            part.ranges[0]
+            if part.ranges
+            else {name: [full_bounds(info.shape)] for name, info in infos.items()}
+        )
         device, rank = self._joined(), self._group.rank()
-        buckets = [[_copy(*copy, receiver=rank) for copy in bucket] for bucket in part.where["copies"][0]]
+        buckets = [[_copy(*copy, receiver=rank) for copy in bucket] for bucket in part.location["copies"][0]]
         left: dict[str, list[Bounds]] = {name: [] for name in infos}
         for copy in (copy for bucket in buckets for copy in bucket):
             left[copy.name].append(copy.bounds)
@@ -217,9 +232,9 @@ class WeightReceiver:
 def _mapped(part: WeightChunk) -> Tensor:
     """[n] uint8, the bytes of a part where the policy has them, in memory of this machine or of a GPU."""
     return (
-        opened(part.where)
-        if part.via == "ipc"
-        else map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
+        open_handle(part.location)
+        if part.transport == "ipc"
+        else map_file(Path(part.location["path"]), num_bytes_of(part.tensors))
     )
 
 
@@ -237,13 +252,13 @@ def _put(parts: list[tuple[Bounds, Tensor]], reads: Any, bounds: Bounds, values:
         return
     part = next((part for known, part in parts if known == own), None)
     if part is None:
-        part = values.new_empty(sizes(own))
+        part = values.new_empty(shape_of(own))
         parts.append((own, part))
     part[slices_of(bounds, within=own)] = values
 
 
 def _copy(name: str, bounds: list[list[int]], sender: int, *, receiver: int) -> Copy:
-    return Copy(name, as_bounds(bounds), sender, "", (), receiver, "", ())
+    return Copy(name, parse_bounds(bounds), sender, "", (), receiver, "", ())
 
 
 def _nothing(copy: Copy) -> Tensor:

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl.weight_sync.layout import Bounds, sizes, slices_at_home, volume
+from verl.weight_sync.layout import Bounds, local_slices, num_elements, shape_of
 from verl.weight_sync.reshard_plan import Copy, ReshardPlan
 
 
-def part_of(home: Tensor, bounds: Bounds, offset: tuple[int, ...]) -> Tensor:
+def local_view(home: Tensor, bounds: Bounds, offset: tuple[int, ...]) -> Tensor:
     """A view of the part of a home that begins at an offset; as many elements as the bounds have, in their
     order.
     """
-    return home[slices_at_home(bounds, offset)]
+    return home[local_slices(bounds, offset)]
 
 
 @dataclass
@@ -36,8 +36,8 @@ class _Travelling:
         self.work.wait()
         start = 0
         for copy in self.copies:
-            stop = start + volume(copy.bounds)
-            yield copy, self.received[start:stop].view(sizes(copy.bounds))
+            stop = start + num_elements(copy.bounds)
+            yield copy, self.received[start:stop].view(shape_of(copy.bounds))
             start = stop
 
 
@@ -113,19 +113,19 @@ def _started(
     num_ranks = group.size()
     goes = sorted((copy for copy in bucket if copy.sender == rank), key=lambda copy: copy.receiver)
     comes = sorted((copy for copy in bucket if copy.receiver == rank), key=lambda copy: copy.sender)
-    sent = torch.empty(sum(volume(copy.bounds) for copy in goes), dtype=dtype, device=device)
+    sent = torch.empty(sum(num_elements(copy.bounds) for copy in goes), dtype=dtype, device=device)
     start = 0
     for copy in goes:
-        stop = start + volume(copy.bounds)
+        stop = start + num_elements(copy.bounds)
         values = read(copy)
         # Cast here, by the copy into the buffer: what travels is in the dtype that is wanted there.
         sent[start:stop].view(values.shape).copy_(values)
         start = stop
-    received = torch.empty(sum(volume(copy.bounds) for copy in comes), dtype=dtype, device=device)
+    received = torch.empty(sum(num_elements(copy.bounds) for copy in comes), dtype=dtype, device=device)
     to, of = [0] * num_ranks, [0] * num_ranks
     for copy in goes:
-        to[copy.receiver] += volume(copy.bounds)
+        to[copy.receiver] += num_elements(copy.bounds)
     for copy in comes:
-        of[copy.sender] += volume(copy.bounds)
+        of[copy.sender] += num_elements(copy.bounds)
     work = group.alltoall_base(received, sent, of, to, dist.AllToAllOptions())
     return _Travelling(comes, received, sent, work)

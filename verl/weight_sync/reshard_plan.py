@@ -14,9 +14,9 @@ from verl.weight_sync.layout import (
     TensorShard,
     difference,
     intersection,
-    offset_of,
-    sizes,
-    volume,
+    local_offset,
+    num_elements,
+    shape_of,
 )
 
 BUCKET_BYTES = 2**28
@@ -33,20 +33,20 @@ class Copy:
         name: of the whole tensor.
         bounds: the part.
         sender: rank that has it.
-        sender_home: local tensor of the sender.
+        sender_tensor: local tensor of the sender.
         sender_offset: where it begins there.
         receiver: rank that needs it.
-        receiver_home: local tensor of the receiver.
+        receiver_tensor: local tensor of the receiver.
         receiver_offset: where it begins there.
     """
 
     name: str
     bounds: Bounds
     sender: int
-    sender_home: str
+    sender_tensor: str
     sender_offset: tuple[int, ...]
     receiver: int
-    receiver_home: str
+    receiver_tensor: str
     receiver_offset: tuple[int, ...]
 
 
@@ -100,14 +100,14 @@ class ReshardPlan:
         }
         for bucket in self.buckets:
             for copy in bucket:
-                num_bytes = volume(copy.bounds) * self.itemsize
+                num_bytes = num_elements(copy.bounds) * self.itemsize
                 totals["sent"][copy.sender] += num_bytes
                 totals["received"][copy.receiver] += num_bytes
             totals["messages"].update(
                 receiver for _, receiver in {(copy.sender, copy.receiver) for copy in bucket}
             )
         for copy in self.local:
-            totals["local"][copy.receiver] += volume(copy.bounds) * self.itemsize
+            totals["local"][copy.receiver] += num_elements(copy.bounds) * self.itemsize
         return totals
 
 
@@ -137,7 +137,9 @@ def make_plan(
         ValueError: layouts of different ranks or tensors, or a part of the target that lies nowhere in the
             source.
     """
-    walk = Walk(source, target, itemsize=itemsize, bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node)
+    walk = ReshardPlanner(
+        source, target, itemsize=itemsize, bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node
+    )
     if rank is not None and not 0 <= rank < source.num_ranks:
         raise ValueError(f"need a rank from 0 to {source.num_ranks - 1}, got {rank}")
     local: list[Copy] = []
@@ -151,7 +153,7 @@ def make_plan(
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class CopySource:
     """A rank that has a part, which of the tensor's source pieces it is in, and where in its home."""
 
     rank: int
@@ -160,7 +162,7 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class NeededPart:
+class PendingCopy:
     """A part that a rank needs, and those it may come from: itself alone, or several."""
 
     bounds: Bounds
@@ -168,7 +170,7 @@ class NeededPart:
     receiver: int
     piece: int
     offset: tuple[int, ...]
-    holders: tuple[Holder, ...]
+    holders: tuple[CopySource, ...]
 
     @property
     def is_local(self) -> bool:
@@ -177,7 +179,7 @@ class NeededPart:
 
 
 @dataclass
-class Pattern:
+class CopyPattern:
     """What has to be copied for every tensor that is spread in the same way; layers repeat, so there are few.
 
     Attributes:
@@ -187,7 +189,7 @@ class Pattern:
         choices: transfers with several possible senders.
     """
 
-    transfers: list[NeededPart]
+    transfers: list[PendingCopy]
     received: Counter[int] = field(default_factory=Counter)
     sent: dict[int, Counter[int]] = field(default_factory=dict)
     choices: list[int] = field(default_factory=list)
@@ -217,7 +219,7 @@ class Pattern:
 
 
 @dataclass
-class Step:
+class TensorCopies:
     """One tensor: its pattern, which holder was chosen where there was a choice, and the buckets.
 
     Attributes:
@@ -230,14 +232,14 @@ class Step:
     """
 
     name: str
-    pattern: Pattern
+    pattern: CopyPattern
     source: Pieces
     target: Pieces
-    chosen: dict[int, Holder]
+    chosen: dict[int, CopySource]
     buckets: dict[int, int]
     spread: dict[int, int]
 
-    def of(self, rank: int | None) -> Iterator[tuple[NeededPart, Holder, int | None]]:
+    def of(self, rank: int | None) -> Iterator[tuple[PendingCopy, CopySource, int | None]]:
         """Transfers of a rank or of all, each with its holder and bucket; None: it does not travel."""
         transfers = self.pattern.transfers
         for index in range(len(transfers)) if rank is None else self.pattern.concerning(rank):
@@ -247,9 +249,9 @@ class Step:
                 bucket = self.spread[index] if index in self.spread else self.buckets.get(transfer.receiver)
                 yield transfer, holder, None if transfer.is_local else bucket
 
-    def copy(self, transfer: NeededPart, holder: Holder) -> Copy:
+    def copy(self, transfer: PendingCopy, holder: CopySource) -> Copy:
         """A transfer of this tensor."""
-        homes = self.source[holder.piece][1].home, self.target[transfer.piece][1].home
+        homes = self.source[holder.piece][1].local_name, self.target[transfer.piece][1].local_name
         return Copy(
             self.name,
             transfer.bounds,
@@ -262,7 +264,7 @@ class Step:
         )
 
 
-class Walk:
+class ReshardPlanner:
     """Goes over the tensors of a target in their order, and chooses senders and buckets.
 
     Args:
@@ -301,14 +303,14 @@ class Walk:
         self._names = [name for name in target.shapes if name in self._target]
         self._num_ranks = source.num_ranks
         self._itemsize, self._bucket_bytes, self._ranks_per_node = itemsize, bucket_bytes, ranks_per_node
-        self._patterns: dict[tuple[object, object], Pattern] = {}
+        self._patterns: dict[tuple[object, object], CopyPattern] = {}
         # Bytes to send, by bucket (None: in all) and rank.
         self._load = Counter[tuple[int | None, int]]()
         self._chooses = False
         self._bucket, self._fill = Counter[int](), Counter[int]()
         self.num_buckets = 0
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[TensorCopies]:
         """Every tensor, once."""
         patterns = {
             name: self._pattern(name, self._source.get(name, []), self._target[name]) for name in self._names
@@ -316,7 +318,7 @@ class Walk:
         placed = self._placed(patterns)
         self._chooses = any(pattern.choices for pattern in patterns.values())
         for name, pattern in patterns.items():
-            yield Step(
+            yield TensorCopies(
                 name,
                 pattern,
                 self._source[name],
@@ -325,7 +327,7 @@ class Walk:
                 *placed[name],
             )
 
-    def _placed(self, patterns: dict[str, Pattern]) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
+    def _placed(self, patterns: dict[str, CopyPattern]) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
         """Buckets of each tensor by receiver, and by transfer where a receiver needs several for it."""
         # Tensors of different ranks, by the first one: stages of a pipeline, experts.
         stages: dict[int, list[str]] = {}
@@ -348,13 +350,13 @@ class Walk:
                     buckets[receiver] = self._place(receiver, num_bytes)
         return placed
 
-    def _pattern(self, name: str, source: Pieces, target: Pieces) -> Pattern:
+    def _pattern(self, name: str, source: Pieces, target: Pieces) -> CopyPattern:
         key = _key(source), _key(target)
         if key not in self._patterns:
-            self._patterns[key] = Pattern(self._transfers(name, source, target))
+            self._patterns[key] = CopyPattern(self._transfers(name, source, target))
         return self._patterns[key]
 
-    def _transfers(self, name: str, source: Pieces, target: Pieces) -> list[NeededPart]:
+    def _transfers(self, name: str, source: Pieces, target: Pieces) -> list[PendingCopy]:
         regions = _disjoint_regions(source)
         common: dict[Bounds, list[tuple[Bounds, list[int]]]] = {}
         transfers = []
@@ -362,18 +364,18 @@ class Walk:
             if piece.bounds not in common:
                 common[piece.bounds] = self._parts(piece.bounds, regions)
             parts = common[piece.bounds]
-            if sum(volume(part) for part, _ in parts) != volume(piece.bounds):
+            if sum(num_elements(part) for part, _ in parts) != num_elements(piece.bounds):
                 raise ValueError(
                     f"need all of {name} in the source, it lacks some of {piece.bounds}, which rank {receiver} wants"
                 )
             for part, owners in parts:
                 holders = tuple(
-                    Holder(source[i][0], i, offset_of(part, source[i][1]))
+                    CopySource(source[i][0], i, local_offset(part, source[i][1]))
                     for i in self._usable(receiver, source, owners)
                 )
-                num_bytes = volume(part) * self._itemsize
+                num_bytes = num_elements(part) * self._itemsize
                 transfers.append(
-                    NeededPart(part, num_bytes, receiver, index, offset_of(part, piece), holders)
+                    PendingCopy(part, num_bytes, receiver, index, local_offset(part, piece), holders)
                 )
         return transfers
 
@@ -399,7 +401,9 @@ class Walk:
         turn = sorted(near or by_rank, key=lambda rank: (rank < receiver, rank))
         return [by_rank[rank] for rank in turn]
 
-    def _choose(self, pattern: Pattern, buckets: dict[int, int], spread: dict[int, int]) -> dict[int, Holder]:
+    def _choose(
+        self, pattern: CopyPattern, buckets: dict[int, int], spread: dict[int, int]
+    ) -> dict[int, CopySource]:
         """Of several ranks that have a part the one that has least to send in its bucket, and in all."""
         for receiver, senders in pattern.sent.items() if self._chooses else ():
             for sender, num_bytes in senders.items():
@@ -430,7 +434,7 @@ class Walk:
         self.num_buckets = max(self.num_buckets, self._bucket[receiver] + 1)
         return self._bucket[receiver]
 
-    def _spread(self, pattern: Pattern, receiver: int) -> dict[int, int]:
+    def _spread(self, pattern: CopyPattern, receiver: int) -> dict[int, int]:
         """Buckets of a tensor that is too large for one."""
         arriving = (
             (i, t) for i, t in enumerate(pattern.transfers) if t.receiver == receiver and not t.is_local
@@ -440,9 +444,9 @@ class Walk:
 
 def _by_name(layout: ShardLayout) -> dict[str, Pieces]:
     pieces: dict[str, Pieces] = {}
-    for rank, held in enumerate(layout.ranks):
+    for rank, held in enumerate(layout.shards):
         for piece in held:
-            if volume(piece.bounds):
+            if num_elements(piece.bounds):
                 pieces.setdefault(piece.name, []).append((rank, piece))
     return pieces
 
@@ -478,13 +482,13 @@ def _without(box: Bounds, other: Bounds) -> list[Bounds]:
 
 def _split(bounds: Bounds, limit: int) -> Iterator[Bounds]:
     """Parts of at most `limit` elements, cut along the first dimension that can be."""
-    num_elements = volume(bounds)
-    if num_elements <= limit:
+    size = num_elements(bounds)
+    if size <= limit:
         yield bounds
         return
-    dim = next(dim for dim, size in enumerate(sizes(bounds)) if size > 1)
+    dim = next(dim for dim, size in enumerate(shape_of(bounds)) if size > 1)
     start, stop = bounds[dim]
-    inner = num_elements // (stop - start)
+    inner = size // (stop - start)
     width = max(1, limit // inner)
     for first in range(start, stop, width):
         yield from _split((*bounds[:dim], (first, min(stop, first + width)), *bounds[dim + 1 :]), limit)

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from verl.weight_sync.layout import Bounds, intersection, volume, whole
+from verl.weight_sync.layout import Bounds, full_bounds, intersection, num_elements
 
 # What a rank reads of each tensor, by name; disjoint. Nothing of a tensor: it is not read there.
 ShardRanges = Mapping[str, Sequence[Bounds]]
 
 
-class OutsideError(RuntimeError):
+class MissingShardError(RuntimeError):
     """Something was read of a tensor that is not here."""
 
 
@@ -53,14 +53,14 @@ class _ReadRecord:
         be one.
 
         Raises:
-            OutsideError: they are not all here.
+            MissingShardError: they are not all here.
         """
         bounds, steps = self._box(view)
-        if volume(bounds) == 0:
+        if num_elements(bounds) == 0:
             return torch.empty(view.shape, dtype=view.dtype, device=self.device)
         found = next(((own, part) for own, part in self.parts if intersection(own, bounds) == bounds), None)
         if found is None:
-            raise OutsideError(
+            raise MissingShardError(
                 f"the engine reads {bounds_text(bounds)} of {self.name}, of which it was sent {_told(self.parts)}"
             )
         if bounds not in self.reads:
@@ -97,7 +97,7 @@ class _ReadRecord:
             steps.append((dim, stride // strides[dim]))
             stops[dim] += (size - 1) * steps[-1][1]
         if any(stop > size for stop, size in zip(stops, sizes, strict=True)):
-            return whole(sizes), None
+            return full_bounds(sizes), None
         return tuple(zip(starts, stops, strict=True)), steps
 
 
@@ -180,11 +180,11 @@ def sharded_proxy(
 def record_reads(name: str, tensor: Tensor, reads: list[Bounds]) -> Tensor:
     """A tensor of which all is here, and which adds to `reads` what of it is read."""
     shape = tuple(tensor.shape)
-    source = _ReadRecord(name, shape, tensor.device, [(whole(shape), tensor)], reads)
+    source = _ReadRecord(name, shape, tensor.device, [(full_bounds(shape), tensor)], reads)
     return ShardedTensorProxy.of(source, torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
 
-def disjoint(reads: Iterable[Bounds]) -> tuple[Bounds, ...]:
+def merge_overlapping(reads: Iterable[Bounds]) -> tuple[Bounds, ...]:
     """Bounds that hold all of these and have nothing in common, in order."""
     found: list[Bounds] = []
     for bounds in reads:
@@ -215,17 +215,17 @@ def bounds_text(bounds: Bounds) -> str:
 
 def shard_key(name: str, bounds: Bounds, *, shape: Sequence[int]) -> str:
     """Names a part of a tensor of that shape in a fingerprint; all of it by the tensor's own name."""
-    return name if bounds == whole(tuple(shape)) else f"{name}@{bounds_text(bounds)}"
+    return name if bounds == full_bounds(tuple(shape)) else f"{name}@{bounds_text(bounds)}"
 
 
-def as_bounds(given: Sequence[Sequence[int]]) -> Bounds:
+def parse_bounds(given: Sequence[Sequence[int]]) -> Bounds:
     """Bounds that have been JSON."""
     return tuple((start, stop) for start, stop in given)
 
 
-def as_reads(given: Mapping[str, Sequence[Sequence[Sequence[int]]]]) -> ShardRanges:
+def parse_ranges(given: Mapping[str, Sequence[Sequence[Sequence[int]]]]) -> ShardRanges:
     """`ShardRanges` that have been JSON."""
-    return {name: tuple(as_bounds(bounds) for bounds in own) for name, own in given.items()}
+    return {name: tuple(parse_bounds(bounds) for bounds in own) for name, own in given.items()}
 
 
 def _told(parts: Sequence[tuple[Bounds, Tensor]]) -> str:

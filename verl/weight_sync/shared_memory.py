@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from verl.weight_sync.layout import Bounds, sizes
+from verl.weight_sync.layout import Bounds, shape_of
 from verl.weight_sync.shard_tracking import ShardRanges
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
@@ -55,7 +55,7 @@ def map_file(path: Path, num_bytes: int, *, for_writing: bool = False) -> Tensor
     return torch.from_file(str(path), shared=for_writing, size=num_bytes, dtype=torch.uint8)
 
 
-def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in the safetensors files of a folder.
 
     Raises:
@@ -70,21 +70,21 @@ def tensors_in(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tens
                 yield name, file.get_tensor(name)
 
 
-def pieces_in(infos: Sequence[TensorInfo], reads: ShardRanges) -> list[tuple[TensorInfo, Bounds]]:
+def shards_in(infos: Sequence[TensorInfo], reads: ShardRanges) -> list[tuple[TensorInfo, Bounds]]:
     """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
     return [
-        (TensorInfo(info.name, sizes(bounds), info.dtype), bounds)
+        (TensorInfo(info.name, shape_of(bounds), info.dtype), bounds)
         for info in infos
         for bounds in reads[info.name]
     ]
 
 
-def part_of(reads: Sequence[ShardRanges], part: WeightChunk) -> tuple[ShardRanges, ...]:
+def chunk_ranges(reads: Sequence[ShardRanges], part: WeightChunk) -> tuple[ShardRanges, ...]:
     """Of what ranks read, what is in a part."""
     return tuple({info.name: own[info.name] for info in part.tensors} for own in reads)
 
 
-def unpacked(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:
+def unpack(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:
     """Tensors whose bytes are end to end in `content`, uint8; in place where they are aligned."""
     tensors, start = [], 0
     for info in infos:

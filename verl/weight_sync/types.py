@@ -30,20 +30,20 @@ class WeightChunk:
 
     Attributes:
         tensors: in the order of their bytes.
-        via: how they travel.
-        where: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk:
+        transport: how they travel.
+        location: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk:
             `folder`, with all weights; direct: `copies`, for each rank its
             buckets of (name, bounds, sender).
-        reads: for each rank of the engine, what it gets of the tensors, in their order and end to end; none:
+        ranges: for each rank of the engine, what it gets of the tensors, in their order and end to end; none:
             each gets all.
     """
 
     tensors: tuple[TensorInfo, ...]
-    via: Transport
-    where: Mapping[str, Any] = field(default_factory=dict)
-    reads: tuple[ShardRanges, ...] = ()
+    transport: Transport
+    location: Mapping[str, Any] = field(default_factory=dict)
+    ranges: tuple[ShardRanges, ...] = ()
 
     def of_rank(self, rank: int) -> WeightChunk:
         """What one rank of an engine has to know of it."""
-        own = {"copies": [self.where["copies"][rank]]} if self.via == "direct" else {}
-        return replace(self, where={**self.where, **own}, reads=self.reads[rank : rank + 1])
+        own = {"copies": [self.location["copies"][rank]]} if self.transport == "direct" else {}
+        return replace(self, location={**self.location, **own}, ranges=self.ranges[rank : rank + 1])

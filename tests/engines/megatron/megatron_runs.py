@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.engines.sharded_runs import CPU, algorithm_of, role_config, steps, stream_case, worker_on
 from tests.training import rows_to_learn
 from verl.config.placement import ParallelConfig
-from verl.controller.dispatch import by_plan
+from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
 from verl.engines.base import NotFiniteError
 from verl.engines.megatron.engine import megatron_engine
@@ -39,7 +39,7 @@ def trained(engine: Any, case: dict[str, Any], updates: int) -> list[dict[str, f
         worker_on(engine, case),
         len(engine.gather_over_data(None)),
         case,
-        engine.places["train"].data_rank,
+        engine.dispatch_ranks["train"].data_rank,
         updates,
     )
 
@@ -49,7 +49,9 @@ def written_by(engine: Any, case: dict[str, Any]) -> dict[int, torch.Tensor]:
     batch, num_data = rows_to_learn(with_padding=True), len(engine.gather_over_data(None))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     own, own_plan = (
-        by_plan((batch, plan), num_data)[engine.places["train"].data_rank] if num_data > 1 else (batch, plan)
+        split_by_plan((batch, plan), num_data)[engine.dispatch_ranks["train"].data_rank]
+        if num_data > 1
+        else (batch, plan)
     )
     written = worker_on(engine, case).write(own, own_plan)
     return {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
@@ -147,13 +149,13 @@ def not_finite(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def update_with(engine: Any, case: dict[str, Any], advantage: float) -> dict[str, float] | str:
     """An update in which the tokens of row 3 have this advantage."""
     batch = rows_to_learn(with_padding=True)
-    rank, num_data = engine.places["train"].data_rank, len(engine.gather_over_data(None))
+    rank, num_data = engine.dispatch_ranks["train"].data_rank, len(engine.gather_over_data(None))
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == 3, advantage, batch["advantages"]))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     write_loss_weights(batch, plan, algorithm_of(case))
     try:
         return worker_on(engine, case).update(
-            *(by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0
+            *(split_by_plan((batch, plan), num_data)[rank] if num_data > 1 else (batch, plan)), 0.0
         )
     except NotFiniteError as error:
         return str(error)

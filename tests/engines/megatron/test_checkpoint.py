@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from verl.engines.megatron.checkpoint import Strip, read_progress, strips
-from verl.weight_sync.layout import TensorShard, sizes, slices_at_home, volume
+from verl.weight_sync.layout import TensorShard, local_slices, num_elements, shape_of
 
 
 def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
@@ -27,7 +27,7 @@ def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
     ]
     homes = {"ab": torch.full((7, 5), -1), "c": torch.zeros(7, dtype=torch.int64)}
     for piece in pieces:
-        place = homes[piece.home][slices_at_home(piece.bounds, piece.offset)]
+        place = homes[piece.local_name][local_slices(piece.bounds, piece.offset)]
         place.copy_(whole[piece.name][tuple(slice(*bound) for bound in piece.bounds)].reshape(place.shape))
     for start, stop in product(range(36), repeat=2):
         found = strips(
@@ -46,8 +46,8 @@ def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
 
 def flat(strip: Strip, homes: dict[str, torch.Tensor]) -> torch.Tensor:
     """The values of a strip, where it says that they lie."""
-    values = homes[strip.home].flatten()[strip.start : strip.start + volume(strip.bounds)]
-    return values.view(sizes(strip.bounds)).flatten()
+    values = homes[strip.local_name].flatten()[strip.start : strip.start + num_elements(strip.bounds)]
+    return values.view(shape_of(strip.bounds)).flatten()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.tiny import tiny_transformer
 from verl.engines.megatron.weight_mapping import MegatronModelSpec, Share
-from verl.weight_sync.layout import ShardLayout, intersection, volume
+from verl.weight_sync.layout import ShardLayout, intersection, num_elements
 
 
 def config_of(family: str, **changes: object) -> PretrainedConfig:
@@ -46,11 +46,11 @@ def test_the_pieces_of_all_ranks_are_the_whole_tensors(family, kind, tensor, pip
     ]
     layout = ShardLayout(anatomy.shapes, tuple(map(tuple, everyones)))
     held = {
-        name: {piece.bounds for rank in layout.ranks for piece in rank if piece.name == name}
+        name: {piece.bounds for rank in layout.shards for piece in rank if piece.name == name}
         for name in anatomy.shapes
     }
     for name, shape in anatomy.shapes.items():
-        assert sum(map(volume, held[name])) == torch.Size(shape).numel()
+        assert sum(map(num_elements, held[name])) == torch.Size(shape).numel()
         assert not any(
             intersection(one, other) for one, other in product(held[name], repeat=2) if one != other
         )
@@ -81,7 +81,7 @@ def test_queries_keys_and_values_of_a_group_of_heads_lie_together():
     pieces = anatomy.pieces(
         Share(tensor_rank=1, tensor_size=2, chunks=((0, 4),), is_first=True, is_last=True)
     )
-    own = [p for p in pieces if p.home == "0.decoder.layers.2.self_attention.linear_qkv.weight"]
+    own = [p for p in pieces if p.local_name == "0.decoder.layers.2.self_attention.linear_qkv.weight"]
     assert [(p.name.split(".")[-2], p.bounds[0], p.offset) for p in own] == [
         ("q_proj", (16, 32), (0, 0)),
         ("k_proj", (8, 16), (16, 0)),

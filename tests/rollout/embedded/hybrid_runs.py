@@ -13,7 +13,7 @@ from verl.engines.hf.hf_io import local_slices, own_pieces
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.layout import ShardLayout, volume
+from verl.weight_sync.layout import ShardLayout, num_elements
 
 
 def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
@@ -36,7 +36,9 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     answers: list[Any] = []
     rank, wrong = dist.get_rank(), []
     mine = (
-        prompts[: hybrid.place.data_rank + 1] if not case.get("idle") or hybrid.place.data_rank == 0 else []
+        prompts[: hybrid.dispatch_rank.data_rank + 1]
+        if not case.get("idle") or hybrid.dispatch_rank.data_rank == 0
+        else []
     )
     generator = EmbeddedEngine(hybrid.model, tiny_codec(), max_slots=8)
     for _ in range(2):
@@ -61,7 +63,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     return {
         "wrong": wrong,
         "asleep": asleep,
-        "place": hybrid.place,
+        "place": hybrid.dispatch_rank,
         "answers": answers,
         "switches": [(s.received_bytes, s.weight_bytes) for s in hybrid.switches],
         "target": target.num_elements(rank) * item,
@@ -76,8 +78,8 @@ def lacking(source: ShardLayout, target: ShardLayout, rank: int) -> int:
     for name, shape in target.shapes.items():
         has, needs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
         for layout, mask in ((source, has), (target, needs)):
-            for piece in layout.ranks[rank]:
-                if piece.name == name and volume(piece.bounds):
+            for piece in layout.shards[rank]:
+                if piece.name == name and num_elements(piece.bounds):
                     mask[tuple(slice(*bound) for bound in piece.bounds)] = True
         count += int((needs & ~has).sum())
     return count

@@ -33,7 +33,7 @@ from verl.rollout.sglang.server import SGLangServer
 from verl.rollout.sglang.stream import SGLangStream
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint
-from verl.weight_sync.layout import volume
+from verl.weight_sync.layout import num_elements
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
@@ -722,7 +722,7 @@ def takes_slices(running: Running, folder: Path) -> None:
             planned = (
                 [num_bytes] * 2
                 if known is None
-                else [4 * sum(volume(b) for own in reads.values() for b in own) for reads in known]
+                else [4 * sum(num_elements(b) for own in reads.values() for b in own) for reads in known]
             )
             assert engine.received_bytes == planned and replica.synced_bytes == sum(planned)
         # Half of each matrix, where the norms are whole on both: no byte of a matrix travels twice.
@@ -737,7 +737,7 @@ def takes_slices(running: Running, folder: Path) -> None:
         assert (
             replica.num_repaired == 1
             and engine.received_bytes == [num_bytes] * 2
-            and "OutsideError" in notes[0]
+            and "MissingShardError" in notes[0]
         )
         assert engine.reads == known
         for weights in (gathered, sent):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from verl.engines.dcp_checkpoint import PROGRESS, REMEDY
-from verl.weight_sync.layout import Bounds, TensorShard, difference, intersection, sizes, volume
+from verl.weight_sync.layout import Bounds, TensorShard, difference, intersection, num_elements, shape_of
 
 # What is saved for each part of a weight: itself in fp32, and what AdamW has for it.
 WEIGHT, STATES = "weight", ("exp_avg", "exp_avg_sq")
@@ -33,13 +33,13 @@ class Strip:
     Attributes:
         name: of the whole tensor.
         bounds: of the part.
-        home: name of the local tensor.
+        local_name: name of the local tensor.
         start: of the stretch in the local tensor, flattened; it is as long as the part.
     """
 
     name: str
     bounds: Bounds
-    home: str
+    local_name: str
     start: int
 
 
@@ -55,8 +55,8 @@ def strips(
     """
     found = []
     for piece in pieces:
-        start, stop = owned.get(piece.home, (0, 0))
-        width = prod(shapes[piece.home][1:])
+        start, stop = owned.get(piece.local_name, (0, 0))
+        width = prod(shapes[piece.local_name][1:])
         first = piece.offset[0]
         # A home may lack leading dimensions, in which the piece has size 1.
         num_leading = len(piece.bounds) - len(piece.offset)
@@ -70,7 +70,7 @@ def strips(
                 (begin + column, begin + column + num_columns) for begin, _ in piece.bounds[num_leading + 1 :]
             ]
             bounds = (*leading, (top + shift, bottom + shift), *columns)
-            found.append(Strip(piece.name, bounds, piece.home, top * width + column))
+            found.append(Strip(piece.name, bounds, piece.local_name, top * width + column))
     return found
 
 
@@ -110,7 +110,7 @@ def begin_save(
     """
     rank = dist.get_rank()
     copied = {
-        _key(what, strip): values.detach().to("cpu", copy=True).view(sizes(strip.bounds))
+        _key(what, strip): values.detach().to("cpu", copy=True).view(shape_of(strip.bounds))
         for strip, kept in parts
         for what, values in kept.items()
     }
@@ -153,7 +153,7 @@ def read_parts(folder: Path, num_files: int, parts: Sequence[tuple[Strip, Mappin
         by_name = _index(folder, num_files)
         for strip, kept in parts:
             for what, values in kept.items():
-                _read(by_name.get((what, strip.name), []), strip, values.view(sizes(strip.bounds)))
+                _read(by_name.get((what, strip.name), []), strip, values.view(shape_of(strip.bounds)))
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"the checkpoint in {folder} is broken: {error}; {REMEDY}, or give an older one as checkpoint.resume"
@@ -177,7 +177,7 @@ def _read(saved: Sequence[tuple[Bounds, str, Any]], strip: Strip, values: Tensor
             missing += difference(part, found)
         if not missing:
             return
-    raise ValueError(f"{sum(map(volume, missing))} values of {strip.name} are in none of its files")
+    raise ValueError(f"{sum(map(num_elements, missing))} values of {strip.name} are in none of its files")
 
 
 def _index(folder: Path, num_files: int) -> dict[tuple[str, str], list[tuple[Bounds, str, Any]]]:
@@ -244,16 +244,16 @@ def optimizer_parts(
             owned[name] = (stretch.start, stretch.end)
             main[name] = part.optimizer.param_groups[group]["params"][place]
         shapes = {name: tuple(parameters[name].shape) for name in owned}
-        for strip in strips([piece for piece in pieces if piece.home in owned], shapes, owned):
-            weight = main[strip.home]
-            begin = strip.start - owned[strip.home][0]
+        for strip in strips([piece for piece in pieces if piece.local_name in owned], shapes, owned):
+            weight = main[strip.local_name]
+            begin = strip.start - owned[strip.local_name][0]
             kept = {WEIGHT: weight}
             if with_states:
                 kept |= {name: part.optimizer.state[weight][name] for name in STATES}
             yield (
                 strip,
                 {
-                    name: values.detach()[begin : begin + volume(strip.bounds)]
+                    name: values.detach()[begin : begin + num_elements(strip.bounds)]
                     for name, values in kept.items()
                 },
             )

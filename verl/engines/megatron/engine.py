@@ -240,7 +240,7 @@ class MegatronForwardEngine(ForwardEngine):
     ) -> None:
         self.model = model
         self.model.eval()
-        self.places, self.mesh = grid.places, grid.mesh
+        self.dispatch_ranks, self.mesh = grid.dispatch_ranks, grid.mesh
         self._role = role
         self._anatomy = anatomy
         self._grid = grid
@@ -545,7 +545,9 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         # The head of the last stage, if it is the embedding of the first, is saved there.
         is_double = self._anatomy.is_tied and not self._share.is_first
         parts = [
-            part for part in self._parts() if not (is_double and part[0].home.endswith("output_layer.weight"))
+            part
+            for part in self._parts()
+            if not (is_double and part[0].local_name.endswith("output_layer.weight"))
         ]
         return begin_save(
             folder, parts, {**self._identity(), "updates": self._updates, "bad_updates": self._bad_updates}

@@ -20,12 +20,12 @@ from verl.engines.megatron.weight_mapping import MegatronModelSpec
 from verl.weight_sync.layout import (
     Bounds,
     TensorShard,
+    full_bounds,
     intersection,
-    offset_of,
-    sizes,
-    slices_at_home,
-    volume,
-    whole,
+    local_offset,
+    local_slices,
+    num_elements,
+    shape_of,
 )
 
 
@@ -61,7 +61,7 @@ def fill_from_folder(
             for name, bounds, piece in wanted:
                 common = intersection(piece.bounds, bounds)
                 assert common is not None
-                part = TensorShard(piece.name, common, piece.home, offset_of(common, piece))
+                part = TensorShard(piece.name, common, piece.local_name, local_offset(common, piece))
                 _put(part, homes, _slice(file.get_slice(name), part, bounds, path))
 
 
@@ -71,7 +71,7 @@ def _found(
     """The tensors of the files that have values of a piece, each with the part of the whole tensor that it
     is.
     """
-    stacked = [(piece.name, whole(anatomy.shapes[piece.name]))]
+    stacked = [(piece.name, full_bounds(anatomy.shapes[piece.name]))]
     parts = (
         stacked
         if piece.name in files
@@ -90,9 +90,9 @@ def _slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
     lack leading dimensions.
     """
     shape = tuple(saved.get_shape())
-    if shape != sizes(bounds)[-len(shape) :] or any(size > 1 for size in sizes(bounds)[: -len(shape)]):
+    if shape != shape_of(bounds)[-len(shape) :] or any(size > 1 for size in shape_of(bounds)[: -len(shape)]):
         raise ValueError(
-            f"need {part.name} of shape {sizes(bounds)}, got {shape} in {path}; config.json is of another model"
+            f"need {part.name} of shape {shape_of(bounds)}, got {shape} in {path}; config.json is of another model"
         )
     inside = tuple(
         slice(start - first, stop - first)
@@ -103,7 +103,7 @@ def _slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
 
 
 def _put(piece: TensorShard, homes: Mapping[str, Tensor], values: Tensor) -> None:
-    place = homes[piece.home][slices_at_home(piece.bounds, piece.offset)]
+    place = homes[piece.local_name][local_slices(piece.bounds, piece.offset)]
     place.copy_(values.reshape(place.shape))
 
 
@@ -138,14 +138,14 @@ def whole_tensors(
 
 def _send(rank: int, parts: Sequence[TensorShard], homes: Mapping[str, Tensor], tensor: Tensor) -> None:
     """Puts what a rank has of a whole tensor into it, on all ranks; in one message."""
-    lengths = [volume(part.bounds) for part in parts]
+    lengths = [num_elements(part.bounds) for part in parts]
     buffer = tensor.new_empty(sum(lengths))
     values = list(zip(parts, buffer.split(lengths), strict=True))
     for part, flat in values if rank == dist.get_rank() else ():
-        flat.copy_(homes[part.home][slices_at_home(part.bounds, part.offset)].reshape(-1))
+        flat.copy_(homes[part.local_name][local_slices(part.bounds, part.offset)].reshape(-1))
     dist.broadcast(buffer, src=rank)
     for part, flat in values:
-        tensor[tuple(slice(*bound) for bound in part.bounds)] = flat.view(sizes(part.bounds))
+        tensor[tuple(slice(*bound) for bound in part.bounds)] = flat.view(shape_of(part.bounds))
 
 
 def export_folder(

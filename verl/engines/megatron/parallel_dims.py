@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from verl.controller.dispatch import RankPlace
+from verl.controller.dispatch import DispatchRank
 from verl.engines.megatron.cpu_patches import megatron_on
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.weight_sync.meshes import Mesh
@@ -87,7 +87,7 @@ class RankCoordinates:
     data_ranks: dist.ProcessGroup
     replica: dist.ProcessGroup
     collector: int
-    places: Mapping[str, RankPlace]
+    dispatch_ranks: Mapping[str, DispatchRank]
     mesh: Mesh
     _state: Mapping[str, Any]
 
@@ -170,10 +170,10 @@ def _new_grid(extents: ParallelSizes, device: torch.device) -> RankCoordinates:
     collector = everywhere.index((data, 0, extents.pipeline - 1, 0))
     collects = dist.get_rank() == collector
     places = {
-        "ranks": RankPlace(dist.get_rank(), True),
-        "train": RankPlace(data, collects),
-        "generate": RankPlace(data, collects),
-        "stages": RankPlace(stage, (data, line, tensor) == (0, 0, 0)),
+        "ranks": DispatchRank(dist.get_rank(), True),
+        "train": DispatchRank(data, collects),
+        "generate": DispatchRank(data, collects),
+        "stages": DispatchRank(stage, (data, line, tensor) == (0, 0, 0)),
     }
     sequence = SequenceGroup(context, line, extents.context) if extents.context > 1 else None
     sizes = {

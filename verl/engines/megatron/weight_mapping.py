@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from verl.weight_sync.layout import Bounds, TensorShard, whole
+from verl.weight_sync.layout import Bounds, TensorShard, full_bounds
 
 # Families whose weights this module can place, and what their folders call the parts of a mixture of experts:
 # router, gate, up, down.
@@ -235,12 +235,12 @@ class MegatronModelSpec:
             None,
         )
         if stem is None:
-            return [(name, whole(self.shapes[name]))]
+            return [(name, full_bounds(self.shapes[name]))]
         router, gate, up, down = (
             name.removesuffix(stem) + part + ".weight" for part in _FAMILIES[self.config.model_type]
         )
         if stem == "mlp.gate.weight":
-            return [(router, whole(self.shapes[name]))]
+            return [(router, full_bounds(self.shapes[name]))]
         _, rows, columns = self.shapes[name]
         halves = [(gate, 0, rows // 2), (up, rows // 2, rows)] if stem == _GATE_UP else [(down, 0, rows)]
         wanted = range(*(experts or (0, self.num_experts)))
@@ -261,13 +261,15 @@ class MegatronModelSpec:
                 own = f"{self.prefix}layers.{layer}."
                 home = f"{chunk}.decoder.layers.{layer - start}."
                 pieces += [
-                    TensorShard(own + p.name, p.bounds, home + p.home, p.offset)
+                    TensorShard(own + p.name, p.bounds, home + p.local_name, p.offset)
                     for p in self._layer_pieces(share)
                 ]
         if share.is_last:
             norm = f"{self.prefix}norm.weight"
             pieces.append(
-                TensorShard(norm, whole(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,))
+                TensorShard(
+                    norm, full_bounds(self.shapes[norm]), f"{last}.decoder.final_layernorm.weight", (0,)
+                )
             )
         if share.is_last and self.kind == "policy" and not (self.is_tied and share.is_first):
             name = "embed_tokens.weight" if self.is_tied else "lm_head.weight"
@@ -279,7 +281,7 @@ class MegatronModelSpec:
         last = len(share.chunks) - 1
         shapes = self.head_shapes if share.is_last else {}
         return [
-            TensorShard(name, whole(shape), f"{last}.{name}", (0,) * len(shape))
+            TensorShard(name, full_bounds(shape), f"{last}.{name}", (0,) * len(shape))
             for name, shape in shapes.items()
         ]
 
@@ -302,7 +304,7 @@ class MegatronModelSpec:
                 f"self_attn.{part}_norm.weight": f"self_attention.{part}_layernorm.weight" for part in "qk"
             }
         for name, home in homes.items():
-            yield TensorShard(name, whole(shapes[name]), home, (0,))
+            yield TensorShard(name, full_bounds(shapes[name]), home, (0,))
         yield from self._attention(share, "weight", shapes)
         if self.has_qkv_bias:
             yield from self._attention(share, "bias", shapes)
@@ -310,10 +312,12 @@ class MegatronModelSpec:
         if not self.is_mixture:
             yield from _mlp(shapes, share)
             return
-        yield TensorShard("mlp.gate.weight", whole(shapes["mlp.gate.weight"]), "mlp.router.weight", (0, 0))
+        yield TensorShard(
+            "mlp.gate.weight", full_bounds(shapes["mlp.gate.weight"]), "mlp.router.weight", (0, 0)
+        )
         for number, expert in enumerate(range(*share.experts)):
             for name, home in ((_GATE_UP, "linear_fc1"), (_DOWN, "linear_fc2")):
-                bounds = ((expert, expert + 1), *whole(shapes[name][1:]))
+                bounds = ((expert, expert + 1), *full_bounds(shapes[name][1:]))
                 yield TensorShard(name, bounds, f"mlp.experts.local_experts.{number}.{home}.weight", (0, 0))
 
     def _attention(
@@ -322,7 +326,7 @@ class MegatronModelSpec:
         """Megatron keeps the queries of a group of heads, its key and its value one after the other."""
         own = self.groups // share.tensor_size
         queries = self.config.num_attention_heads // self.groups * self.head_dim
-        rest = whole(shapes[f"self_attn.q_proj.{what}"][1:])
+        rest = full_bounds(shapes[f"self_attn.q_proj.{what}"][1:])
         for number in range(own):
             group = share.tensor_rank * own + number
             row = number * (queries + 2 * self.head_dim)

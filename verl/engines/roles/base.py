@@ -41,7 +41,7 @@ class RoleWorker(Worker):
 
     def __init__(self, engine: ForwardEngine) -> None:
         self.engine = engine
-        self.places = engine.places
+        self.dispatch_ranks = engine.dispatch_ranks
 
     @register(SAME_ON_ALL)
     def model_config(self) -> PretrainedConfig:

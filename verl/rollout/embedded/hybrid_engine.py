@@ -23,16 +23,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from verl.config.placement import ParallelConfig
-from verl.controller.dispatch import RankPlace
+from verl.controller.dispatch import DispatchRank
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.hf_io import own_pieces
 from verl.engines.hf.meta_init import empty_transformer, kept_tied
 from verl.engines.hf.models import PolicyModel, Precision
 from verl.engines.tensor_parallel import TENSOR_PARALLEL, check_sizes, parallelize
 from verl.utils.device import PRECISIONS
-from verl.weight_sync.layout import ShardLayout, sizes
-from verl.weight_sync.meshes import Mesh, groups
-from verl.weight_sync.reshard_exchange import exchange_by_bucket, part_of
+from verl.weight_sync.layout import ShardLayout, shape_of
+from verl.weight_sync.meshes import Mesh, generation_groups
+from verl.weight_sync.reshard_exchange import exchange_by_bucket, local_view
 from verl.weight_sync.reshard_plan import BUCKET_BYTES, Copy, ReshardPlan, make_plan
 
 # Devices of a machine, beyond which sharing every matrix is slow.
@@ -118,9 +118,9 @@ class HybridEngine:
         self._rank, self._group = dist.get_rank(), dist.new_group()
         # In the order of ranks, as process groups number theirs; it differs from the order of columns where a
         # matrix is split further than by the tensor ranks of training, and then a little more travels.
-        replicas = [sorted(ranks) for ranks in groups(engine.mesh, tensor=tensor)]
+        replicas = [sorted(ranks) for ranks in generation_groups(engine.mesh, tensor=tensor)]
         replica = next(i for i, ranks in enumerate(replicas) if self._rank in ranks)
-        self.place = RankPlace(replica, replicas[replica][0] == self._rank)
+        self.dispatch_rank = DispatchRank(replica, replicas[replica][0] == self._rank)
         self.model = self._empty_model(engine, replicas, precision)
         self.plan = self._plan(bucket_bytes)
         self._shared = self._share()
@@ -178,18 +178,18 @@ class HybridEngine:
             name for name, home in self._engine.homes().items() if home.data_ptr() == sources[name].data_ptr()
         }
         parameters, shared = dict(transformer.named_parameters()), set()
-        held = {(piece.name, piece.bounds): piece.home for piece in self._engine.pieces()}
+        held = {(piece.name, piece.bounds): piece.local_name for piece in self._engine.pieces()}
         for piece in own_pieces(transformer):
             name = held.get((piece.name, piece.bounds))
-            parameter = parameters[piece.home]
+            parameter = parameters[piece.local_name]
             if name not in lasting or (sources[name].dtype, sources[name].device) != (
                 self._dtype,
                 self._device,
             ):
                 continue
-            if sources[name].shape == _local(parameter).shape == sizes(piece.bounds):
+            if sources[name].shape == _local(parameter).shape == shape_of(piece.bounds):
                 _replace(transformer, parameter, sources[name])
-                shared.add(piece.home)
+                shared.add(piece.local_name)
         return shared
 
     @contextmanager
@@ -255,9 +255,9 @@ class HybridEngine:
         sources = self._engine.homes()
 
         def read(copy: Copy) -> Tensor:
-            return part_of(sources[copy.sender_home], copy.bounds, copy.sender_offset)
+            return local_view(sources[copy.sender_tensor], copy.bounds, copy.sender_offset)
 
-        self._put((copy, read(copy)) for copy in self.plan.local if copy.receiver_home not in self._shared)
+        self._put((copy, read(copy)) for copy in self.plan.local if copy.receiver_tensor not in self._shared)
         yield
         options: dict[str, Any] = {"dtype": self._dtype, "device": self._device, "overlap": self._overlap}
         for bucket in exchange_by_bucket(self.plan, self._rank, self._group, read=read, **options):
@@ -266,7 +266,7 @@ class HybridEngine:
 
     def _put(self, parts: Iterable[tuple[Copy, Tensor]]) -> None:
         for copy, values in parts:
-            place = part_of(self._homes[copy.receiver_home], copy.bounds, copy.receiver_offset)
+            place = local_view(self._homes[copy.receiver_tensor], copy.bounds, copy.receiver_offset)
             place.copy_(values.reshape(place.shape))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from verl.rollout.engine import EngineError, InferenceServer
 from verl.weight_sync.process_group import broadcast, open_group, send
 from verl.weight_sync.shard_tracking import ShardRanges, slices_of
-from verl.weight_sync.shared_memory import map_file, num_bytes_of, pieces_in, unpacked
+from verl.weight_sync.shared_memory import map_file, num_bytes_of, shards_in, unpack
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 _LOOPBACK = "127.0.0.1"
@@ -55,19 +55,19 @@ class Broadcaster:
         Raises:
             EngineError: they do not get there.
         """
-        content = map_file(Path(part.where["path"]), num_bytes_of(part.tensors))
+        content = map_file(Path(part.location["path"]), num_bytes_of(part.tensors))
         sent = asyncio.to_thread(self._send, content, part)
-        loaded = engine.load(WeightChunk(part.tensors, "group", reads=part.reads))
+        loaded = engine.load(WeightChunk(part.tensors, "group", ranges=part.ranges))
         await both(sent, loaded, f"weights did not reach engine {engine.spec.name}")
 
     def _send(self, content: Tensor, part: WeightChunk) -> None:
-        if not part.reads:
+        if not part.ranges:
             broadcast(self._group, content)
             return
-        tensors = {info.name: tensor for info, tensor in unpacked(content, part.tensors)}
+        tensors = {info.name: tensor for info, tensor in unpack(content, part.tensors)}
         send(
             self._group,
-            {1 + rank: _packed(tensors, reads, part.tensors) for rank, reads in enumerate(part.reads)},
+            {1 + rank: _packed(tensors, reads, part.tensors) for rank, reads in enumerate(part.ranges)},
         )
 
 
@@ -93,7 +93,7 @@ def free_port_at(address: str) -> int:
 
 def _packed(tensors: Mapping[str, Tensor], reads: ShardRanges, infos: Sequence[TensorInfo]) -> Tensor:
     """[bytes] uint8, what a rank reads of the tensors, end to end."""
-    pieces = [tensors[piece.name][slices_of(bounds)] for piece, bounds in pieces_in(infos, reads)]
+    pieces = [tensors[piece.name][slices_of(bounds)] for piece, bounds in shards_in(infos, reads)]
     return torch.cat(
         [
             torch.empty(0, dtype=torch.uint8),

@@ -18,8 +18,8 @@ from verl.engines.roles.base import RoleWorker
 from verl.rollout.engine import EngineError, InferenceServer
 from verl.rollout.pool.broadcast import address_towards, both, free_port_at
 from verl.weight_sync.fingerprint import digest
-from verl.weight_sync.layout import ShardLayout, TensorShard, sizes, slices_at_home, whole
-from verl.weight_sync.process_group import open_group, shared_memory
+from verl.weight_sync.layout import ShardLayout, TensorShard, full_bounds, local_slices, shape_of
+from verl.weight_sync.process_group import open_group, shared_memory_id
 from verl.weight_sync.reshard_exchange import exchange
 from verl.weight_sync.reshard_plan import Copy, ReshardPlan, make_plan
 from verl.weight_sync.shard_tracking import ShardRanges, shard_key
@@ -108,7 +108,7 @@ class PolicyWeightSender(RoleWorker):
     @register(ONE_TO_ALL)
     def held_pieces(self) -> tuple[list[TensorShard], str]:
         """What of the weights lies on this rank; and which processes see the same shared memory."""
-        return self.engine.pieces(), shared_memory()
+        return self.engine.pieces(), shared_memory_id()
 
     @register(SAME_ON_ALL)
     def meeting_place(self, url: str | None) -> tuple[str, int]:
@@ -149,9 +149,9 @@ class PolicyWeightSender(RoleWorker):
         shapes = {info.name: info.shape for info in infos}
 
         def read(copy: Copy) -> Tensor:
-            home = homes[copy.sender_home]
+            home = homes[copy.sender_tensor]
             values = (
-                home[slices_at_home(copy.bounds, copy.sender_offset)].reshape(sizes(copy.bounds)).to(dtype)
+                home[local_slices(copy.bounds, copy.sender_offset)].reshape(shape_of(copy.bounds)).to(dtype)
             )
             own = digests.setdefault(copy.receiver - link.num_senders, {})
             own[shard_key(copy.name, copy.bounds, shape=shapes[copy.name])] = digest(values)
@@ -175,7 +175,7 @@ class PolicyWeightSender(RoleWorker):
 
     @property
     def _rank(self) -> int:
-        return self.places["ranks"].data_rank
+        return self.dispatch_ranks["ranks"].data_rank
 
 
 class P2PSender:
@@ -240,10 +240,10 @@ class P2PSender:
 
     async def _sent(self, part: WeightChunk, engine: InferenceServer) -> list[dict[str, int]]:
         plans, name = await self._all_plans(), engine.spec.name
-        everything = {info.name: (whole(info.shape),) for info in part.tensors}
+        everything = {info.name: (full_bounds(info.shape),) for info in part.tensors}
         names = everything.keys()
         reads = (
-            tuple({key: tuple(own[key]) for key in names} for own in part.reads)
+            tuple({key: tuple(own[key]) for key in names} for own in part.ranges)
             or (everything,) * engine.num_ranks
         )
         plan, first = plans.of(part.tensors, reads), len(plans.pieces)
@@ -253,7 +253,7 @@ class P2PSender:
             for rank in ranks
         ]
         sending = self._call(PolicyWeightSender.send_weights, name, part.tensors, reads)
-        loading = engine.load(WeightChunk(part.tensors, "direct", {"copies": copies}, part.reads))
+        loading = engine.load(WeightChunk(part.tensors, "direct", {"copies": copies}, part.ranges))
         sent, _ = await both(sending, loading, f"weights did not reach engine {name}")
         _check([cause for _, cause in sent], f"weights did not reach engine {name}")
         digests: list[dict[str, int]] = [{} for _ in ranks]
@@ -266,7 +266,7 @@ class P2PSender:
         if self._plans is None:
             held = await self._call(PolicyWeightSender.held_pieces)
             self._plans = Plans([pieces for pieces, _ in held])
-            self._is_here = {machine for _, machine in held} == {shared_memory()}
+            self._is_here = {machine for _, machine in held} == {shared_memory_id()}
         return self._plans
 
     async def _call(self, method: Any, *args: Any) -> Any:

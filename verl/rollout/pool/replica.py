@@ -16,7 +16,7 @@ from verl.rollout.pool.broadcast import Broadcaster
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint_of_ranks
-from verl.weight_sync.shared_memory import part_of
+from verl.weight_sync.shared_memory import chunk_ranges
 from verl.weight_sync.types import WeightChunk
 
 T = TypeVar("T")
@@ -355,7 +355,7 @@ class Replica:
         digests: list[dict[str, int]] = [{} for _ in range(engine.num_ranks)]
         await engine.begin_update()
         for part in parts:
-            sent = await self._load(replace(part, reads=part_of(reads, part)), update)
+            sent = await self._load(replace(part, ranges=chunk_ranges(reads, part)), update)
             digests = (
                 [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
             )

@@ -26,7 +26,7 @@ from verl.rollout.pool.p2p import P2PSender
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.layout import Bounds
 from verl.weight_sync.shard_tracking import ShardRanges, shard_key
-from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of, pieces_in, unpacked
+from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of, shards_in, unpack
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Memory that every process of this machine can map; elsewhere a folder on disk does the same, more slowly.
@@ -86,7 +86,7 @@ class WeightSnapshot:
     def bytes_of(self, reads: Sequence[ShardRanges]) -> int:
         """Bytes that ranks get which take this alone."""
         return sum(
-            num_bytes_of([piece for piece, _ in pieces_in(part.tensors, own)])
+            num_bytes_of([piece for piece, _ in shards_in(part.tensors, own)])
             for part in self.parts
             for own in reads
         )
@@ -241,7 +241,7 @@ class WeightPublisher:
 
 def tensors_of(part: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
     """The tensors of a part in shared memory, in place."""
-    return unpacked(map_file(Path(part.where["path"]), num_bytes_of(part.tensors)), part.tensors)
+    return unpack(map_file(Path(part.location["path"]), num_bytes_of(part.tensors)), part.tensors)
 
 
 def _in_parts(infos: Sequence[TensorInfo], part_bytes: int) -> list[list[TensorInfo]]:

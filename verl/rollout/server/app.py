@@ -29,7 +29,7 @@ from verl.rollout.server.token_stream import PATH, AnswerStreams
 from verl.rollout.server.weight_loader import WeightLoader
 from verl.utils.device import pick_device
 from verl.utils.tokens import TextCodec
-from verl.weight_sync.process_group import shared_memory
+from verl.weight_sync.process_group import shared_memory_id
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 _LOG = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class WeightControlAPI:
             "version": self._thread.version,
             "num_running": self._thread.num_running,
         }
-        state["shared_memory"] = shared_memory()
+        state["shared_memory"] = shared_memory_id()
         return web.json_response(
             {**state, "is_torn": self._intake.is_torn, "num_beats": self._thread.num_beats}
         )

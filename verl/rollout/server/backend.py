@@ -25,7 +25,7 @@ from verl.rollout.openai_engine import Connection, options_of
 from verl.rollout.server.token_stream import MAX_MESSAGE_BYTES, PATH, AnswerClient
 from verl.rollout.server_process import ServerProcess, free_port
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.process_group import shared_memory
+from verl.weight_sync.process_group import shared_memory_id
 from verl.weight_sync.types import Transport, WeightChunk
 
 _SECRET = "VERL_SERVE_SECRET"
@@ -152,9 +152,11 @@ class EmbeddedServer(InferenceServer):
 
     @override
     async def load(self, part: WeightChunk) -> None:
-        where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
+        where = {
+            name: str(value) if isinstance(value, Path) else value for name, value in part.location.items()
+        }
         await self._command(
-            "load", tensors=[asdict(info) for info in part.tensors], via=part.via, where=where
+            "load", tensors=[asdict(info) for info in part.tensors], via=part.transport, where=where
         )
 
     async def end_update(self, version: int) -> str:
@@ -218,7 +220,7 @@ class EmbeddedServer(InferenceServer):
             try:
                 state = await self._connection.json("GET", "/control/state", timeout_s=_START_POLL_S)
                 if self._process is None or state.get("pid") == self._process.pid:
-                    is_near = state.get("shared_memory") == shared_memory()
+                    is_near = state.get("shared_memory") == shared_memory_id()
                     self.transports = (
                         ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
                     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from verl.engines.hf.models import load_language_model
 from verl.weight_sync.fingerprint import digest, fingerprint
-from verl.weight_sync.layout import Bounds, whole
+from verl.weight_sync.layout import Bounds, full_bounds
 from verl.weight_sync.receiver import WeightReceiver
 from verl.weight_sync.shard_tracking import shard_key, slices_of
 from verl.weight_sync.shared_memory import dtype_of
@@ -43,7 +43,7 @@ class WeightLoader:
         # Parts by which a tensor that came directly counts.
         self._marks: dict[str, list[Bounds]] = {}
         # The model copies what comes into its own weights.
-        self._arrivals = WeightReceiver(None, keeps=False)
+        self._arrivals = WeightReceiver(None, copies_tensors=False)
         # As they were before low-rank additions were added, of the matrices that have some.
         self._without_additions: dict[str, Tensor] = {}
 
@@ -51,7 +51,7 @@ class WeightLoader:
         self, address: str, port: int, rank: int, *, num_ranks: int, backend: str, timeout_s: float
     ) -> None:
         """Joins the group over which parts come, in place of one before."""
-        self._arrivals.join(
+        self._arrivals.join_group(
             address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
         )
 
@@ -69,12 +69,12 @@ class WeightLoader:
         """
         if not self.is_open:
             raise ValueError("need begin_update before weights are loaded")
-        if part.via == "disk":
-            return list(_from_folder(Path(part.where["folder"]), part.tensors, self._own))
-        if part.via not in ("shm", "group", "direct", "ipc"):
-            raise ValueError(f"need weights via shm, disk, group or direct, got {part.via!r}")
+        if part.transport == "disk":
+            return list(_from_folder(Path(part.location["folder"]), part.tensors, self._own))
+        if part.transport not in ("shm", "group", "direct", "ipc"):
+            raise ValueError(f"need weights via shm, disk, group or direct, got {part.transport!r}")
         found = []
-        for info, parts, marks in (arrived for batch in self._arrivals.arrived(part) for arrived in batch):
+        for info, parts, marks in (arrived for batch in self._arrivals.received(part) for arrived in batch):
             ((_, tensor),) = parts
             found.append((info, tensor))
             self._marks[info.name] = marks
@@ -98,7 +98,7 @@ class WeightLoader:
             self._names.add(info.name)
             # Of what the model has now, in the dtype that was sent: a lossy copy would show.
             served = own.to(tensor.dtype)
-            for bounds in self._marks.get(info.name) or [whole(tuple(own.shape))]:
+            for bounds in self._marks.get(info.name) or [full_bounds(tuple(own.shape))]:
                 self._taken[shard_key(info.name, bounds, shape=own.shape)] = digest(served[slices_of(bounds)])
 
     def end(self) -> str:

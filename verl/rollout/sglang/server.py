@@ -33,7 +33,7 @@ from verl.rollout.sglang.stream import SGLangStream
 from verl.rollout.sglang.worker import LOADER, report_file, report_key, report_store
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
-from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import Transport, WeightChunk
 
 OLDEST = "0.5.17"
@@ -237,7 +237,7 @@ class SGLangServer(InferenceServer):
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
         )
         if any(self._seen):
-            self.reads = tuple(as_reads(seen) for seen in self._seen)
+            self.reads = tuple(parse_ranges(seen) for seen in self._seen)
         return fingerprint_of_ranks(self._digests)
 
     async def load_lora_adapter(self, folder: Path, version: int) -> str:
@@ -519,16 +519,16 @@ class SGLangServer(InferenceServer):
         reports.
         """
         number, self._num_orders = self._num_orders, self._num_orders + 1
-        in_store = parts[0].via in ("group", "direct")
+        in_store = parts[0].transport in ("group", "direct")
         common = {
-            "via": "join" if joins else parts[0].via,
+            "via": "join" if joins else parts[0].transport,
             "tensors": [(info.name, info.shape, info.dtype) for info in parts[0].tensors],
-            "records": self.records and self.num_ranks > 1 and parts[0].via != "disk",
+            "records": self.records and self.num_ranks > 1 and parts[0].transport != "disk",
             "number": number,
             "folder": None if in_store else str(self._folder),
         }
         orders = [
-            {**common, "where": dict(part.where), "reads": part.reads, "rank": rank}
+            {**common, "where": dict(part.location), "reads": part.ranges, "rank": rank}
             for rank, part in enumerate(parts)
         ]
         selector = {"selector": "target"} if self._has_sessions else {}

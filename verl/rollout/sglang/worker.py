@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.weight_sync.receiver import WeightReceiver
-from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 # Name by which SGLang finds the loader: of `--custom-weight-loader` and of `load_format`.
@@ -33,7 +33,7 @@ class _Joined:
     """
 
     # The model copies what it is handed, to where it is wanted.
-    arrivals: WeightReceiver = field(default_factory=lambda: WeightReceiver(None, keeps=False))
+    arrivals: WeightReceiver = field(default_factory=lambda: WeightReceiver(None, copies_tensors=False))
     store: Any = None
 
 
@@ -82,17 +82,17 @@ def report_file(folder: Path, number: int, rank: int) -> Path:
 
 def _carried_out(model: Any, order: dict[str, Any]) -> dict[str, Any]:
     arrivals = _joined.arrivals
-    arrivals.begin()
+    arrivals.reset()
     if order["via"] == "join":
         _join(order["where"], order["rank"])
     else:
         infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in order["tensors"])
         part = WeightChunk(
-            infos, order["via"], order["where"], tuple(as_reads(reads) for reads in order["reads"])
+            infos, order["via"], order["where"], tuple(parse_ranges(reads) for reads in order["reads"])
         )
         for batch in arrivals.batches(part, records=order["records"]):
             model.load_weights(list(batch))
-    return {"digests": arrivals.digests, "reads": dict(arrivals.reads), "num_bytes": arrivals.num_bytes}
+    return {"digests": arrivals.digests, "reads": dict(arrivals.read_ranges), "num_bytes": arrivals.num_bytes}
 
 
 def _join(where: dict[str, Any], rank: int) -> None:
@@ -103,7 +103,7 @@ def _join(where: dict[str, Any], rank: int) -> None:
         where["timeout_s"],
     )
     place = {"rank": where["first_rank"] + rank, "num_ranks": num_ranks}
-    _joined.arrivals.join(address, port, backend=where["backend"], timeout_s=timeout_s, **place)
+    _joined.arrivals.join_group(address, port, backend=where["backend"], timeout_s=timeout_s, **place)
     _joined.store = report_store(address, port, num_ranks=num_ranks, timeout_s=timeout_s)
 
 

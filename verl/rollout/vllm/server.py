@@ -45,8 +45,8 @@ from verl.rollout.vllm.versions import (
 )
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint, fingerprint_of_ranks
-from verl.weight_sync.process_group import shared_memory
-from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.process_group import shared_memory_id
+from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import WeightChunk
 
 T = TypeVar("T")
@@ -189,7 +189,7 @@ class VLLMServer(InferenceServer):
                 "over an update; start it so, or upgrade it to 0.22"
             )
         self.num_ranks = int((await self._call("GET", "/get_world_size"))["world_size"])
-        is_near = shared_memory() in {place["shared_memory"] for place in places} - {""}
+        is_near = shared_memory_id() in {place["shared_memory"] for place in places} - {""}
         self.transports = (
             ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
         )
@@ -317,13 +317,15 @@ class VLLMServer(InferenceServer):
     @override
     async def load(self, part: WeightChunk) -> None:
         tensors = [(info.name, list(info.shape), info.dtype) for info in part.tensors]
-        where = {name: str(value) if isinstance(value, Path) else value for name, value in part.where.items()}
-        records = self.records and self.num_ranks > 1 and part.via != "disk"
+        where = {
+            name: str(value) if isinstance(value, Path) else value for name, value in part.location.items()
+        }
+        records = self.records and self.num_ranks > 1 and part.transport != "disk"
         update = {
-            "via": part.via,
+            "via": part.transport,
             "tensors": tensors,
             "where": where,
-            "reads": part.reads,
+            "reads": part.ranges,
             "records": records,
         }
         await self._step(LOAD, update_info=update)
@@ -345,7 +347,7 @@ class VLLMServer(InferenceServer):
         self.received_bytes = [report["num_bytes"] for report in reports]
         # Of data-parallel replicas in one server, not every rank reports.
         if len(reports) == self.num_ranks and any(report["reads"] for report in reports):
-            self.reads = tuple(as_reads(report["reads"]) for report in reports)
+            self.reads = tuple(parse_ranges(report["reads"]) for report in reports)
         self._served = self._base
         return fingerprint_of_ranks([report["digests"] for report in reports])
 

@@ -33,9 +33,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from verl.rollout.vllm.auth import OWNED_VARIABLE
 from verl.weight_sync.fingerprint import digest
-from verl.weight_sync.process_group import shared_memory
+from verl.weight_sync.process_group import shared_memory_id
 from verl.weight_sync.receiver import WeightReceiver
-from verl.weight_sync.shard_tracking import as_reads
+from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import TensorInfo, Transport, WeightChunk
 
 BACKEND = "verl"
@@ -85,7 +85,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
     @property
     def _arrivals(self) -> WeightReceiver:
         # A layer keeps what it is handed until it has all of its weights.
-        self._came = self._came or WeightReceiver(self.device, keeps=True)
+        self._came = self._came or WeightReceiver(self.device, copies_tensors=True)
         return self._came
 
     @property
@@ -97,7 +97,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Joins a process group."""
-        self._arrivals.join(
+        self._arrivals.join_group(
             init_info.address,
             init_info.port,
             rank=init_info.first_rank + self._rank,
@@ -111,7 +111,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         self._put_back(self.model.modules())
         finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
-        self._arrivals.begin()
+        self._arrivals.reset()
         self._errors = []
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
     def receive_weights(self, update_info: PartInfo) -> None:
         """Takes one part."""
         infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors)
-        reads = tuple(as_reads(own) for own in update_info.reads)
+        reads = tuple(parse_ranges(own) for own in update_info.reads)
         part = WeightChunk(infos, update_info.via, update_info.where, reads).of_rank(self._rank)
         for batch in self._arrivals.batches(part, records=update_info.records):
             self.model.load_weights(self._with_head(batch))
@@ -143,7 +143,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
 
     def shutdown(self) -> None:
         """Leaves the group."""
-        self._arrivals.leave()
+        self._arrivals.leave_group()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -157,7 +157,7 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         missing = [name for _, names in self._open_layers() for name in names]
         return {
             "digests": came.digests,
-            "reads": dict(came.reads),
+            "reads": dict(came.read_ranges),
             "num_bytes": came.num_bytes,
             "missing": missing,
             "errors": self._errors,
@@ -219,7 +219,7 @@ class WorkerExtension:
 
     def verl_place(self) -> dict[str, Any]:
         """What tells how weights can travel here."""
-        return {"version": vllm.__version__, "shared_memory": shared_memory()}
+        return {"version": vllm.__version__, "shared_memory": shared_memory_id()}
 
     def verl_report(self) -> dict[str, Any]:
         """See `ChunkEngine.report`."""
