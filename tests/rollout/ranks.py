@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from verl.controller.dispatch import dispatch_mode, layout_of_ranks
 from verl.controller.worker_group import CompletedFuture, WorkerGroup
 from verl.engines.fsdp import sharded_engine
 from verl.rollout.actor_worker import ActorWorker
+from verl.utils.network import free_port
 
 
 class ProcessGroup(WorkerGroup):
@@ -58,9 +58,7 @@ class ProcessGroup(WorkerGroup):
 def policy_ranks(model: str, num_ranks: int, **parallel: Any) -> Iterator[ProcessGroup]:
     """The policy of a folder, sharded over processes that live inside the block."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe() for _ in range(num_ranks)]
     ranks = [
         context.Process(target=_rank, args=(model, rank, num_ranks, port, pipes[rank][1], parallel))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import verl
 from verl.engines.hf.models import PolicyModel, make_tiny_model
-from verl.rollout.server_process import free_port
+from verl.utils.network import free_port
 
 KEY, SECRET = "a key of users", "a secret of the trainer"
 START_S = 120.0

@@ -28,7 +28,7 @@ from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.openai_engine import HTTPEngine
 from verl.rollout.server.backend import EmbeddedServer
-from verl.rollout.server_process import free_port
+from verl.utils.network import free_port
 from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.fingerprint import digest, fingerprint

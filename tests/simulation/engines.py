@@ -160,7 +160,7 @@ class World:
         ]
 
     def write(self, version: int) -> WeightSnapshot:
-        """A version of the policy, as `PolicyWeights` writes it: the memory of the one before is given back."""
+        """A version of the policy, as `WeightPublisher` writes it: the memory of the one before is given back."""
         self._writes += 1
         self._memory = f"weights-{self._writes}"
         parts = tuple(
@@ -172,7 +172,7 @@ class World:
         return WeightSnapshot(version, parts, None, f"print-{version}", 4 * _NUM_PARTS, 0.0, Path("unused"))
 
     def close(self) -> None:
-        """As `PolicyWeights` is closed."""
+        """As `WeightPublisher` is closed."""
         self._memory = ""
 
     def must(self, holds: bool, what: str) -> None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from verl.rollout.server_process import free_port
+from verl.utils.network import free_port
 from verl.weight_sync.process_group import broadcast, open_group, receive, send, shared_memory_id
 
 

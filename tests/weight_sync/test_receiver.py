@@ -120,7 +120,7 @@ class Threads(InferenceServer):
 @pytest.mark.parametrize("via", ["shm", "group", "direct"])
 def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     policy = tiny_policy("llama")
-    weights = WeightPublisher(group_of(policy), dtype, tmp_path, part_bytes=20_000, is_direct=via == "direct")
+    weights = WeightPublisher(group_of(policy), dtype, tmp_path, chunk_bytes=20_000, uses_p2p=via == "direct")
     engine = Threads(ServerSpec("threads", "unused", via=via, timeout_s=20.0))
     notes: list[str] = []
     replica = Replica(

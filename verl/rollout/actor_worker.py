@@ -4,10 +4,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +16,15 @@ from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
 from verl.controller.worker_group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
-from verl.engines.hf.hf_io import lora_adapter_files
-from verl.engines.hf.lora import has_lora
 from verl.engines.roles.base import FULLEST
 from verl.engines.roles.policy import PolicyWorker
+from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.rollout.engine import ColocatedEngine
-from verl.rollout.pool.p2p import PolicyWeightSender
-from verl.utils.device import synchronize
 from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
-from verl.weight_sync.cuda_ipc import export_handle
 from verl.weight_sync.fingerprint import digest, fingerprint
-from verl.weight_sync.layout import Bounds, full_bounds
-from verl.weight_sync.shard_tracking import shard_key, slices_of
-from verl.weight_sync.shared_memory import dtype_of, map_file, num_bytes_of, unpack
-from verl.weight_sync.types import TensorInfo
 
 # Of the answers to one prompt: why each ended, and its text.
 Answers = list[tuple[FinishReason, str]]
@@ -77,7 +67,6 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         )
         self._apart = generator
         self._has_weights = False
-        self._shared: list[Tensor] = []
 
     @register(THREE_D_ALL_MICRO_DP)
     def generate(
@@ -164,89 +153,6 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         they cost most.
         """
         return {} if self._hybrid is None else self._hybrid.take_switches()
-
-    @register(SAME_ON_ALL)
-    def trains_lora_only(self) -> bool:
-        """Whether low-rank additions are trained, and nothing else."""
-        return has_lora(self.model.transformer)
-
-    @register(SAME_ON_ALL)
-    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of each tensor of the policy, as in a Hugging Face folder."""
-        return list(self.engine.shapes().items())
-
-    @register(SAME_ON_ALL)
-    def write_weights(
-        self, infos: Sequence[TensorInfo], path: str, slices: Mapping[str, Sequence[Bounds]]
-    ) -> tuple[dict[str, int], Tensor | None]:
-        """Writes tensors of the policy end to end into a file that is mapped; all ranks gather, the first one
-        writes.
-
-        Returns:
-            For each tensor and for its `slices` their digests as they were before they were written, by
-            `shard_key`; and the bytes, if there is no such file where the rank is.
-        """
-        target = self._target(infos, path) if self.dispatch_ranks["ranks"].data_rank == 0 else None
-        digests = self._fill(target, infos, slices)
-        return digests, None if target is None or Path(path).exists() else target
-
-    @register(SAME_ON_ALL)
-    def share_weights(
-        self, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]
-    ) -> tuple[dict[str, int], dict[str, Any]]:
-        """As `write_weights`, into memory of the first rank's GPU, which stays until `drop_shared`; the
-        handle of it, and the digests.
-
-        Raises:
-            ValueError: the policy is not on a GPU.
-        """
-        device = self.engine.model.device
-        if device.type != "cuda":
-            raise ValueError(
-                f"need the policy on a GPU for rollout.weights_via=ipc, it is on {device}; take auto"
-            )
-        if self.dispatch_ranks["ranks"].data_rank != 0:
-            return self._fill(None, infos, slices), {}
-        target = torch.empty(num_bytes_of(infos), dtype=torch.uint8, device=device)
-        digests = self._fill(target, infos, slices)
-        self._shared.append(target)
-        synchronize(device)
-        return digests, export_handle(target)
-
-    @register(SAME_ON_ALL)
-    def drop_shared(self) -> None:
-        """Gives the memory of `share_weights` back as soon as no engine reads it."""
-        self._shared.clear()
-
-    def _fill(
-        self, target: Tensor | None, infos: Sequence[TensorInfo], slices: Mapping[str, Sequence[Bounds]]
-    ) -> dict[str, int]:
-        """All ranks gather, and one has a target for the tensors, end to end; their digests there."""
-        wanted = {info.name: info for info in infos}
-        digests: dict[str, int] = {}
-        slots = {info.name: place for info, place in unpack(target, infos)} if target is not None else {}
-        for name, tensor in self.engine.whole_tensors(wanted):
-            if target is None:
-                continue
-            served = tensor.to(dtype_of(wanted[name]))
-            for bounds in {full_bounds(wanted[name].shape), *slices[name]}:
-                digests[shard_key(name, bounds, shape=wanted[name].shape)] = digest(served[slices_of(bounds)])
-            slots[name].copy_(served)
-        return digests
-
-    def _target(self, infos: Sequence[TensorInfo], path: str) -> Tensor:
-        num_bytes = num_bytes_of(infos)
-        exists = Path(path).exists()
-        return (
-            map_file(Path(path), num_bytes, for_writing=True)
-            if exists
-            else torch.empty(num_bytes, dtype=torch.uint8)
-        )
-
-    @register(SAME_ON_ALL)
-    def additions(self) -> dict[str, bytes]:
-        """The files of the low-rank additions in PEFT format, by name."""
-        return lora_adapter_files(self.model.transformer)
 
 
 class PolicyEngine(RolloutEngine):

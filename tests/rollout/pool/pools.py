@@ -66,9 +66,9 @@ def pool_of(
 ) -> ThreadedInferencePool:
     """A pool of servers that follow the policy of a group, or follow none."""
     sizes = {
-        "part_bytes": options.pop("part_bytes", 20_000),
-        "is_direct": options.get("via") == "direct",
-        "on_device": options.get("via") == "ipc",
+        "chunk_bytes": options.pop("chunk_bytes", 20_000),
+        "uses_p2p": options.get("via") == "direct",
+        "uses_cuda_ipc": options.get("via") == "ipc",
     }
     weights = WeightPublisher(group, "float32", folder / "weights", **sizes) if group else None
     policy = policy or group.worker.model

@@ -372,7 +372,7 @@ def test_servers_that_cannot_start_end_the_pool_with_their_words(policy, tmp_pat
 def test_a_closed_pool_leaves_no_process_and_no_shared_memory(policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 1)
     pool.publish(0)
-    pids, memory = servers_of(pool), pool._weights._folder
+    pids, memory = servers_of(pool), pool._weights._folder.path
     assert memory.parent == Path("/dev/shm") and list(memory.glob("part-*"))
     pool.close()
     assert not memory.exists() and not any(psutil.pid_exists(pid) for pid in pids)

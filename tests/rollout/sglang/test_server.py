@@ -397,7 +397,7 @@ async def updated(running: Running, parts: Sequence[WeightChunk], *, group: Broa
 
 async def through_group(running: Running, parts: Sequence[WeightChunk]) -> str:
     """An update by broadcasts, as the pool makes it for an engine on another machine."""
-    return await updated(running, parts, group=await Broadcaster.meet(running.engine))
+    return await updated(running, parts, group=await Broadcaster.connect(running.engine))
 
 
 def assert_serves(running: Running, model: Any) -> None:
@@ -702,8 +702,8 @@ def takes_slices(running: Running, folder: Path) -> None:
     replica._set_state("stale")  # as after a start
     engine.reads = None
     with policy_ranks(engine.spec.model, 2) as group:
-        gathered = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000)
-        sent = WeightPublisher(group, "float32", folder / "weights", part_bytes=20_000, is_direct=True)
+        gathered = WeightPublisher(group, "float32", folder / "weights", chunk_bytes=20_000)
+        sent = WeightPublisher(group, "float32", folder / "weights", chunk_bytes=20_000, uses_p2p=True)
         num_bytes = sum(tensor.nbytes for tensor in tensors_of(model).values())
         for weights, via in (
             (gathered, "shm"),

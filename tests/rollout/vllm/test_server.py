@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
 from verl.rollout.engine import EngineError, RefusedError, ServerSpec, TokenChunk
-from verl.rollout.server_process import free_port
 from verl.rollout.vllm.options import as_flags
 from verl.rollout.vllm.server import VLLMServer
+from verl.utils.network import free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.process_group import broadcast, open_group

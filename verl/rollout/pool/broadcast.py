@@ -1,28 +1,30 @@
-"""Weights to an engine on another machine: a process group of this process and the ranks of that engine."""
+"""Weights to an engine on another machine, over a process group of this process and the engine's ranks."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from verl.rollout.engine import EngineError, InferenceServer
+from verl.utils.network import address_towards, free_port
 from verl.weight_sync.process_group import broadcast, open_group, send
-from verl.weight_sync.shard_tracking import ShardRanges, slices_of
+from verl.weight_sync.shard_tracking import slices_of
 from verl.weight_sync.shared_memory import map_file, num_bytes_of, shards_in, unpack
-from verl.weight_sync.types import TensorInfo, WeightChunk
+from verl.weight_sync.types import WeightChunk
 
-_LOOPBACK = "127.0.0.1"
+Ours = TypeVar("Ours")
+Theirs = TypeVar("Theirs")
 
 
 class Broadcaster:
-    """Rank 0 of a group with the ranks of one engine: an engine that dies takes nobody else along.
+    """Rank 0 of a process group with the ranks of one engine.
+
+    Each engine has a group of its own, so that one that dies does not break the transfers to the others.
 
     Args:
         group: with this process as rank 0.
@@ -32,79 +34,61 @@ class Broadcaster:
         self._group = group
 
     @classmethod
-    async def meet(cls, engine: InferenceServer) -> Broadcaster:
-        """Listens, and waits for the engine's ranks.
+    async def connect(cls, engine: InferenceServer) -> Broadcaster:
+        """Listen, and wait for the engine's ranks.
 
         Raises:
-            EngineError: they do not come.
+            EngineError: they do not join in time.
         """
         address, num_ranks, backend = address_towards(engine.spec.address), 1 + engine.num_ranks, "gloo"
-        port, limit_s = free_port_at(address), engine.spec.timeout_s
-        opened = asyncio.to_thread(
-            open_group, address, port, rank=0, num_ranks=num_ranks, backend=backend, timeout_s=limit_s
+        port, limit_s = free_port(address), engine.spec.timeout_s
+        group, _ = await run_both(
+            asyncio.to_thread(
+                open_group, address, port, rank=0, num_ranks=num_ranks, backend=backend, timeout_s=limit_s
+            ),
+            engine.join_group(address=address, port=port, first_rank=1, num_ranks=num_ranks, backend=backend),
+            f"engine {engine.spec.name} did not join the group for weights",
         )
-        joined = engine.join_group(
-            address=address, port=port, first_rank=1, num_ranks=num_ranks, backend=backend
-        )
-        group, _ = await both(opened, joined, f"engine {engine.spec.name} did not join the group for weights")
         return cls(group)
 
-    async def send(self, part: WeightChunk, engine: InferenceServer) -> None:
-        """Sends the bytes of a part while the engine loads them: all to all ranks, or to each what it reads.
+    async def send(self, chunk: WeightChunk, engine: InferenceServer) -> None:
+        """Send a chunk while the engine loads it: all of it to every rank, or to each the ranges that it loads.
 
         Raises:
-            EngineError: they do not get there.
+            EngineError: the transfer failed.
         """
-        content = map_file(Path(part.location["path"]), num_bytes_of(part.tensors))
-        sent = asyncio.to_thread(self._send, content, part)
-        loaded = engine.load(WeightChunk(part.tensors, "group", ranges=part.ranges))
-        await both(sent, loaded, f"weights did not reach engine {engine.spec.name}")
-
-    def _send(self, content: Tensor, part: WeightChunk) -> None:
-        if not part.ranges:
-            broadcast(self._group, content)
-            return
-        tensors = {info.name: tensor for info, tensor in unpack(content, part.tensors)}
-        send(
-            self._group,
-            {1 + rank: _packed(tensors, reads, part.tensors) for rank, reads in enumerate(part.ranges)},
+        content = map_file(Path(chunk.location["path"]), num_bytes_of(chunk.tensors))
+        await run_both(
+            asyncio.to_thread(self._send, content, chunk),
+            engine.load(WeightChunk(chunk.tensors, "group", ranges=chunk.ranges)),
+            f"weights did not reach engine {engine.spec.name}",
         )
 
-
-def address_towards(url: str | None) -> str:
-    """The address of this machine from which another one is reached; no other one: the loopback interface."""
-    if url is None:
-        return _LOOPBACK
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Connecting a datagram socket sends nothing; it asks the routing table.
-        probe.connect((parts.hostname or _LOOPBACK, parts.port or 80))
-        address: str = probe.getsockname()[0]
-        return address
-
-
-def free_port_at(address: str) -> int:
-    """One that nobody listens at."""
-    with socket.socket() as free:
-        free.bind((address, 0))
-        port: int = free.getsockname()[1]
-        return port
+    def _send(self, content: Tensor, chunk: WeightChunk) -> None:
+        if not chunk.ranges:
+            broadcast(self._group, content)
+            return
+        tensors = {info.name: tensor for info, tensor in unpack(content, chunk.tensors)}
+        messages = {}
+        for rank, ranges in enumerate(chunk.ranges, start=1):
+            shards = [
+                tensors[info.name][slices_of(bounds)] for info, bounds in shards_in(chunk.tensors, ranges)
+            ]
+            packed = [shard.contiguous().view(-1).view(torch.uint8) for shard in shards]
+            # A rank that loads nothing of the chunk still needs a tensor: cat refuses an empty list.
+            messages[rank] = torch.cat([torch.empty(0, dtype=torch.uint8), *packed])
+        send(self._group, messages)
 
 
-def _packed(tensors: Mapping[str, Tensor], reads: ShardRanges, infos: Sequence[TensorInfo]) -> Tensor:
-    """[bytes] uint8, what a rank reads of the tensors, end to end."""
-    pieces = [tensors[piece.name][slices_of(bounds)] for piece, bounds in shards_in(infos, reads)]
-    return torch.cat(
-        [
-            torch.empty(0, dtype=torch.uint8),
-            *(piece.contiguous().view(-1).view(torch.uint8) for piece in pieces),
-        ]
-    )
+async def run_both(
+    ours: Coroutine[Any, Any, Ours], theirs: Coroutine[Any, Any, Theirs], failure: str
+) -> tuple[Ours, Theirs]:
+    """Run our side of a transfer and the engine's at the same time.
 
-
-async def both(ours: Any, theirs: Any, what: str) -> tuple[Any, Any]:
-    """Our side and the engine's at once; what fails on ours is told as the engine's error, which is what
-    keeps it from coming.
+    Raises:
+        EngineError: either side failed. The engine's own error goes first: an engine that failed keeps our side
+            waiting until its time limit.
+        ValueError: the engine refused.
     """
     results: tuple[Any, Any] = await asyncio.gather(ours, theirs, return_exceptions=True)
     errors = [result for result in reversed(results) if isinstance(result, BaseException)]
@@ -112,4 +96,4 @@ async def both(ours: Any, theirs: Any, what: str) -> tuple[Any, Any]:
         return results
     if isinstance(errors[0], EngineError | ValueError):
         raise errors[0]
-    raise EngineError(f"{what}: {errors[0]}") from errors[0]
+    raise EngineError(f"{failure}: {errors[0]}") from errors[0]

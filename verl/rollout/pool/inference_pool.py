@@ -120,7 +120,7 @@ class InferencePool:
     @property
     def needs_policy(self) -> bool:
         """Whether the weights of this version are with the policy alone."""
-        return self.snapshot is not None and self.snapshot.direct is not None
+        return self.snapshot is not None and self.snapshot.p2p_sender is not None
 
     # Engines
     # ----------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class InferencePool:
         """
         if update is not None:
             self.snapshot = update
-            self._counts.write_s += update.seconds
+            self._counts.write_s += update.write_s
         start_s = self.loop.time()
         await asyncio.gather(
             *(
@@ -453,7 +453,7 @@ class InferencePool:
         """
         async with replica.sync_lock:
             update = self.snapshot
-            is_here = update is not None and (update.direct is None or self.policy_can_send)
+            is_here = update is not None and (update.p2p_sender is None or self.policy_can_send)
             # Else it stays stale until it is.
             if (
                 update is not None

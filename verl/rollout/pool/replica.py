@@ -344,14 +344,16 @@ class Replica:
         took, and of what was sent.
         """
         engine = self.engine
-        if update.additions is not None:
+        if update.lora_adapter is not None:
             self.synced_bytes = update.num_bytes
-            return await engine.load_lora_adapter(update.additions, update.version), update.expected
+            return await engine.load_lora_adapter(update.lora_adapter, update.version), update.fingerprint
         files, reads = engine.via == "disk", engine.reads or ()
-        if files or not update.has(reads):
+        if files or not update.can_verify(reads):
             reads = ()
-        self.synced_bytes = update.bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
-        parts = [await asyncio.to_thread(update.as_files, Path(engine.spec.model))] if files else update.parts
+        self.synced_bytes = update.num_bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
+        parts = (
+            [await asyncio.to_thread(update.as_files, Path(engine.spec.model))] if files else update.chunks
+        )
         digests: list[dict[str, int]] = [{} for _ in range(engine.num_ranks)]
         await engine.begin_update()
         for part in parts:
@@ -360,20 +362,20 @@ class Replica:
                 [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
             )
         got = await engine.end_update(update.version)
-        if update.direct is not None:
+        if update.p2p_sender is not None:
             return got, fingerprint_of_ranks(digests)
-        update.note(engine.reads or ())
-        return got, update.expected_of(reads) if reads else update.expected
+        update.track(engine.reads or ())
+        return got, update.fingerprint_of(reads) if reads else update.fingerprint
 
     async def _load(self, part: WeightChunk, update: WeightSnapshot) -> list[dict[str, int]]:
         """Sends a part; the digests of what each rank was sent, where it is not known before."""
-        if update.direct is not None:
-            return await update.direct.send(part, self.engine, self.incarnation)
+        if update.p2p_sender is not None:
+            return await update.p2p_sender.send(part, self.engine, self.incarnation)
         if self.engine.via != "group":
             await self.engine.load(part)
             return []
         if self._group is None:
-            self._group = await Broadcaster.meet(self.engine)
+            self._group = await Broadcaster.connect(self.engine)
         try:
             await self._group.send(part, self.engine)
             return []

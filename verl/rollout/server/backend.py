@@ -23,7 +23,8 @@ from verl.engines.hf.models import Precision
 from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.openai_engine import Connection, options_of
 from verl.rollout.server.token_stream import MAX_MESSAGE_BYTES, PATH, AnswerClient
-from verl.rollout.server_process import ServerProcess, free_port
+from verl.rollout.server_process import ServerProcess
+from verl.utils.network import free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.process_group import shared_memory_id
 from verl.weight_sync.types import Transport, WeightChunk

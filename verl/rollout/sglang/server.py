@@ -26,11 +26,12 @@ from typing_extensions import override
 
 import verl
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
-from verl.rollout.server_process import ServerProcess, free_port
+from verl.rollout.server_process import ServerProcess
 from verl.rollout.sglang.client import Client
 from verl.rollout.sglang.options import flags, sizes_of
 from verl.rollout.sglang.stream import SGLangStream
 from verl.rollout.sglang.worker import LOADER, report_file, report_key, report_store
+from verl.utils.network import free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.shard_tracking import parse_ranges

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 import verl
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
-from verl.rollout.server_process import ServerProcess, free_port
+from verl.rollout.server_process import ServerProcess
 from verl.rollout.vllm.options import (
     MODEL,
     REASONS,
@@ -43,6 +43,7 @@ from verl.rollout.vllm.versions import (
     has_own_steps,
     method_of,
 )
+from verl.utils.network import free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import fingerprint, fingerprint_of_ranks
 from verl.weight_sync.process_group import shared_memory_id

@@ -106,7 +106,7 @@ def build_rollout(
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
     text = model_config.get_text_config()
-    ways = {"is_direct": rollout.weights_via == "direct", "on_device": rollout.weights_via == "ipc"}
+    ways = {"uses_p2p": rollout.weights_via == "direct", "uses_cuda_ipc": rollout.weights_via == "ipc"}
     weights = WeightPublisher(policy, dtype, Path(config.output_dir) / "weights", **ways)
     pool = ThreadedInferencePool(
         engine_specs(config, source, dtype),
