@@ -15,7 +15,8 @@ from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.kl import KL_ESTIMATORS
 from verl.algorithms.losses import POLICY_LOSSES
-from verl.algorithms.registry import COLUMNS, bind
+from verl.algorithms.registry import bind
+from verl.data.columns import COLUMNS
 from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice

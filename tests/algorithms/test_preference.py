@@ -25,7 +25,8 @@ from verl.algorithms.preference import (
     outcome_cross_entropy,
     simpo,
 )
-from verl.algorithms.registry import COLUMNS, bind
+from verl.algorithms.registry import bind
+from verl.data.columns import COLUMNS
 from verl.config.fields import Choice
 
 LOSSES = {**PAIR_LOSSES, **REWARD_LOSSES}

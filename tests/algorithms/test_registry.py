@@ -11,7 +11,8 @@ import torch
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.losses import POLICY_LOSSES
-from verl.algorithms.registry import COLUMNS, bind
+from verl.algorithms.registry import bind
+from verl.data.columns import COLUMNS
 from verl.config.fields import Choice
 
 

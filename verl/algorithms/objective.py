@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +16,11 @@ from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.mismatch import mismatch, weight_monitors
-from verl.algorithms.registry import COLUMNS, Bound, bind
+from verl.algorithms.registry import Bound, bind
 from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.config.algorithm import AlgorithmConfig
 from verl.data.batch import Batch
-
-# Columns of ids, which no function reads.
-_IDS = ("prompt_ids", "response_ids", "teacher_top_ids")
-
-# Columns that are written later than a function is called, or elsewhere.
-_NOT_THERE: dict[str, set[str]] = {
-    "advantage": {"advantages", "returns", "logprobs", "new_values", "top_logprobs", "minibatch_mask"},
-    "policy_loss": {"token_rewards", "new_values"},
-    "correction": {"token_rewards", "returns", "new_values", "top_logprobs", "minibatch_mask"},
-    "value_loss": {"token_rewards", "logprobs", "top_logprobs", "minibatch_mask"},
-    "kl": {"token_rewards", "new_values", "top_logprobs", "minibatch_mask"},
-}
+from verl.data.columns import CHOSEN, readable_by, with_required, written_by
 
 Columns = Mapping[str, Tensor]
 Monitors = dict[str, Tensor]
@@ -68,22 +57,23 @@ class Algorithm:
             ValueError: an unknown function or option, an option out of its bounds, or choices that do not go
                 together.
         """
-        advantage = bind(config.advantage, ADVANTAGES, columns=_there("advantage"))
-        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=_there("policy_loss"))
-        correction = bind(config.correction, CORRECTIONS, columns=_there("correction"))
-        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=_there("value_loss"))
-        aggregation = bind(config.aggregation, AGGREGATIONS, columns=("mask", "group_ids"))
+        advantage = bind(config.advantage, ADVANTAGES, columns=readable_by("advantage"))
+        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=readable_by("policy_loss"))
+        correction = bind(config.correction, CORRECTIONS, columns=readable_by("correction"))
+        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=readable_by("value_loss"))
+        aggregation = bind(config.aggregation, AGGREGATIONS, columns=readable_by("aggregation"))
         kl = (
             None
             if config.kl.where == "off"
-            else bind(config.kl.estimator, KL_ESTIMATORS, columns=_there("kl"))
+            else bind(config.kl.estimator, KL_ESTIMATORS, columns=readable_by("kl"))
         )
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
-        try_out([*chosen, value_loss, aggregation])
-        reads = frozenset(column for bound in chosen for column in bound.columns)
+        for function in (*chosen, value_loss, aggregation):
+            try_out(function)
+        reads = with_required(column for function in chosen for column in function.columns)
         _check_together(config, policy_loss, value_loss, reads)
         _check_kl_in_reward(config, advantage, policy_loss)
-        if {"values", "prm_logprobs"} & reads:
+        if reads & written_by("critic", "process_reward_model"):
             reads |= set(value_loss.columns)
         return cls(
             advantage,
@@ -232,13 +222,10 @@ def write_advantages(
         has weights).
     """
     mask = batch["mask"]
-    if "staleness" in algorithm.reads:
-        batch.write("staleness", (version - batch["versions"]).clamp(min=0))
-    if "noise" in algorithm.reads:
-        # The generator takes 32 bits: runs of neighbouring seeds meet only after a million steps.
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + version) % 2**32)
-        batch.write("noise", torch.rand(mask.shape, generator=generator))
-    columns = {name: batch[name] for name in batch.names if name not in _IDS}
+    for name, column in STEP_COLUMNS.items():
+        if name in algorithm.reads:
+            batch.write(name, column(batch, version, seed))
+    columns = {name: batch[name] for name in readable_by(*CHOSEN, "step") if name in batch}
     metrics = _write_correction(batch, columns, algorithm)
     if "teacher_logprobs" in columns:
         metrics["kl_teacher"] = float(
@@ -267,6 +254,22 @@ def write_advantages(
     return metrics
 
 
+def staleness(batch: Batch, version: int, seed: int) -> Tensor:
+    """[B, T] int64, steps between the version that sampled each token and this one, at least 0."""
+    return (version - batch["versions"]).clamp(min=0)
+
+
+def noise(batch: Batch, version: int, seed: int) -> Tensor:
+    """[B, T] uniform in [0, 1), the same for the same seed and version."""
+    # The generator takes 32 bits: runs of neighbouring seeds meet only after a million steps.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + version) % 2**32)
+    return torch.rand(batch["mask"].shape, generator=generator)
+
+
+# Columns of a step that depend on the batch, the version that is trained and the seed of the run alone.
+STEP_COLUMNS: dict[str, Callable[[Batch, int, int], Tensor]] = {"staleness": staleness, "noise": noise}
+
+
 def token_rewards(rewards: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
     """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last
     True of `mask` [B, T].
@@ -283,11 +286,6 @@ def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
     rows = (last >= 0).nonzero().squeeze(1)
     out[rows, last[rows]] = rewards[rows].float()
     return out
-
-
-def _there(choice: str) -> list[str]:
-    """The columns that are there when the function of that choice is called."""
-    return [name for name in COLUMNS if name not in _NOT_THERE[choice]]
 
 
 def _check_together(

@@ -17,18 +17,6 @@ from torch.nn.functional import logsigmoid
 
 from verl.algorithms.functional import check_same_shape, log_ratio
 
-# Every column that a loss on pairs may read; P pairs; fp32 unless said otherwise.
-PAIR_COLUMNS: dict[str, str] = {
-    "chosen_logprobs": "[P] of the policy, summed over the tokens of the chosen answer, with gradient",
-    "rejected_logprobs": "[P] the same of the rejected answer",
-    "chosen_ref_logprobs": "[P] of the reference policy, summed over the tokens of the chosen answer",
-    "rejected_ref_logprobs": "[P] the same of the rejected answer",
-    "chosen_tokens": "[P] int64, tokens of the chosen answer",
-    "rejected_tokens": "[P] int64, tokens of the rejected answer",
-    "chosen_rewards": "[P] of the reward model for the chosen answer, with gradient",
-    "rejected_rewards": "[P] the same for the rejected answer",
-}
-
 
 def dpo(
     chosen_logprobs: Tensor,

@@ -15,38 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from verl.config.fields import Choice
+from verl.data.columns import COLUMNS
 
-# Every column that a function may read; B rows, T response positions, right-padded, K reward functions; fp32
-# unless said otherwise.
-COLUMNS: dict[str, str] = {
-    "rewards": "[B] sum of the trajectory's reward, minus the KL penalty where that is in the reward",
-    "token_rewards": "[B, T] rewards of turns at the last sampled token of each, what remains at the last one of the trajectory, minus "
-    "the KL penalty of each token where that is in the reward",
-    "reward_parts": "[B, K] value of each reward function before its weight",
-    "reward_weights": "[B, K] weight of each reward function",
-    "greedy_rewards": "[B] reward of the most likely answer to the same prompt",
-    "group_ids": "[B] int64, equal for the trajectories of one prompt",
-    "mask": "[B, T] bool, True where the policy sampled the token",
-    "minibatch_mask": "[B, T] bool, the mask; a policy loss that reads it is given all rows of an optimizer update at once",
-    "truncated": "[B] bool, cut off at the length limit",
-    "versions": "[B, T] int64, version of the policy that sampled the token",
-    "staleness": "[B, T] int64, steps between that version and the trainer's before the first update, at least 0",
-    "noise": "[B, T] uniform in [0, 1), drawn anew in each step from the seed of the run",
-    "values": "[B, T] of the critic before the update",
-    "new_values": "[B, T] of the critic in the update, with gradient",
-    "returns": "[B, T] what the critic learns",
-    "advantages": "[B, T] credit of each token",
-    "logprobs": "[B, T] of the policy in the update, with gradient; a correction gets them detached, in every update",
-    "old_logprobs": "[B, T] what the ratio divides by",
-    "rollout_logprobs": "[B, T] from the sampler",
-    "trainer_logprobs": "[B, T] recomputed by the trainer before the first update",
-    "sum_squared_probs": "[B, T] sum of the squares of all probabilities at that place, recomputed by the trainer before the first update",
-    "ref_logprobs": "[B, T] of the reference policy",
-    "prm_logprobs": "[B, T] of the implicit process reward model before its update",
-    "teacher_logprobs": "[B, T] of the teacher",
-    "teacher_top_logprobs": "[B, T, k] of the teacher's k most likely tokens at each place",
-    "top_logprobs": "[B, T, k] of the policy in the update for the teacher's k most likely tokens, with gradient",
-}
 _CHECKED_TYPES = {"bool", "int", "float", "str", "None"}
 
 

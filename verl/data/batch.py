@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from verl.data.columns import COLUMNS, ColumnSpec
 from verl.utils.sampling_types import Prompt
 
 
@@ -152,10 +153,7 @@ def present_mask(lengths: Tensor) -> Tensor:
 class Batch:
     """B rows with named columns: a tensor [B, ...] per row, or a `Ragged` over prompt or response tokens.
 
-    Always there: `prompt_ids` and `response_ids` (Ragged int64), `mask` (Ragged bool over the response),
-    `group_ids`, `truncated`. From rewards: `rewards`, and `turn_rewards`, `reward_parts`, `reward_weights`,
-    `greedy_rewards` where they are. From a sampler that gives them: `rollout_logprobs`, `versions`. Writers
-    add others (`ref_logprobs`, `values`, `advantages`, ...), all over the response, fp32.
+    `verl.data.columns.COLUMNS` says which columns there are and who writes each of them.
     """
 
     def __init__(self, columns: Mapping[str, Column]) -> None:
@@ -170,28 +168,11 @@ class Batch:
         """Columns of rewarded trajectories; rollout logprobs only if every one of them has some."""
         if not trajectories:
             raise ValueError("need at least one trajectory")
-        columns: dict[str, Column] = {
-            "prompt_ids": Ragged.from_rows([t.prompt_ids for t in trajectories], torch.int64),
-            "response_ids": _joined_rows([t.response_ids for t in trajectories], torch.int64),
-            "mask": Ragged.from_rows([t.response_mask for t in trajectories], torch.bool),
-            "versions": Ragged.from_rows([t.versions for t in trajectories], torch.int64),
-            "group_ids": torch.tensor([t.group for t in trajectories]),
-            "truncated": torch.tensor([t.truncated for t in trajectories]),
-        }
-        rewards = [t.reward for t in trajectories if t.reward is not None]
-        if len(rewards) == len(trajectories):
-            columns["rewards"] = torch.tensor(rewards, dtype=torch.float32)
-        logprobs = [t.rollout_logprobs for t in trajectories if t.rollout_logprobs is not None]
-        if len(logprobs) == len(trajectories):
-            columns["rollout_logprobs"] = _joined_rows(logprobs, torch.float32)
-        if any(t.turn_rewards for t in trajectories):
-            columns["turn_rewards"] = Ragged.from_rows([at_turn_ends(t) for t in trajectories], torch.float32)
-        if len({len(t.parts) for t in trajectories}) == 1 and trajectories[0].parts:
-            parts = torch.tensor([t.parts for t in trajectories], dtype=torch.float32)
-            columns |= {"reward_weights": parts[..., 0], "reward_parts": parts[..., 1]}
-        greedy = [t.greedy_reward for t in trajectories if t.greedy_reward is not None]
-        if len(greedy) == len(trajectories):
-            columns["greedy_rewards"] = torch.tensor(greedy, dtype=torch.float32)
+        columns: dict[str, Column] = {}
+        for name, value in TRAJECTORY_COLUMNS.items():
+            column = _column_of(COLUMNS[name], trajectories, [value(t) for t in trajectories])
+            if column is not None:
+                columns[name] = column
         return cls(columns)
 
     @staticmethod
@@ -328,6 +309,20 @@ class Batch:
         return column.lengths if isinstance(column, RemoteColumn) else self.ragged(name).lengths
 
 
+def _column_of(spec: ColumnSpec, trajectories: Sequence[Trajectory], rows: Sequence[Any]) -> Column | None:
+    """The column of these values, None for a trajectory without one; None if it would not be complete."""
+    if spec.fill is not None and any(row is not None for row in rows):
+        fills = [[spec.fill] * len(t.response_ids) for t in trajectories]
+        rows = [fill if row is None else row for row, fill in zip(rows, fills, strict=True)]
+    if any(row is None for row in rows):
+        return None
+    if spec.is_ragged:
+        return _joined_rows(rows, spec.values.dtype)
+    if len(spec.axes) > 1 and len(set(map(len, rows))) > 1:
+        return None
+    return torch.tensor(rows, dtype=spec.values.dtype)
+
+
 def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> Ragged | RemoteColumn:
     """Rows as a column; those that are all elsewhere stay there."""
     away = [row for row in rows if isinstance(row, RemoteRow)]
@@ -370,6 +365,23 @@ def at_turn_ends(trajectory: Trajectory) -> list[float]:
     for end, reward in zip(ends, rewards, strict=False):
         placed[end] = reward
     return placed
+
+
+# Column -> its value for a trajectory; None: it has none.
+TRAJECTORY_COLUMNS: dict[str, Callable[[Trajectory], Any]] = {
+    "prompt_ids": lambda t: t.prompt_ids,
+    "response_ids": lambda t: t.response_ids,
+    "mask": lambda t: t.response_mask,
+    "versions": lambda t: t.versions,
+    "group_ids": lambda t: t.group,
+    "truncated": lambda t: t.truncated,
+    "rewards": lambda t: t.reward,
+    "rollout_logprobs": lambda t: t.rollout_logprobs,
+    "turn_rewards": lambda t: at_turn_ends(t) if t.turn_rewards else None,
+    "reward_weights": lambda t: [weight for weight, _ in t.parts] or None,
+    "reward_parts": lambda t: [value for _, value in t.parts] or None,
+    "greedy_rewards": lambda t: t.greedy_reward,
+}
 
 
 @dataclass(frozen=True)

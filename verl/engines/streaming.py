@@ -18,21 +18,20 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from verl.algorithms.aggregations import DENOMINATORS, num_rows
-from verl.algorithms.dry_run import probe_columns
+from verl.algorithms.dry_run import example_columns
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.algorithms.registry import Bound, bind
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
+from verl.data.columns import COLUMNS, written_by
 from verl.data.packing import BatchPlan
 from verl.engines.roles.base import Learner
 from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
 
 # Of two groups of two rows: in the first one group teaches nothing, in the second both do, one of them more.
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))
-# What `write_advantages` adds and a learner reads.
-_WRITTEN = ("old_logprobs", "correction_weights", "advantages", "returns")
 
 
 def why_not_streamed(algorithm: Algorithm, config: AlgorithmConfig) -> str | None:
@@ -118,7 +117,7 @@ class Portions:
     @property
     def critic_scale(self) -> float:
         """The same for a critic, or a process reward model, whose loss may be a mean over rows."""
-        values, _ = self._algorithm.value_loss(probe_columns())
+        values, _ = self._algorithm.value_loss(example_columns())
         return self._of_rows.scale if values.ndim == 1 else self._of_weights.scale
 
     def metrics(self, kl_coef: float, *, version: int) -> dict[str, float]:
@@ -128,7 +127,8 @@ class Portions:
             RuntimeError: what it wrote for a portion is not what it writes for all rows.
         """
         together = joined(self.batches)
-        apart = {name: together[name] for name in _WRITTEN if name in together}
+        written = written_by("correction", "advantage")
+        apart = {name: together[name] for name in together.names if name in written}
         mask, metrics = (
             together["mask"],
             write_advantages(together, self._algorithm, kl_coef, version=version),
@@ -255,18 +255,19 @@ class _AfterAll(Future[dict[str, float]]):
 
 
 def joined(portions: Sequence[Batch]) -> Batch:
-    """The rows of all portions with the columns that each of them has; rewards of turns are 0 where a portion
-    has none.
+    """The rows of all portions with the columns that each of them has; a column with a `fill` value gets it in
+    portions without the column.
     """
-    if any("turn_rewards" in batch for batch in portions):
-        portions = [batch if "turn_rewards" in batch else _without_turns(batch) for batch in portions]
+    filled = {name for batch in portions for name in batch.names if COLUMNS[name].fill is not None}
+    portions = [_with_fills(batch, filled) for batch in portions]
     common = set.intersection(*(set(batch.names) for batch in portions))
     return Batch.concat([batch.only(common) for batch in portions])
 
 
-def _without_turns(batch: Batch) -> Batch:
+def _with_fills(batch: Batch, names: set[str]) -> Batch:
     same = batch.only(batch.names)
-    same.write("turn_rewards", torch.zeros(batch["mask"].shape))
+    for name in names - set(batch.names):
+        same.write(name, torch.full(batch["mask"].shape, float(COLUMNS[name].fill or 0)))
     return same
 
 
@@ -275,7 +276,7 @@ def _depends_on_other_groups(function: Bound) -> bool:
     on the others.
     """
     for rewards in _REWARDS:
-        columns = probe_columns()
+        columns = example_columns()
         columns["rewards"] = torch.tensor(rewards)
         columns["reward_parts"] = torch.stack([columns["rewards"], 0.5 * columns["rewards"]], 1)
         shape = columns["mask"].shape

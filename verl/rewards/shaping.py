@@ -9,8 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from verl.algorithms.dry_run import try_out
 from verl.algorithms.registry import Bound, bind
 from verl.config.fields import Choice
+from verl.data.columns import readable_by
 
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -83,18 +85,9 @@ def bound_length_penalty(choice: Choice) -> Bound | None:
                 f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one of {_NAMES}"
             )
         return None
-    bound = bind(choice, LENGTH_PENALTIES, columns=("rewards", "num_tokens"))
-    try:
-        bound(
-            {
-                "rewards": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64),
-                "num_tokens": torch.tensor([2, 3, 5]),
-            }
-        )
-    except (
-        Exception
-    ) as error:  # the process border to a user's function, told before the run instead of in its first step
-        raise ValueError(f"algorithm.length_penalty {bound.name}: {error}") from error
+    columns = readable_by("length_penalty")
+    bound = bind(choice, LENGTH_PENALTIES, columns=columns)
+    try_out(bound, columns)
     return bound
 
 

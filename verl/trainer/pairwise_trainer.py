@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from verl.algorithms.dry_run import SIZES, try_out
 from verl.algorithms.registry import Bound
 from verl.config.roles import RoleConfig
 from verl.config.run import PairsConfig
@@ -23,7 +24,6 @@ from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
 
 SIDES = ("chosen", "rejected")
-_PROBED_PAIRS = 2
 
 
 class PairwiseTrainer(SingleModelTrainer):
@@ -191,28 +191,17 @@ def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
     return [[row for pair in pairs for row in (2 * pair, 2 * pair + 1)] for pairs in plan.minibatches[0][0]]
 
 
-def try_out(loss: Bound, columns: Collection[str]) -> Bound:
-    """The loss itself, called once on small columns, so that a wrong option is found before anything is
-    loaded.
+def check_pair_loss(loss: Bound, columns: Collection[str]) -> Bound:
+    """The loss itself, after one call on small columns, so that a wrong option is found before anything is loaded.
 
     Raises:
         ValueError: it refuses its options, or does not return what a loss of pairs must.
     """
-    probe: dict[str, Any] = {
-        name: torch.full((_PROBED_PAIRS,), 3) if name.endswith("_tokens") else -torch.ones(_PROBED_PAIRS)
-        for name in columns
-    }
-    try:
-        losses, monitors = loss(probe)
-    except ValueError as error:
-        raise ValueError(f"{loss.name}: {error}") from error
-    except Exception as error:  # the process border to a user's function
+    losses, monitors = try_out(loss, columns)
+    num_pairs = SIZES["P"]
+    if losses.shape != (num_pairs,) or "accuracy" not in monitors:
         raise ValueError(
-            f"{loss.name} fails on {_PROBED_PAIRS} small pairs: {type(error).__name__}: {error}; correct it"
-        ) from error
-    if losses.shape != (_PROBED_PAIRS,) or "accuracy" not in monitors:
-        raise ValueError(
-            f"need a loss for each of {_PROBED_PAIRS} pairs and a monitor 'accuracy' of {loss.name}, got {tuple(losses.shape)} and "
-            f"{', '.join(monitors) or 'no monitors'}"
+            f"need a loss for each of {num_pairs} pairs and a monitor 'accuracy' of {loss.name}, got "
+            f"{tuple(losses.shape)} and {', '.join(monitors) or 'no monitors'}"
         )
     return loss

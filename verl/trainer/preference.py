@@ -11,18 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.algorithms.preference import PAIR_COLUMNS, PAIR_LOSSES
+from verl.algorithms.preference import PAIR_LOSSES
 from verl.algorithms.registry import bind
 from verl.config.run import PreferenceConfig
+from verl.data.columns import readable_by
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_copy
-from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, try_out
+from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, check_pair_loss
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 # Of a policy there are logprobs; rewards are a reward model's.
-_COLUMNS = tuple(name for name in PAIR_COLUMNS if not name.endswith("_rewards"))
+_COLUMNS = readable_by("preference_loss")
 
 
 class PreferenceTrainer(PairwiseTrainer):
@@ -51,7 +52,7 @@ class PreferenceTrainer(PairwiseTrainer):
         codec: TextCodec | None = None,
         console: Console | None = None,
     ) -> None:
-        self.loss = try_out(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
+        self.loss = check_pair_loss(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
         has_reference = any("_ref_" in name for name in self.loss.columns)
         self.reference: LocalForwardEngine | None = None

@@ -10,18 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.algorithms.preference import PAIR_COLUMNS, REWARD_LOSSES, calibration
+from verl.algorithms.preference import REWARD_LOSSES, calibration
 from verl.algorithms.registry import bind
 from verl.config.run import RewardModelConfig
+from verl.data.columns import readable_by
 from verl.data.batch import Batch, ModelInput
 from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.base import Metrics
-from verl.trainer.pairwise_trainer import PairwiseTrainer, answers_of, try_out
+from verl.trainer.pairwise_trainer import PairwiseTrainer, answers_of, check_pair_loss
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
-_COLUMNS = tuple(name for name in PAIR_COLUMNS if name.endswith(("_rewards", "_tokens")))
+_COLUMNS = readable_by("reward_loss")
 
 
 class RewardModelTrainer(PairwiseTrainer):
@@ -50,7 +51,7 @@ class RewardModelTrainer(PairwiseTrainer):
         codec: TextCodec | None = None,
         console: Console | None = None,
     ) -> None:
-        self.loss = try_out(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
+        self.loss = check_pair_loss(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
         # Transformers finds the last token of an answer by it; without one it scores single rows only.
         self.reward_model.use_pad_id(self.codec.tokenizer.pad_token_id)

@@ -23,6 +23,7 @@ from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch, Trajectory
+from verl.data.columns import written_by
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.data.tasks import TASKS
@@ -57,7 +58,6 @@ from verl.utils.sampling_types import Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
 
 RewardFn = Callable[..., Any]
-_REWARD_COLUMNS = {"rewards", "token_rewards", "reward_parts", "greedy_rewards"}
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ class Trainer(BaseTrainer):
         a = self.config.algorithm
         shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
         return bool(
-            self.algorithm.reads & _REWARD_COLUMNS or shaped or a.dynamic_sampling or a.likelihood_coef
+            self.algorithm.reads & {*written_by("rewards"), "token_rewards"} or shaped or a.dynamic_sampling or a.likelihood_coef
         )
 
     def load_train_data(self) -> LoadReport:

@@ -9,35 +9,30 @@ from torch import Tensor
 
 from verl.algorithms.objective import Algorithm
 from verl.data.batch import Batch, ModelInput, Ragged, present_mask
+from verl.data.columns import readable_by
 from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.models import PolicyModel
 from verl.engines.roles.loss_weights import plan_rows
 
-# Columns without which no model can run on rows.
-MODEL_COLUMNS = ("prompt_ids", "response_ids", "mask")
-_OF_MINIBATCH = (
-    "weights",
-    "row_weights",
-    "correction_weights",
-    "likelihood_weights",
-    "loss_gradients",
-    "weighted_losses",
-)
+# Columns that every model needs to run on rows.
+MODEL_COLUMNS = readable_by("model")
 
 
 def policy_reads(algorithm: Algorithm) -> set[str]:
-    """Columns that the update of the policy reads, besides `MODEL_COLUMNS`, where they are there."""
-    kl = algorithm.kl.columns if algorithm.kl and not algorithm.kl_in_reward else ()
-    correction = algorithm.correction.columns if algorithm.corrects_in_update else ()
-    return {*algorithm.policy_loss.columns, *kl, *correction, *_OF_MINIBATCH, "rollout_logprobs"} - {
-        "logprobs"
-    }
+    """Columns that the update of the policy reads from the batch, besides `MODEL_COLUMNS`, if they are there."""
+    functions = [algorithm.policy_loss]
+    if algorithm.kl and not algorithm.kl_in_reward:
+        functions.append(algorithm.kl)
+    if algorithm.corrects_in_update:
+        functions.append(algorithm.correction)
+    read = {column for function in functions for column in function.columns}
+    return {*read, *readable_by("policy_update")} - {"logprobs"}
 
 
 def critic_reads(algorithm: Algorithm) -> set[str]:
-    """Columns that the update of a critic or process reward model reads, besides `MODEL_COLUMNS`."""
-    return {*algorithm.value_loss.columns, "weights", "row_weights"} - {"new_values", "prm_logprobs"}
+    """Columns that the update of a critic or process reward model reads from the batch, besides `MODEL_COLUMNS`."""
+    return {*algorithm.value_loss.columns, *readable_by("critic_update")} - {"new_values", "prm_logprobs"}
 
 
 def read_columns(batch: Batch, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:

@@ -29,6 +29,18 @@ from verl.engines.roles.loss_weights import plan_rows
 _AT_FIRST = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")
 
 
+def sum_squared_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """[M] sum of the squared probabilities of the vocabulary, from log_probs [M, V]."""
+    return log_probs.mul(2).exp().sum(-1)
+
+
+# Columns [M] that the policy writes before the first update, from log_probs [M, V] and the sampled tokens [M].
+POLICY_COLUMNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "trainer_logprobs": at_targets,
+    "sum_squared_probs": sum_squared_probs,
+}
+
+
 class PolicyWorker(Learner):
     """The policy: writes `trainer_logprobs`, and learns.
 
@@ -58,20 +70,15 @@ class PolicyWorker(Learner):
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`trainer_logprobs`, and `sum_squared_probs` if a function reads it: under the weights as they are
-        now.
-        """
-        squares = "sum_squared_probs" in self._algorithm.reads
+        """`trainer_logprobs` and those of `POLICY_COLUMNS` that a function reads, under the current weights."""
+        names = [n for n in POLICY_COLUMNS if n == "trainer_logprobs" or n in self._algorithm.reads]
 
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            columns = [at_targets(log_probs, targets), *([log_probs.mul(2).exp().sum(-1)] if squares else [])]
-            return (torch.stack(columns, 1),)
+            return (torch.stack([POLICY_COLUMNS[name](log_probs, targets) for name in names], 1),)
 
         written = self.engine.infer(batch, plan_rows(plan), lambda inputs: self._reduced(inputs, outputs)[0])
-        names = ["trainer_logprobs", *(["sum_squared_probs"] if squares else [])]
-        return response_columns(
-            batch, dict(zip(names, stacked_columns(written, batch, len(names)).unbind(-1), strict=True))
-        )
+        columns = stacked_columns(written, batch, len(names)).unbind(-1)
+        return response_columns(batch, dict(zip(names, columns, strict=True)))
 
     @register(PLANNED)
     def write_reference(self, batch: Batch, plan: BatchPlan) -> Batch:

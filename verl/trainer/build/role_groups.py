@@ -16,6 +16,7 @@ from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
+from verl.data.columns import written_by
 from verl.data.packing import BatchPlan
 from verl.engines.roles.base import ColumnWorker, Learner, RoleWorker
 from verl.engines.roles.policy import PolicyWorker
@@ -26,8 +27,6 @@ from verl.trainer.build.placement import Placement
 from verl.trainer.checkpoint_store import Save
 from verl.utils.tokens import TextCodec
 
-_TEACHER = {"teacher_logprobs", "teacher_top_logprobs", "top_logprobs"}
-_JUDGED = {"values", "prm_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class RoleGroups:
         """Those whose column a chosen function reads."""
         reads, policy, critic = self._algorithm.reads, self._config.policy, self._config.critic
         writers = []
-        if {"trainer_logprobs", "sum_squared_probs"} & reads:
+        if reads & written_by("policy"):
             writers.append(ColumnWriter("trainer_logprobs", self.policy, ColumnWorker.write, policy))
         if self.reference:
             writers.append(ColumnWriter("ref_logprobs", self.reference, ColumnWorker.write, policy))
@@ -156,8 +155,8 @@ class RoleGroups:
         exists = {
             "policy": True,
             "reference": "ref_logprobs" in reads and not is_own_reference,
-            "critic": bool(_JUDGED & reads),
-            "teacher": bool(_TEACHER & reads),
+            "critic": bool(reads & written_by("critic", "process_reward_model")),
+            "teacher": bool(reads & written_by("teacher")),
             "reward": self._places_rewards and bool(worker_factories.reward_model_options(config)),
         }
         return {role for role, needed in exists.items() if needed}

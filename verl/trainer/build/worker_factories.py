@@ -16,6 +16,7 @@ from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
+from verl.data.columns import COLUMNS
 from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
@@ -42,7 +43,6 @@ ENGINES = {
     "fsdp": "verl.engines.fsdp:sharded_engine",
     "megatron": "verl.engines.megatron.engine:megatron_engine",
 }
-_TEACHER_TOP = {"teacher_top_logprobs", "top_logprobs"}
 
 
 def build_actor(
@@ -195,7 +195,8 @@ def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
 
 def teacher_top_k(config: TrainerConfig) -> int:
     """Most likely tokens whose logprobs a chosen function reads."""
-    return config.teacher.top_k if _TEACHER_TOP & Algorithm.bind(config.algorithm).reads else 0
+    reads_top = any("k" in COLUMNS[name].axes for name in Algorithm.bind(config.algorithm).reads)
+    return config.teacher.top_k if reads_top else 0
 
 
 def total_updates(config: TrainerConfig) -> int:
