@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tests.oracles import preference as oracle
 from tests.oracles.columns import random_columns
 from verl.algorithms.preference import (
-    PAIR_COLUMNS,
     PAIR_LOSSES,
     REWARD_LOSSES,
     bradley_terry,
@@ -26,8 +25,8 @@ from verl.algorithms.preference import (
     simpo,
 )
 from verl.algorithms.registry import bind
-from verl.data.columns import COLUMNS
 from verl.config.fields import Choice
+from verl.data.columns import CHOSEN, readable_by
 
 LOSSES = {**PAIR_LOSSES, **REWARD_LOSSES}
 OPTIONS = {
@@ -106,7 +105,7 @@ def test_centering_leaves_the_difference_alone():
 
 @EVERY_LOSS
 def test_columns_and_options_follow_the_contract(name):
-    function = bind(Choice(name=name), LOSSES, columns=PAIR_COLUMNS).function
+    function = bind(Choice(name=name), LOSSES, columns=readable_by("preference_loss", "reward_loss")).function
     doc = inspect.getdoc(function)
     assert function.__name__ == name and "http" in doc and "Args:" in doc and "Returns:" in doc
     parameters = inspect.signature(function).parameters.values()
@@ -116,7 +115,7 @@ def test_columns_and_options_follow_the_contract(name):
 
 
 def test_the_columns_of_a_loss_are_those_of_its_model():
-    assert set(random_pairs(0)) == set(PAIR_COLUMNS)
+    assert set(random_pairs(0)) == set(readable_by("preference_loss", "reward_loss"))
     assert all(
         "rewards" not in column
         for name in PAIR_LOSSES
@@ -253,7 +252,7 @@ def test_outcome_cross_entropy_agrees_with_the_oracle(seed):
 
 
 def test_outcome_cross_entropy_reads_known_columns_and_only_sampled_tokens():
-    bound = bind(Choice(name="prm"), {"prm": outcome_cross_entropy}, columns=COLUMNS)
+    bound = bind(Choice(name="prm"), {"prm": outcome_cross_entropy}, columns=readable_by(*CHOSEN))
     c = random_columns(2)
     garbage = torch.where(c["mask"], c["prm_logprobs"], math.nan).requires_grad_()
     loss, _ = bound({**c, "prm_logprobs": garbage})

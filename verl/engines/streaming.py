@@ -255,20 +255,18 @@ class _AfterAll(Future[dict[str, float]]):
 
 
 def joined(portions: Sequence[Batch]) -> Batch:
-    """The rows of all portions with the columns that each of them has; a column with a `fill` value gets it in
-    portions without the column.
-    """
-    filled = {name for batch in portions for name in batch.names if COLUMNS[name].fill is not None}
-    portions = [_with_fills(batch, filled) for batch in portions]
+    """The rows of all portions, with the columns that each portion has or that have a `fill` value."""
+    fills = {
+        spec.name: float(spec.fill)
+        for spec in COLUMNS.values()
+        if spec.fill is not None and any(spec.name in batch for batch in portions)
+    }
+    portions = [batch.only(batch.names) for batch in portions]
+    for batch in portions:
+        for name in fills.keys() - set(batch.names):
+            batch.write(name, torch.full(batch["mask"].shape, fills[name]))
     common = set.intersection(*(set(batch.names) for batch in portions))
     return Batch.concat([batch.only(common) for batch in portions])
-
-
-def _with_fills(batch: Batch, names: set[str]) -> Batch:
-    same = batch.only(batch.names)
-    for name in names - set(batch.names):
-        same.write(name, torch.full(batch["mask"].shape, float(COLUMNS[name].fill or 0)))
-    return same
 
 
 def _depends_on_other_groups(function: Bound) -> bool:

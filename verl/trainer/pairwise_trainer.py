@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 

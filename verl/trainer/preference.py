@@ -14,8 +14,8 @@ from typing_extensions import override
 from verl.algorithms.preference import PAIR_LOSSES
 from verl.algorithms.registry import bind
 from verl.config.run import PreferenceConfig
-from verl.data.columns import readable_by
 from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.data.columns import readable_by
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_copy
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, check_pair_loss

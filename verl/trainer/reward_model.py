@@ -13,8 +13,8 @@ from typing_extensions import override
 from verl.algorithms.preference import REWARD_LOSSES, calibration
 from verl.algorithms.registry import bind
 from verl.config.run import RewardModelConfig
-from verl.data.columns import readable_by
 from verl.data.batch import Batch, ModelInput
+from verl.data.columns import readable_by
 from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.base import Metrics

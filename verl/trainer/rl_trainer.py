@@ -343,7 +343,10 @@ class Trainer(BaseTrainer):
         a = self.config.algorithm
         shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
         return bool(
-            self.algorithm.reads & {*written_by("rewards"), "token_rewards"} or shaped or a.dynamic_sampling or a.likelihood_coef
+            self.algorithm.reads & {*written_by("rewards"), "token_rewards"}
+            or shaped
+            or a.dynamic_sampling
+            or a.likelihood_coef
         )
 
     def load_train_data(self) -> LoadReport:

@@ -28,7 +28,6 @@ from verl.trainer.checkpoint_store import Save
 from verl.utils.tokens import TextCodec
 
 
-
 @dataclass(frozen=True)
 class ColumnWriter:
     """Who writes a column before the update, with which method and micro-batches."""
