@@ -9,14 +9,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from verl.agents.collector import DataCollector
-    from verl.config.loader import make_trainer_config
+    from verl.config.flat_call import make_trainer_config
     from verl.trainer.rl_trainer import Trainer
 
 # Imported at first use (PEP 562): reading the version or the settings never loads torch.
 _LAZY = {
     "DataCollector": "verl.agents.collector",
     "Trainer": "verl.trainer.rl_trainer",
-    "make_trainer_config": "verl.config.loader",
+    "make_trainer_config": "verl.config.flat_call",
 }
 
 __all__ = ["DataCollector", "Trainer", "__version__", "make_trainer_config"]

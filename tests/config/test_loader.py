@@ -20,10 +20,12 @@ from verl.config import (
     to_yaml,
 )
 from verl.config.algorithm import KLAdaptive, KLSchedule
-from verl.config.checks import IGNORED, READERS
-from verl.config.introspection import places
+from verl.config.checks.columns import COLUMN_READERS
+from verl.config.checks.contradictions import CONTRADICTIONS
+from verl.config.checks.inactive import INACTIVE_SETTINGS
+from verl.config.introspection import fields_by_key
 from verl.config.reference import describe_settings, settings_markdown
-from verl.config.run import PreferenceConfig, RewardModelConfig, TrainerConfig
+from verl.config.run import TrainerConfig
 
 CASE_STUDY = {
     "actor_micro_batch_size": 4,
@@ -321,16 +323,34 @@ def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
 
 def test_the_readers_of_a_column_are_those_whose_signature_names_it():
     functions = {**ADVANTAGES, **POLICY_LOSSES, **CORRECTIONS}
-    for column, readers in READERS.items():
+    for column, readers in COLUMN_READERS.items():
         assert {
             name for name, function in functions.items() if column in inspect.signature(function).parameters
         } == set(readers)
 
 
 def test_the_rules_name_settings_that_exist():
-    assert {key for place, switch, _, _ in IGNORED for key in (place, switch)} <= {
-        key for kind in (TrainerConfig, PreferenceConfig, RewardModelConfig) for key in places(kind)
-    }
+    for rule in INACTIVE_SETTINGS:
+        # RunConfig itself is no run: each kind of run has what it has.
+        assert {*rule.keys, rule.switch} <= fields_by_key(rule.kind).keys()
+
+
+def test_the_message_of_every_contradiction_names_settings_that_exist():
+    assert all(rule.message(TrainerConfig()).startswith("need ") for rule in CONTRADICTIONS)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [("tensor_parallel", None), ("fsdp", "need rollout: tensor_parallel, got fsdp; leave rollout out")],
+)
+def test_a_file_may_name_the_only_layout_of_generation(layout, message, write):
+    path = write(
+        f"hybrid_engine: {{actor_repartition: {{enabled: true, strategy_mapping: {{rollout: {layout}}}}}}}"
+    )
+    if message is None:
+        assert load_config(path).hybrid_engine.actor_repartition.enabled
+    else:
+        assert message in problems(path)
 
 
 def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(write):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from verl import __version__
-from verl.config.loader import RECIPES, load_config, load_run, to_yaml
+from verl.config.layers import RECIPES
+from verl.config.loader import load_config, load_run, to_yaml
 from verl.config.reference import describe_settings
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
 

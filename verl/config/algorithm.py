@@ -10,25 +10,28 @@ from verl.config.fields import Choice, Section, setting
 
 
 class KLSchedule(Section):
-    """A coefficient that moves linearly with the step."""
+    """A KL coefficient that changes linearly with the step."""
 
     start: float = setting(0.01, "Coefficient at the first step.", ge=0)
-    end: float = setting(0.1, "Coefficient from the last step on.", ge=0)
+    end: float = setting(0.1, "Coefficient from step `steps` on.", ge=0)
     steps: int = setting(1000, "Steps from start to end.", unit="steps", ge=1)
 
 
 class KLAdaptive(Section):
-    """A coefficient that is steered towards a target KL (https://arxiv.org/abs/1909.08593, section 2.2)."""
+    """A KL coefficient steered towards a target KL (https://arxiv.org/abs/1909.08593, section 2.2)."""
 
     initial: float = setting(0.001, "Coefficient at the first step.", gt=0)
-    target: float = setting(0.1, "Wanted KL per token.", unit="nats", source="verl", gt=0)
+    target: float = setting(0.1, "Target KL per token.", unit="nats", source="verl", gt=0)
     horizon: int = setting(
-        10_000, "Trajectories over which a unit error is corrected.", unit="trajectories", ge=1
+        10_000, "Trajectories over which an error of 1 is corrected.", unit="trajectories", ge=1
     )
 
 
-def _kind_of_coef(value: Any) -> str:
-    """Which of the three forms of a KL coefficient is meant, so that an error is told about that one alone."""
+def kl_coef_form(value: Any) -> str:
+    """Form of a KL coefficient: number, schedule or adaptive.
+
+    pydantic then validates this form alone; otherwise an error would list the problems of all three.
+    """
     if isinstance(value, KLAdaptive) or (
         isinstance(value, dict) and value.keys() & KLAdaptive.model_fields.keys()
     ):
@@ -36,54 +39,59 @@ def _kind_of_coef(value: Any) -> str:
     return "schedule" if isinstance(value, dict | KLSchedule) else "number"
 
 
-NumberCoef = Annotated[float, Field(ge=0), Tag("number")]
-
-
-Coef = Annotated[
-    NumberCoef | Annotated[KLSchedule, Tag("schedule")] | Annotated[KLAdaptive, Tag("adaptive")],
-    Discriminator(_kind_of_coef),
+KLCoef = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")]
+    | Annotated[KLSchedule, Tag("schedule")]
+    | Annotated[KLAdaptive, Tag("adaptive")],
+    Discriminator(kl_coef_form),
 ]
 
 
 class KLConfig(Section):
-    """Distance to the reference policy."""
+    """KL to the reference policy."""
 
     where: Literal["off", "loss", "reward"] = setting(
-        "off", "Add it to the loss, subtract it from the reward, or neither.", source="DAPO, 2503.14476, 2.3"
+        "off",
+        "Add the KL to the loss, subtract it from the reward, or leave it out.",
+        source="DAPO, 2503.14476, 2.3",
     )
     estimator: Choice = setting(
-        Choice(name="k3"), "Estimator of the KL per token: k1, k2, k3.", source="GRPO, 2402.03300, 4.1.1"
+        Choice(name="k3"),
+        "Estimator of the KL per token: k1, k2, k3, `verl.algorithms.kl`.",
+        source="GRPO, 2402.03300, 4.1.1",
     )
-    coef: Coef = setting(
+    coef: KLCoef = setting(
         0.001, "Coefficient: a number, {start, end, steps} or {initial, target, horizon}.", source="verl"
     )
 
 
 class AlgorithmConfig(Section):
-    """Five independent choices (advantage, policy loss, aggregation, KL, correction) and what belongs to
-    them.
-    """
+    """Advantage, policy loss, aggregation, KL and correction are chosen independently of each other."""
 
     advantage: Choice = setting(
-        Choice(name="grpo"), "Credit of each token, `verl.algorithms.advantages`.", source="GRPO, 2402.03300"
+        Choice(name="grpo"),
+        "Advantage of each token, `verl.algorithms.advantages`.",
+        source="GRPO, 2402.03300",
     )
     policy_loss: Choice = setting(
-        Choice(name="ppo_clip"), "Loss per token, `verl.algorithms.losses`.", source="PPO, 1707.06347"
+        Choice(name="ppo_clip"),
+        "Policy loss of each token, `verl.algorithms.losses`.",
+        source="PPO, 1707.06347",
     )
     aggregation: Choice = setting(
         Choice(name="token_mean"),
         "Weight of each token in the loss, `verl.algorithms.aggregations`.",
         source="DAPO, 2503.14476, 3.3",
     )
-    kl: KLConfig = setting(KLConfig(), "Distance to the reference policy.")
+    kl: KLConfig = setting(KLConfig(), "KL to the reference policy.")
     correction: Choice = setting(
         Choice(name="bypass"),
-        "Difference of sampler and trainer, `verl.algorithms.correction`.",
+        "Correction of the difference between sampler and trainer, `verl.algorithms.correction`.",
         source="HybridFlow, 2409.19256, table 4",
     )
     value_loss: Choice = setting(
         Choice(name="value_clip"),
-        "Loss of the critic per token, `verl.algorithms.value_losses`.",
+        "Critic loss of each token, `verl.algorithms.value_losses`.",
         source="PPO, 1707.06347",
     )
     entropy_coef: float = setting(
@@ -95,19 +103,20 @@ class AlgorithmConfig(Section):
     )
     dynamic_sampling: bool = setting(
         False,
-        "Replace groups whose rewards, for gdpo each part of them, are all equal by fresh prompts.",
+        "Replace groups without a learning signal by new prompts: all rewards of the group are equal "
+        "(with gdpo: the rewards of every function).",
         source="DAPO, 2503.14476, 3.2",
     )
     max_resamples: int = setting(
         10,
-        "Fresh draws per step before dynamic sampling goes on with what it has.",
+        "Rounds of new prompts per step; after them dynamic sampling trains on the groups that it has.",
         unit="draws",
         source="verl",
         ge=1,
     )
     overlong_buffer_tokens: int = setting(
         0,
-        "Answers that enter the last so many tokens lose reward linearly; 0: off.",
+        "Answers that reach into this many last tokens lose reward linearly; 0: off.",
         unit="tokens",
         source="DAPO, 2503.14476, 3.4",
         ge=0,
@@ -120,16 +129,17 @@ class AlgorithmConfig(Section):
     )
     length_penalty: Choice = setting(
         Choice(name="off"),
-        "What the length of an answer among its siblings adds to its reward, `verl.rewards.shaping`.",
+        "Reward for the length of an answer compared with its group, `verl.rewards.shaping`.",
     )
     likelihood_coef: float = setting(
         0.0,
-        "Weight of the likelihood of answers with a reward above 0 in the policy loss.",
+        "Weight of the negative log-likelihood of answers with a reward above 0 in the policy loss.",
         source="VAPO, 2504.05118, 4.3",
         ge=0,
     )
     skip_zero_advantages: bool = setting(
         False,
-        "Leave rows whose advantages are all 0 out of forward and backward; they still count in every denominator.",
+        "Leave rows whose advantages are all 0 out of forward and backward; "
+        "they still count in every denominator.",
         source="2510.13786",
     )

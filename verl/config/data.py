@@ -8,24 +8,26 @@ from verl.config.fields import Choice, Section, setting
 
 
 class DataConfig(Section):
-    """Where prompts come from."""
+    """Files and columns of the prompts."""
 
     train: str | None = setting(None, "JSONL, Parquet or Arrow file, saved `datasets` folder, or task:NAME.")
-    test: str | None = setting(None, "The same for evaluation; task:NAME takes that task's held-out prompts.")
+    test: str | None = setting(
+        None, "The same for evaluation; task:NAME stands for the held-out prompts of that task."
+    )
     prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
     answer_key: str = setting(
-        "answer", "Column with the reference answer, for the rewards; for fine-tuning, the answer."
+        "answer", "Column with the reference answer: the rewards read it, and fine-tuning learns it."
     )
-    system_prompt: str | None = setting(None, "Put in front of chat prompts that have no system message.")
+    system_prompt: str | None = setting(None, "Put before chat prompts that have no system message.")
     max_prompt_tokens: int = setting(1024, "Longer prompts are dropped and counted.", unit="tokens", ge=1)
     on_malformed: Literal["stop", "skip"] = setting(
-        "stop", "A row that cannot be read stops the start, or is skipped and counted."
+        "stop", "A row that cannot be read stops the run at its start, or is skipped and counted."
     )
     shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
 
 
 class PairsDataConfig(DataConfig):
-    """Where pairs come from."""
+    """Files and columns of the pairs of answers."""
 
     chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
     rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
@@ -38,7 +40,7 @@ class WeightedChoice(Choice):
 
 
 class RewardsConfig(Section):
-    """What an answer is worth: the weighted sum of functions."""
+    """The reward of an answer, a weighted sum of functions."""
 
     functions: tuple[WeightedChoice, ...] = setting(
         (), 'Functions by name, `verl.rewards`, or as "package.module:function".'

@@ -1,4 +1,4 @@
-"""Base classes of the settings: a section, a choice of one function, options that are passed through."""
+"""Base classes of the settings: a section, a function chosen by name, options that are passed on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **bounds: Any) -> Any:
-    """A pydantic field that also carries its unit, its bounds as text and the source of its default, for
-    `verl config`.
+    """A pydantic field that `verl config` can show with its unit, its bounds and the source of its default.
+
+    Args:
+        default: value of the setting if nothing sets it.
+        meaning: one or two sentences for the user.
+        unit: unit of the value, such as "tokens".
+        source: paper or project that the default comes from.
+        **bounds: `ge`, `gt`, `le`, `lt`, as pydantic takes them.
     """
     extra: dict[str, Any] = {
         "unit": unit,
@@ -22,15 +28,13 @@ def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **b
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, and a key that does not exist is an error."""
+    """A group of settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Choice(BaseModel):
-    """One function of a table by name (or as "package.module:function") with options, `{name: gae, lam:
-    0.95}`.
-    """
+    """A function by name, or as "package.module:function", with its options: `{name: gae, lam: 0.95}`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
@@ -42,12 +46,12 @@ class Choice(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments for the chosen function."""
+        """Keyword arguments of the chosen function."""
         return dict(self.model_extra or {})
 
 
 class Options(BaseModel):
-    """Options of somebody else's program, passed on as they are."""
+    """Options of another program, passed on unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 

@@ -1,15 +1,18 @@
-"""Settings of devices: which roles share them, how a model is sharded, and how the policy is resharded."""
+"""Settings of devices: roles and their pools, how a model is sharded, and how the policy is resharded."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from verl.config.fields import Choice, Section, setting
 
 
 class ParallelConfig(Section):
-    """How one model is spread over the devices of its pool; what the sizes leave over are data ranks (with
-    FSDP2, shards of the weights).
+    """How one model is divided over the devices of its pool.
+
+    Devices that these sizes do not use are data parallel ranks; with FSDP2 they also shard the weights.
     """
 
     tensor: int = setting(
@@ -28,7 +31,7 @@ class ParallelConfig(Section):
     )
     pipeline: int = setting(
         1,
-        "Stages of layers, one after the other; megatron.",
+        "Stages of consecutive layers (pipeline parallel); megatron only.",
         unit="devices",
         source="Megatron-LM, 2104.04473",
         ge=1,
@@ -42,7 +45,7 @@ class ParallelConfig(Section):
     )
     offload: bool = setting(
         False,
-        "Keep weights and optimizer in the memory of the host between their uses.",
+        "Keep weights and optimizer in host memory while they are not used.",
         source="ZeRO-Offload, 2101.06840",
     )
     engine: Choice = setting(
@@ -52,65 +55,76 @@ class ParallelConfig(Section):
 
 
 class PlacementConfig(Section):
-    """Which roles share which devices, and how each model is spread over them. `placement=NAME` is short for
-    its name.
-    """
+    """The devices of each role. `placement=NAME` is short for `placement.name=NAME`."""
 
     name: Literal["local", "colocated", "split", "standalone"] = setting(
         "local",
-        "local: one device, everything in this process; colocated: all roles in turn on one pool; split: policy and reference on one "
-        "pool, critic, teacher and reward model on another; standalone: a pool for each role.",
+        "local: one device, everything in this process; colocated: all roles take turns on one pool; "
+        "split: policy and reference on one pool, critic, teacher and reward model on another; "
+        "standalone: a pool for each role.",
         source="HybridFlow, 2409.19256, 8.3",
     )
     devices: tuple[int, ...] = setting(
         (),
-        "Devices of each pool, in the order policy, reference, critic, teacher, reward model; none: as many as its models need.",
+        "Devices of each pool, in the order policy, reference, critic, teacher, reward model; "
+        "none: as many as its models need.",
         unit="devices",
     )
-    policy: ParallelConfig = setting(ParallelConfig(), "How the policy is spread.")
-    critic: ParallelConfig = setting(ParallelConfig(), "How the critic is spread.")
+    policy: ParallelConfig = setting(ParallelConfig(), "How the policy is divided.")
+    critic: ParallelConfig = setting(ParallelConfig(), "How the critic is divided.")
     reference: ParallelConfig = setting(
-        ParallelConfig(), "How the reference, the teacher and the reward model are spread."
+        ParallelConfig(), "How the reference, the teacher and the reward model are divided."
     )
     address: str = setting(
         "auto",
-        "Ray cluster: auto joins the one that runs here or starts one; local always starts one; or HOST:PORT.",
+        "Ray cluster. auto: join the one of this machine, or start one; local: always start one; "
+        "or HOST:PORT.",
     )
     hang_limit_s: float = setting(
         600.0,
-        "Time that some ranks wait in a collective for the others before the run stops and says for whom.",
+        "Time that some ranks wait in a collective for the others before the run stops and names those.",
         unit="s",
         gt=0,
     )
 
 
 class StrategyMapping(Section):
-    """The layouts that the policy goes between."""
+    """The layouts that the policy is resharded between; for generation it is always tensor parallel."""
 
-    rollout: Literal["tensor_parallel"] = setting("tensor_parallel", "Layout of the weights that generate.")
     training: Literal["auto", "fsdp", "megatron"] = setting(
-        "auto", "Layout of the weights that train; auto: that of placement.policy.engine."
+        "auto", "Layout of the weights in training; auto: that of placement.policy.engine."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_rollout(cls, value: Any) -> Any:
+        """A file may also name the layout of generation, although there is only one."""
+        if not isinstance(value, dict) or "rollout" not in value:
+            return value
+        if value["rollout"] != "tensor_parallel":
+            raise ValueError(f"need rollout: tensor_parallel, got {value['rollout']}; leave rollout out")
+        return {key: layout for key, layout in value.items() if key != "rollout"}
 
 
 class RepartitionConfig(Section):
-    """How the policy goes from its training layout to its generation layout and back (3D-HybridEngine)."""
+    """Resharding of the policy between training and generation (3D-HybridEngine)."""
 
     enabled: bool = setting(
         False,
-        "Generate in a layout of its own, to which only the slices travel that a rank lacks.",
+        "Generate in a layout of its own; a rank receives only the slices that it does not hold.",
         source="HybridFlow, 2409.19256, 5",
     )
-    strategy_mapping: StrategyMapping = setting(StrategyMapping(), "From which layout to which.")
+    strategy_mapping: StrategyMapping = setting(StrategyMapping(), "The two layouts.")
     tensor: int = setting(
         0,
-        "Devices that share every matrix in generation; 0: as many as have different parts of it in training and divide it, within a machine.",
+        "Devices that share every matrix in generation; 0: as many as hold different parts of it in training "
+        "and divide it, within a machine.",
         unit="devices",
         source="HybridFlow, 5.3",
         ge=0,
     )
     communication_overlap: bool = setting(
-        True, "The next weights travel while the last ones are put in their place."
+        True, "Receive the next weights while the last ones are copied to their place."
     )
 
 

@@ -1,4 +1,4 @@
-"""What there is to know about each setting, for `verl config` and the reference page."""
+"""Documentation of each setting, for `verl config` and the reference page."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.introspection import is_section, notes_of, places, type_text
-from verl.config.loader import at, nearest, plain
+from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
+from verl.config.layers import as_json, nearest_key, value_at
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError
 
 
 @dataclass(frozen=True)
 class SettingDoc:
-    """All there is to know about one setting; `value` is None for a form of a setting that is not in use."""
+    """Documentation of one setting; `value` is None for a form of a setting that is not in use."""
 
     key: str
     value: Any
@@ -26,67 +26,74 @@ class SettingDoc:
     meaning: str
 
 
+# Other kinds of run -> title and first sentence of the section with the settings that only they have.
+_OTHER_RUNS: dict[type[RunConfig], str] = {
+    SFTConfig: "Fine-tuning\n\nOf `verl sft`, in place of the settings of reinforcement learning.",
+    PreferenceConfig: (
+        "Preferences\n\nOf `verl preference`, in place of the settings of reinforcement learning."
+    ),
+    RewardModelConfig: (
+        "Reward models\n\nOf `verl reward-model`, in place of the settings of reinforcement learning."
+    ),
+}
+
+
 def describe_settings(config: RunConfig | None = None, prefix: str = "") -> list[SettingDoc]:
-    """Each setting at or below a dotted prefix, with its value in `config` (none: the defaults).
+    """Documentation of each setting at or below a dotted prefix.
+
+    Args:
+        config: source of the values; none: the defaults of reinforcement learning.
+        prefix: key of a setting or a section; empty: all.
 
     Raises:
-        ConfigError: nothing has that prefix.
+        ConfigError: no key has that prefix.
     """
     kind = TrainerConfig if config is None else type(config)
-    fields, defaults = places(kind), plain(kind())
+    fields, defaults = fields_by_key(kind), as_json(kind())
     if prefix and prefix not in fields:
-        raise ConfigError(f"unknown setting {prefix}; the nearest is {nearest(prefix, list(fields))}")
-    values = defaults if config is None else plain(config)
+        raise ConfigError(f"unknown setting {prefix}; the nearest is {nearest_key(prefix, list(fields))}")
+    values = defaults if config is None else as_json(config)
     docs = []
     for key, field in fields.items():
         if is_section(field) or not f"{key}.".startswith(f"{prefix}." if prefix else ""):
             continue
-        notes, own = notes_of(field), plain(field.default)
-        default = own if at(defaults, key) is None else at(defaults, key)
-        # A section that changes a default of the settings in it says itself where the new one is from.
-        source = notes["source"] if default == own else notes_of(fields[key.rpartition(".")[0]])["source"]
-        type_ = type_text(field.annotation)
+        own_default = as_json(field.default)
+        default = own_default if value_at(defaults, key) is None else value_at(defaults, key)
+        # A section may change the default of a setting in it; its own source then says where that is from.
+        noted = field if default == own_default else fields[key.rpartition(".")[0]]
         docs.append(
             SettingDoc(
-                key,
-                at(values, key),
-                default,
-                type_,
-                notes["unit"],
-                source,
-                notes["bounds"],
-                field.description or "",
+                key=key,
+                value=value_at(values, key),
+                default=default,
+                type=type_in_words(field.annotation),
+                unit=notes(field)["unit"],
+                source=notes(noted)["source"],
+                bounds=notes(field)["bounds"],
+                meaning=field.description or "",
             )
         )
     return docs
 
 
-# Other kinds of run: title and first words of their section, which holds what a run of reinforcement learning
-# has not.
-_OTHER_RUNS: dict[type[RunConfig], str] = {
-    SFTConfig: "Fine-tuning\n\nOf `verl sft`, in place of the settings of reinforcement learning.",
-    PreferenceConfig: "Preferences\n\nOf `verl preference`, in place of the settings of reinforcement learning.",
-    RewardModelConfig: "Reward models\n\nOf `verl reward-model`, in place of the settings of reinforcement learning.",
-}
-
-
 def settings_markdown() -> str:
     """The reference page of all settings, one table per section."""
-    of_training = places()
+    of_training = fields_by_key()
     sections: dict[str, list[SettingDoc]] = {}
     for doc in describe_settings():
         sections.setdefault(doc.key.rpartition(".")[0], []).append(doc)
-    pages = ["# Settings\n"]
+    parts = ["# Settings\n"]
     for parent, docs in sections.items():
-        pages.append(
-            _table(f"`{parent}`\n\n{of_training[parent].description}" if parent else "The run", docs)
-        )
+        title = f"`{parent}`\n\n{of_training[parent].description}" if parent else "The run"
+        parts.append(settings_table(title, docs))
     for kind, title in _OTHER_RUNS.items():
-        pages.append(_table(title, [doc for doc in describe_settings(kind()) if doc.key not in of_training]))
-    return "\n".join(pages)
+        own = [doc for doc in describe_settings(kind()) if doc.key not in of_training]
+        parts.append(settings_table(title, own))
+    return "\n".join(parts)
 
 
-def _table(title: str, docs: list[SettingDoc]) -> str:
+def settings_table(title: str, docs: list[SettingDoc]) -> str:
+    """A section of Markdown with one row per setting."""
     head = "| setting | default | type | unit | meaning | source of the default |\n|---|---|---|---|---|---|"
     rows = []
     for doc in docs:

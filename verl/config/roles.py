@@ -1,4 +1,4 @@
-"""Settings of a model: the policy, the critic, the teacher, with their optimizers and LoRA adapters."""
+"""Settings of the models: policy, critic and teacher, with their optimizers and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from verl.config.fields import Section, setting
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
 
-    name: Literal["adamw"] = setting("adamw", "Optimizer.")
     lr: float = setting(1e-6, "Peak learning rate.", source="GRPO, 2402.03300, 4.2", gt=0)
     betas: tuple[float, float] = setting(
         (0.9, 0.999), "Decay of the first and second moment.", source="Adam, 1412.6980"
     )
     eps: float = setting(1e-8, "Added to the root of the second moment.", source="Adam, 1412.6980", gt=0)
-    weight_decay: float = setting(0.0, "Decoupled decay of matrices; vectors are not decayed.", ge=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors are not decayed.", ge=0)
     max_grad_norm: float = setting(
         1.0, "Global gradient norm above which gradients are scaled down.", source="verl", gt=0
     )
@@ -32,25 +31,27 @@ class OptimizerConfig(Section):
 
     @field_validator("betas")
     @classmethod
-    def _decays(cls, betas: tuple[float, float]) -> tuple[float, float]:
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"need two numbers in [0, 1), got {list(betas)}")
         return betas
 
 
 class LoraConfig(Section):
-    """Train low-rank additions to the matrices instead of the weights themselves."""
+    """LoRA adapters, trained instead of the weights of the model."""
 
-    rank: int = setting(0, "Rank of the additions; 0: train all weights.", source="LoRA, 2106.09685", ge=0)
-    alpha: float = setting(32.0, "The additions are scaled by alpha / rank.", source="LoRA, 2106.09685", gt=0)
+    rank: int = setting(0, "Rank of the adapters; 0: train all weights.", source="LoRA, 2106.09685", ge=0)
+    alpha: float = setting(
+        32.0, "The output of an adapter is scaled by alpha / rank.", source="LoRA, 2106.09685", gt=0
+    )
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "Names of the matrices that get one.",
+        "Names of the linear layers that get an adapter.",
     )
 
 
 class RoleConfig(Section):
-    """A trained model: its weights, its memory, its optimizer."""
+    """A trained model: weights, memory, optimizer."""
 
     path: str | None = setting(None, "Folder or hub name of a Hugging Face causal language model.")
     precision: Literal["fp32", "bf16", "fp16"] = setting(
@@ -62,43 +63,46 @@ class RoleConfig(Section):
         source="1604.06174",
     )
     packing: bool = setting(
-        True, "Forward rows back to back without padding; off: padded to the longest row."
+        True, "Compute rows back to back without padding; off: rows are padded to the longest one."
     )
     micro_batch_tokens: int = setting(
-        16_384, "Most tokens of one forward and backward pass.", unit="tokens", ge=1
+        16_384, "Largest number of tokens in one forward and backward pass.", unit="tokens", ge=1
     )
     micro_batch_rows: int | None = setting(
-        None, "Most rows of one forward and backward pass; none: only the tokens count.", unit="rows", ge=1
+        None,
+        "Largest number of rows in one forward and backward pass; none: only the tokens count.",
+        unit="rows",
+        ge=1,
     )
     logits_chunk_tokens: int = setting(
         4096, "Positions whose logits are in memory at once.", unit="tokens", ge=1
     )
     max_bad_updates: int = setting(
         3,
-        "Updates in a row with a loss or gradient that is not finite before the run stops.",
+        "Consecutive updates with a loss or gradient that is not finite, after which the run stops.",
         unit="updates",
         ge=1,
     )
-    lora: LoraConfig = setting(LoraConfig(), "Low-rank additions.")
+    lora: LoraConfig = setting(LoraConfig(), "LoRA adapters.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "Optimizer.")
 
 
 class CriticConfig(RoleConfig):
-    """The learned judge of tokens: a value model if a chosen function reads `values`, an implicit process
-    reward model if `prm_logprobs`.
+    """The model that judges tokens.
+
+    A value model if a chosen function reads `values`, an implicit process reward model if one reads
+    `prm_logprobs`.
     """
 
     vf_coef: float = setting(1.0, "Weight of the value loss.", gt=0)
     warmup_steps: int = setting(
-        0, "First steps in which only the critic learns.", unit="steps", source="VAPO, 2504.05118", ge=0
+        0, "First steps in which only the critic is trained.", unit="steps", source="VAPO, 2504.05118", ge=0
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig(lr=1e-5), "Optimizer.", source="verl")
 
 
 class TeacherConfig(Section):
-    """The model that a policy is distilled from; it exists if and only if a chosen function reads a column of
-    it.
-    """
+    """The model to distil the policy from; it is loaded only if a chosen function reads its columns."""
 
     path: str | None = setting(
         None, "Folder or hub name of a causal language model with the policy's vocabulary."

@@ -8,11 +8,11 @@ from verl.config.fields import Options, Section, setting
 
 
 class SamplingConfig(Section):
-    """How answers are drawn."""
+    """Sampling parameters of the answers."""
 
     temperature: float = setting(1.0, "Logits are divided by it; 0: the most likely token.", ge=0)
     top_p: float = setting(
-        1.0, "Smallest set of tokens with this mass is kept.", source="1904.09751", gt=0, le=1
+        1.0, "The smallest set of tokens with this probability is kept.", source="1904.09751", gt=0, le=1
     )
     top_k: int = setting(0, "Tokens kept; 0: all.", unit="tokens", ge=0)
     min_p: float = setting(
@@ -32,35 +32,38 @@ class RolloutConfig(Section):
 
     engine: str = setting(
         "embedded",
-        "embedded: the policy itself; vllm, sglang; served: servers of the embedded engine (verl serve); http: any OpenAI-compatible server, "
-        'whose weights are its own; or "package.module:Class".',
+        "embedded: the policy itself; vllm; sglang; served: servers of the embedded engine (verl serve); "
+        "http: any OpenAI-compatible server, which keeps its own weights; "
+        'or "package.module:Class".',
         source="HybridFlow, 2409.19256, 6",
     )
     servers: int = setting(
         0,
-        "Servers that the run starts on this machine; 0 without addresses: the engine is in the policy's processes.",
+        "Servers that the run starts on this machine; 0 and no addresses: the engine is in the policy's "
+        "processes.",
         ge=0,
     )
-    addresses: tuple[str, ...] = setting((), "Servers that run already, http://HOST:PORT.")
+    addresses: tuple[str, ...] = setting((), "Servers that are already running, http://HOST:PORT.")
     engine_options: Options = setting(
-        Options(), "What the engine itself offers, passed on as it is, such as tensor_parallel_size."
+        Options(), "Options of the engine, passed on unchanged, such as tensor_parallel_size."
     )
     python: str | None = setting(
         None,
-        "Interpreter of the environment that has the engine, for servers that the run starts; none: this one.",
+        "Python interpreter of the engine's environment, for servers that the run starts; none: this one.",
     )
     secret_env: str = setting(
         "VERL_SERVER_SECRET", "Environment variable with the secret of the servers in rollout.addresses."
     )
     weights_via: Literal["auto", "shm", "group", "disk", "direct", "ipc"] = setting(
         "auto",
-        "How weights travel to servers: gathered, into shared memory, over a process group or in files; direct: each rank of the policy sends "
-        "its part; ipc: servers read them from the policy's GPU; auto: shm where it reaches a server, else group.",
+        "Transport of the weights to servers. Gathered weights: shm (shared memory), group (process group) "
+        "or disk (files). direct: each rank of the policy sends its shards. ipc: servers read them from the "
+        "policy's GPU. auto: shm where it reaches a server, else group.",
     )
     on_update: Literal["keep", "recompute", "abort"] = setting(
         "keep",
-        "Requests that run when new weights come: kept by the server, to go on with them; recompute: cut, and asked again with their tokens, "
-        "so that the new weights compute their cache; or aborted, to begin anew.",
+        "Running requests when new weights arrive. keep: the server continues them. recompute: they are sent "
+        "again with their tokens, so that the new weights compute their KV cache. abort: they start again.",
         source="AReaL, 2505.24298, 4.1",
     )
     max_slots: int = setting(
@@ -69,18 +72,24 @@ class RolloutConfig(Section):
         unit="answers",
         ge=1,
     )
-    timeout_s: float = setting(60.0, "Silence of a server after which it counts as hung.", unit="s", gt=0)
+    timeout_s: float = setting(
+        60.0, "Time without a sign of life after which a server counts as hung.", unit="s", gt=0
+    )
     servers_sleep: bool = setting(
         False,
-        "Servers give their device memory back while the policy learns: for those that share devices with it; vllm and sglang.",
+        "Servers release their device memory while the policy is trained, if they share devices with it; "
+        "vllm and sglang.",
     )
     mismatch_warn: float = setting(
         0.01,
-        "KL of sampler and trainer per token above which a step warns.",
+        "KL between sampler and trainer per token above which a step warns.",
         unit="nats",
         source="prime-rl",
         gt=0,
     )
     mismatch_stop: float | None = setting(
-        None, "The same, above which the run stops; none: it never does.", unit="nats", gt=0
+        None,
+        "KL between sampler and trainer per token above which the run stops; none: never.",
+        unit="nats",
+        gt=0,
     )

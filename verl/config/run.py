@@ -14,27 +14,29 @@ from verl.config.rollout import RolloutConfig, SamplingConfig
 
 
 class EvaluationConfig(Section):
-    """Held-out prompts, answered by the current policy."""
+    """Evaluation of the current policy on held-out prompts."""
 
     every_steps: int = setting(0, "Steps between evaluations; 0: never.", unit="steps", ge=0)
-    at_start: bool = setting(True, "Also before the first step.")
-    prompts: int | None = setting(None, "Prompts used, from the first on; none: all.", unit="prompts", ge=1)
+    at_start: bool = setting(True, "Also evaluate before the first step.")
+    prompts: int | None = setting(
+        None, "Prompts used, from the first one on; none: all.", unit="prompts", ge=1
+    )
     samples: int = setting(1, "Answers per prompt, k of mean@k and pass@k.", unit="answers", ge=1)
-    temperature: float = setting(1.0, "Temperature of these answers.", ge=0)
+    temperature: float = setting(1.0, "Sampling temperature of these answers.", ge=0)
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk to go on from."""
+    """Checkpoints that a run can be resumed from."""
 
     every_steps: int = setting(0, "Steps between checkpoints; 0: only at the end.", unit="steps", ge=0)
     keep: int = setting(2, "Newest checkpoints kept.", unit="checkpoints", ge=1)
     resume: str = setting(
-        "auto", "auto: from the newest complete one in output_dir; never; or the folder of one."
+        "auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint's folder."
     )
 
 
 class TrackingConfig(Section):
-    """Where metrics and samples go."""
+    """Destinations of metrics and sampled answers."""
 
     sinks: tuple[str, ...] = setting(
         ("console", "jsonl", "tensorboard"), "console, jsonl, tensorboard, wandb, mlflow."
@@ -47,16 +49,16 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """What every run has, whatever it learns from."""
+    """Settings that every kind of run has."""
 
     seed: int = setting(0, "Seed of the data order, the sampling and new weights.", ge=0)
     output_dir: str = setting("outputs/run", "Folder of metrics, samples, checkpoints and the trained model.")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
     steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
-    policy: RoleConfig = setting(RoleConfig(), "The model that learns to answer.")
-    data: DataConfig = setting(DataConfig(), "Where prompts come from.")
-    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "What is kept to go on from.")
-    tracking: TrackingConfig = setting(TrackingConfig(), "Where metrics and samples go.")
+    policy: RoleConfig = setting(RoleConfig(), "The model that is trained to answer.")
+    data: DataConfig = setting(DataConfig(), "Files and columns of the prompts.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), "Checkpoints to resume from.")
+    tracking: TrackingConfig = setting(TrackingConfig(), "Destinations of metrics and sampled answers.")
 
 
 class SFTConfig(RunConfig):
@@ -68,17 +70,17 @@ class SFTConfig(RunConfig):
 class PairsConfig(RunConfig):
     """A run on pairs of a better and a worse answer."""
 
-    data: PairsDataConfig = setting(PairsDataConfig(), "Where pairs come from.")
+    data: PairsDataConfig = setting(PairsDataConfig(), "Files and columns of the pairs.")
     pairs_per_step: int = setting(
         64, "Pairs of a step.", unit="pairs", source="DPO, 2305.18290, appendix B", ge=1
     )
     eval_every_steps: int = setting(
-        0, "Steps between evaluations on data.test; 0: only before the first and after the last.", ge=0
+        0, "Steps between evaluations on data.test; 0: only before the first and after the last step.", ge=0
     )
 
 
 class PreferenceConfig(PairsConfig):
-    """A run that optimizes the policy on preferences directly."""
+    """A run that trains the policy on preferences directly."""
 
     loss: Choice = setting(
         Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference`.", source="DPO, 2305.18290"
@@ -89,7 +91,7 @@ class PreferenceConfig(PairsConfig):
 
 
 class RewardModelConfig(PairsConfig):
-    """A run that teaches a model with a scalar head which answers are better."""
+    """A run that trains a model with a scalar head to score answers."""
 
     loss: Choice = setting(
         Choice(name="bradley_terry"),
@@ -109,18 +111,18 @@ class TrainerConfig(RunConfig):
         source="GRPO takes 64, 2402.03300",
         ge=1,
     )
-    algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The method.")
-    critic: CriticConfig = setting(CriticConfig(), "The learned judge of tokens.")
+    algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The training algorithm.")
+    critic: CriticConfig = setting(CriticConfig(), "The model that judges tokens.")
     reference: str | None = setting(
         None, "Model of the reference policy; none: the policy as it was at the start."
     )
     teacher: TeacherConfig = setting(TeacherConfig(), "The model to distil from.")
-    sampling: SamplingConfig = setting(SamplingConfig(), "How answers are drawn.")
+    sampling: SamplingConfig = setting(SamplingConfig(), "Sampling parameters of the answers.")
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
-    rewards: RewardsConfig = setting(RewardsConfig(), "What an answer is worth.")
-    pipeline: PipelineConfig = setting(PipelineConfig(), "Collection ahead of training.")
-    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Held-out prompts.")
-    placement: PlacementConfig = setting(PlacementConfig(), "Which devices do what.")
+    rewards: RewardsConfig = setting(RewardsConfig(), "The reward of an answer.")
+    pipeline: PipelineConfig = setting(PipelineConfig(), "Generation ahead of training.")
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Evaluation on held-out prompts.")
+    placement: PlacementConfig = setting(PlacementConfig(), "The devices of each role.")
     hybrid_engine: HybridConfig = setting(
-        HybridConfig(), "The switch of the policy between training and generation."
+        HybridConfig(), "Resharding of the policy between training and generation."
     )

@@ -1,4 +1,4 @@
-"""YAML as the settings are written in it: scalars of version 1.2, the line of every key, one clear error."""
+"""YAML text of settings: scalars of YAML 1.2, the line of every key, one clear error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import yaml
+from typing_extensions import override
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used; the message names every problem, for people."""
+    """Settings that cannot be used; the message names every problem."""
 
     def __init__(self, *problems: str) -> None:
         unique = list(dict.fromkeys(problems))
@@ -22,29 +23,33 @@ class ConfigError(ValueError):
 
 
 _FLOAT = re.compile(
-    r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars of YAML 1.2: 1e-6 is a number, and off, 1:30 and 2025-01-01 are texts; PyYAML's 1.1 reads all
-    four otherwise.
+    """Reads scalars as YAML 1.2: 1e-6 is a number; off, 1:30 and 2025-01-01 are texts.
+
+    PyYAML follows YAML 1.1, which reads all four differently.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), None)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), None
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*)$"), None)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+for _tag, _pattern in {
+    "null": r"(~|null|Null|NULL|)$",
+    "bool": r"(true|True|TRUE|false|False|FALSE)$",
+    "int": r"[-+]?(0|[1-9][\d_]*)$",
+    "float": _FLOAT.pattern,
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), None)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that a reader of YAML 1.1 or 1.2 would take for something else."""
+    """Quotes every text that a reader of YAML 1.1 or 1.2 would take for another type."""
 
+    @override
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -52,13 +57,17 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
-def parsed(text: str, name: str) -> tuple[Any, dict[str, str]]:
-    """The value of a YAML text, and "name:line" of each dotted key in it."""
+def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, str]]:
+    """The value of a YAML text, and "name:line" of each dotted key in it.
+
+    Raises:
+        ConfigError: it is not valid YAML, or a key is given twice.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         origins: dict[str, str] = {}
-        for key, line in _lines(node):
+        for key, line in _key_lines(node):
             if key in origins:
                 raise ConfigError(f"{name}:{line}: {key} is given twice, first in {origins[key]}; remove one")
             origins[key] = f"{name}:{line}"
@@ -74,14 +83,14 @@ def parsed(text: str, name: str) -> tuple[Any, dict[str, str]]:
         loader.dispose()
 
 
-def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Dotted key and line of every key of a YAML node."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         yield f"{prefix}{key.value}", key.start_mark.line + 1
-        yield from _lines(value, f"{prefix}{key.value}.")
+        yield from _key_lines(value, f"{prefix}{key.value}.")
 
 
-def dumped(tree: Mapping[str, Any]) -> str:
+def dump_yaml(tree: Mapping[str, Any]) -> str:
     """The YAML text of a tree, in its order."""
     return yaml.dump(
         tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120

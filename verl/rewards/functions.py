@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Final, Literal, SupportsFloat
 
 from verl.config.data import RewardsConfig
-from verl.config.loader import nearest
+from verl.config.layers import nearest_key
 from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import CallPool, RewardCall, RewardFailure
 from verl.rewards.tasks import exact, position_share, prefix_share
@@ -382,7 +382,7 @@ def load_function(name: str) -> Callable[..., Any]:
         return known
     place, colon, attribute = known.rpartition(":")
     if not colon:
-        names = f"{', '.join(REWARDS)}; the nearest is {nearest(name, list(REWARDS))}"
+        names = f"{', '.join(REWARDS)}; the nearest is {nearest_key(name, list(REWARDS))}"
         raise ValueError(
             f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", got {name!r}'
         )

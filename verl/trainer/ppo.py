@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.agents.collector import RolloutBatch, as_prompt, collection_metrics
-from verl.config.loader import make_trainer_config
+from verl.config.flat_call import make_trainer_config
 from verl.data.batch import Batch, Trajectory
 from verl.trainer.base import Metrics
 from verl.trainer.rl_trainer import Trainer

@@ -1,0 +1,222 @@
+"""Settings of reinforcement learning that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from verl.config.checks.columns import may_read, reads
+from verl.config.run import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Settings that do not work together.
+
+    Attributes:
+        condition: True for a configuration that has the contradiction.
+        need: what must hold; `{c.KEY}` in each text is replaced by the value of the setting.
+        got: the values that break it.
+        remedy: what to do.
+    """
+
+    condition: Callable[[TrainerConfig], bool]
+    need: str
+    got: str
+    remedy: str
+
+    def message(self, config: TrainerConfig) -> str:
+        """Error for the user."""
+        return f"need {self.need}, got {self.got}; {self.remedy}".format(c=config)
+
+
+def _compares_with_sampler(config: TrainerConfig) -> bool:
+    """True if the ratio of the policy loss is to the probabilities of the sampler."""
+    a = config.algorithm
+    return a.correction.name in ("bypass", "loglinear", "off_policy_mask") or a.policy_loss.name == "dppo"
+
+
+def _num_generation_servers(config: TrainerConfig) -> int:
+    return config.rollout.servers + len(config.rollout.addresses)
+
+
+_CORRECTION_AND_LOSS = (
+    "algorithm.correction {c.algorithm.correction.name} and "
+    "algorithm.policy_loss {c.algorithm.policy_loss.name}"
+)
+# The sampler's probabilities are then not used.
+_RECOMPUTE = "algorithm.correction=recompute and a policy loss other than dppo"
+
+_SAMPLING = (
+    Contradiction(
+        lambda c: (
+            _compares_with_sampler(c)
+            and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0)
+        ),
+        "logprobs of the whole distribution",
+        "truncated sampling (top_p {c.sampling.top_p}, top_k {c.sampling.top_k}, min_p {c.sampling.min_p}) "
+        f"with {_CORRECTION_AND_LOSS}",
+        f"set {_RECOMPUTE}",
+    ),
+    Contradiction(
+        lambda c: _compares_with_sampler(c) and c.sampling.temperature == 0,
+        "logprobs of the distribution that was sampled",
+        f"sampling.temperature 0 with {_CORRECTION_AND_LOSS}",
+        f"set a temperature above 0, or {_RECOMPUTE}",
+    ),
+    Contradiction(
+        lambda c: c.samples_per_prompt > 1 and c.sampling.temperature == 0,
+        "different answers in a group",
+        "samples_per_prompt {c.samples_per_prompt} with sampling.temperature 0",
+        "set a temperature above 0",
+    ),
+    Contradiction(
+        lambda c: c.sampling.temperature == 0 and reads(c, "greedy_rewards"),
+        "answers other than the most likely one for algorithm.advantage {c.algorithm.advantage.name}",
+        "sampling.temperature 0, where every advantage is 0",
+        "set a temperature above 0",
+    ),
+    Contradiction(
+        lambda c: c.evaluation.samples > 1 and c.evaluation.temperature == 0,
+        "different answers to a prompt",
+        "evaluation.samples {c.evaluation.samples} with evaluation.temperature 0",
+        "set one answer or a temperature above 0",
+    ),
+)
+
+_GROUPS = (
+    Contradiction(
+        lambda c: c.samples_per_prompt == 1 and reads(c, "group_ids"),
+        "siblings to compare with",
+        "samples_per_prompt 1 with algorithm.policy_loss {c.algorithm.policy_loss.name} and "
+        "algorithm.advantage {c.algorithm.advantage.name}, which would learn nothing",
+        "set samples_per_prompt above 1",
+    ),
+    Contradiction(
+        lambda c: c.samples_per_prompt == 1 and c.algorithm.dynamic_sampling,
+        "groups for algorithm.dynamic_sampling",
+        "samples_per_prompt 1, whose rewards are always equal",
+        "set samples_per_prompt above 1 or dynamic_sampling to false",
+    ),
+    Contradiction(
+        lambda c: c.samples_per_prompt == 1 and c.algorithm.length_penalty.name != "off",
+        "siblings to compare lengths with",
+        "samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}",
+        "set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
+    ),
+    Contradiction(
+        lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
+        "prompts_per_step * samples_per_prompt divisible by algorithm.minibatches",
+        "{c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}",
+        "change one of the three",
+    ),
+    Contradiction(
+        lambda c: (
+            c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0
+        ),
+        "whole groups in each update for algorithm.policy_loss online_dpo",
+        "prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}",
+        "make the first divisible by the second",
+    ),
+    Contradiction(
+        lambda c: c.pipeline.survivors.options.get("least", 1) > c.samples_per_prompt,
+        "pipeline.survivors.least of at most samples_per_prompt {c.samples_per_prompt}",
+        "{c.pipeline.survivors.options}",
+        "lower it",
+    ),
+)
+
+_LOSSES = (
+    Contradiction(
+        lambda c: c.algorithm.kl.where == "loss" and c.algorithm.kl.estimator.name == "k1",
+        "a KL estimator whose gradient is not zero on average for algorithm.kl.where loss",
+        "k1",
+        "set algorithm.kl.estimator to k2 or k3",
+    ),
+    Contradiction(
+        lambda c: (
+            c.algorithm.kl.where == "reward"
+            and c.algorithm.kl.estimator.name
+            in ("k1_straight_through", "k3_straight_through", "k3_importance")
+        ),
+        "a KL estimator that has a meaning without a gradient for algorithm.kl.where reward",
+        "{c.algorithm.kl.estimator.name}",
+        "set algorithm.kl.estimator to k1 or k3, whose value is the same",
+    ),
+    Contradiction(
+        lambda c: c.algorithm.overlong_buffer_tokens >= c.sampling.max_tokens,
+        "algorithm.overlong_buffer_tokens below sampling.max_tokens",
+        "{c.algorithm.overlong_buffer_tokens} and {c.sampling.max_tokens}",
+        "a fifth of it is usual (DAPO, 2503.14476)",
+    ),
+    Contradiction(
+        lambda c: c.critic.warmup_steps >= c.steps and may_read(c, "values", "prm_logprobs"),
+        "critic.warmup_steps below steps",
+        "{c.critic.warmup_steps} and {c.steps}: the policy would never learn",
+        "lower it",
+    ),
+    Contradiction(
+        lambda c: (
+            c.algorithm.skip_zero_advantages
+            and bool(
+                c.algorithm.kl.where == "loss" or c.algorithm.entropy_coef or c.algorithm.likelihood_coef
+            )
+        ),
+        "a loss that is the policy loss alone for algorithm.skip_zero_advantages",
+        "algorithm.kl.where {c.algorithm.kl.where}, entropy_coef {c.algorithm.entropy_coef} and "
+        "likelihood_coef {c.algorithm.likelihood_coef}, which also act on rows without advantage",
+        "turn them off, or skip_zero_advantages",
+    ),
+    Contradiction(
+        lambda c: (
+            reads(c, "prm_logprobs")
+            and c.algorithm.advantage.options.get("beta", 0.05)
+            != c.algorithm.value_loss.options.get("beta", 0.05)
+        ),
+        "one beta for the process reward and for the loss that teaches it",
+        "algorithm.advantage {c.algorithm.advantage.options} and "
+        "algorithm.value_loss {c.algorithm.value_loss.options}",
+        "set both to the same",
+    ),
+)
+
+_SERVERS = (
+    Contradiction(
+        lambda c: c.rollout.engine in ("sglang", "served", "http") and _num_generation_servers(c) == 0,
+        "servers for rollout.engine {c.rollout.engine}",
+        "rollout.servers 0 and no rollout.addresses",
+        "set one of them",
+    ),
+    Contradiction(
+        lambda c: c.rollout.engine == "http" and c.rollout.servers > 0,
+        "servers that run already for rollout.engine http",
+        "rollout.servers {c.rollout.servers}",
+        "name them in rollout.addresses",
+    ),
+    Contradiction(
+        lambda c: (
+            c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0)
+        ),
+        "servers of vllm or sglang that receive all weights for rollout.servers_sleep",
+        "rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server "
+        "forgets the weights that a LoRA adapter belongs to",
+        "set it to false",
+    ),
+    Contradiction(
+        lambda c: (
+            c.rollout.servers_sleep and (c.pipeline.max_staleness > 0 or c.pipeline.batches == "streamed")
+        ),
+        "servers that are awake while the policy learns for pipeline.max_staleness "
+        "{c.pipeline.max_staleness} and batches {c.pipeline.batches}",
+        "rollout.servers_sleep",
+        "set it to false",
+    ),
+    Contradiction(
+        lambda c: c.pipeline.oversample > 0 and c.pipeline.batches == "deterministic",
+        "pipeline.oversample 0 for pipeline.batches deterministic",
+        "{c.pipeline.oversample}: which answers are the slowest differs from run to run",
+        "change one of the two",
+    ),
+)
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_SERVERS)

@@ -1,0 +1,280 @@
+"""Settings without effect: a user who sets one gets an error that says which other setting decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from verl.config.checks.columns import may_read, reads
+from verl.config.run import PairsConfig, PreferenceConfig, RunConfig, SFTConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class InactiveSettings:
+    """Settings that have no effect under a condition.
+
+    Attributes:
+        keys: dotted keys of settings or whole sections.
+        switch: the setting that decides.
+        condition: True for a configuration in which they have no effect.
+        reason: the cause, and what to do.
+        kind: the rule holds for runs of this kind only.
+    """
+
+    keys: tuple[str, ...]
+    switch: str
+    condition: Callable[[Any], bool]
+    reason: str
+    kind: type[RunConfig] = TrainerConfig
+
+
+def _has_servers(config: TrainerConfig) -> bool:
+    return bool(config.rollout.servers or config.rollout.addresses)
+
+
+_ALGORITHM = (
+    InactiveSettings(
+        ("algorithm.kl.coef", "algorithm.kl.estimator"),
+        "algorithm.kl.where",
+        lambda c: c.algorithm.kl.where == "off",
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    InactiveSettings(
+        ("reference",),
+        "algorithm.kl.where",
+        lambda c: c.algorithm.kl.where == "off" and not may_read(c, "ref_logprobs"),
+        "algorithm.kl.where is off; set it to loss or reward",
+    ),
+    InactiveSettings(
+        ("teacher",),
+        "algorithm.policy_loss",
+        lambda c: not may_read(c, "teacher_logprobs", "teacher_top_logprobs"),
+        "no chosen function reads a teacher; take the recipe distillation",
+    ),
+    InactiveSettings(
+        ("teacher.top_k",),
+        "algorithm.policy_loss",
+        lambda c: not may_read(c, "teacher_top_logprobs"),
+        "no chosen function reads the teacher's most likely tokens; "
+        "take algorithm.policy_loss=forward_kl_topk",
+    ),
+    InactiveSettings(
+        ("algorithm.overlong_penalty",),
+        "algorithm.overlong_buffer_tokens",
+        lambda c: c.algorithm.overlong_buffer_tokens == 0,
+        "algorithm.overlong_buffer_tokens is 0; set how many tokens the penalty is spread over",
+    ),
+    InactiveSettings(
+        ("algorithm.max_resamples",),
+        "algorithm.dynamic_sampling",
+        lambda c: not c.algorithm.dynamic_sampling,
+        "algorithm.dynamic_sampling is false; set it to true",
+    ),
+    InactiveSettings(
+        ("critic", "algorithm.value_loss", "placement.critic"),
+        "algorithm.advantage",
+        lambda c: not may_read(c, "values", "prm_logprobs"),
+        "this algorithm.advantage needs no critic; take gae",
+    ),
+    InactiveSettings(
+        ("critic.vf_coef",),
+        "algorithm.advantage",
+        lambda c: not may_read(c, "values"),
+        "the loss of a process reward model has no weight; it has an optimizer of its own",
+    ),
+    InactiveSettings(
+        ("critic.logits_chunk_tokens",),
+        "critic.logits_chunk_tokens",
+        lambda c: reads(c, "values"),
+        "a critic has values instead of logits; set policy.logits_chunk_tokens",
+    ),
+)
+
+_MODELS = (
+    InactiveSettings(
+        ("policy.lora.alpha", "policy.lora.targets"),
+        "policy.lora.rank",
+        lambda c: c.policy.lora.rank == 0,
+        "policy.lora.rank is 0, all weights are trained; set it above 0",
+        RunConfig,
+    ),
+    InactiveSettings(
+        ("critic.lora.alpha", "critic.lora.targets"),
+        "critic.lora.rank",
+        lambda c: c.critic.lora.rank == 0,
+        "critic.lora.rank is 0, all weights are trained; set it above 0",
+    ),
+    InactiveSettings(
+        ("policy.optimizer.min_lr_ratio",),
+        "policy.optimizer.schedule",
+        lambda c: c.policy.optimizer.schedule == "constant",
+        "policy.optimizer.schedule is constant; set it to linear or cosine",
+        RunConfig,
+    ),
+    InactiveSettings(
+        ("critic.optimizer.min_lr_ratio",),
+        "critic.optimizer.schedule",
+        lambda c: c.critic.optimizer.schedule == "constant",
+        "critic.optimizer.schedule is constant; set it to linear or cosine",
+    ),
+)
+
+_PLACEMENT = (
+    InactiveSettings(
+        (
+            "placement.devices",
+            "placement.policy",
+            "placement.critic",
+            "placement.reference",
+            "placement.address",
+            "placement.hang_limit_s",
+        ),
+        "placement.name",
+        lambda c: c.placement.name == "local",
+        "placement.name is local, one device in this process; set it to colocated, split or standalone",
+    ),
+    InactiveSettings(
+        ("hybrid_engine.actor_repartition.enabled", "hybrid_engine.actor_repartition.tensor"),
+        "rollout.engine",
+        lambda c: c.rollout.engine != "embedded" or _has_servers(c),
+        "other engines have layouts of their own, see their options; "
+        "it is for rollout.engine=embedded without servers",
+    ),
+    InactiveSettings(
+        (
+            "hybrid_engine.actor_repartition.tensor",
+            "hybrid_engine.actor_repartition.communication_overlap",
+            "hybrid_engine.actor_repartition.strategy_mapping.training",
+        ),
+        "hybrid_engine.actor_repartition.enabled",
+        # A policy of Megatron always generates in a layout of its own.
+        lambda c: not c.hybrid_engine.actor_repartition.enabled and c.placement.policy.engine.name == "fsdp",
+        "hybrid_engine.actor_repartition.enabled is false; set it to true",
+    ),
+)
+
+_ROLLOUT = (
+    InactiveSettings(
+        ("sampling.top_p", "sampling.top_k", "sampling.min_p"),
+        "sampling.temperature",
+        lambda c: c.sampling.temperature == 0,
+        "sampling.temperature 0 always takes the most likely token",
+    ),
+    InactiveSettings(
+        (
+            "rollout.servers",
+            "rollout.addresses",
+            "rollout.engine_options",
+            "rollout.python",
+            "rollout.weights_via",
+            "rollout.on_update",
+            "rollout.timeout_s",
+            "rollout.secret_env",
+            "rollout.servers_sleep",
+        ),
+        "rollout.engine",
+        lambda c: c.rollout.engine == "embedded",
+        "rollout.engine is embedded, which has neither servers nor options; "
+        "set it to vllm, sglang, served or http",
+    ),
+    InactiveSettings(
+        (
+            "rollout.python",
+            "rollout.weights_via",
+            "rollout.on_update",
+            "rollout.timeout_s",
+            "rollout.servers_sleep",
+        ),
+        "rollout.servers",
+        lambda c: not _has_servers(c),
+        "there are no servers; set rollout.servers or rollout.addresses",
+    ),
+    InactiveSettings(
+        ("rollout.python",),
+        "rollout.servers",
+        lambda c: not c.rollout.servers and bool(c.rollout.addresses),
+        "the run starts no server; set rollout.servers",
+    ),
+    InactiveSettings(
+        ("rollout.secret_env",),
+        "rollout.addresses",
+        lambda c: not c.rollout.addresses,
+        "the run joins no server; set rollout.addresses",
+    ),
+    InactiveSettings(
+        ("rollout.weights_via", "rollout.on_update", "rollout.secret_env"),
+        "rollout.engine",
+        lambda c: c.rollout.engine == "http",
+        "servers of rollout.engine http have weights of their own, and a key in engine_options.api_key_env",
+    ),
+    InactiveSettings(
+        ("pipeline.oversample", "pipeline.batches"),
+        "rollout.servers",
+        lambda c: not _has_servers(c),
+        "the policy's own processes answer a step's prompts at once; "
+        "set rollout.servers or rollout.addresses",
+    ),
+)
+
+_REPORTING = (
+    InactiveSettings(
+        ("evaluation.at_start",),
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0,
+        "evaluation.every_steps is 0; set how often to evaluate",
+    ),
+    InactiveSettings(
+        ("evaluation.prompts", "evaluation.samples", "evaluation.temperature"),
+        "evaluation.every_steps",
+        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
+        "nothing is evaluated; set evaluation.every_steps and data.test",
+    ),
+    InactiveSettings(
+        ("tracking.num_samples",),
+        "tracking.samples_every_steps",
+        lambda c: c.tracking.samples_every_steps == 0,
+        "tracking.samples_every_steps is 0; set how often to write samples",
+        RunConfig,
+    ),
+    InactiveSettings(
+        ("tracking.project",),
+        "tracking.sinks",
+        lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
+        "no sink of tracking.sinks has projects; add wandb or mlflow",
+        RunConfig,
+    ),
+)
+
+_OTHER_RUNS = (
+    InactiveSettings(
+        ("reference",),
+        "loss",
+        lambda c: c.loss.name == "simpo",
+        "this loss has no reference; take dpo or ipo",
+        PreferenceConfig,
+    ),
+    InactiveSettings(
+        ("data.test", "tracking.samples_every_steps", "tracking.num_samples"),
+        "data.test",
+        lambda c: True,
+        "fine-tuning samples and evaluates nothing; use verl eval",
+        SFTConfig,
+    ),
+    InactiveSettings(
+        ("tracking.samples_every_steps", "tracking.num_samples", "data.answer_key"),
+        "data.train",
+        lambda c: True,
+        "a run on pairs samples no answers; its columns are data.chosen_key and data.rejected_key",
+        PairsConfig,
+    ),
+)
+
+INACTIVE_SETTINGS: tuple[InactiveSettings, ...] = (
+    *_ALGORITHM,
+    *_MODELS,
+    *_PLACEMENT,
+    *_ROLLOUT,
+    *_REPORTING,
+    *_OTHER_RUNS,
+)
