@@ -125,7 +125,7 @@ def test_what_acts_on_rewards_needs_a_reward_before_the_first_step(setting, lett
         ("{name: kimi_length, weight: -1.0}", "kimi_length: need weight >= 0, got -1.0"),
         ("kimi_lenght", "did you mean 'kimi_length'"),
         ("{weight: 0.5}", "off takes no options, got weight; name one of kimi_length, relative_length"),
-        (f"{__name__}:by_text", "reads 'text', which is no column; the columns are rewards, num_tokens"),
+        (f"{__name__}:by_text", "reads 'text', which is no column; the columns are num_tokens, rewards"),
     ],
 )
 def test_a_wrong_length_penalty_is_found_at_the_start(penalty, message, letters, tmp_path):
