@@ -35,7 +35,7 @@ class PipelineConfig(Section):
         "arrival",
         "arrival: a step takes the groups that complete first. "
         "streamed: it also trains on them while the last ones are generated. "
-        "deterministic: it takes the oldest groups, each sampled by one version, so that a run can be repeated.",
+        "deterministic: it takes the oldest groups, each sampled by one version; a run can be repeated.",
     )
     survivors: Choice = setting(
         Choice.model_validate({"name": "drop", "least": 1}),
