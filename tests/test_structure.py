@@ -105,6 +105,14 @@ def test_a_module_imports_only_from_its_own_floor_or_a_lower_one():
     assert found == []
 
 
+def test_weight_sync_is_a_library_that_imports_nothing_else_of_the_package():
+    def outside(path: str, tree: ast.AST) -> Iterator[str]:
+        if path.startswith("weight_sync/"):
+            yield from (name for name in imported(tree) if not name.startswith("verl.weight_sync."))
+
+    assert over_all(outside) == []
+
+
 def test_the_package_itself_imports_its_parts_only_for_type_checkers():
     tree = TREES["__init__.py"]
     guards = [

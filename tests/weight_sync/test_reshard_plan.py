@@ -1,6 +1,4 @@
-"""Plans: every element arrives, no byte travels that need not, senders share the work, and every rank knows
-the same plan.
-"""
+"""Plans: every element arrives, no byte travels in vain, senders share the work, all ranks have one plan."""
 
 from __future__ import annotations
 
@@ -10,39 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.weight_sync.arrays import assert_equal, carried_out, filled, lacking, tensors
+from tests.weight_sync.arrays import (
+    assert_equal,
+    executed,
+    filled,
+    lacking,
+    only_on,
+    replicated,
+    sharded,
+    tensors,
+)
 from verl.weight_sync.layout import ShardLayout, TensorShard, full_bounds, num_elements, shape_of
-from verl.weight_sync.reshard_plan import ReshardPlan, ReshardPlanner, make_plan
-
-
-def sharded(shape, parts: int, dim: int = 0) -> ShardLayout:
-    """A tensor `w` in equal parts."""
-    width = shape[dim] // parts
-    ranks = []
-    for rank in range(parts):
-        bounds = list(full_bounds(shape))
-        bounds[dim] = (rank * width, (rank + 1) * width)
-        ranks.append((TensorShard("w", tuple(bounds), "w", (0,) * len(shape)),))
-    return ShardLayout({"w": shape}, tuple(ranks))
-
-
-def replicated(shapes, num_ranks: int) -> ShardLayout:
-    pieces = tuple(
-        TensorShard(name, full_bounds(shape), name, (0,) * len(shape)) for name, shape in shapes.items()
-    )
-    return ShardLayout(shapes, (pieces,) * num_ranks)
-
-
-def only_on(rank: int, shapes, num_ranks: int) -> ShardLayout:
-    full = replicated(shapes, num_ranks)
-    return ShardLayout(shapes, tuple(pieces if r == rank else () for r, pieces in enumerate(full.shards)))
+from verl.weight_sync.reshard_plan import ReshardPlan, make_plan
 
 
 def assert_exact(source: ShardLayout, target: ShardLayout, **options) -> ReshardPlan:
-    """A plan that gives every element to who needs it, costs what is lacking, and keeps to its buckets."""
+    """Make a plan; check that each rank gets what it lacks, no more, in buckets of the limit."""
     plan = make_plan(source, target, itemsize=2, **options)
     wholes = tensors(source.shapes)
-    assert_equal(carried_out(plan, filled(source, wholes), target), filled(target, wholes))
+    assert_equal(executed(plan, filled(source, wholes), target), filled(target, wholes))
     for rank in range(source.num_ranks):
         assert plan.received_bytes(rank) == 2 * lacking(source, target, rank, wholes)
         assert plan.received_bytes(rank) + plan.local_bytes(rank) == 2 * target.num_elements(rank)
@@ -64,9 +48,7 @@ def received_in(bucket) -> Counter[int]:
 
 @st.composite
 def scattered(draw, shapes: dict[str, tuple[int, ...]], num_ranks: int, complete: bool) -> ShardLayout:
-    """Any parts anywhere: overlapping between ranks, empty, fused into one home, or of a home with one more
-    dimension.
-    """
+    """Any shards on any rank: overlapping between ranks, empty, or fused into one local tensor."""
     ranks: list[list[TensorShard]] = [[] for _ in range(num_ranks)]
     for rank in range(num_ranks):
         end = 0
@@ -193,21 +175,7 @@ def test_a_tensor_that_is_larger_than_a_bucket_comes_in_several():
     }
 
 
-def test_layers_that_lie_alike_are_planned_once():
-    num_layers = 40
-    source = [sharded((8, 4), 4).shards[rank][0] for rank in range(4)]
-    shapes = {f"layer{i}.w": (8, 4) for i in range(num_layers)}
-    ranks = tuple(
-        tuple(TensorShard(name, piece.bounds, name, piece.offset) for name in shapes) for piece in source
-    )
-    walk = ReshardPlanner(
-        ShardLayout(shapes, ranks), replicated(shapes, 4), itemsize=2, bucket_bytes=100, ranks_per_node=8
-    )
-    steps = list(walk.steps())
-    assert len(steps) == num_layers and len({id(step.pattern) for step in steps}) == 1
-
-
-def test_a_part_that_is_wanted_in_two_homes_of_a_rank_comes_to_both():
+def test_a_part_that_two_local_tensors_of_a_rank_want_comes_to_both():
     source = only_on(0, {"w": (4,)}, 2)
     twice = ShardLayout(
         source.shapes,

@@ -1,5 +1,6 @@
-"""Memory of a GPU that two processes see: a handle as plain data, and the bytes behind it in place. PyTorch
-alone.
+"""GPU memory shared by two processes over CUDA IPC: its handle as JSON values, and the bytes behind a handle.
+
+The engines import this module in their own environments: it needs PyTorch alone.
 """
 
 from __future__ import annotations
@@ -12,36 +13,38 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-# Those of PyTorch's own description of a tensor that are bytes, by their place in it.
+# Positions of fields in the tuple with which PyTorch describes a CUDA tensor to another process.
 _BYTES = {"handle": 7, "references": 11, "event": 13}
 _NUMBERS = {"offset": 3, "storage_bytes": 8, "storage_offset": 9, "reference_number": 12, "waits": 14}
 
 
 def export_handle(content: Tensor) -> dict[str, Any]:
-    """What another process on this machine needs to see the same bytes, as JSON can hold it; they stay as
-    long as either side has them.
+    """Handle, of JSON values, with which another process of this machine opens the same bytes.
+
+    The memory is freed when neither side uses it any more.
 
     Args:
         content: [n] uint8 on a GPU, contiguous.
     """
     _, described = reduce_tensor(content)
     handle: dict[str, Any] = {
-        name: base64.b64encode(described[place]).decode() for name, place in _BYTES.items()
+        name: base64.b64encode(described[position]).decode() for name, position in _BYTES.items()
     }
-    handle |= {name: int(described[place]) for name, place in _NUMBERS.items()}
-    return handle | {"num_bytes": content.numel(), "device": _name_of(content.get_device())}
+    handle |= {name: int(described[position]) for name, position in _NUMBERS.items()}
+    return handle | {"num_bytes": content.numel(), "device": _gpu_uuid(content.get_device())}
 
 
 def open_handle(handle: Mapping[str, Any]) -> Tensor:
-    """[n] uint8, the bytes of another process in place; to be read, and let go soon.
+    """Open the memory of another process as [n] uint8, in place: read it, and drop it soon.
 
     Raises:
-        RuntimeError: this process does not see that GPU.
+        RuntimeError: the GPU is not visible to this process.
     """
-    devices = {_name_of(index): index for index in range(torch.cuda.device_count())}
+    devices = {_gpu_uuid(index): index for index in range(torch.cuda.device_count())}
     if handle["device"] not in devices:
         raise RuntimeError(
-            f"need the GPU {handle['device']} for weights in its memory, this process sees {', '.join(devices) or 'none'}"
+            f"need the GPU {handle['device']} for weights in its memory, "
+            f"this process sees {', '.join(devices) or 'none'}"
         )
     raw = {name: base64.b64decode(handle[name]) for name in _BYTES}
     size = (handle["num_bytes"],)
@@ -65,6 +68,6 @@ def open_handle(handle: Mapping[str, Any]) -> Tensor:
     return content
 
 
-def _name_of(index: int) -> str:
-    """Of a GPU, whatever number it has in a process."""
+def _gpu_uuid(index: int) -> str:
+    """Identity of a GPU: its index differs between processes."""
     return str(torch.cuda.get_device_properties(index).uuid)

@@ -1,5 +1,6 @@
-"""Which weights an engine has: a digest of each tensor and one text for all; imports PyTorch alone, as
-engines' own processes load it.
+"""Fingerprint of the weights that an engine has: a digest of each tensor, and one text for all of them.
+
+The engines import this module in their own environments: it needs PyTorch alone.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# A prime near 2^40: places that are some power of two apart must not have the same weight.
+# A prime near 2^40: positions that are a power of two apart must not get the same weight.
 _STRIDE = 1_099_511_627_689
 _WORD_BYTES = 8
-# Blocks that stay in the cache of a CPU, and blocks that keep a GPU busy: whether it is a CPU -> words.
+# Words of a block, by "is on a CPU": a block fits into the cache of a CPU, or keeps a GPU busy.
 _BLOCK_WORDS = {True: 2**17, False: 2**24}
 
 
 def digest(tensor: Tensor) -> int:
-    """A 64-bit number of the bytes of a tensor and their order; equal on every device.
+    """64-bit digest of the bytes of a tensor and of their order; equal on every device.
 
-    The sum over 8-byte words of mixed(word) * (1 + 2 * place * stride), modulo 2^64. Mixing is one to one and
-    the weights are odd, so any single word that changes changes it.
+    The sum over 8-byte words of mixed(word) * (1 + 2 * position * stride), modulo 2^64. Mixing is one to one
+    and the weights are odd, so a change of any single word changes the digest.
     """
     content = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = content.numel() // _WORD_BYTES * _WORD_BYTES
@@ -37,13 +38,14 @@ def digest(tensor: Tensor) -> int:
     for first in range(0, len(words), size):
         block = words[first : first + size]
         own = mixed[: len(block)]
-        # The upper half goes into the lower: a sign alone, at the top of a word, would be lost in a sum of
-        # products of even numbers.
+        # Mixing: XOR the upper half of each word into its lower half. Without it two flipped top bits (signs)
+        # would cancel, since 2^63 times an odd weight is 2^63 modulo 2^64.
         torch.bitwise_right_shift(block, 32, out=own)
         own &= 0xFFFFFFFF
         own ^= block
         plain = int(own.sum()) if first else 0
         own *= weights[: len(block)]
+        # The weights are those of the first block: a later one adds 2 * stride * first to each of them.
         total += int(own.sum()) + plain * 2 * _STRIDE * first
     return total % 2**64
 
@@ -54,19 +56,19 @@ def _weights(size: int, device: torch.device) -> Tensor:
 
 @cache
 def _cpu_weights() -> Tensor:
-    """Of all blocks on a CPU: most tensors are small, and to make them takes as long as to use them."""
+    """Weights of a block on a CPU, kept: for small tensors making them takes as long as using them."""
     with torch.inference_mode(False):
         return _weights(_BLOCK_WORDS[True], torch.device("cpu"))
 
 
 def fingerprint(digests: Mapping[str, int]) -> str:
-    """One text for named tensors, whatever their order."""
+    """Fingerprint of named digests, independent of their order: 16 hexadecimal digits."""
     lines = "".join(f"{name} {digests[name]:016x}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def fingerprint_of_ranks(digests: Sequence[Mapping[str, int]]) -> str:
-    """One text for what the ranks of an engine have: that of one of them where all have the same."""
+    """Fingerprint of all ranks of an engine; if all have equal digests, that of one rank."""
     if all(own == digests[0] for own in digests):
         return fingerprint(digests[0])
     return fingerprint(

@@ -1,4 +1,4 @@
-"""Which part of which whole tensor lies on which rank; pure, it knows neither processes nor models."""
+"""Shards of whole tensors by rank, and the arithmetic of their bounds; no processes, no models."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ Bounds = tuple[tuple[int, int], ...]  # (start, stop) in each dimension of a who
 
 
 def full_bounds(shape: tuple[int, ...]) -> Bounds:
-    """The bounds of all of a tensor."""
+    """Bounds of all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
 def shape_of(bounds: Bounds) -> tuple[int, ...]:
-    """The shape of a part."""
+    """Shape of the part that bounds select."""
     return tuple(stop - start for start, stop in bounds)
 
 
 def num_elements(bounds: Bounds) -> int:
-    """Number of elements of a part."""
+    """Number of elements of the part that bounds select."""
     return prod(stop - start for start, stop in bounds)
 
 
 def intersection(one: Bounds, other: Bounds) -> Bounds | None:
-    """What two parts of a tensor have in common; None: nothing."""
+    """Common part of two bounds of the same tensor; None if it is empty."""
     common = []
     for (a, b), (c, d) in zip(one, other, strict=True):
         start, stop = max(a, c), min(b, d)
@@ -35,27 +35,35 @@ def intersection(one: Bounds, other: Bounds) -> Bounds | None:
     return tuple(common)
 
 
-def difference(one: Bounds, inner: Bounds) -> list[Bounds]:
-    """A part without another one that lies inside it, as disjoint parts."""
+def contains(outer: Bounds, inner: Bounds) -> bool:
+    """True if `inner` lies inside `outer`."""
+    return all(
+        first <= start and stop <= last for (first, last), (start, stop) in zip(outer, inner, strict=True)
+    )
+
+
+def difference(outer: Bounds, inner: Bounds) -> list[Bounds]:
+    """Disjoint bounds that cover `outer` without `inner`, which must lie inside of it."""
     rest = []
-    for dim, ((start, stop), (first, last)) in enumerate(zip(one, inner, strict=True)):
+    for dim, ((start, stop), (first, last)) in enumerate(zip(outer, inner, strict=True)):
         sides = ((start, first), (last, stop))
-        rest += [(*inner[:dim], side, *one[dim + 1 :]) for side in sides if side[0] < side[1]]
+        # Dimensions before this one are already cut to `inner`, so no element is counted twice.
+        rest += [(*inner[:dim], side, *outer[dim + 1 :]) for side in sides if side[0] < side[1]]
     return rest
 
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """A part of a whole tensor that lies on a rank.
+    """A part of a whole tensor that is stored on a rank.
 
     Attributes:
         name: of the whole tensor, as in a Hugging Face folder.
-        bounds: which part of the whole tensor.
-        local_name: name of the local tensor that holds it.
-        offset: where it begins in the home, one number for each dimension of the home. The last dimensions of
-            the home are the last ones of the whole tensor. A home with fewer dimensions lacks leading ones,
-            in which the part has size 1 (an expert of a stacked weight); in leading dimensions that only the
-            home has, the part has size 1 there (stacked experts at home).
+        bounds: of the part in the whole tensor.
+        local_name: name of the local tensor that stores the part.
+        offset: start of the part in the local tensor, one number for each dimension of the local tensor. The
+            last dimensions of both tensors correspond. If the local tensor has fewer dimensions, the part has
+            size 1 in the leading ones that are missing (one expert of a stacked weight). If the local tensor
+            has more, the part has size 1 in its leading ones (a local tensor that stacks experts).
     """
 
     name: str
@@ -66,68 +74,70 @@ class TensorShard:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Which parts of which tensors lie on which rank.
+    """Shards of each tensor on each rank.
 
     Attributes:
-        shapes: of the whole tensors by name, in the order in which they are wanted.
-        shards: shards of each rank. Replicas are equal bounds on several ranks; a rank may have none. Padding
-            of a local tensor is part of no piece.
+        shapes: of the whole tensors by name, in the order in which they are transferred.
+        shards: of each rank. Replicas are equal bounds on several ranks; a rank may have no shard. Padding of
+            a local tensor belongs to no shard.
 
     Raises:
-        ValueError: a piece of an unknown tensor, or outside its tensor.
+        ValueError: a shard of an unknown tensor, or outside its tensor.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     shards: tuple[tuple[TensorShard, ...], ...]
 
     def __post_init__(self) -> None:
-        # Replicas that share their tuple are looked at once.
-        distinct = {id(pieces): rank for rank, pieces in reversed(list(enumerate(self.shards)))}
+        # Replicas often share one tuple of shards: each tuple is checked once, on its first rank.
+        distinct = {id(shards): rank for rank, shards in reversed(list(enumerate(self.shards)))}
         for rank in sorted(distinct.values()):
-            for piece in self.shards[rank]:
-                fault = self._fault(piece)
-                if fault:
+            for shard in self.shards[rank]:
+                problem = self._problem(shard)
+                if problem:
                     raise ValueError(
-                        f"need pieces of known tensors that lie inside them, got on rank {rank} {piece}: {fault}"
+                        f"need shards of known tensors that lie inside them, got on rank {rank} {shard}: "
+                        f"{problem}"
                     )
 
     @property
     def num_ranks(self) -> int:
-        """Ranks, with those that hold nothing."""
+        """Number of ranks, including those without shards."""
         return len(self.shards)
 
     def num_elements(self, rank: int) -> int:
-        """Elements that a rank holds."""
-        return sum(num_elements(piece.bounds) for piece in self.shards[rank])
+        """Number of elements that a rank stores."""
+        return sum(num_elements(shard.bounds) for shard in self.shards[rank])
 
-    def _fault(self, piece: TensorShard) -> str | None:
-        shape = self.shapes.get(piece.name)
+    def _problem(self, shard: TensorShard) -> str | None:
+        shape = self.shapes.get(shard.name)
         if shape is None:
             return "there is no such tensor"
-        inside = len(shape) == len(piece.bounds) and all(
-            0 <= a <= b <= size for (a, b), size in zip(piece.bounds, shape, strict=True)
+        is_inside = len(shape) == len(shard.bounds) and all(
+            0 <= a <= b <= size for (a, b), size in zip(shard.bounds, shape, strict=True)
         )
-        if not inside:
+        if not is_inside:
             return f"the tensor is {shape}"
-        dropped = len(piece.bounds) - len(piece.offset)
-        if min(piece.offset, default=0) < 0 or any(b - a > 1 for a, b in piece.bounds[: max(0, dropped)]):
+        num_missing = max(0, len(shard.bounds) - len(shard.offset))
+        if min(shard.offset, default=0) < 0 or any(b - a > 1 for a, b in shard.bounds[:num_missing]):
             return "need an offset from 0 for each dimension of size above 1"
         return None
 
 
-def local_offset(part: Bounds, piece: TensorShard) -> tuple[int, ...]:
-    """Where a part of a piece begins in the piece's home."""
-    steps = tuple(start - first for (start, _), (first, _) in zip(part, piece.bounds, strict=True))
-    extra = len(piece.offset) - len(steps)
-    steps = (0,) * extra + steps if extra > 0 else steps[-extra:]
-    return tuple(begin + step for begin, step in zip(piece.offset, steps, strict=True))
+def local_offset(bounds: Bounds, shard: TensorShard) -> tuple[int, ...]:
+    """Start of a part of a shard in the shard's local tensor."""
+    steps = tuple(start - first for (start, _), (first, _) in zip(bounds, shard.bounds, strict=True))
+    steps = _fit_dims(steps, len(shard.offset), fill=0)
+    return tuple(begin + step for begin, step in zip(shard.offset, steps, strict=True))
 
 
-def local_slices(part: Bounds, offset: tuple[int, ...]) -> tuple[slice, ...]:
-    """Where a part that begins at an offset lies in its home; what they give has as many elements as the
-    part, in the same order.
-    """
-    shape = shape_of(part)
-    extra = len(offset) - len(shape)
-    shape = (1,) * extra + shape if extra > 0 else shape[-extra:]
+def local_slices(bounds: Bounds, offset: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices of the part that begins at an offset of a local tensor; elements keep their number and order."""
+    shape = _fit_dims(shape_of(bounds), len(offset), fill=1)
     return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+
+
+def _fit_dims(values: tuple[int, ...], num_dims: int, *, fill: int) -> tuple[int, ...]:
+    """Values of the last `num_dims` dimensions, with `fill` in front if there are fewer."""
+    num_missing = num_dims - len(values)
+    return (fill,) * num_missing + values if num_missing > 0 else values[-num_missing:]

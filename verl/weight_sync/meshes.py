@@ -1,4 +1,4 @@
-"""Who is where: ranks of training, and the groups in which the same ranks generate; pure.
+"""Coordinates of ranks in training, and the groups in which the same ranks generate.
 
 The grouping is that of HybridFlow, https://arxiv.org/abs/2409.19256, section 5.3.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TrainingCoordinates:
-    """Where a rank stands in training.
+    """Coordinates of a rank in the mesh of training.
 
     Attributes:
-        replica: which copy of the model.
+        replica: copy of the model.
         stage: of the pipeline.
-        shard: of FSDP, of what the tensor rank has.
-        sequence: part of a line; the ranks of a line have equal weights.
-        tensor: part of every matrix.
+        shard: of FSDP, within the tensor rank's part.
+        sequence: slice of a packed sequence; the ranks of one sequence have equal weights.
+        tensor: rank in tensor parallelism.
     """
 
     replica: int
@@ -30,17 +30,19 @@ class TrainingCoordinates:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of training, rank = (((replica * pipeline + stage) * shards + shard) * sequence + place in the
-    line) * tensor + tensor rank.
+    """Parallel sizes of training.
 
-    Without shards and sequence this is Megatron's order, without stages that of `placement` with FSDP; there,
-    the ranks of a line hold different shards, so `shards` is shards x sequence and `sequence` is 1.
+    rank = (((replica * pipeline + stage) * shards + shard) * sequence + sequence_rank) * tensor + tensor_rank
+
+    With 1 shard and sequence 1 this is Megatron's order; with 1 stage it is the order of `placement` with
+    FSDP. With FSDP the ranks of a sequence hold different shards: there `shards` is shards x sequence, and
+    `sequence` is 1.
 
     Attributes:
         tensor: ranks that share every matrix, t.
         pipeline: stages, p.
         shards: of FSDP.
-        sequence: ranks that share a line and have equal weights.
+        sequence: ranks that share a packed sequence and have equal weights.
         replicas: copies of the model, d.
         experts: consecutive ranks of a stage that share the experts of a layer; 1: experts are split as other
             matrices.
@@ -66,11 +68,11 @@ class Mesh:
 
     @property
     def num_ranks(self) -> int:
-        """All ranks."""
+        """Number of ranks of the whole mesh."""
         return self.tensor * self.pipeline * self.shards * self.sequence * self.replicas
 
     def coordinates(self, rank: int) -> TrainingCoordinates:
-        """Where a rank stands."""
+        """Coordinates of a rank."""
         rest, tensor = divmod(rank, self.tensor)
         rest, sequence = divmod(rest, self.sequence)
         rest, shard = divmod(rest, self.shards)
@@ -78,19 +80,19 @@ class Mesh:
         return TrainingCoordinates(replica, stage, shard, sequence, tensor)
 
     def expert_rank(self, rank: int) -> int:
-        """Which part of the experts a rank has."""
-        place = self.coordinates(rank)
-        return ((place.replica * self.sequence + place.sequence) * self.tensor + place.tensor) % self.experts
+        """Rank in expert parallelism, from 0 to experts - 1."""
+        own = self.coordinates(rank)
+        return ((own.replica * self.sequence + own.sequence) * self.tensor + own.tensor) % self.experts
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationCoordinates:
-    """Where a rank stands in generation.
+    """Coordinates of a rank in generation.
 
     Attributes:
-        replica: which copy of the model; each answers its own prompts.
+        replica: copy of the model; each generates for its own prompts.
         stage: of the pipeline.
-        tensor: part of every matrix.
+        tensor: rank in tensor parallelism.
     """
 
     replica: int
@@ -99,23 +101,22 @@ class GenerationCoordinates:
 
 
 def zero_redundancy(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationCoordinates:
-    """What a rank has in training is part of what it needs: ranks of a generation group are at stride t /
-    t_g, not consecutive.
+    """Coordinates in groups of stride t / t_g, where a rank needs in generation what it has in training.
 
-    With t divisible by t_g and p by p_g: tensor rank of generation = tensor rank // (t / t_g), stage
-    likewise, and what is left over numbers the d_g = p t / (p_g t_g) replicas of generation in a replica of
-    training. Shards of FSDP play the part of tensor ranks, within these.
+    With t divisible by t_g and p by p_g: the tensor rank of generation is the tensor rank // (t / t_g), the
+    stage likewise, and the remainders number the d_g = p t / (p_g t_g) replicas of generation in a replica of
+    training. Shards of FSDP count as tensor ranks, within each tensor rank.
     """
-    place = training.coordinates(rank)
+    own = training.coordinates(rank)
     width, depth = training.tensor * training.shards // tensor, training.pipeline // pipeline
-    column, micro_column = divmod(place.tensor * training.shards + place.shard, width)
-    stage, micro_stage = divmod(place.stage, depth)
-    line = place.replica * training.sequence + place.sequence
-    return GenerationCoordinates((line * depth + micro_stage) * width + micro_column, stage, column)
+    column, micro_column = divmod(own.tensor * training.shards + own.shard, width)
+    stage, micro_stage = divmod(own.stage, depth)
+    replica = own.replica * training.sequence + own.sequence
+    return GenerationCoordinates((replica * depth + micro_stage) * width + micro_column, stage, column)
 
 
 def consecutive(rank: int, training: Mesh, tensor: int, pipeline: int) -> GenerationCoordinates:
-    """The grouping of an engine by itself, and of the paper's HybridFlow-V: consecutive ranks share a model."""
+    """Coordinates in groups of consecutive ranks, as in a standalone engine and the paper's HybridFlow-V."""
     rest, column = divmod(rank, tensor)
     replica, stage = divmod(rest, pipeline)
     return GenerationCoordinates(replica, stage, column)
@@ -130,17 +131,17 @@ GROUPINGS: dict[str, Callable[[int, Mesh, int, int], GenerationCoordinates]] = {
 def generation_coordinates(
     rank: int, training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
 ) -> GenerationCoordinates:
-    """Where a rank of training stands in generation.
+    """Coordinates in generation of a rank of training.
 
     Args:
         rank: of training.
         training: its sizes.
-        tensor: of generation, t_g.
-        pipeline: of generation, p_g.
+        tensor: tensor parallel size of generation, t_g.
+        pipeline: stages of generation, p_g.
         grouping: a key of `GROUPINGS`.
 
     Raises:
-        ValueError: sizes of generation that do not divide those of training.
+        ValueError: an unknown grouping, or sizes of generation that do not divide those of training.
     """
     if grouping not in GROUPINGS:
         raise ValueError(f"need a grouping of {', '.join(GROUPINGS)}, got {grouping!r}")
@@ -149,12 +150,14 @@ def generation_coordinates(
         raise ValueError(f"need sizes from 1, got tensor={tensor} and pipeline={pipeline} for generation")
     if grouping == "zero-redundancy" and (columns % tensor or training.pipeline % pipeline):
         raise ValueError(
-            f"need tensor and pipeline of generation to divide those of training, got tensor={tensor} for {training.tensor} tensor ranks x "
-            f"{training.shards} shards and pipeline={pipeline} for {training.pipeline} stages; take divisors or the grouping consecutive"
+            f"need tensor and pipeline of generation to divide those of training, got tensor={tensor} for "
+            f"{training.tensor} tensor ranks x {training.shards} shards and pipeline={pipeline} for "
+            f"{training.pipeline} stages; take divisors or the grouping consecutive"
         )
     if training.num_ranks % (tensor * pipeline):
         raise ValueError(
-            f"need tensor * pipeline of generation to divide the {training.num_ranks} ranks, got {tensor} * {pipeline}"
+            f"need tensor * pipeline of generation to divide the {training.num_ranks} ranks, "
+            f"got {tensor} * {pipeline}"
         )
     return GROUPINGS[grouping](rank, training, tensor, pipeline)
 
@@ -162,20 +165,21 @@ def generation_coordinates(
 def generation_groups(
     training: Mesh, *, tensor: int, pipeline: int = 1, grouping: str = "zero-redundancy"
 ) -> list[list[int]]:
-    """Ranks of each replica of generation, by stage and tensor rank."""
-    places = [
+    """Ranks of each replica of generation, ordered by stage and tensor rank."""
+    coordinates = [
         generation_coordinates(rank, training, tensor=tensor, pipeline=pipeline, grouping=grouping)
         for rank in range(training.num_ranks)
     ]
     order = sorted(
-        range(len(places)), key=lambda rank: (places[rank].replica, places[rank].stage, places[rank].tensor)
+        range(len(coordinates)),
+        key=lambda rank: (coordinates[rank].replica, coordinates[rank].stage, coordinates[rank].tensor),
     )
     size = tensor * pipeline
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def stage_layers(num_layers: int, stages: int) -> list[range]:
-    """Layers of each stage: as many in each, the first ones one more if that does not work out.
+    """Layers of each stage; if they do not divide evenly, the first stages have one more.
 
     Raises:
         ValueError: more stages than layers.

@@ -1,13 +1,12 @@
-"""Weights as they come to one rank of an engine: whole tensors, or the parts that it reads; what it was
-handed, and what it read.
-"""
+"""Receiver of weights on one rank of an engine: whole tensors or shards, their digests, recorded reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from verl.weight_sync.cuda_ipc import open_handle
 from verl.weight_sync.fingerprint import digest
-from verl.weight_sync.layout import Bounds, full_bounds, shape_of
+from verl.weight_sync.layout import Bounds, contains, full_bounds, shape_of
 from verl.weight_sync.process_group import broadcast, open_group, receive
 from verl.weight_sync.reshard_exchange import exchange
 from verl.weight_sync.reshard_plan import Copy, ReshardPlan
@@ -38,190 +37,232 @@ from verl.weight_sync.shared_memory import (
 )
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
-# Ways in which the bytes are where this process sees them.
+# Transports whose bytes are in memory that this process can open.
 _MAPPED = ("shm", "ipc")
-# A tensor in the parts of it that have come, and the bounds by which it counts in the fingerprint.
-Arrived = tuple[TensorInfo, list[tuple[Bounds, Tensor]], list[Bounds]]
+
+
+class ReceivedTensor(NamedTuple):
+    """A tensor of an update, once all that this rank receives of it is here.
+
+    Attributes:
+        info: of the whole tensor.
+        shards: bounds and values; empty: this rank does not read the tensor.
+        digest_bounds: bounds whose digests count in the fingerprint; each lies inside one shard.
+    """
+
+    info: TensorInfo
+    shards: list[tuple[Bounds, Tensor]]
+    digest_bounds: list[Bounds]
+
+
+@dataclass
+class _IncomingTensor:
+    """A tensor whose parts come from several ranks of the policy, in several buckets.
+
+    Attributes:
+        info: of the whole tensor.
+        ranges: bounds of the shards that the parts are put together to.
+        expected: bounds of all parts that come to this rank.
+        missing: bounds of the parts that have not come yet.
+        shards: that have begun to come.
+    """
+
+    info: TensorInfo
+    ranges: Sequence[Bounds]
+    expected: list[Bounds] = field(default_factory=list)
+    missing: list[Bounds] = field(default_factory=list)
+    shards: list[tuple[Bounds, Tensor]] = field(default_factory=list)
+
+    def put(self, bounds: Bounds, values: Tensor) -> None:
+        """Put a part that has come into its shard."""
+        self.missing.remove(bounds)
+        own = next(own for own in self.ranges if contains(own, bounds))
+        if own == bounds:  # the part is the shard: nothing to copy
+            self.shards.append((own, values))
+            return
+        shard = next((shard for known, shard in self.shards if known == own), None)
+        if shard is None:
+            shard = values.new_empty(shape_of(own))
+            self.shards.append((own, shard))
+        shard[slices_of(bounds, within=own)] = values
 
 
 class WeightReceiver:
-    """Receives parts, as they were cut out for this rank, and notes of each update what it was.
+    """Receives the chunks of updates that are addressed to this rank, and keeps digests of the last update.
 
     Args:
-        device: where tensors are handed on; None: where they come, as the model copies them itself to where
-            it wants them.
-        copies_tensors: tensors are used after a part was taken, so they must be in memory of their own.
+        device: to which tensors are moved; None: they stay where they arrive, since the model copies them.
+        copies_tensors: tensors are still used after their chunk, so each gets memory of its own.
 
     Attributes:
-        digests: of what was handed on since `reset`, by `shard_key`.
-        num_bytes: of it, without what a folder has.
+        digests: of the shards delivered since `reset`, by `shard_key`.
+        num_bytes: of the shards delivered since `reset`.
     """
 
     def __init__(self, device: torch.device | None, *, copies_tensors: bool) -> None:
-        self._device, self._keeps = device, copies_tensors
+        self._device, self._copies_tensors = device, copies_tensors
         self._group: Any = None
         self.reset()
 
     @property
     def read_ranges(self) -> ShardRanges:
-        """What was read of the tensors that were handed on to be recorded."""
+        """Bounds that the model read of the tensors whose reads were recorded."""
         return {name: merge_overlapping(bounds) for name, bounds in self._reads.items()}
 
     def join_group(
         self, address: str, port: int, *, rank: int, num_ranks: int, backend: str, timeout_s: float
     ) -> None:
-        """Joins the group over which parts come, in place of one before."""
+        """Join the process group over which chunks come; it replaces an earlier one."""
         self._group = None
         self._group = open_group(
             address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
         )
 
     def leave_group(self) -> None:
-        """Leaves it."""
+        """Leave the process group."""
         self._group = None
 
     def reset(self) -> None:
-        """Forgets what came before."""
+        """Forget the digests and reads of earlier updates."""
         self.digests: dict[str, int] = {}
         self.num_bytes = 0
         self._reads: dict[str, list[Bounds]] = {}
 
-    def batches(self, part: WeightChunk, *, records: bool) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Name and tensor of all of a part, to be handed on as they come: each batch is used before the next
-        one is taken.
+    def batches(self, chunk: WeightChunk, *, records: bool) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Name and tensor of everything in a chunk, in batches as they arrive.
+
+        A batch must be used up before the next one is taken.
 
         Args:
-            part: of this rank.
-            records: what is read of them is noted, if they are whole.
+            chunk: of this rank.
+            records: record what the model reads of each tensor, if the chunk has whole tensors.
 
         Raises:
-            RuntimeError: bytes are missing, the group failed, or there is none.
+            RuntimeError: bytes are missing, the process group failed, or there is none.
         """
-        if part.transport == "disk":
-            tensors = read_safetensors(Path(part.location["folder"]), device=str(self._device or "cpu"))
-            arrived = (
-                (
-                    TensorInfo(name, tuple(t.shape), ""),
-                    [(full_bounds(tuple(t.shape)), t)],
-                    [full_bounds(tuple(t.shape))],
-                )
-                for name, t in tensors
-            )
-            yield (self._handed(*one, records=False) for one in arrived)
+        if chunk.transport == "disk":
+            tensors = read_safetensors(Path(chunk.location["folder"]), device=str(self._device or "cpu"))
+            yield (self._deliver(_whole(TensorInfo(name, tuple(t.shape), ""), t)) for name, t in tensors)
             return
         try:
-            for batch in self.received(part):
-                yield (self._handed(*one, records=records and not part.ranges) for one in batch)
+            for batch in self.received(chunk):
+                yield (self._deliver(tensor, records=records and not chunk.ranges) for tensor in batch)
         except BaseException:
-            # Also when the model did not take a batch: those who send would wait for us.
-            if part.transport not in _MAPPED:
+            # Also if the model failed on a batch: while this rank is in the group, the senders wait for it.
+            if chunk.transport not in _MAPPED:
                 self.leave_group()
             raise
 
-    def received(self, part: WeightChunk) -> Iterator[list[Arrived]]:
-        """What comes of a part that is not in a folder, each tensor once it is complete, noted nowhere.
+    def received(self, chunk: WeightChunk) -> Iterator[list[ReceivedTensor]]:
+        """Tensors of a chunk that is not in a folder, each once it is complete, without digest or record.
 
         Raises:
-            RuntimeError: see `batches`.
+            RuntimeError: as `batches`.
         """
-        return self._exchanged(part) if part.transport == "direct" else iter([self._parts(part)])
+        if chunk.transport == "direct":
+            return self._exchange(chunk)
+        return iter([self._receive_shards(chunk) if chunk.ranges else self._receive_whole(chunk)])
 
-    def _handed(
-        self, info: TensorInfo, parts: list[tuple[Bounds, Tensor]], marks: list[Bounds], *, records: bool
-    ) -> tuple[str, Tensor]:
-        for bounds in marks:
-            own, part = next((own, part) for own, part in parts if _holds(own, bounds))
+    def _deliver(self, received: ReceivedTensor, *, records: bool = False) -> tuple[str, Tensor]:
+        """Name and tensor for the model; digests of its shards are kept."""
+        info, shards, digest_bounds = received
+        for bounds in digest_bounds:
+            own, shard = next((own, shard) for own, shard in shards if contains(own, bounds))
             self.digests[shard_key(info.name, bounds, shape=info.shape)] = digest(
-                part[slices_of(bounds, within=own)]
+                shard[slices_of(bounds, within=own)]
             )
-        self.num_bytes += sum(part.nbytes for _, part in parts)
-        if [bounds for bounds, _ in parts] != [full_bounds(info.shape)]:
-            like = parts[0][1] if parts else torch.empty(0, dtype=dtype_of(info), device=self._device)
-            return info.name, sharded_proxy(info.name, info.shape, parts, like=like)
-        ((_, tensor),) = parts
-        return info.name, record_reads(
-            info.name, tensor, self._reads.setdefault(info.name, [])
-        ) if records else tensor
+        self.num_bytes += sum(shard.nbytes for _, shard in shards)
+        if [bounds for bounds, _ in shards] != [full_bounds(info.shape)]:
+            like = shards[0][1] if shards else torch.empty(0, dtype=dtype_of(info), device=self._device)
+            return info.name, sharded_proxy(info.name, info.shape, shards, like=like)
+        ((_, tensor),) = shards
+        if not records:
+            return info.name, tensor
+        return info.name, record_reads(info.name, tensor, self._reads.setdefault(info.name, []))
 
-    def _parts(self, part: WeightChunk) -> list[Arrived]:
-        """Of bytes in shared memory, or from rank 0 of the group."""
-        infos = part.tensors
-        if not part.ranges:
-            content = self._whole_content(part)
-            return [
-                (info, [(full_bounds(info.shape), tensor)], [full_bounds(info.shape)])
-                for info, tensor in unpack(content, infos)
-            ]
-        pieces = shards_in(infos, part.ranges[0])
-        if part.transport in _MAPPED:
-            mapped = {info.name: tensor for info, tensor in unpack(_mapped(part), infos)}
-            tensors = [self._own(mapped[piece.name][slices_of(bounds)]) for piece, bounds in pieces]
+    def _receive_whole(self, chunk: WeightChunk) -> list[ReceivedTensor]:
+        """Whole tensors, from memory of this machine or broadcast by rank 0 of the group."""
+        if chunk.transport in _MAPPED:
+            content = self._to_engine(_map(chunk))
         else:
             content = torch.empty(
-                num_bytes_of([piece for piece, _ in pieces]), dtype=torch.uint8, device=self._joined()
+                num_bytes_of(chunk.tensors), dtype=torch.uint8, device=self._device_of_group()
             )
+            broadcast(self._group, content)
+            content = self._to_engine(content, is_ours=True)
+        return [_whole(info, tensor) for info, tensor in unpack(content, chunk.tensors)]
+
+    def _receive_shards(self, chunk: WeightChunk) -> list[ReceivedTensor]:
+        """Shards that this rank reads, from memory of this machine or sent by rank 0 of the group."""
+        shards = shards_in(chunk.tensors, chunk.ranges[0])
+        if chunk.transport in _MAPPED:
+            mapped = {info.name: tensor for info, tensor in unpack(_map(chunk), chunk.tensors)}
+            tensors = [self._to_engine(mapped[shard.name][slices_of(bounds)]) for shard, bounds in shards]
+        else:
+            infos = [shard for shard, _ in shards]
+            content = torch.empty(num_bytes_of(infos), dtype=torch.uint8, device=self._device_of_group())
             receive(self._group, content, sender=0)
-            tensors = [
-                self._own(tensor, is_ours=True)
-                for _, tensor in unpack(content, [piece for piece, _ in pieces])
-            ]
-        came: dict[str, list[tuple[Bounds, Tensor]]] = {info.name: [] for info in infos}
-        for (piece, bounds), tensor in zip(pieces, tensors, strict=True):
-            came[piece.name].append((bounds, tensor))
-        return [(info, came[info.name], [bounds for bounds, _ in came[info.name]]) for info in infos]
+            tensors = [self._to_engine(tensor, is_ours=True) for _, tensor in unpack(content, infos)]
+        by_name: dict[str, list[tuple[Bounds, Tensor]]] = {info.name: [] for info in chunk.tensors}
+        for (shard, bounds), tensor in zip(shards, tensors, strict=True):
+            by_name[shard.name].append((bounds, tensor))
+        return [
+            ReceivedTensor(info, by_name[info.name], [bounds for bounds, _ in by_name[info.name]])
+            for info in chunk.tensors
+        ]
 
-    def _whole_content(self, part: WeightChunk) -> Tensor:
-        if part.transport in _MAPPED:
-            return self._own(_mapped(part))
-        content = torch.empty(num_bytes_of(part.tensors), dtype=torch.uint8, device=self._joined())
-        broadcast(self._group, content)
-        return self._own(content, is_ours=True)
-
-    def _exchanged(self, part: WeightChunk) -> Iterator[list[Arrived]]:
-        """Tensors that the ranks of the policy send, each as soon as all of it has come."""
-        infos = {info.name: info for info in part.tensors}
-        reads = (
-            part.ranges[0]
-            if part.ranges
-            else {name: [full_bounds(info.shape)] for name, info in infos.items()}
+    def _exchange(self, chunk: WeightChunk) -> Iterator[list[ReceivedTensor]]:
+        """Tensors that the ranks of the policy send, each as soon as all of its parts have come."""
+        ranges: ShardRanges = (
+            chunk.ranges[0]
+            if chunk.ranges
+            else {info.name: [full_bounds(info.shape)] for info in chunk.tensors}
         )
-        device, rank = self._joined(), self._group.rank()
-        buckets = [[_copy(*copy, receiver=rank) for copy in bucket] for bucket in part.location["copies"][0]]
-        left: dict[str, list[Bounds]] = {name: [] for name in infos}
+        device, rank = self._device_of_group(), self._group.rank()
+        buckets = [
+            [
+                Copy(name, parse_bounds(bounds), sender, "", (), rank, "", ())
+                for name, bounds, sender in bucket
+            ]
+            for bucket in chunk.location["copies"][0]
+        ]
+        incoming = {info.name: _IncomingTensor(info, ranges[info.name]) for info in chunk.tensors}
         for copy in (copy for bucket in buckets for copy in bucket):
-            left[copy.name].append(copy.bounds)
-        came: dict[str, list[tuple[Bounds, Tensor]]] = {name: [] for name in infos}
-        marks = {name: list(bounds) for name, bounds in left.items()}
-        dtype = dtype_of(part.tensors[0])
+            incoming[copy.name].expected.append(copy.bounds)
+            incoming[copy.name].missing.append(copy.bounds)
+        dtype = dtype_of(chunk.tensors[0])
         plan = ReshardPlan(self._group.size(), dtype.itemsize, (), tuple(map(tuple, buckets)), rank)
-        stream = exchange(plan, rank, self._group, read=_nothing, dtype=dtype, device=device)
-        yield [(infos[name], [], []) for name in infos if not left[name]]
+        stream = exchange(plan, rank, self._group, read=_send_nothing, dtype=dtype, device=device)
+        yield [ReceivedTensor(tensor.info, [], []) for tensor in incoming.values() if not tensor.expected]
         for bucket in buckets:
             for copy, values in islice(stream, len(bucket)):
-                _put(came[copy.name], reads[copy.name], copy.bounds, values)
-                left[copy.name].remove(copy.bounds)
-            names = [name for name in dict.fromkeys(copy.name for copy in bucket) if not left[name]]
+                incoming[copy.name].put(copy.bounds, values)
+            names = [
+                name for name in dict.fromkeys(copy.name for copy in bucket) if not incoming[name].missing
+            ]
+            # Popped: a tensor's memory is free again as soon as the caller has used it.
+            complete = (incoming.pop(name) for name in names)
             yield [
-                (
-                    infos[name],
-                    [(bounds, self._own(t, is_ours=True)) for bounds, t in came.pop(name)],
-                    marks[name],
+                ReceivedTensor(
+                    tensor.info,
+                    [(bounds, self._to_engine(shard, is_ours=True)) for bounds, shard in tensor.shards],
+                    tensor.expected,
                 )
-                for name in names
+                for tensor in complete
             ]
         for _ in stream:
             raise AssertionError("more came than was expected")
 
-    def _own(self, tensor: Tensor, *, is_ours: bool = False) -> Tensor:
-        """A tensor where the engine wants it, in memory of our own if that is needed."""
+    def _to_engine(self, tensor: Tensor, *, is_ours: bool = False) -> Tensor:
+        """Tensor on the engine's device, copied if the engine keeps it and its memory `is_ours` not."""
         device = self._device or tensor.device
-        return tensor.to(device, copy=self._keeps and not is_ours)
+        return tensor.to(device, copy=self._copies_tensors and not is_ours)
 
-    def _joined(self) -> torch.device:
-        """Where the group moves tensors.
+    def _device_of_group(self) -> torch.device:
+        """Device of the tensors that the process group moves.
 
         Raises:
-            RuntimeError: there is none.
+            RuntimeError: this rank has not joined a group.
         """
         if self._group is None:
             raise RuntimeError("weights were sent over a process group that this engine has not joined")
@@ -229,37 +270,16 @@ class WeightReceiver:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _mapped(part: WeightChunk) -> Tensor:
-    """[n] uint8, the bytes of a part where the policy has them, in memory of this machine or of a GPU."""
-    return (
-        open_handle(part.location)
-        if part.transport == "ipc"
-        else map_file(Path(part.location["path"]), num_bytes_of(part.tensors))
-    )
+def _whole(info: TensorInfo, tensor: Tensor) -> ReceivedTensor:
+    return ReceivedTensor(info, [(full_bounds(info.shape), tensor)], [full_bounds(info.shape)])
 
 
-def _holds(own: Bounds, bounds: Bounds) -> bool:
-    return all(
-        first <= start and stop <= last for (first, last), (start, stop) in zip(own, bounds, strict=True)
-    )
+def _map(chunk: WeightChunk) -> Tensor:
+    """Bytes of a chunk in place, [n] uint8: in the policy's GPU memory, or in shared memory."""
+    if chunk.transport == "ipc":
+        return open_handle(chunk.location)
+    return map_file(Path(chunk.location["path"]), num_bytes_of(chunk.tensors))
 
 
-def _put(parts: list[tuple[Bounds, Tensor]], reads: Any, bounds: Bounds, values: Tensor) -> None:
-    """Puts what came of a tensor into the part that it belongs to."""
-    own = next(own for own in reads if _holds(own, bounds))
-    if own == bounds:
-        parts.append((own, values))
-        return
-    part = next((part for known, part in parts if known == own), None)
-    if part is None:
-        part = values.new_empty(shape_of(own))
-        parts.append((own, part))
-    part[slices_of(bounds, within=own)] = values
-
-
-def _copy(name: str, bounds: list[list[int]], sender: int, *, receiver: int) -> Copy:
-    return Copy(name, parse_bounds(bounds), sender, "", (), receiver, "", ())
-
-
-def _nothing(copy: Copy) -> Tensor:
+def _send_nothing(copy: Copy) -> Tensor:
     raise AssertionError(f"an engine sends nothing, not even {copy.name}")

@@ -1,4 +1,4 @@
-"""Tensors end to end as bytes in a file that several processes map."""
+"""Tensors as bytes end to end, in a file of shared memory that several processes map."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from verl.weight_sync.types import TensorInfo, WeightChunk
 
 
 def dtype_of(info: TensorInfo) -> torch.dtype:
-    """The dtype that is named."""
+    """PyTorch dtype of a tensor."""
     dtype = vars(torch)[info.dtype]
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def num_bytes_of(infos: Sequence[TensorInfo]) -> int:
-    """Bytes of these tensors."""
+    """Total bytes of some tensors."""
     return sum(torch.Size(info.shape).numel() * dtype_of(info).itemsize for info in infos)
 
 
 def make_file(path: Path, num_bytes: int) -> None:
-    """An empty file of a size, for this user alone.
+    """Make a sparse file of a given size, readable by this user alone.
 
     Raises:
-        RuntimeError: it does not fit.
+        RuntimeError: the file system has not enough space.
     """
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise RuntimeError(
-            f"need {num_bytes} bytes in {path.parent} for the weights that engines take, but {free} are free; enlarge it "
-            "(containers: --shm-size), or serve in 16 bits"
+            f"need {num_bytes} bytes in {path.parent} for the weights that engines load, but {free} are "
+            "free; enlarge it (containers: --shm-size), or serve in 16 bits"
         )
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.truncate(num_bytes)
 
 
 def map_file(path: Path, num_bytes: int, *, for_writing: bool = False) -> Tensor:
-    """[num_bytes] uint8, the content of a file in place.
+    """Map a file into memory as [num_bytes] uint8.
 
     Raises:
         RuntimeError: the file is smaller.
@@ -56,10 +56,10 @@ def map_file(path: Path, num_bytes: int, *, for_writing: bool = False) -> Tensor
 
 
 def read_safetensors(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in the safetensors files of a folder.
+    """Name and tensor of each entry in the safetensors files of a folder.
 
     Raises:
-        RuntimeError: it has none.
+        RuntimeError: the folder has no such file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -70,22 +70,22 @@ def read_safetensors(folder: Path, *, device: str = "cpu") -> Iterator[tuple[str
                 yield name, file.get_tensor(name)
 
 
-def shards_in(infos: Sequence[TensorInfo], reads: ShardRanges) -> list[tuple[TensorInfo, Bounds]]:
-    """What a rank reads of these tensors, in their order: tensors of their own, each with its bounds."""
+def shards_in(infos: Sequence[TensorInfo], ranges: ShardRanges) -> list[tuple[TensorInfo, Bounds]]:
+    """Shards that a rank reads of these tensors, in their order: each as a tensor of its own, with bounds."""
     return [
         (TensorInfo(info.name, shape_of(bounds), info.dtype), bounds)
         for info in infos
-        for bounds in reads[info.name]
+        for bounds in ranges[info.name]
     ]
 
 
-def chunk_ranges(reads: Sequence[ShardRanges], part: WeightChunk) -> tuple[ShardRanges, ...]:
-    """Of what ranks read, what is in a part."""
-    return tuple({info.name: own[info.name] for info in part.tensors} for own in reads)
+def chunk_ranges(ranges: Sequence[ShardRanges], chunk: WeightChunk) -> tuple[ShardRanges, ...]:
+    """Ranges of each rank, reduced to the tensors of a chunk."""
+    return tuple({info.name: own[info.name] for info in chunk.tensors} for own in ranges)
 
 
 def unpack(content: Tensor, infos: Sequence[TensorInfo]) -> list[tuple[TensorInfo, Tensor]]:
-    """Tensors whose bytes are end to end in `content`, uint8; in place where they are aligned."""
+    """Tensors whose bytes are end to end in `content` (uint8): views of it where aligned, else copies."""
     tensors, start = [], 0
     for info in infos:
         stop = start + num_bytes_of([info])

@@ -1,4 +1,4 @@
-"""Types of a weight update: its tensors, its chunks and how their bytes travel."""
+"""Types of a weight update: its tensors, its chunks and the transport of their bytes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Any, Literal
 
 from verl.weight_sync.shard_tracking import ShardRanges
 
-# How the bytes of weights travel. shm: a file in shared memory of this machine; group: from this process over
-# a process group; disk: a Hugging Face folder; direct: from the ranks of the policy over a process group.
+# shm: a file in shared memory of this machine; ipc: memory of a GPU of this machine; disk: a Hugging Face
+# folder; group: from one process over a process group; direct: from the policy's ranks over a process group.
 Transport = Literal["shm", "group", "disk", "direct", "ipc"]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the policy, by the name that it has in a Hugging Face folder; dtype as PyTorch names it,
-    such as "float32".
+    """Name, shape and dtype of a tensor of the policy.
+
+    Attributes:
+        name: as in a Hugging Face folder.
+        shape: of the whole tensor, or of a shard that travels as a tensor of its own.
+        dtype: PyTorch's name, such as "float32".
     """
 
     name: str
@@ -26,16 +30,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightChunk:
-    """Tensors of an update, their bytes end to end without gaps, and where they are.
+    """Tensors of an update that travel together; their bytes are end to end, without gaps.
 
     Attributes:
         tensors: in the order of their bytes.
-        transport: how they travel.
-        location: shm: `path`; group: nothing, they come from rank 0 as one uint8 tensor while `load` runs; disk:
-            `folder`, with all weights; direct: `copies`, for each rank its
-            buckets of (name, bounds, sender).
-        ranges: for each rank of the engine, what it gets of the tensors, in their order and end to end; none:
-            each gets all.
+        transport: of the bytes.
+        location: shm: `path`; ipc: a handle of `verl.weight_sync.cuda_ipc`; disk: `folder`, with all weights;
+            direct: `copies`, for each rank of the engine its buckets of (name, bounds, sender); group: empty,
+            since rank 0 of the group sends one uint8 tensor while `load` runs.
+        ranges: for each rank of the engine, the bounds that it receives of each tensor, in the order of the
+            tensors; empty: every rank receives all of every tensor.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -44,6 +48,6 @@ class WeightChunk:
     ranges: tuple[ShardRanges, ...] = ()
 
     def of_rank(self, rank: int) -> WeightChunk:
-        """What one rank of an engine has to know of it."""
+        """The chunk without the copies and ranges of other ranks of the engine."""
         own = {"copies": [self.location["copies"][rank]]} if self.transport == "direct" else {}
         return replace(self, location={**self.location, **own}, ranges=self.ranges[rank : rank + 1])
