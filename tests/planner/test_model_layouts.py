@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed import on_ranks
-from tests.weight_sync.arrays import assert_equal, carried_out, filled, tensors, window
+from tests.weight_sync.arrays import assert_equal, executed, filled, tensors, window
 from verl.planner.architectures import SIZES, Architecture, architecture, named_architecture
 from verl.planner.model_layouts import (
     AxisRank,
@@ -283,7 +283,7 @@ def test_between_all_pairs_of_layouts_everything_arrives_and_only_what_is_lackin
     homes = {name: filled(layout, wholes) for name, layout in found.items()}
     for source, target in itertools.product(found, found):
         plan = make_plan(found[source], found[target], itemsize=4, bucket_bytes=2000)
-        assert_equal(carried_out(plan, homes[source], found[target]), homes[target])
+        assert_equal(executed(plan, homes[source], found[target]), homes[target])
         for rank in range(16):
             lacking = int((masks[target][rank] & ~masks[source][rank]).sum())
             assert plan.received_bytes(rank) == 4 * lacking, (source, target, rank)
