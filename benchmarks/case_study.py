@@ -22,7 +22,7 @@ from verl.cli.quickstart import accuracy_of, quickstart_config, warm_up
 from verl.config import load_run
 from verl.config.run import PreferenceConfig, RewardModelConfig, TrainerConfig
 from verl.data.tasks import TASKS, near_miss
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.evaluation import answer_all
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer

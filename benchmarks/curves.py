@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from verl.cli.quickstart import quickstart_config, warm_up
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 # Points of a printed curve, each the mean over a tenth of the steps.

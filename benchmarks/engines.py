@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from verl.cli.quickstart import quickstart_config, warm_up
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 _PAIRS = "hybrid_engine.actor_repartition={enabled: true, tensor: 2}"

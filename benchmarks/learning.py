@@ -26,7 +26,7 @@ from rich.console import Console
 
 from verl.cli.quickstart import quickstart_config, warm_up
 from verl.config import RECIPES, load_config
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 # Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and

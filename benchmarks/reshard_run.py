@@ -25,8 +25,8 @@ import torch.multiprocessing as mp
 from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.engines.fsdp import FSDPForwardEngine, sharded_engine
-from verl.engines.hf.hf_io import local_slices
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
+from verl.engines.hf.weights import local_slices
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 
 _PORT = 29517
@@ -45,8 +45,8 @@ def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
     parameters = dict(hybrid.model.transformer.named_parameters())
     for name, storage in hybrid._own.items():
         storage.resize_(hybrid._num_bytes[name])
-    sources = engine.homes()
-    for name, tensor in engine.whole_tensors():
+    sources = engine.local_tensors()
+    for name, tensor in engine.full_tensors():
         received += tensor.nbytes - sources[name].nbytes
         hybrid._homes[name].copy_(tensor[local_slices(parameters[name])])
     return received

@@ -19,7 +19,7 @@ import torch
 from stepping import Workload
 from transformers import AutoTokenizer
 
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from verl.cli.quickstart import quickstart_config, warm_up
 from verl.config import load_config
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 # The ratio of the loss is to the sampler's probabilities; or to those of the policy before the step, weighted

@@ -24,7 +24,8 @@ from verl.algorithms.objective import Algorithm
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.roles import LoraConfig, RoleConfig
 from verl.controller.worker_group import LocalPool
-from verl.engines.hf.models import PolicyModel, load_language_model, make_tiny_model
+from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.pretrained import load_language_model, make_tiny_model
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.engine import ServerSpec

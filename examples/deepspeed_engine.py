@@ -29,20 +29,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from verl.config.placement import ParallelConfig
 from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save
-from verl.engines.hf.models import (
-    Backbone,
-    PolicyModel,
-    RewardModel,
-    load_language_model,
-    load_reward_model,
-    save_model,
-    value_model,
-)
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
+from verl.engines.hf.pretrained import load_language_model, load_reward_model, save_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.tensor_parallel import Meshes, make_meshes
 from verl.utils.sampling_types import Prompt
@@ -187,8 +181,8 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
                 save_model(self.model, folder)
             dist.barrier(self._meshes.data_ranks)
 
-    def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """See `ForwardEngine.whole_tensors`."""
+    def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See `ForwardEngine.full_tensors`."""
         for name, parameter in self.model.transformer.named_parameters():
             if wanted is None or name in wanted:
                 with deepspeed.zero.GatheredParameters([parameter]):
@@ -199,11 +193,11 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         """See `ForwardEngine.shapes`; the parameters themselves are empty between their uses."""
         return dict(self._shapes)
 
-    def pieces(self) -> list[TensorShard]:
+    def local_shards(self) -> list[TensorShard]:
         """See `ForwardEngine.pieces`."""
         return [piece for piece, _ in self._boxes()]
 
-    def homes(self) -> dict[str, Tensor]:
+    def local_tensors(self) -> dict[str, Tensor]:
         """See `ForwardEngine.homes`; views of what is on this rank."""
         return {piece.local_name: home for piece, home in self._boxes()}
 
@@ -228,7 +222,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
 
     def _forward(self, call: Callable[..., T], *args: Any) -> T:
         head = self.model.transformer.get_output_embeddings() if isinstance(self.model, PolicyModel) else None
-        with self.model.ready(), ExitStack() as kept:
+        with self.model.forward_mode(), ExitStack() as kept:
             kept.enter_context(_kept_whole(list(head.parameters()) if head else []))
             kept.callback(setattr, nn.functional, "linear", _LINEAR)
             nn.functional.linear = self._linear
@@ -237,9 +231,10 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
                 self._until_backward = kept.pop_all()
         return result
 
-    def _dummy_forward_backward(self) -> None:
+    @override
+    def dummy_forward_backward(self) -> None:
         row = Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])
-        loss = self._forward(self.model.nothing, self._inputs(row))
+        loss = self._forward(self.model.zero_loss, self._inputs(row))
         if torch.is_grad_enabled():
             self._backward(loss)
 
@@ -254,7 +249,7 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
     """A model that is trained, its parameters, gradients and optimizer divided over the ranks (ZeRO-3)."""
 
     # The gradients are DeepSpeed's, out of reach of the factor that portions need at the end.
-    accumulates = False
+    can_accumulate = False
 
     def __init__(
         self,

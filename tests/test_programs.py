@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import verl
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 
 PROGRAMS = Path(__file__).parent / "programs"
 

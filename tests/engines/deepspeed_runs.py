@@ -55,9 +55,9 @@ def run_case(source: str, case: dict[str, Any]) -> dict[str, Any]:
     own, plan = split_by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = worker.write(own, plan)
     rows = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
-    weights = dict(engine.whole_tensors())
-    homes = engine.homes()
-    for piece in engine.pieces():
+    weights = dict(engine.full_tensors())
+    homes = engine.local_tensors()
+    for piece in engine.local_shards():
         part = local_view(homes[piece.local_name], piece.bounds, piece.offset)
         torch.testing.assert_close(
             part, weights[piece.name][tuple(slice(*bound) for bound in piece.bounds)], rtol=0, atol=0
@@ -80,7 +80,7 @@ def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> di
     out["bad"] = bad_step(actor, rank)
     wait = engine.save(Path(folder) / "checkpoint")
     engine.export(Path(folder) / "exported")
-    out["weights"] = dict(engine.whole_tensors())
+    out["weights"] = dict(engine.full_tensors())
     out["after"] = steps(actor, 2, {}, rank, updates=1)
     wait()
     hybrid = HybridEngine(engine, tensor=2, precision="fp32")

@@ -20,12 +20,13 @@ from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.hf_io import export_model
-from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.hf.models import Backbone, PolicyModel
+from verl.engines.hf.pretrained import load_language_model, value_model
 from verl.engines.local import LocalEngine
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.loss_weights import write_loss_weights
 from verl.engines.roles.policy import PolicyWorker
-from verl.engines.streaming import Portions
+from verl.engines.streaming import StreamedBatch
 from verl.rollout.actor_worker import ActorWorker
 from verl.utils.sampling_types import SamplingParams
 
@@ -114,7 +115,7 @@ def streamed_step(
     """One update from rows that come in three portions; between two of them the model is read, and made whole
     as it is to generate.
     """
-    portions = Portions(algorithm_of(case), num_groups=3)
+    portions = StreamedBatch(algorithm_of(case), num_groups=3)
     for rows in PORTIONS:
         portion = batch.select(rows)
         first_row = portions.add(portion)
@@ -139,7 +140,7 @@ def stream_case(case: dict[str, Any], engine: Any, updates: int) -> dict[str, An
     history = [
         streamed_step(worker, num_data, case, rank, rows_to_learn(with_padding=True)) for _ in range(updates)
     ]
-    whole = {name: tensor.clone() for name, tensor in engine.whole_tensors()}
+    whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
     batch = rows_to_learn(with_padding=True)
     for name in ("advantages", "returns"):
         batch.write(name, torch.where(torch.arange(6)[:, None] == 0, torch.nan, batch[name]))

@@ -12,7 +12,7 @@ from tests.tiny import tiny_policy, tiny_transformer
 from tests.training import local_engine, rows_to_learn
 from verl.config.roles import LoraConfig, RoleConfig
 from verl.engines.dcp_checkpoint import read_saved
-from verl.engines.hf.models import value_model
+from verl.engines.hf.pretrained import value_model
 from verl.engines.local import LocalEngine
 
 WHOLE = [list(range(6))]
@@ -93,7 +93,7 @@ def test_training_that_goes_on_does_not_change_what_is_being_saved(tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
 
 
-def test_of_low_rank_additions_only_they_are_saved_and_they_come_back(tmp_path):
+def test_of_a_lora_run_only_the_adapter_is_saved_and_it_comes_back(tmp_path):
     first, other = (local_engine(lora=LoraConfig(rank=2)) for _ in range(2))
     for _ in range(2):
         first.update(rows_to_learn(), WHOLE, likely(first))

@@ -22,7 +22,7 @@ from tests.tiny import random_prompts, tiny_codec, tiny_transformer
 from tests.training import rows_to_learn
 from verl.config.placement import ParallelConfig
 from verl.data.packing import balance
-from verl.engines.hf.models import load_language_model
+from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.actor_worker import ActorWorker
 from verl.trainer.build.worker_factories import engine_maker
 

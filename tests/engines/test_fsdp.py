@@ -122,7 +122,7 @@ def test_in_16_bits_steps_are_near_those_of_32_and_weights_stay_fp32(name, ran, 
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "low rank" in name])
-def test_without_its_additions_a_policy_is_what_it_started_from(name, ran, sources):
+def test_with_its_adapter_disabled_a_policy_is_what_it_started_from(name, ran, sources):
     case = case_of(name, sources)
     start = worker_on(local_engine_on(case["source"], {**case, "lora": False}), case)
     batch = rows_to_learn(with_padding=True)
@@ -186,7 +186,7 @@ def test_a_step_in_portions_is_that_of_one_process_over_all_rows(num_ranks, sour
     for case in cases:
         engine = local_engine_on(case["source"], case)
         expected = steps(worker_on(engine, case), ranks[0][case["name"]]["data"], case, -1, updates=3)
-        weights = dict(engine.whole_tensors())
+        weights = dict(engine.full_tensors())
         for rank in (rank[case["name"]] for rank in ranks):
             for ours, theirs in zip(rank["history"], expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)

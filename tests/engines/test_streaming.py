@@ -22,13 +22,13 @@ from verl.controller.worker_group import LocalPool
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError, TrainEngine
-from verl.engines.hf.models import value_model
+from verl.engines.hf.pretrained import value_model
 from verl.engines.local import LocalEngine
 from verl.engines.roles.columns import MODEL_COLUMNS, critic_reads, policy_reads
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
-from verl.engines.streaming import Portions, StreamedUpdate, joined, why_not_streamed
+from verl.engines.streaming import StreamedBatch, StreamedUpdate, joined, streaming_obstacle
 
 NEAR = ("loss", "grad_norm", "lr", "ratio", "entropy", "kl", "skipped_updates")
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ class Streamed:
 
     def __init__(self, algorithm, learners, kl_coef=0.1, *, skips=False):
         self.algorithm, self.learners, self.kl_coef = algorithm, learners, kl_coef
-        self.portions = Portions(algorithm, num_groups=6)
+        self.portions = StreamedBatch(algorithm, num_groups=6)
         reads = {"policy": policy_reads(algorithm), "critic": critic_reads(algorithm)}
         self.updates = {
             name: StreamedUpdate(
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_in_a_portion_skips_the_whole_update():
 def test_the_row_that_it_comes_from_is_named_by_its_number_in_the_step(bad, named):
     worker, batch = roles({}, max_bad_updates=1)[1]["policy"], rows_to_learn()
     batch.write("advantages", torch.where(torch.arange(6)[:, None] == bad, torch.nan, batch["advantages"]))
-    portions, update = Portions(worker._algorithm, num_groups=3), updated(worker)
+    portions, update = StreamedBatch(worker._algorithm, num_groups=3), updated(worker)
     for rows in ([5, 4], [2, 0], [3, 1]):
         portion = batch.select(rows)
         update.add(portion, portions.add(portion))
@@ -329,7 +329,7 @@ def test_a_step_with_nothing_to_learn_leaves_the_policy_and_no_nan():
 
 
 def test_a_group_that_is_split_over_portions_is_refused():
-    portions, batch = Portions(roles({})[0], num_groups=3), rows_to_learn()
+    portions, batch = StreamedBatch(roles({})[0], num_groups=3), rows_to_learn()
     assert portions.add(batch.select([4, 5])) == 0
     assert portions.add(batch.select([0, 1])) == 2
     with pytest.raises(ValueError, match=r"need whole groups in a portion, .* got \[0, 1\] a second time"):
@@ -348,15 +348,15 @@ def test_rewards_of_turns_that_only_some_portions_have_are_kept():
 
 def test_an_engine_that_makes_whole_updates_only_says_so():
     class Whole(LocalEngine):
-        accumulates, accumulate, finish = False, TrainEngine.accumulate, TrainEngine.finish
+        can_accumulate, accumulate, finish = False, TrainEngine.accumulate, TrainEngine.finish
 
     worker = roles({})[1]["policy"]
-    assert worker.accumulates()
+    assert worker.can_accumulate()
     worker.engine.__class__ = Whole
-    assert not worker.accumulates()
+    assert not worker.can_accumulate()
     batch, update = rows_to_learn(), updated(worker)
     with pytest.raises(ValueError, match="need whole updates for Whole"):
-        update.add(batch, Portions(worker._algorithm, num_groups=3).add(batch))
+        update.add(batch, StreamedBatch(worker._algorithm, num_groups=3).add(batch))
 
 
 def test_an_engine_that_keeps_gradients_elsewhere_is_not_taken_for_one_that_was_rescaled():
@@ -397,7 +397,7 @@ def own_aggregation(mask):
 
 def test_a_function_that_only_seemed_to_be_of_each_group_is_found_before_the_update():
     algorithm, learners = roles({"advantage": Choice(name=f"{__name__}:shifted")})
-    assert why_not_streamed(algorithm, AlgorithmConfig()) is None
+    assert streaming_obstacle(algorithm, AlgorithmConfig()) is None
     before = weights(learners["policy"].engine)
     with pytest.raises(RuntimeError, match="advantages of the rows together are others"):
         streamed_step(rows_of_six_prompts(), algorithm, learners)
@@ -438,7 +438,7 @@ def test_a_function_that_only_seemed_to_be_of_each_group_is_found_before_the_upd
 )
 def test_what_needs_all_rows_at_once_is_refused_with_its_setting(config, reason):
     config = AlgorithmConfig(**config)
-    answer = why_not_streamed(Algorithm.bind(config), config)
+    answer = streaming_obstacle(Algorithm.bind(config), config)
     assert answer is None if reason is None else reason in answer
 
 
@@ -459,7 +459,7 @@ def test_of_each_function_is_known_whether_the_other_groups_matter(choice, name)
     together, apart = batch.select(order), joined(parts)
     written = [name for name in ("advantages", "correction_weights") if name in batch]
     same = all(torch.allclose(together[name], apart[name], rtol=1e-4, atol=1e-6) for name in written)
-    assert same == (why_not_streamed(algorithm, config) is None)
+    assert same == (streaming_obstacle(algorithm, config) is None)
 
 
 def rows_of_all_columns() -> Batch:

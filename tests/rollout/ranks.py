@@ -98,8 +98,8 @@ def moved(worker: ActorWorker, seed: int) -> None:
     """Moves every weight, by an amount that hangs on the seed and the place of the weight in the whole
     tensor.
     """
-    for name, tensor in worker.engine.homes().items():
-        (piece,) = [piece for piece in worker.engine.pieces() if piece.name == name] or [None]
+    for name, tensor in worker.engine.local_tensors().items():
+        (piece,) = [piece for piece in worker.engine.local_shards() if piece.name == name] or [None]
         if piece is not None:
             shape = worker.engine.shapes()[name]
             tensor.add_(change_of(name, shape, seed)[tuple(slice(*bound) for bound in piece.bounds)])

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import verl
-from verl.engines.hf.models import PolicyModel, make_tiny_model
+from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.utils.network import free_port
 
 KEY, SECRET = "a key of users", "a secret of the trainer"

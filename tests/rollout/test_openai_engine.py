@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_model
-from verl.engines.hf.models import PolicyModel, load_language_model
+from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.openai_engine import HTTPEngine

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import CHARACTERS
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 
 
 @pytest.fixture(scope="session")

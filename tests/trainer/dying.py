@@ -24,7 +24,7 @@ class DyingEngine(FSDPEngine):
     calls = 0
 
     def homes(self) -> dict[str, Tensor]:
-        homes = super().homes()
+        homes = super().local_tensors()
         self.calls += 1
         if self.when.exists() and dist.get_rank() == 2 and self.calls == 5:
             os.kill(os.getpid(), signal.SIGKILL)

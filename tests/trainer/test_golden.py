@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tests.training import CHARACTERS
 from verl.config import load_config
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,7 @@ from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.controller.worker_group import WorkerError
 from verl.engines.fsdp import sharded_engine
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.build.worker_factories import engine_maker
 from verl.trainer.rl_trainer import Trainer
 

@@ -18,7 +18,7 @@ from tests.training import gradient, logged, weights
 from verl.config import load_run
 from verl.config.run import PreferenceConfig
 from verl.data.preference_pairs import Pair
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.pairwise_trainer import plan_pairs
 from verl.trainer.preference import PreferenceTrainer
 from verl.utils.sampling_types import Prompt

@@ -20,8 +20,9 @@ from verl.config import load_run, load_sft_config
 from verl.config.run import RewardModelConfig
 from verl.data.batch import ModelInput
 from verl.engines.dcp_checkpoint import read_saved
-from verl.engines.hf.attention import row_attention
-from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
+from verl.engines.hf.attention import use_attention
+from verl.engines.hf.models import RewardModel
+from verl.engines.hf.pretrained import as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.sft import SFTTrainer
@@ -56,7 +57,7 @@ def with_head(trainer: RewardModelTrainer) -> RewardModelTrainer:
 
 def scored(model: RewardModel, prompts, answers, *, packed: bool):
     rows = rows_to_score(prompts, answers, codec=tiny_codec(), pad_id=model.pad_id)
-    with torch.no_grad(), model.ready():
+    with torch.no_grad(), model.forward_mode():
         scores = model.token_scores(ModelInput.from_batch(rows, packed=packed, device=torch.device("cpu")))
     return scores[rows.response_lengths.cumsum(0) - 1]
 
@@ -76,7 +77,7 @@ def test_scores_are_those_of_transformers_own_forward_pass(family, packed, pad_i
     longest = max(map(len, rows))
     ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
     # Eager is the family's definition, as for `check_forward`.
-    with torch.no_grad(), row_attention(transformer, "eager"):
+    with torch.no_grad(), use_attention(transformer, "eager"):
         own = transformer(
             ids, attention_mask=(torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]).long()
         ).logits

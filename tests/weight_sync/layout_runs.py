@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.config.placement import ParallelConfig
-from verl.engines.hf.hf_io import own_pieces
+from verl.engines.hf.weights import local_shards
 from verl.engines.tensor_parallel import make_meshes, parallelize
 from verl.weight_sync.layout import TensorShard
 
@@ -26,5 +26,5 @@ def pieces_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[l
         for layer in model.model.layers:
             fully_shard(layer, mesh=meshes.data)
         fully_shard(model, mesh=meshes.data)
-        found.append(own_pieces(model))
+        found.append(local_shards(model))
     return found

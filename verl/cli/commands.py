@@ -17,7 +17,7 @@ from verl.config.algorithm import AlgorithmConfig
 from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.data.tasks import TASKS, write_jsonl
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.tracking import check_sinks, samples_table
 from verl.rollout.pool.admin_api import ask
 from verl.trainer.base import BaseTrainer

@@ -15,7 +15,7 @@ from rich.console import Console
 from verl.config.loader import load_config, load_sft_config
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.tracking import samples_table, save_curve, terminal_curve
 from verl.trainer.base import Metrics
 from verl.trainer.evaluation import answer_all, summarize

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput
-from verl.engines.hf.hf_io import own_homes, own_pieces, weight_shapes, whole_tensors
-from verl.engines.hf.lora import without_lora
+from verl.engines.hf.lora import disable_lora
 from verl.engines.hf.models import Backbone
+from verl.engines.hf.weights import full_shapes, full_tensors, local_shards, local_tensors
 from verl.weight_sync.layout import TensorShard
 from verl.weight_sync.meshes import Mesh
 
@@ -44,7 +44,7 @@ class NotFiniteError(RuntimeError):
 
 
 @dataclass
-class Accumulated:
+class UpdateTotals:
     """What an update that is not finished has come to on one rank, beside its gradients.
 
     Attributes:
@@ -70,14 +70,14 @@ class ForwardEngine(ABC):
         model: the model; generation may share its storage.
         places: where this rank stands, see `Worker`.
         mesh: sizes of the layout that the weights have.
-        generates: whether `model` can answer prompts, inside `unsharded_weights`; if not, another model of these
+        can_generate: whether `model` can answer prompts, inside `unsharded_weights`; if not, another model of these
             weights must.
     """
 
     model: Backbone
     dispatch_ranks: Mapping[str, DispatchRank] = Worker.dispatch_ranks
     mesh: Mesh = Mesh()
-    generates: bool = True
+    can_generate: bool = True
 
     @property
     def config(self) -> PretrainedConfig:
@@ -109,44 +109,44 @@ class ForwardEngine(ABC):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole tensors of the model, by their names in a Hugging Face folder."""
-        return dict(weight_shapes(self.model.transformer))
+        return dict(full_shapes(self.model.transformer))
 
-    def pieces(self) -> list[TensorShard]:
+    def local_shards(self) -> list[TensorShard]:
         """What of the whole tensors lies on this rank."""
-        return own_pieces(self.model.transformer)
+        return local_shards(self.model.transformer)
 
-    def homes(self) -> dict[str, Tensor]:
+    def local_tensors(self) -> dict[str, Tensor]:
         """The local tensors of `pieces`, by name; low-rank additions are merged into them, which takes all
         ranks.
         """
-        return own_homes(self.model.transformer)
+        return local_tensors(self.model.transformer)
 
-    def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors, one after the other, low-rank additions merged into them; on all ranks
         together.
 
         Args:
             wanted: names of those to yield, the same on all ranks; none: all.
         """
-        return whole_tensors(self.model.transformer, wanted)
+        return full_tensors(self.model.transformer, wanted)
 
-    def adapter_off(self) -> AbstractContextManager[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, the model is the one that its low-rank additions started from.
 
         Raises:
             ValueError: it has none.
         """
-        return without_lora(self.model.transformer)
+        return disable_lora(self.model.transformer)
 
 
 class TrainEngine(ForwardEngine):
     """A model that is trained, with its optimizer.
 
     Attributes:
-        accumulates: whether an update may come in portions, by `accumulate` and `finish`.
+        can_accumulate: whether an update may come in portions, by `accumulate` and `finish`.
     """
 
-    accumulates: bool = False
+    can_accumulate: bool = False
 
     @abstractmethod
     def update(

@@ -28,8 +28,9 @@ from verl.data.batch import Batch, Trajectory
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
 from verl.engines.hf.lora import add_lora
-from verl.engines.hf.meta_init import empty_transformer, kept_tied, parameters_on_meta
-from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, value_model
+from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights, parameters_on_meta
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
+from verl.engines.hf.pretrained import value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
 from verl.engines.tensor_parallel import Meshes, check_sizes, is_head_norm, make_meshes, parallelize
 from verl.utils.device import PRECISIONS
@@ -118,7 +119,7 @@ def _shard(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     home = torch.device("cpu") if parallel.offload else device
-    with kept_tied(model.transformer):
+    with keep_tied_weights(model.transformer):
         model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
     model.compute_device = device
 
@@ -191,9 +192,10 @@ class FSDPForwardEngine(LocalForwardEngine):
                 # knows.
                 _root(self.model).reshard()
 
-    def _dummy_forward_backward(self) -> None:
+    @override
+    def dummy_forward_backward(self) -> None:
         inputs = self._inputs(_one_token())
-        self._forward(self.model.nothing, inputs)
+        self._forward(self.model.zero_loss, inputs)
 
 
 class FSDPEngine(FSDPForwardEngine, LocalEngine):
@@ -239,8 +241,9 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         ]
         return torch.optim.AdamW(groups)
 
-    def _dummy_forward_backward(self) -> None:
-        loss = self._forward(self.model.nothing, self._inputs(_one_token()))
+    @override
+    def dummy_forward_backward(self) -> None:
+        loss = self._forward(self.model.zero_loss, self._inputs(_one_token()))
         if torch.is_grad_enabled():
             self._backward(loss)
 

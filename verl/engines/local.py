@@ -20,18 +20,19 @@ from typing_extensions import override
 from verl.config.roles import OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput, present_mask
 from verl.engines.base import (
-    Accumulated,
     ForwardEngine,
     NotFiniteError,
     Objective,
     Outputs,
     TrainEngine,
+    UpdateTotals,
     combined,
 )
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.lora import add_lora, has_lora, reset_lora
-from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, save_model
+from verl.engines.hf.models import Backbone, PolicyModel
+from verl.engines.hf.pretrained import load_language_model, save_model
 
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ class LocalForwardEngine(ForwardEngine):
         result = torch.zeros(present.shape)
         for rows in micro_batches:
             if not rows:
-                self._dummy_forward_backward()
+                self.dummy_forward_backward()
                 continue
             values = self._forward(outputs, self._inputs(batch.select(rows))).cpu()
             if values.ndim >= result.ndim:
@@ -150,10 +151,10 @@ class LocalForwardEngine(ForwardEngine):
 
     def _forward(self, call: Callable[..., T], *args: Any) -> T:
         """A use of the weights in their precision."""
-        with self.model.ready():
+        with self.model.forward_mode():
             return self.model(partial(call, *args))
 
-    def _dummy_forward_backward(self) -> None:
+    def dummy_forward_backward(self) -> None:
         """What a rank without rows does while others compute; alone, nothing."""
         return
 
@@ -161,7 +162,7 @@ class LocalForwardEngine(ForwardEngine):
         return ModelInput.from_batch(batch, packed=self._config.packing, device=self.model.device)
 
 
-def frozen_copy(
+def frozen_engine(
     policy: PolicyModel, path: str | None, config: RoleConfig, *, setting: str
 ) -> LocalForwardEngine:
     """A language model beside a policy that is only read, on its device and in its precision.
@@ -205,8 +206,8 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         total_updates: of the whole run, for the schedule.
     """
 
-    accumulates = True
-    _accumulated: Accumulated | None = None
+    can_accumulate = True
+    _accumulated: UpdateTotals | None = None
 
     def __init__(
         self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int
@@ -229,12 +230,12 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
         if self._accumulated is None:
             self._optimizer.zero_grad(set_to_none=True)
-            self._accumulated = Accumulated()
+            self._accumulated = UpdateTotals()
         so_far = self._accumulated
         so_far.rows += batch.row_ids[[row for rows in micro_batches for row in rows]].tolist()
         for rows in micro_batches:
             if not rows:
-                self._dummy_forward_backward()
+                self.dummy_forward_backward()
                 continue
             micro = batch.select(rows)
             loss, monitors = self._forward(objective, micro, self._inputs(micro))
@@ -306,7 +307,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         """What training needs besides the model."""
         config = self._config
         if config.gradient_checkpointing:
-            self.model.recompute_activations()
+            self.model.enable_gradient_checkpointing()
             # Transformers recomputes only in training mode; dropout is off in any case.
             self.model.train()
         self._optimizer = self._build_optimizer(config.optimizer)

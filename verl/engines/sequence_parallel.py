@@ -70,14 +70,14 @@ class SequenceGroup:
     rank: int
     size: int
 
-    def slice_of(self, line: Tensor) -> Tensor:
+    def local_slice(self, line: Tensor) -> Tensor:
         """[1, n] of a line [1, N], the last slices filled up with 0."""
         width = -(-line.shape[1] // self.size)
         return F.pad(line, (0, self.size * width - line.shape[1]))[
             :, self.rank * width : (self.rank + 1) * width
         ]
 
-    def own(self, places: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
+    def local_indices(self, places: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
         """Which of the places [M] of a line are in the own slice, as indices [m], and where in the slice,
         [m].
         """
@@ -85,12 +85,12 @@ class SequenceGroup:
         own = (places // width == self.rank).nonzero().squeeze(1)
         return own, places[own] - self.rank * width
 
-    def together(self, values: Tensor, own: Tensor, num_tokens: int) -> Tensor:
+    def gather_tokens(self, values: Tensor, own: Tensor, num_tokens: int) -> Tensor:
         """[M, ...] on every rank from the values [m, ...] of the own ones."""
         out: Tensor = _Together.apply(values, own, num_tokens, self.group)
         return out
 
-    def shares_of_heads(
+    def sequence_to_heads(
         self, query: Tensor, key: Tensor, value: Tensor, *, num_places: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Slices [1, H, n, D] of all heads to [1, H / Q, N, D] of this rank's heads; fewer key-value heads
@@ -100,7 +100,7 @@ class SequenceGroup:
         key, value = (t.repeat_interleave(repeats, 1) if repeats > 1 else t for t in (key, value))
         return self._share(query, num_places), self._share(key, num_places), self._share(value, num_places)
 
-    def slices_of_line(self, attended: Tensor) -> Tensor:
+    def heads_to_sequence(self, attended: Tensor) -> Tensor:
         """The way back: [1, N, H / Q, D] of this rank's heads to its slice [1, n, H, D]."""
         width = -(-attended.shape[1] // self.size)
         padded = F.pad(attended[0], (0, 0, 0, 0, 0, self.size * width - attended.shape[1]))

@@ -34,7 +34,7 @@ from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_wei
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))
 
 
-def why_not_streamed(algorithm: Algorithm, config: AlgorithmConfig) -> str | None:
+def streaming_obstacle(algorithm: Algorithm, config: AlgorithmConfig) -> str | None:
     """What of an algorithm needs all rows of a step at once, in words that name the setting; None if nothing
     does.
 
@@ -62,11 +62,11 @@ def why_not_streamed(algorithm: Algorithm, config: AlgorithmConfig) -> str | Non
     return None
 
 
-class Portions:
+class StreamedBatch:
     """The rows of one step so far, and what each of them counts.
 
     Args:
-        algorithm: how tokens are weighed; one that `why_not_streamed` lets pass.
+        algorithm: how tokens are weighed; one that `streaming_obstacle` lets pass.
         num_groups: groups of the step, as far as is known: only sizes of numbers before `policy_scale` depend
             on it, so that an fp16 loss scale that fits whole steps fits portions.
 
@@ -166,7 +166,7 @@ class _Denominator:
 class StreamedUpdate:
     """One update of a role, from portions of its rows.
 
-    Portions of a step that was given up are forgotten.
+    StreamedBatch of a step that was given up are forgotten.
 
     Args:
         group: the role.
@@ -198,7 +198,7 @@ class StreamedUpdate:
 
         Args:
             rows: of whole groups.
-            first_row: their place in the step, from `Portions.add`.
+            first_row: their place in the step, from `StreamedBatch.add`.
         """
         plan = self._plan(rows)
         if self._skips:

@@ -15,7 +15,8 @@ from verl.controller.dispatch import PLANNED, register
 from verl.controller.worker_group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory
 from verl.data.packing import BatchPlan, balance
-from verl.engines.hf.models import Precision, RewardModel, load_reward_model
+from verl.engines.hf.models import Precision, RewardModel
+from verl.engines.hf.pretrained import load_reward_model
 from verl.engines.local import LocalForwardEngine
 from verl.engines.roles.base import RoleWorker
 from verl.engines.roles.loss_weights import plan_rows

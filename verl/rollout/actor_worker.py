@@ -128,7 +128,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         return generator.generate(prompts, params) if prompts else []
 
     def _noted_weights(self, digests: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.engine.whole_tensors():
+        for name, tensor in self.engine.full_tensors():
             digests[name] = digest(tensor)
             yield name, tensor
 

@@ -13,7 +13,8 @@ from verl.config.roles import LoraConfig
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.lora import add_lora
-from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, load_language_model, load_reward_model
+from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
+from verl.engines.hf.pretrained import load_language_model, load_reward_model
 from verl.trainer.checkpoint_store import load_state
 from verl.utils.tokens import TextCodec
 

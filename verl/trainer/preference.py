@@ -17,7 +17,7 @@ from verl.config.run import PreferenceConfig
 from verl.data.batch import Batch, ModelInput, Trajectory
 from verl.data.columns import readable_by
 from verl.engines.hf.models import PolicyModel
-from verl.engines.local import LocalForwardEngine, frozen_copy
+from verl.engines.local import LocalForwardEngine, frozen_engine
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, check_pair_loss
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -59,7 +59,7 @@ class PreferenceTrainer(PairwiseTrainer):
         if has_reference:
             policy = self.policy_engine.model
             assert isinstance(policy, PolicyModel)
-            self.reference = frozen_copy(policy, config.reference, config.policy, setting="reference")
+            self.reference = frozen_engine(policy, config.reference, config.policy, setting="reference")
 
     def encode(self, pairs: list[Prompt]) -> Batch:
         """See `PairwiseTrainer.encode`; answers are closed with the end token."""

@@ -15,7 +15,8 @@ from verl.algorithms.registry import bind
 from verl.config.run import RewardModelConfig
 from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
-from verl.engines.hf.models import RewardModel, as_reward_model, load_reward_model
+from verl.engines.hf.models import RewardModel
+from verl.engines.hf.pretrained import as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.base import Metrics
 from verl.trainer.pairwise_trainer import PairwiseTrainer, answers_of, check_pair_loss
@@ -54,7 +55,7 @@ class RewardModelTrainer(PairwiseTrainer):
         self.loss = check_pair_loss(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
         # Transformers finds the last token of an answer by it; without one it scores single rows only.
-        self.reward_model.use_pad_id(self.codec.tokenizer.pad_token_id)
+        self.reward_model.set_default_pad_id(self.codec.tokenizer.pad_token_id)
 
     @property
     def reward_model(self) -> RewardModel:

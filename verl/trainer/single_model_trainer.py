@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from verl.config.run import RunConfig
-from verl.engines.hf.models import Backbone, PolicyModel, check_model, load_language_model
+from verl.engines.hf.models import Backbone, PolicyModel
+from verl.engines.hf.pretrained import check_model, load_language_model
 from verl.engines.local import LocalEngine
 from verl.trainer.base import BaseTrainer
 from verl.trainer.checkpoint_store import Save

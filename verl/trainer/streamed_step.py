@@ -12,7 +12,7 @@ from verl.config.run import TrainerConfig
 from verl.controller.worker_group import WorkerGroup
 from verl.data.batch import Batch
 from verl.engines.roles.base import Learner
-from verl.engines.streaming import Portions, StreamedUpdate, why_not_streamed
+from verl.engines.streaming import StreamedBatch, StreamedUpdate, streaming_obstacle
 from verl.trainer.base import Metrics
 
 # Names of the roles that learn, in the order in which they do.
@@ -40,10 +40,10 @@ class StreamedStep:
     kl_coef: float
     version: int
     seed: int
-    portions: Portions = field(init=False)
+    portions: StreamedBatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.portions = Portions(self.algorithm, num_groups=self.num_groups)
+        self.portions = StreamedBatch(self.algorithm, num_groups=self.num_groups)
 
     def add(self, rows: Batch) -> None:
         """Begins to learn from whole groups."""
@@ -70,8 +70,8 @@ def check_streamed(algorithm: Algorithm, config: TrainerConfig, learning: Sequen
     """
     if config.pipeline.batches != "streamed":
         return
-    reason = why_not_streamed(algorithm, config.algorithm)
-    if reason is None and not all(group.call(Learner.accumulates).result() for group in learning):
+    reason = streaming_obstacle(algorithm, config.algorithm)
+    if reason is None and not all(group.call(Learner.can_accumulate).result() for group in learning):
         reason = "an engine of placement takes whole updates only"
     if reason:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import FAMILIES, WINDOW, model_input, random_prompts, shared_policy
-from verl.engines.hf.attention import IMPLEMENTATION, DecodeLayout, KVCache, RowLayout, row_attention
+from verl.engines.hf.attention import IMPLEMENTATION, DecodeLayout, KVCache, RowLayout, use_attention
 from verl.engines.hf.models import PolicyModel
 
 PROMPTS = random_prompts([3, 9, 1, 6])
@@ -17,7 +17,7 @@ ROWS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict
 
 def own_logits(policy: PolicyModel, row: list[int]) -> Tensor:
     """[S, V] of the family's own code; eager, as PyTorch's attention leaves out the cap of Gemma 2."""
-    with torch.no_grad(), row_attention(policy.transformer, "eager"):
+    with torch.no_grad(), use_attention(policy.transformer, "eager"):
         return policy.transformer(torch.tensor([row])).logits[0]
 
 
@@ -26,8 +26,8 @@ def own_logits(policy: PolicyModel, row: list[int]) -> Tensor:
 def test_logits_of_every_row_are_those_of_the_models_own_forward(family, packed):
     policy = shared_policy(family)
     inputs = model_input(PROMPTS, RESPONSES, packed=packed)
-    with torch.no_grad(), policy.ready():
-        states = policy.hidden(inputs.input_ids, inputs.position_ids, RowLayout.of(inputs))
+    with torch.no_grad(), policy.forward_mode():
+        states = policy.hidden_states(inputs.input_ids, inputs.position_ids, RowLayout.from_inputs(inputs))
         rows = (
             states[0].split(inputs.lengths)
             if packed
@@ -46,12 +46,14 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_rows(family):
     cache.reserve(10)
     ids = torch.tensor([[token for row, n in zip(rows, lengths, strict=True) for token in row[:n]]])
     places = torch.tensor([[i for n in lengths for i in range(n)]])
-    with torch.no_grad(), policy.ready():
-        policy.hidden(ids, places, RowLayout(lengths, True, ids.device, cache, torch.arange(len(rows))))
+    with torch.no_grad(), policy.forward_mode():
+        policy.hidden_states(
+            ids, places, RowLayout(lengths, True, ids.device, cache, torch.arange(len(rows)))
+        )
         for step in range(10 - max(lengths)):
             positions = torch.tensor(lengths) + step
             tokens = torch.tensor([[row[p]] for row, p in zip(rows, positions, strict=True)])
-            states = policy.hidden(
+            states = policy.hidden_states(
                 tokens, positions[:, None], DecodeLayout(cache, positions, int(positions.max()) + 1)
             )
             own = torch.stack([own_logits(policy, row)[p] for row, p in zip(rows, positions, strict=True)])
@@ -63,8 +65,10 @@ def test_a_window_hides_what_lies_before_it(family):
     policy = shared_policy(family)
     row, changed = [9] * 30, [50, *[9] * 29]
     inputs = [model_input([r[:1]], [r[1:]]) for r in (row, changed)]
-    with torch.no_grad(), policy.ready():
-        a, b = (policy.hidden(i.input_ids, i.position_ids, RowLayout.of(i))[0] for i in inputs)
+    with torch.no_grad(), policy.forward_mode():
+        a, b = (
+            policy.hidden_states(i.input_ids, i.position_ids, RowLayout.from_inputs(i))[0] for i in inputs
+        )
     # Two windowed layers; in Gemma 2 the second sees all. The last of the 30 tokens predicts nothing and is
     # not read.
     reach = 2 * (WINDOW - 1) + 1 if family == "mistral" else 29
@@ -78,8 +82,8 @@ def test_rows_of_one_length_need_no_padding_and_give_the_same():
     packed, padded = (
         model_input([row[:2], other[:2]], [row[2:], other[2:]], packed=p) for p in (True, False)
     )
-    assert RowLayout.of(packed).uniform
-    with torch.no_grad(), policy.ready():
+    assert RowLayout.from_inputs(packed).uniform
+    with torch.no_grad(), policy.forward_mode():
         torch.testing.assert_close(policy.predictor_states(packed), policy.predictor_states(padded))
 
 
@@ -93,7 +97,7 @@ def test_a_prompt_that_rows_share_has_the_gradient_of_all_of_them():
     for packed in (True, False):
         policy.zero_grad()
         inputs = model_input(prompts, responses, packed=packed)
-        with policy.ready():
+        with policy.forward_mode():
             policy.token_logprobs(inputs, temperature=1.0, chunk=100)[0].square().sum().backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])
     assert inputs.input_ids.numel() == 4 * 6
@@ -104,7 +108,7 @@ def test_a_prompt_that_rows_share_has_the_gradient_of_all_of_them():
 def test_outside_the_block_the_model_attends_as_before_even_after_an_error():
     transformer = shared_policy("gemma3").transformer
     before = transformer.config._attn_implementation
-    with pytest.raises(RuntimeError, match="stop"), row_attention(transformer):
+    with pytest.raises(RuntimeError, match="stop"), use_attention(transformer):
         assert transformer.config._attn_implementation == IMPLEMENTATION
         raise RuntimeError("stop")
     assert transformer.config._attn_implementation == before != IMPLEMENTATION

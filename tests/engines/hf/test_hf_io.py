@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: files of any number, merged additions, names that differ, what is refused."""
+"""Hugging Face folders in and out: files of any number, merged LoRA weights, names that differ, what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.training import local_engine
 from verl.config.roles import LoraConfig
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
 from verl.engines.hf.meta_init import empty_transformer
-from verl.engines.hf.models import PolicyModel, RewardModel, as_reward_model, value_model
+from verl.engines.hf.models import PolicyModel, RewardModel
+from verl.engines.hf.pretrained import as_reward_model, value_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -27,11 +28,11 @@ def emptied(folder) -> PolicyModel:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_untied_mha", "gemma3", "llama"])
-@pytest.mark.parametrize("shard_bytes", [2**30, 20_000], ids=["one file", "many files"])
-def test_what_was_exported_is_loaded_slice_by_slice_and_by_transformers(family, shard_bytes, tmp_path):
+@pytest.mark.parametrize("max_file_bytes", [2**30, 20_000], ids=["one file", "many files"])
+def test_what_was_exported_is_loaded_slice_by_slice_and_by_transformers(family, max_file_bytes, tmp_path):
     policy = tiny_policy(family)
-    export_model(policy, tmp_path, shard_bytes=shard_bytes)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes < 2**30)
+    export_model(policy, tmp_path, max_file_bytes=max_file_bytes)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_file_bytes < 2**30)
     expected = policy.transformer(IDS).logits
     torch.testing.assert_close(
         AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected, rtol=1e-5, atol=1e-5
@@ -51,7 +52,7 @@ def test_families_whose_files_have_other_names_are_loaded_too(tmp_path):
     )
 
 
-def test_merged_additions_are_the_model_that_was_trained(tmp_path):
+def test_merged_lora_weights_are_the_model_that_was_trained(tmp_path):
     engine = local_engine(lora=LoraConfig(rank=4))
     for name, parameter in engine.model.named_parameters():
         if "lora_B" in name:
@@ -60,14 +61,14 @@ def test_merged_additions_are_the_model_that_was_trained(tmp_path):
     engine.export(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
-    with engine.adapter_off():
+    with engine.disable_adapter():
         start = engine.model.transformer(IDS).logits
     torch.testing.assert_close(start, local_engine().model.transformer(IDS).logits)
     assert not torch.allclose(start, merged, atol=1e-2)
     torch.testing.assert_close(engine.model.transformer(IDS).logits, trained)
 
 
-def test_only_additions_are_trained_and_at_first_they_change_nothing():
+def test_only_lora_weights_are_trained_and_at_first_they_change_nothing():
     engine = local_engine(lora=LoraConfig(rank=4, targets=("q_proj", "down_proj")))
     trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 2 * 2 and all(".lora_" in name for name in trained)
@@ -76,14 +77,14 @@ def test_only_additions_are_trained_and_at_first_they_change_nothing():
     )
 
 
-def test_additions_to_matrices_that_are_not_there_are_refused():
+def test_lora_adapters_of_matrices_that_are_not_there_are_refused():
     with pytest.raises(
         ValueError, match=r"need names of matrices in lora.targets, got \['query'\]; this model has .*q_proj"
     ):
         local_engine(lora=LoraConfig(rank=4, targets=("query",)))
     with (
-        pytest.raises(ValueError, match="need low-rank additions to switch off"),
-        local_engine().adapter_off(),
+        pytest.raises(ValueError, match="need a LoRA adapter to switch off"),
+        local_engine().disable_adapter(),
     ):
         pass
 

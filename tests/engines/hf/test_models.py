@@ -12,15 +12,9 @@ from torch import Tensor
 
 from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tiny_policy, tiny_transformer
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import row_attention
-from verl.engines.hf.models import (
-    Backbone,
-    PolicyModel,
-    load_language_model,
-    make_tiny_model,
-    save_model,
-    value_model,
-)
+from verl.engines.hf.attention import use_attention
+from verl.engines.hf.models import Backbone, PolicyModel
+from verl.engines.hf.pretrained import load_language_model, make_tiny_model, save_model, value_model
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec
 
@@ -38,7 +32,7 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_interme
 
 
 def logprobs_and_entropies(policy: PolicyModel, inputs: ModelInput, **options: Any) -> tuple[Tensor, Tensor]:
-    with policy.ready():
+    with policy.forward_mode():
         return policy.token_logprobs(inputs, **{"temperature": 1.0, "chunk": 1000, **options})
 
 
@@ -50,7 +44,7 @@ def gradient(model: Backbone) -> Tensor:
 
 
 def loss_gradient(policy: PolicyModel, inputs: ModelInput, **options: Any) -> Tensor:
-    """Of a loss over logprobs and, where they have a gradient, entropies; backward runs outside `ready`, as
+    """Of a loss over logprobs and, where they have a gradient, entropies; backward runs outside `forward_mode`, as
     in training.
     """
     logprobs, entropies = logprobs_and_entropies(policy, inputs, **options)
@@ -85,7 +79,7 @@ def test_packed_and_padded_rows_have_the_gradient_of_the_rows_one_by_one(family,
         (logprobs_and_entropies(policy, model_input([prompt], [response]))[0] * weights).sum().backward()
     expected = gradient(policy)
     if recompute:
-        policy.recompute_activations()
+        policy.enable_gradient_checkpointing()
         policy.train()
     for inputs in FORMS:
         assert_same_gradient(loss_gradient(policy, inputs), expected)
@@ -95,7 +89,7 @@ def test_packed_and_padded_rows_have_the_gradient_of_the_rows_one_by_one(family,
 def test_the_gradient_is_that_of_the_models_own_forward(family):
     policy = tiny_policy(family)
     for prompt, response, weights in zip(PROMPTS, RESPONSES, ROW_WEIGHTS, strict=True):
-        with row_attention(policy.transformer, "eager"):
+        with use_attention(policy.transformer, "eager"):
             logits = policy.transformer(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         own = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
         (own * weights).sum().backward()
@@ -170,7 +164,7 @@ def test_dropout_is_off_even_in_training():
 
 def test_values_start_at_zero_with_one_per_response_token():
     critic = value_model(tiny_transformer(), "bf16")
-    with critic.ready():
+    with critic.forward_mode():
         values = critic.token_values(FORMS[0])
     assert values.dtype == torch.float32
     assert torch.equal(values, torch.zeros(len(WEIGHTS)))
@@ -182,7 +176,7 @@ def test_a_value_is_of_the_state_before_its_token():
     critic = value_model(tiny_transformer(), "fp32")
     torch.nn.init.normal_(critic.head.weight)
     row = PROMPTS[0] + RESPONSES[0]
-    with critic.ready():
+    with critic.forward_mode():
         values = [critic.token_values(inputs)[: len(RESPONSES[0])] for inputs in FORMS]
     states = critic.transformer(torch.tensor([row])).last_hidden_state[0, len(PROMPTS[0]) - 1 : -1]
     for ours in values:

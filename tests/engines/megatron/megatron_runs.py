@@ -61,8 +61,8 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The weights as they were read; steps; an export; what the worker writes after them."""
     engine = engine_on(case)
     out: dict[str, Any] = {"data": len(engine.gather_over_data(None)), "shapes": engine.shapes()}
-    out["read"] = {name: tensor.clone() for name, tensor in engine.whole_tensors()}
-    out["one"] = [name for name, _ in engine.whole_tensors({"model.norm.weight", "norm.weight"})]
+    out["read"] = {name: tensor.clone() for name, tensor in engine.full_tensors()}
+    out["one"] = [name for name, _ in engine.full_tensors({"model.norm.weight", "norm.weight"})]
     out["history"] = trained(engine, case, UPDATES)
     engine.export(folder / case["name"])
     out["written"] = written_by(engine, case)

@@ -19,7 +19,7 @@ from tests.training import rows_to_learn
 from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.data.packing import balance
-from verl.engines.hf.models import load_language_model
+from verl.engines.hf.pretrained import load_language_model
 
 pytestmark = pytest.mark.megatron
 
@@ -279,7 +279,7 @@ def test_a_step_in_portions_is_that_of_one_process_over_all_rows(name, ran, sour
     case, ranks = {**case_for(name), "minibatches": 1}, ran[f"stream {name}"]
     engine = local_engine_on(sources[case.get("family", "qwen2")], case)
     expected = steps(worker_on(engine, case), ranks[0]["data"], case, -1, updates=1 + UPDATES)
-    weights = dict(engine.whole_tensors())
+    weights = dict(engine.full_tensors())
     for rank in ranks:
         for ours, theirs in zip(rank["before"] + rank["history"], expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)

@@ -17,7 +17,7 @@ from verl.config.fields import Choice
 from verl.config.roles import CriticConfig, OptimizerConfig
 from verl.data.batch import ModelInput, Ragged
 from verl.data.packing import BatchPlan
-from verl.engines.hf.models import value_model
+from verl.engines.hf.pretrained import value_model
 from verl.engines.local import LocalEngine
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.policy import PolicyWorker
@@ -196,7 +196,7 @@ def test_its_gradient_is_that_of_the_loss_itself():
     learn(worker, batch, ONE_BY_ONE)
     other = policy(policy_loss=SPREAD)
     inputs = ModelInput.from_batch(batch, packed=True, device=torch.device("cpu"))
-    with other.model.ready():
+    with other.model.forward_mode():
         logprobs = Ragged(
             other.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0], inputs.response_lengths
         ).padded()

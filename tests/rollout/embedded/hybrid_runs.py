@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.engines.sharded_runs import engine_on
 from tests.tiny import tiny_codec
-from verl.engines.hf.hf_io import local_slices, own_pieces
+from verl.engines.hf.weights import local_shards, local_slices
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.utils.sampling_types import SamplingParams
@@ -31,7 +31,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         overlap=case["overlap"],
         bucket_bytes=case["bucket"],
     )
-    whole = dict(engine.whole_tensors())
+    whole = dict(engine.full_tensors())
     asleep = sum(storage.nbytes() for storage in hybrid._own.values())
     answers: list[Any] = []
     rank, wrong = dist.get_rank(), []
@@ -56,7 +56,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         ]
         hybrid.sleep()
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, (engine.pieces(), own_pieces(hybrid.model.transformer)))
+    dist.all_gather_object(everyones, (engine.local_shards(), local_shards(hybrid.model.transformer)))
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     source, target = (ShardLayout(shapes, tuple(tuple(sides[i]) for sides in everyones)) for i in (0, 1))
     item = torch.finfo(hybrid.model.transformer.dtype).bits // 8

@@ -33,7 +33,7 @@ def stepwise(
     answers: list[list[list[int]]] = [[[] for _ in range(p.n)] for p in PARAMS]
     for i in range(asked):
         generation.add(i, PROMPTS[i], PARAMS[i])
-    with policy.ready():
+    with policy.forward_mode():
         step = 0
         while not generation.is_idle:
             between(generation, step)
@@ -84,7 +84,7 @@ def test_memory_of_an_idle_generation_can_be_given_back():
     policy = shared_policy()
     generation = Generation(policy, tiny_codec(), slots=8, first_slots=2)
     generation.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
-    with policy.ready():
+    with policy.forward_mode():
         while not generation.is_idle:
             generation.step()
             generation.free()  # while something runs it stays

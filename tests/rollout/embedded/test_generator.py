@@ -55,7 +55,7 @@ def logprob_differences(policy: PolicyModel, temperature: float) -> torch.Tensor
     rows = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
     assert len({len(c.token_ids) for _, c in rows}) > 5
     inputs = model_input([prompt for prompt, _ in rows], [c.token_ids for _, c in rows])
-    with torch.no_grad(), policy.ready():
+    with torch.no_grad(), policy.forward_mode():
         trainer = policy.token_logprobs(inputs, temperature=temperature, chunk=100)[0]
     return (torch.tensor([logprob for _, c in rows for logprob in c.logprobs]) - trainer).abs()
 
@@ -83,7 +83,7 @@ def test_answers_are_the_same_with_any_number_of_slots():
 
 def counted(policy: PolicyModel, generate: Callable[[], object]) -> tuple[list[int], int]:
     """Tokens of each prefill, and decoded tokens, of a call."""
-    prefills, decoded, hidden = [], 0, policy.hidden
+    prefills, decoded, hidden = [], 0, policy.hidden_states
 
     def counting(input_ids, position_ids, layout):
         nonlocal decoded
@@ -93,7 +93,7 @@ def counted(policy: PolicyModel, generate: Callable[[], object]) -> tuple[list[i
             prefills.append(input_ids.numel())
         return hidden(input_ids, position_ids, layout)
 
-    policy.hidden = counting
+    policy.hidden_states = counting
     generate()
     return prefills, decoded
 
@@ -152,7 +152,7 @@ def test_an_update_in_place_is_used_by_the_next_generation(precision):
 def test_the_model_is_left_as_it_was_even_after_an_error():
     policy = tiny_policy()
     implementation = policy.transformer.config._attn_implementation
-    policy.recompute_activations()
+    policy.enable_gradient_checkpointing()
     policy.train()
     engine = engine_of(policy)
     engine.generate(PROMPTS[:1], [SamplingParams(max_tokens=3)])
@@ -219,20 +219,20 @@ def test_the_rows_to_train_on_hold_the_sampled_ids_not_those_of_their_text():
     rows = collected.rows.ragged("response_ids")
     assert [rows.row(i).tolist() for i in range(32)] == [c.token_ids for c in own]
     inputs = model_input([[3]] * 32, [c.token_ids for c in own])
-    with torch.no_grad(), policy.ready():
+    with torch.no_grad(), policy.forward_mode():
         trainer = policy.token_logprobs(inputs, temperature=1.0, chunk=100)[0]
     torch.testing.assert_close(collected.rows.ragged("rollout_logprobs").values, trainer, atol=1e-5, rtol=0)
 
 
 def test_layouts_of_a_prefill_name_the_slots_of_its_groups():
     policy = tiny_policy()
-    layouts, hidden = [], policy.hidden
+    layouts, hidden = [], policy.hidden_states
 
     def noting(input_ids, position_ids, layout):
         layouts.append(layout)
         return hidden(input_ids, position_ids, layout)
 
-    policy.hidden = noting
+    policy.hidden_states = noting
     engine_of(policy, max_slots=10).generate(
         [[9] * 5, [8] * 3], [SamplingParams(max_tokens=1, n=3), SamplingParams(max_tokens=1, n=2)]
     )

@@ -9,7 +9,8 @@ import torch
 
 from tests.distributed import on_ranks
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
-from verl.engines.hf.models import PolicyModel, load_language_model
+from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.sampling_types import SamplingParams
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_model
 from tests.tiny import tiny_codec
-from verl.engines.hf.models import PolicyModel, load_language_model
+from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.server.app import ServeOptions, serve
 from verl.rollout.server.openai_protocol import AnswerText

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training import logged, toy_config, toy_trainer
-from verl.engines.hf.models import as_reward_model
+from verl.engines.hf.pretrained import as_reward_model
 from verl.trainer.rl_trainer import Trainer
 
 LEARNED = (

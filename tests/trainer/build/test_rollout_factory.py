@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.training import CHARACTERS, toy_trainer
 from verl.config.rollout import RolloutConfig
-from verl.engines.hf.models import make_tiny_model
+from verl.engines.hf.pretrained import make_tiny_model
 from verl.rollout.pool.admin_api import FILE, ask
 from verl.trainer.build.rollout_factory import check_mismatch
 

@@ -94,7 +94,7 @@ class RowLayout:
     sequence: SequenceGroup | None = None
 
     @classmethod
-    def of(cls, inputs: ModelInput, sequence: SequenceGroup | None = None) -> RowLayout:
+    def from_inputs(cls, inputs: ModelInput, sequence: SequenceGroup | None = None) -> RowLayout:
         """Layout of rows to train on."""
         return cls(
             inputs.lengths, inputs.packed, inputs.input_ids.device, index=inputs.index, sequence=sequence
@@ -239,7 +239,7 @@ def _attend_cached(
     return out.reshape(num_rows, 1, -1, out.shape[-1])
 
 
-def rows_attention(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -261,15 +261,15 @@ def rows_attention(
         return _attend_cached(query, key, value, layout, layer=layer, score=score), None
     if layout.sequence is None:
         return _attend_rows(query, key, value, layout, layer=layer, score=score), None
-    shares = layout.sequence.shares_of_heads(query, key, value, num_places=layout.num_places)
-    return layout.sequence.slices_of_line(_attend_rows(*shares, layout, layer=layer, score=score)), None
+    shares = layout.sequence.sequence_to_heads(query, key, value, num_places=layout.num_places)
+    return layout.sequence.heads_to_sequence(_attend_rows(*shares, layout, layer=layer, score=score)), None
 
 
-AttentionInterface.register(IMPLEMENTATION, rows_attention)
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
 
 
 @contextmanager
-def row_attention(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
+def use_attention(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
     """Makes the model attend by `layout=` (or as Transformers names it) inside the block; outside, it is as
     it was.
     """

@@ -1,4 +1,4 @@
-"""Low-rank additions to the matrices of a model, by PEFT: trained instead of the weights themselves."""
+"""LoRA adapters on the linear layers of a model, by PEFT: they are trained instead of the weights themselves."""
 
 from __future__ import annotations
 
@@ -14,59 +14,56 @@ from transformers import PreTrainedModel
 
 from verl.config.roles import LoraConfig
 
-# Loaded only where there are low-rank additions.
+# Optional dependency, imported only for models with a LoRA adapter.
 _PEFT = "peft"
 _ADAPTER = "default"
 
 
 def add_lora(transformer: PreTrainedModel, config: LoraConfig) -> None:
-    """Freezes the weights and gives the matrices named in `config.targets` additions B A alpha / rank, in
-    place.
+    """Freeze the weights and add LoRA adapters B A alpha / rank to the layers in `config.targets`, in place.
 
-    LoRA, https://arxiv.org/abs/2106.09685, section 4.1. Their values are set by `reset_lora`.
+    LoRA, https://arxiv.org/abs/2106.09685, section 4.1. `reset_lora` sets the initial values.
 
     Raises:
-        ValueError: PEFT is not installed, or no matrix has such a name.
+        ValueError: PEFT is not installed, or no linear layer has such a name.
     """
     try:
         peft = importlib.import_module(_PEFT)
     except ImportError as error:
         raise ValueError("need PEFT for lora.rank above 0: pip install 'verl[lora]'") from error
     targets = list(config.targets)
-    names = {
-        name.rpartition(".")[2]
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linears = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    names = {name.rpartition(".")[2] for name in linears}
     if missing := set(targets) - names:
         raise ValueError(
-            f"need names of matrices in lora.targets, got {sorted(missing)}; this model has {', '.join(sorted(names))}"
+            f"need names of matrices in lora.targets, got {sorted(missing)}; "
+            f"this model has {', '.join(sorted(names))}"
         )
-    # A model that is loaded has its weights; those of additions begin as LoRA has them, see
-    # `reset_lora`.
+    # PEFT's initial values would depend on the global random state and on the shard.
     options = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False
     )
     peft.inject_adapter_in_model(options, transformer, adapter_name=_ADAPTER)
     transformer.requires_grad_(False)
     for name, parameter in transformer.named_parameters():
-        # A head that scores is new, and small.
+        # The score head of a reward model is new and small: it is trained whole.
         parameter.requires_grad_(is_lora_parameter(name) or name == "score.weight")
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Whether a parameter of that name belongs to low-rank additions."""
+    """True if the parameter of that name belongs to a LoRA adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def has_lora(transformer: nn.Module) -> bool:
-    """Whether the model has low-rank additions."""
+    """True if the model has a LoRA adapter."""
     return any(is_lora_parameter(name) for name, _ in transformer.named_parameters())
 
 
 def initial_lora_weight(name: str, shape: torch.Size) -> Tensor:
-    """The first value of an addition: B is 0, A uniform in +- 1 / sqrt(inputs), the same for a name however
-    it is sharded.
+    """Initial value of a LoRA weight: B is 0, A uniform in +- 1 / sqrt(inputs).
+
+    It depends on the name alone, so it is the same for every sharding.
     """
     if ".lora_B." in name:
         return torch.zeros(shape)
@@ -77,44 +74,40 @@ def initial_lora_weight(name: str, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def reset_lora(transformer: PreTrainedModel) -> None:
-    """Gives the additions of a model on one device their first values."""
+    """Set the LoRA weights of a model on one device to their initial values."""
     for name, parameter in transformer.named_parameters():
         if is_lora_parameter(name):
             parameter.copy_(initial_lora_weight(name, parameter.shape))
 
 
 @contextmanager
-def without_lora(transformer: PreTrainedModel) -> Iterator[None]:
-    """Inside, the additions are switched off.
+def disable_lora(transformer: PreTrainedModel) -> Iterator[None]:
+    """Context in which the model computes without its LoRA adapter.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has no adapter.
     """
-    layers = [module for name, module in transformer.named_modules() if name.endswith("lora_A")]
-    if not layers:
+    if not has_lora(transformer):
         raise ValueError(
-            "need low-rank additions to switch off, got a model without; set policy.lora.rank above 0"
+            "need a LoRA adapter to switch off, got a model without; set policy.lora.rank above 0"
         )
-    tuners = [
-        module
-        for module in transformer.modules()
-        if isinstance(module, importlib.import_module("peft.tuners.lora").LoraLayer)
-    ]
-    for tuner in tuners:
-        tuner.enable_adapters(False)
+    lora_layer = importlib.import_module("peft.tuners.lora").LoraLayer
+    layers = [module for module in transformer.modules() if isinstance(module, lora_layer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        for tuner in tuners:
-            tuner.enable_adapters(True)
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def base_name(name: str) -> str:
-    """The name that a parameter has in the model without additions."""
+    """Name of a parameter in the model without an adapter."""
     return name.replace(".base_layer.", ".")
 
 
-def scaling_of(module: nn.Module) -> float:
-    """Factor of the additions B A of a matrix."""
+def lora_scaling(module: nn.Module) -> float:
+    """Factor alpha / rank of the LoRA adapter of a layer."""
     scaling: float = module.scaling[_ADAPTER]  # type: ignore[index, assignment]
     return scaling

@@ -1,6 +1,4 @@
-"""Models without memory: built from a configuration, spread over ranks, and only then given the memory of
-what lies on this one.
-"""
+"""Models on the meta device: built without memory, sharded, and only then given the memory of the local shards."""
 
 from __future__ import annotations
 
@@ -15,8 +13,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 
 def empty_transformer(source: Path | PretrainedConfig, family: Any) -> PreTrainedModel:
-    """The model of a folder or configuration whose parameters have no memory yet; its buffers are what the
-    configuration makes them.
+    """A model whose parameters are on the meta device; its buffers have their values.
+
+    Args:
+        source: folder of a model, or its configuration.
+        family: class of Transformers with `from_config`, such as `AutoModelForCausalLM`.
 
     Raises:
         ValueError: there is no model in the folder.
@@ -33,15 +34,15 @@ def empty_transformer(source: Path | PretrainedConfig, family: Any) -> PreTraine
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters of new modules have shapes but no memory."""
+    """Context in which new modules get parameters that have shapes but no memory."""
     register = nn.Module.register_parameter
 
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -49,8 +50,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def kept_tied(transformer: PreTrainedModel) -> Iterator[None]:
-    """What is done inside to the parameters one by one leaves a head that is the embedding what it is."""
+def keep_tied_weights(transformer: PreTrainedModel) -> Iterator[None]:
+    """Context that replaces parameters one by one; a head tied to the embedding is tied again at its end."""
     head = transformer.get_output_embeddings()
     is_tied = isinstance(head, nn.Linear) and head.weight is transformer.get_input_embeddings().weight
     yield

@@ -27,7 +27,7 @@ from typing_extensions import override
 from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
-from verl.engines.base import Accumulated, ForwardEngine, Objective, Outputs
+from verl.engines.base import ForwardEngine, Objective, Outputs, UpdateTotals
 from verl.engines.hf.hf_io import model_folder
 from verl.engines.local import LocalEngine, LossScale, lr_factor
 from verl.engines.megatron.checkpoint import (
@@ -41,7 +41,7 @@ from verl.engines.megatron.checkpoint import (
     set_steps,
 )
 from verl.engines.megatron.grad_buffers import GradBuffers
-from verl.engines.megatron.hf_io import export_folder, fill_from_folder, whole_tensors
+from verl.engines.megatron.hf_io import export_folder, fill_from_folder, full_tensors
 from verl.engines.megatron.model import (
     MegatronPolicy,
     MegatronValue,
@@ -140,7 +140,7 @@ def megatron_engine(
         if total_updates is None:
             model.requires_grad_(False)
         engine = MegatronForwardEngine(model, role, anatomy, grid, megatron_config)
-        fill_from_folder(engine.all_pieces(), engine.all_homes(), folder, anatomy)
+        fill_from_folder(engine.all_local_shards(), engine.local_parameters(), folder, anatomy)
         if total_updates is None:
             return engine
         return MegatronEngine(engine, total_updates=total_updates, own_options=own)
@@ -227,7 +227,7 @@ class MegatronForwardEngine(ForwardEngine):
         megatron_config: of the model, as Megatron-Core has it.
     """
 
-    generates = False
+    can_generate = False
     model: MegatronPolicy | MegatronValue
 
     def __init__(
@@ -293,7 +293,7 @@ class MegatronForwardEngine(ForwardEngine):
 
     @override
     def export(self, folder: Path) -> None:
-        export_folder(folder, self._anatomy, self.whole_tensors(), self._all_whole(self._anatomy.head_shapes))
+        export_folder(folder, self._anatomy, self.full_tensors(), self._all_whole(self._anatomy.head_shapes))
 
     @override
     def gather_over_data(self, thing: Any) -> list[Any]:
@@ -306,28 +306,28 @@ class MegatronForwardEngine(ForwardEngine):
         return dict(self._anatomy.shapes)
 
     @override
-    def pieces(self) -> list[TensorShard]:
+    def local_shards(self) -> list[TensorShard]:
         return self._anatomy.pieces(self._share)
 
     @override
-    def homes(self) -> dict[str, Tensor]:
+    def local_tensors(self) -> dict[str, Tensor]:
         return {
             name: parameter.detach()
-            for name, parameter in self.all_homes().items()
+            for name, parameter in self.local_parameters().items()
             if "value_head" not in name
         }
 
     @override
-    def whole_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         return self._all_whole(
             {name: shape for name, shape in self.shapes().items() if wanted is None or name in wanted}
         )
 
-    def all_pieces(self) -> list[TensorShard]:
+    def all_local_shards(self) -> list[TensorShard]:
         """What of the whole tensors, and of the head of a value model, lies on this rank."""
-        return self.pieces() + self._anatomy.head_pieces(self._share)
+        return self.local_shards() + self._anatomy.head_pieces(self._share)
 
-    def all_homes(self) -> dict[str, nn.Parameter]:
+    def local_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of this rank, as `CHUNK.NAME`."""
         return dict(self.model.transformer.named_parameters())
 
@@ -336,7 +336,7 @@ class MegatronForwardEngine(ForwardEngine):
             rank: self._anatomy.pieces(share) + self._anatomy.head_pieces(share)
             for share, rank in self._first_with.items()
         }
-        return whole_tensors(shapes, by_rank, self.all_homes())
+        return full_tensors(shapes, by_rank, self.local_parameters())
 
     def _run(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], evaluate: Evaluate, *, forward_only: bool
@@ -479,7 +479,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         return self._finished(scale)
 
     def _begin(self) -> None:
-        self._accumulated = Accumulated()
+        self._accumulated = UpdateTotals()
         with self._grid.active():
             self._gradients.zero()
             self._optimizer.zero_grad()
@@ -492,7 +492,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
 
         def evaluate(rows: Sequence[int], micro: Batch, inputs: ModelInput) -> Tensor:
             if not rows:
-                return self.model.nothing(inputs)
+                return self.model.zero_loss(inputs)
             loss, monitors = objective(micro, inputs)
             if not torch.isfinite(loss):
                 so_far.bad.extend(batch.row_ids[list(rows)].tolist())
@@ -572,7 +572,10 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         """What of the weights this rank updates, with the optimizer's states for it."""
         return list(
             optimizer_parts(
-                self._optimizer, self.all_homes(), self.all_pieces(), with_states=self._updates > 0
+                self._optimizer,
+                self.local_parameters(),
+                self.all_local_shards(),
+                with_states=self._updates > 0,
             )
         )
 

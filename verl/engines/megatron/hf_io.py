@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from verl.engines.hf.hf_io import SHARD_BYTES, bytes_of, files_of, name_in_files, name_parts, write_part
-from verl.engines.hf.models import VALUE_HEAD
+from verl.engines.hf.hf_io import SafetensorsWriter, name_in_files, tensor_files
+from verl.engines.hf.pretrained import VALUE_HEAD
 from verl.engines.megatron.weight_mapping import MegatronModelSpec
 from verl.weight_sync.layout import (
     Bounds,
@@ -41,7 +41,7 @@ def fill_from_folder(
     Raises:
         ValueError: tensors are missing or have other shapes.
     """
-    files = files_of(folder)
+    files = tensor_files(folder)
     head = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
     by_file: dict[Path, list[tuple[str, Bounds, TensorShard]]] = {}
     for piece in pieces:
@@ -108,7 +108,7 @@ def _put(piece: TensorShard, homes: Mapping[str, Tensor], values: Tensor) -> Non
 
 
 @torch.no_grad()
-def whole_tensors(
+def full_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     pieces: Mapping[int, Sequence[TensorShard]],
     homes: Mapping[str, Tensor],
@@ -155,32 +155,24 @@ def export_folder(
     head: Iterator[tuple[str, Tensor]],
 ) -> None:
     """Writes a model in Hugging Face format; on all ranks together, of which the first writes."""
-    writes = dist.get_rank() == 0
-    if writes:
+    is_writer = dist.get_rank() == 0
+    if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(anatomy.config)
         config = copy.deepcopy(anatomy.config)
         config.architectures = [type(model if anatomy.kind == "policy" else model.base_model).__name__]
         config.save_pretrained(folder)
-    pending: dict[str, Tensor] = {}
-    files: dict[str, int] = {}
-    num_parts = 0
+    writer = SafetensorsWriter(folder)
     for name, tensor in _as_saved(tensors, anatomy):
-        if not writes:
-            continue
-        tensor = tensor.to("cpu", copy=True)
-        if pending and bytes_of(pending) + tensor.nbytes > SHARD_BYTES:
-            write_part(folder, num_parts, pending)
-            num_parts, pending = num_parts + 1, {}
-        pending[name], files[name] = tensor, num_parts
-    of_head = {name.removeprefix("value_head."): tensor.cpu() for name, tensor in head}
-    if not writes:
+        if is_writer:
+            writer.add(name, tensor.to("cpu", copy=True))
+    head_tensors = {name.removeprefix("value_head."): tensor.cpu() for name, tensor in head}
+    if not is_writer:
         return
-    write_part(folder, num_parts, pending)
-    name_parts(folder, num_parts + 1, files)
-    if of_head:
-        save_file(of_head, folder / VALUE_HEAD)
+    writer.finish()
+    if head_tensors:
+        save_file(head_tensors, folder / VALUE_HEAD)
 
 
 def _as_saved(

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import RowLayout, rows_attention
+from verl.engines.hf.attention import RowLayout, attention_forward
 from verl.engines.hf.models import Backbone, PolicyModel, Precision, ValueModel
 from verl.engines.megatron.parallel_dims import RankCoordinates
 from verl.engines.megatron.weight_mapping import MegatronModelSpec
@@ -67,14 +67,14 @@ class PackedSequence:
     @classmethod
     def of(cls, inputs: ModelInput, sequence: SequenceGroup | None, num_places: int) -> PackedSequence:
         """The line of packed rows, filled up by places that belong to no row and that nobody sees."""
-        layout = RowLayout.of(inputs)
+        layout = RowLayout.from_inputs(inputs)
         to_padded, from_padded = layout.padded_index
         filler = num_places - layout.num_places
         # What stands in the filler places of the attention is never read: any place of a row will do.
         index = (to_padded, F.pad(from_padded, (0, filler)))
         ids, positions = (F.pad(line, (0, filler)) for line in (inputs.input_ids, inputs.position_ids))
         if sequence is not None:
-            ids, positions = sequence.slice_of(ids), sequence.slice_of(positions)
+            ids, positions = sequence.local_slice(ids), sequence.local_slice(positions)
         filled = RowLayout(inputs.lengths, True, layout.device, index=index, sequence=sequence)
         return cls(ids, positions, PackedAttentionParams(layout=filled), num_places)
 
@@ -122,7 +122,7 @@ class RowAttention(MegatronModule):
         """[n, 1, H * D] from query, key and value [n, 1, ., D]."""
         assert packed_seq_params.layout is not None
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        attended, _none = rows_attention(self, query, key, value, layout=packed_seq_params.layout)
+        attended, _none = attention_forward(self, query, key, value, layout=packed_seq_params.layout)
         return attended[0].flatten(1)[:, None]
 
 
@@ -239,7 +239,7 @@ class _OnLastStage(Backbone):
     def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         if self.sequence is None:
             return self.states.index_select(0, inputs.predictors), None
-        own, places = self.sequence.own(inputs.predictors, self.line.num_places)
+        own, places = self.sequence.local_indices(inputs.predictors, self.line.num_places)
         return self.states.index_select(0, places), own
 
 

@@ -132,9 +132,9 @@ class Learner(ColumnWorker):
         self.engine.discard()
 
     @register(DispatchMode("ranks", broadcast, _all))
-    def accumulates(self) -> bool:
+    def can_accumulate(self) -> bool:
         """Whether the engine takes an update in portions."""
-        return self.engine.accumulates
+        return self.engine.can_accumulate
 
     def _objective(self, kl_coef: float) -> Objective:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from verl.controller.dispatch import PLANNED, PLANNED_METRICS, register
 from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
-from verl.engines.hf.models import PolicyModel, at_targets, entropies
+from verl.engines.hf.models import PolicyModel, entropies, target_logprobs
 from verl.engines.micro_batches import MicroBatches, mean_over, run_updates
 from verl.engines.roles.base import Learner
 from verl.engines.roles.columns import (
@@ -36,7 +36,7 @@ def sum_squared_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 # Columns [M] that the policy writes before the first update, from log_probs [M, V] and the sampled tokens [M].
 POLICY_COLUMNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "trainer_logprobs": at_targets,
+    "trainer_logprobs": target_logprobs,
     "sum_squared_probs": sum_squared_probs,
 }
 
@@ -83,7 +83,7 @@ class PolicyWorker(Learner):
     @register(PLANNED)
     def write_reference(self, batch: Batch, plan: BatchPlan) -> Batch:
         """`ref_logprobs` of the policy without its low-rank additions: the model that it started from."""
-        with self.engine.adapter_off():
+        with self.engine.disable_adapter():
             logprobs = policy_logprobs(
                 self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk
             )
@@ -126,11 +126,13 @@ class PolicyWorker(Learner):
     def _reduced(
         self, inputs: ModelInput, outputs: Callable[..., tuple[Tensor, ...]], *columns: Tensor
     ) -> tuple[Tensor, ...]:
-        return self.model.reduced(inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk)
+        return self.model.reduce_vocab(
+            inputs, outputs, *columns, temperature=self._temperature, chunk=self._chunk
+        )
 
     def _outputs(self, log_probs: Tensor, targets: Tensor, *top_ids: Tensor) -> tuple[Tensor, ...]:
         entropy = entropies(log_probs, with_grad=self._algorithm.entropy_coef != 0)
-        return (at_targets(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
+        return (target_logprobs(log_probs, targets), entropy, *(log_probs.gather(1, ids) for ids in top_ids))
 
     def _has_whole_minibatches(self, plan: BatchPlan) -> bool:
         """Whether each update is a single micro-batch of this rank alone, whose own forward pass gives the
@@ -147,7 +149,7 @@ class PolicyWorker(Learner):
         """
 
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            return (at_targets(log_probs, targets),)
+            return (target_logprobs(log_probs, targets),)
 
         current = self.engine.infer(batch, micro_batches, lambda inputs: self._reduced(inputs, outputs)[0])
         rows = sorted(row for micro in micro_batches for row in micro)

@@ -9,7 +9,7 @@ from verl.controller.dispatch import PLANNED, register
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine
-from verl.engines.hf.models import PolicyModel, at_targets
+from verl.engines.hf.models import PolicyModel, target_logprobs
 from verl.engines.roles.base import ColumnWorker
 from verl.engines.roles.columns import response_columns, stacked_columns
 from verl.engines.roles.loss_weights import plan_rows
@@ -35,14 +35,14 @@ class TeacherWorker(ColumnWorker):
         def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             top, ids = log_probs.topk(k, -1)
             # One tensor: fp32 holds every id below 2^24 exactly, more than any vocabulary has.
-            return (torch.cat([at_targets(log_probs, targets)[:, None], top, ids.float()], 1),)
+            return (torch.cat([target_logprobs(log_probs, targets)[:, None], top, ids.float()], 1),)
 
         written = self.engine.infer(
             batch,
             plan_rows(plan),
-            lambda inputs: model.reduced(inputs, outputs, temperature=self._temperature, chunk=self._chunk)[
-                0
-            ],
+            lambda inputs: model.reduce_vocab(
+                inputs, outputs, temperature=self._temperature, chunk=self._chunk
+            )[0],
         )
         written = stacked_columns(written, batch, 1 + 2 * k)
         columns = {"teacher_logprobs": written[..., 0]}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from verl.controller.dispatch import ONE_TO_ALL, SAME_ON_ALL, register
-from verl.engines.hf.hf_io import lora_adapter_files
 from verl.engines.hf.lora import has_lora
+from verl.engines.hf.weights import lora_adapter_files
 from verl.engines.roles.base import RoleWorker
 from verl.utils.device import synchronize
 from verl.utils.network import address_towards, free_port
@@ -183,7 +183,7 @@ class PolicyWeightSender(RoleWorker):
     @register(ONE_TO_ALL)
     def held_shards(self) -> tuple[list[TensorShard], str]:
         """Shards of this rank, and the identity of the shared memory that this process sees."""
-        return self.engine.pieces(), shared_memory_id()
+        return self.engine.local_shards(), shared_memory_id()
 
     @register(SAME_ON_ALL)
     def rendezvous_address(self, url: str | None) -> tuple[str, int]:
@@ -231,7 +231,7 @@ class PolicyWeightSender(RoleWorker):
         if name not in self._groups or self._plans is None:
             return {}, "no group with the engine"
         group, num_senders = self._groups[name]
-        homes, dtype = self.engine.homes(), dtype_of(infos[0])
+        homes, dtype = self.engine.local_tensors(), dtype_of(infos[0])
         shapes = {info.name: info.shape for info in infos}
         digests: dict[int, dict[str, int]] = {}
 
@@ -270,7 +270,7 @@ class PolicyWeightSender(RoleWorker):
         wanted = {info.name: info for info in infos}
         digests: dict[str, int] = {}
         slots = {info.name: place for info, place in unpack(target, infos)} if target is not None else {}
-        for name, tensor in self.engine.whole_tensors(wanted):
+        for name, tensor in self.engine.full_tensors(wanted):
             if target is None:
                 continue
             served, shape = tensor.to(dtype_of(wanted[name])), wanted[name].shape

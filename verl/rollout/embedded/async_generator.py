@@ -289,7 +289,7 @@ class AsyncGenerator:
         """Generates until there is nothing more, or a command for which the model must be left; returns that
         one.
         """
-        with torch.inference_mode(), self._model.ready():
+        with torch.inference_mode(), self._model.forward_mode():
             if self._is_stale:
                 self._generation.recompute()
                 self._is_stale = False

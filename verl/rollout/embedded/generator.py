@@ -90,7 +90,7 @@ class EmbeddedEngine(RolloutEngine):
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.model.ready():
+            with self.model.forward_mode():
                 return self._answers(prompts, params)
         finally:
             self.model.train(was_training)
@@ -134,7 +134,7 @@ class Generation:
     """Answers that are generated together, one token at a time: the queue of groups, the rows in the slots,
     their state over the slots.
 
-    Answers may be asked for and taken back between any two steps. Needs `model.ready()` around `step` and
+    Answers may be asked for and taken back between any two steps. Needs `model.forward_mode()` around `step` and
     `recompute`.
 
     Args:
@@ -255,14 +255,14 @@ class Generation:
         layout = RowLayout(lengths, True, device, self.cache, slots)
         ids = torch.tensor([[token for line in lines for token in line]], device=device)
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-        return self.model.hidden(ids, positions, layout)
+        return self.model.hidden_states(ids, positions, layout)
 
     def _decode(self) -> list[Row]:
         """One more token for every row in use."""
         longest = int(self.positions.max()) + 1
         self.cache.reserve(longest)
         layout = DecodeLayout(self.cache, self.positions, longest)
-        states = self.model.hidden(self.tokens[:, None], self.positions[:, None], layout)
+        states = self.model.hidden_states(self.tokens[:, None], self.positions[:, None], layout)
         return self._draw(self.model.logits(states[:, 0]), layout.rows)
 
     def _draw(self, logits: Tensor, slots: Tensor) -> list[Row]:

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import DispatchRank
 from verl.engines.base import ForwardEngine
-from verl.engines.hf.hf_io import own_pieces
-from verl.engines.hf.meta_init import empty_transformer, kept_tied
+from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights
 from verl.engines.hf.models import PolicyModel, Precision
+from verl.engines.hf.weights import local_shards
 from verl.engines.tensor_parallel import TENSOR_PARALLEL, check_sizes, parallelize
 from verl.utils.device import PRECISIONS
 from verl.weight_sync.layout import ShardLayout, shape_of
@@ -57,7 +57,7 @@ class Switch:
 def has_equal_layout(engine: ForwardEngine, tensor: int) -> bool:
     """Whether the weights that train are those that generate: shared storage, nothing travels."""
     mesh = engine.mesh
-    return engine.generates and (mesh.tensor, mesh.shards, mesh.pipeline) == (tensor, 1, 1)
+    return engine.can_generate and (mesh.tensor, mesh.shards, mesh.pipeline) == (tensor, 1, 1)
 
 
 def fitting_tensor(config: PretrainedConfig, mesh: Mesh) -> int:
@@ -147,7 +147,7 @@ class HybridEngine:
         mesh = DeviceMesh(self._device.type, torch.tensor(replicas), mesh_dim_names=("replicas", "tensor"))
         if len(replicas[0]) > 1:
             parallelize(transformer, mesh["tensor"])
-        with kept_tied(transformer):
+        with keep_tied_weights(transformer):
             transformer._apply(
                 lambda t: (
                     torch.empty_like(t, device=self._device, dtype=self._dtype)
@@ -159,7 +159,7 @@ class HybridEngine:
 
     def _plan(self, bucket_bytes: int) -> ReshardPlan:
         everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (self._engine.pieces(), own_pieces(self.model.transformer)))
+        dist.all_gather_object(everyones, (self._engine.local_shards(), local_shards(self.model.transformer)))
         shapes = {
             name: tuple(parameter.shape) for name, parameter in self.model.transformer.named_parameters()
         }
@@ -173,13 +173,15 @@ class HybridEngine:
         """Lets the tensors that are whole and alike on both sides have one storage; those that are made for a
         switch are not.
         """
-        transformer, sources = self.model.transformer, self._engine.homes()
+        transformer, sources = self.model.transformer, self._engine.local_tensors()
         lasting = {
-            name for name, home in self._engine.homes().items() if home.data_ptr() == sources[name].data_ptr()
+            name
+            for name, home in self._engine.local_tensors().items()
+            if home.data_ptr() == sources[name].data_ptr()
         }
         parameters, shared = dict(transformer.named_parameters()), set()
-        held = {(piece.name, piece.bounds): piece.local_name for piece in self._engine.pieces()}
-        for piece in own_pieces(transformer):
+        held = {(piece.name, piece.bounds): piece.local_name for piece in self._engine.local_shards()}
+        for piece in local_shards(transformer):
             name = held.get((piece.name, piece.bounds))
             parameter = parameters[piece.local_name]
             if name not in lasting or (sources[name].dtype, sources[name].device) != (
@@ -252,7 +254,7 @@ class HybridEngine:
 
     def _arriving(self) -> Iterator[None]:
         """Puts every part in its place: first what this rank has, then bucket by bucket."""
-        sources = self._engine.homes()
+        sources = self._engine.local_tensors()
 
         def read(copy: Copy) -> Tensor:
             return local_view(sources[copy.sender_tensor], copy.bounds, copy.sender_offset)

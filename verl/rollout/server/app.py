@@ -22,7 +22,8 @@ from typing import Any
 
 from aiohttp import web
 
-from verl.engines.hf.models import PolicyModel, Precision, load_language_model
+from verl.engines.hf.models import PolicyModel, Precision
+from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.async_generator import AsyncGenerator, Request, Token
 from verl.rollout.server.openai_protocol import AnswerText, APIError, RequestParser, ResponseWriter
 from verl.rollout.server.token_stream import PATH, AnswerStreams

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from verl.engines.hf.models import load_language_model
+from verl.engines.hf.pretrained import load_language_model
 from verl.weight_sync.fingerprint import digest, fingerprint
 from verl.weight_sync.layout import Bounds, full_bounds
 from verl.weight_sync.receiver import WeightReceiver

@@ -18,7 +18,8 @@ from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
 from verl.data.columns import COLUMNS
 from verl.engines.base import ForwardEngine, TrainEngine
-from verl.engines.hf.models import Backbone, PolicyModel, load_language_model, value_model
+from verl.engines.hf.models import Backbone, PolicyModel
+from verl.engines.hf.pretrained import load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.roles.base import Learner
 from verl.engines.roles.critic import CriticWorker
@@ -99,7 +100,7 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
     training.
     """
     wanted = config.hybrid_engine.actor_repartition
-    if not wanted.enabled and engine.generates:
+    if not wanted.enabled and engine.can_generate:
         return None
     if (num_ranks := dist.get_world_size() if dist.is_initialized() else 1) != engine.mesh.num_ranks:
         raise ValueError(
