@@ -31,7 +31,7 @@ from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.rollout.server.backend import EmbeddedServer
+from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.types import Transport
 

@@ -11,7 +11,7 @@ import torch
 from stepping import Gate, Workload, share_of_vowels
 
 from verl.config import load_config
-from verl.rollout.server.backend import EmbeddedServer
+from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.trainer.base import Metrics
 from verl.trainer.build.rollout_factory import pool_of
 from verl.trainer.rl_trainer import Trainer

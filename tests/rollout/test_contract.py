@@ -71,7 +71,7 @@ def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
         make = import_module("verl.rollout.openai_engine").HTTPEngine
         return pool_of(None, model, folder, 1, make=make, options=options, address=address, policy=policy())
     modules = {
-        "served": "verl.rollout.server.backend:EmbeddedServer",
+        "served": "verl.rollout.server.embedded_server:EmbeddedServer",
         "vllm server": "verl.rollout.vllm.server:VLLMServer",
     }
     options = {"vllm server": {"max_model_len": 256}}.get(name, {})

@@ -28,7 +28,7 @@ from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
 from verl.rollout.openai_engine import HTTPEngine
-from verl.rollout.server.backend import EmbeddedServer
+from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.network import free_port
 from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec

@@ -1,6 +1,4 @@
-"""Engines behind HTTP: what all of them need of a client, and the engine for any server with OpenAI's
-interface.
-"""
+"""Engine for any server with OpenAI's API; the server keeps its own weights."""
 
 from __future__ import annotations
 
@@ -11,195 +9,18 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
-from email.utils import parsedate_to_datetime
 from typing import Any
 
-import aiohttp
 from typing_extensions import override
 
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
+from verl.rollout.http_client import HTTPClient, HTTPStatusError
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
-_MAX_EVENT_BYTES = 2**24
 _MAX_BACKOFF_S = 30.0
-_FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-
-
-class StatusError(EngineError):
-    """A server answered with a status that is no success.
-
-    Attributes:
-        status: of HTTP.
-        retry_after_s: how long it asks to wait, if it does.
-    """
-
-    def __init__(self, message: str, status: int, retry_after_s: float | None) -> None:
-        super().__init__(message)
-        self.status, self.retry_after_s = status, retry_after_s
-
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the same request would never be answered."""
-        return 400 <= self.status < 500 and self.status not in (408, 409, 425, 429)
-
-
-class Connection:
-    """JSON over HTTP to one server; the key is sent along and never told.
-
-    Args:
-        name: of the engine, for messages.
-        address: http://HOST:PORT or more.
-        key: sent as `Authorization: Bearer`; "": none.
-    """
-
-    def __init__(self, name: str, address: str, *, key: str) -> None:
-        self._name, self._address, self._key = name, address.rstrip("/"), key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # The number of requests at a time is the server's affair, or the pool's.
-        self._session = aiohttp.ClientSession(
-            headers=headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False
-        )
-
-    async def close(self) -> None:
-        """Closes all connections."""
-        await self._session.close()
-
-    async def json(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> dict[str, Any]:
-        """The JSON object of the answer.
-
-        Raises:
-            StatusError: another status than 2xx.
-            EngineError: no answer, or none that is a JSON object.
-        """
-        async with self._request(method, path, body, aiohttp.ClientTimeout(total=timeout_s)) as response:
-            content = await response.read()
-        try:
-            answer = json.loads(content)
-        except ValueError as error:
-            raise EngineError(
-                f"{self._name} answers {path} with what is no JSON: {self._shown(content)}"
-            ) from error
-        if not isinstance(answer, dict):
-            raise EngineError(
-                f"{self._name} answers {path} with JSON that is no object: {self._shown(content)}"
-            )
-        return answer
-
-    async def events(self, path: str, body: Any, *, timeout_s: float) -> AsyncIterator[dict[str, Any]]:
-        """The events of a stream; it must send something, at least a comment, within each `timeout_s`.
-
-        Raises:
-            StatusError: another status than 2xx.
-            EngineError: the stream broke, or says an error.
-        """
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-        async with self._request("POST", path, body, timeout) as response:
-            async for line in response.content:
-                if line.startswith(b"data: [DONE]"):
-                    return
-                if line.startswith(b"data:"):
-                    yield self._event(line.removeprefix(b"data:"))
-        raise EngineError(f"{self._name} ended a stream before its end")
-
-    async def socket(self, path: str, max_bytes: int) -> aiohttp.ClientWebSocketResponse[bool]:
-        """A connection for messages of at most so many bytes in both directions.
-
-        Raises:
-            EngineError: there is none.
-        """
-        try:
-            # The message that says goodbye is not waited for long: a server that is stopped sends none.
-            timeout = aiohttp.ClientWSTimeout(ws_close=0.5)
-            return await self._session.ws_connect(
-                self._address + path, max_msg_size=max_bytes, timeout=timeout
-            )
-        except aiohttp.WSServerHandshakeError as error:
-            raise EngineError(f"{self._name} answers {path} with status {error.status}") from error
-        except (
-            aiohttp.ClientError,
-            OSError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the session was closed meanwhile
-            raise EngineError(
-                f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}"
-            ) from error
-
-    def _event(self, content: bytes) -> dict[str, Any]:
-        try:
-            event = json.loads(content)
-        except ValueError as error:
-            raise EngineError(f"{self._name} streams what is no JSON: {self._shown(content)}") from error
-        if not isinstance(event, dict) or "error" in event:
-            raise EngineError(f"{self._name} failed: {self._message(content)}")
-        return event
-
-    @asynccontextmanager
-    async def _request(
-        self, method: str, path: str, body: Any, timeout: aiohttp.ClientTimeout
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        try:
-            options = {"read_bufsize": _MAX_EVENT_BYTES, "allow_redirects": False}
-            async with self._session.request(
-                method, self._address + path, json=body, timeout=timeout, **options
-            ) as response:
-                if not 200 <= response.status < 300:
-                    content = await response.content.read(2**16)
-                    message = (
-                        f"{self._name} answers {path} with status {response.status}: {self._message(content)}"
-                    )
-                    raise StatusError(
-                        message, response.status, _retry_after_s(response.headers.get("Retry-After"))
-                    )
-                yield response
-        except EngineError:
-            raise
-        except asyncio.TimeoutError as error:
-            raise EngineError(f"{self._name} gave no sign of life at {path} in time") from error
-        except (
-            aiohttp.ClientError,
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the session was closed meanwhile
-            raise EngineError(
-                f"{self._name} cannot be asked at {path}: {self._hidden(f'{type(error).__name__}: {error}')}"
-            ) from error
-
-    def _message(self, content: bytes) -> str:
-        """What an error object says, whatever its form; else the text itself."""
-        try:
-            said = json.loads(content)
-        except ValueError:
-            return self._shown(content)
-        while isinstance(said, dict) and (
-            inner := said.get("error") or said.get("message") or said.get("detail")
-        ):
-            said = inner
-        return self._hidden(said if isinstance(said, str) else json.dumps(said))[:1000]
-
-    def _shown(self, content: bytes) -> str:
-        return self._hidden(repr(content[:200].decode(errors="replace")))
-
-    def _hidden(self, text: str) -> str:
-        """Some servers repeat the key that they were given."""
-        return text.replace(self._key, "***") if self._key else text
-
-
-def _retry_after_s(header: str | None) -> float | None:
-    """Seconds from a header with seconds or a date; None if it says neither."""
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
+_FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 @dataclass(frozen=True)
@@ -208,15 +29,16 @@ class HTTPOptions:
 
     Attributes:
         model: name of the model in requests.
-        chat: ask chat completions with the prompt's text as one message of the user; else completions.
-        api_key_env: name of the environment variable that has the key; none: no key.
-        retries: of a request that failed in a way that may pass: status 429 or 5xx, no connection, no answer.
+        chat: request chat completions, with the prompt's text as one user message; else completions.
+        api_key_env: name of the environment variable with the API key; None: no key.
+        retries: how often a failed request is sent again after a status of 429 or 5xx, a lost connection or a
+            timeout.
         backoff: seconds before the first retry, doubled for each further one, up to 30.
         max_concurrency: requests at a time.
-        processed_logprobs: its logprobs are those of the distribution that was drawn from, after temperature
-            and truncation, as vLLM's with `--logprobs-mode processed_logprobs` and those of `verl serve`;
-            else they are taken only at temperature 1 without truncation, where both are the same.
-        extra: further fields of the body.
+        processed_logprobs: the server's logprobs are those of the distribution that was sampled from, after
+            temperature and truncation, as with vLLM's `--logprobs-mode processed_logprobs` and `verl serve`.
+            Else they are used only at temperature 1 without truncation, where both distributions are equal.
+        extra: further fields of the request body.
     """
 
     model: str
@@ -228,21 +50,12 @@ class HTTPOptions:
     processed_logprobs: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> HTTPOptions:
-        """From settings.
-
-        Raises:
-            ValueError: an unknown option, a missing one, or one out of bounds.
-        """
-        return options_of(cls, options, "http")
-
     def __post_init__(self) -> None:
         if self.retries < 0 or self.backoff <= 0 or self.max_concurrency < 1:
             raise ValueError(f"need retries >= 0, backoff > 0 and max_concurrency >= 1, got {self}")
 
-    def key(self) -> str:
-        """The key.
+    def api_key(self) -> str:
+        """Read the API key from the environment; "" without `api_key_env`.
 
         Raises:
             ValueError: the variable is not set.
@@ -256,11 +69,11 @@ class HTTPOptions:
         return os.environ[self.api_key_env]
 
 
-def options_of(kind: type, options: Mapping[str, Any], engine: str) -> Any:
-    """A dataclass from options of the same names.
+def parse_options(kind: type, options: Mapping[str, Any], *, engine: str) -> Any:
+    """Build an options dataclass from the settings of an engine.
 
     Raises:
-        ValueError: an unknown name, with the nearest one that is known, or one is missing.
+        ValueError: an unknown name, with the nearest known one, a missing option, or one out of bounds.
     """
     known = [option.name for option in fields(kind)]
     for name in options:
@@ -274,31 +87,31 @@ def options_of(kind: type, options: Mapping[str, Any], engine: str) -> Any:
 
 
 class HTTPEngine(InferenceServer):
-    """Any server with OpenAI's interface, at `spec.address` with or without /v1; its weights are its own.
+    """Any server with OpenAI's API, at `spec.address` with or without /v1. See `HTTPOptions`.
 
-    Where it takes token ids and gives them back with logprobs, as vLLM and `verl serve` do, chunks have both;
-    else the text of the whole answer alone. A request that may be answered later is retried, all within
-    `spec.timeout_s`. See `HTTPOptions`.
+    Servers that take token ids and return them with logprobs, as vLLM and `verl serve` do, give chunks with
+    both; others give the text of the whole answer. A request that failed for now is retried, all within
+    `spec.timeout_s`.
     """
 
     syncs_weights = False
 
     def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
-        self._options = HTTPOptions.of(spec.options)
-        # Somebody else's server has no business with the secret of the run.
-        self._key = self._options.key()
+        self._options: HTTPOptions = parse_options(HTTPOptions, spec.options, engine="http")
+        # The run's own secret is not sent to somebody else's server.
+        self._api_key = self._options.api_key()
         if spec.address is None:
             raise ValueError(f"need the address of the server of engine {spec.name}")
-        self._base = spec.address.rstrip("/").removesuffix("/v1") + "/v1"
-        self._gives_ids = not self._options.chat
-        self._connection: Connection | None = None
+        self._base_url = spec.address.rstrip("/").removesuffix("/v1") + "/v1"
+        self._returns_ids = not self._options.chat
+        self._open_client: HTTPClient | None = None
 
     @override
     async def open(self) -> None:
         self._codec = TextCodec.load(self.spec.model)
-        self._places = asyncio.Semaphore(self._options.max_concurrency)
-        self._connection = Connection(self.spec.name, self._base, key=self._key)
+        self._slots = asyncio.Semaphore(self._options.max_concurrency)
+        self._open_client = HTTPClient(self.spec.name, self._base_url, api_key=self._api_key)
         deadline = time.monotonic() + self.spec.start_timeout_s
         while True:
             try:
@@ -309,70 +122,70 @@ class HTTPEngine(InferenceServer):
                     raise
             await asyncio.sleep(self._options.backoff)
 
+    @override
     async def check(self) -> None:
-        """See `InferenceServer.check`; a server that answers, if only with a refusal, is well, but for one that
-        refuses the key.
-        """
+        # A server that refuses this path is well, except if it refuses the key.
         try:
-            await self._connected().json("GET", "/models", timeout_s=self.spec.timeout_s)
-        except StatusError as error:
-            if error.status in (401, 403) or not error.is_refusal:
+            await self._client.json("GET", "/models", timeout_s=self.spec.timeout_s)
+        except HTTPStatusError as error:
+            if error.status in (401, 403) or not error.is_permanent:
                 raise
 
     @override
     async def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        client, self._open_client = self._open_client, None
+        if client is not None:
+            await client.close()
 
+    @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`; one chunk."""
-        async with self._places:
-            yield await self._answered(list(prompt_ids), params, seed_of(params, number))
+        async with self._slots:
+            yield await self._complete(list(prompt_ids), params, seed_of(params, number))
 
-    def _connected(self) -> Connection:
-        if self._connection is None:
+    @property
+    def _client(self) -> HTTPClient:
+        if self._open_client is None:
             raise EngineError(f"{self.spec.name} is closed")
-        return self._connection
+        return self._open_client
 
-    async def _answered(self, prompt_ids: list[int], params: SamplingParams, seed: int) -> TokenChunk:
+    async def _complete(self, prompt_ids: list[int], params: SamplingParams, seed: int) -> TokenChunk:
+        """Request one answer, with retries while the failure may pass."""
         deadline = time.monotonic() + self.spec.timeout_s
         attempt = 0
         while True:
+            path, body = self._request(prompt_ids, params, seed)
+            left_s = max(0.001, deadline - time.monotonic())
             try:
-                answer = await self._asked_once(prompt_ids, params, seed, deadline)
-                return self._chunk(answer, params)
-            except StatusError as error:
-                if error.is_refusal and self._gives_ids and "return_token_ids" in str(error):
-                    self._gives_ids = False  # It knows texts only.
+                return self._parse_response(
+                    await self._client.json("POST", path, body, timeout_s=left_s), params
+                )
+            except HTTPStatusError as error:
+                if error.is_permanent and self._returns_ids and "return_token_ids" in str(error):
+                    self._returns_ids = False  # this server takes and returns text only
                     continue
-                if error.is_refusal:
+                if error.is_permanent:
                     raise RefusedError(str(error)) from error
-                await self._wait(attempt, error, error.retry_after_s or 0.0, deadline)
+                await self._back_off(attempt, error, error.retry_after_s or 0.0, deadline)
             except EngineError as error:
-                await self._wait(attempt, error, 0.0, deadline)
+                await self._back_off(attempt, error, 0.0, deadline)
             attempt += 1
 
-    async def _wait(self, attempt: int, error: EngineError, least_s: float, deadline: float) -> None:
-        """Waits before the next attempt.
-
-        Raises:
-            EngineError: there is none.
-        """
-        growing_s = min(_MAX_BACKOFF_S, self._options.backoff * 2**attempt)
-        # At random, so that requests that failed together do not come back together.
-        wait_s = least_s + growing_s * random.uniform(0.5, 1.0)
+    async def _back_off(self, attempt: int, error: EngineError, min_wait_s: float, deadline: float) -> None:
+        """Wait before the next attempt; raise EngineError if none is left."""
+        backoff_s = min(_MAX_BACKOFF_S, self._options.backoff * 2**attempt)
+        # Randomized, so that requests that failed together are not sent again together.
+        wait_s = min_wait_s + backoff_s * random.uniform(0.5, 1.0)
         if attempt >= self._options.retries or time.monotonic() + wait_s >= deadline:
-            raise EngineError(
-                f"{error} (attempt {attempt + 1}; {self._options.retries} retries within {self.spec.timeout_s:g} s)"
-            ) from error
+            limits = f"{self._options.retries} retries within {self.spec.timeout_s:g} s"
+            raise EngineError(f"{error} (attempt {attempt + 1}; {limits})") from error
         await asyncio.sleep(wait_s)
 
-    async def _asked_once(
-        self, prompt_ids: list[int], params: SamplingParams, seed: int, deadline: float
-    ) -> dict[str, Any]:
+    def _request(
+        self, prompt_ids: list[int], params: SamplingParams, seed: int
+    ) -> tuple[str, dict[str, Any]]:
+        """Path and body of the request for one answer."""
         body: dict[str, Any] = {
             "model": self._options.model,
             "max_tokens": params.max_tokens,
@@ -381,49 +194,40 @@ class HTTPEngine(InferenceServer):
             "seed": seed,
             "n": 1,
         }
-        # Not everyone knows these.
+        # Sent only where they have an effect: not every server knows these fields.
         body |= {"top_k": params.top_k} if params.top_k else {}
         body |= {"min_p": params.min_p} if params.min_p else {}
         body |= {"stop": list(params.stop)} if params.stop else {}
-        if self._options.chat:
-            path, body["messages"] = (
-                "/chat/completions",
-                [{"role": "user", "content": self._codec.decode_prompt(prompt_ids)}],
-            )
-        elif self._gives_ids:
-            path = "/completions"
+        if self._returns_ids:
             body |= {
                 "prompt": prompt_ids,
                 "logprobs": 0,
                 "return_token_ids": True,
                 "stop_token_ids": list(params.stop_ids),
             }
-        else:
-            path, body["prompt"] = "/completions", self._codec.decode_prompt(prompt_ids)
-        left_s = max(0.001, deadline - time.monotonic())
-        return await self._connected().json("POST", path, {**body, **self._options.extra}, timeout_s=left_s)
+            return "/completions", {**body, **self._options.extra}
+        text = self._codec.decode_prompt(prompt_ids)
+        if self._options.chat:
+            body["messages"] = [{"role": "user", "content": text}]
+            return "/chat/completions", {**body, **self._options.extra}
+        return "/completions", {**body, "prompt": text, **self._options.extra}
 
-    def _chunk(self, answer: Mapping[str, Any], params: SamplingParams) -> TokenChunk:
-        """The answer as a chunk.
-
-        Raises:
-            EngineError: it is none.
-        """
+    def _parse_response(self, response: Mapping[str, Any], params: SamplingParams) -> TokenChunk:
+        """Parse a response into one chunk; raise EngineError if it has no answer."""
         try:
-            choice = answer["choices"][0]
-            reason = _FINISH.get(choice["finish_reason"], "stop")
+            choice = response["choices"][0]
+            reason = _FINISH_REASONS.get(choice["finish_reason"], "stop")
             text = choice["message"]["content"] if self._options.chat else choice["text"]
             ids = choice.get("token_ids")
             logprobs = ids and choice["logprobs"] and choice["logprobs"]["token_logprobs"]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise EngineError(
-                f"{self.spec.name} answers without {error}: {json.dumps(answer)[:500]}"
+                f"{self.spec.name} answers without {error}: {json.dumps(response)[:500]}"
             ) from error
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
-            is_plain = params.temperature == 1 and not params.truncates
-            return TokenChunk(
-                tuple(ids), tuple(logprobs) if is_plain or self._options.processed_logprobs else None, reason
-            )
+            # At temperature 1 without truncation, tokens are drawn from the model's own distribution.
+            is_known = self._options.processed_logprobs or (params.temperature == 1 and not params.truncates)
+            return TokenChunk(tuple(ids), tuple(logprobs) if is_known else None, reason)
         if not isinstance(text, str):
-            raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(answer)[:500]}")
+            raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(response)[:500]}")
         return TokenChunk(finish_reason=reason, text=text)

@@ -22,7 +22,7 @@ from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.inference_pool import MakeEngine
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.rollout.server.backend import EmbeddedServer
+from verl.rollout.server.embedded_server import EmbeddedServer
 
 CPU = torch.device("cpu")
 

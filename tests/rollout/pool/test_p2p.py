@@ -17,7 +17,7 @@ from tests.rollout.ranks import move, moved, policy_ranks
 from tests.tiny import random_prompts, tiny_codec, tiny_policy
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.rollout.server.backend import EmbeddedServer
+from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.types import WeightChunk
 

@@ -24,7 +24,7 @@ from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.server.app import ServeOptions, serve
-from verl.rollout.server.openai_protocol import AnswerText
+from verl.rollout.server.openai_response import IncrementalDetokenizer
 from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -237,7 +237,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(client):
 
 SAY_A = {"messages": [{"role": "user", "content": "a"}]}
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no prompt": ("completions", {}, "need a prompt"),
+    "no prompt": ("completions", {}, "need prompt as token ids, a text"),
     "prompt of another kind": ("completions", {"prompt": {"text": "a"}}, "need prompt as token ids, a text"),
     "empty prompt": ("completions", {"prompt": ["a", ""]}, "at least one token"),
     "id beyond the vocabulary": (
@@ -291,12 +291,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "message without a role": (
         "chat/completions",
         {"messages": [{"content": "a"}]},
-        "need messages[0] with a role",
+        "each with a role and with text alone as its content, got nothing at messages.0.role",
     ),
     "image": (
         "chat/completions",
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "need text alone",
+        "with text alone as its content, got [{'type': 'image_url'}] at messages.0.content",
     ),
     "tool call": (
         "chat/completions",
@@ -425,7 +425,7 @@ def test_a_model_that_is_not_there_is_said():
 
 def test_text_is_held_back_while_it_may_become_a_stop_text():
     codec = tiny_codec()
-    text = AnswerText(codec, ["END", "DO"])
+    text = IncrementalDetokenizer(codec, ["END", "DO"])
     said = [text.add(codec.encode(part), is_last=False) for part in ("a E", "N", "Q D", "x EN")]
     assert said == ["a ", "", "ENQ ", "Dx "]
     assert text.add(codec.encode("D"), is_last=True) == ""
@@ -433,7 +433,7 @@ def test_text_is_held_back_while_it_may_become_a_stop_text():
 
 def test_the_last_text_is_given_out_whole():
     codec = tiny_codec()
-    text = AnswerText(codec, ["END"])
+    text = IncrementalDetokenizer(codec, ["END"])
     assert text.add(codec.encode("the EN"), is_last=True) == "the EN"
 
 
@@ -450,7 +450,7 @@ def test_a_character_of_several_tokens_is_given_out_once_it_is_whole():
     pieces = list("ðŁĺĢa")  # how byte-level tokenizers spell F0 9F 98 80 and 61
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
     tokenizer.decoder = decoders.ByteLevel()
-    text = AnswerText(TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer)), [])
+    text = IncrementalDetokenizer(TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer)), [])
     assert [text.add([i], is_last=False) for i in (4, 0, 1, 2, 3, 4)] == ["a", "", "", "", "😀", "a"]
     # What ends in the midst of a character is given out as it is.
     assert text.add([0, 1], is_last=True) == text._codec.decode([0, 1])

@@ -1,4 +1,4 @@
-"""Answers over one connection: a client, and a server with a tiny model in the same event loop."""
+"""The token stream: a client, and a server with a tiny model in the same event loop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tests.tiny import random_prompts, shared_policy, tiny_codec
 from verl.rollout.embedded.async_generator import AsyncGenerator, Token
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.engine import EngineError, RefusedError, TokenChunk
-from verl.rollout.server.openai_protocol import APIError, ParsedRequest, RequestParser
-from verl.rollout.server.token_stream import AnswerClient, AnswerStreams, _packed, _unpacked
+from verl.rollout.server.openai_request import APIError, ParsedRequest, RequestParser
+from verl.rollout.server.token_client import TokenStreamClient
+from verl.rollout.server.token_messages import Failure, pack_message, unpack_message
+from verl.rollout.server.token_stream import TokenStreamServer
 from verl.utils.sampling_types import SamplingParams
 
 PROMPTS = random_prompts([3, 9, 2, 6])
@@ -31,9 +33,9 @@ SLOW_S = 60.0
 class Both:
     """The two sides of a connection, and what was asked."""
 
-    client: AnswerClient
+    client: TokenStreamClient
     thread: AsyncGenerator
-    streams: AnswerStreams
+    streams: TokenStreamServer
     bodies: list[dict[str, Any]]
     refuses: bool = False
 
@@ -42,26 +44,26 @@ class Both:
             raise APIError("not now", status=503)
 
 
-class NotingReader:
-    """Notes what it reads."""
+class RecordingParser:
+    """Records the bodies that it parses."""
 
-    def __init__(self, reader: RequestParser) -> None:
+    def __init__(self, parser: RequestParser) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self._reader = reader
+        self._parser = parser
 
-    def read(self, body: Any, *, is_chat: bool) -> ParsedRequest:
+    def parse(self, body: Any, *, is_chat: bool) -> ParsedRequest:
         self.bodies.append(body)
-        return self._reader.read(body, is_chat=is_chat)
+        return self._parser.parse(body, is_chat=is_chat)
 
 
 @asynccontextmanager
 async def client_of(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]], *, timeout_s: float
-) -> AsyncIterator[AnswerClient]:
+) -> AsyncIterator[TokenStreamClient]:
     app = web.Application()
     app.router.add_get("/answers", handler)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
-        client = AnswerClient(
+        client = TokenStreamClient(
             "one", lambda: session.ws_connect(server.make_url("/answers")), timeout_s=timeout_s
         )
         yield client
@@ -71,16 +73,16 @@ async def client_of(
 @asynccontextmanager
 async def both_sides(*, pace_s: float = SLOW_S, slots: int = 64) -> AsyncIterator[Both]:
     thread = AsyncGenerator(shared_policy(), tiny_codec(), max_slots=slots)
-    reader = NotingReader(RequestParser("tiny", tiny_codec(), 256, 100))
-    streams = AnswerStreams(thread, reader, check=lambda: both.check(), pace_s=pace_s)
+    parser = RecordingParser(RequestParser("tiny", tiny_codec(), 256, 100))
+    streams = TokenStreamServer(thread, parser, check=lambda: both.check(), pace_s=pace_s)
     async with client_of(streams.serve, timeout_s=20.0) as client:
-        both = Both(client, thread, streams, reader.bodies)
+        both = Both(client, thread, streams, parser.bodies)
         yield both
     thread.close()
 
 
 async def chunks_of(
-    client: AnswerClient, prompt: list[int], params: SamplingParams, number: int = 0
+    client: TokenStreamClient, prompt: list[int], params: SamplingParams, number: int = 0
 ) -> list[TokenChunk]:
     return [chunk async for chunk in client.sample(prompt, params, number=number)]
 
@@ -96,7 +98,7 @@ def expected(params: SamplingParams) -> list[list[int]]:
     return [list(c.token_ids) for group in groups for c in group]
 
 
-async def all_answers(client: AnswerClient, params: SamplingParams) -> list[list[TokenChunk]]:
+async def all_answers(client: TokenStreamClient, params: SamplingParams) -> list[list[TokenChunk]]:
     asked = [
         chunks_of(client, p, replace(params, seed=i), n)
         for i, p in enumerate(PROMPTS)
@@ -107,7 +109,7 @@ async def all_answers(client: AnswerClient, params: SamplingParams) -> list[list
 
 def test_a_message_is_bytes_that_lose_nothing():
     tokens = [Token(7, -0.1, 3, (), None), Token(2**40, -1e-300, 3, (), "stop")]
-    head, token_ids, logprobs = _unpacked(_packed([(5, tokens)], [([8, 9], True, "no")]))
+    head, token_ids, logprobs = unpack_message(pack_message([(5, tokens)], [Failure([8, 9], True, "no")]))
     assert head == {"tokens": [[5, 3, 2, "stop"]], "failed": [[[8, 9], True, "no"]]}
     assert token_ids == (7, 2**40) and logprobs == (-0.1, -1e-300)
 
@@ -197,7 +199,7 @@ def test_a_connection_that_breaks_fails_its_answers_and_the_next_ones_get_anothe
         await socket.prepare(http)
         await socket.receive()
         if num_connections == 2:
-            await socket.send_bytes(_packed([(2, [Token(9, -1.0, 0, (), "stop")])], []))
+            await socket.send_bytes(pack_message([(2, [Token(9, -1.0, 0, (), "stop")])], []))
         return socket
 
     async def work() -> list[TokenChunk]:
@@ -228,7 +230,7 @@ async def garbling(http: web.Request) -> web.StreamResponse:
 
 @pytest.mark.parametrize(
     ("handler", "message"),
-    [(silent, "one gave no sign of life in time"), (garbling, "one sends what are no answers")],
+    [(silent, "one gave no sign of life in time"), (garbling, "one sends an invalid message")],
 )
 def test_a_server_that_is_silent_or_sends_garbage_is_an_error(handler, message):
     async def work() -> None:

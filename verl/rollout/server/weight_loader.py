@@ -1,6 +1,4 @@
-"""Weights into a model, part by part, as an engine takes them: what came, what is missing, and which weights
-they are.
-"""
+"""Loads weight updates into a model, chunk by chunk, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -25,43 +23,43 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class WeightLoader:
-    """Takes updates into the weights of a model, in place.
+    """Loads updates into the weights of a model, in place.
 
-    Between `begin` and an `end` that succeeds the weights are neither the old nor the new ones.
+    Between `begin` and a successful `end` the model has a mix of old and new weights.
 
     Attributes:
-        is_torn: whether they are.
+        is_torn: the model has such a mix.
         is_open: an update was begun and not ended.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         self.is_torn = self.is_open = False
-        self._own: dict[str, Tensor] = dict(transformer.state_dict(keep_vars=True))
-        # Digests by the key of a tensor or of a part of it, and the names of the tensors.
-        self._taken: dict[str, int] = {}
-        self._names: set[str] = set()
-        # Parts by which a tensor that came directly counts.
-        self._marks: dict[str, list[Bounds]] = {}
-        # The model copies what comes into its own weights.
-        self._arrivals = WeightReceiver(None, copies_tensors=False)
-        # As they were before low-rank additions were added, of the matrices that have some.
-        self._without_additions: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = dict(transformer.state_dict(keep_vars=True))
+        # Of this update: digests by `shard_key`, and the names of the loaded tensors.
+        self._digests: dict[str, int] = {}
+        self._loaded: set[str] = set()
+        # Bounds of the shards in which a tensor came from the policy's ranks, each with a digest of its own.
+        self._shards: dict[str, list[Bounds]] = {}
+        # Tensors need not be kept: the model copies them into its own weights.
+        self._receiver = WeightReceiver(None, copies_tensors=False)
+        # Weights without the LoRA adapter, of the matrices that it changes.
+        self._base_weights: dict[str, Tensor] = {}
 
     def join_group(
         self, address: str, port: int, rank: int, *, num_ranks: int, backend: str, timeout_s: float
     ) -> None:
-        """Joins the group over which parts come, in place of one before."""
-        self._arrivals.join_group(
+        """Join the process group that carries chunks, in place of an earlier one."""
+        self._receiver.join_group(
             address, port, rank=rank, num_ranks=num_ranks, backend=backend, timeout_s=timeout_s
         )
 
     def begin(self) -> None:
-        """Forgets what was taken before, whether it was ended or not."""
-        self._taken, self._names, self._marks = {}, set(), {}
+        """Begin an update; one that was not ended is forgotten."""
+        self._digests, self._loaded, self._shards = {}, set(), {}
         self.is_open = self.is_torn = True
 
-    def received(self, part: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
-        """The tensors of a part, the weights left alone; waits for the sender where they come over a group.
+    def receive(self, chunk: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
+        """Receive the tensors of a chunk without loading them; waits for the sender over a process group.
 
         Raises:
             ValueError: no update was begun.
@@ -69,117 +67,148 @@ class WeightLoader:
         """
         if not self.is_open:
             raise ValueError("need begin_update before weights are loaded")
-        if part.transport == "disk":
-            return list(_from_folder(Path(part.location["folder"]), part.tensors, self._own))
-        if part.transport not in ("shm", "group", "direct", "ipc"):
-            raise ValueError(f"need weights via shm, disk, group or direct, got {part.transport!r}")
-        found = []
-        for info, parts, marks in (arrived for batch in self._arrivals.received(part) for arrived in batch):
-            ((_, tensor),) = parts
-            found.append((info, tensor))
-            self._marks[info.name] = marks
-        return found
+        if chunk.transport == "disk":
+            return list(read_tensors(Path(chunk.location["folder"]), chunk.tensors, self._weights))
+        if chunk.transport not in ("shm", "group", "direct", "ipc"):
+            raise ValueError(f"need weights via shm, disk, group or direct, got {chunk.transport!r}")
+        tensors = []
+        for batch in self._receiver.received(chunk):
+            for info, parts, shards in batch:
+                ((_, tensor),) = parts
+                tensors.append((info, tensor))
+                self._shards[info.name] = shards
+        return tensors
 
     @torch.no_grad()
-    def take(self, tensors: Sequence[tuple[TensorInfo, Tensor]]) -> None:
-        """Puts tensors of the update into the model.
+    def load(self, tensors: Sequence[tuple[TensorInfo, Tensor]]) -> None:
+        """Copy received tensors into the model.
 
         Raises:
-            ValueError: one that the model does not have, or of another shape.
+            ValueError: the model has no such tensor, or one of another shape.
         """
         for info, tensor in tensors:
-            own = self._own.get(info.name)
-            if own is None or tuple(own.shape) != tuple(tensor.shape):
-                found = "no such tensor" if own is None else f"one of shape {tuple(own.shape)}"
+            weight = self._weights.get(info.name)
+            if weight is None or tuple(weight.shape) != tuple(tensor.shape):
+                found = "no such tensor" if weight is None else f"one of shape {tuple(weight.shape)}"
                 raise ValueError(
-                    f"need tensors that the model has, got {info.name} of shape {tuple(tensor.shape)}; the model has {found}"
+                    f"need tensors that the model has, got {info.name} of shape {tuple(tensor.shape)};"
+                    f" the model has {found}"
                 )
-            own.copy_(tensor)
-            self._names.add(info.name)
-            # Of what the model has now, in the dtype that was sent: a lossy copy would show.
-            served = own.to(tensor.dtype)
-            for bounds in self._marks.get(info.name) or [full_bounds(tuple(own.shape))]:
-                self._taken[shard_key(info.name, bounds, shape=own.shape)] = digest(served[slices_of(bounds)])
+            weight.copy_(tensor)
+            self._loaded.add(info.name)
+            # Digests are of the model's weights, in the dtype that was sent: they show a copy that lost bits.
+            loaded = weight.to(tensor.dtype)
+            for bounds in self._shards.get(info.name) or [full_bounds(tuple(weight.shape))]:
+                key = shard_key(info.name, bounds, shape=weight.shape)
+                self._digests[key] = digest(loaded[slices_of(bounds)])
 
     def end(self) -> str:
-        """The fingerprint of what was taken.
+        """End the update and return the fingerprint of what was loaded.
 
         Raises:
-            ValueError: tensors of the model were not sent, or no update was begun; the weights are torn then.
+            ValueError: no update was begun, or tensors of the model were not sent; the weights stay torn.
         """
         if not self.is_open:
             raise ValueError("need begin_update before end_update")
         self.is_open = False
-        # Names of one storage, such as a tied head's, count as one. Buffers, which no optimizer changes, need
-        # not be sent.
-        covered = {self._own[name].data_ptr() for name in self._names}
-        parameters = [
-            (name, tensor)
-            for name, tensor in self._own.items()
-            if isinstance(tensor, nn.Parameter) and tensor.numel() > 0
+        # Names that share storage, such as those of a tied head, count as one. Buffers need not be sent,
+        # since no optimizer changes them.
+        loaded = {self._weights[name].data_ptr() for name in self._loaded}
+        missing = [
+            name
+            for name, tensor in self._weights.items()
+            if isinstance(tensor, nn.Parameter) and tensor.numel() > 0 and tensor.data_ptr() not in loaded
         ]
-        missing = [name for name, tensor in parameters if tensor.data_ptr() not in covered]
         if missing:
             raise ValueError(
-                f"need all weights in an update, but {len(missing)} were not sent: {_some(missing)}"
+                f"need all weights in an update, but {len(missing)} were not sent: {first_names(missing)}"
             )
-        self._without_additions = {}
+        self._base_weights = {}
         self.is_torn = False
-        return fingerprint(self._taken)
+        return fingerprint(self._digests)
 
     @torch.no_grad()
     def load_lora_adapter(self, folder: Path) -> str:
-        """Adds low-rank additions in PEFT format to the weights, in place of those before; the fingerprint of
-        their file.
+        """Merge a LoRA adapter in PEFT format into the weights, in place of an earlier one.
+
+        Returns:
+            Fingerprint of the tensors in its file.
 
         Raises:
-            ValueError: they do not fit the model, or are of a kind that is not known here.
+            ValueError: the adapter does not fit the model, is of a kind that is not supported, or the weights
+                are torn.
         """
         if self.is_torn:
-            raise ValueError("need whole weights before additions; the last update was not completed")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if (
-            config.get("use_dora")
-            or config.get("use_rslora")
-            or config.get("rank_pattern")
-            or config.get("alpha_pattern")
-        ):
-            raise ValueError(
-                "need plain low-rank additions of one rank, without DoRA, rank-stabilized scaling or patterns"
-            )
-        scaling = config["lora_alpha"] / config["r"]
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ups = {name: name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
-        targets = {name: name.removeprefix(_PEFT_PREFIX).replace(".lora_A.", ".") for name in ups}
-        unknown = [name for name in tensors if name not in ups and name not in ups.values()]
-        unknown += [
-            name for name, target in targets.items() if target not in self._own or ups[name] not in tensors
-        ]
-        if unknown:
-            raise ValueError(
-                f"need additions lora_A and lora_B to matrices of the model, got {_some(unknown)}"
-            )
-        for name, target in targets.items():
-            shape = (tensors[ups[name]].shape[0], tensors[name].shape[1])
-            if tuple(self._own[target].shape) != shape:
-                raise ValueError(
-                    f"need additions of the shape of the matrix {target}, {tuple(self._own[target].shape)}, got {shape}"
-                )
-        for name, base in self._without_additions.items():
-            self._own[name].copy_(base)
-        for name, target in targets.items():
-            weight = self._own[target]
-            self._without_additions.setdefault(target, weight.detach().clone())
-            down, up = (tensors[side].to(weight.device, torch.float32) for side in (name, ups[name]))
+            raise ValueError("need complete weights before a LoRA adapter; the last update was not completed")
+        scaling, tensors = read_lora_adapter(folder)
+        pairs = self._lora_pairs(tensors)
+        for name, base in self._base_weights.items():
+            self._weights[name].copy_(base)
+        for name, (lora_a, lora_b) in pairs.items():
+            weight = self._weights[name]
+            self._base_weights.setdefault(name, weight.detach().clone())
+            down, up = (tensors[side].to(weight.device, torch.float32) for side in (lora_a, lora_b))
             weight.add_((up @ down) * scaling)
         return fingerprint({name: digest(tensor) for name, tensor in tensors.items()})
 
+    def _lora_pairs(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+        """Names of the lora_A and lora_B tensors of each weight that an adapter changes.
 
-def _from_folder(
-    folder: Path, wanted: Sequence[TensorInfo], own: Mapping[str, Tensor]
+        Raises:
+            ValueError: a tensor belongs to no weight of the model, or has another shape.
+        """
+        pairs = {}
+        for lora_a in (name for name in tensors if ".lora_A." in name):
+            weight = lora_a.removeprefix(_PEFT_PREFIX).replace(".lora_A.", ".")
+            pairs[weight] = (lora_a, lora_a.replace(".lora_A.", ".lora_B."))
+        sides = {side for pair in pairs.values() for side in pair}
+        unknown = [name for name in tensors if name not in sides]
+        unknown += [
+            lora_a
+            for name, (lora_a, lora_b) in pairs.items()
+            if name not in self._weights or lora_b not in tensors
+        ]
+        if unknown:
+            raise ValueError(
+                f"need lora_A and lora_B of matrices of the model in an adapter, got {first_names(unknown)}"
+            )
+        for name, (lora_a, lora_b) in pairs.items():
+            needed = tuple(self._weights[name].shape)
+            shape = (tensors[lora_b].shape[0], tensors[lora_a].shape[1])
+            if needed != shape:
+                raise ValueError(f"need a LoRA adapter of the shape of {name}, {needed}, got {shape}")
+        return pairs
+
+
+def read_lora_adapter(folder: Path) -> tuple[float, dict[str, Tensor]]:
+    """Read the scaling alpha / r and the tensors of a LoRA adapter in PEFT format.
+
+    Raises:
+        ValueError: it is of a kind that is not supported.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if any(config.get(name) for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")):
+        raise ValueError(
+            "need a plain LoRA adapter of one rank, without DoRA, rank-stabilized scaling or patterns"
+        )
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return config["lora_alpha"] / config["r"], tensors
+
+
+def read_tensors(
+    folder: Path, wanted: Sequence[TensorInfo], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """The tensors of a Hugging Face folder that are wanted, by the names of the model; none named: all."""
+    """Read tensors of a Hugging Face folder.
+
+    Args:
+        folder: with *.safetensors.
+        wanted: tensors to read, in the dtype to convert them to; none: all.
+        weights: of the model, by the names that it has for them.
+
+    Raises:
+        RuntimeError: a wanted tensor is not there.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise RuntimeError(f"need *.safetensors in {folder}, got none")
@@ -187,22 +216,22 @@ def _from_folder(
     found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if not infos or name in infos}  # noqa: SIM118
-    if not set(infos or found) <= found.keys() or not found.keys() <= own.keys():
-        # Some families name their tensors otherwise in files than in the model; Transformers knows how.
-        found = {
-            name: t
-            for name, t in load_language_model(str(folder)).state_dict().items()
-            if not infos or name in infos
-        }
+            names = [name for name in file.keys() if not infos or name in infos]  # noqa: SIM118
+            found |= {name: file.get_tensor(name) for name in names}
+    if not set(infos or found) <= found.keys() or not found.keys() <= weights.keys():
+        # Some families have other names in files than in the model; Transformers converts them.
+        state = load_language_model(str(folder)).state_dict()
+        found = {name: tensor for name, tensor in state.items() if not infos or name in infos}
     if missing := sorted(infos.keys() - found.keys()):
         raise RuntimeError(
-            f"need the tensors of the update in {folder}, but {len(missing)} are not there: {_some(missing)}"
+            f"need the tensors of the update in {folder}, but {len(missing)} are not there:"
+            f" {first_names(missing)}"
         )
     for name, tensor in found.items():
-        came = TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        yield infos.get(name, came), tensor.to(dtype_of(infos[name])) if name in infos else tensor
+        own = TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        yield infos.get(name, own), tensor.to(dtype_of(infos[name])) if name in infos else tensor
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def first_names(names: Sequence[str], limit: int = 3) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -36,7 +36,7 @@ from verl.weight_sync.types import Transport
 SERVED = {
     "vllm": "verl.rollout.vllm.server:VLLMServer",
     "sglang": "verl.rollout.sglang.server:SGLangServer",
-    "served": "verl.rollout.server.backend:EmbeddedServer",
+    "served": "verl.rollout.server.embedded_server:EmbeddedServer",
     "http": "verl.rollout.openai_engine:HTTPEngine",
 }
 
