@@ -162,13 +162,13 @@ def test_calibration_is_measured_on_both_orders_of_each_pair(letters, tmp_path):
         "chosen_rewards": torch.tensor([50.0, 50.0, 50.0, 0.0]),
         "rejected_rewards": torch.tensor([0.0, 0.0, 0.0, 50.0]),
     }
-    assert trainer.evaluation(columns) == pytest.approx(
+    assert trainer.calibration_metrics(columns) == pytest.approx(
         {"eval/calibration_error": 0.25, "eval/brier_score": 0.25}
     )
     # Three to one, and right three times out of four: calibrated.
     odds = torch.full((4,), math.log(3))
     columns = {"chosen_rewards": odds * torch.tensor([1, 1, 1, -1]), "rejected_rewards": torch.zeros(4)}
-    assert trainer.evaluation(columns)["eval/calibration_error"] == pytest.approx(0, abs=1e-6)
+    assert trainer.calibration_metrics(columns)["eval/calibration_error"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_trained_model_is_one_of_transformers_and_can_be_trained_on(letters, tmp_path):

@@ -1,5 +1,6 @@
-"""Checkpoints on disk: written aside, renamed when complete, the newest complete one wins, and one run writes
-them at a time.
+"""Checkpoints of a run on disk.
+
+A checkpoint is written under a temporary name, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from verl.controller.worker_group import WorkerError
 
 _STATE = "state.pt"
-# Begins to write into a folder, and returns what waits until it is written.
+# Starts to write into a folder; the function that it returns waits until everything is written.
 Save = Callable[[Path], Callable[[], None]]
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -29,11 +30,11 @@ class CheckpointStore:
 
     A checkpoint is a folder `step-00000010` with one folder per model (`policy`, `critic`: weights and
     optimizer, see `verl.engines.dcp_checkpoint`) and `state.pt` (everything else: plain tensors, numbers and
-    texts). The rename from its temporary name is what completes it.
+    texts). The rename from its temporary name completes it.
 
     Args:
         root: folder of the checkpoints.
-        keep: how many of the newest ones stay.
+        keep: number of newest checkpoints kept.
     """
 
     def __init__(self, root: Path, *, keep: int) -> None:
@@ -42,60 +43,71 @@ class CheckpointStore:
         self._writing: Future[Path] | None = None
 
     def begin(self, step: int, saves: Mapping[str, Save], state: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint, after the one before is complete; training may go on at once.
+        """Start to write a checkpoint, once the one before is complete; training may continue at once.
 
-        When it is complete, the oldest ones beyond `keep` are removed; later steps are of a run that this one
-        replaces, and go too.
+        When the checkpoint is complete, the oldest ones beyond `keep` are removed. Checkpoints of later steps
+        belong to an earlier run that this one replaces; they are removed too.
 
         Args:
-            step: its number.
-            saves: for the folder of each model, what begins to write it.
+            step: number of the step.
+            saves: folder of each model -> function that starts to write the model.
             state: everything else.
 
         Raises:
-            RuntimeError: it, or the one before, cannot be written, as on a full disk; those before stay.
+            RuntimeError: this checkpoint, or the one before, cannot be written, for example because the disk
+                is full; complete ones are kept.
         """
         self.finish()
         final = self._root / f"step-{step:08d}"
-        aside = self._root / f".writing-{final.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        with self._told(final, aside):
-            aside.mkdir(parents=True)
+        partial = self._root / f".writing-{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        with self._removed_on_error(final, partial):
+            partial.mkdir(parents=True)
             waits = []
             for name, save in saves.items():
-                (aside / name).mkdir()
-                waits.append(save(aside / name))
-            torch.save(dict(state), aside / _STATE)
+                (partial / name).mkdir()
+                waits.append(save(partial / name))
+            torch.save(dict(state), partial / _STATE)
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = thread.submit(self._complete_one, waits, aside, final)
+        self._writing = thread.submit(self._complete, waits, partial, final)
         thread.shutdown(wait=False)
 
     def poll(self) -> Path | None:
-        """The checkpoint that has become complete since the last call, if one has.
+        """The checkpoint that was completed since the last call, if there is one.
 
         Raises:
-            RuntimeError: it could not be written, see `begin`.
+            RuntimeError: the checkpoint could not be written, see `begin`.
         """
         return self.finish() if self._writing and self._writing.done() else None
 
     def finish(self) -> Path | None:
-        """As `poll`, but waits for the one that is being written."""
+        """As `poll`, but wait for the checkpoint that is being written."""
         writing, self._writing = self._writing, None
         return writing.result() if writing else None
 
-    def _complete_one(self, waits: Sequence[Callable[[], None]], aside: Path, final: Path) -> Path:
-        with self._told(final, aside):
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, if there is one."""
+        return next(reversed(self.complete_ones()), None)
+
+    def complete_ones(self) -> list[Path]:
+        """Folders of the complete checkpoints, the oldest first."""
+        folders = self._root.glob("step-*") if self._root.exists() else []
+        return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / _STATE).exists())
+
+    def _complete(self, waits: Sequence[Callable[[], None]], partial: Path, final: Path) -> Path:
+        """Wait until everything is written, rename the checkpoint, and remove old ones."""
+        with self._removed_on_error(final, partial):
             for wait in waits:
                 wait()
-            for path in aside.rglob("*"):
-                _flush(path)
+            for path in partial.rglob("*"):
+                flush_to_disk(path)
         replaced = self._root / f".replaced-{final.name}"
         if final.exists():
             final.rename(replaced)
-        aside.rename(final)
+        partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _flush(self._root)
-        complete = self._complete()
+        flush_to_disk(self._root)
+        complete = self.complete_ones()
         kept = [folder for folder in complete if folder.name <= final.name][-self._keep :]
         for folder in complete:
             if folder not in kept:
@@ -103,33 +115,26 @@ class CheckpointStore:
         return final
 
     @contextmanager
-    def _told(self, final: Path, aside: Path) -> Iterator[None]:
-        """Says what is wrong with the disk, and leaves nothing half-written."""
+    def _removed_on_error(self, final: Path, partial: Path) -> Iterator[None]:
+        """Remove the half-written checkpoint after an error, and name the disk if it is the cause."""
         try:
             yield
-        except WorkerError:  # the ranks that write are gone, which has nothing to do with the disk
-            shutil.rmtree(aside, ignore_errors=True)
+        except WorkerError:  # the ranks that write are gone; the disk is not the cause
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        except (OSError, RuntimeError) as error:  # PyTorch has its own for a full disk
-            shutil.rmtree(aside, ignore_errors=True)
-            free = shutil.disk_usage(_existing(self._root)).free / 2**20
+        except (OSError, RuntimeError) as error:  # PyTorch raises its own RuntimeError for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            root = self._root.absolute()
+            on_disk = next(folder for folder in (root, *root.parents) if folder.exists())
+            free = shutil.disk_usage(on_disk).free / 2**20
             raise RuntimeError(
-                f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; make room and start again, "
-                "the checkpoints before it are whole"
+                f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; "
+                "make room and start again, the checkpoints before it are whole"
             ) from error
-
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, if there is one."""
-        complete = self._complete()
-        return complete[-1] if complete else None
-
-    def _complete(self) -> list[Path]:
-        folders = self._root.glob("step-*") if self._root.exists() else []
-        return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / _STATE).exists())
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `CheckpointStore.begin` was given as `state`.
+    """The `state` that `CheckpointStore.begin` wrote.
 
     Raises:
         ValueError: the folder is not a complete checkpoint.
@@ -143,11 +148,12 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Inside the block no other process writes a run into the folder, which is made if absent; the system
-    frees it at a process's death.
+    """Lock a folder, which is created if absent, against runs of other processes inside the block.
+
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        RuntimeError: one does.
+        RuntimeError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as lock:
@@ -156,26 +162,21 @@ def only_run_in(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             raise RuntimeError(
-                f"need {folder} for one run at a time, but process {lock.read() or 'unknown'} writes its run there; "
-                "wait for it, end it, or take another output_dir"
+                f"need {folder} for one run at a time, but process {lock.read() or 'unknown'} writes its run "
+                "there; wait for it, end it, or take another output_dir"
             ) from error
         except OSError:
-            pass  # A file system without locks.
+            pass  # a file system without locks
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
 
 
-def _flush(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk before the rename says so."""
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk; a rename that follows never precedes its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return folder if folder.exists() else _existing(folder.absolute().parent)

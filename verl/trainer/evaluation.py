@@ -1,4 +1,4 @@
-"""How good a policy is on held-out prompts: mean@k and pass@k."""
+"""Evaluation of a policy on held-out prompts: mean@k and pass@k."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 
-# Seeds of evaluation lie beyond those of training, which count prompts from 0.
+# Seeds of training count prompts from 0; those of evaluation start far beyond them.
 _FIRST_SEED = 1 << 62
 
 
 def answer_all(
     collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig
 ) -> list[list[Trajectory]]:
-    """`config.evaluation.samples` rewarded answers to every prompt; the same for the same weights, whenever
-    it is asked.
+    """`config.evaluation.samples` rewarded answers to every prompt.
+
+    The seeds are fixed, so the same weights always give the same answers.
     """
     sampling = replace(
         sampling_params(config, config.evaluation.samples), temperature=config.evaluation.temperature
@@ -27,7 +28,7 @@ def answer_all(
 
 
 def evaluate(collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig) -> dict[str, float]:
-    """Metrics with the prefix `eval/`; see `summarize`."""
+    """Answer the prompts, and return the metrics of `summarize`."""
     return summarize(answer_all(collector, prompts, config))
 
 
@@ -35,29 +36,28 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """Metrics of answered groups of k answers each.
 
     Returns:
-        eval/reward: mean reward of the answers that have one; left out if none was asked for.
-        eval/accuracy: mean@k, the share of right answers, an answer without a reward counting as wrong.
-        eval/pass@k: share of prompts with at least one right answer (only with k > 1).
+        eval/reward: mean reward of the answers that have one, NaN if rewards failed; absent in a run without
+            reward functions.
+        eval/accuracy: mean@k, the share of correct answers; an answer without a reward counts as wrong.
+        eval/pass@k: share of prompts with at least one correct answer; only for k > 1.
         eval/response_tokens, eval/truncated_share, eval/failed_share: means over answers.
-        The accuracies only if a reward function gives `accuracy`.
+        The accuracies are absent if no reward function gives `accuracy`.
     """
     answers = [t for group in groups for t in group]
     rewards = [t.reward for t in answers if t.reward is not None]
     failed = [t for t in answers if t.outcome != "ok"]
-    metrics = {
-        **(
-            {"eval/reward": sum(rewards) / len(rewards) if rewards else float("nan")}
-            if rewards or failed
-            else {}
-        ),
+    metrics = {}
+    if rewards or failed:
+        metrics["eval/reward"] = sum(rewards) / len(rewards) if rewards else float("nan")
+    metrics |= {
         "eval/response_tokens": sum(len(t.response_ids) for t in answers) / len(answers),
         "eval/truncated_share": sum(t.truncated for t in answers) / len(answers),
         "eval/failed_share": len(failed) / len(answers),
     }
     if any("accuracy" in t.scores for t in answers):
-        right = [[t.scores.get("accuracy", 0.0) for t in group] for group in groups]
-        metrics["eval/accuracy"] = sum(map(sum, right)) / len(answers)
+        correct = [[t.scores.get("accuracy", 0.0) for t in group] for group in groups]
+        metrics["eval/accuracy"] = sum(map(sum, correct)) / len(answers)
         k = max(len(group) for group in groups)
         if k > 1:
-            metrics[f"eval/pass@{k}"] = sum(max(group) >= 1 for group in right) / len(groups)
+            metrics[f"eval/pass@{k}"] = sum(max(group) >= 1 for group in correct) / len(groups)
     return metrics

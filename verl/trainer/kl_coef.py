@@ -1,4 +1,4 @@
-"""The weight of the KL to the reference policy: a number, a schedule, or steered towards a target."""
+"""KL coefficient: constant, on a linear schedule, or adapted towards a target KL."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def next_kl_coef(
     """The coefficient after a step.
 
     Args:
-        config: of the run.
-        current: the coefficient of the step.
-        metrics: of the step; `kl` is read.
-        version: of the policy after it.
-        num_trajectories: that it learned from.
+        config: settings of the run.
+        current: coefficient of the step.
+        metrics: metrics of the step; only `kl` is read.
+        version: policy version after the step.
+        num_trajectories: trajectories that the step trained on.
     """
     coef = config.algorithm.kl.coef
     if isinstance(coef, KLSchedule):

@@ -1,4 +1,4 @@
-"""What training on pairs of answers shares: a step, held-out pairs, and plans that never split a pair."""
+"""Base of training on pairs of answers: a step, held-out pairs, and micro-batches that never split a pair."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PairwiseTrainer(SingleModelTrainer):
     The loss is the mean over the pairs of the step, whatever the micro-batches are.
 
     Attributes:
-        loss: of a pair; subclasses choose it before anything is loaded.
+        loss: loss of a pair; subclasses bind it before anything is loaded.
     """
 
     config: PairsConfig
@@ -46,7 +46,7 @@ class PairwiseTrainer(SingleModelTrainer):
         """One update on prompts whose answers are pairs."""
         rows = self.encode(pairs)
         plan = plan_pairs(rows, self.config.policy)
-        self.write(rows, plan)
+        self.write_columns(rows, plan)
         with self.clock.phase("update_policy"):
             metrics = self.policy_engine.update(rows, plan, partial(self._objective, rows))
         self.version += 1
@@ -60,37 +60,44 @@ class PairwiseTrainer(SingleModelTrainer):
 
     @abstractmethod
     def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
-        """[M] of every response token with gradient, and [M] entropies where there are some."""
+        """[M] value of every response token with gradient, and their [M] entropies if the model has any."""
 
     @abstractmethod
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        """Columns [B] of the loss, without `chosen_` and `rejected_`, from the values [B, T] of the response
-        tokens.
+        """Columns [B] of the loss, without the prefixes `chosen_` and `rejected_`.
+
+        Args:
+            rows: answers of whole pairs.
+            values: [B, T], `token_values` of them.
         """
 
     def answer_tokens(self, rows: Batch) -> Tensor:
-        """[B] int64, tokens of the answers, with their end."""
+        """[B] int64, number of tokens of the answers, end token included."""
         return rows.response_lengths
 
-    def write(self, rows: Batch, plan: list[list[int]]) -> None:
-        """Adds columns that the loss reads and the update does not change; none here."""
+    def write_columns(self, rows: Batch, plan: list[list[int]]) -> None:
+        """Add columns that the loss reads and the update does not change; none here."""
         return
 
     def monitors(
         self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch
     ) -> dict[str, Tensor]:
-        """Further metrics as sums over the rows of a micro-batch, divided by what there is in the whole step;
-        none here.
+        """Further metrics of a micro-batch; their sum over all micro-batches is the metric of the step.
+
+        Args:
+            columns: columns [P] of the pairs in the micro-batch.
+            entropy: [M] of its response tokens.
+            step: all rows of the step, for the denominators.
         """
         return {}
 
+    @override
     def load_train_data(self) -> LoadReport:
-        """See `BaseTrainer.load_train_data`; also reads the held-out pairs, to fail early."""
         pairs, report = self.read_pairs(self.config.data.train, "train")
         self.loader = PromptLoader(pairs, seed=self.config.seed, shuffle=self.config.data.shuffle)
         if self.eval_every:
-            self.test_rows  # noqa: B018  # read now, so that a mistake is found before the first step
-            self.clock.take()  # what a reference took for them is no part of a step
+            _ = self.test_rows  # read now, so that a mistake in them is found before the first step
+            self.clock.take()  # the reference's time for them belongs to no step
         return report
 
     def read_pairs(
@@ -99,13 +106,12 @@ class PairwiseTrainer(SingleModelTrainer):
         """Pairs of a data set whose prompts are short enough.
 
         Raises:
-            ValueError: no source, nothing usable in it, or an answer that ends beyond the context of the
-                model.
+            ValueError: there is no source, nothing usable in it, or an answer ends beyond the context.
         """
         if source is None:
             raise ValueError(
-                f"need data.{split}: rows {{prompt, chosen, rejected}}, as a file, a saved data set's folder, or task:NAME such as "
-                "task:add-2"
+                f"need data.{split}: rows {{prompt, chosen, rejected}}, as a file, a saved data set's "
+                "folder, or task:NAME such as task:add-2"
             )
         pairs, report = self.short_enough(*load_pairs(source, self.config.data, split=split))
         self.check_answers(pairs, lambda pair: pair.answer)
@@ -125,43 +131,45 @@ class PairwiseTrainer(SingleModelTrainer):
     def test_rows(self) -> Batch:
         """The held-out pairs, with all columns that training does not change."""
         rows = self.encode(self.read_pairs(self.config.data.test, "test")[0])
-        self.write(rows, plan_pairs(rows, self.config.policy))
+        self.write_columns(rows, plan_pairs(rows, self.config.policy))
         return rows
 
+    @override
     def evaluate(self) -> Metrics:
-        """`eval/loss` and `eval/accuracy`: means over the held-out pairs."""
+        """`eval/loss` and `eval/accuracy`, means over the held-out pairs, and `calibration_metrics`."""
         rows = self.test_rows
         with self.clock.phase("evaluate"):
             values = self.policy_engine.infer(
                 rows, plan_pairs(rows, self.config.policy), lambda inputs: self.token_values(inputs)[0]
             )
-        columns = of_pairs(self.row_columns(rows, values))
+        columns = split_sides(self.row_columns(rows, values))
         losses, monitors = self.loss(columns)
-        return self.evaluation(columns) | {
+        return self.calibration_metrics(columns) | {
             "eval/loss": float(losses.mean()),
             "eval/accuracy": float(monitors["accuracy"].mean()),
         }
 
-    def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
-        """Further metrics of held-out pairs; none here."""
+    def calibration_metrics(self, columns: Mapping[str, Tensor]) -> Metrics:
+        """Calibration of the scores of held-out pairs; none without scores."""
         return {}
 
     def _objective(self, step: Batch, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Share of a micro-batch in the loss of the step, and in its metrics."""
         values, entropy = self.token_values(inputs)
         if rows.num_rows % 2:
-            # The engine looks for the row that made a loss not finite; alone, its values say whether it was
-            # this one.
+            # After a loss that is not finite, the engine passes rows one by one to find the cause. One row is
+            # no pair, but its values show whether it is the cause.
             return values.sum(), {}
         padded = Ragged(values, inputs.response_lengths.to(values.device)).padded()
-        columns = of_pairs(self.row_columns(rows, padded))
+        columns = split_sides(self.row_columns(rows, padded))
         losses, monitors = self.loss(columns)
         num_pairs = step.num_rows // 2
         means = {name: monitor.sum() / num_pairs for name, monitor in monitors.items()}
         return losses.sum() / num_pairs, means | self.monitors(columns, entropy, step)
 
 
-def answers_of(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """The prompt and the text of each row."""
+def prompts_and_answers(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """The prompt and the text of each row, two rows per pair."""
     prompts: list[Prompt] = []
     answers: list[str] = []
     for prompt in pairs:
@@ -171,7 +179,7 @@ def answers_of(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
     return prompts, answers
 
 
-def of_pairs(row_columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_sides(row_columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Columns [P] of the chosen and of the rejected answers, from columns [2 P] of rows."""
     return {
         f"{side}_{name}": column[i::2] for name, column in row_columns.items() for i, side in enumerate(SIDES)
@@ -179,8 +187,9 @@ def of_pairs(row_columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
-    """Micro-batches of whole pairs: of at most `micro_batch_tokens`, and at most `micro_batch_rows` rows, but
-    never less than a pair.
+    """Row numbers of micro-batches of whole pairs, within `micro_batch_tokens` and `micro_batch_rows`.
+
+    A pair that is larger than these bounds is a micro-batch of its own.
     """
     num_tokens = rows.num_tokens.view(-1, 2).sum(1)
     max_pairs = role.micro_batch_rows and max(1, role.micro_batch_rows // 2)
@@ -191,10 +200,10 @@ def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
 
 
 def check_pair_loss(loss: Bound, columns: Collection[str]) -> Bound:
-    """The loss itself, after one call on small columns, so that a wrong option is found before anything is loaded.
+    """The loss itself, after one call on small columns, so that a wrong option is found before loading.
 
     Raises:
-        ValueError: it refuses its options, or does not return what a loss of pairs must.
+        ValueError: the loss refuses its options, or does not return losses and the monitor `accuracy`.
     """
     losses, monitors = try_out(loss, columns)
     num_pairs = SIZES["P"]

@@ -1,6 +1,4 @@
-"""Training a policy on preferences directly (DPO, IPO, SimPO): from pairs of answers, without rewards and
-without sampling.
-"""
+"""Training a policy on pairs of answers directly (DPO, IPO, SimPO), without rewards and sampling."""
 
 from __future__ import annotations
 
@@ -14,32 +12,32 @@ from typing_extensions import override
 from verl.algorithms.preference import PAIR_LOSSES
 from verl.algorithms.registry import bind
 from verl.config.run import PreferenceConfig
-from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_engine
-from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, answers_of, check_pair_loss
+from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, check_pair_loss, prompts_and_answers
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
-# Of a policy there are logprobs; rewards are a reward model's.
+# A policy has logprobs; rewards are columns of a reward model.
 _COLUMNS = readable_by("preference_loss")
 
 
 class PreferenceTrainer(PairwiseTrainer):
-    """Makes the chosen answer of a pair likelier than the rejected one, as the configured loss has it.
+    """Makes the chosen answer of a pair more likely than the rejected one, by the configured loss.
 
     Args:
-        config: of the run, from `load_run(PreferenceConfig, ...)`.
+        config: settings of the run, from `load_run(PreferenceConfig, ...)`.
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        codec: its tokenizer; none: the one saved with the model.
-        console: for people; none: standard output.
+        codec: tokenizer of the policy; none: the one saved with the model.
+        console: destination of human-readable output; none: standard output.
 
     Attributes:
-        reference: the policy that must not be left; there if and only if the loss reads its logprobs.
+        reference: the reference policy; None if the loss does not read its logprobs.
 
     Raises:
-        ValueError: settings that do not fit together, or models or files that cannot be read.
+        ValueError: settings contradict each other, or a model or file cannot be read.
     """
 
     config: PreferenceConfig
@@ -54,44 +52,50 @@ class PreferenceTrainer(PairwiseTrainer):
     ) -> None:
         self.loss = check_pair_loss(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
-        has_reference = any("_ref_" in name for name in self.loss.columns)
         self.reference: LocalForwardEngine | None = None
-        if has_reference:
+        if any("_ref_" in name for name in self.loss.columns):
             policy = self.policy_engine.model
             assert isinstance(policy, PolicyModel)
             self.reference = frozen_engine(policy, config.reference, config.policy, setting="reference")
 
+    @override
     def encode(self, pairs: list[Prompt]) -> Batch:
-        """See `PairwiseTrainer.encode`; answers are closed with the end token."""
+        prompts, answers = prompts_and_answers(pairs)
         return Batch.from_trajectories(
-            [self._trajectory(*row, i) for i, row in enumerate(zip(*answers_of(pairs), strict=True))]
+            [
+                self.trajectory_of(prompt, answer, group=row // 2)
+                for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            ]
         )
 
-    def write(self, rows: Batch, plan: list[list[int]]) -> None:
+    @override
+    def write_columns(self, rows: Batch, plan: list[list[int]]) -> None:
         """Adds `ref_logprobs` [B], sums over the answers."""
         if self.reference is None:
             return
         model = self.reference.model
         assert isinstance(model, PolicyModel)
         with self.clock.phase("ref_logprobs"):
-            logprobs = self.reference.infer(rows, plan, lambda inputs: self._logprobs(model, inputs)[0])
+            logprobs = self.reference.infer(rows, plan, lambda inputs: self.logprobs(model, inputs)[0])
         rows.write("ref_logprobs", logprobs.sum(1))
 
+    @override
     def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """Logprobs and entropies."""
         model = self.policy_engine.model
         assert isinstance(model, PolicyModel)
-        return self._logprobs(model, inputs)
+        return self.logprobs(model, inputs)
 
     @override
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
         columns = {"logprobs": values.sum(1), "tokens": self.answer_tokens(rows).to(values.device)}
         return columns | ({"ref_logprobs": rows["ref_logprobs"].to(values.device)} if self.reference else {})
 
+    @override
     def monitors(
         self, columns: Mapping[str, Tensor], entropy: Tensor | None, step: Batch
     ) -> dict[str, Tensor]:
-        """Entropy per token of all answers, and logprobs per token of those of each side."""
+        """Entropy per token of all answers, and logprobs per token of the answers of each side."""
         assert entropy is not None
         tokens = self.answer_tokens(step).view(-1, 2).sum(0).tolist()
         sides = {
@@ -100,11 +104,6 @@ class PreferenceTrainer(PairwiseTrainer):
         }
         return {"entropy": entropy.detach().sum() / sum(tokens), **sides}
 
-    def _logprobs(self, model: PolicyModel, inputs: ModelInput) -> tuple[Tensor, Tensor]:
+    def logprobs(self, model: PolicyModel, inputs: ModelInput) -> tuple[Tensor, Tensor]:
+        """[M] logprobs and [M] entropies of the response tokens at temperature 1."""
         return model.token_logprobs(inputs, temperature=1.0, chunk=self.config.policy.logits_chunk_tokens)
-
-    def _trajectory(self, prompt: Prompt, answer: str, row: int) -> Trajectory:
-        ids = self.codec.encode_answer(answer)
-        return Trajectory(
-            prompt, self.codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), row // 2
-        )

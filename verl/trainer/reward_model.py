@@ -1,4 +1,4 @@
-"""Training a reward model on pairs of answers: a transformer with a scalar head, in Transformers' own format."""
+"""Training a reward model, a transformer with a scalar head, on pairs of answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verl.engines.hf.models import RewardModel
 from verl.engines.hf.pretrained import as_reward_model, load_reward_model
 from verl.rewards.model import last_scores, rows_to_score
 from verl.trainer.base import Metrics
-from verl.trainer.pairwise_trainer import PairwiseTrainer, answers_of, check_pair_loss
+from verl.trainer.pairwise_trainer import PairwiseTrainer, check_pair_loss, prompts_and_answers
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -27,19 +27,19 @@ _COLUMNS = readable_by("reward_loss")
 
 
 class RewardModelTrainer(PairwiseTrainer):
-    """Teaches a model which of two answers is the better one.
+    """Trains a model to score the better of two answers higher.
 
-    It starts from a causal language model, whose head of logits is replaced by one of zeros, or goes on with
-    a reward model.
+    It starts from a causal language model, whose LM head is replaced by a scalar head of zeros, or continues
+    from a reward model.
 
     Args:
-        config: of the run, from `load_run(RewardModelConfig, ...)`.
-        actor_model: the start as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        codec: its tokenizer; none: the one saved with the model.
-        console: for people; none: standard output.
+        config: settings of the run, from `load_run(RewardModelConfig, ...)`.
+        actor_model: the first model as a loaded one, a folder or a hub name; none: from `config.policy.path`.
+        codec: tokenizer of the model; none: the one saved with it.
+        console: destination of human-readable output; none: standard output.
 
     Raises:
-        ValueError: settings that do not fit together, or models or files that cannot be read.
+        ValueError: settings contradict each other, or a model or file cannot be read.
     """
 
     config: RewardModelConfig
@@ -54,21 +54,36 @@ class RewardModelTrainer(PairwiseTrainer):
     ) -> None:
         self.loss = check_pair_loss(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console)
-        # Transformers finds the last token of an answer by it; without one it scores single rows only.
+        # Transformers finds the last token of a padded answer by it; without one it scores single rows only.
         self.reward_model.set_default_pad_id(self.codec.tokenizer.pad_token_id)
 
     @property
     def reward_model(self) -> RewardModel:
-        """The model itself."""
+        """The model of the engine."""
         assert isinstance(self.policy_engine.model, RewardModel)
         return self.policy_engine.model
 
-    def encode(self, pairs: list[Prompt]) -> Batch:
-        """See `PairwiseTrainer.encode`; the last token of each row is not read, see `rows_to_score`."""
-        return rows_to_score(*answers_of(pairs), codec=self.codec, pad_id=self.reward_model.pad_id)
+    @override
+    def build_model(self, actor_model: PreTrainedModel | str | None) -> RewardModel:
+        source = self.config.policy.path if actor_model is None else actor_model
+        if source is None:
+            raise ValueError(
+                "need policy.path: the folder or hub name of a causal language model or a reward model"
+            )
+        model = (
+            load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
+        )
+        return RewardModel(model, self.config.policy.precision)
 
+    @override
+    def encode(self, pairs: list[Prompt]) -> Batch:
+        """Both answers of each pair as rows; the model does not read the last token, see `rows_to_score`."""
+        prompts, answers = prompts_and_answers(pairs)
+        return rows_to_score(prompts, answers, codec=self.codec, pad_id=self.reward_model.pad_id)
+
+    @override
     def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
-        """Scores."""
+        """Scores; there are no entropies."""
         return self.reward_model.token_scores(inputs), None
 
     @override
@@ -80,14 +95,14 @@ class RewardModelTrainer(PairwiseTrainer):
 
     @override
     def answer_tokens(self, rows: Batch) -> Tensor:
-        return rows.response_lengths - 1
+        return rows.response_lengths - 1  # without the token that is not read
 
-    def evaluation(self, columns: Mapping[str, Tensor]) -> Metrics:
-        """How far the probability that an answer is the better one, sigmoid of the difference of scores, can
-        be trusted.
+    @override
+    def calibration_metrics(self, columns: Mapping[str, Tensor]) -> Metrics:
+        """Calibration of the probability that an answer is the better one, sigmoid of the score difference.
 
-        Every pair counts in both orders: asked only about chosen answers, a model that is sure of everything
-        would look calibrated.
+        Every pair counts in both orders: on chosen answers alone, a model that is always certain would seem
+        calibrated.
         """
         difference = columns["chosen_rewards"] - columns["rejected_rewards"]
         labels = torch.cat([torch.ones_like(difference), torch.zeros_like(difference)])
@@ -96,14 +111,3 @@ class RewardModelTrainer(PairwiseTrainer):
             "eval/calibration_error": measured["expected_calibration_error"],
             "eval/brier_score": measured["brier_score"],
         }
-
-    def _model(self, actor_model: PreTrainedModel | str | None) -> RewardModel:
-        source = self.config.policy.path if actor_model is None else actor_model
-        if source is None:
-            raise ValueError(
-                "need policy.path: the folder or hub name of a causal language model or a reward model"
-            )
-        model = (
-            load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
-        )
-        return RewardModel(model, self.config.policy.precision)

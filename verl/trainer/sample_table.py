@@ -1,4 +1,4 @@
-"""Sampled answers as rows of a table, for people."""
+"""Rows of the table of sampled answers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from verl.data.batch import Trajectory
 
 
 def sample_row(trajectory: Trajectory) -> dict[str, Any]:
-    """One answer for a table: prompt, response, reference, reward, scores."""
+    """One answer as a row: prompt, response, reference answer, reward, scores and sizes."""
     t = trajectory
-    prompt = (
-        t.prompt.content if isinstance(t.prompt.content, str) else t.prompt.content[-1].get("content", "")
-    )
+    content = t.prompt.content
     logprobs = t.rollout_logprobs or []
     return {
-        "prompt": prompt,
+        "prompt": content if isinstance(content, str) else content[-1].get("content", ""),
         "response": t.text,
         "reference": t.prompt.answer,
         "reward": t.reward,

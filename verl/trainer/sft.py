@@ -1,6 +1,4 @@
-"""Supervised fine-tuning on the same engine: the loss is on answers only, rows are packed, accumulation is
-exact.
-"""
+"""Supervised fine-tuning: cross entropy of reference answers, in packed rows, on the engines of RL."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing_extensions import override
 
 from verl.algorithms.aggregations import token_mean
 from verl.config.run import SFTConfig
-from verl.data.batch import Batch, ModelInput, Ragged, Trajectory
+from verl.data.batch import Batch, ModelInput, Ragged
 from verl.data.dataset import LoadReport, PromptLoader, load_examples
 from verl.data.packing import balance
 from verl.engines.hf.models import PolicyModel
@@ -21,10 +19,10 @@ from verl.utils.sampling_types import Prompt
 
 
 class SFTTrainer(SingleModelTrainer):
-    """Teaches a model to repeat reference answers.
+    """Trains a model to repeat reference answers.
 
-    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The answer is
-    closed with the end token, and the mean negative log-likelihood of its tokens is minimised.
+    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The end token is
+    added to the answer, and the mean negative log-likelihood of the answer's tokens is minimized.
     """
 
     config: SFTConfig
@@ -36,7 +34,10 @@ class SFTTrainer(SingleModelTrainer):
 
     def learn(self, examples: list[Prompt]) -> Metrics:
         """One update on examples with answers; returns loss (nats per token), entropy and sizes."""
-        rows = Batch.from_trajectories([self._trajectory(example, i) for i, example in enumerate(examples)])
+        rows = Batch.from_trajectories(
+            [self.trajectory_of(example, str(example.answer), group=i) for i, example in enumerate(examples)]
+        )
+        # Of the whole step, before it is split: micro-batches then do not change the gradient.
         rows.write("weights", token_mean(rows["mask"]))
         role = self.config.policy
         plan = balance(
@@ -49,7 +50,7 @@ class SFTTrainer(SingleModelTrainer):
             metrics = self.policy_engine.update(rows, plan.minibatches[0][0], self._objective)
         self.version += 1
         answer_tokens = float(rows.response_lengths.sum())
-        if "entropy" in metrics:
+        if "entropy" in metrics:  # the engine leaves all metrics out if it skipped the update
             metrics["entropy"] /= answer_tokens
         return metrics | {
             "response_tokens": answer_tokens / rows.num_rows,
@@ -61,18 +62,20 @@ class SFTTrainer(SingleModelTrainer):
         source = self.config.data.train
         if source is None:
             raise ValueError(
-                "need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, or task:NAME"
+                "need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, "
+                "or task:NAME"
             )
         examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
         self.check_answers(examples, lambda example: [str(example.answer)])
         self.loader = PromptLoader(examples, seed=self.config.seed, shuffle=self.config.data.shuffle)
         return report
 
+    @override
     def samples(self) -> list[dict[str, Any]]:
-        """Nothing is sampled in fine-tuning."""
-        return []
+        return []  # fine-tuning samples nothing
 
     def _objective(self, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted negative log-likelihood of a micro-batch, and its summed entropy."""
         model = self.policy_engine.model
         assert isinstance(model, PolicyModel)
         logprobs, entropy = model.token_logprobs(
@@ -80,15 +83,3 @@ class SFTTrainer(SingleModelTrainer):
         )
         padded = Ragged(logprobs, inputs.response_lengths.to(logprobs.device)).padded()
         return -(padded * rows["weights"].to(padded.device)).sum(), {"entropy": entropy.detach().sum()}
-
-    def _trajectory(self, example: Prompt, index: int) -> Trajectory:
-        answer = self.codec.encode_answer(str(example.answer))
-        return Trajectory(
-            example,
-            self.codec.encode_prompt(example),
-            answer,
-            [True] * len(answer),
-            None,
-            [0] * len(answer),
-            index,
-        )

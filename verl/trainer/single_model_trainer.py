@@ -1,4 +1,4 @@
-"""A run that trains one model on the device of this process, and needs no other."""
+"""Base of trainers of one model, on the device of this process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from verl.config.run import RunConfig
+from verl.data.batch import Trajectory
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import check_model, load_language_model
 from verl.engines.local import LocalEngine
 from verl.trainer.base import BaseTrainer
 from verl.trainer.checkpoint_store import Save
+from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 
@@ -22,10 +24,10 @@ class SingleModelTrainer(BaseTrainer):
     """A model on a device, and a loop over `step()`.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        codec: its tokenizer; none: the one saved with the model.
-        console: for people; none: standard output.
+        codec: tokenizer of the policy; none: the one saved with the model.
+        console: destination of human-readable output; none: standard output.
 
     Attributes:
         policy_engine: the model with its optimizer.
@@ -40,11 +42,32 @@ class SingleModelTrainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         super().__init__(config, device=config.device, console=console)
-        model = self._model(actor_model)
+        model = self.build_model(actor_model)
         path = config.policy.path or str(model.transformer.config.name_or_path)
         self.codec = codec or TextCodec.load(path, system_prompt=config.data.system_prompt)
         model.to(self.device).check_forward()
         self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=config.steps)
+
+    def build_model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
+        """The model to train, in fp32, from `actor_model` or `config.policy.path`."""
+        source = policy_source(self.config, actor_model)
+        return PolicyModel(
+            load_language_model(source) if isinstance(source, str) else source.float(),
+            self.config.policy.precision,
+        )
+
+    def trajectory_of(self, prompt: Prompt, answer: str, *, group: int) -> Trajectory:
+        """A trajectory with an answer of the data set, which ends with the end token."""
+        response_ids = self.codec.encode_answer(answer)
+        return Trajectory(
+            prompt=prompt,
+            prompt_ids=self.codec.encode_prompt(prompt),
+            response_ids=response_ids,
+            response_mask=[True] * len(response_ids),
+            rollout_logprobs=None,
+            versions=[0] * len(response_ids),
+            group=group,
+        )
 
     @property
     @override
@@ -64,25 +87,18 @@ class SingleModelTrainer(BaseTrainer):
     def export(self, folder: Path) -> None:
         self.policy_engine.export(folder)
 
-    def _model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
-        """What learns, in fp32, from what was given or from `config.policy.path`."""
-        source = policy_source(self.config, actor_model)
-        return PolicyModel(
-            load_language_model(source) if isinstance(source, str) else source.float(),
-            self.config.policy.precision,
-        )
-
 
 def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> PreTrainedModel | str:
-    """Where the policy comes from: what was given, else `policy.path`.
+    """The policy as a loaded model, folder or hub name: `given`, else `policy.path`.
 
     Raises:
-        ValueError: neither is there, or no model where it should be.
+        ValueError: both are None, or there is no model.
     """
     source = given if given is not None else config.policy.path
     if source is None:
         raise ValueError(
-            "need policy.path: the folder or hub name of a causal language model (verl make-model makes a small one)"
+            "need policy.path: the folder or hub name of a causal language model "
+            "(verl make-model makes a small one)"
         )
     if isinstance(source, str):
         check_model(source)
