@@ -75,23 +75,23 @@ def begun(*acts: str) -> Ledger:
 
 ACTS = {
     "retry": lambda ledger: ledger.retry(0, "data", "x"),
-    "arrive": lambda ledger: ledger.complete(0, versions=(0, 0)),
+    "complete": lambda ledger: ledger.complete(0, versions=(0, 0)),
     "train": lambda ledger: ledger.train(0, step=1),
     "drop": lambda ledger: ledger.drop(0, "dead"),
     "fail": lambda ledger: ledger.fail(0, "data", "x"),
-    "again": lambda ledger: ledger.redispatch(0, version=1),
+    "redispatch": lambda ledger: ledger.redispatch(0, version=1),
     "commit": lambda ledger: ledger.commit(1),
 }
 IMPOSSIBLE = [
     (["train"], "cannot train on group 0, which is answering"),
-    (["again"], "cannot send again group 0, which this process has sent already"),
-    (["arrive", "arrive"], "cannot take group 0, which is waiting"),
-    (["arrive", "retry"], "cannot retry group 0, which is waiting"),
-    (["arrive", "fail"], "cannot fail group 0, which is waiting"),
-    (["arrive", "train", "train"], "cannot train on group 0, which was trained already"),
+    (["redispatch"], "cannot redispatch group 0, which this process has dispatched already"),
+    (["complete", "complete"], "cannot complete group 0, which is waiting"),
+    (["complete", "retry"], "cannot retry group 0, which is waiting"),
+    (["complete", "fail"], "cannot fail group 0, which is waiting"),
+    (["complete", "train", "train"], "cannot train on group 0, which was trained already"),
     (["drop", "train"], "cannot train on group 0, which was dropped already"),
     (["fail", "drop"], "cannot drop group 0, which was failed already"),
-    (["arrive", "train", "commit", "drop"], "cannot drop group 0, which ended in an earlier step"),
+    (["complete", "train", "commit", "drop"], "cannot drop group 0, which ended in an earlier step"),
 ]
 
 
@@ -107,7 +107,7 @@ def test_what_cannot_happen_to_a_group_is_refused_with_its_number_and_state(acts
 
 
 def test_a_group_that_was_never_sent_out_is_refused():
-    with pytest.raises(RuntimeError, match="cannot train on group 1, which was never sent out"):
+    with pytest.raises(RuntimeError, match="cannot train on group 1, which was never dispatched"):
         begun().train(1, step=1)
 
 
@@ -146,7 +146,7 @@ def test_a_group_that_is_counted_twice_is_named_when_the_step_is_closed():
 
 
 def test_a_group_of_another_step_is_refused_when_the_step_is_closed():
-    ledger = begun("arrive", "train")
+    ledger = begun("complete", "train")
     with pytest.raises(RuntimeError, match="need groups that step 2 was trained on, got 0 of another step"):
         ledger.commit(2)
 
@@ -185,7 +185,7 @@ def test_what_is_read_is_what_was_kept(tmp_path):
     ledger = written(tmp_path)
     report = read_ledger(tmp_path)
     assert report.adds_up and report.step == 3 and report.counts == ledger.counts()
-    assert report.open == {6: "answering", 7: "waiting"} and report.staleness == {0: 6}
+    assert report.open_groups == {6: "answering", 7: "waiting"} and report.staleness == {0: 6}
     assert [step["trained"] for step in report.steps] == [2, 4, 6]
     assert [line["prompt"] for line in lines_of_group(tmp_path, 3)] == [21] and lines_of_group(
         tmp_path, 7
@@ -199,14 +199,14 @@ def test_groups_under_way_keep_their_numbers_over_a_restart_and_are_sent_again(t
         7: (91, "waiting"),
     }
     with pytest.raises(
-        RuntimeError, match="cannot take group 6, which is answering since before the run was restarted"
+        RuntimeError, match="cannot complete group 6, which is answering since before the run was restarted"
     ):
         ledger.complete(6, versions=(3, 3))
     ledger.redispatch(6, version=3)
     ledger.train(7, step=4)  # its answers were in the checkpoint
     ledger.complete(6, versions=(3, 3))
     assert ledger.orphaned == {} and ledger.counts().again == 1 and ledger.dispatch(92, version=3) == 8
-    with pytest.raises(RuntimeError, match="this process has sent already and which is waiting"):
+    with pytest.raises(RuntimeError, match="this process has dispatched already and which is waiting"):
         ledger.redispatch(6, version=3)
     ledger.commit(4)
     assert read_ledger(tmp_path).counts == ledger.counts() and lines_of_group(tmp_path, 7)[0]["attempts"] == 1
@@ -249,7 +249,7 @@ def test_a_run_that_goes_on_in_another_folder_says_what_was_before(there, tmp_pa
     ledger.drop(6, "straggler")
     ledger.commit(4)
     report = read_ledger(tmp_path / "two")
-    assert report.adds_up and report.num_before == 6 and report.counts == ledger.counts()
+    assert report.adds_up and report.num_ended_before == 6 and report.counts == ledger.counts()
 
 
 def test_a_commit_that_was_cut_off_counts_for_nothing_at_every_byte(tmp_path):
@@ -261,7 +261,7 @@ def test_a_commit_that_was_cut_off_counts_for_nothing_at_every_byte(tmp_path):
         report = read_ledger(tmp_path)
         complete = json.loads(whole.splitlines()[-1]) == _last(whole[:size])
         assert report.adds_up and report.step == 1 + complete
-        assert (report.num_cut_off > 0) == (size > begin and not complete)
+        assert (report.num_incomplete_lines > 0) == (size > begin and not complete)
 
 
 def _last(text: bytes):
@@ -279,7 +279,7 @@ def test_a_run_goes_on_from_a_file_that_was_cut_off(tmp_path):
     (tmp_path / LEDGER_FILE).write_bytes((tmp_path / LEDGER_FILE).read_bytes()[:-40])
     ledger = loaded(state, tmp_path / LEDGER_FILE)
     ledger.commit(4)
-    assert read_ledger(tmp_path).adds_up and read_ledger(tmp_path).num_cut_off == 0
+    assert read_ledger(tmp_path).adds_up and read_ledger(tmp_path).num_incomplete_lines == 0
 
 
 def test_a_file_that_cannot_be_written_costs_no_line(tmp_path):
@@ -310,16 +310,16 @@ def test_groups_that_are_missing_or_twice_and_sums_that_are_wrong_are_found(tmp_
     written(tmp_path)
     changed(tmp_path, '{"group": 2,', '{"group": 3,')
     report = read_ledger(tmp_path)
-    assert (report.missing, report.twice, report.differences) == ([2], [3], [])
+    assert (report.missing, report.twice, report.mismatches) == ([2], [3], [])
     changed(tmp_path, '"dropped": {}', '"dropped": {"dead": 1}')
     assert (
         "line 3, the sum of step 1, says {'trained': 2, 'dropped': {'dead': 1}"
-        in read_ledger(tmp_path).differences[0]
+        in read_ledger(tmp_path).mismatches[0]
     )
     changed(tmp_path, '{"group": 4,', '{"group": 40,')
-    assert "line 7 is of group 40, which was never sent out" in read_ledger(tmp_path).differences[2]
+    assert "line 7 is of group 40, which was never dispatched" in read_ledger(tmp_path).mismatches[2]
     changed(tmp_path, '{"group": 40,', '{"group" 4,')
-    assert "line 7 cannot be read" in read_ledger(tmp_path).differences[2]
+    assert "line 7 cannot be parsed" in read_ledger(tmp_path).mismatches[2]
     assert not read_ledger(tmp_path).adds_up
 
 
@@ -351,8 +351,8 @@ OPERATIONS = (
     "dispatch",
     "dispatch",
     "retry",
-    "arrive",
-    "arrive",
+    "complete",
+    "complete",
     "train",
     "train",
     "drop",
@@ -407,7 +407,7 @@ class Course:
         number, failure = possible[pick % len(possible)], FAILURES[pick % 4]
         if operation == "retry":
             self.ledger.retry(number, failure, "cause")
-        elif operation == "arrive":
+        elif operation == "complete":
             self.ledger.complete(number, versions=(self.step, self.step))
             self.fates[number] = "waiting"
         elif operation == "train":
@@ -434,11 +434,11 @@ def test_whatever_happens_every_group_is_there_once(operations):
                 f: fates.count(f) for f in fates if f.startswith("failed")
             }
         report = read_ledger(Path(folder))
-        assert report.adds_up and report.counts == course.ledger.counts() and report.num_cut_off == 0
-        assert report.open == {
+        assert report.adds_up and report.counts == course.ledger.counts() and report.num_incomplete_lines == 0
+        assert report.open_groups == {
             number: fate for number, fate in course.fates.items() if fate in ("answering", "waiting")
         }
-        ended = {n: fate.split()[0] for n, fate in course.fates.items() if n not in report.open}
+        ended = {n: fate.split()[0] for n, fate in course.fates.items() if n not in report.open_groups}
         assert {n: [line["fate"] for line in lines_of_group(Path(folder), n)] for n in ended} == {
             n: [fate] for n, fate in ended.items()
         }

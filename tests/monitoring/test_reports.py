@@ -42,14 +42,14 @@ def shown(capsys, *command: str) -> tuple[int, str]:
 def test_the_ledger_is_summed_up(run, capsys):
     code, told = shown(capsys, "ledger", "run")
     lines = [
-        "8 groups sent out, up to step 2",
+        "8 groups dispatched, up to step 2",
         "trained on 2 25.0%",
         "being answered 2 25.0%",
         "dropped: straggler 2 25.0%",
     ]
     lines += [
         "failed: reward 2 25.0%",
-        "tried again after: infrastructure 2",
+        "retried after: infrastructure 2",
         "last failure, reward: judge is down 2",
         "last retry, infrastructure: engine b",
     ]
@@ -63,7 +63,10 @@ def test_groups_that_are_missing_or_twice_are_named(run, capsys):
     (run / LEDGER_FILE).write_text(text.replace('{"group": 5,', '{"group": 6,'))
     code, told = shown(capsys, "ledger", "run")
     assert code == 1 and told.endswith("missing: 1 groups: 5\ntwice: 1 groups: 6\nthe ledger does not add up")
-    assert shown(capsys, "ledger", "run", "--group", "5") == (1, "group 5: missing: nothing is known of it")
+    assert shown(capsys, "ledger", "run", "--group", "5") == (
+        1,
+        "group 5: missing: nothing is recorded of it",
+    )
     code, told = shown(capsys, "ledger", "run", "--group", "6")
     assert code == 1 and told.count("group 6: prompt 2") == 2
 
@@ -79,7 +82,7 @@ def test_one_group_is_told_in_a_line(run, capsys):
 def test_a_commit_that_was_cut_off_is_told(run, capsys):
     (run / LEDGER_FILE).write_bytes((run / LEDGER_FILE).read_bytes()[:-10])
     code, told = shown(capsys, "ledger", "run")
-    assert code == 0 and "up to step 1" in told and "4 lines at the end count for nothing" in told
+    assert code == 0 and "up to step 1" in told and "4 lines at the end are not counted" in told
 
 
 def test_a_group_of_a_run_that_went_on_in_another_folder_is_told(run, capsys):
@@ -102,7 +105,7 @@ def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkey
     parts = (Dependency("engine a", "serving"), Dependency("engine b", "failed", "out of memory"))
     with (
         waits.track("training", "a batch", limit_s=90),
-        Watchdog(waits, Path("run"), 1800, parts=lambda: parts),
+        Watchdog(waits, Path("run"), 1800, dependencies=lambda: parts),
     ):
         code, told = shown(capsys, "doctor", "run")
     assert (
@@ -115,11 +118,7 @@ def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkey
         == "likely cause: engine b is failed: out of memory; training has to wait for the others"
     )
     code, told = shown(capsys, "doctor", "run")
-    assert (
-        code == 0
-        and told.startswith("run: it has finished")
-        and told.endswith("likely cause: nothing is the matter")
-    )
+    assert code == 0 and told.startswith("run: finished") and told.endswith("likely cause: nothing is wrong")
 
 
 def test_a_run_that_was_killed_is_found_to_be_gone(tmp_path, monkeypatch, capsys):
@@ -138,8 +137,8 @@ with Watchdog(WaitTracker(), Path("run"), 1800):
     code, told = shown(capsys, "doctor", "run")
     assert (
         code == 1
-        and "is gone without a word" in told
-        and "it was killed, by a scheduler or for want of memory" in told
+        and "is gone without a final record" in told
+        and "it was killed, by a scheduler or because memory ran out" in told
     )
 
 

@@ -1,6 +1,4 @@
-"""A run in which nothing moves ends with the reason, wherever its code is stuck; one that moves is left
-alone. Each in a process.
-"""
+"""A run without progress ends with the reason, wherever its code is stuck; each run in its own process."""
 
 from __future__ import annotations
 
@@ -10,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from verl.monitoring.watchdog import DIAGNOSIS_FILE, WAITS_FILE, RunSnapshot, last_snapshot
+from verl.monitoring.watchdog import DIAGNOSIS_FILE, WAITS_FILE, read_snapshot
 
-# Far beyond what is waited for, on a machine that does much else.
+# Far above what the tests wait for, also on a busy machine.
 OUTER_LIMIT_S = 120
 PRELUDE = """
 import asyncio, concurrent.futures, ctypes, os, re, signal, sys, threading, time
@@ -51,8 +51,30 @@ def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def kept(folder: Path) -> RunSnapshot:
-    return last_snapshot(folder)
+@contextmanager
+def child(code: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs the code, killed if it is left running."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code],
+        cwd=folder,
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
+    """Read lines until this one; fails at once if the process ends before, whatever it printed."""
+    for printed in process.stdout:
+        if printed == f"{line}\n":
+            return
+    raise AssertionError(process.communicate(timeout=OUTER_LIMIT_S)[1])
 
 
 STUCK = {
@@ -92,7 +114,7 @@ except StalledError as error:
         result.stdout,
     )
     assert f"all stacks: {DIAGNOSIS_FILE}" in result.stdout
-    assert kept(tmp_path).state == "stalled" and "a batch" in kept(tmp_path).cause
+    assert read_snapshot(tmp_path).state == "stalled" and "a batch" in read_snapshot(tmp_path).cause
 
 
 def test_the_diagnosis_has_the_stacks_of_threads_and_tasks_and_the_parts_of_the_run(tmp_path):
@@ -109,7 +131,7 @@ def serve():
     asyncio.run(main())
 
 threading.Thread(target=serve, name="engines", daemon=True).start()
-with watch(parts=lambda: [Dependency("engine b", "failed", "out of memory")]):
+with watch(dependencies=lambda: [Dependency("engine b", "failed", "out of memory")]):
     forever()
 """
     assert "StalledError" in ran(code, tmp_path).stderr
@@ -120,9 +142,12 @@ with watch(parts=lambda: [Dependency("engine b", "failed", "out of memory")]):
     assert re.search(r"2 tasks of thread engines:\n.*in answer\n.*in ask_engine", told, re.DOTALL)
 
 
-def test_parts_that_cannot_be_told_cost_nothing(tmp_path):
-    result = ran("with watch(parts=lambda: 1 / 0): forever()", tmp_path)
-    assert "StalledError" in result.stderr and "ZeroDivisionError" in kept(tmp_path).parts[0].state
+def test_dependencies_that_cannot_be_described_do_not_end_the_run(tmp_path):
+    result = ran("with watch(dependencies=lambda: 1 / 0): forever()", tmp_path)
+    assert (
+        "StalledError" in result.stderr
+        and "ZeroDivisionError" in read_snapshot(tmp_path).dependencies[0].state
+    )
 
 
 def test_a_wait_over_its_own_limit_ends_the_run_though_others_move(tmp_path):
@@ -150,7 +175,7 @@ with watch(grace_s=0.5):
 """
     result = ran(code, tmp_path)
     assert result.returncode == 1 and "Timeout" in result.stderr and "endless_expression" in result.stderr
-    assert kept(tmp_path).state == "running"
+    assert read_snapshot(tmp_path).state == "running"
 
 
 def test_code_that_no_signal_reaches_ends_the_process_with_the_diagnosis(tmp_path):
@@ -170,7 +195,7 @@ with watch(grace_s=0.5), waits.track("training", "a batch"):
     assert (
         "for a batch" in result.stderr
         and "in deadlock" in result.stderr
-        and kept(tmp_path).state == "stalled"
+        and read_snapshot(tmp_path).state == "stalled"
     )
 
 
@@ -211,7 +236,7 @@ print("finished")
 """
     result = ran(code, tmp_path)
     assert result.stdout == "finished\n", result.stderr
-    assert kept(tmp_path).state == "finished" and not (tmp_path / DIAGNOSIS_FILE).exists()
+    assert read_snapshot(tmp_path).state == "finished" and not (tmp_path / DIAGNOSIS_FILE).exists()
 
 
 def test_the_process_may_do_what_it_wants_after_the_run(tmp_path):
@@ -229,13 +254,13 @@ except KeyboardInterrupt as error:
     print(type(error).__name__)
 """
     assert ran(code, tmp_path).stdout == "KeyboardInterrupt\n"
-    assert kept(tmp_path).state == "interrupted"
+    assert read_snapshot(tmp_path).state == "interrupted"
 
 
 def test_a_run_that_fails_says_how(tmp_path):
     result = ran("with watch(): raise OSError('disk full')", tmp_path)
     assert "OSError: disk full" in result.stderr and "StalledError" not in result.stderr
-    assert (kept(tmp_path).state, kept(tmp_path).cause) == ("failed", "OSError: disk full")
+    assert (read_snapshot(tmp_path).state, read_snapshot(tmp_path).cause) == ("failed", "OSError: disk full")
 
 
 def test_handlers_of_the_user_are_as_before_and_get_their_own_signals_meanwhile(tmp_path):
@@ -270,7 +295,7 @@ with watch(limit_s=2, grace_s=0):
 """
     result = ran(code, tmp_path)
     assert result.stdout == "True\n" and "for the outer batch" in result.stderr
-    assert kept(tmp_path / "inner").state == kept(tmp_path).state == "stalled"
+    assert read_snapshot(tmp_path / "inner").state == read_snapshot(tmp_path).state == "stalled"
 
 
 IN_A_THREAD = """
@@ -307,25 +332,17 @@ with watch(limit_s=2):
         waits.mark_progress("training")
     print("stop me", flush=True)
     sys.stdin.readline()
-    time.sleep(0.5)  # for several looks
+    time.sleep(0.5)  # for several checks
 print("finished")
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code],
-        cwd=tmp_path,
-        env=ENV,
-        stdin=-1,
-        stdout=-1,
-        stderr=-1,
-        text=True,
-    )
-    assert "stop me\n" in iter(process.stdout.readline, ""), process.communicate()[1]
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
-    process.stdin.write("go on\n")
-    process.stdin.flush()
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=OUTER_LIMIT_S) == ("finished\n", "")
+    with child(code, tmp_path) as process:
+        wait_for_line(process, "stop me")
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=OUTER_LIMIT_S) == ("finished\n", "")
 
 
 def test_the_file_can_be_read_whenever_it_is_there(tmp_path):
@@ -335,18 +352,17 @@ with watch(limit_s=100):
     with waits.track("training", "a batch"):
         sys.stdin.readline()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code], cwd=tmp_path, env=ENV, stdin=-1, stdout=-1, text=True
-    )
-    process.stdout.readline()
-    times = set()
-    while len(times) < 20:
-        look = kept(tmp_path)
-        assert look.state == "running" and look.process.pid == process.pid
-        times.add(look.written_at)
-    assert look.waits.stages[0].waits[0].what == "a batch"
-    process.communicate("\n", timeout=OUTER_LIMIT_S)
-    assert kept(tmp_path).state == "finished" and list(tmp_path.iterdir()) == [tmp_path / WAITS_FILE]
+    with child(code, tmp_path) as process:
+        wait_for_line(process, "ready")
+        times = set()
+        while len(times) < 20:
+            assert process.poll() is None, process.communicate()[1]
+            run = read_snapshot(tmp_path)
+            assert run.state == "running" and run.process.pid == process.pid
+            times.add(run.written_at)
+        assert run.waits.stages[0].waits[0].what == "a batch"
+        process.communicate("\n", timeout=OUTER_LIMIT_S)
+    assert read_snapshot(tmp_path).state == "finished" and list(tmp_path.iterdir()) == [tmp_path / WAITS_FILE]
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):

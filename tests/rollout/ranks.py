@@ -64,8 +64,9 @@ def policy_ranks(model: str, num_ranks: int, **parallel: Any) -> Iterator[Proces
         context.Process(target=_rank, args=(model, rank, num_ranks, port, pipes[rank][1], parallel))
         for rank in range(num_ranks)
     ]
-    for process in ranks:
+    for process, (_, other) in zip(ranks, pipes, strict=True):
         process.start()
+        other.close()  # so that a rank that dies ends `recv` with an EOFError
     try:
         yield ProcessGroup([own for own, _ in pipes])
     finally:

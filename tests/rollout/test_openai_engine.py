@@ -296,6 +296,7 @@ def test_a_running_request_is_kept_while_paused_and_goes_on(served, folder):
 
         task = asyncio.create_task(collect())
         while not chunks:
+            assert not task.done(), task.exception()
             await asyncio.sleep(0.01)
         await served.pause()
         await asyncio.sleep(0.1)  # what was on its way

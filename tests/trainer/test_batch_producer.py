@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_
     resumed = fitted(letters, tmp_path / "cut", *settings, "steps=6")
     assert [t.response_ids for t in resumed.last] == [t.response_ids for t in whole.last]
     reports = [read_ledger(tmp_path / name / "run") for name in ("whole", "cut")]
-    assert all(not (report.missing or report.twice or report.differences) for report in reports)
+    assert all(not (report.missing or report.twice or report.mismatches) for report in reports)
     counts = resumed.collection.pipeline.ledger.counts()
     assert (counts.trained, counts.waiting, counts.accounted) == (24, 8, counts.dispatched)
 
@@ -219,7 +219,7 @@ def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches,
     finally:
         trainer.close()
     report = read_ledger(tmp_path / "run")
-    assert not (report.missing or report.twice or report.differences) and report.counts.trained == 24
+    assert not (report.missing or report.twice or report.mismatches) and report.counts.trained == 24
 
 
 @pytest.mark.servers

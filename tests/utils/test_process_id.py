@@ -1,4 +1,4 @@
-"""Whether a process that wrote down who it is still lives."""
+"""The state of a process that wrote down its identity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 @pytest.fixture
 def child():
-    """A process that has said who it is and waits, and what it said."""
+    """A process that waits for input, and the identity that it printed."""
     code = "from verl.utils.process_id import this_process as t; p = t(); print(p.host, p.pid, p.started, flush=True); input()"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
@@ -30,31 +31,32 @@ def child():
 
 
 def wait_for(process: ProcessId, wanted: str) -> None:
-    while process_state(process) != wanted:
-        pass
+    deadline = time.monotonic() + 30
+    while (state := process_state(process)) != wanted:
+        assert time.monotonic() < deadline, state
 
 
-def test_this_process_works():
-    assert process_state(this_process()) == "works" and this_process().pid == os.getpid()
+def test_this_process_is_running():
+    assert process_state(this_process()) == "running" and this_process().pid == os.getpid()
 
 
-def test_a_process_is_seen_to_work_to_be_stopped_and_to_be_gone(child):
+def test_a_process_is_seen_to_run_to_be_stopped_and_to_be_gone(child):
     process, told = child
-    assert process_state(told) == "works"
+    assert process_state(told) == "running"
     process.send_signal(signal.SIGSTOP)
-    wait_for(told, "is stopped")
+    wait_for(told, "stopped")
     process.send_signal(signal.SIGCONT)
-    wait_for(told, "works")
+    wait_for(told, "running")
     process.kill()
-    wait_for(told, "is gone")  # before anybody has asked for its exit code
+    wait_for(told, "gone")  # a zombie: nobody has asked for its exit code yet
     process.wait()
-    assert process_state(told) == "is gone"
+    assert process_state(told) == "gone"
 
 
 def test_another_process_of_the_same_number_is_not_taken_for_it():
-    assert process_state(replace(this_process(), started=1)) == "is gone"
-    assert process_state(replace(this_process(), started=0)) == "works"
+    assert process_state(replace(this_process(), started=1)) == "gone"
+    assert process_state(replace(this_process(), started=0)) == "running"
 
 
 def test_a_process_of_another_host_is_not_looked_for():
-    assert process_state(ProcessId("elsewhere", os.getpid(), 1)) == "is on another host"
+    assert process_state(ProcessId("elsewhere", os.getpid(), 1)) == "on another host"

@@ -18,7 +18,8 @@ from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
-from verl.monitoring.tracking import check_sinks, samples_table
+from verl.monitoring.display import samples_table
+from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import ask
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, summarize

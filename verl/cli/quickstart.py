@@ -16,7 +16,7 @@ from verl.config.loader import load_config, load_sft_config
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.engines.hf.pretrained import make_tiny_model
-from verl.monitoring.tracking import samples_table, save_curve, terminal_curve
+from verl.monitoring.display import samples_table, save_curve, terminal_curve
 from verl.trainer.base import Metrics
 from verl.trainer.evaluation import answer_all, summarize
 from verl.trainer.rl_trainer import Trainer

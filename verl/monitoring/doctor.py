@@ -1,206 +1,210 @@
-"""What a run waits for and why, from what its watch wrote; loads no PyTorch and asks nothing of the run."""
+"""Diagnosis of a run from its last snapshot alone; imports no PyTorch and does not contact the run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from verl.monitoring.wait_tracker import StageWaits, Wait, span
+from verl.monitoring.formatting import format_duration
+from verl.monitoring.wait_tracker import StageWaits, Wait
 from verl.monitoring.watchdog import DIAGNOSIS_FILE, RunSnapshot
 from verl.utils.process_id import ProcessState
 
-# A file is old after so many looks that did not come, and no less than so many seconds: a busy machine is no
-# dead one.
-_MANY_LOOKS, _OLD_S = 10, 15.0
+# A snapshot is outdated after this many missed checks, and not before this many seconds: a busy machine may
+# delay checks.
+_MAX_MISSED_CHECKS, _MIN_OUTDATED_S = 10, 15.0
 # Stages as the pipeline names them.
 _TRAINING, _GENERATION, _ADMISSION, _PUBLISHING = "training", "generation", "admission", "publishing"
-# States of an engine in which it answers nothing and is not about to.
+# States of an engine in which it neither answers nor is about to.
 _BROKEN = ("failed", "gone")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is told of a run.
+    """State of a run in words.
 
     Attributes:
-        is_well: it works, or has finished.
-        story: whether it lives, in a sentence.
-        cause: why it is as it is, most likely.
+        is_well: True if it runs or has finished.
+        status: one sentence on whether it runs.
+        cause: the most likely reason for that status, or for what it waits for.
     """
 
     is_well: bool
-    story: str
+    status: str
     cause: str
 
 
 @dataclass(frozen=True)
-class Case:
-    """A run at the moment of the question.
+class RunEvidence:
+    """All that a diagnosis is based on.
 
     Attributes:
-        look: the last one of its watch.
-        life: of its process.
+        run: the last snapshot.
+        process: state of its process.
         now: seconds since 1970.
     """
 
-    look: RunSnapshot
-    life: ProcessState
+    run: RunSnapshot
+    process: ProcessState
     now: float
 
     @property
     def age_s(self) -> float:
-        """Of the look; clocks of two hosts differ a little."""
-        return max(0.0, self.now - self.look.written_at)
+        """Age of the snapshot; at least 0, as clocks of two hosts differ a little."""
+        return max(0.0, self.now - self.run.written_at)
 
     @property
-    def is_old(self) -> bool:
-        """Whether looks have not come that should have."""
-        return self.age_s > max(_MANY_LOOKS * self.look.every_s, _OLD_S)
+    def is_outdated(self) -> bool:
+        """True if the run should have written newer snapshots."""
+        return self.age_s > max(_MAX_MISSED_CHECKS * self.run.every_s, _MIN_OUTDATED_S)
 
     @property
     def still_s(self) -> float:
-        """How long nothing has moved, as far as is known."""
-        return self.look.waits.still_s
+        """Seconds without progress, at the time of the snapshot."""
+        return self.run.waits.still_s
 
     @property
     def allowed_s(self) -> float:
-        """How long nothing may move."""
-        return max(self.look.limit_s, self.look.waits.allowed_s)
-
-    def wait(self, stage: str) -> Wait | None:
-        """What a stage waits for."""
-        return next(
-            (found.waits[0] for found in self.look.waits.stages if found.stage == stage and found.waits), None
-        )
+        """Seconds without progress after which the run ends itself."""
+        return max(self.run.limit_s, self.run.waits.allowed_s)
 
     @property
-    def broken(self) -> str:
-        """Parts that do not work, with their causes."""
-        told = [
-            f"{part.name} is {part.state}" + (f": {part.cause}" if part.cause else "")
-            for part in self.look.parts
-            if part.state in _BROKEN
-        ]
-        return "; ".join(told)
+    def broken_dependencies(self) -> str:
+        """The dependencies that do not work, with their causes; empty without any."""
+        return "; ".join(str(each) for each in self.run.dependencies if each.state in _BROKEN)
+
+    def wait(self, stage: str) -> Wait | None:
+        """The first wait of a stage, if it has one."""
+        return next(
+            (each.waits[0] for each in self.run.waits.stages if each.stage == stage and each.waits), None
+        )
 
 
-def diagnose(look: RunSnapshot, life: ProcessState, now: float) -> Diagnosis:
-    """What is the matter with a run.
+def diagnose(run: RunSnapshot, process: ProcessState, now: float) -> Diagnosis:
+    """Diagnose a run.
 
     Args:
-        look: the last one of its watch.
-        life: of its process.
+        run: its last snapshot.
+        process: state of its process.
         now: seconds since 1970.
     """
-    case = Case(look, life, now)
-    if look.state != "running":
-        return _ended(case)
-    if life == "is gone":
-        return _killed(case)
-    if case.is_old:
-        return _silent(case)
-    begin = f"process {look.process.pid} on {look.process.host} works for {span(now - look.began_at)}"
-    is_near = case.still_s > case.allowed_s / 2
-    left = f"; nothing has moved for {span(case.still_s)}, and it ends itself in {span(max(0.0, case.allowed_s - case.still_s))}"
-    return Diagnosis(not is_near, begin + (left if is_near else ""), _likely(case))
+    evidence = RunEvidence(run, process, now)
+    if run.state != "running":
+        return _ended(evidence)
+    if process == "gone":
+        return _killed(evidence)
+    if evidence.is_outdated:
+        return _silent(evidence)
+    ran = format_duration(now - run.began_at)
+    status = f"process {run.process.pid} on {run.process.host} has been running for {ran}"
+    is_near_limit = evidence.still_s > evidence.allowed_s / 2
+    if is_near_limit:
+        still = format_duration(evidence.still_s)
+        left = format_duration(max(0.0, evidence.allowed_s - evidence.still_s))
+        status += f"; nothing has moved for {still}, and it ends itself in {left}"
+    return Diagnosis(not is_near_limit, status, next(cause for rule in _RULES if (cause := rule(evidence))))
 
 
-def _ended(case: Case) -> Diagnosis:
-    look, ago = case.look, f"{span(case.age_s)} ago"
-    if look.state == "finished":
+def _ended(evidence: RunEvidence) -> Diagnosis:
+    run, ago = evidence.run, f"{format_duration(evidence.age_s)} ago"
+    if run.state == "finished":
+        status = f"finished {ago}, after {format_duration(run.written_at - run.began_at)}"
+        return Diagnosis(True, status, "nothing is wrong")
+    if run.state != "stalled":
         return Diagnosis(
-            True,
-            f"it has finished {ago}, after {span(look.written_at - look.began_at)}",
-            "nothing is the matter",
+            False, f"{'failed' if run.state == 'failed' else f'was {run.state}'} {ago}", run.cause
         )
-    if look.state != "stalled":
-        return Diagnosis(
-            False, f"it {'failed' if look.state == 'failed' else f'was {look.state}'} {ago}", look.cause
-        )
-    story = f"it stalled and was ended {ago}" + (
-        ", and still puts its things away" if case.life == "works" and not case.is_old else ""
+    is_cleaning_up = evidence.process == "running" and not evidence.is_outdated
+    status = f"stalled and was ended {ago}" + (", and is still cleaning up" if is_cleaning_up else "")
+    causes = (evidence.broken_dependencies, run.cause, f"all stacks are in {DIAGNOSIS_FILE}")
+    return Diagnosis(False, status, "; ".join(text for text in causes if text))
+
+
+def _killed(evidence: RunEvidence) -> Diagnosis:
+    pid, age = evidence.run.process.pid, format_duration(evidence.age_s)
+    cause = (
+        "it was killed, by a scheduler or because memory ran out (see `dmesg`); or it ended itself because "
+        f"some code held the GIL for {format_duration(evidence.allowed_s)}: then its standard error has the "
+        "stacks"
     )
     return Diagnosis(
-        False,
-        story,
-        "; ".join(text for text in (case.broken, look.cause, f"all stacks are in {DIAGNOSIS_FILE}") if text),
+        False, f"process {pid} is gone without a final record; it was last seen {age} ago", cause
     )
 
 
-def _killed(case: Case) -> Diagnosis:
-    story = f"process {case.look.process.pid} is gone without a word; it was last seen {span(case.age_s)} ago"
-    cause = (
-        "it was killed, by a scheduler or for want of memory (`dmesg` tells); or it ended itself since something kept the interpreter "
-        f"for {span(case.allowed_s)}: then its standard error has the stacks"
-    )
-    return Diagnosis(False, story, cause)
-
-
-def _silent(case: Case) -> Diagnosis:
-    pid, host = case.look.process.pid, case.look.process.host
-    story = f"process {pid} on {host} {case.life}, and has told nothing for {span(case.age_s)}"
+def _silent(evidence: RunEvidence) -> Diagnosis:
+    """A run whose process exists, but writes no snapshots."""
+    pid, host = evidence.run.process.pid, evidence.run.process.host
     causes: dict[ProcessState, str] = {
-        "is stopped": f"a Ctrl-Z or SIGSTOP has stopped it; `kill -CONT {pid}` lets it go on",
-        "waits in the system": "a device or a file system does not answer it",
-        "is on another host": f"it is gone or hangs; ask on {host}",
+        "stopped": f"Ctrl-Z or SIGSTOP has stopped it; `kill -CONT {pid}` continues it",
+        "in uninterruptible sleep": "a device or a file system does not respond",
+        "on another host": f"it is gone or hangs; look on {host}",
     }
     otherwise = (
-        f"something keeps the interpreter and does not give it back, such as a regular expression without end or C code: "
-        f"`py-spy dump --pid {pid}` shows what; or the folder cannot be written"
+        "some code holds the GIL, such as C code or a regular expression with catastrophic backtracking: "
+        f"`py-spy dump --pid {pid}` shows it; or the folder of the run is not writable"
     )
-    if case.life == "is on another host":
-        story = f"process {pid} {case.life}, {host}, and has told nothing for {span(case.age_s)}"
-    return Diagnosis(False, story, causes.get(case.life, otherwise))
+    is_elsewhere = evidence.process == "on another host"
+    where = (
+        f"{pid} is on another host, {host}," if is_elsewhere else f"{pid} on {host} is {evidence.process},"
+    )
+    status = f"process {where} and has written nothing for {format_duration(evidence.age_s)}"
+    return Diagnosis(False, status, causes.get(evidence.process, otherwise))
 
 
-def _likely(case: Case) -> str:
-    """The most likely cause of what a run that works waits for: the first that is known."""
-    return next(told for rule in _RULES if (told := rule(case)))
-
-
-def _broken_parts(case: Case) -> str:
-    if not case.broken:
+def _broken_dependencies(evidence: RunEvidence) -> str:
+    if not evidence.broken_dependencies:
         return ""
-    waiting = [stage for stage in (_TRAINING, _PUBLISHING, _GENERATION) if case.wait(stage)]
-    return f"{case.broken}; {f'{waiting[0]} has to wait for the others' if waiting else 'the others do its work'}"
+    waiting = [stage for stage in (_TRAINING, _PUBLISHING, _GENERATION) if evidence.wait(stage)]
+    effect = f"{waiting[0]} has to wait for the others" if waiting else "the others do its work"
+    return f"{evidence.broken_dependencies}; {effect}"
 
 
-def _publishing(case: Case) -> str:
-    wait = case.wait(_PUBLISHING)
+def _publishing(evidence: RunEvidence) -> str:
+    wait = evidence.wait(_PUBLISHING)
     return f"new weights wait for {wait.what}" if wait else ""
 
 
-def _training_works(case: Case) -> str:
-    if case.wait(_TRAINING):
+def _training_is_busy(evidence: RunEvidence) -> str:
+    if evidence.wait(_TRAINING):
         return ""
-    if case.still_s > case.allowed_s / 2:
-        return f"the trainer computes for long, or is stuck: `py-spy dump --pid {case.look.process.pid}` shows where"
-    if case.wait(_ADMISSION):
-        return "training is slower than generation, which is ahead of it as far as it may: that is as it should be"
-    return "nothing is the matter: training works" + (
-        ", and generation with it" if case.wait(_GENERATION) else ""
+    if evidence.still_s > evidence.allowed_s / 2:
+        pid = evidence.run.process.pid
+        return f"the trainer has a long computation, or is stuck: `py-spy dump --pid {pid}` shows where"
+    if evidence.wait(_ADMISSION):
+        return "training is slower than generation, which is as far ahead as it may be: this is normal"
+    return "nothing is wrong: training works" + (
+        ", and generation with it" if evidence.wait(_GENERATION) else ""
     )
 
 
-def _behind_training(case: Case) -> str:
-    """Training waits, so what holds it up is what has waited longest behind it."""
+def _training_waits(evidence: RunEvidence) -> str:
+    """Training waits, so the bottleneck is the other stage that has waited longest."""
     others = [
         (stage.waits[0], stage)
-        for stage in case.look.waits.stages
+        for stage in evidence.run.waits.stages
         if stage.waits and stage.stage != _TRAINING
     ]
     if not others:
-        return "training waits, and nothing is known to work for it: a defect of the pipeline, or a part of it that names no waits"
+        return (
+            "training waits, and no other stage is known to work for it: a defect of the pipeline, or a part "
+            "of it that records no waits"
+        )
     wait, stage = max(others, key=lambda other: other[0].for_s)
-    if stage.stage == _GENERATION and case.still_s < case.allowed_s / 2:
-        return f"generation is slower than training: {_waited(wait, stage)}; more engines would help"
-    return f"{stage.stage} holds training up: {_waited(wait, stage)}"
+    if stage.stage == _GENERATION and evidence.still_s < evidence.allowed_s / 2:
+        return f"generation is slower than training: {_describe(wait, stage)}; more engines would help"
+    return f"{stage.stage} holds training up: {_describe(wait, stage)}"
 
 
-def _waited(wait: Wait, stage: StageWaits) -> str:
-    return f"it has waited {span(wait.for_s)} for {wait.what}" + (
-        f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else ""
-    )
+def _describe(wait: Wait, stage: StageWaits) -> str:
+    more = f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else ""
+    return f"it has waited {format_duration(wait.for_s)} for {wait.what}{more}"
 
 
-_RULES: tuple[Callable[[Case], str], ...] = (_broken_parts, _publishing, _training_works, _behind_training)
+# Causes of what a running run waits for, the first that applies; the last one always does.
+_RULES: tuple[Callable[[RunEvidence], str], ...] = (
+    _broken_dependencies,
+    _publishing,
+    _training_is_busy,
+    _training_waits,
+)

@@ -1,9 +1,9 @@
-"""Ends the process when something keeps the interpreter to itself for too long; the one place that sets the
-timer for it.
+"""Deadlines after which the process ends even if some code never releases the GIL.
 
-A regular expression without end, or C code, may never give the interpreter back. Then no Python runs that
-could count the time, and only a timer of the C library helps. There is one such timer in a process, and it is
-set for the nearest of all deadlines.
+A regular expression with catastrophic backtracking, or C code, may hold Python's global interpreter lock
+forever. Then no Python code can enforce a time limit, and only the watchdog thread of `faulthandler`, which
+needs no GIL, can. A process has one such timer, so it is set to the earliest of all deadlines, and no other
+module may use it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ _deadlines: dict[object, float] = {}
 
 
 def arm(owner: object, seconds: float) -> None:
-    """Ends the process with exit code 1, all stacks on standard error, unless the owner arms anew or disarms
-    within so many seconds.
+    """End the process with exit code 1 and all stacks on standard error if the deadline passes.
 
     Args:
-        owner: who has the deadline; each has one.
+        owner: identifies the deadline; arming again replaces it, `disarm` removes it.
         seconds: from now.
     """
     with _lock:
         _deadlines[owner] = time.monotonic() + seconds
-        _set()
+        _set_timer()
 
 
 def disarm(owner: object) -> None:
-    """Takes the deadline of an owner back; nothing happens if it has none."""
+    """Remove the deadline of an owner, if it has one."""
     with _lock:
         if _deadlines.pop(owner, None) is not None:
-            _set()
+            _set_timer()
 
 
-def _set() -> None:
+def _set_timer() -> None:
+    """Set the timer to the earliest deadline; `_lock` must be held."""
     if not _deadlines:
         faulthandler.cancel_dump_traceback_later()
-    # Without a standard error there is nowhere to say why.
+    # Without a standard error there is nowhere to write the stacks.
     elif sys.__stderr__ is not None:
         left_s = min(_deadlines.values()) - time.monotonic()
         faulthandler.dump_traceback_later(max(left_s, 1e-3), exit=True, file=sys.__stderr__)

@@ -1,31 +1,32 @@
-"""Who waits for what, since when, and when something moved last; the clock is given, so that it may be a
-virtual one.
-"""
+"""The waits of each pipeline stage and the time of its last progress, from which a stall is recognized."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
-What = str | Callable[[], str]
-# Waits of a stage that are told in words; there may be one for each group in flight.
-_NUM_TOLD = 3
-# What is told may change at that moment in another thread, such as a dict that is walked through.
+from verl.monitoring.formatting import format_duration
+
+# A text, or a function that returns the current one.
+Description = str | Callable[[], str]
+# Waits of a stage in a snapshot; there may be one for each group in flight.
+_MAX_LISTED = 3
+# A description may read what another thread changes meanwhile, such as a dict.
 _NUM_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Wait:
-    """One wait that goes on.
+    """A wait in progress.
 
     Attributes:
-        what: it is for, in words.
-        for_s: how long it has lasted.
-        limit_s: how long it may last; None: as long as something else moves.
+        what: what is waited for.
+        for_s: seconds since the wait began.
+        limit_s: longest time that the wait may take; None: no limit of its own.
     """
 
     what: str
@@ -34,19 +35,19 @@ class Wait:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has lasted longer than it may."""
+        """True if the wait has exceeded its limit."""
         return self.limit_s is not None and self.for_s > self.limit_s
 
 
 @dataclass(frozen=True)
 class StageWaits:
-    """A stage at one moment.
+    """State of a stage at one moment.
 
     Attributes:
-        stage: its name.
-        moved_s: seconds since it last moved, or since it was first heard of.
-        num_waits: that go on.
-        waits: those that say most, at most three: first one that is over its limit, then the oldest.
+        stage: name of the stage.
+        moved_s: seconds since its last progress, or since it was first named.
+        num_waits: number of waits in progress.
+        waits: at most three of them: first one over its limit, if any, then the oldest.
     """
 
     stage: str
@@ -55,21 +56,22 @@ class StageWaits:
     waits: tuple[Wait, ...] = ()
 
     def __str__(self) -> str:
-        moved = f"moved {span(self.moved_s)} ago"
+        moved = f"moved {format_duration(self.moved_s)} ago"
         if not self.waits:
             return f"{self.stage} waits for nothing, {moved}"
+        wait = self.waits[0]
         more = f", the first of {self.num_waits} waits" if self.num_waits > 1 else ""
-        return f"{self.stage} has waited {span(self.waits[0].for_s)} for {self.waits[0].what}{more}, {moved}"
+        return f"{self.stage} has waited {format_duration(wait.for_s)} for {wait.what}{more}, {moved}"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All stages at one moment.
+    """State of all stages at one moment.
 
     Attributes:
-        still_s: seconds since anything moved in any of them.
-        allowed_s: the longest own limit of the waits that go on.
-        stages: in the order in which they were first heard of.
+        still_s: seconds since the last progress of any stage.
+        allowed_s: the longest limit among the waits in progress; 0 without one.
+        stages: in the order in which they were first named.
     """
 
     still_s: float
@@ -78,42 +80,45 @@ class Snapshot:
 
 
 @dataclass
-class _Going:
-    """A wait that goes on."""
+class _ActiveWait:
+    """A wait in progress, as it is stored."""
 
-    what: What
+    description: Description
     since_s: float
     limit_s: float | None
 
     def is_over(self, now_s: float) -> bool:
         return self.limit_s is not None and now_s - self.since_s > self.limit_s
 
+    def at(self, now_s: float) -> Wait:
+        return Wait(evaluate_description(self.description), now_s - self.since_s, self.limit_s)
+
 
 @dataclass
 class _Stage:
-    """A stage: its waits, oldest first, and the time spent in them that was not asked for yet."""
+    """Waits of a stage, oldest first, and the time spent in them since `take_seconds` was last called."""
 
     moved_at_s: float
-    going: dict[int, _Going] = field(default_factory=dict)
+    active: dict[int, _ActiveWait] = field(default_factory=dict)
     waited_s: float = 0.0
-    counted_to_s: float = 0.0  # while it waits: up to where `waited_s` counts
+    counted_to_s: float = 0.0  # while it waits: the time up to which `waited_s` counts
 
     def count(self, now_s: float) -> None:
-        if self.going:
+        if self.active:
             self.waited_s += now_s - self.counted_to_s
         self.counted_to_s = now_s
 
-    def telling(self, now_s: float) -> list[_Going]:
-        first = next((going for going in self.going.values() if going.is_over(now_s)), None)
-        oldest = (going for going in self.going.values() if going is not first)
-        return [*([first] if first else []), *islice(oldest, _NUM_TOLD - (first is not None))]
+    def listed(self, now_s: float) -> list[_ActiveWait]:
+        first = next((wait for wait in self.active.values() if wait.is_over(now_s)), None)
+        oldest = (wait for wait in self.active.values() if wait is not first)
+        return [*([first] if first else []), *islice(oldest, _MAX_LISTED - (first is not None))]
 
 
 class WaitTracker:
-    """The waits of a run, by stage; for threads and coroutines alike.
+    """The waits of a run, by stage; used from threads and coroutines alike.
 
     Args:
-        clock: seconds; for coroutines on a virtual clock `loop.time`.
+        clock: returns seconds; `loop.time` for coroutines on virtual time.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -123,42 +128,42 @@ class WaitTracker:
         self._moved_at_s = clock()
 
     @contextmanager
-    def track(self, stage: str, what: What, *, limit_s: float | None = None) -> Iterator[None]:
-        """Inside, a stage waits for something.
+    def track(self, stage: str, what: Description, *, limit_s: float | None = None) -> Iterator[None]:
+        """Context of one wait of a stage.
 
-        A wait that ends as it should has got what it was for, so the stage has moved; one that ends with an
-        exception has not. So put it around the whole wait, not around each look at whether it is over.
+        Leaving it normally means that the wait got what it was for, which is progress of the stage; leaving
+        it with an exception is none. So put it around a whole wait, not around each poll.
 
         Args:
-            stage: which part of the run waits; several of its waits may go on at once.
-            what: it is for; a function is asked each time someone wants to know, from another thread.
-            limit_s: how long it may last at most.
+            stage: the waiting part of the run; several of its waits may be in progress at once.
+            what: what is waited for; a function is called for each snapshot, in the thread that takes it.
+            limit_s: longest time that the wait may take.
         """
-        going = _Going(what, self._clock(), limit_s)
+        wait = _ActiveWait(what, self._clock(), limit_s)
         with self._lock:
-            found = self._stage(stage, going.since_s)
-            found.count(going.since_s)
-            found.going[id(going)] = going
-        has_come = False
+            found = self._stages.setdefault(stage, _Stage(wait.since_s))
+            found.count(wait.since_s)
+            found.active[id(wait)] = wait
+        has_succeeded = False
         try:
             yield
-            has_come = True
+            has_succeeded = True
         finally:
             with self._lock:
                 now_s = self._clock()
                 found.count(now_s)
-                del found.going[id(going)]
-                if has_come:
+                del found.active[id(wait)]
+                if has_succeeded:
                     found.moved_at_s = self._moved_at_s = now_s
 
     def mark_progress(self, stage: str) -> None:
-        """Something went on in a stage."""
+        """Record progress of a stage."""
         with self._lock:
             now_s = self._clock()
-            self._stage(stage, now_s).moved_at_s = self._moved_at_s = now_s
+            self._stages.setdefault(stage, _Stage(now_s)).moved_at_s = self._moved_at_s = now_s
 
     def take_seconds(self) -> dict[str, float]:
-        """How long each stage has waited since the last call, by its name; several waits at once count once."""
+        """Seconds that each stage has waited since the last call; concurrent waits count once."""
         with self._lock:
             now_s = self._clock()
             taken = {}
@@ -168,45 +173,52 @@ class WaitTracker:
             return taken
 
     def snapshot(self) -> Snapshot:
-        """What each stage waits for at the moment."""
+        """The current state of all stages."""
         with self._lock:
             now_s = self._clock()
             still_s = now_s - self._moved_at_s
-            allowed_s = max(
-                (going.limit_s or 0.0 for stage in self._stages.values() for going in stage.going.values()),
-                default=0.0,
-            )
+            limits = [
+                wait.limit_s or 0.0 for stage in self._stages.values() for wait in stage.active.values()
+            ]
             found = [
-                (name, now_s - stage.moved_at_s, len(stage.going), stage.telling(now_s))
+                (name, now_s - stage.moved_at_s, len(stage.active), stage.listed(now_s))
                 for name, stage in self._stages.items()
             ]
-        # Asked without the lock: what answers may have locks of its own.
-        stages = (
-            StageWaits(name, moved_s, num, _told(telling, now_s)) for name, moved_s, num, telling in found
+        # Descriptions are evaluated outside the lock: their functions may take locks of their own.
+        stages = tuple(
+            StageWaits(name, moved_s, num_waits, tuple(wait.at(now_s) for wait in listed))
+            for name, moved_s, num_waits, listed in found
         )
-        return Snapshot(still_s, allowed_s, tuple(stages))
+        return Snapshot(still_s, max(limits, default=0.0), stages)
 
     def exclude(self, seconds: float) -> None:
-        """Takes time out of all that goes on, in which nothing could move: the process was stopped, or
-        another one had its turn.
-        """
+        """Discount time without possible progress: the process was stopped, or an inner run was active."""
         with self._lock:
             now_s = self._clock()
             self._moved_at_s = min(self._moved_at_s + seconds, now_s)
             for stage in self._stages.values():
                 stage.moved_at_s = min(stage.moved_at_s + seconds, now_s)
-                for going in stage.going.values():
-                    going.since_s = min(going.since_s + seconds, now_s)
+                for wait in stage.active.values():
+                    wait.since_s = min(wait.since_s + seconds, now_s)
 
-    def _stage(self, name: str, now_s: float) -> _Stage:
-        return self._stages.setdefault(name, _Stage(now_s))
+
+def evaluate_description(description: Description) -> str:
+    """The current text of a description; an error of its function becomes part of the text."""
+    if isinstance(description, str):
+        return description
+    for _ in range(_NUM_TRIES):
+        try:
+            return description()
+        except Exception as error:  # a failed description must not end the run that it describes
+            failure = f"{type(error).__name__}: {error}"
+    return f"something that cannot be described ({failure})"
 
 
 def stall_reason(snapshot: Snapshot, limit_s: float) -> str | None:
-    """Why a run counts as stalled, in words with all stages, or None.
+    """The reason why a run counts as stalled, with the state of all stages, or None if it does not.
 
-    A wait is over its own limit, or nothing has moved for `limit_s`; for the longest own limit of the waits
-    that go on, if that is longer.
+    A run is stalled if a wait exceeds its own limit, or if no stage has progressed for `limit_s`, or for the
+    longest limit of a wait in progress where that is longer.
     """
     limit_s = max(limit_s, snapshot.allowed_s)
     over = next(
@@ -215,40 +227,14 @@ def stall_reason(snapshot: Snapshot, limit_s: float) -> str | None:
     if over:
         name, wait = over
         begin = (
-            f"{name} has waited {span(wait.for_s)} for {wait.what}, and may for {span(wait.limit_s or 0.0)}"
+            f"{name} has waited {format_duration(wait.for_s)} for {wait.what}, "
+            f"and may for {format_duration(wait.limit_s or 0.0)}"
         )
     elif snapshot.still_s >= limit_s:
-        begin = f"nothing has moved for {span(snapshot.still_s)}, and may stand still for {span(limit_s)}"
+        begin = (
+            f"nothing has moved for {format_duration(snapshot.still_s)}, "
+            f"and may stand still for {format_duration(limit_s)}"
+        )
     else:
         return None
-    return (
-        "; ".join([begin, *map(str, snapshot.stages)]) if snapshot.stages else f"{begin}; no stage has begun"
-    )
-
-
-def span(seconds: float) -> str:
-    """A length of time for people: 0.4 s, 45 s, 31 min, 2 h 05 min, 3 d 4 h."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 119.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def _told(waits: Sequence[_Going], now_s: float) -> tuple[Wait, ...]:
-    return tuple(Wait(_words(going.what), now_s - going.since_s, going.limit_s) for going in waits)
-
-
-def _words(what: What) -> str:
-    if isinstance(what, str):
-        return what
-    for _ in range(_NUM_TRIES):
-        try:
-            return what()
-        except Exception as error:  # the words must not cost the run what they are about
-            failed = f"{type(error).__name__}: {error}"
-    return f"something that cannot be told ({failed})"
+    return "; ".join([begin, *(map(str, snapshot.stages) if snapshot.stages else ["no stage has begun"])])

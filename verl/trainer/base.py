@@ -19,7 +19,8 @@ from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig
 from verl.controller.worker_group import Timeline, append_trace
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
-from verl.monitoring.tracking import Clock, Tracker, check_sinks
+from verl.monitoring.sinks import check_sinks
+from verl.monitoring.tracking import Clock, Tracker
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency, Watchdog
 from verl.trainer.checkpoint_store import CheckpointStore, Save, load_state, only_run_in
@@ -167,7 +168,7 @@ class BaseTrainer(ABC):
         report = self.load_train_data()
         store = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         resumed = self._resume(store)
-        with only_run_in(folder), Watchdog(self.waits, folder, self.stall_limit_s, parts=self.parts):
+        with only_run_in(folder), Watchdog(self.waits, folder, self.stall_limit_s, dependencies=self.parts):
             tracker = Tracker(
                 config.tracking,
                 folder,

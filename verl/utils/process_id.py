@@ -1,4 +1,4 @@
-"""Which process one was, so that another can ask later whether it still lives."""
+"""Identity of a process, with which another process can check later whether it still runs."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ProcessState = Literal["works", "is stopped", "waits in the system", "is gone", "is on another host"]
-# Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-_LIVES: dict[str, ProcessState] = {
-    "T": "is stopped",
-    "t": "is stopped",
-    "D": "waits in the system",
-    "Z": "is gone",
-    "X": "is gone",
+ProcessState = Literal["running", "stopped", "in uninterruptible sleep", "gone", "on another host"]
+# Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html; all others are running.
+_STATES: dict[str, ProcessState] = {
+    "T": "stopped",
+    "t": "stopped",
+    "D": "in uninterruptible sleep",
+    "Z": "gone",
+    "X": "gone",
 }
 
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process among all that ever were.
+    """A process, distinguished from others that had the same pid.
 
     Attributes:
-        host: its machine or container.
+        host: name of its machine or container.
         pid: its number there.
-        started: when it began, in the units of its system; 0 where that is not known. Numbers of processes
-            come again, these do not.
+        started: start time in clock ticks since the machine booted; 0 where it is unknown. Exact, unlike a
+            time of day, which shifts when the clock is set.
     """
 
     host: str
@@ -36,35 +36,35 @@ class ProcessId:
 
 
 def this_process() -> ProcessId:
-    """The one that asks."""
-    return ProcessId(socket.gethostname(), os.getpid(), _stat(os.getpid())[1])
+    """The calling process."""
+    return ProcessId(socket.gethostname(), os.getpid(), _read_stat(os.getpid())[1])
 
 
 def process_state(process: ProcessId) -> ProcessState:
-    """What a process does."""
+    """The current state of a process, as far as it can be seen from this one."""
     if process.host != socket.gethostname():
-        return "is on another host"
-    letter, started = _stat(process.pid)
+        return "on another host"
+    letter, started = _read_stat(process.pid)
     if letter:
-        return "is gone" if process.started and started != process.started else _LIVES.get(letter, "works")
-    return "is gone" if Path("/proc/self/stat").exists() or not _answers(process.pid) else "works"
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """State and start of a process as Linux tells them; ("", 0) without."""
+        is_other = process.started and started != process.started
+        return "gone" if is_other else _STATES.get(letter, "running")
+    if Path("/proc/self/stat").exists():
+        return "gone"
+    # Outside Linux a signal without effect shows whether the process exists.
     try:
-        # The name of the program is in parentheses, and may have some of its own.
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:  # it exists, and is another user's
+        return "running"
+    return "running"
+
+
+def _read_stat(pid: int) -> tuple[str, int]:
+    """State letter and start time of a process on Linux; ("", 0) if it is gone, or on another system."""
+    try:
+        # The program's name is in parentheses and may contain some, so fields count from the last one.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "", 0
     return fields[0], int(fields[19])
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

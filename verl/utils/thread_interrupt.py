@@ -1,6 +1,4 @@
-"""A block of code in one thread that another thread can end with an exception, also while the thread waits
-for a lock.
-"""
+"""Code blocks that another thread can interrupt with an exception, even while they wait for a lock."""
 
 from __future__ import annotations
 
@@ -11,111 +9,110 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-# Nobody else has a use for it, so that a Ctrl-C stays what it is; macOS has no such signals.
+# A signal without another use, so that Ctrl-C keeps its meaning; macOS has no real-time signals.
 _SIGNAL = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 _lock = threading.Lock()
-# Of the main thread, the innermost last.
+# Blocks of the main thread, the innermost last.
 _blocks: list[InterruptibleBlock] = []
-_before: Any = None
+# The handler of the signal before the first block began.
+_previous_handler: Any = None
 
 
 class ThreadInterrupted(KeyboardInterrupt):
-    """What ends a block; an interrupt, since `except Exception`, event loops and Ray let only those through."""
+    """The exception that leaves an interrupted block.
+
+    It derives from KeyboardInterrupt because `except Exception`, event loops and Ray let only that through.
+    """
 
 
 class InterruptibleBlock:
-    """A context that `end`, called in another thread, leaves with `ThreadInterrupted`.
+    """A context that another thread can leave with `ThreadInterrupted`, by calling `interrupt`.
 
-    In the main thread a signal interrupts whatever waits, be it a lock, a system call, or a library that
-    looks for signals. In another thread the exception comes when it runs Python again, and not before.
+    In the main thread a signal interrupts any wait: a lock, a system call, or a library that handles signals.
+    In another thread the exception is raised only when the thread executes Python code again.
+
+    Attributes:
+        is_raised: set once the exception has been raised.
     """
 
     def __init__(self) -> None:
-        self.has_ended = threading.Event()  # the exception has been raised
-        self._is_wanted = self._is_over = False
+        self.is_raised = threading.Event()
+        self._is_requested = self._is_over = False
         self._thread = threading.main_thread()
 
     def __enter__(self) -> InterruptibleBlock:
+        global _previous_handler
         self._thread = threading.current_thread()
         if self._is_main:
-            _enter(self)
+            with _lock:
+                if not _blocks:
+                    _previous_handler = signal.signal(_SIGNAL, _on_signal)
+                _blocks.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True
-        if self._is_main:
-            _leave(self)
+        if not self._is_main:
+            return
+        # `interrupt` sends its signal under this lock, so none is on its way here: its handler has run, and the
+        # request is void since this block is over.
+        with _lock:
+            _blocks.remove(self)
+            if not _blocks:
+                signal.signal(_SIGNAL, signal.SIG_DFL if _previous_handler is None else _previous_handler)
 
     @property
     def is_innermost(self) -> bool:
-        """Whether no further block began inside this one, in the same thread; known of the main thread alone."""
+        """False if another block began inside this one; always True outside the main thread."""
         return not self._is_main or bool(_blocks) and _blocks[-1] is self
 
-    def end(self) -> None:
-        """Ends the block, once; to be called again as long as it has not `has_ended`, for a signal may come
-        just before a wait begins.
+    def interrupt(self) -> None:
+        """Interrupt the block.
+
+        Call it repeatedly until `is_raised` is set: a signal may arrive just before a wait begins, which then
+        does not notice it. The exception is raised once at most.
         """
         with _lock:
-            if self._is_over or self.has_ended.is_set():
+            if self._is_over or self.is_raised.is_set():
                 return
-            self._is_wanted = True
+            self._is_requested = True
+            assert self._thread.ident is not None
             if self._is_main:
-                signal.pthread_kill(self._ident, _SIGNAL)
+                signal.pthread_kill(self._thread.ident, _SIGNAL)
             else:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._ident), ctypes.py_object(_error_of(self.has_ended.set))
-                )
+                error = ctypes.py_object(_error_class(self.is_raised.set))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), error)
 
-    def take(self) -> bool:
-        """Whether the exception is to be raised now; once."""
-        if not self._is_wanted or self._is_over or self.has_ended.is_set():
+    def take_request(self) -> bool:
+        """True, once, if the exception is to be raised now; called by the signal handler."""
+        if not self._is_requested or self._is_over or self.is_raised.is_set():
             return False
-        self.has_ended.set()
+        self.is_raised.set()
         return True
 
     @property
     def _is_main(self) -> bool:
         return self._thread is threading.main_thread()
 
-    @property
-    def _ident(self) -> int:
-        assert self._thread.ident is not None
-        return self._thread.ident
 
+def _error_class(on_raise: Callable[[], None]) -> type[ThreadInterrupted]:
+    """A `ThreadInterrupted` that reports when it is raised.
 
-def _error_of(raised: Callable[[], None]) -> type[ThreadInterrupted]:
-    """An `ThreadInterrupted` that tells when it is raised: what another thread throws is made in the thread that it
-    hits.
+    CPython takes a class here, and instantiates it in the interrupted thread at the moment of raising.
     """
 
-    class Told(ThreadInterrupted):
+    class ReportingInterrupt(ThreadInterrupted):
         def __init__(self) -> None:
-            super().__init__("the block was ended by another thread")
-            raised()
+            super().__init__("the block was interrupted by another thread")
+            on_raise()
 
-    return Told
-
-
-def _enter(block: InterruptibleBlock) -> None:
-    global _before
-    with _lock:
-        if not _blocks:
-            _before = signal.signal(_SIGNAL, _on_signal)
-        _blocks.append(block)
-
-
-def _leave(block: InterruptibleBlock) -> None:
-    # Under the lock no signal is on its way: one that was sent has been taken note of, and what it asks for
-    # is over.
-    with _lock:
-        _blocks.remove(block)
-        if not _blocks:
-            signal.signal(_SIGNAL, signal.SIG_DFL if _before is None else _before)
+    return ReportingInterrupt
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if any(block.take() for block in reversed(_blocks)):
-        raise ThreadInterrupted("the block was ended by another thread")
-    if callable(_before):
-        _before(number, frame)
+    """Raise in the innermost block that is to be interrupted; else call the previous handler."""
+    if any(block.take_request() for block in reversed(_blocks)):
+        raise ThreadInterrupted("the block was interrupted by another thread")
+    if callable(_previous_handler):
+        _previous_handler(number, frame)
