@@ -1,4 +1,4 @@
-"""What the commands do that need models; the command line itself loads none."""
+"""Commands that load PyTorch or Rich; `verl.cli.main` imports this module only when one of them runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
@@ -31,7 +32,7 @@ from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 
-# What a configuration trains with.
+# Settings of a run -> its trainer.
 TRAINERS: dict[type[RunConfig], Callable[..., BaseTrainer]] = {
     TrainerConfig: Trainer,
     SFTConfig: SFTTrainer,
@@ -41,8 +42,9 @@ TRAINERS: dict[type[RunConfig], Callable[..., BaseTrainer]] = {
 
 
 def fit(config: RunConfig, *, dry_run: bool) -> None:
-    """`verl train`, `sft`, `preference`, `reward-model`; a dry run reads the data as well, shows the
-    settings, and stops.
+    """`verl train`, `sft`, `preference` and `reward-model`.
+
+    A dry run builds the trainer, reads the data, prints the settings, and stops.
     """
     check_sinks(config.tracking.sinks)
     console = Console()
@@ -51,20 +53,24 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             report = trainer.load_train_data()
             console.out(to_yaml(config), end="", highlight=False)
             console.out(
-                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; nothing was trained",
+                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; "
+                "nothing was trained",
                 highlight=False,
             )
             return
         if not trainer.fit():
-            told = f"{config.output_dir} is already at step {trainer.version}; raise steps, or take another output_dir"
-            console.out(told, highlight=False)
+            console.out(
+                f"{config.output_dir} is already at step {trainer.version}; "
+                "raise steps, or take another output_dir",
+                highlight=False,
+            )
         console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
 
 
 def evaluate(config: TrainerConfig) -> None:
-    """`verl eval`: prints metrics and sample answers."""
+    """`verl eval`: print sampled answers and metrics."""
     console = Console()
-    # The default algorithm has neither a critic nor a reference: answers need no second and third model.
+    # The default algorithm needs neither critic nor reference, so only the policy is loaded.
     config = config.model_copy(update={"algorithm": AlgorithmConfig()})
     with closing(Trainer(config, console=console)) as trainer:
         groups = answer_all(trainer.collector, trainer.test_prompts, config)
@@ -73,7 +79,7 @@ def evaluate(config: TrainerConfig) -> None:
 
 
 def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
-    """One metric per line."""
+    """Print one metric per line."""
     for name, value in metrics.items():
         console.out(f"{name:24} {value:.4g}", highlight=False)
 
@@ -90,37 +96,24 @@ def engines(args: argparse.Namespace) -> None:
     if args.action == "remove" and not args.name:
         raise ValueError("need the name of the engine to remove; `verl engines list` shows them")
     if args.action == "add":
-        console.out(
-            f"added {ask(folder, 'POST', '/engines', {'name': args.name, 'address': args.address})['name']}",
-            highlight=False,
-        )
+        added = ask(folder, "POST", "/engines", {"name": args.name, "address": args.address})
+        console.out(f"added {added['name']}", highlight=False)
     elif args.action == "remove":
-        console.out(
-            f"leaving: {ask(folder, 'DELETE', f'/engines/{quote(args.name)}')['name']}", highlight=False
-        )
+        removed = ask(folder, "DELETE", f"/engines/{quote(args.name)}")
+        console.out(f"leaving: {removed['name']}", highlight=False)
     else:
-        found = ask(folder, "GET", "/engines")
-        table = Table(
-            "engine",
-            "state",
-            "since",
-            "version",
-            "running",
-            "served",
-            "last failure",
-            title=f"policy version {found['version']}",
-        )
-        for row in found["engines"]:
-            cells = (
-                row["name"],
-                row["state"],
-                f"{row['for_s']:g} s",
-                row["version"],
-                row["running"],
-                row["served"],
-            )
-            table.add_row(*map(str, cells), row["cause"].partition("\n")[0])
-        console.print(table)
+        console.print(engines_table(ask(folder, "GET", "/engines")))
+
+
+def engines_table(pool: Mapping[str, Any]) -> Table:
+    """The engines of a pool, from the answer of its admin API."""
+    columns = ("engine", "state", "since", "version", "running", "served", "last failure")
+    table = Table(*columns, title=f"policy version {pool['version']}")
+    for row in pool["engines"]:
+        since, failure = f"{row['for_s']:g} s", row["cause"].partition("\n")[0]
+        cells = (row["name"], row["state"], since, row["version"], row["running"], row["served"], failure)
+        table.add_row(*map(str, cells))
+    return table
 
 
 def quickstart(args: argparse.Namespace) -> None:

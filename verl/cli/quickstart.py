@@ -1,6 +1,4 @@
-"""The first run of a newcomer: a small model is made, warmed up on examples, and then learns addition from
-rewards.
-"""
+"""The quickstart: a small random model is warmed up on examples, and then learns addition from rewards."""
 
 from __future__ import annotations
 
@@ -23,13 +21,13 @@ from verl.trainer.rl_trainer import Trainer
 from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 
-# A policy learns from rewards only if it is right now and then: sampled accuracy, not that of the most likely
-# answer.
+# A policy learns from rewards only if some of its sampled answers are correct, so the sampled accuracy counts,
+# not that of the most likely answer.
 _WARM_ACCURACY = 0.22
 _WARM_CHECK_STEPS = 10
 _WARM_MAX_STEPS = 600
 
-# What differs from the recipe `quickstart` with a critic instead of groups: more prompts, one answer each.
+# Changes to the recipe `quickstart` for a critic instead of groups: more prompts, one answer each.
 _PPO = (
     "prompts_per_step=512",
     "samples_per_prompt=1",
@@ -41,16 +39,16 @@ _PPO = (
 def run_quickstart(
     folder: Path, *, seed: int = 0, algo: str = "grpo", console: Console | None = None
 ) -> Metrics:
-    """Makes, warms up, trains and measures a model, and tells what happens.
+    """Create, warm up, train and evaluate a model, and print the progress.
 
     Args:
-        folder: what an earlier quickstart left there is replaced.
-        seed: of everything random.
+        folder: output folder; the files of an earlier quickstart are replaced.
+        seed: seed of weights, data and sampling.
         algo: grpo or ppo.
-        console: for people; none: standard output.
+        console: destination of human-readable output; none: standard output.
 
     Returns:
-        accuracy_before and accuracy_after on the held-out prompts (temperature 1), and seconds.
+        accuracy_before and accuracy_after on the held-out prompts at temperature 1, and seconds.
     """
     console, start = console or Console(), time.perf_counter()
     # Faster than several for a model this small, and the same numbers whatever the number of cores.
@@ -60,7 +58,8 @@ def run_quickstart(
     config = quickstart_config(folder, seed=seed, algo=algo)
     say(
         console,
-        f"verl quickstart: a model of 0.16M parameters learns two-digit addition by {algo.upper()}. On two CPU cores: 1 to 3 minutes.",
+        f"verl quickstart: a model of 0.16M parameters learns two-digit addition by {algo.upper()}. "
+        "On two CPU cores: 1 to 3 minutes.",
     )
     say(console, "\n1. A random model, taught by examples until about one sampled answer in four is right.")
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
@@ -68,7 +67,8 @@ def run_quickstart(
 
     say(
         console,
-        f"\n2. {config.steps} steps of {algo.upper()}: no more answers are shown, only whether its own were right.",
+        f"\n2. {config.steps} steps of {algo.upper()}: no more answers are shown, "
+        "only whether its own were right.",
     )
     trainer = Trainer(config, console=console)
     before = answer_all(trainer.collector, trainer.test_prompts, config)
@@ -92,39 +92,41 @@ def run_quickstart(
     seconds = time.perf_counter() - start
     say(
         console,
-        f"\naccuracy on {len(after)} held-out prompts at temperature 1: {accuracy['accuracy_before']:.3f} before, "
+        f"\naccuracy on {len(after)} held-out prompts at temperature 1: "
+        f"{accuracy['accuracy_before']:.3f} before, "
         f"{accuracy['accuracy_after']:.3f} after ({seconds:.0f} s in all)",
     )
     model = Path(config.output_dir) / "model"
     say(
         console,
-        f"trained model, Hugging Face format: {model}\ncurve: {picture}\nmetrics: {Path(config.output_dir) / 'metrics.jsonl'}",
+        f"trained model, Hugging Face format: {model}\ncurve: {picture}\n"
+        f"metrics: {Path(config.output_dir) / 'metrics.jsonl'}",
     )
     say(console, next_steps(folder, model))
     return {**accuracy, "seconds": seconds}
 
 
 def quickstart_config(folder: Path, *, seed: int, algo: str, overrides: Sequence[str] = ()) -> TrainerConfig:
-    """The recipe `quickstart`, or its form with a critic, and what differs from it."""
+    """The recipe `quickstart`, or its form with a critic, with overrides on top."""
     config = load_config("quickstart", [f"seed={seed}", *(_PPO if algo == "ppo" else ()), *overrides])
     policy = config.policy.model_copy(update={"path": str(folder / "warm")})
     return config.model_copy(update={"policy": policy, "output_dir": str(folder / "run")})
 
 
 def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: float = _WARM_ACCURACY) -> int:
-    """Fine-tunes `folder/start` on reference answers until it is right now and then; writes `folder/warm`.
+    """Fine-tune `folder/start` on reference answers up to a low accuracy, and write `folder/warm`.
 
     Args:
-        folder: of both models.
-        config: of the run to come: its prompts are shown, and its way of sampling is judged.
-        console: for people.
+        folder: folder of both models.
+        config: settings of the RL run that follows; its prompts are learned, and its sampling is evaluated.
+        console: destination of human-readable output.
         enough: sampled accuracy on 256 held-out prompts at which to stop.
 
     Returns:
         The number of steps.
 
     Raises:
-        RuntimeError: it does not get there.
+        RuntimeError: the accuracy is not reached in time.
     """
     overrides = [f"data.train={config.data.train}", f"seed={config.seed}", "rows_per_step=128"]
     optimizer = [
@@ -134,40 +136,41 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: fl
     ]
     settings = load_sft_config(None, [*overrides, *optimizer])
     policy = settings.policy.model_copy(update={"path": str(folder / "start")})
-    teacher = SFTTrainer(settings.model_copy(update={"policy": policy}))
-    teacher.load_train_data()
-    # Generates with the weights that are being fine-tuned: both trainers hold the same model.
-    judge = Trainer(config, actor_model=teacher.policy_engine.model.transformer, codec=teacher.codec)
-    while teacher.version < _WARM_MAX_STEPS:
-        loss = teacher.step().get("loss", float("nan"))  # absent if the update was skipped
-        if teacher.version % _WARM_CHECK_STEPS:
+    tuner = SFTTrainer(settings.model_copy(update={"policy": policy}))
+    tuner.load_train_data()
+    # Both trainers hold the same model, so this one generates with the weights that are being fine-tuned.
+    evaluator = Trainer(config, actor_model=tuner.policy_engine.model.transformer, codec=tuner.codec)
+    while tuner.version < _WARM_MAX_STEPS:
+        loss = tuner.step().get("loss", float("nan"))  # absent if the engine skipped the update
+        if tuner.version % _WARM_CHECK_STEPS:
             continue
-        accuracy = accuracy_of(answer_all(judge.collector, judge.test_prompts[:256], config))
-        if teacher.version % (4 * _WARM_CHECK_STEPS) == 0 or accuracy >= enough:
-            say(console, f"   step {teacher.version:3}   loss {loss:.3f}   sampled accuracy {accuracy:.3f}")
+        accuracy = accuracy_of(answer_all(evaluator.collector, evaluator.test_prompts[:256], config))
+        if tuner.version % (4 * _WARM_CHECK_STEPS) == 0 or accuracy >= enough:
+            say(console, f"   step {tuner.version:3}   loss {loss:.3f}   sampled accuracy {accuracy:.3f}")
         if accuracy >= enough:
-            teacher.save_model(folder / "warm")
-            return teacher.version
+            tuner.save_model(folder / "warm")
+            return tuner.version
     raise RuntimeError(
         f"the warm-up did not reach an accuracy of {enough} in {_WARM_MAX_STEPS} steps; try another --seed"
     )
 
 
 def accuracy_of(groups: Sequence[Sequence[Trajectory]]) -> float:
-    """mean@k of answered prompts."""
+    """mean@k over answered prompts."""
     return summarize(groups)["eval/accuracy"]
 
 
 def next_steps(folder: Path, model: Path) -> str:
-    """Three commands to go on with."""
+    """Three commands to try next."""
     return (
         "\nNext, try:\n"
         f"  verl eval quickstart policy.path={model} evaluation.samples=4 sampling.max_tokens=4\n"
-        f"  verl train quickstart policy.path={folder / 'warm'} output_dir={folder / 'dapo'} algorithm.dynamic_sampling=true\n"
+        f"  verl train quickstart policy.path={folder / 'warm'} output_dir={folder / 'dapo'} "
+        "algorithm.dynamic_sampling=true\n"
         "  verl config algorithm"
     )
 
 
 def say(console: Console, text: str) -> None:
-    """A line for people, as it is."""
+    """Print a line of text without markup, highlighting or wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
