@@ -1,10 +1,10 @@
-"""What the controller itself costs: seconds and bytes per row of a step over workers without weights, beside
-a plain Ray gather.
+"""Cost of the controller: seconds and bytes per row of a step without models, against a plain Ray gather.
 
-A step: every rank makes its share of the rows (32 to 96 tokens with logprobs) and tells the rewards; the rows
-are planned by their lengths; another role writes a column over their tokens; advantages of groups of eight
-come from the rewards; an update reads everything. By references, tokens stay with the ranks that made them.
-The gather brings every row to the driver, which joins them and sends each rank its slice.
+A step: every rank makes its share of the rows (32 to 96 tokens with logprobs) and returns the rewards; the
+rows are balanced by length over the ranks; another role writes a column over their tokens; the controller
+computes advantages of groups of eight; an update reads everything. With references, tokens stay with the
+ranks that made them. The gather brings every row to the driver, which joins them and sends each rank its
+slice.
 
     python benchmarks/controller.py [--quick]
 """
@@ -22,8 +22,9 @@ from typing import Any
 import ray
 import torch
 
-from benchmarks.controller_worker import Weightless
-from verl.controller import ray as backend
+from benchmarks.controller_worker import ModelFreeWorker
+from verl.controller.ray_cluster import connect
+from verl.controller.ray_pool import RayPool
 from verl.controller.worker_group import Timeline, WorkerGroup
 from verl.data.packing import balance
 
@@ -31,7 +32,7 @@ GROUP = 8
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """[B], rewards less the mean of their group of eight consecutive rows."""
+    """[B], rewards minus the mean of their group of eight consecutive rows."""
     whole = len(rewards) // GROUP * GROUP
     grouped = rewards[:whole].view(-1, GROUP)
     return torch.cat([(grouped - grouped.mean(1, keepdim=True)).flatten(), rewards[whole:]])
@@ -39,25 +40,27 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def by_reference(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
-    rewards, rows = group.call(Weightless.generate, counts).result()
+    rewards, rows = group.call(ModelFreeWorker.generate, counts).result()
     plan = balance(rows.response_lengths, num_ranks=num_ranks, micro_batch_tokens=16_384)
-    rows.update(group.call(Weightless.write, rows.only(["rollout_logprobs"]), plan).result())
+    rows.update(group.call(ModelFreeWorker.write, rows.only(["rollout_logprobs"]), plan).result())
     rows.write("advantages", group_advantages(rewards))
-    group.call(Weightless.update, rows.only(["response_ids", "ref_logprobs", "advantages"]), plan).result()
+    group.call(
+        ModelFreeWorker.update, rows.only(["response_ids", "ref_logprobs", "advantages"]), plan
+    ).result()
 
 
 def by_gather(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
-    parts = group.call(Weightless.generate_all, counts).result()
+    parts = group.call(ModelFreeWorker.generate_all, counts).result()
     rewards, ids, lengths, logprobs = (torch.cat(columns) for columns in zip(*parts, strict=True))
     ends = [int(part[-1]) for part in lengths.cumsum(0).tensor_split(num_ranks) if len(part)]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    # Copies: a view would take the whole tensor along.
+    # Clones: pickling a view would include the whole tensor.
     ids_of, logprobs_of = ([part.clone() for part in column.split(sizes)] for column in (ids, logprobs))
-    written = torch.cat(group.call(Weightless.write_all, logprobs_of).result())
+    written = torch.cat(group.call(ModelFreeWorker.write_all, logprobs_of).result())
     advantages = [part.clone() for part in group_advantages(rewards).tensor_split(num_ranks)]
     group.call(
-        Weightless.update_all, ids_of, [part.clone() for part in written.split(sizes)], advantages
+        ModelFreeWorker.update_all, ids_of, [part.clone() for part in written.split(sizes)], advantages
     ).result()
 
 
@@ -84,11 +87,11 @@ def bytes_moved(step: Callable[[], None]) -> int:
         moved += len(ray.cloudpickle.dumps(got))
         return got
 
-    backend.ray.put, backend.ray.get = counting_put, counting_get
+    ray.put, ray.get = counting_put, counting_get
     try:
         step()
     finally:
-        backend.ray.put, backend.ray.get = put, get
+        ray.put, ray.get = put, get
     return moved
 
 
@@ -100,33 +103,34 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 64])
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    # Several copies of all rows at once in the driver: beyond this many they do not fit into 24 GiB beside
-    # the store.
-    parser.add_argument("--gather-rows", type=int, default=100_000, help="most rows that are gathered")
+    # The driver holds several copies of all rows: more do not fit into 24 GiB beside the object store.
+    parser.add_argument(
+        "--gather-rows", type=int, default=100_000, help="largest number of rows that the gather is run with"
+    )
     args = parser.parse_args()
     ranks, sizes = ([2], [1_000, 10_000]) if args.quick else (args.ranks, args.rows)
     print(f"{'ranks':>5} {'rows':>9} {'way':>10} {'CPU us/row':>11} {'wall us/row':>12} {'bytes/row':>10}")
     for num_ranks in ranks:
-        cluster = backend.connect("local", num_devices=num_ranks)
+        cluster = connect("local", num_devices=num_ranks)
         try:
             with tempfile.TemporaryDirectory() as logs:
                 options = {"hang_limit_s": 600.0, "log_folder": Path(logs), "timeline": Timeline()}
-                group = backend.RayPool(cluster, "fake", num_ranks, **options).start("fake", Weightless)
+                group = RayPool(cluster, "fake", num_ranks, **options).start("fake", ModelFreeWorker)
                 for num_rows in sizes:
                     ways = (
                         {"reference": by_reference, "gather": by_gather}
                         if num_rows <= args.gather_rows
                         else {"reference": by_reference}
                     )
-                    compare(group, ways, num_rows, num_ranks, args.rounds)
+                    compare(group, ways, num_rows, num_ranks, rounds=args.rounds)
         finally:
             cluster.close()
 
 
 def compare(
-    group: WorkerGroup, ways: dict[str, Callable[..., None]], num_rows: int, num_ranks: int, rounds: int
+    group: WorkerGroup, ways: dict[str, Callable[..., None]], num_rows: int, num_ranks: int, *, rounds: int
 ) -> None:
-    """All ways, alternating; medians."""
+    """Run all methods by turns, and print the medians."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     moved = {name: bytes_moved(lambda way=way: way(group, num_rows, num_ranks)) for name, way in ways.items()}
     for _ in range(rounds):
@@ -137,7 +141,8 @@ def compare(
             statistics.median(column) * 1e6 / num_rows for column in zip(*seconds[name], strict=True)
         )
         print(
-            f"{num_ranks:>5} {num_rows:>9} {name:>10} {cpu:>11.2f} {wall:>12.2f} {moved[name] / num_rows:>10.1f}",
+            f"{num_ranks:>5} {num_rows:>9} {name:>10} {cpu:>11.2f} {wall:>12.2f} "
+            f"{moved[name] / num_rows:>10.1f}",
             flush=True,
         )
 

@@ -1,4 +1,4 @@
-"""A role without a model: makes, doubles and sums rows of tokens, for the benchmark of the controller."""
+"""Worker without a model for the benchmark of the controller: makes, increments and sums rows of tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from verl.data.packing import BatchPlan
 TOKENS = 64
 
 
-class Weightless(Worker):
-    """Every rank takes rows of its own."""
+class ModelFreeWorker(Worker):
+    """Makes rows, writes a column over their tokens, and reads all columns."""
 
     def __init__(self) -> None:
         layouts = layouts_3d(pipeline=1, tensor=1, data=dist.get_world_size())
@@ -22,8 +22,8 @@ class Weightless(Worker):
         self.dispatch_ranks = {name: layout.ranks[self.rank] for name, layout in layouts.items()}
         self._rows: Batch | None = None
 
-    def _made(self, num_rows: int) -> tuple[torch.Tensor, Batch]:
-        """Rewards, and answers of 32 to 96 tokens."""
+    def _make_rows(self, num_rows: int) -> tuple[torch.Tensor, Batch]:
+        """Rewards and responses of 32 to 96 tokens."""
         generator = torch.Generator().manual_seed(self.rank)
         lengths = torch.randint(TOKENS // 2, 3 * TOKENS // 2, (num_rows,), generator=generator)
         num_tokens = int(lengths.sum())
@@ -36,18 +36,18 @@ class Weightless(Worker):
 
     @register(DP_PROTO)
     def generate(self, counts: list[int]) -> tuple[torch.Tensor, Batch]:
-        """Answers, whose tokens stay here."""
-        return self._made(sum(counts))
+        """Responses whose tokens stay on this rank."""
+        return self._make_rows(sum(counts))
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """A column over the tokens."""
+        """Column over the tokens."""
         logprobs = batch.ragged("rollout_logprobs")
         return Batch({"ref_logprobs": Ragged(logprobs.values + 1, logprobs.lengths)})
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: BatchPlan) -> dict[str, float]:
-        """Reads every column."""
+        """Sum of all columns."""
         total = (
             batch.ragged("response_ids").values.sum()
             + batch.ragged("ref_logprobs").values.sum()
@@ -57,17 +57,17 @@ class Weightless(Worker):
 
     @register(DP_PROTO)
     def generate_all(self, counts: list[int]) -> list[tuple[torch.Tensor, ...]]:
-        """Answers as plain tensors, all of which travel."""
-        rewards, batch = self._made(sum(counts))
+        """Responses as plain tensors, which all travel to the driver."""
+        rewards, batch = self._make_rows(sum(counts))
         ids, logprobs = batch.ragged("response_ids"), batch.ragged("rollout_logprobs")
         return [(rewards, ids.values, ids.lengths, logprobs.values)]
 
     @register(ALL_TO_ALL)
     def write_all(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """A column as a plain tensor."""
+        """Column over the tokens, as a plain tensor."""
         return logprobs + 1
 
     @register(ALL_TO_ALL)
     def update_all(self, ids: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor) -> float:
-        """Reads every column."""
+        """Sum of all columns."""
         return float(ids.sum() + logprobs.sum() + advantages.sum())

@@ -1,6 +1,4 @@
-"""Splitting and joining: the six protocols by hand against table 3 of the paper, uneven rows, and order that
-comes back.
-"""
+"""Split and join: the six protocols by hand against table 3 of the paper, uneven rows, restored order."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def called(mode, *args):
     """What each rank is given, and the result if each answers with its number and arguments."""
     layout = GRID[mode.layout]
     parts = mode.split(args, layout.num_parts)
-    given_to = [parts[place.data_rank] for place in layout.ranks]
+    given_to = [parts[rank.data_rank] for rank in layout.ranks]
     return given_to, layout.collectors
 
 

@@ -17,29 +17,29 @@ def status(count: int, stack: tuple[str, ...] = WORKS, call: str | None = "polic
     return WorkerStatus(call, 1, {"[0, 1] world": count}, stack)
 
 
-def looked(*looks, limit_s: float = 10.0, every_s: float = 5.0):
-    """What the last look finds."""
-    watch, found = HangDetector(limit_s), None
-    for i, statuses in enumerate(looks):
-        found = watch.look(statuses, i * every_s)
+def checked(*checks, limit_s: float = 10.0, every_s: float = 5.0):
+    """Result of the last check."""
+    detector, found = HangDetector(limit_s), None
+    for i, statuses in enumerate(checks):
+        found = detector.check(statuses, i * every_s)
     return found
 
 
 def test_who_waits_and_who_has_not_arrived_are_named_after_the_limit():
     stuck = [status(8, WAITS), status(7), status(8, WAITS)]
-    assert looked(stuck, stuck) is None
-    hang = looked(stuck, stuck, stuck)
+    assert checked(stuck, stuck) is None
+    hang = checked(stuck, stuck, stuck)
     assert hang.rank == 1
     assert (
         "ranks 0, 2 waited 10 s in all_reduce (called at verl/engines/fsdp.py:3 in f) for rank 1"
-        in hang.story
+        in hang.description
     )
-    assert "rank 1 is at verl/engines/hf/models.py:5 in hidden < verl/engines/local.py:8" in hang.story
+    assert "rank 1 is at verl/engines/hf/models.py:5 in hidden < verl/engines/local.py:8" in hang.description
 
 
 def test_long_work_of_all_is_no_hang():
     busy = [status(8), status(8)]
-    assert looked(*[busy] * 20) is None
+    assert checked(*[busy] * 20) is None
 
 
 def test_anything_that_moves_starts_the_clock_anew():
@@ -49,23 +49,23 @@ def test_anything_that_moves_starts_the_clock_anew():
         [status(9, WAITS), status(8)],
         [status(9, WAITS), status(8)],
     ]
-    assert looked(*looks) is None
-    assert looked(*looks, looks[-1]).rank == 1
+    assert checked(*looks) is None
+    assert checked(*looks, looks[-1]).rank == 1
 
 
 def test_a_rank_that_does_not_answer_is_named_whether_others_wait_or_not():
-    hang = looked([status(8), status(8)], [status(8), None], [status(8), None])
-    assert hang.rank == 1 and "rank 1 does not answer" in hang.story
-    assert looked([None], [None], [None]).rank == 0
+    hang = checked([status(8), status(8)], [status(8), None], [status(8), None])
+    assert hang.rank == 1 and "rank 1 does not answer" in hang.description
+    assert checked([None], [None], [None]).rank == 0
 
 
 def test_a_rank_that_has_ended_without_the_collective_is_told_so():
     stuck = [status(8, WAITS), status(7, (), None)]
-    assert "rank 1 has ended its call without it" in looked(stuck, stuck, stuck).story
+    assert "rank 1 has ended its call without it" in checked(stuck, stuck, stuck).description
 
 
 def test_looks_are_a_second_apart_or_a_quarter_of_the_limit():
-    watch = HangDetector(40.0)
-    assert watch.is_due(0.0)
-    watch.look([status(1)], 0.0)
-    assert not watch.is_due(9.9) and watch.is_due(10.0)
+    detector = HangDetector(40.0)
+    assert detector.is_due(0.0)
+    detector.check([status(1)], 0.0)
+    assert not detector.is_due(9.9) and detector.is_due(10.0)

@@ -9,7 +9,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.controller.workers import Echo
-from verl.controller.ray_pool import KeptColumn, RayPool, connect
+from verl.controller.ray_cluster import connect
+from verl.controller.ray_columns import ObjectStoreColumn
+from verl.controller.ray_pool import RayPool
 from verl.controller.worker_group import Timeline, WorkerError
 from verl.data.packing import balance
 
@@ -41,7 +43,7 @@ def test_a_pool_spans_two_nodes_and_rows_are_read_across_them(nodes):
     assert echo.call(Echo.total, 1.0).result() == [10.0] * 4
     _, rows = echo.call(Echo.answer, [3, 1, 2, 5]).result()
     column = rows._columns["response_ids"]
-    assert isinstance(column, KeptColumn) and {chunk.node for chunk in column.chunks} == set(places)
+    assert isinstance(column, ObjectStoreColumn) and {chunk.node for chunk in column.chunks} == set(places)
     # The longest row goes first: each row is taken by another rank than the one that made it.
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=8)
     assert [plan.rows_of(rank) for rank in range(4)] != [[0], [1], [2], [3]]

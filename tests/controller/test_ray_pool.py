@@ -14,7 +14,9 @@ import pytest
 import ray
 
 from tests.controller.workers import Echo, refuses
-from verl.controller.ray_pool import KeptColumn, RayPool, connect
+from verl.controller.ray_cluster import connect
+from verl.controller.ray_columns import ObjectStoreColumn
+from verl.controller.ray_pool import RayPool
 from verl.controller.worker_group import Timeline, WorkerError
 from verl.data.batch import Batch
 from verl.data.packing import balance
@@ -100,8 +102,8 @@ def test_tokens_stay_with_the_ranks_that_made_them_until_somebody_reads_them(ech
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=6)
     written = echo.call(Echo.write, rows, plan).result()
     rows.update(written)
-    assert isinstance(rows._columns["response_ids"], KeptColumn) and isinstance(
-        rows._columns["doubled"], KeptColumn
+    assert isinstance(rows._columns["response_ids"], ObjectStoreColumn) and isinstance(
+        rows._columns["doubled"], ObjectStoreColumn
     )
     taken = {row: rank for rank in range(4) for row in plan.rows_of(rank)}
     assert written["rank"].tolist() == [taken[row] for row in range(5)]
@@ -223,9 +225,11 @@ def test_a_cluster_that_is_closed_leaves_no_process_port_or_shared_memory(tmp_pa
         "from pathlib import Path\n"
         "from tests.controller.workers import Echo\n"
         "from verl.controller.worker_group import Timeline\n"
-        "from verl.controller.ray_pool import RayPool, connect\n"
+        "from verl.controller.ray_cluster import connect\n"
+        "from verl.controller.ray_pool import RayPool\n"
         "cluster = connect('local', num_devices=2)\n"
-        f"pool = RayPool(cluster, 'pool', 2, hang_limit_s=60, log_folder=Path({str(tmp_path)!r}), timeline=Timeline())\n"
+        f"logs = Path({str(tmp_path)!r})\n"
+        "pool = RayPool(cluster, 'pool', 2, hang_limit_s=60, log_folder=logs, timeline=Timeline())\n"
         "print(pool.start('echo', Echo).call(Echo.total, 1.0).result())\n"
         "children = [child.pid for child in psutil.Process().children(recursive=True)]\n"
         "cluster.close()\n"

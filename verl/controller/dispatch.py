@@ -1,8 +1,7 @@
-"""How the arguments of a worker's method are split over ranks and its results joined; pure, it knows neither
-processes nor Ray.
+"""Dispatch of a worker's method: arguments split over ranks, results joined; no processes, no Ray.
 
-The n-dimensional form: a layout says which part of the work each rank takes, and whose results count. The six
-transfer protocols of HybridFlow (https://arxiv.org/abs/2409.19256, table 3) are presets of it.
+A layout assigns to each rank a part of the work, and marks the ranks whose results count. The six transfer
+protocols of HybridFlow (https://arxiv.org/abs/2409.19256, table 3) are layouts with a split and a join.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DispatchRank:
-    """Where one rank stands in a layout: the part of the work that it takes, and whether its result counts."""
+    """Role of one rank in a layout.
+
+    Attributes:
+        data_rank: index of the part of the work that it takes.
+        collects: its result is the result of the part.
+    """
 
     data_rank: int
     collects: bool
@@ -31,19 +35,19 @@ class DispatchRank:
 
 @dataclass(frozen=True)
 class DispatchLayout:
-    """Which part of the work each rank of a group takes, and whose results count.
+    """Parts of the work of a group's ranks.
 
     Ranks with the same part compute it together (tensor, pipeline or sequence parallel).
 
     Attributes:
-        ranks: one per rank.
+        ranks: in the order of the group.
     """
 
     ranks: tuple[DispatchRank, ...]
 
     def __post_init__(self) -> None:
-        parts = {place.data_rank for place in self.ranks}
-        counted = sorted(place.data_rank for place in self.ranks if place.collects)
+        parts = {rank.data_rank for rank in self.ranks}
+        counted = sorted(rank.data_rank for rank in self.ranks if rank.collects)
         if parts != set(range(len(parts))) or counted != sorted(set(counted)) or not counted:
             raise ValueError(
                 f"need parts numbered from 0 and the results of at most one rank of each, got {self.ranks}"
@@ -51,31 +55,31 @@ class DispatchLayout:
 
     @property
     def num_parts(self) -> int:
-        """Parts that arguments are split into."""
-        return 1 + max(place.data_rank for place in self.ranks)
+        """Number of parts that arguments are split into."""
+        return 1 + max(rank.data_rank for rank in self.ranks)
 
     @property
     def collectors(self) -> list[int]:
-        """Ranks whose results count, in the order of their parts."""
-        ranks = [rank for rank, place in enumerate(self.ranks) if place.collects]
-        return sorted(ranks, key=lambda rank: self.ranks[rank].data_rank)
+        """Ranks whose results count, ordered by part."""
+        collectors = [rank for rank, own in enumerate(self.ranks) if own.collects]
+        return sorted(collectors, key=lambda rank: self.ranks[rank].data_rank)
 
 
-def layout_of_ranks(places: Iterable[tuple[int, bool]]) -> DispatchLayout:
-    """A layout from (part, collects) of each rank."""
-    return DispatchLayout(tuple(DispatchRank(*place) for place in places))
+def layout_of_ranks(ranks: Iterable[tuple[int, bool]]) -> DispatchLayout:
+    """Layout from (data_rank, collects) of each rank."""
+    return DispatchLayout(tuple(DispatchRank(*rank) for rank in ranks))
 
 
 def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) -> dict[str, DispatchLayout]:
-    """The layouts of a group of pipeline x tensor x data ranks, rank = (d * pipeline + p) * tensor + t.
+    """Layouts of a group of pipeline x tensor x data ranks, rank = (d * pipeline + p) * tensor + t.
 
-    `ranks`: every rank for itself. `train`: the ranks of a model replica take one part, the last stage's
-    first tensor rank answers. `generate`: every model replica is divided into `micro_data` groups of
-    consecutive ranks for generation, and the first rank of each answers. `stages`: the first rank of each
-    pipeline stage answers.
+    `ranks`: every rank has a part and collects. `train`: the ranks of a model replica share a part, the last
+    stage's first tensor rank collects. `generate`: each model replica is divided into `micro_data` groups of
+    consecutive ranks, and the first rank of each group collects. `stages`: the ranks of a pipeline stage
+    share a part, and the first one collects.
 
     Raises:
-        ValueError: a size below 1, or a replica that cannot be divided so.
+        ValueError: a size below 1, or `micro_data` does not divide a replica.
     """
     replica = pipeline * tensor
     if min(pipeline, tensor, data, micro_data) < 1 or replica % micro_data:
@@ -93,12 +97,12 @@ def layouts_3d(*, pipeline: int, tensor: int, data: int, micro_data: int = 1) ->
 
 @dataclass(frozen=True)
 class DispatchMode:
-    """How a method is called on a group.
+    """Split and join of a call on a group.
 
     Attributes:
-        layout: name of the layout, one of those that the workers of the group have.
-        split: arguments and number of parts to the arguments of each part.
-        join: results of the parts, in order, and the arguments of the call, to its result.
+        layout: name of one of the layouts of the group's workers.
+        split: (arguments, number of parts) -> arguments of each part.
+        join: (results of the parts in order, arguments of the call) -> result of the call.
     """
 
     layout: str
@@ -107,7 +111,7 @@ class DispatchMode:
 
 
 def register(mode: DispatchMode) -> Callable[[Method], Method]:
-    """Declares how a method of a worker is called on a group."""
+    """Decorator that declares the dispatch mode of a worker's method."""
 
     def mark(method: Method) -> Method:
         method.dispatch_mode = mode  # type: ignore[attr-defined]
@@ -117,10 +121,10 @@ def register(mode: DispatchMode) -> Callable[[Method], Method]:
 
 
 def dispatch_mode(method: Callable[..., Any]) -> DispatchMode:
-    """What `register` declared.
+    """Dispatch mode that `register` declared for a method.
 
     Raises:
-        ValueError: nothing was.
+        ValueError: the method is not registered.
     """
     mode = vars(method).get("dispatch_mode")
     if not isinstance(mode, DispatchMode):
@@ -136,10 +140,10 @@ def broadcast(arguments: Arguments, num_parts: int) -> list[Arguments]:
 
 
 def split_lists(arguments: Arguments, num_parts: int) -> list[Arguments]:
-    """Every argument is a list with an entry for each part.
+    """Entry `i` of each argument for part `i`; every argument is a list with one entry for each part.
 
     Raises:
-        ValueError: it has more or fewer.
+        ValueError: an argument has more or fewer entries.
     """
     if any(len(argument) != num_parts for argument in arguments):
         raise ValueError(
@@ -149,9 +153,7 @@ def split_lists(arguments: Arguments, num_parts: int) -> list[Arguments]:
 
 
 def split_evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
-    """Batches, tensors and lists in consecutive parts whose sizes differ by at most one; everything else
-    whole.
-    """
+    """Batches, tensors and lists in consecutive parts, equal in size within 1; other values unsplit."""
     if num_parts == 1:
         return [arguments]
     split = [_even_parts(argument, num_parts) for argument in arguments]
@@ -160,7 +162,7 @@ def split_evenly(arguments: Arguments, num_parts: int) -> list[Arguments]:
 
 def _even_parts(argument: Any, num_parts: int) -> list[Any]:
     if isinstance(argument, Tensor):
-        # Not views: one that is sent to another process takes the whole tensor along.
+        # Clones: pickling a view for another process would include the whole tensor.
         return [part.clone() for part in argument.tensor_split(num_parts)]
     if isinstance(argument, Batch | list):
         length = argument.num_rows if isinstance(argument, Batch) else len(argument)
@@ -173,31 +175,33 @@ def _even_parts(argument: Any, num_parts: int) -> list[Any]:
 
 
 def split_by_plan(arguments: Arguments, num_parts: int) -> list[Arguments]:
-    """Batches are split as the one plan among the arguments says; each part gets its rows, with `row_ids`,
-    and its own plan.
+    """Rows of batches for each rank of the one plan among the arguments, and that rank's own plan.
+
+    A part's batch has a further column `row_ids`, the numbers of its rows in the batch of the call.
 
     Raises:
-        ValueError: not one plan, or one for another number of ranks.
+        ValueError: no plan or several, or a plan for another number of ranks.
     """
     if num_parts == 1:
         return [arguments]
     plan = find_plan(arguments)
     if any(len(minibatch) != num_parts for minibatch in plan.minibatches):
         raise ValueError(
-            f"need a plan for {num_parts} ranks, got one for {[len(minibatch) for minibatch in plan.minibatches]}"
+            f"need a plan for {num_parts} ranks, got one for "
+            f"{[len(minibatch) for minibatch in plan.minibatches]}"
         )
-    return [tuple(_planned_part(argument, plan, part) for argument in arguments) for part in range(num_parts)]
 
+    def part_of(argument: Any, rank: int) -> Any:
+        if argument is plan:
+            return plan.of_rank(rank)
+        if not isinstance(argument, Batch):
+            return argument
+        rows = torch.tensor(plan.rows_of(rank), dtype=torch.int64)
+        selected = argument.select(rows)
+        selected.write("row_ids", rows)
+        return selected
 
-def _planned_part(argument: Any, plan: BatchPlan, part: int) -> Any:
-    if argument is plan:
-        return plan.of_rank(part)
-    if not isinstance(argument, Batch):
-        return argument
-    rows = torch.tensor(plan.rows_of(part), dtype=torch.int64)
-    selected = argument.select(rows)
-    selected.write("row_ids", rows)
-    return selected
+    return [tuple(part_of(argument, rank) for argument in arguments) for rank in range(num_parts)]
 
 
 def find_plan(arguments: Arguments) -> BatchPlan:
@@ -209,26 +213,27 @@ def find_plan(arguments: Arguments) -> BatchPlan:
 
 
 def as_list(results: Sequence[Any], arguments: Arguments) -> list[Any]:
-    """Every result."""
+    """All results."""
     return list(results)
 
 
 def first(results: Sequence[Any], arguments: Arguments) -> Any:
-    """The first result, where all are the same."""
+    """First result, for calls whose results are equal on all ranks."""
     return results[0]
 
 
 def concat(results: Sequence[Any], arguments: Arguments) -> Any:
-    """Results end to end: batches, tensors, lists, or tuples of them.
+    """Results concatenated: batches, tensors, lists, or tuples of them.
 
     Raises:
-        TypeError: they are something else.
+        TypeError: results of another type.
     """
     if len(results) == 1:
         return results[0]
     if isinstance(results[0], tuple):
         return tuple(concat(parts, arguments) for parts in zip(*results, strict=True))
     if isinstance(results[0], Batch):
+        # Batches without rows add nothing, and may lack columns.
         return Batch.concat([result for result in results if result.num_rows] or [results[0]])
     if isinstance(results[0], Tensor):
         return torch.cat(list(results))
@@ -238,7 +243,7 @@ def concat(results: Sequence[Any], arguments: Arguments) -> Any:
 
 
 def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
-    """Batches end to end, their rows where the plan took them from."""
+    """Batches concatenated, with rows in the order that they had before the plan split them."""
     if len(results) == 1:
         return results[0]
     plan = find_plan(arguments)
@@ -248,14 +253,14 @@ def in_plan_order(results: Sequence[Any], arguments: Arguments) -> Any:
     return concat(results, arguments).select(taken.argsort())
 
 
-# The six protocols of the paper.
+# The six protocols of the paper, table 3.
 ONE_TO_ALL = DispatchMode("ranks", broadcast, as_list)
 THREE_D_PROTO = DispatchMode("train", split_evenly, concat)
 THREE_D_ALL_MICRO_DP = DispatchMode("generate", split_evenly, concat)
 THREE_D_PP_ONLY = DispatchMode("stages", broadcast, as_list)
 DP_PROTO = DispatchMode("ranks", split_evenly, concat)
 ALL_TO_ALL = DispatchMode("ranks", split_lists, as_list)
-# Ours: rows where a plan says, and calls whose results are the same on all ranks.
+# Beyond the paper: rows split by a plan, and calls whose results are equal on all ranks.
 PLANNED = DispatchMode("train", split_by_plan, in_plan_order)
 PLANNED_METRICS = DispatchMode("train", split_by_plan, first)
 SAME_ON_ALL = DispatchMode("ranks", broadcast, first)

@@ -1,12 +1,9 @@
-"""Pools and groups on a Ray cluster: a process per device, rows that stay with their ranks, and failures that
-say whose they are.
-"""
+"""Pools and groups on a Ray cluster: one process per device, and errors that name the rank that failed."""
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +13,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 import torch
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -26,270 +21,101 @@ from typing_extensions import override
 
 from verl.controller.dispatch import DispatchLayout, dispatch_mode
 from verl.controller.hang_detector import HangDetector
+from verl.controller.ray_cluster import RayCluster
+from verl.controller.ray_columns import keep_columns, rows_of
 from verl.controller.worker_group import Future, Pool, Span, Timeline, WorkerError, WorkerFactory, WorkerGroup
 from verl.controller.worker_process import CallResult, WorkerProcess, WorkerStatus, tail
-from verl.data.batch import Batch, Ragged, RemoteColumn, positions_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _CONTROL = "control"
 _LOOPBACK = "127.0.0.1"
-# Shorter calls ask for a state, and would hide the others in a timeline.
+# Shorter calls only ask for a state; in a timeline they would hide the others.
 _SHORTEST_SPAN_S = 1e-3
-# A process that does not say what it does within this time is taken for stopped.
+# A process that does not report its status within the limit counts as stopped.
 _STATUS_LIMIT_S, _POLL_S, _START_LIMIT_S = 3.0, 1.0, 600.0
-# What a collective says on a rank when another one is gone, and how long it takes until that is known.
+# Words in the error of a collective when another rank is gone, and the time until Ray knows of its end.
 _LOST = re.compile(r"[Cc]onnection|[Pp]eer|NCCL")
 _DEATH_S = 3.0
 
 
-# Clusters
-# -------------------------------------------------------------------------------------------------------------------
-
-
-class RayCluster:
-    """A connection to a Ray cluster, and the pools on it.
-
-    Args:
-        was_connected: this process had the connection before, and keeps it.
-
-    Attributes:
-        failure: the first one; whatever is asked after it is answered with it.
-    """
-
-    def __init__(self, *, was_connected: bool = False) -> None:
-        self.pools: list[RayPool] = []
-        self.failure: WorkerError | None = None
-        self._was_connected = was_connected
-
-    @property
-    def devices(self) -> tuple[str, int]:
-        """What a rank takes, GPU or CPU, and how many there are."""
-        resources = ray.cluster_resources()
-        kind = "GPU" if resources.get("GPU") else "CPU"
-        return kind, int(resources.get(kind, 0))
-
-    def close(self) -> None:
-        """Ends every worker and gives everything back; a cluster that was started here is stopped."""
-        for pool in self.pools:
-            pool.close()
-        self.pools = []
-        if not self._was_connected:
-            ray.shutdown()
-
-
-def connect(address: str, *, num_devices: int) -> RayCluster:
-    """Joins a Ray cluster, or starts one on this machine that nobody else can reach.
-
-    Args:
-        address: auto: the one that `ray start` made here or RAY_ADDRESS names, else a new one; local: a new
-            one; or HOST:PORT.
-        num_devices: ranks that will be asked for; on a machine without GPUs they share its cores.
-
-    Raises:
-        ValueError: there is no cluster at the address.
-    """
-    if ray.is_initialized():
-        return RayCluster(was_connected=True)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if address != "local":
-        try:
-            ray.init(address=address, **quiet)
-            return RayCluster()
-        except ConnectionError as error:
-            if address != "auto":
-                raise ValueError(
-                    f"need a Ray cluster at placement.address {address}, got none: {error}; start it with `ray start`"
-                ) from error
-    _use_secret()
-    cores = os.cpu_count() or 1
-    ray.init(address="local", num_cpus=max(cores, num_devices), include_dashboard=False, **quiet)
-    return RayCluster()
-
-
-def _use_secret() -> None:
-    """Lets only those into the cluster who have the token of this run, and tells nobody that it exists."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_AUTH_MODE") is None:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    # Ray reads these when it is imported, and has no public way to read them again.
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
-# Rows that stay where they are
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Columns that one rank keeps in the object store of its node: name -> (values, lengths)."""
-
-    columns: ray.ObjectRef
-    owner: ActorHandle
-    node: str
-
-
-@dataclass(frozen=True)
-class KeptColumn(RemoteColumn):
-    """Rows of a column in the chunks of several ranks.
-
-    Attributes:
-        name: of the column.
-        chunks: that it is in.
-        chunk_of: [B] int64, number of the chunk of each row.
-        row_of: [B] int64, number of the row in it.
-        lengths: [B] int64.
-    """
-
-    name: str
-    chunks: tuple[_Chunk, ...]
-    chunk_of: Tensor
-    row_of: Tensor
-    lengths: Tensor
-
-    @override
-    def select(self, rows: Tensor) -> KeptColumn:
-        used, numbers = self.chunk_of[rows].unique(return_inverse=True)
-        chunks = tuple(self.chunks[chunk] for chunk in used.tolist())
-        return KeptColumn(self.name, chunks, numbers, self.row_of[rows], self.lengths[rows])
-
-    @override
-    def join(self, others: Sequence[RemoteColumn]) -> KeptColumn:
-        parts = [self, *(other for other in others if isinstance(other, KeptColumn))]
-        assert len(parts) == 1 + len(others), "columns of one batch are kept by one backend"
-        starts = torch.tensor([0, *(len(part.chunks) for part in parts)]).cumsum(0).tolist()
-        return KeptColumn(
-            self.name,
-            tuple(chunk for part in parts for chunk in part.chunks),
-            torch.cat([part.chunk_of + start for part, start in zip(parts, starts, strict=False)]),
-            torch.cat([part.row_of for part in parts]),
-            torch.cat([part.lengths for part in parts]),
-        )
-
-    def fetch(self) -> Ragged:
-        """See `RemoteColumn.fetch`; in place from chunks of this node, from others by asking their owners for
-        these rows.
-        """
-        here = ray.get_runtime_context().get_node_id()
-        wanted = [self.row_of[self.chunk_of == chunk].tolist() for chunk in range(len(self.chunks))]
-        values = [
-            _rows_of(ray.get(chunk.columns), self.name, rows)
-            if chunk.node == here
-            else chunk.owner.take.remote([chunk.columns], self.name, rows)
-            for chunk, rows in zip(self.chunks, wanted, strict=True)
-        ]
-        arrived = [ray.get(part) if isinstance(part, ray.ObjectRef) else part for part in values]
-        by_chunk = self.chunk_of.argsort(stable=True)
-        return (
-            Ragged(torch.cat(arrived), self.lengths[by_chunk]).select(by_chunk.argsort())
-            if arrived
-            else _no_rows()
-        )
-
-
-def _no_rows() -> Ragged:
-    return Ragged(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-
-
-def _rows_of(columns: dict[str, tuple[Any, Any]], name: str, rows: list[int]) -> Tensor:
-    """Values of the rows, end to end, copied out of the object store."""
-    values, lengths = columns[name]
-    # The store's memory is not for writing; indexing copies.
-    positions = positions_of(torch.from_numpy(lengths.copy()), torch.tensor(rows, dtype=torch.int64))
-    return torch.from_numpy(values[positions.numpy()])
-
-
-def _kept(result: Any, owner: ActorHandle) -> Any:
-    """A result whose batches have stayed here: their columns over tokens are references."""
-    if isinstance(result, tuple):
-        return tuple(_kept(part, owner) for part in result)
-    if not isinstance(result, Batch):
-        return result
-    plain = {name: result[name] for name in result.names if not result.is_ragged(name)}
-    ragged = {name: result.ragged(name) for name in result.names if result.is_ragged(name)}
-    reference = ray.put(
-        {name: (column.values.cpu().numpy(), column.lengths.numpy()) for name, column in ragged.items()}
-    )
-    chunk = _Chunk(reference, owner, ray.get_runtime_context().get_node_id())
-    rows = torch.arange(result.num_rows)
-    kept = {
-        name: KeptColumn(name, (chunk,), torch.zeros_like(rows), rows, column.lengths)
-        for name, column in ragged.items()
-    }
-    return Batch({**plain, **kept})
-
-
-# Processes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class _RayHost(WorkerProcess):
-    """A host in a process of Ray's; it computes in one thread and answers for itself in others."""
+class _RayProcess(WorkerProcess):
+    """A worker process as a Ray actor: calls run in one thread, questions about its state in others."""
 
     def run_and_keep(self, role: str, method: str, args: Sequence[Any]) -> CallResult:
+        """Same as `run`, but ragged columns of the result stay in the object store of this node."""
         answer = self.run(role, method, args)
         own = ray.get_runtime_context().current_actor
-        return CallResult(_kept(answer.result, own), answer.failure, answer.start_s, answer.end_s)
+        return CallResult(keep_columns(answer.result, own), answer.failure, answer.start_s, answer.end_s)
 
     @ray.method(concurrency_group=_CONTROL)
-    def where(self) -> tuple[str, str, int]:
-        """Id and address of the node, and the process."""
+    def location(self) -> tuple[str, str, int]:
+        """Id and address of the node, and the process id."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
 
     @ray.method(concurrency_group=_CONTROL)
-    def what(self) -> WorkerStatus:
+    def current_status(self) -> WorkerStatus:
         return self.status()
 
     @ray.method(concurrency_group=_CONTROL)
-    def take(self, columns: list[ray.ObjectRef], name: str, rows: list[int]) -> Tensor:
-        return _rows_of(ray.get(columns[0]), name, rows)
+    def read_rows(self, columns: list[ray.ObjectRef], name: str, rows: list[int]) -> Tensor:
+        # The reference comes in a list, since Ray would replace an argument by what it refers to.
+        return rows_of(ray.get(columns[0]), name, rows)
 
 
-# Ray's types do not know what such a class can do.
+# Ray's type hints do not know the options of actor classes.
 _remote: Any = ray.remote
-_RAY_HOST = _remote(concurrency_groups={_CONTROL: 4}, max_restarts=0)(_RayHost)
+_RAY_PROCESS = _remote(concurrency_groups={_CONTROL: 4}, max_restarts=0)(_RayProcess)
 
 
 @ray.remote(num_cpus=0)
-def _tail_there(path: str) -> list[str]:
+def _remote_tail(path: str) -> list[str]:
     return tail(Path(path))
 
 
 @dataclass(frozen=True)
-class _Rank:
-    """A process of a pool."""
+class RankProcess:
+    """The process of one rank of a pool.
 
-    host: Any
-    place: tuple[str, str, int]
+    Attributes:
+        actor: handle of the process in Ray.
+        log: file with its output, on its node.
+        node: id of its node.
+        address: of its node.
+        pid: process id on its node.
+    """
+
+    actor: Any
     log: Path
+    node: str
+    address: str
+    pid: int
 
-    @property
-    def node(self) -> str:
-        return self.place[0]
-
-    @property
-    def address(self) -> str:
-        return self.place[1]
-
-    @property
-    def pid(self) -> int:
-        return self.place[2]
+    def tail(self) -> list[str]:
+        """Last lines of the log, read on the rank's node if it is not this one."""
+        if self.log.exists():
+            return tail(self.log)
+        on_node = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        try:
+            lines: Any = _remote_tail.options(scheduling_strategy=on_node).remote(str(self.log))
+            return list(ray.get(lines, timeout=_STATUS_LIMIT_S))
+        except RayError:
+            return ["(its node does not answer)"]
 
 
 class RayPool(Pool):
-    """Devices of a cluster, a process on each, which form one world of `torch.distributed`.
+    """Devices of a cluster with a process on each, which form one world of `torch.distributed`.
 
     Args:
         cluster: that has the devices.
         name: for messages and logs.
         num_devices: ranks of the pool.
-        hang_limit_s: see `placement.hang_limit_s`.
+        hang_limit_s: `placement.hang_limit_s`.
         log_folder: takes the output of each rank.
         timeline: takes the spans of all calls.
 
     Raises:
-        ValueError: the cluster has not so many devices.
+        ValueError: the cluster has fewer devices.
         WorkerError: a process does not start.
     """
 
@@ -307,7 +133,7 @@ class RayPool(Pool):
         self.num_devices = num_devices
         self.timeline = timeline
         self.hang_limit_s = hang_limit_s
-        self.ranks: list[_Rank] = []
+        self.ranks: list[RankProcess] = []
         self._cluster = cluster
         self._group: PlacementGroup | None = None
         cluster.pools.append(self)
@@ -317,38 +143,41 @@ class RayPool(Pool):
             "num_gpus": 1 if kind == "GPU" else 0,
         }
         strategies = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(num_devices)]
-        hosts = [
-            _RAY_HOST.options(scheduling_strategy=strategy, **options).remote() for strategy in strategies
+        actors = [
+            _RAY_PROCESS.options(scheduling_strategy=strategy, **options).remote() for strategy in strategies
         ]
-        places = self._get([host.where.remote() for host in hosts], "its processes to start")
-        # Neighbours in number are neighbours in place: tensor-parallel ranks share a node where they can.
-        order = sorted(range(num_devices), key=lambda bundle: (places[bundle][0], bundle))
+        locations = self._get([actor.location.remote() for actor in actors], "its processes to start")
+        # Ranks of a node get consecutive numbers, so that tensor-parallel ranks share a node where possible.
+        order = sorted(range(num_devices), key=lambda bundle: (locations[bundle][0], bundle))
         self.ranks = [
-            _Rank(hosts[i], places[i], log_folder / f"{name}-{rank}.log") for rank, i in enumerate(order)
+            RankProcess(actors[i], log_folder / f"{name}-{rank}.log", *locations[i])
+            for rank, i in enumerate(order)
         ]
         self._join()
 
     @override
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> RayGroup:
-        answers = RayFuture(self, role, "start", self._send_all(role, "start", (factory, *args))).answers()
+        shared = ray.put((factory, *args))
+        sent = [self.send(rank, role, "start", shared) for rank in range(self.num_devices)]
+        answers = RayFuture(self, role, "start", sent).answers()
         return RayGroup(self, role, [answer.result for answer in answers])
 
     def send(self, rank: int, role: str, method: str, args: Any) -> ray.ObjectRef:
-        """Calls a method on one rank."""
-        return self.ranks[rank].host.run_and_keep.remote(role, method, args)
+        """Call a method on one rank."""
+        return self.ranks[rank].actor.run_and_keep.remote(role, method, args)
 
     def statuses(self) -> list[WorkerStatus | None]:
-        """What every rank is doing; None of one that does not answer."""
-        asked = [rank.host.what.remote() for rank in self.ranks]
-        ray.wait(asked, num_returns=len(asked), timeout=_STATUS_LIMIT_S)
-        return [_status(answer) for answer in asked]
+        """Status of every rank; None for one that does not answer."""
+        references = [rank.actor.current_status.remote() for rank in self.ranks]
+        ray.wait(references, num_returns=len(references), timeout=_STATUS_LIMIT_S)
+        return [_status(reference) for reference in references]
 
     def fail(self, rank: int, cause: str) -> WorkerError:
-        """Ends everything, and says whose fault it is; later calls of whatever pool hear of the same."""
+        """Close all pools; return the error that names the rank, or the first error if there was one."""
         if self._cluster.failure is not None:
             return self._cluster.failure
         failed = self.ranks[rank]
-        log = "\n".join(f"    {line}" for line in self._tail(failed)) or "    (nothing)"
+        log = "\n".join(f"    {line}" for line in failed.tail()) or "    (nothing)"
         self._cluster.failure = WorkerError(
             f"rank {rank} of pool {self.name} on node {failed.address} (process {failed.pid}) {cause}\n"
             f"  the last lines of its log, {failed.log}:\n{log}"
@@ -357,8 +186,8 @@ class RayPool(Pool):
             pool.close()
         return self._cluster.failure
 
-    def check(self) -> None:
-        """Refuses work after a failure.
+    def raise_failure(self) -> None:
+        """Refuse work after a failure of any pool.
 
         Raises:
             WorkerError: the first one.
@@ -369,20 +198,21 @@ class RayPool(Pool):
     @override
     def close(self) -> None:
         for rank in self.ranks:
-            ray.kill(rank.host, no_restart=True)
+            ray.kill(rank.actor, no_restart=True)
         self.ranks = []
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
 
     def _reserve(self) -> tuple[str, PlacementGroup]:
-        """A device for each rank, GPU or CPU."""
-        kind, there = self._cluster.devices
-        taken = sum(pool.num_devices for pool in self._cluster.pools)
-        if taken > there:
+        """Reserve a device for each rank; return their kind, GPU or CPU, and the reservation."""
+        kind, available = self._cluster.devices
+        needed = sum(pool.num_devices for pool in self._cluster.pools)
+        if needed > available:
             raise ValueError(
-                f"need {taken} devices for {', '.join(pool.name for pool in self._cluster.pools)}, but the cluster has {there} ({kind}s on "
-                f"{len(ray.nodes())} nodes); lower placement.devices, or add nodes with `ray start`"
+                f"need {needed} devices for {', '.join(pool.name for pool in self._cluster.pools)}, "
+                f"but the cluster has {available} ({kind}s on {len(ray.nodes())} nodes); "
+                "lower placement.devices, or add nodes with `ray start`"
             )
         bundle = {"GPU": 1.0, "CPU": 1.0} if kind == "GPU" else {"CPU": 1.0}
         self._group = group = placement_group([bundle] * self.num_devices, strategy="PACK")
@@ -390,13 +220,13 @@ class RayPool(Pool):
         return kind, group
 
     def _join(self) -> None:
-        """Makes the ranks one world."""
+        """Join the ranks to one world of `torch.distributed`."""
         first = self.ranks[0]
         one_node = len({rank.node for rank in self.ranks}) == 1
         address = _LOOPBACK if one_node else first.address
-        (port,) = self._get([first.host.open_store.remote(address, self.num_devices)], "rank 0 to listen")
-        told = [
-            rank.host.join_world.remote(
+        (port,) = self._get([first.actor.open_store.remote(address, self.num_devices)], "rank 0 to listen")
+        joined = [
+            rank.actor.join_world.remote(
                 (address, port),
                 number,
                 self.num_devices,
@@ -406,69 +236,54 @@ class RayPool(Pool):
             )
             for number, rank in enumerate(self.ranks)
         ]
-        self._get(told, "its ranks to find each other")
+        self._get(joined, "its ranks to find each other")
 
-    def _get(self, references: list[Any], what: str) -> list[Any]:
+    def _get(self, references: list[Any], awaited: str) -> list[Any]:
         try:
             return list(ray.get(references, timeout=_START_LIMIT_S))
         except GetTimeoutError as error:
             raise WorkerError(
-                f"pool {self.name} waited {_START_LIMIT_S:.0f} s for {what}; see `ray status`"
+                f"pool {self.name} waited {_START_LIMIT_S:.0f} s for {awaited}; see `ray status`"
             ) from error
         except RayError as error:
-            raise WorkerError(f"pool {self.name} waited for {what}, but: {error}") from error
-
-    def _send_all(self, role: str, method: str, args: Any) -> list[ray.ObjectRef]:
-        shared = ray.put(args)
-        return [
-            self.ranks[rank].host.run_and_keep.remote(role, method, shared)
-            for rank in range(self.num_devices)
-        ]
-
-    def _tail(self, rank: _Rank) -> list[str]:
-        if rank.log.exists():
-            return tail(rank.log)
-        there = NodeAffinitySchedulingStrategy(rank.node, soft=False)
-        try:
-            asked: Any = _tail_there.options(scheduling_strategy=there).remote(str(rank.log))
-            return list(ray.get(asked, timeout=_STATUS_LIMIT_S))
-        except RayError:
-            return ["(its node does not answer)"]
+            raise WorkerError(f"pool {self.name} waited for {awaited}, but: {error}") from error
 
 
-def _status(answer: ray.ObjectRef) -> WorkerStatus | None:
+def _status(reference: ray.ObjectRef) -> WorkerStatus | None:
     try:
-        status: WorkerStatus = ray.get(answer, timeout=0)
+        status: WorkerStatus = ray.get(reference, timeout=0)
         return status
     except RayError:
         return None
 
 
 class RayGroup(WorkerGroup):
-    """The ranks of a role in the processes of a pool."""
+    """The ranks of a role, in the processes of a pool."""
 
-    def __init__(self, pool: RayPool, role: str, places: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, pool: RayPool, role: str, dispatch_ranks: Sequence[dict[str, Any]]) -> None:
         self.role = role
-        self.layouts = {name: DispatchLayout(tuple(place[name] for place in places)) for name in places[0]}
+        self.layouts = {
+            name: DispatchLayout(tuple(ranks[name] for ranks in dispatch_ranks)) for name in dispatch_ranks[0]
+        }
         self._pool = pool
 
     @override
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        self._pool.check()
+        self._pool.raise_failure()
         mode, name = dispatch_mode(method), method.__name__
         layout = self.layouts[mode.layout]
         # Each part is put into the object store once, for all ranks that take it together.
         parts = [ray.put(part) for part in mode.split(args, layout.num_parts)]
         sent = [
-            self._pool.send(rank, self.role, name, parts[place.data_rank])
-            for rank, place in enumerate(layout.ranks)
+            self._pool.send(rank, self.role, name, parts[own.data_rank])
+            for rank, own in enumerate(layout.ranks)
         ]
         return RayFuture(
             self._pool,
             self.role,
             name,
             sent,
-            lambda results: mode.join([results[r] for r in layout.collectors], args),
+            join=lambda results: mode.join([results[r] for r in layout.collectors], args),
         )
 
 
@@ -481,6 +296,7 @@ class RayFuture(Future[T]):
         role: str,
         method: str,
         sent: Sequence[ray.ObjectRef],
+        *,
         join: Callable[[list[Any]], T] | None = None,
     ) -> None:
         self._pool = pool
@@ -499,31 +315,31 @@ class RayFuture(Future[T]):
         return self._join([answer.result for answer in self.answers()])
 
     def answers(self) -> list[CallResult]:
-        """What every rank answers.
+        """Answers of all ranks, in their order.
 
         Raises:
-            ValueError: a rank was given something that cannot be used as it started.
-            WorkerError: a rank failed, died, or does not arrive where others wait.
+            ValueError: the arguments of `start` cannot be used.
+            WorkerError: a rank failed, died, or does not reach a collective in which others wait.
         """
         answers: dict[int, CallResult] = {}
-        watch = HangDetector(self._pool.hang_limit_s)
+        detector = HangDetector(self._pool.hang_limit_s)
         pending = {reference: rank for rank, reference in enumerate(self._sent)}
         while pending:
-            # All at once, or those that are there after a moment: the ranks that wait for a failed one never
-            # are.
+            # Not all ranks may ever be ready: those that wait for a failed one hang. After a moment the ready
+            # ones are looked at, so that the failed one is found.
             ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_POLL_S)
             for reference in ready:
                 rank = pending.pop(reference)
                 answers[rank] = self._answer(rank, reference, pending)
-            if (
-                not ready
-                and watch.is_due(time.monotonic())
-                and (hang := watch.look(self._pool.statuses(), time.monotonic()))
-            ):
-                raise self._pool.fail(hang.rank, f"hangs in {self._role}.{self._method}: {hang.story}")
+            if not ready and detector.is_due(time.monotonic()):
+                hang = detector.check(self._pool.statuses(), time.monotonic())
+                if hang:
+                    raise self._pool.fail(
+                        hang.rank, f"hangs in {self._role}.{self._method}: {hang.description}"
+                    )
         spans = [
-            Span(self._pool.name, r, self._role, self._method, a.start_s, a.end_s)
-            for r, a in sorted(answers.items())
+            Span(self._pool.name, rank, self._role, self._method, answer.start_s, answer.end_s)
+            for rank, answer in sorted(answers.items())
         ]
         self._pool.timeline.spans.extend(
             span for span in spans if span.end_s - span.start_s >= _SHORTEST_SPAN_S
@@ -536,37 +352,32 @@ class RayFuture(Future[T]):
         try:
             answer: CallResult = ray.get(reference)
         except RayActorError as error:
-            raise self._pool.fail(
-                rank, f"died in {self._role}.{self._method}: {_first_line(error)}"
-            ) from None
+            raise self._failure(rank, "died", _cause(error)) from None
         except RayError as error:
-            raise self._pool.fail(
-                rank, f"failed in {self._role}.{self._method}: {_first_line(error)}"
-            ) from error
+            raise self._failure(rank, "failed", _cause(error)) from error
         if answer.failure is None:
             return answer
         failure = answer.failure
-        if failure.is_mistake and self._method == "start":
+        if failure.is_user_error and self._method == "start":
             raise ValueError(failure.message)
         if _LOST.search(failure.message) and pending:
-            self._check_others(pending)
-        raise self._pool.fail(
-            rank, f"failed in {self._role}.{self._method}: {failure.kind}: {failure.message}"
-        )
+            self._raise_death(pending)
+        raise self._failure(rank, "failed", f"{failure.kind}: {failure.message}")
 
-    def _check_others(self, pending: Mapping[ray.ObjectRef, int]) -> None:
-        """A rank that lost another one is not the cause; the end of that other one is known in a moment."""
+    def _raise_death(self, pending: Mapping[ray.ObjectRef, int]) -> None:
+        """Raise the error of a pending rank that died: the rank that lost the connection is not the cause."""
         for reference in ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_S)[0]:
             try:
                 ray.get(reference)
             except RayError as error:
-                raise self._pool.fail(
-                    pending[reference], f"died in {self._role}.{self._method}: {_first_line(error)}"
-                ) from None
+                raise self._failure(pending[reference], "died", _cause(error)) from None
+
+    def _failure(self, rank: int, verb: str, cause: str) -> WorkerError:
+        return self._pool.fail(rank, f"{verb} in {self._role}.{self._method}: {cause}")
 
 
-def _first_line(error: Exception) -> str:
-    """Ray's own words end with long advice."""
+def _cause(error: Exception) -> str:
+    """The line of a Ray error that says what happened: the rest is long advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next(
         (line for line in lines if "process" in line or "died" in line),

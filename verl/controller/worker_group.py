@@ -1,6 +1,4 @@
-"""Groups of workers on pools of devices, and the backend for one device: everything in this process, a
-breakpoint anywhere.
-"""
+"""Groups of workers on pools of devices, and the pool of one device, which runs in this process."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One rank of a role; its methods with `@register` are called on all ranks at once.
+    """One rank of a role; its methods with `@register` are called on all ranks of the group at once.
 
     Attributes:
-        places: where this rank stands in each layout of its group, by the layout's name.
+        dispatch_ranks: of this rank in each layout of its group, by the layout's name.
     """
 
     dispatch_ranks: Mapping[str, DispatchRank] = {
@@ -43,17 +41,15 @@ class Future(ABC, Generic[T]):
 
     @abstractmethod
     def result(self) -> T:
-        """Waits for it.
+        """Wait for the result.
 
         Raises:
-            WorkerError: a rank of another process failed; in this process, what it raised.
+            WorkerError: a rank in another process failed. A call in this process raises its own error.
         """
 
 
 class WorkerError(RuntimeError):
-    """A rank failed, died or did not arrive: names role, rank, node and cause, with the last lines of its
-    log.
-    """
+    """A rank failed, died or hung; the message has role, rank, node, cause and the last lines of its log."""
 
 
 class WorkerGroup(ABC):
@@ -61,7 +57,7 @@ class WorkerGroup(ABC):
 
     Attributes:
         role: its name.
-        layouts: which part of the work each rank takes, by the name that a mode has for it.
+        layouts: of the ranks, by name.
     """
 
     role: str
@@ -69,19 +65,19 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def call(self, method: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Calls a method of the worker's class on every rank, as its mode says; calls run in the order
-        that they are made.
+        """Call a method of the worker's class on every rank, by the method's dispatch mode.
 
-        Takes positional arguments only. `T` is what the mode joins the results to.
+        Calls run in the order in which they are made. Only positional arguments are allowed. `T` is the type
+        of the joined results.
         """
 
 
 class Pool(ABC):
-    """Devices, and the roles that share them in turn.
+    """Devices, and the roles that share them by turns.
 
     Attributes:
         name: for messages.
-        num_devices: one rank each.
+        num_devices: each has one rank of every role.
         timeline: takes the spans of all calls.
     """
 
@@ -91,16 +87,16 @@ class Pool(ABC):
 
     @abstractmethod
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> WorkerGroup:
-        """Makes a worker of the role on every device, `factory(*args)`.
+        """Start a worker of the role on every device, made by `factory(*args)`.
 
         Raises:
-            ValueError: what was given cannot be used.
+            ValueError: the factory cannot use its arguments.
             WorkerError: a rank failed.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the workers and gives the devices back."""
+        """End the workers and free the devices."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +113,20 @@ class Span:
 
 @dataclass
 class Timeline:
-    """What ran where and when."""
+    """Spans of calls."""
 
     spans: list[Span] = field(default_factory=list)
 
     def take(self) -> list[Span]:
-        """The spans since the last call."""
+        """Spans since the last call; they are removed."""
         taken, self.spans = self.spans, []
         return taken
 
 
 def append_trace(path: Path, spans: list[Span]) -> None:
-    """Adds spans to a file in Chrome's trace format, for chrome://tracing or https://ui.perfetto.dev: a row
-    per rank, times in us.
+    """Append spans to a file in Chrome's trace format, for chrome://tracing or https://ui.perfetto.dev.
+
+    The trace has one line per rank; times are in us.
     """
     is_new = not path.exists()
     with path.open("a") as file:
@@ -150,7 +147,7 @@ def append_trace(path: Path, spans: list[Span]) -> None:
 
 @dataclass(frozen=True)
 class CompletedFuture(Future[T]):
-    """A result that is there."""
+    """A future whose result is already known."""
 
     value: T
 
@@ -161,7 +158,7 @@ class CompletedFuture(Future[T]):
 
 @dataclass(frozen=True)
 class MergedMetrics(Future[dict[str, float]]):
-    """Metrics of a call with further ones beside."""
+    """Metrics of a call, joined with further ones."""
 
     future: Future[dict[str, float]]
     more: dict[str, float]
@@ -172,10 +169,10 @@ class MergedMetrics(Future[dict[str, float]]):
 
 
 class LocalGroup(WorkerGroup):
-    """One worker in this process; a call runs when it is made.
+    """One worker in this process; a call runs as soon as it is made.
 
     Attributes:
-        worker: the worker itself.
+        worker: of the only rank.
     """
 
     def __init__(self, pool: LocalPool, role: str, worker: Worker) -> None:
@@ -183,7 +180,7 @@ class LocalGroup(WorkerGroup):
         self.worker = worker
         self._pool = pool
         self.layouts: Layouts = {
-            name: DispatchLayout((place,)) for name, place in worker.dispatch_ranks.items()
+            name: DispatchLayout((rank,)) for name, rank in worker.dispatch_ranks.items()
         }
 
     @override
@@ -191,7 +188,8 @@ class LocalGroup(WorkerGroup):
         mode = dispatch_mode(method)
         (own,) = mode.split(args, self.layouts[mode.layout].num_parts)
         start_s = time.time()
-        result = getattr(self.worker, method.__name__)(*own)  # by name: a subclass may have its own
+        # By name: the worker may be of a subclass that overrides the method.
+        result = getattr(self.worker, method.__name__)(*own)
         self._pool.timeline.spans.append(
             Span(self._pool.name, 0, self.role, method.__name__, start_s, time.time())
         )
@@ -199,7 +197,7 @@ class LocalGroup(WorkerGroup):
 
 
 class LocalPool(Pool):
-    """One device of this process, on which any number of roles take turns."""
+    """One device, on which any number of roles in this process take turns."""
 
     def __init__(self, name: str = "local", timeline: Timeline | None = None) -> None:
         self.name = name
@@ -210,5 +208,6 @@ class LocalPool(Pool):
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> LocalGroup:
         return LocalGroup(self, role, factory(*args))
 
+    @override
     def close(self) -> None:
-        """See `Pool.close`; here there is nothing to end."""
+        pass

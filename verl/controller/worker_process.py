@@ -1,6 +1,4 @@
-"""One process of a pool: the workers of its roles, its place in the world of the pool, and what it tells
-about itself.
-"""
+"""One process of a pool: the workers of its roles, its rank in the pool's world, and its status."""
 
 from __future__ import annotations
 
@@ -30,17 +28,24 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class CallError:
-    """What a call raised: kept as data, so that it reaches the controller whatever its class."""
+    """An error of a call, as plain values: the controller may not be able to unpickle its class.
+
+    Attributes:
+        kind: name of its class.
+        message: of the error.
+        stack: human-readable.
+        is_user_error: a ValueError, which refuses what the user gave.
+    """
 
     kind: str
     message: str
     stack: str
-    is_mistake: bool
+    is_user_error: bool
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """What a call returned or raised, and when it ran, in seconds since the epoch."""
+    """Result or error of a call, with its start and end in seconds since the epoch."""
 
     result: Any
     failure: CallError | None
@@ -50,13 +55,13 @@ class CallResult:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """What a process is doing.
+    """Status of a process.
 
     Attributes:
-        call: role and method that it is in; none: it waits for one.
-        num_calls: begun so far.
-        collectives: number of the last collective of each process group that it belongs to, by the group's
-            ranks and name.
+        call: role and method of the running call; None: the process is idle.
+        num_calls: number of calls that have begun.
+        collectives: number of the last collective in each process group of this process, by the group's ranks
+            and name.
         stack: lines "file:line in function" of the thread that computes, the innermost first.
     """
 
@@ -67,7 +72,7 @@ class WorkerStatus:
 
 
 class WorkerProcess:
-    """The workers of one rank of a pool, by role; calls run one at a time, in the order in which they come."""
+    """Workers of one rank of a pool, one for each role; calls run one after the other."""
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
@@ -76,7 +81,8 @@ class WorkerProcess:
         self._thread = 0
 
     def open_store(self, address: str, num_ranks: int) -> int:
-        """Listens for the ranks of the pool on a free port of that address alone, and returns the port."""
+        """Open the key-value store of the pool on a free port of an address; return the port."""
+        # A listener that PyTorch opens itself accepts connections on all interfaces.
         listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         listener.bind((address, 0))
         listener.listen()
@@ -95,21 +101,29 @@ class WorkerProcess:
     def join_world(
         self, store: tuple[str, int], rank: int, num_ranks: int, *, limit_s: float, log: str, num_threads: int
     ) -> None:
-        """Becomes a rank of the world of the pool; from here on its output goes into the file `log`."""
+        """Join the pool's world of `torch.distributed`; from here on output goes to the file `log`.
+
+        Args:
+            store: address and port of the key-value store.
+            rank: of this process.
+            num_ranks: of the pool.
+            limit_s: time after which the controller reports a hang.
+            log: path of the file.
+            num_threads: of PyTorch on a CPU.
+        """
         _write_output_to(Path(log))
         torch.set_num_threads(num_threads)
         address, port = store
         if address == _LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        own = rank == 0
         shared = (
             self._store
-            if own
+            if rank == 0
             else dist.TCPStore(address, port, num_ranks, is_master=False, wait_for_workers=False)
         )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # The controller names a hang before PyTorch gives up on it.
+        # Longer than the limit: the controller shall report a hang before PyTorch ends the collective.
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("pool", shared),
@@ -119,12 +133,12 @@ class WorkerProcess:
         )
 
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> dict[str, DispatchRank]:
-        """Makes the worker of a role; returns where it stands."""
+        """Make the worker of a role; return its ranks in the layouts of its group."""
         self._workers[role] = factory(*args)
         return dict(self._workers[role].dispatch_ranks)
 
     def run(self, role: str, method: str, args: Sequence[Any]) -> CallResult:
-        """Calls a method of a role's worker, or `start` with the role, the factory and its arguments."""
+        """Call a method of a role's worker; "start" makes the worker from a factory and its arguments."""
         self._thread, self._call, start_s = threading.get_ident(), f"{role}.{method}", time.time()
         self._num_calls += 1
         result, failure = None, None
@@ -140,15 +154,15 @@ class WorkerProcess:
         return CallResult(result, failure, start_s, time.time())
 
     def status(self) -> WorkerStatus:
-        """What it is doing now; asked from another thread than the one that computes."""
+        """Current status; called from another thread than the one that computes."""
         frame = sys._current_frames().get(self._thread)
         stack = traceback.extract_stack(frame)[::-1] if frame and self._call else []
-        lines = tuple(f"{_short(line.filename)}:{line.lineno} in {line.name}" for line in stack)
+        lines = tuple(f"{_short_path(line.filename)}:{line.lineno} in {line.name}" for line in stack)
         return WorkerStatus(self._call, self._num_calls, _collectives(), lines)
 
 
 def _collectives() -> dict[str, int]:
-    """The number of the last collective of each group."""
+    """Number of the last collective of each process group."""
     counts: dict[str, int] = {}
     groups: Any = distributed_c10d._world.pg_group_ranks
     for group, ranks in list(groups.items()):
@@ -157,8 +171,8 @@ def _collectives() -> dict[str, int]:
     return counts
 
 
-def _short(path: str) -> str:
-    """A path from the package on."""
+def _short_path(path: str) -> str:
+    """Path from the package's folder on."""
     for package in ("/verl/", "/torch/", "/tests/"):
         if package in path:
             return package[1:] + path.rpartition(package)[2]
@@ -166,9 +180,7 @@ def _short(path: str) -> str:
 
 
 def _write_output_to(path: Path) -> None:
-    """Sends everything that this process prints, native code included, into a file; a crash leaves its stack
-    there.
-    """
+    """Redirect all output to a file, with that of native code and the stack of a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", buffering=1)
     for stream in (sys.stdout, sys.stderr):
@@ -180,7 +192,7 @@ def _write_output_to(path: Path) -> None:
 
 
 def tail(path: Path, num_lines: int = 20) -> list[str]:
-    """The last lines of a log; none if there is no such file."""
+    """Last lines of a log; empty if there is no such file."""
     if not path.exists():
         return []
     with closing(path.open(errors="replace")) as file:

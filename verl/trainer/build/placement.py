@@ -17,8 +17,8 @@ _POOLS: dict[str, tuple[tuple[str, ...], ...]] = {
     "split": (("policy", "reference"), ("critic", "teacher", "reward")),
     "standalone": (("policy",), ("reference",), ("critic",), ("teacher",), ("reward",)),
 }
-# The module that imports Ray, loaded where there is more than one device to place on.
-_RAY = "verl.controller.ray_pool"
+# These modules import Ray: they are loaded only for more than one device.
+_RAY_CLUSTER, _RAY_POOL = "verl.controller.ray_cluster", "verl.controller.ray_pool"
 
 
 class Placement:
@@ -45,8 +45,7 @@ class Placement:
             self._pools: list[Pool] = [LocalPool(timeline=timeline)]
             return
         devices = self._devices()
-        backend = importlib.import_module(_RAY)
-        cluster = backend.connect(config.address, num_devices=sum(devices))
+        cluster = importlib.import_module(_RAY_CLUSTER).connect(config.address, num_devices=sum(devices))
         self._close = cluster.close
         options: dict[str, Any] = {
             "hang_limit_s": config.hang_limit_s,
@@ -54,9 +53,10 @@ class Placement:
             "timeline": timeline,
         }
         try:
-            named = zip(self._roles_of, devices, strict=True)
+            make_pool = importlib.import_module(_RAY_POOL).RayPool
             self._pools = [
-                backend.RayPool(cluster, "+".join(pool), count, **options) for pool, count in named
+                make_pool(cluster, "+".join(pool), count, **options)
+                for pool, count in zip(self._roles_of, devices, strict=True)
             ]
         except BaseException:
             self.close()
