@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 @pytest.fixture
 def child():
     """A process that waits for input, and the identity that it printed."""
-    code = "from verl.utils.process_id import this_process as t; p = t(); print(p.host, p.pid, p.started, flush=True); input()"
+    code = (
+        "from verl.utils.process_id import this_process; process = this_process()\n"
+        "print(process.host, process.pid, process.started, flush=True); input()"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, env=environment

@@ -1,6 +1,4 @@
-"""Virtual time: programs that wait for hours end at once, in the same order in every run, and those that
-would wait forever say where.
-"""
+"""Virtual time: hours of waiting pass at once, in a fixed order; an endless wait is an error."""
 
 from __future__ import annotations
 
@@ -111,13 +109,13 @@ def test_a_program_that_only_looks_again_and_again_ends_at_the_limit():
 
 
 def test_a_program_that_goes_round_without_time_is_ended(monkeypatch):
-    monkeypatch.setattr("verl.utils.virtual_time._MOST_ROUNDS", 1000)
+    monkeypatch.setattr("verl.utils.virtual_time._MAX_ROUNDS", 1000)
 
     async def main() -> None:
         while True:
             await asyncio.sleep(0)
 
-    with pytest.raises(RuntimeError, match="at 0 s it goes round and round"):
+    with pytest.raises(RuntimeError, match="at 0 s it runs without letting time pass"):
         run(main())
 
 

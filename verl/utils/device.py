@@ -1,6 +1,4 @@
-"""The one place that asks about hardware: which device, its arithmetic, memory and speed, and the random
-states.
-"""
+"""All questions about hardware: the device, its precisions, memory, speed and random states."""
 
 from __future__ import annotations
 
@@ -28,10 +26,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to train on: `auto` takes a GPU where there is one, `cpu` and `cuda` are taken as said.
+    """The device to train on: `cpu`, `cuda`, or `auto` for a GPU if there is one.
 
     Raises:
-        ValueError: cuda is asked for and PyTorch sees no GPU, or the name is none of the three.
+        ValueError: cuda without a GPU that PyTorch sees, or another name.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"need device auto, cpu or cuda, got {name!r}")
@@ -43,17 +41,17 @@ def pick_device(name: str) -> torch.device:
             else "check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
         )
         raise ValueError(
-            f"need a GPU for device cuda, but PyTorch {torch.__version__} sees none; {remedy}, or set device=cpu"
+            f"need a GPU for device cuda, but PyTorch {torch.__version__} sees none; {remedy}, "
+            "or set device=cpu"
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and present) else "cpu")
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep large blocks that were freed, so that activations do not fault in fresh pages
-    each time.
+    """Let glibc reuse large freed blocks, so that activations do not fault in new pages each time.
 
-    By default glibc maps every block above some MiB anew, which takes about a tenth of a training step on a
-    CPU. Other C libraries are left as they are.
+    By default glibc maps and unmaps every block above some MiB, which takes about a tenth of a training step
+    on a CPU. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -63,7 +61,7 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """A context in which matrix products run in `precision` (fp32, bf16 or fp16); weights keep their own.
+    """Context in which matrix products run in `precision` (fp32, bf16 or fp16); weights keep their dtype.
 
     Raises:
         ValueError: no such precision.
@@ -74,7 +72,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done everything that was queued; on a CPU nothing ever is."""
+    """Wait until the device has finished its queue; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -82,7 +80,7 @@ def synchronize(device: torch.device) -> None:
 def memory_bytes(device: torch.device) -> dict[str, float]:
     """Memory in bytes: `used` now, `peak` since the start, `total` of the device.
 
-    On a GPU that of tensors of this process, on a CPU that of the whole process (resident).
+    On a GPU the memory of this process's tensors, on a CPU the resident memory of the whole process.
     """
     if device.type == "cuda":
         used, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -94,10 +92,10 @@ def memory_bytes(device: torch.device) -> dict[str, float]:
 
 
 def _process_memory() -> tuple[int, int]:
-    """Resident bytes of this process, now and at most."""
+    """Resident bytes of this process: current and peak."""
     status = Path("/proc/self/status")
     if not status.exists():
-        # Outside Linux the standard library knows the peak only; macOS counts it in bytes, others in KiB.
+        # Outside Linux the standard library reports the peak only; macOS in bytes, others in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return peak, peak
     lines = dict(
@@ -111,21 +109,19 @@ def _process_memory() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What a device reaches in the best case: operations of a large matrix product, bytes read and written by
-    a large copy.
-    """
+    """Best rates of a device: operations of a large matrix product, bytes read and written by a copy."""
 
     flops_per_s: float
     bytes_per_s: float
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> MachineSpeed:
-    """Times large matrix products in `dtype` and a large copy, each at its best; takes under half a second.
+    """Measure the best rates of matrix products in `dtype` and of a copy, in under half a second.
 
-    A product of n x n matrices is 2 n^3 operations, a copy reads and writes each byte. Measured, not the
-    vendor's peak, because limits that are derived from it should be reachable.
+    A product of n x n matrices has 2 n^3 operations; a copy reads and writes each byte. The rates are
+    measured, not the vendor's peaks, because limits derived from them should be reachable.
     """
-    copied_bytes = 2**30 if device.type == "cuda" else 2**26  # Beyond every cache.
+    copied_bytes = 2**30 if device.type == "cuda" else 2**26  # larger than every cache
     source = torch.ones(copied_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy_s = _best_seconds(lambda: target.copy_(source), device, num_runs=5)
@@ -133,10 +129,10 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> MachineSpeed:
 
 
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate over growing matrices, until one product takes long enough that starting it does not count."""
+    """Best rate over growing matrices, until one product takes so long that its launch is negligible."""
     best = 0.0
-    # Random numbers, as a GPU runs faster on constant ones; from their own generator, to leave the run's
-    # states alone.
+    # Random numbers, because a GPU runs faster on constants; from a generator of their own, so that the
+    # run's random states do not change.
     generator = torch.Generator(device).manual_seed(0)
     for side in (256, 512, 1024, 2048, 4096, 8192, 16384):
         matrix = torch.rand(side, side, generator=generator, device=device, dtype=dtype)
@@ -149,7 +145,7 @@ def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, *, num_runs: int) -> float:
-    """Shortest time of several runs, after one to warm up."""
+    """Shortest time of several runs, after one warm-up run."""
     best_s = float("inf")
     for run in range(num_runs + 1):
         start = time.perf_counter()
@@ -161,21 +157,21 @@ def _best_seconds(work: Callable[[], object], device: torch.device, *, num_runs:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch on every device."""
+    """Seed Python, NumPy and PyTorch on every device."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy takes 32 bits.
+    np.random.seed(seed % 2**32)  # NumPy accepts 32 bits only
     torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:
-    """The random states of Python, NumPy and PyTorch, for `set_rng_state`.
+    """Random states of Python, NumPy and PyTorch, for `set_rng_state`.
 
-    Only dicts, lists, numbers, texts and tensors, so that `torch.load(..., weights_only=True)` reads it back.
+    Only dicts, lists, numbers, texts and tensors, so that `torch.load(..., weights_only=True)` reads it.
     """
     version, words, gauss = random.getstate()
     # The legacy form is always this 5-tuple; the stubs of NumPy also allow a dict.
     kind, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
-    # Asking a GPU that was never used would start CUDA in a run on the CPU.
+    # Reading the states of a GPU that was never used would start CUDA in a run on the CPU.
     states_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "python": {"version": version, "words": list(words), "gauss": gauss},
@@ -192,12 +188,12 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Goes back to a state of `rng_state`; states of GPUs that are not here are left out."""
+    """Restore a result of `rng_state`; states of GPUs that this machine lacks are ignored."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     keys = np.array(numpy["keys"], dtype=np.uint32)
     np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached_gauss"]))
-    # A checkpoint that was loaded onto a GPU brings its states along, and they belong on the CPU.
+    # A checkpoint loaded onto a GPU has its states there, but PyTorch wants them on the CPU.
     torch.set_rng_state(state["torch"].cpu())
     for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda.cpu(), index)

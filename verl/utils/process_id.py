@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 ProcessState = Literal["running", "stopped", "in uninterruptible sleep", "gone", "on another host"]
-# Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html; all others are running.
+# Letters of /proc/PID/stat, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html; others are running.
 _STATES: dict[str, ProcessState] = {
     "T": "stopped",
     "t": "stopped",

@@ -49,7 +49,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens of the model's distribution can never be drawn."""
+        """True if some tokens of the model's distribution can never be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
@@ -127,13 +127,14 @@ def check_requests(
     """
     if len(prompts) != len(params):
         raise ValueError(
-            f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters"
+            f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} of them"
         )
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if not prompt or len(prompt) + wanted.max_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, and at most "
-                f"{context} in all, the model's context; lower sampling.max_tokens or data.max_prompt_tokens"
+                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, "
+                f"and at most {context} in all, the model's context; lower sampling.max_tokens or "
+                "data.max_prompt_tokens"
             )
 
 

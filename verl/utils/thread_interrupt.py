@@ -55,8 +55,8 @@ class InterruptibleBlock:
         self._is_over = True
         if not self._is_main:
             return
-        # `interrupt` sends its signal under this lock, so none is on its way here: its handler has run, and the
-        # request is void since this block is over.
+        # `interrupt` sends its signal under this lock, so none is on its way here: its handler has run, and
+        # the request is void since this block is over.
         with _lock:
             _blocks.remove(self)
             if not _blocks:
