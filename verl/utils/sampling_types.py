@@ -127,13 +127,14 @@ def check_requests(
     """
     if len(prompts) != len(params):
         raise ValueError(
-            f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} of them"
+            f"need sampling parameters for each prompt, got {len(prompts)} prompts and "
+            f"{len(params)} parameters"
         )
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if not prompt or len(prompt) + wanted.max_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least one, "
-                f"and at most {context} in all, the model's context; lower sampling.max_tokens or "
+                f"prompt {i} has {len(prompt)} tokens and may get {wanted.max_tokens} more; need at least "
+                f"one, and at most {context} in all, the model's context; lower sampling.max_tokens or "
                 "data.max_prompt_tokens"
             )
 

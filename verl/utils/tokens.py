@@ -81,7 +81,7 @@ class TextCodec:
         return [{"role": "system", "content": self._system_prompt}, *prompt.content]
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """The text that the model reads: a text as it is, messages in the chat template with the answer opened.
+        """The text that the model reads: a text as it is, messages by the chat template.
 
         Raises:
             ValueError: the prompt is messages, but the tokenizer has no chat template.
