@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # On small models one thread is faster than several that wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart install engines test lint docs clean
+.PHONY: help quickstart install engines test lint structure docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,6 +30,9 @@ test: $(STAMP)  ## run the unit tests
 lint: $(STAMP)  ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+structure: $(STAMP)  ## measure sizes, names and the path of a step against their goals
+	@$(BIN)/python -m tests.structure_table
 
 docs: $(STAMP)  ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
