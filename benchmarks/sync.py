@@ -59,7 +59,7 @@ def pool(
     """Servers that follow the policy."""
     policy, group = policy_of(folder, lora_rank=lora_rank)
     specs = [
-        ServerSpec(f"engine-{i}", str(folder), via=via, secret="benchmark", log=place / f"{i}.log")
+        ServerSpec(f"engine-{i}", str(folder), transport=via, secret="benchmark", log=place / f"{i}.log")
         for i in range(count)
     ]
     weights = WeightPublisher(group, "float32", place / "weights")

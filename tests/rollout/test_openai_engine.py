@@ -26,7 +26,14 @@ from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_mode
 from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.openai_engine import HTTPEngine
 from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.network import free_port
@@ -464,7 +471,7 @@ def test_a_server_that_gives_token_ids_is_asked_for_them(served, address, folder
     chunk = one_chunk(
         http_engine(folder, address + suffix, api_key_env="FAR_KEY", processed_logprobs=True), params, seed=5
     )
-    completion = own_answer(policy(folder), folder, params, seed_of(replace(params, seed=5), 0))
+    completion = own_answer(policy(folder), folder, params, request_seed(replace(params, seed=5), 0))
     assert list(chunk.token_ids) == completion.token_ids and chunk.finish_reason == completion.finish_reason
     assert list(chunk.logprobs) == pytest.approx(completion.logprobs, abs=1e-5) and chunk.text is None
 

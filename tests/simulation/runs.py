@@ -398,7 +398,7 @@ def check(made: Run) -> None:
     told = (made.seed, made.case, dict(made.world.faults.happened), made.notes, made.ended)
     assert made.problems == [], told
     assert made.world.breaches == [], told
-    assert not any("task of the fleet failed" in note for note in made.notes), told
+    assert not any("task of the inference pool failed" in note for note in made.notes), told
     if made.ended:
         known = (
             "groups failed one after the other",

@@ -182,7 +182,7 @@ def wrong_with(made: Run) -> str:
     found = [
         *made.problems,
         *made.world.breaches,
-        *(note for note in made.notes if "task of the fleet failed" in note),
+        *(note for note in made.notes if "task of the inference pool failed" in note),
     ]
     return "; ".join(found if made.may_fail else [*found, *made.failed])
 

@@ -65,7 +65,7 @@ def test_servers_on_the_gpu_of_the_policy_read_its_weights_there(tmp_path):
     policy = tiny_policy("llama", initializer_range=0.02)
     model = saved(policy, tmp_path / "model")
     pool = pool_of(
-        group_of(policy, device=torch.device("cuda")), model, tmp_path, 2, via="ipc", policy=policy
+        group_of(policy, device=torch.device("cuda")), model, tmp_path, 2, transport="ipc", policy=policy
     )
     try:
         for version in (1, 2):

@@ -96,7 +96,7 @@ class Threads(InferenceServer):
             own = WeightChunk(
                 part.tensors, part.transport, where, tuple(parse_ranges(read) for read in reads)
             )
-            for batch in self.arrivals[rank].batches(own, records=self.records):
+            for batch in self.arrivals[rank].batches(own, records=self.records_reads):
                 for name, tensor in batch:
                     self.look_at(tensor)
                     self.weights[rank][name] = part_of_rank(name, tensor, rank)
@@ -111,8 +111,8 @@ class Threads(InferenceServer):
 
     async def end_update(self, version: int) -> str:
         self.received_bytes = [arrivals.num_bytes for arrivals in self.arrivals]
-        if self.records and all(arrivals.read_ranges for arrivals in self.arrivals):
-            self.reads = tuple(arrivals.read_ranges for arrivals in self.arrivals)
+        if self.records_reads and all(arrivals.read_ranges for arrivals in self.arrivals):
+            self.read_ranges = tuple(arrivals.read_ranges for arrivals in self.arrivals)
         return fingerprint_of_ranks([arrivals.digests for arrivals in self.arrivals])
 
 
@@ -121,10 +121,15 @@ class Threads(InferenceServer):
 def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
     policy = tiny_policy("llama")
     weights = WeightPublisher(group_of(policy), dtype, tmp_path, chunk_bytes=20_000, uses_p2p=via == "direct")
-    engine = Threads(ServerSpec("threads", "unused", via=via, timeout_s=20.0))
+    engine = Threads(ServerSpec("threads", "unused", transport=via, timeout_s=20.0))
     notes: list[str] = []
     replica = Replica(
-        engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+        engine,
+        max_running=1,
+        vocabulary=100,
+        clock=time.monotonic,
+        on_change=lambda _: None,
+        note=notes.append,
     )
     tensors = dict(policy.transformer.named_parameters())
     itemsize = vars(torch)[dtype].itemsize
@@ -135,7 +140,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
         await replica.open()
         for version in range(1, 5):
             if version == 4:  # as if the engine had come to read otherwise
-                engine.reads = (engine.reads[1], engine.reads[0])
+                engine.read_ranges = (engine.read_ranges[1], engine.read_ranges[0])
             changed(policy, seed=version)
             await replica.load_weights(weights.write(version))
             for rank, own in enumerate(engine.weights):
@@ -146,11 +151,11 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
                     ), name
             is_whole = version in (1, 4)
             assert (
-                replica.synced_bytes
+                replica.transfer.num_bytes
                 == sum(engine.received_bytes)
                 == (2 * num_bytes if is_whole else num_bytes + norms)
             )
-            assert replica.num_repaired == (version == 4) and replica.version == version
+            assert replica.transfer.num_repaired == (version == 4) and replica.version == version
 
     try:
         asyncio.run(syncs_weights())
@@ -170,9 +175,14 @@ class Picky(Threads):
 def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
     policy = tiny_policy("llama")
     weights = WeightPublisher(group_of(policy), "float32", tmp_path)
-    engine, notes = Picky(ServerSpec("picky", "unused", via="shm")), []
+    engine, notes = Picky(ServerSpec("picky", "unused", transport="shm")), []
     replica = Replica(
-        engine, max_running=1, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+        engine,
+        max_running=1,
+        vocabulary=100,
+        clock=time.monotonic,
+        on_change=lambda _: None,
+        note=notes.append,
     )
 
     async def syncs_weights() -> None:
@@ -186,8 +196,8 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
         weights.close()
     assert (
         replica.version == 2
-        and replica.num_repaired == 1
-        and engine.reads is None
+        and replica.transfer.num_repaired == 1
+        and engine.read_ranges is None
         and "what is that?" in notes[0]
     )
     assert engine.received_bytes == [sum(tensor.nbytes for tensor in policy.transformer.parameters())] * RANKS

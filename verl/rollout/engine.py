@@ -1,4 +1,4 @@
-"""The contract of an engine in another process: what the pool asks of it, and what it may answer."""
+"""Contracts of generation engines: servers in other processes, and engines inside the policy's process."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from verl.weight_sync.types import Transport, WeightChunk
 
 
 class EngineError(RuntimeError):
-    """An engine died, does not answer, or answers what cannot be; its requests go to another one."""
+    """An engine died, timed out or sent an invalid reply; its requests move to another engine."""
 
 
 class RefusedError(ValueError):
-    """An engine understood a request and will never answer it: another engine would refuse it, too."""
+    """An engine refuses a request that every other engine would refuse, too."""
 
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One engine to start or to join.
+    """One inference server to start or to join.
 
     Attributes:
-        name: for people, unique in a pool.
+        name: unique in a pool, for logs and messages.
         model: folder of the policy as it was at the start, with its tokenizer.
-        options: what the engine itself offers, passed on as it is.
-        address: http://HOST:PORT of a server that runs already; None: the run starts one, on the loopback
+        options: of the engine itself, passed on unchanged.
+        address: http://HOST:PORT of a server that is already running; None: the run starts one on the loopback
             interface.
-        python: interpreter of the environment that has the engine; None: this one.
-        secret: that a server of this run asks for, and that is sent along.
-        log: takes the output of a server that is started.
+        python: interpreter of the environment that has the engine installed; None: the current one.
+        secret: API key of the server.
+        log: file for the output of a server that the run starts.
         dtype: of the weights that it serves, as PyTorch names it.
-        via: how weights travel to it; None: the best way that it takes.
-        timeout_s: longest time without a sign of life, once it has started.
+        transport: how weights travel to it; None: the best transport that reaches it.
+        timeout_s: longest time without any reply or token, once it has started.
         start_timeout_s: longest time to start.
     """
 
@@ -52,21 +52,21 @@ class ServerSpec:
     secret: str = ""
     log: Path = Path("engine.log")
     dtype: str = "float32"
-    via: Transport | None = None
+    transport: Transport | None = None
     timeout_s: float = 60.0
     start_timeout_s: float = 600.0
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Some more tokens of an answer.
+    """New tokens of a completion.
 
     Attributes:
         token_ids: sampled ids, the stop token included.
-        logprobs: one per id, of the distribution that it was drawn from; None: not known.
-        finish_reason: why the answer ended; None: more will come.
-        version: of the weights that sampled these tokens, where the engine says it itself.
-        text: the whole answer, from an engine that gives text only; then there are no ids.
+        logprobs: one per id, of the distribution that it was drawn from; None: unknown.
+        finish_reason: why the completion ended; None: more tokens will come.
+        version: of the weights that sampled these tokens, if the engine reports it.
+        text: the whole completion, from an engine that returns text only; then there are no ids.
     """
 
     token_ids: Sequence[int] = ()
@@ -76,101 +76,104 @@ class TokenChunk:
     text: str | None = None
 
 
-def seed_of(params: SamplingParams, number: int) -> int:
-    """A seed from 0 up to 2^63 - 1 for one answer to a prompt, for engines that take one for each."""
+def request_seed(params: SamplingParams, number: int) -> int:
+    """Seed of completion `number` of a prompt, from 0 to 2^63 - 1, for engines that take a seed per request."""
     return answer_seed(params.seed, number) & (2**63 - 1)
 
 
 class ColocatedEngine(RolloutEngine):
-    """An engine in the policy's own process that has its weights apart from it, in its own layout."""
+    """An engine in the policy's own process that has a separate copy of the weights, in its own layout."""
 
     @abstractmethod
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
-        """Takes all weights of the policy, by their names in a Hugging Face folder, awake or asleep;
-        afterwards it is awake.
+        """Load all weights of the policy; an engine that sleeps wakes up first.
+
+        Args:
+            tensors: by their names in a Hugging Face folder.
+            version: of the policy.
 
         Returns:
-            `fingerprint` of the tensors that it handed to its model, as they came.
+            `fingerprint` of the tensors, computed as they were passed to the engine's model.
         """
 
 
 class InferenceServer(ABC):
-    """An engine in another process, asked from one event loop; every method but `sample` returns within its
-    time limit or raises.
+    """Client of an engine in another process, called from one event loop.
+
+    Every method except `sample` returns within its time limit or raises.
 
     Attributes:
-        spec: what it was made from.
-        follows: whether its weights can be those of the policy; if not, it serves what it has.
-        vias: ways in which it takes weights, the best first.
-        num_ranks: processes that take weights, for a group.
-        reads: what each rank was seen to read of the tensors of an update that it was given whole, for
-            engines with several ranks; the next one has that alone. None: it is not known.
-        records: whether it may be found out in the next update.
-        seeds_by_place: whether the random number of a token hangs on the seed and its place in the row alone,
-            so that another engine of this kind goes on with an answer as this one would have.
+        spec: that it was made from.
+        syncs_weights: it serves the policy's weights; otherwise it keeps its own.
+        position_seeded: the random number of a token depends only on the seed and its position, so that another
+            engine of this kind continues a completion exactly as this one would.
+        transports: ways in which it takes weights, the best first.
+        num_ranks: processes that load weights.
+        read_ranges: parts of each tensor that each rank was seen to read in a complete update; the next update
+            sends only these. None: unknown.
+        records_reads: observe in the next update what the ranks read.
     """
 
     syncs_weights: bool = True
     position_seeded: bool = False
     transports: tuple[Transport, ...] = ()
     num_ranks: int = 1
-    reads: tuple[ShardRanges, ...] | None = None
-    records: bool = True
+    read_ranges: tuple[ShardRanges, ...] | None = None
+    records_reads: bool = True
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
 
     @property
-    def via(self) -> Transport:
-        """How weights travel to it: as it was told, else the first way of `transports` that reaches it.
+    def transport(self) -> Transport:
+        """How weights travel to it: as the spec says, else the first of `transports` that reaches it.
 
         Raises:
-            ValueError: it does not take them so.
+            ValueError: it does not take weights in this way.
         """
         host = urlsplit(self.spec.address or "").hostname
         is_local = self.spec.address is None or host == "localhost" or (host or "").startswith("127.")
-        ways = [via for via in self.transports if is_local or via not in ("shm", "ipc")]
-        chosen = self.spec.via or next(iter(ways), None)
-        if chosen not in ways:
+        reachable = [each for each in self.transports if is_local or each not in ("shm", "ipc")]
+        chosen = self.spec.transport or next(iter(reachable), None)
+        if chosen not in reachable:
             raise ValueError(
-                f"need a way for weights to engine {self.spec.name}, got {chosen}; it takes {', '.join(ways) or 'none'}"
+                f"need a way for weights to engine {self.spec.name}, got {chosen}; "
+                f"it takes {', '.join(reachable) or 'none'}"
             )
         return chosen
 
     @abstractmethod
     async def open(self) -> None:
-        """Starts the server or joins the one that runs; returns when it answers requests.
+        """Start the server, or join a running one; return when it answers requests.
 
         Raises:
-            EngineError: it did not start, with the last lines of its log.
-            ValueError: what was given cannot be used: an option that it does not know, a version that is too
-                old.
+            EngineError: it did not start; with the last lines of its log.
+            ValueError: an invalid option, or a version of the engine that is too old.
         """
 
     @abstractmethod
     def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """One of the answers to a prompt, in chunks as they come; the last one has a finish reason.
+        """Stream one completion of a prompt; the last chunk has a finish reason.
 
         Leaving the iteration aborts the request in the engine.
 
         Args:
             prompt_ids: not empty.
-            params: how to sample; stop ids of the tokenizer are among `params.stop_ids`. `params.n` does not
-                count.
-            number: of the answer, which with `params.seed` says which random numbers it is drawn with, see
-                `seed_of`; equal weights, prompts, seeds and numbers give equal answers where the engine can
-                do that.
+            params: how to sample; `stop_ids` contain those of the tokenizer, `n` is ignored.
+            number: of the completion among those of the prompt. With `params.seed` it selects the random numbers
+                (`request_seed`): where the engine can be deterministic, equal weights, prompts, seeds and numbers
+                give equal completions.
 
         Raises:
-            EngineError: see there; also if nothing came for `spec.timeout_s`.
-            RefusedError: see there, such as a prompt that is too long.
+            EngineError: also if nothing came for `spec.timeout_s`.
+            RefusedError: for example a prompt that is too long.
         """
 
     @abstractmethod
     async def check(self) -> None:
-        """Returns if the engine is well.
+        """Return if the engine is healthy.
 
         Raises:
             EngineError: it is not.
@@ -178,52 +181,60 @@ class InferenceServer(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Ends what `open` started, whatever state it is in; a server that was joined stays. Never raises."""
+        """End what `open` started, in any state; a server that was joined keeps running. Never raises."""
 
     async def pause(self) -> None:
-        """Stops between two tokens; requests that run are kept and go on after `resume`."""
+        """Stop between two tokens; running requests are kept and continue after `resume`."""
         raise NotImplementedError
 
     async def resume(self) -> None:
-        """Goes on, with caches of old weights forgotten."""
+        """Continue; prefix caches of earlier weights are dropped."""
         raise NotImplementedError
 
     async def join_group(
         self, *, address: str, port: int, first_rank: int, num_ranks: int, backend: str
     ) -> None:
-        """Joins a process group for `group` as the ranks from `first_rank` on; rank 0 sends. Waits for the
-        others.
+        """Join a process group for weights; return when all ranks have joined.
+
+        Args:
+            address: of rank 0.
+            port: of rank 0.
+            first_rank: of this engine; its ranks are consecutive.
+            num_ranks: of the group.
+            backend: gloo or nccl.
         """
         raise NotImplementedError
 
     async def begin_update(self) -> None:
-        """Gets ready to take all weights."""
+        """Prepare to load all weights."""
         raise NotImplementedError
 
-    async def load(self, part: WeightChunk) -> None:
-        """Takes some of the weights."""
+    async def load(self, chunk: WeightChunk) -> None:
+        """Load some of the weights."""
         raise NotImplementedError
 
     async def end_update(self, version: int) -> str:
-        """Serves the new weights from now on, and says which they are: `fingerprint_of_ranks` of the digests
-        of the tensors that it took.
+        """Serve the new weights from now on.
 
-        A tensor counts as taken when it was handed to the model, in the dtype and shape that were sent; those
-        of earlier updates do not count. One of which a rank got parts counts by them, as
-        `verl.weight_sync.shard_tracking.shard_key` names them.
+        Returns:
+            `fingerprint_of_ranks` of the digests of all tensors loaded since `begin_update`. A tensor counts when
+            it is passed to the engine's model, in the dtype and shape that were sent; if a rank received only parts
+            of it, each part counts under its `shard_key`.
         """
         raise NotImplementedError
 
     async def load_lora_adapter(self, folder: Path, version: int) -> str:
-        """Takes low-rank additions in PEFT format in place of those before; returns the `fingerprint` of its
-        tensors as they are in the file `adapter_model.safetensors`. Requests from now on are answered with
-        them."""
+        """Replace the LoRA adapter by one in PEFT format, for all requests from now on.
+
+        Returns:
+            `fingerprint` of the tensors in the file `adapter_model.safetensors`.
+        """
         raise NotImplementedError
 
     async def sleep(self) -> None:
-        """Gives device memory back, weights included, until `wake`; nothing is asked meanwhile."""
+        """Free device memory, weights included, until `wake`; nothing is requested meanwhile."""
         raise NotImplementedError
 
     async def wake(self) -> None:
-        """Takes the memory again; the weights come with the next update."""
+        """Allocate the memory again; the next update brings the weights."""
         raise NotImplementedError

@@ -14,7 +14,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.http_client import HTTPClient, HTTPStatusError
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
@@ -142,7 +149,7 @@ class HTTPEngine(InferenceServer):
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
         async with self._slots:
-            yield await self._complete(list(prompt_ids), params, seed_of(params, number))
+            yield await self._complete(list(prompt_ids), params, request_seed(params, number))
 
     @property
     def _client(self) -> HTTPClient:

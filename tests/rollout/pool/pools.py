@@ -19,7 +19,7 @@ from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.engine import ServerSpec
-from verl.rollout.pool.inference_pool import MakeEngine
+from verl.rollout.pool.supervisor import MakeEngine
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.embedded_server import EmbeddedServer
@@ -67,8 +67,8 @@ def pool_of(
     """A pool of servers that follow the policy of a group, or follow none."""
     sizes = {
         "chunk_bytes": options.pop("chunk_bytes", 20_000),
-        "uses_p2p": options.get("via") == "direct",
-        "uses_cuda_ipc": options.get("via") == "ipc",
+        "uses_p2p": options.get("transport") == "direct",
+        "uses_cuda_ipc": options.get("transport") == "ipc",
     }
     weights = WeightPublisher(group, "float32", folder / "weights", **sizes) if group else None
     policy = policy or group.worker.model

@@ -379,17 +379,18 @@ def test_room_is_found_without_a_look_at_all_engines():
             "note": lambda _: None,
         }
         replicas = [
-            Replica(Free(ServerSpec(f"e{i}", "unused")), changed=router.changed, **sizes) for i in range(1000)
+            Replica(Free(ServerSpec(f"e{i}", "unused")), on_change=router.update, **sizes)
+            for i in range(1000)
         ]
         for replica in replicas:
             await replica.open()
         assert router.num_free == 4000
         looks.clear()
-        found = [await router.find(PrefixAffinity())]
+        found = [await router.route(PrefixAffinity())]
         for _ in range(999):
             share = asyncio.ensure_future(found[-1].incarnation.run(asyncio.sleep(3600)))
             await asyncio.sleep(0)
-            found.append(await router.find(PrefixAffinity()))
+            found.append(await router.route(PrefixAffinity()))
             share.cancel()
         return found
 

@@ -46,7 +46,7 @@ def running(tmp_path_factory) -> Iterator[Any]:
     with policy_ranks(model, 2, tensor=2) as group:
         weights = WeightPublisher(group, "float32", folder / "weights", chunk_bytes=20_000, uses_p2p=True)
         sizes: dict[str, Any] = {"vocabulary": 100, "context": 256, "max_running": 8, "wait_s": 60.0}
-        given = specs(model, folder, 2, via="direct", timeout_s=SILENCE_S)
+        given = specs(model, folder, 2, transport="direct", timeout_s=SILENCE_S)
         pool = ThreadedInferencePool(given, Doomed, tiny_codec(), weights, **sizes)
         try:
             yield pool, group, policy

@@ -104,7 +104,7 @@ def pool_of(
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     Scripted.scripts, Scripted.loads = {}, 0
-    monkeypatch.setattr("verl.rollout.pool.inference_pool._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("verl.rollout.pool.supervisor._FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr("verl.rollout.pool.inference_pool._CHECK_S", 0.1)
 
 
@@ -222,9 +222,9 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
         answers(pool)
         replica = pool.replicas[0]
         before = replica.incarnation
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, before, EngineError("first"))
+        pool.loop.call_soon_threadsafe(pool.fleet._supervisor.fail, replica, before, EngineError("first"))
         assert waited(lambda: replica.state == "serving" and replica.engine.lives == 2)
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, before, EngineError("late"))
+        pool.loop.call_soon_threadsafe(pool.fleet._supervisor.fail, replica, before, EngineError("late"))
         time.sleep(0.3)
         assert replica.state == "serving" and replica.engine.lives == 2
     finally:
@@ -232,12 +232,14 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
 
 
 def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
-    monkeypatch.setattr("verl.rollout.pool.inference_pool._FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr("verl.rollout.pool.supervisor._FIRST_PAUSE_S", 0.5)
     pool = pool_of()
     try:
         answers(pool)
         replica = pool.replicas[0]
-        pool.loop.call_soon_threadsafe(pool.fleet._fail, replica, replica.incarnation, EngineError("died"))
+        pool.loop.call_soon_threadsafe(
+            pool.fleet._supervisor.fail, replica, replica.incarnation, EngineError("died")
+        )
         assert waited(lambda: replica.state == "failed")
         pool.remove("e0")
         assert waited(lambda: replica.state == "gone")
@@ -266,7 +268,7 @@ def test_an_engine_that_cannot_even_be_ended_well_comes_back():
 
 
 def test_an_engine_that_fails_again_and_again_is_given_up_and_the_last_one_ends_the_run(monkeypatch):
-    monkeypatch.setattr("verl.rollout.pool.inference_pool._LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("verl.rollout.pool.supervisor._LONGEST_PAUSE_S", 0.05)
     Scripted.scripts = {"e0": [ending(EngineError("never well"), 0)] * 20}
     notes: list[str] = []
     pool = pool_of(1, notes=notes)

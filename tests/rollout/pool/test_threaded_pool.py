@@ -325,7 +325,7 @@ def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
 
 @pytest.mark.parametrize("via", ["group", "disk", "direct"])
 def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, model, tmp_path):
-    pool = pool_of(group_of(policy), model, tmp_path, 1, via=via)
+    pool = pool_of(group_of(policy), model, tmp_path, 1, transport=via)
     try:
         for version in (1, 2):
             changed(policy, seed=10 + version)

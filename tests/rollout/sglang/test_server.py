@@ -697,10 +697,15 @@ def takes_slices(running: Running, folder: Path) -> None:
     """
     engine, model, notes = running.engine, tiny_transformer("llama"), []
     replica = Replica(
-        engine, max_running=8, vocabulary=100, clock=time.monotonic, changed=lambda _: None, note=notes.append
+        engine,
+        max_running=8,
+        vocabulary=100,
+        clock=time.monotonic,
+        on_change=lambda _: None,
+        note=notes.append,
     )
     replica._set_state("stale")  # as after a start
-    engine.reads = None
+    engine.read_ranges = None
     with policy_ranks(engine.spec.model, 2) as group:
         gathered = WeightPublisher(group, "float32", folder / "weights", chunk_bytes=20_000)
         sent = WeightPublisher(group, "float32", folder / "weights", chunk_bytes=20_000, uses_p2p=True)
@@ -715,8 +720,8 @@ def takes_slices(running: Running, folder: Path) -> None:
             running.version += 1
             group.call(moved, running.version)
             move(model, running.version)
-            engine.spec = replace(engine.spec, via=via)
-            known = engine.reads
+            engine.spec = replace(engine.spec, transport=via)
+            known = engine.read_ranges
             running.run(replica.load_weights(weights.write(running.version)))
             assert_serves(running, model)
             planned = (
@@ -724,22 +729,25 @@ def takes_slices(running: Running, folder: Path) -> None:
                 if known is None
                 else [4 * sum(num_elements(b) for own in reads.values() for b in own) for reads in known]
             )
-            assert engine.received_bytes == planned and replica.synced_bytes == sum(planned)
+            assert engine.received_bytes == planned and replica.transfer.num_bytes == sum(planned)
         # Half of each matrix, where the norms are whole on both: no byte of a matrix travels twice.
         norms = sum(tensor.nbytes for name, tensor in tensors_of(model).items() if "norm" in name)
         assert sum(engine.received_bytes) == num_bytes + norms and notes == []
         # Reads that are not those of now are seen, and everything is sent once more.
-        first = tuple(engine.reads[0])[0]
-        engine.reads = ({**engine.reads[0], first: engine.reads[1][first]}, engine.reads[1])
+        first = tuple(engine.read_ranges[0])[0]
+        engine.read_ranges = (
+            {**engine.read_ranges[0], first: engine.read_ranges[1][first]},
+            engine.read_ranges[1],
+        )
         running.version += 1
         running.run(replica.load_weights(sent.write(running.version)))
         assert_serves(running, model)
         assert (
-            replica.num_repaired == 1
+            replica.transfer.num_repaired == 1
             and engine.received_bytes == [num_bytes] * 2
             and "MissingShardError" in notes[0]
         )
-        assert engine.reads == known
+        assert engine.read_ranges == known
         for weights in (gathered, sent):
             weights.close()
 

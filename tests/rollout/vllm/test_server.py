@@ -575,7 +575,7 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
         weights = bench.refresh(seed=1)
         assert bench.run(update(bench.engine, [shared(weights, tmp_path / "part")], 1)) == print_of(weights)
         assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
-        num_bytes, reads = sum(tensor.nbytes for tensor in weights.values()), bench.engine.reads
+        num_bytes, reads = sum(tensor.nbytes for tensor in weights.values()), bench.engine.read_ranges
         assert bench.engine.received_bytes == [num_bytes] * 2
         # From now on each rank gets its half of every matrix, and the norms.
         weights = bench.refresh(seed=2)
@@ -589,7 +589,7 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
             for name, tensor in weights.items()
             if any(kind in name for kind in ("norm", "k_proj", "v_proj"))
         )
-        assert sum(bench.engine.received_bytes) == num_bytes + twice and bench.engine.reads == reads
+        assert sum(bench.engine.received_bytes) == num_bytes + twice and bench.engine.read_ranges == reads
         with pytest.raises(EngineError, match="the engine reads .*, of which it was sent"):
             bench.run(update(bench.engine, [replace(halves, reads=reads[::-1])], 3))
         with pytest.raises(EngineError, match="without all weights of 1 parameters.*: model.norm.weight"):

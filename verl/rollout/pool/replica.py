@@ -1,64 +1,60 @@
-"""One engine of a pool through its lives: it starts, takes weights, serves, fails, is started again, and
-leaves.
-"""
+"""One engine of a pool and its state, from start to failure, restart and removal."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, TokenChunk
-from verl.rollout.pool.broadcast import Broadcaster
 from verl.rollout.pool.weight_publisher import WeightSnapshot
+from verl.rollout.pool.weight_transfer import WeightTransfer
 from verl.utils.sampling_types import SamplingParams
-from verl.weight_sync.fingerprint import fingerprint_of_ranks
-from verl.weight_sync.shared_memory import chunk_ranges
-from verl.weight_sync.types import WeightChunk
 
 T = TypeVar("T")
-# starting: not yet there; stale: there, without the policy's weights; draining: leaves when its requests have
-# ended.
+# stale: started, but without the current weights. draining: takes no new requests and ends after the running
+# ones. failed: waits for its restart. gone: removed or given up.
 State = Literal["starting", "stale", "serving", "draining", "failed", "gone"]
 
 
 class RequestInterrupted(Exception):
-    """A request was ended by us, not by its engine; it is to be asked again."""
+    """A request was interrupted by the pool, not by its engine; it must be continued."""
 
 
 class Incarnation:
-    """From a start of an engine to its failure or end: the requests that it has.
+    """Requests of an engine between one start and the next failure or end.
 
     Args:
-        changed: is called when it has one more or one less.
+        on_change: is called when it has one request more or less.
 
     Attributes:
-        cause: why it is over; None: it is not.
+        cause: why it has ended; None: it has not.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None]) -> None:
         self.cause: str | None = None
-        self._changed = changed
-        # Dictionaries, whose order is the same in every run.
+        self._on_change = on_change
+        # Dictionaries instead of sets: their order is the same in every run.
         self._requests: dict[asyncio.Future[Any], None] = {}
         self._interrupted: dict[asyncio.Future[Any], None] = {}
 
     @property
     def num_running(self) -> int:
-        """Requests that it has."""
+        """Running requests."""
         return len(self._requests)
 
     def end(self, cause: str) -> None:
-        """Ends it, and all its requests at once: a connection that is closed does not wake who reads from it."""
+        """End it and its requests.
+
+        Each request is cancelled by itself, since closing a connection does not wake a task that reads from it.
+        """
         self.cause = cause
         for request in self._requests:
             request.cancel()
 
     async def interrupt(self) -> None:
-        """Ends its requests, but not itself; returns when the engine was told."""
+        """Cancel all requests, which raise `RequestInterrupted`; return when the engine knows of it."""
         requests = list(self._requests)
         for request in requests:
             self._interrupted[request] = None
@@ -67,21 +63,19 @@ class Incarnation:
             await asyncio.wait(requests)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Does a request within this life.
+        """Run a request of this incarnation.
 
         Raises:
-            EngineError: the life is over, or ends meanwhile.
-            RequestInterrupted: `interrupt` ended it.
+            EngineError: the incarnation has ended, or ends before the request does.
+            RequestInterrupted: `interrupt` cancelled the request.
         """
         request = asyncio.ensure_future(work)
         self._requests[request] = None
-        self._changed()
+        self._on_change()
         try:
             if self.cause is None:
-                # Not awaited itself: a cancellation from outside is told from one by `end`.
-                ended = request.get_loop().create_future()
-                request.add_done_callback(lambda _: _set(ended))
-                await ended
+                # Not `await request`: a cancellation of the caller would look like one by `end`.
+                await asyncio.wait([request])
             if self.cause is not None and (request.cancelled() or not request.done()):
                 raise EngineError(self.cause)
             if request in self._interrupted and (request.cancelled() or request.exception() is not None):
@@ -90,48 +84,36 @@ class Incarnation:
         finally:
             del self._requests[request]
             self._interrupted.pop(request, None)
-            self._changed()
-            _drop(request)
-
-
-def _set(ended: asyncio.Future[None]) -> None:
-    if not ended.done():
-        ended.set_result(None)
-
-
-def _drop(request: asyncio.Future[Any]) -> None:
-    """Ends a request, whose outcome nobody looks at any more; so it is not told as an error that was missed,
-    either.
-    """
-    if request.cancel():
-        request.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    elif not request.cancelled():
-        request.exception()
+            self._on_change()
+            # Nobody will look at its outcome: retrieve a late exception, which asyncio would log otherwise.
+            if request.cancel():
+                request.add_done_callback(lambda late: late.cancelled() or late.exception())
+            elif not request.cancelled():
+                request.exception()
 
 
 class Replica:
-    """An engine and its state.
+    """An engine, its state, its requests and its weights.
 
     Args:
         engine: not yet opened.
         max_running: requests that it gets at a time.
-        vocabulary: its tokens are below.
+        vocabulary: size of the vocabulary.
         clock: of the event loop, in seconds.
-        changed: is called when it may have more or less room for requests than before.
-        note: is told what happened, for people.
+        on_change: is called when it may have more or fewer free slots than before.
+        note: is called with human-readable messages.
 
     Attributes:
-        life: the present one.
-        taken: the update that it has; None: not known to have any.
-        is_draining: it gets no more requests.
-        is_asleep: it has given its device memory back.
-        served: answers that it has finished.
+        incarnation: the present one.
+        snapshot: the weights that it has; None: unknown or none.
+        transfer: by which it gets weights.
+        is_draining: it gets no further requests.
+        is_asleep: it has freed its device memory.
+        num_served: requests that it has finished.
         cause: of its last failure.
-        failures: since the last good answer.
-        repaired: updates that were torn and made anew.
-        synced_bytes: of its last update, over all of its ranks.
-        state_since_s: of the state, by the clock.
-        taking: held while it takes weights.
+        num_consecutive_failures: since the last finished request.
+        state_since_s: when the state began, by the clock.
+        sync_lock: held while it loads weights.
     """
 
     def __init__(
@@ -141,107 +123,93 @@ class Replica:
         max_running: int,
         vocabulary: int,
         clock: Callable[[], float],
-        changed: Callable[[Replica], None],
+        on_change: Callable[[Replica], None],
         note: Callable[[str], None],
     ) -> None:
         self.engine = engine
-        self._clock = clock
-        self._changed = lambda: changed(self)
-        self.incarnation = Incarnation(self._changed)
+        self.transfer = WeightTransfer(engine, note)
+        self.incarnation = Incarnation(lambda: on_change(self))
         self.snapshot: WeightSnapshot | None = None
         self.is_draining = False
         self.is_asleep = False
         self.num_served = 0
         self.cause = ""
         self.num_consecutive_failures = 0
-        self.num_repaired = self.synced_bytes = 0
         self.state_since_s = clock()
         self.sync_lock = asyncio.Lock()
         self._state: State = "starting"
-        self._max_running = max_running
-        self._vocabulary = vocabulary
-        self._note = note
-        self._group: Broadcaster | None = None
+        self._max_running, self._vocabulary = max_running, vocabulary
+        self._clock, self._on_change, self._note = clock, on_change, note
 
     @property
     def name(self) -> str:
-        """Of the engine."""
+        """Name of the engine."""
         return self.engine.spec.name
 
     @property
     def state(self) -> State:
-        """See `State`."""
+        """The state; "draining" hides all others but "gone"."""
         return "draining" if self.is_draining and self._state != "gone" else self._state
 
     @property
     def version(self) -> int | None:
-        """Of the weights that it has."""
+        """Version of its weights; None: unknown or none."""
         return self.snapshot.version if self.snapshot else None
 
     @property
     def num_free(self) -> int:
-        """Requests that it could take now."""
+        """Free slots for requests."""
         return self._max_running - self.incarnation.num_running if self.state == "serving" else 0
 
     @property
     def is_syncing(self) -> bool:
-        """Whether it takes weights that it will serve, or waits for its turn to."""
+        """True while it loads weights that it will serve, or waits for its turn to load."""
         return self.sync_lock.locked() and self.state in ("stale", "serving")
 
     def start_draining(self) -> None:
-        """It gets no more requests."""
+        """Take no further requests."""
         self.is_draining = True
-        self._changed()
+        self._on_change(self)
 
     async def open(self) -> None:
-        """Starts or joins the engine; afterwards it is stale, or serves if it does not follow the policy."""
-        life = self._set_state("starting").incarnation = Incarnation(self._changed)
-        self.snapshot, self.is_asleep, self.engine.records = None, False, True
+        """Start or join the engine; afterwards it is stale, or serves if it keeps its own weights."""
+        incarnation = Incarnation(lambda: self._on_change(self))
+        self._set_state("starting")
+        self.incarnation = incarnation
+        self.snapshot, self.is_asleep, self.engine.records_reads = None, False, True
         try:
             await self.engine.open()
         finally:
-            if life.cause is not None:
-                await self.shut_down()  # it has left, when there may have been nothing to end yet
-        if life.cause is None:
+            if incarnation.cause is not None:
+                # It was retired while it started, when there may have been nothing to end yet.
+                await self.shut_down()
+        if incarnation.cause is None:
             self._set_state("stale" if self.engine.syncs_weights else "serving")
 
-    async def load_weights(self, update: WeightSnapshot) -> None:
-        """Takes a version of the policy, and serves it only if it is what was sent; a torn update is made
-        anew once, whole.
+    async def load_weights(self, snapshot: WeightSnapshot) -> None:
+        """Load a version of the policy, verify it, and serve it.
 
         Raises:
-            EngineError: it does not come to have these weights.
+            EngineError: the engine did not load exactly these weights.
         """
-        life = self.incarnation
-        if life.cause is not None:
-            raise EngineError(life.cause)
+        incarnation = self.incarnation
+        if incarnation.cause is not None:
+            raise EngineError(incarnation.cause)
         self._set_state("stale")
         if self.is_asleep:
             await self.engine.wake()
             self.is_asleep = False
         await self.engine.pause()
-        problem = await self._wrong_after(update)
-        if problem:
-            self._note(
-                f"engine {self.name} did not get version {update.version} whole ({problem}); it is sent again"
-            )
-            self.num_repaired += 1
-            # In plain tensors, if it was whole before: an engine may not know what to do with those that note
-            # what is read of them.
-            self.engine.records, self.engine.reads = self.engine.reads is not None, None
-            problem = await self._wrong_after(update)
-        if problem:
-            raise EngineError(
-                f"engine {self.name} did not get version {update.version} in two tries: {problem}"
-            )
-        if life.cause is None:
-            self.snapshot = update  # before the first token of it comes
+        await self.transfer.load(snapshot, incarnation)
+        if incarnation.cause is None:
+            # Before `resume`: kept requests then sample their next tokens with the new version.
+            self.snapshot = snapshot
         await self.engine.resume()
-        if life.cause is None:
+        if incarnation.cause is None:
             self._set_state("serving")
 
     async def sleep(self) -> None:
-        """Gives its device memory back; it is stale until it takes weights again."""
+        """Free the device memory; the replica is stale until it loads weights again."""
         self._set_state("stale")
         self.snapshot, self.is_asleep = None, True
         await self.engine.sleep()
@@ -249,58 +217,58 @@ class Replica:
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`; what cannot be is an error of the engine."""
-        room, first = params.max_tokens, self.version
+        """Stream a completion as `InferenceServer.sample` does; an invalid chunk raises `EngineError`."""
+        room, first_version = params.max_tokens, self.version or 0
         try:
             async with aclosing(self.engine.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     room -= len(chunk.token_ids)
-                    self._check(chunk, room, first)
+                    self._check_chunk(chunk, room, first_version)
                     yield chunk
         except (EngineError, RefusedError):
             raise
-        except (
-            Exception
-        ) as error:  # the border to a program that is not ours: whatever it did, another engine goes on
+        except Exception as error:  # foreign code: whatever it raised, another engine can continue
             raise EngineError(f"engine {self.name}: {type(error).__name__}: {error}") from error
 
     def record_success(self) -> None:
-        """An answer came to its end."""
+        """Count a finished request."""
         self.num_served, self.num_consecutive_failures = self.num_served + 1, 0
 
     def fail(self, cause: str) -> None:
-        """Takes it out, and ends its requests."""
-        self.cause, self.snapshot, self._group = cause, None, None
+        """Take it out of service, and end its requests."""
+        self.cause, self.snapshot = cause, None
+        self.transfer.disconnect()
         self.num_consecutive_failures += 1
         self._set_state("failed")
         self.incarnation.end(cause)
         self._note(f"engine {self.name} failed: {cause}")
 
     async def retire(self, cause: str) -> None:
-        """Ends it for good."""
+        """End it for good."""
         self._set_state("gone")
         self.incarnation.end(cause)
-        self._group = None
+        self.transfer.disconnect()
         await self.shut_down()
 
     async def shut_down(self) -> None:
-        """Ends what the engine has started. It may not raise; if it does, that is told, and keeps it from
-        nothing.
-        """
+        """End what the engine has started. Never raises; an error is reported."""
         try:
             await self.engine.close()
-        except Exception as error:  # the border to a program that is not ours
+        except Exception as error:  # foreign code: an engine may raise anything
             self._note(f"engine {self.name} could not be ended: {type(error).__name__}: {error}")
 
-    def _set_state(self, state: State) -> Replica:
+    def _set_state(self, state: State) -> None:
         if self._state != "gone":
             self._state, self.state_since_s = state, self._clock()
-        self._changed()
-        return self
+        self._on_change(self)
 
-    def _check(self, chunk: TokenChunk, room: int, first: int | None) -> None:
-        """Refuses garbage, and tokens of other weights than those from the `first` of the answer to the
-        newest.
+    def _check_chunk(self, chunk: TokenChunk, room: int, first_version: int) -> None:
+        """Raise EngineError for a chunk that the policy cannot have sampled.
+
+        Args:
+            chunk: to check.
+            room: tokens that may still follow it; negative: it has too many.
+            first_version: of the weights when the request began.
         """
         if chunk.finish_reason == "abort":
             raise EngineError(f"engine {self.name} aborted an answer")
@@ -308,78 +276,23 @@ class Replica:
             return
         if chunk.finish_reason == "length" and room > 0 and self.engine.syncs_weights:
             raise EngineError(f"engine {self.name} cut an answer off, {room} tokens before its longest")
-        ids, logprobs = (
-            chunk.token_ids,
-            [0.0] * len(chunk.token_ids) if chunk.logprobs is None else chunk.logprobs,
-        )
+        ids = chunk.token_ids
+        logprobs = [0.0] * len(ids) if chunk.logprobs is None else chunk.logprobs
         if room < 0 or len(ids) != len(logprobs):
             raise EngineError(
-                f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, {max(0, -room)} of them too many"
+                f"engine {self.name} gave {len(logprobs)} logprobs for {len(ids)} tokens, "
+                f"{max(0, -room)} of them too many"
             )
         for token, logprob in zip(ids, logprobs, strict=True):
+            # Slightly above 0 is rounding.
             if not (type(token) is int and 0 <= token < self._vocabulary and -1e9 < logprob < 1e-3):
                 raise EngineError(
                     f"engine {self.name} gave what no policy can sample, token {token!r} with logprob {logprob!r}"
                 )
         newest = self.version
         if chunk.version is not None and not (
-            (first or 0) <= chunk.version <= (chunk.version if newest is None else newest)
+            first_version <= chunk.version <= (chunk.version if newest is None else newest)
         ):
             raise EngineError(
                 f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}"
             )
-
-    async def _wrong_after(self, update: WeightSnapshot) -> str:
-        """What is wrong with the weights that the engine has after an update; nothing if they are those that
-        were sent.
-        """
-        try:
-            got, expected = await self._loaded(update)
-        except EngineError as error:
-            return str(error)
-        return "" if got == expected else f"fingerprint {got}, sent {expected}"
-
-    async def _loaded(self, update: WeightSnapshot) -> tuple[str, str]:
-        """Sends everything, or to each rank what it reads; the fingerprints of what the engine says that it
-        took, and of what was sent.
-        """
-        engine = self.engine
-        if update.lora_adapter is not None:
-            self.synced_bytes = update.num_bytes
-            return await engine.load_lora_adapter(update.lora_adapter, update.version), update.fingerprint
-        files, reads = engine.via == "disk", engine.reads or ()
-        if files or not update.can_verify(reads):
-            reads = ()
-        self.synced_bytes = update.num_bytes_of(reads) if reads else update.num_bytes * engine.num_ranks
-        parts = (
-            [await asyncio.to_thread(update.as_files, Path(engine.spec.model))] if files else update.chunks
-        )
-        digests: list[dict[str, int]] = [{} for _ in range(engine.num_ranks)]
-        await engine.begin_update()
-        for part in parts:
-            sent = await self._load(replace(part, ranges=chunk_ranges(reads, part)), update)
-            digests = (
-                [{**before, **own} for before, own in zip(digests, sent, strict=True)] if sent else digests
-            )
-        got = await engine.end_update(update.version)
-        if update.p2p_sender is not None:
-            return got, fingerprint_of_ranks(digests)
-        update.track(engine.reads or ())
-        return got, update.fingerprint_of(reads) if reads else update.fingerprint
-
-    async def _load(self, part: WeightChunk, update: WeightSnapshot) -> list[dict[str, int]]:
-        """Sends a part; the digests of what each rank was sent, where it is not known before."""
-        if update.p2p_sender is not None:
-            return await update.p2p_sender.send(part, self.engine, self.incarnation)
-        if self.engine.via != "group":
-            await self.engine.load(part)
-            return []
-        if self._group is None:
-            self._group = await Broadcaster.connect(self.engine)
-        try:
-            await self._group.send(part, self.engine)
-            return []
-        except BaseException:
-            # A broadcast that failed leaves the group in no state to be used again.
-            self._group = None
-            raise

@@ -1,26 +1,41 @@
-"""An answer that several engines may sample, one after the other: what there is of it, and when it ends."""
+"""A request that several engines may sample in turn: the tokens so far, and when it is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 
-from verl.rollout.engine import TokenChunk
+from verl.rollout.engine import EngineError, TokenChunk
+from verl.rollout.pool.replica import Replica
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
+
+# A request fails when more engines than this have failed at it.
+_MAX_MIGRATIONS = 8
+# Larger than the number of completions of a prompt.
+_NUMBER_STRIDE = 2**20
 
 
 @dataclass
 class InflightRequest:
-    """What has been sampled of an answer, by whichever engines.
+    """One completion of a prompt, sampled by one engine or by several in turn.
 
     Attributes:
-        params: how it is sampled.
+        prompt_ids: token ids of the prompt.
+        params: how it is sampled; with the stop ids of the tokenizer.
+        number: of the completion among those of the prompt.
         codec: of the policy.
-        moves: engines that failed at it.
+        token_ids: sampled so far, with `logprobs` and the `versions` of the weights that sampled them.
+        has_logprobs: all engines gave logprobs; otherwise those in `logprobs` are not valid.
+        finish_reason: None while it is incomplete.
+        text: the completion, from an engine that returns text only.
+        num_migrations: engines that failed at it.
     """
 
+    prompt_ids: list[int]
     params: SamplingParams
+    number: int
     codec: TextCodec
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -29,11 +44,46 @@ class InflightRequest:
     finish_reason: FinishReason | None = None
     text: str | None = None
     num_migrations: int = 0
-    _num_seen: int = 0
+    # Tokens before the last `add`, which are known not to end the completion.
+    _num_checked: int = 0
+
+    def __str__(self) -> str:
+        return f"answer {self.number} to a prompt of {len(self.prompt_ids)} tokens"
+
+    async def sample_on(self, replica: Replica, newest_version: Callable[[], int]) -> None:
+        """Sample the missing tokens on one replica.
+
+        Args:
+            replica: to sample on.
+            newest_version: of the policy, for tokens of an engine that does not know its version.
+
+        Raises:
+            EngineError: the completion did not become complete.
+        """
+        have = len(self.token_ids)
+        number, params = self.number, self.params
+        if have:
+            params = replace(params, max_tokens=params.max_tokens - have)
+            # An engine whose random numbers restart with each request must not repeat those of the first tokens.
+            number = number if replica.engine.position_seeded else number + _NUMBER_STRIDE * have
+        row = [*self.prompt_ids, *self.token_ids]
+        async with aclosing(replica.sample(row, params, number=number)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                known = (chunk.version, replica.version, newest_version())
+                self.add(chunk, next(version for version in known if version is not None))
+                if chunk.finish_reason is not None and not self.token_ids and self.text is None:
+                    break
+                self.finish_reason = chunk.finish_reason
+                if have:
+                    # The engine has not seen the beginning of a stop text that another engine sampled.
+                    self.finish_if_stopped()
+                if self.finish_reason is not None:
+                    return
+        raise EngineError(f"engine {replica.name} ended an answer without a token or without saying why")
 
     def add(self, chunk: TokenChunk, version: int) -> None:
-        """Some more tokens, of a version of the weights; what the engine went on after did not end it."""
-        self._num_seen = len(self.token_ids)
+        """Append tokens that a version of the weights sampled."""
+        self._num_checked = len(self.token_ids)
         self.token_ids += chunk.token_ids
         self.has_logprobs = self.has_logprobs and chunk.logprobs is not None
         self.logprobs += chunk.logprobs or [0.0] * len(chunk.token_ids)
@@ -41,45 +91,62 @@ class InflightRequest:
         self.text = chunk.text if chunk.text is not None else self.text
 
     def restart(self) -> int:
-        """Throws away what was sampled; how many tokens that were."""
-        thrown = len(self.token_ids)
+        """Discard all sampled tokens; return how many."""
+        discarded = len(self.token_ids)
         self.token_ids, self.logprobs, self.versions, self.text, self.has_logprobs = [], [], [], None, True
-        self._num_seen = 0
-        return thrown
+        self._num_checked = 0
+        return discarded
+
+    def interrupt(self) -> int:
+        """Leave an engine that loads weights; return how many tokens will be computed again."""
+        self.finish_if_stopped()
+        is_resumed = self.token_ids and self.finish_reason is None
+        return len(self.prompt_ids) + len(self.token_ids) if is_resumed else 0
+
+    def migrate(self, error: EngineError) -> None:
+        """Leave an engine that failed.
+
+        Raises:
+            RuntimeError: too many engines have failed.
+        """
+        self.num_migrations += 1
+        if self.num_migrations > _MAX_MIGRATIONS:
+            raise RuntimeError(
+                f"{self} failed on {self.num_migrations} engines in turn, with {len(self.token_ids)} of at most "
+                f"{self.params.max_tokens} tokens sampled; the last: {error}"
+            ) from error
+        self.finish_if_stopped()
 
     def finish_if_stopped(self) -> None:
-        """Ends it where an engine had no time to, or where its stop text began on another engine, after the
-        token that ends it.
+        """Finish if the tokens of the last `add` contain a stop, and drop the tokens after it.
 
-        Only tokens of the last `add` are looked at.
+        An engine that fails or is interrupted may have sampled the stop, but not reported it.
         """
         ids, params = self.token_ids, self.params
+        # A token spells at least one byte, so these tokens hold the longest stop text and some special tokens.
         window = max((len(stop.encode()) for stop in params.stop), default=0) + 8
-        for length in range(self._num_seen + 1, len(ids) + 1):
+        for length in range(self._num_checked + 1, len(ids) + 1):
             tail = self.codec.decode(ids[max(0, length - window) : length]) if params.stop else ""
             if ids[length - 1] in params.stop_ids or any(stop in tail for stop in params.stop):
-                self._cut(length, "stop")
+                del ids[length:], self.logprobs[length:], self.versions[length:]
+                self.finish_reason = "stop"
                 return
         if self.finish_reason is None and len(ids) >= params.max_tokens:
             self.finish_reason = "length"
 
     def completion(self, version: int) -> Completion:
-        """All of it; one that came as text is tokenized once, without logprobs, and is of a version."""
+        """The complete request.
+
+        Args:
+            version: of a completion that came as text, which is tokenized here and has no logprobs.
+        """
         assert self.finish_reason is not None
         if self.text is None or self.token_ids:
             logprobs = self.logprobs if self.has_logprobs else None
             return Completion(
                 self.token_ids, logprobs, self.finish_reason, self.versions[0], versions=self.versions
             )
-        ids: Sequence[int] = (
-            self.codec.encode_answer(self.text)
-            if self.finish_reason == "stop"
-            else self.codec.encode(self.text)
-        )
+        ends = self.finish_reason == "stop"
+        ids: Sequence[int] = self.codec.encode_answer(self.text) if ends else self.codec.encode(self.text)
         reason: FinishReason = "length" if len(ids) > self.params.max_tokens else self.finish_reason
         return Completion(ids[: self.params.max_tokens], None, reason, version, self.text)
-
-    def _cut(self, length: int, reason: FinishReason) -> None:
-        for column in (self.token_ids, self.logprobs, self.versions):
-            del column[length:]
-        self.finish_reason = reason

@@ -1,4 +1,4 @@
-"""Which engine has room for a request, and who waits until one has."""
+"""Routing of requests to replicas with free slots, and the queue of requests that wait for one."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from dataclasses import dataclass
 
 from verl.rollout.pool.replica import Replica
 
-Queue = deque[asyncio.Future[None]]
+WaitQueue = deque[asyncio.Future[None]]
 
 
 @dataclass
 class PrefixAffinity:
-    """Requests that share a prefix, and the engine that has it in its cache."""
+    """Requests that share a prefix, and the replica that has it in its cache."""
 
     replica: Replica | None = None
 
 
 class Router:
-    """Engines by how many further requests they could take: the one that could take most is found without a
-    look at all of them.
+    """Replicas by their free slots: the one with the most is found without a scan of all.
 
     Args:
-        most: requests that an engine gets at a time.
-        free: how many further ones it could take now; `changed` is called whenever that may be another number
-            than before.
+        max_running: requests that a replica gets at a time.
+        num_free: free slots of a replica; `update` must be called whenever this may have changed.
 
     Attributes:
-        num_free: further requests that all of them could take now.
+        num_free: free slots of all replicas.
     """
 
-    def __init__(self, most: int, free: Callable[[Replica], int]) -> None:
+    def __init__(self, max_running: int, num_free: Callable[[Replica], int]) -> None:
         self.num_free = 0
-        self._free = free
-        # In the order in which they came to have so much room.
-        self._by_count: list[dict[Replica, None]] = [{} for _ in range(most + 1)]
+        self._num_free_of = num_free
+        # Replicas by free slots, in the order in which they came to have so many.
+        self._by_count: list[dict[Replica, None]] = [{} for _ in range(max_running + 1)]
         self._counts: dict[Replica, int] = {}
+        # At least the largest count of any replica.
         self._highest = 0
-        self._waiting: Queue = deque()
-        self._coming: dict[Replica, Queue] = {}
+        self._waiting: WaitQueue = deque()
+        # Requests whose replica loads weights.
+        self._waiting_for: dict[Replica, WaitQueue] = {}
         self._closed_because: str | None = None
 
     @property
     def has_waiters(self) -> bool:
-        """Whether a request waits for room."""
+        """True if a request waits for a slot."""
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft()
-        return bool(self._waiting or self._coming)
+        return bool(self._waiting or self._waiting_for)
 
-    def changed(self, replica: Replica) -> None:
-        """An engine may have more or less room than before; for each place more, one that waits is woken."""
-        before, count = self._counts.get(replica, 0), self._free(replica)
-        came = 0 if replica.is_syncing and not count else _wake(self._coming.pop(replica, deque()))
+    def update(self, replica: Replica) -> None:
+        """Read the free slots of a replica again; for each additional one, a waiting request is woken."""
+        before, count = self._counts.get(replica, 0), self._num_free_of(replica)
+        is_expected = replica.is_syncing and not count
+        num_own = 0 if is_expected else _wake(self._waiting_for.pop(replica, deque()))
         if before == count:
             return
         if before:
@@ -63,73 +64,72 @@ class Router:
         self._counts[replica] = count
         self._highest = max(self._highest, count)
         self.num_free += count - before
-        _wake(self._waiting, count - before - came)
+        _wake(self._waiting, count - before - num_own)
 
-    async def find(self, session: PrefixAffinity) -> Replica:
-        """An engine with room: the one that the session is with, else that with most room, with which the
-        session stays.
+    async def route(self, affinity: PrefixAffinity) -> Replica:
+        """A replica with a free slot: that of the affinity, else the one with the most, which becomes its replica.
 
-        While the session's engine takes weights it is waited for: else all would go to the first one that has
-        them.
+        A replica that loads weights is waited for: otherwise all requests would move to the first replica that
+        has the new weights.
 
         Raises:
-            RuntimeError: the wait was given up.
+            RuntimeError: the waits were ended by `fail_waiters` or `close`.
         """
         was_woken = False
         while self._closed_because is None:
-            own = session.replica
-            if own is not None and self._free(own):
+            own = affinity.replica
+            if own is not None and self._num_free_of(own):
                 return own
             if own is not None and own.is_syncing:
-                _wake(self._waiting, int(was_woken))  # whatever room there is is for others
-                await self._wait(self._coming.setdefault(own, deque()), is_first=False)
+                # This request will not use the slot for which it was woken.
+                _wake(self._waiting, int(was_woken))
+                await self._wait(self._waiting_for.setdefault(own, deque()), is_first=False)
                 was_woken = False
                 continue
-            roomiest = self._roomiest()
-            if roomiest is not None:
+            freest = self._freest()
+            if freest is not None:
                 if own is None or own.state != "serving":
-                    session.replica = roomiest
-                return roomiest
+                    affinity.replica = freest
+                return freest
             await self._wait(self._waiting, is_first=was_woken)
             was_woken = True
         raise RuntimeError(self._closed_because)
 
-    def give_up(self, cause: str) -> None:
-        """Ends all waits for room."""
-        for queue in (self._waiting, *self._coming.values()):
+    def fail_waiters(self, cause: str) -> None:
+        """Let all requests that wait for a slot raise."""
+        for queue in (self._waiting, *self._waiting_for.values()):
             while queue:
                 if not (waiting := queue.popleft()).done():
                     waiting.set_exception(RuntimeError(cause))
-        self._coming.clear()
+        self._waiting_for.clear()
 
     def close(self, cause: str) -> None:
-        """Ends all waits for room, also those to come."""
+        """Let all requests raise that wait for a slot, now or later."""
         self._closed_because = cause
-        self.give_up(cause)
+        self.fail_waiters(cause)
 
-    def _roomiest(self) -> Replica | None:
+    def _freest(self) -> Replica | None:
         while self._highest and not self._by_count[self._highest]:
             self._highest -= 1
         return next(iter(self._by_count[self._highest]), None)
 
-    async def _wait(self, queue: Queue, *, is_first: bool) -> None:
-        """Returns when there may be room; first are those who were woken before, when somebody else was
-        faster.
-        """
+    async def _wait(self, queue: WaitQueue, *, is_first: bool) -> None:
+        """Wait in a queue; a request that was woken, but found the slot taken, goes back to its head."""
         waiting = asyncio.get_running_loop().create_future()
         (queue.appendleft if is_first else queue.append)(waiting)
         try:
             await waiting
         except asyncio.CancelledError:
             if waiting.done() and not waiting.cancelled():
-                _wake(self._waiting, 1)  # the place that it will not take
+                # It was woken and cancelled at the same time: the slot goes to the next request.
+                _wake(self._waiting, 1)
             raise
 
 
-def _wake(queue: Queue, most: int | None = None) -> int:
-    """Lets those who have waited longest look for room; how many these are."""
+def _wake(queue: WaitQueue, limit: int | None = None) -> int:
+    """Wake the requests that have waited longest, at most `limit`; return how many."""
     woken = 0
-    while queue and (most is None or woken < most):
+    while queue and (limit is None or woken < limit):
         waiting = queue.popleft()
         if not waiting.done():
             waiting.set_result(None)

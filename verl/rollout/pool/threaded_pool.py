@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from typing_extensions import override
 
 from verl.rollout.engine import ServerSpec
-from verl.rollout.pool.inference_pool import InferencePool, MakeEngine, OnUpdate
+from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
 from verl.rollout.pool.replica import Replica
+from verl.rollout.pool.supervisor import MakeEngine
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec

@@ -25,7 +25,14 @@ from safetensors import safe_open
 from typing_extensions import override
 
 import verl
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.server_process import ServerProcess
 from verl.rollout.sglang.client import Client
 from verl.rollout.sglang.options import flags, sizes_of
@@ -124,7 +131,7 @@ class SGLangServer(InferenceServer):
 
     @override
     async def open(self) -> None:
-        self._additions = self._store = self.reads = None
+        self._additions = self._store = self.read_ranges = None
         self._asleep = self._in_session = False
         # Reports of the ranks, and the secret while the server starts, are for this user alone.
         self._folder = Path(tempfile.mkdtemp(prefix="verl-sglang-"))
@@ -149,7 +156,7 @@ class SGLangServer(InferenceServer):
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        body = self._request(prompt_ids, params, seed_of(params, number))
+        body = self._request(prompt_ids, params, request_seed(params, number))
         answer = SGLangStream(truncates=body["return_sampling_mask"])
         self._running += 1
         try:
@@ -238,7 +245,7 @@ class SGLangServer(InferenceServer):
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
         )
         if any(self._seen):
-            self.reads = tuple(parse_ranges(seen) for seen in self._seen)
+            self.read_ranges = tuple(parse_ranges(seen) for seen in self._seen)
         return fingerprint_of_ranks(self._digests)
 
     async def load_lora_adapter(self, folder: Path, version: int) -> str:
@@ -524,7 +531,7 @@ class SGLangServer(InferenceServer):
         common = {
             "via": "join" if joins else parts[0].transport,
             "tensors": [(info.name, info.shape, info.dtype) for info in parts[0].tensors],
-            "records": self.records and self.num_ranks > 1 and parts[0].transport != "disk",
+            "records": self.records_reads and self.num_ranks > 1 and parts[0].transport != "disk",
             "number": number,
             "folder": None if in_store else str(self._folder),
         }

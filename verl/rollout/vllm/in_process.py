@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.rollout.engine import ColocatedEngine, seed_of
+from verl.rollout.engine import ColocatedEngine, request_seed
 from verl.rollout.vllm.options import REASONS, has_accelerator, lacking, own_options
 from verl.rollout.vllm.versions import BEGIN, END, LOAD, check_version, cpu_environment, installed, method_of
 from verl.utils.sampling_types import Completion, SamplingParams, check_requests
@@ -173,7 +173,7 @@ class VLLMEngine(ColocatedEngine):
             max_tokens=params.max_tokens,
             stop=list(params.stop),
             stop_token_ids=list(dict.fromkeys([*self._codec.stop_ids, *params.stop_ids])),
-            seed=seed_of(params, number),
+            seed=request_seed(params, number),
             logprobs=0,
             ignore_eos=True,
             detokenize=bool(params.stop),

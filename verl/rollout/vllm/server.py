@@ -21,7 +21,14 @@ import aiohttp
 from typing_extensions import override
 
 import verl
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, seed_of
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.server_process import ServerProcess
 from verl.rollout.vllm.options import (
     MODEL,
@@ -194,7 +201,7 @@ class VLLMServer(InferenceServer):
         self.transports = (
             ("shm", "group", "disk", "direct", "ipc") if is_near else ("group", "disk", "direct")
         )
-        self.reads = None
+        self.read_ranges = None
 
     @override
     async def sample(
@@ -209,7 +216,7 @@ class VLLMServer(InferenceServer):
         request = {
             "model": self._served,
             "prompt": list(prompt_ids),
-            "seed": seed_of(params, number),
+            "seed": request_seed(params, number),
             **request_body(params),
         }
         response = await self._within(self._http().post(f"{self._url}/v1/completions", json=request))
@@ -321,7 +328,7 @@ class VLLMServer(InferenceServer):
         where = {
             name: str(value) if isinstance(value, Path) else value for name, value in part.location.items()
         }
-        records = self.records and self.num_ranks > 1 and part.transport != "disk"
+        records = self.records_reads and self.num_ranks > 1 and part.transport != "disk"
         update = {
             "via": part.transport,
             "tensors": tensors,
@@ -348,7 +355,7 @@ class VLLMServer(InferenceServer):
         self.received_bytes = [report["num_bytes"] for report in reports]
         # Of data-parallel replicas in one server, not every rank reports.
         if len(reports) == self.num_ranks and any(report["reads"] for report in reports):
-            self.reads = tuple(parse_ranges(report["reads"]) for report in reports)
+            self.read_ranges = tuple(parse_ranges(report["reads"]) for report in reports)
         self._served = self._base
         return fingerprint_of_ranks([report["digests"] for report in reports])
 
