@@ -1,18 +1,16 @@
-"""What the change from training to generation costs: exact bytes and memory of the plan, beside other ways on
-the same layouts.
+"""Cost of the change from training to generation: exact bytes and memory of the plan and of other methods.
 
-.venv/bin/python benchmarks/reshard.py                   # the settings of HybridFlow, 8 to 128 devices; no
-device is needed
+    python benchmarks/reshard.py    # the settings of HybridFlow, 8 to 128 devices; needs no device
 
-The layouts are those of the real models (Megatron's or FSDP2's homes into vLLM's), so biases of the formulas
-such as weights that every rank has or padding are in the figures. Other ways: HybridFlow-V and DS-Chat of
-https://arxiv.org/abs/2409.19256, table 2.
+The layouts are those of real models, from Megatron's or FSDP2's local tensors into those of vLLM. So the
+figures include what the formulas leave out, such as padding and weights that every rank has. Other methods:
+HybridFlow-V and DS-Chat of https://arxiv.org/abs/2409.19256, table 2.
 
-Seconds are those of a model, not measured: all links are busy at a time, 600 GB/s of a device within its node
-of 8, 200 Gbit/s of a node to the others. Left out is all else: start of collectives, copies within a device,
-contention, what a link falls short of its rate. What the others take from other nodes is counted in two ways:
-each byte enters a node once (one ring over all nodes), and each rank fetches for itself. A library comes to
-lie between; the plan has no such range, since it says who sends what to whom.
+Seconds are modelled, not measured: all links are busy at the same time, 600 GB/s for a device within its node
+of 8, and 200 Gbit/s for a node. Everything else is left out: the start of collectives, copies within a
+device, contention, links below their rate. Traffic between nodes of the other methods is counted in two ways:
+each byte enters a node once (one ring over all nodes), or each rank fetches it for itself. A real library
+lies between the two. The plan has no such range, since it names sender and receiver of each byte.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ from verl.planner.traffic import (
 from verl.weight_sync.meshes import Mesh
 
 ITEMSIZE, DEVICES_PER_NODE = 2, 8
-# Model, sizes of a replica in training, tensor ranks of generation: those of the paper, section 8.4, then
-# FSDP2 into the same.
+# Model, sizes of a replica in training, tensor parallel size of generation: those of the paper, section 8.4,
+# then FSDP2 into the same.
 SETTINGS: list[tuple[str, dict[str, int], int]] = [
     ("llama-7b", {"tensor": 8}, 2),
     ("llama-13b", {"tensor": 8}, 4),
@@ -50,24 +48,24 @@ SETTINGS: list[tuple[str, dict[str, int], int]] = [
     ("llama-70b", {"shards": 64}, 8),
 ]
 DEVICES = (8, 16, 32, 64, 128)
-# What was promised when the project began: less memory and less traffic than gathering whole models.
-PROMISED = {"memory": 0.4, "traffic": 0.6}
+# Targets of the project: savings in memory and traffic over gathering whole models.
+TARGETS = {"memory": 0.4, "traffic": 0.6}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model on some devices.
+    """Costs for one model on some devices.
 
     Attributes:
         model: its name.
-        devices: in all.
+        devices: of all replicas.
         training: sizes of a replica.
-        generation: tensor ranks.
-        model_bytes: M.
+        generation: tensor parallel size.
+        model_bytes: of all weights.
         ours: cost of the plan.
         vanilla: cost of HybridFlow-V.
         sharded: cost of DS-Chat.
-        alone_s: seconds of HybridFlow-V and of DS-Chat if every rank fetches for itself.
+        alone_s: seconds of HybridFlow-V and of DS-Chat if every rank fetches for itself from other nodes.
     """
 
     model: str
@@ -80,18 +78,18 @@ class Row:
     sharded: ReshardCost
     alone_s: tuple[float, float]
 
-    def saved(self, what: str, other: ReshardCost) -> float:
-        """Share of another way's traffic, memory or seconds that the plan does without."""
+    def saved(self, quantity: str, other: ReshardCost) -> float:
+        """Share of another method's traffic, memory or seconds that the plan saves."""
         values = {
             "traffic": lambda cost: cost.received_bytes,
             "memory": lambda cost: cost.peak_bytes,
             "seconds": lambda cost: cost.seconds,
-        }[what]
+        }[quantity]
         return 1 - values(self.ours) / values(other)
 
 
 def rows(devices: tuple[int, ...]) -> Iterator[Row]:
-    """Every setting on every number of devices that it divides."""
+    """Every setting on every number of devices that its replicas fill."""
     for name, sizes, tensor in SETTINGS:
         model = named_architecture(name)
         for count in devices:
@@ -99,9 +97,9 @@ def rows(devices: tuple[int, ...]) -> Iterator[Row]:
             if count % replica:
                 continue
             mesh = Mesh(**sizes, replicas=count // replica)
-            homes = "transformers" if "shards" in sizes else "megatron"
+            weight_format = "transformers" if "shards" in sizes else "megatron"
             source, target = (
-                training_layout(model, mesh, homes=homes),
+                training_layout(model, mesh, weight_format=weight_format),
                 generation_layout(model, mesh, tensor=tensor),
             )
             options = {"itemsize": ITEMSIZE, "ranks_per_node": DEVICES_PER_NODE}
@@ -118,7 +116,7 @@ def rows(devices: tuple[int, ...]) -> Iterator[Row]:
 
 
 def fetched_alone_s(cost: ReshardCost, ranks: int) -> float:
-    """Seconds of the model if each rank of a node fetches what the node lacks."""
+    """Modelled seconds if each rank of a node fetches all that the node lacks."""
     return max(cost.received_bytes / NVLINK_BYTES_PER_S, ranks * cost.node_bytes / NETWORK_BYTES_PER_S)
 
 
@@ -163,31 +161,31 @@ def head(*names: str) -> str:
 
 
 def show(counted: list[Row]) -> None:
-    """Both tables, and what of the promises is kept."""
+    """Print both tables, and the savings against the targets."""
     setting = ("model", "devices", "training", "t_g")
     print(
-        "Received by the fullest rank as a share of the model (in brackets the formula of the paper), and memory beside training:\n"
+        "Received by the busiest rank as a share of the model (in brackets the formula of the paper), "
+        "and memory beside training:\n"
     )
     shares = ("GB", "this plan", "HybridFlow-V", "DS-Chat", "less than V", "less than DS")
     print(head(*setting, *shares, "memory GB", "whole model GB", "less"))
     for row in counted:
         print(traffic_line(row))
     print(
-        "\nSeconds by bandwidth, of the others if each byte enters a node once, to if each rank fetches for itself:\n"
+        "\nSeconds by bandwidth; for the other methods from one ring over all nodes "
+        "to each rank fetching for itself:\n"
     )
     print(head(*setting, "this plan", "HybridFlow-V", "DS-Chat", "less than V", "less than DS"))
     for row in counted:
         print(time_line(row))
     print()
-    for what, promised in PROMISED.items():
-        saved = [row.saved(what, row.vanilla) for row in counted]
+    for quantity, target in TARGETS.items():
+        saved = [row.saved(quantity, row.vanilla) for row in counted]
         short = {
-            f"{row.model} {row.training}"
-            for row, share in zip(counted, saved, strict=True)
-            if share < promised
+            f"{row.model} {row.training}" for row, share in zip(counted, saved, strict=True) if share < target
         }
-        told = f"{what}: {min(saved):.1%} to {max(saved):.1%} less than HybridFlow-V, promised {promised:.0%}"
-        print(told + (f"; less than that: {', '.join(sorted(short))}" if short else ""))
+        line = f"{quantity}: {min(saved):.1%} to {max(saved):.1%} less than HybridFlow-V, target {target:.0%}"
+        print(line + (f"; less than that: {', '.join(sorted(short))}" if short else ""))
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
-"""The change from training to generation on real processes: FSDP2 shards into tensor parallel, by the plan
-and by whole tensors.
+"""The change from training to generation on real processes, from FSDP2 shards into tensor parallel parts.
 
-.venv/bin/python benchmarks/reshard_run.py --ranks 4 --tensor 2
+    python benchmarks/reshard_run.py --ranks 4 --tensor 2
 
-Both ways fill the same generation weights, in turn; medians of seconds, and the memory that a process has
-more at its peak than before.
+Compares the plan with gathering whole tensors. Both fill the same weights of generation, by turns. Prints
+medians of the seconds, and the memory of a process at its peak over that before.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ _PORT = 29517
 
 
 def by_plan(hybrid: HybridEngine) -> int:
-    """What the engine does by itself; bytes received."""
+    """Fill the weights by the plan, as the engine does; return the bytes received."""
     with hybrid.ready(0):
         pass
     return hybrid.switches[-1].received_bytes
 
 
 def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
-    """Every tensor is gathered whole on every rank and sliced; bytes received."""
+    """Gather every tensor whole on every rank and slice it; return the bytes received."""
     received = 0
     parameters = dict(hybrid.model.transformer.named_parameters())
     for name, storage in hybrid._own.items():
@@ -53,8 +52,8 @@ def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
 
 
 def measured(work: Callable[[], int]) -> tuple[float, int, int]:
-    """Seconds, bytes received, and bytes that the process has more at its peak than before."""
-    # Linux forgets the peak so far.
+    """Seconds, bytes received, and memory of the process at its peak over that before."""
+    # Resets the peak that Linux has recorded for this process.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     dist.barrier()
@@ -91,7 +90,7 @@ def rank_main(rank: int, args: argparse.Namespace, folder: str, results: Any) ->
 
 
 def main() -> None:
-    """Measures and prints a table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    # Memory that is let go is given back to the system at once, so that a peak is of this switch.
+    # Freed memory returns to the system at once, so that a peak belongs to the current switch alone.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder), hidden=args.hidden, layers=args.layers)
@@ -112,10 +111,12 @@ def main() -> None:
         running.join()
     model_bytes = ranks[0][2]
     print(
-        f"{model_bytes / 1e6:.1f} MB in fp32, {args.ranks} ranks, generation tensor={args.tensor}, buckets of {args.bucket_mib} MiB\n"
+        f"{model_bytes / 1e6:.1f} MB in fp32, {args.ranks} ranks, generation tensor={args.tensor}, "
+        f"buckets of {args.bucket_mib} MiB\n"
     )
     print(
-        "| way | received MB (fullest rank) | share of the model | seconds (median) | peak MB beside training (fullest rank) |"
+        "| way | received MB (busiest rank) | share of the model | seconds (median) "
+        "| peak MB beside training (busiest rank) |"
     )
     print("|---|---|---|---|---|")
     for way in ranks[0][1]:
@@ -123,7 +124,8 @@ def main() -> None:
         seconds = statistics.median(max(runs[way][i][0] for _, runs, _ in ranks) for i in range(args.repeats))
         peak = max(statistics.median(run[2] for run in runs[way]) for _, runs, _ in ranks)
         print(
-            f"| {way} | {received / 1e6:.1f} | {received / model_bytes:.3f} | {seconds:.3f} | {peak / 1e6:.1f} |"
+            f"| {way} | {received / 1e6:.1f} | {received / model_bytes:.3f} | {seconds:.3f} "
+            f"| {peak / 1e6:.1f} |"
         )
 
 

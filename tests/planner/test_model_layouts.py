@@ -1,4 +1,4 @@
-"""Layouts of language models: the homes that engines have, and plans between any two of them."""
+"""Layouts of language models: local tensors of each engine, and plans between any two layouts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed import on_ranks
-from tests.weight_sync.arrays import assert_equal, executed, filled, tensors, window
+from tests.weight_sync.arrays import assert_equal, executed, filled, replicated, tensors, window
 from verl.planner.architectures import SIZES, Architecture, architecture, named_architecture
 from verl.planner.model_layouts import (
     AxisRank,
     ModelParallelRank,
-    fsdp_layout,
+    fsdp_shards,
     generation_layout,
     model_shards,
-    replicated_layout,
     training_layout,
 )
 from verl.planner.traffic import received_share, traffic
@@ -85,19 +84,18 @@ def test_the_named_sizes_have_the_weights_of_their_models():
 @pytest.mark.parametrize("shards", [1, 3, 8, 11])
 def test_fsdp_shards_are_the_chunks_of_pytorch(shards):
     shapes = {"w": (10, 3), "b": (4,), "one": (1, 2)}
-    wholes = tensors(shapes)
-    ranks = filled(fsdp_layout(shapes, shards, replicas=2), wholes)
-    for rank, homes in enumerate(ranks):
+    wholes, whole = tensors(shapes), replicated(shapes, 1).shards[0]
+    layout = ShardLayout(shapes, tuple(fsdp_shards(whole, AxisRank(rank, shards)) for rank in range(shards)))
+    for rank, local_tensors in enumerate(filled(layout, wholes)):
         for name, values in wholes.items():
             chunks = torch.from_numpy(values).chunk(shards)
-            index = rank % shards
-            if index < len(chunks):
-                # Behind what it holds, a home of the tests has a row of padding.
+            if rank < len(chunks):
+                # The tests' local tensors end with padding in each dimension.
                 np.testing.assert_array_equal(
-                    homes[name][tuple(slice(0, -1) for _ in values.shape)], chunks[index].numpy()
+                    local_tensors[name][tuple(slice(0, -1) for _ in values.shape)], chunks[rank].numpy()
                 )
             else:
-                assert name not in homes
+                assert name not in local_tensors
 
 
 @pytest.mark.distributed
@@ -125,32 +123,38 @@ def parts(values: np.ndarray, size: int, rank: int, dim: int = 0) -> torch.Tenso
     return torch.from_numpy(values).chunk(size, dim)[rank]
 
 
-def home_of(model: Architecture, where: ModelParallelRank, homes: str, name: str) -> np.ndarray:
-    layout = ShardLayout(model.shapes, (model_shards(model, where, homes=homes),))
-    home = filled(layout, tensors(model.shapes))[0][name]
-    return home[tuple(slice(0, -1) for _ in home.shape)]
+def local_tensor(model: Architecture, rank: ModelParallelRank, weight_format: str, name: str) -> np.ndarray:
+    layout = ShardLayout(model.shapes, (model_shards(model, rank, weight_format=weight_format),))
+    padded = filled(layout, tensors(model.shapes))[0][name]
+    return padded[tuple(slice(0, -1) for _ in padded.shape)]
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_fused_homes_have_queries_keys_and_values_one_after_the_other(rank):
+def test_fused_local_tensors_have_queries_keys_and_values_one_after_the_other(rank):
     wholes = tensors(DENSE.shapes)
-    prefix, where = "model.layers.2", ModelParallelRank(AxisRank(rank, 4))
+    prefix, model_rank = "model.layers.2", ModelParallelRank(AxisRank(rank, 4))
     qkv = torch.cat([parts(wholes[f"{prefix}.self_attn.{x}_proj.weight"], 4, rank) for x in "qkv"])
-    np.testing.assert_array_equal(home_of(DENSE, where, "vllm", f"{prefix}.self_attn.qkv_proj.weight"), qkv)
+    np.testing.assert_array_equal(
+        local_tensor(DENSE, model_rank, "vllm", f"{prefix}.self_attn.qkv_proj.weight"), qkv
+    )
     gate_up = torch.cat([parts(wholes[f"{prefix}.mlp.{x}_proj.weight"], 4, rank) for x in ("gate", "up")])
-    np.testing.assert_array_equal(home_of(DENSE, where, "vllm", f"{prefix}.mlp.gate_up_proj.weight"), gate_up)
+    np.testing.assert_array_equal(
+        local_tensor(DENSE, model_rank, "vllm", f"{prefix}.mlp.gate_up_proj.weight"), gate_up
+    )
     down = parts(wholes[f"{prefix}.mlp.down_proj.weight"], 4, rank, dim=1)
-    np.testing.assert_array_equal(home_of(DENSE, where, "vllm", f"{prefix}.mlp.down_proj.weight"), down)
+    np.testing.assert_array_equal(
+        local_tensor(DENSE, model_rank, "vllm", f"{prefix}.mlp.down_proj.weight"), down
+    )
 
 
 def test_fewer_key_value_heads_than_ranks_are_repeated():
     wholes = tensors(DENSE.shapes)
     for rank in range(8):
-        home = home_of(
+        found = local_tensor(
             DENSE, ModelParallelRank(AxisRank(rank, 8)), "vllm", "model.layers.0.self_attn.qkv_proj.weight"
         )
         key = wholes["model.layers.0.self_attn.k_proj.weight"].reshape(4, 2, 8)[rank // 2]
-        np.testing.assert_array_equal(home[2:4], key)
+        np.testing.assert_array_equal(found[2:4], key)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -163,37 +167,39 @@ def test_megatron_has_each_key_value_head_behind_its_queries(tensor):
         grouped = [wholes[f"model.layers.1.self_attn.{x}_proj.{kind}"].unflatten(0, (4, -1)) for x in "qkv"]
         expected = torch.cat(grouped, 1).flatten(0, 1).chunk(tensor)
         for rank in range(tensor):
-            home = home_of(
+            found = local_tensor(
                 model,
                 ModelParallelRank(AxisRank(rank, tensor)),
                 "megatron",
                 f"model.layers.1.self_attn.qkv_proj.{kind}",
             )
-            np.testing.assert_array_equal(home, expected[rank])
+            np.testing.assert_array_equal(found, expected[rank])
 
 
 def test_the_vocabulary_is_padded_before_it_is_split_and_padding_is_part_of_nothing():
-    for homes, tensor, rows in (
+    for weight_format, tensor, rows in (
         ("vllm", 4, [32, 32, 6, 0]),
         ("megatron", 2, [70, 0]),
         ("transformers", 4, [18, 18, 18, 16]),
     ):
         found = []
         for rank in range(tensor):
-            pieces = {
-                piece.name: piece
-                for piece in model_shards(DENSE, ModelParallelRank(AxisRank(rank, tensor)), homes=homes)
+            shards = {
+                shard.name: shard
+                for shard in model_shards(
+                    DENSE, ModelParallelRank(AxisRank(rank, tensor)), weight_format=weight_format
+                )
             }
-            head = pieces.get("lm_head.weight")
+            head = shards.get("lm_head.weight")
             found.append(head.bounds[0][1] - head.bounds[0][0] if head else 0)
             assert head is None or (head.bounds[0][0] == sum(rows[:rank]) and head.offset == (0, 0))
         assert found == rows
 
 
-def test_experts_are_stacked_in_one_home_or_have_one_each():
+def test_experts_are_stacked_in_one_local_tensor_or_have_one_each():
     wholes, prefix = tensors(SPARSE.shapes), "model.layers.1.mlp.experts"
-    split = home_of(SPARSE, ModelParallelRank(AxisRank(1, 2)), "vllm", f"{prefix}.gate_up_proj")
-    of_experts = home_of(
+    split = local_tensor(SPARSE, ModelParallelRank(AxisRank(1, 2)), "vllm", f"{prefix}.gate_up_proj")
+    of_experts = local_tensor(
         SPARSE, ModelParallelRank(AxisRank(1, 2), experts=AxisRank(1, 2)), "vllm", f"{prefix}.gate_up_proj"
     )
     assert split.shape == (8, 8, 8) and of_experts.shape == (4, 16, 8)
@@ -202,7 +208,7 @@ def test_experts_are_stacked_in_one_home_or_have_one_each():
         np.testing.assert_array_equal(split[expert], torch.cat([parts(gate, 2, 1), parts(up, 2, 1)]))
         if expert >= 4:
             np.testing.assert_array_equal(of_experts[expert - 4], np.concatenate([gate, up]))
-    single = home_of(
+    single = local_tensor(
         SPARSE,
         ModelParallelRank(AxisRank(1, 2), experts=AxisRank(1, 2)),
         "megatron",
@@ -212,19 +218,19 @@ def test_experts_are_stacked_in_one_home_or_have_one_each():
 
 
 def test_stages_have_their_layers_and_a_tied_embedding_is_the_head_of_the_last():
-    pieces = [
-        model_shards(TIED, ModelParallelRank(stage=AxisRank(stage, 3)), homes="megatron")
+    stages = [
+        model_shards(TIED, ModelParallelRank(stage=AxisRank(stage, 3)), weight_format="megatron")
         for stage in range(3)
     ]
     layers = [
-        sorted({p.name.split(".")[2] for p in stage if p.name.startswith("model.layers")}) for stage in pieces
+        sorted({p.name.split(".")[2] for p in stage if p.name.startswith("model.layers")}) for stage in stages
     ]
     assert layers == [["0", "1"], ["2"], ["3"]]
-    homes = [
-        {piece.local_name for piece in stage if piece.name == "model.embed_tokens.weight"} for stage in pieces
+    local_names = [
+        {shard.local_name for shard in stage if shard.name == "model.embed_tokens.weight"} for stage in stages
     ]
-    assert homes == [{"model.embed_tokens.weight"}, set(), {"lm_head.weight"}]
-    assert [{"model.norm.weight"} & {p.name for p in stage} for stage in pieces] == [
+    assert local_names == [{"model.embed_tokens.weight"}, set(), {"lm_head.weight"}]
+    assert [{"model.norm.weight"} & {p.name for p in stage} for stage in stages] == [
         set(),
         set(),
         {"model.norm.weight"},
@@ -232,14 +238,14 @@ def test_stages_have_their_layers_and_a_tied_embedding_is_the_head_of_the_last()
 
 
 def layouts(model: Architecture) -> dict[str, ShardLayout]:
-    """Sixteen ranks in every way."""
+    """Layouts of a model on 16 ranks."""
     flat = Mesh(replicas=16)
-    found = {"replicated": replicated_layout(model.shapes, 16)}
+    found = {"replicated": replicated(model.shapes, 16)}
     meshes = {
         "fsdp 16": Mesh(shards=16),
         "fsdp 4 x 4 replicas": Mesh(shards=4, replicas=4),
         "fsdp 4 x tensor 2 x 2": Mesh(shards=4, tensor=2, replicas=2),
-        "tensor 8 in lines of 2": Mesh(tensor=8, sequence=2),
+        "tensor 8 x sequence 2": Mesh(tensor=8, sequence=2),
         "stages 4 x tensor 4": Mesh(tensor=4, pipeline=4),
     }
     found |= {name: training_layout(model, mesh) for name, mesh in meshes.items()}
@@ -248,13 +254,13 @@ def layouts(model: Architecture) -> dict[str, ShardLayout]:
         "megatron 2 x 4 x 2": Mesh(tensor=2, pipeline=4, replicas=2),
     }
     if model is SPARSE:
-        # Its other weights lie as those of the other model.
+        # Its dense weights have the layouts of the dense model.
         found = {name: found[name] for name in ("fsdp 16", "fsdp 4 x tensor 2 x 2", "replicated")}
         megatron = {
             "megatron 4 x 2 x 2": megatron["megatron 4 x 2 x 2"],
             "experts over 8": Mesh(tensor=4, replicas=4, experts=8),
         }
-    found |= {name: training_layout(model, mesh, homes="megatron") for name, mesh in megatron.items()}
+    found |= {name: training_layout(model, mesh, weight_format="megatron") for name, mesh in megatron.items()}
     found["vllm 8"] = generation_layout(
         model, flat, tensor=8, grouping="consecutive", has_split_experts=model is not SPARSE
     )
@@ -265,10 +271,10 @@ def layouts(model: Architecture) -> dict[str, ShardLayout]:
 
 
 def mask(layout: ShardLayout, rank: int, wholes: dict[str, np.ndarray], size: int) -> np.ndarray:
-    """Which elements a rank has."""
+    """True for each element that a rank has."""
     held = np.zeros(size, dtype=bool)
-    for piece in layout.shards[rank]:
-        held[window(wholes[piece.name], piece.bounds).ravel()] = True
+    for shard in layout.shards[rank]:
+        held[window(wholes[shard.name], shard.bounds).ravel()] = True
     return held
 
 
@@ -280,10 +286,10 @@ def test_between_all_pairs_of_layouts_everything_arrives_and_only_what_is_lackin
         name: [mask(layout, rank, wholes, 1 + model.num_elements) for rank in range(16)]
         for name, layout in found.items()
     }
-    homes = {name: filled(layout, wholes) for name, layout in found.items()}
+    values = {name: filled(layout, wholes) for name, layout in found.items()}
     for source, target in itertools.product(found, found):
         plan = make_plan(found[source], found[target], itemsize=4, bucket_bytes=2000)
-        assert_equal(executed(plan, homes[source], found[target]), homes[target])
+        assert_equal(executed(plan, values[source], found[target]), values[target])
         for rank in range(16):
             lacking = int((masks[target][rank] & ~masks[source][rank]).sum())
             assert plan.received_bytes(rank) == 4 * lacking, (source, target, rank)
@@ -312,7 +318,7 @@ def test_traffic_without_listing_copies_is_that_of_the_plan(source):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "tensor", "pipeline", "homes"),
+    ("mesh", "tensor", "pipeline", "weight_format"),
     [
         (Mesh(tensor=4, replicas=2), 2, 1, "megatron"),
         (Mesh(tensor=4, pipeline=2), 2, 1, "megatron"),
@@ -321,13 +327,15 @@ def test_traffic_without_listing_copies_is_that_of_the_plan(source):
         (Mesh(tensor=4, replicas=2), 4, 1, "megatron"),
     ],
 )
-def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(mesh, tensor, pipeline, homes):
+def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(
+    mesh, tensor, pipeline, weight_format
+):
     model = architecture(
         {**SMALL, "model_type": "llama", "num_key_value_heads": 4, "vocab_size": 512, "num_hidden_layers": 8}
     )
     split = {name: shape for name, shape in model.shapes.items() if "norm" not in name and "layers" in name}
     source, target = (
-        training_layout(model, mesh, homes=homes),
+        training_layout(model, mesh, weight_format=weight_format),
         generation_layout(model, mesh, tensor=tensor, pipeline=pipeline),
     )
     both = [
@@ -343,12 +351,14 @@ def test_received_bytes_are_those_of_the_formula_for_weights_that_are_split(mesh
 
 def test_the_most_loaded_sender_is_near_the_mean():
     model = named_architecture("llama-7b")
-    for mesh, homes in (
+    for mesh, weight_format in (
         (Mesh(tensor=8, pipeline=2, replicas=2), "megatron"),
         (Mesh(shards=8, replicas=2), "transformers"),
     ):
         moved = traffic(
-            training_layout(model, mesh, homes=homes), generation_layout(model, mesh, tensor=2), itemsize=2
+            training_layout(model, mesh, weight_format=weight_format),
+            generation_layout(model, mesh, tensor=2),
+            itemsize=2,
         )
         assert moved.sent.max() <= 1.1 * moved.sent.mean()
 
@@ -358,7 +368,9 @@ def test_all_stages_of_a_pipeline_send_at_a_time(replicas):
     model = named_architecture("llama-7b")
     mesh = Mesh(tensor=2, pipeline=8, replicas=replicas)
     moved = traffic(
-        training_layout(model, mesh, homes="megatron"), generation_layout(model, mesh, tensor=2), itemsize=2
+        training_layout(model, mesh, weight_format="megatron"),
+        generation_layout(model, mesh, tensor=2),
+        itemsize=2,
     )
     # One stage after the other would take 8 times what the fullest rank receives; embedding and head make two
     # stages larger.
@@ -379,7 +391,7 @@ def test_all_stages_of_a_pipeline_send_at_a_time(replicas):
             "need tensor parallel sizes that divide .*got 8 queries for tensor=3",
         ),
         (
-            lambda: training_layout(DENSE, Mesh(tensor=8), homes="megatron"),
+            lambda: training_layout(DENSE, Mesh(tensor=8), weight_format="megatron"),
             "need key-value heads that tensor=8 divides, got 4",
         ),
         (

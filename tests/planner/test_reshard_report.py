@@ -34,15 +34,15 @@ def tiny(tmp_path, monkeypatch):
     return "tiny"
 
 
-def planned(*given: str) -> dict:
+def figures_of(*given: str) -> dict:
     assert main(["plan", "reshard", *given, "--json", "figures.json"]) == 0
     return json.loads(Path("figures.json").read_text())
 
 
-def test_the_table_shows_the_plan_beside_the_paper_and_other_ways(tmp_path, monkeypatch, capsys):
+def test_the_table_shows_the_plan_beside_the_paper_and_other_methods(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    figures = planned("--model", "llama-7b", "--training", "tensor=8,data=2", "--generation", "tensor=2")
+    figures = figures_of("--model", "llama-7b", "--training", "tensor=8,data=2", "--generation", "tensor=2")
     shown = capsys.readouterr().out
     assert "6.74B weights, 13.5 GB, on 16 ranks" in shown
     rows = {
@@ -66,7 +66,7 @@ def test_the_table_shows_the_plan_beside_the_paper_and_other_ways(tmp_path, monk
 
 def test_the_copies_of_a_rank_are_all_that_it_receives_keeps_and_sends(tiny, capsys):
     sizes = ("--model", tiny, "--training", "fsdp=4,tensor=2", "--generation", "tensor=2", "--dtype", "fp32")
-    figures = planned(*sizes)
+    figures = figures_of(*sizes)
     capsys.readouterr()
     assert main(["plan", "reshard", *sizes, "--copies", "5"]) == 0
     counted = {"keeps": 0, "from": 0, "to": 0}
@@ -82,28 +82,28 @@ def test_the_copies_of_a_rank_are_all_that_it_receives_keeps_and_sends(tiny, cap
 
 def test_nodes_decide_what_travels_between_them(tiny, capsys):
     sizes = ("--model", tiny, "--training", "fsdp=8", "--generation", "tensor=2")
-    together, apart = planned(*sizes, "--nodes", "1"), planned(*sizes, "--devices-per-node", "4")
+    together, apart = figures_of(*sizes, "--nodes", "1"), figures_of(*sizes, "--devices-per-node", "4")
     assert "the ranks of 4 of them are on several nodes" in capsys.readouterr().out
     assert max(together["from_other_nodes_bytes"]) == 0 < max(apart["from_other_nodes_bytes"])
-    assert apart == planned(*sizes, "--nodes", "2")
-    near = planned(*sizes, "--nodes", "2", "--grouping", "consecutive")
+    assert apart == figures_of(*sizes, "--nodes", "2")
+    near = figures_of(*sizes, "--nodes", "2", "--grouping", "consecutive")
     assert [way["way"] for way in near["ways"]] == ["this plan", "by bucket", "HybridFlow-V", "DS-Chat"]
     assert near["ways"][0]["formula"] is None
 
 
-def test_ranks_of_a_line_have_different_shards_under_fsdp_and_equal_weights_otherwise(tiny):
+def test_ranks_of_a_sequence_have_different_shards_under_fsdp_and_equal_weights_otherwise(tiny):
     generation = ("--generation", "tensor=2")
-    sharded = planned("--model", tiny, "--training", "fsdp=4,sequence=2", *generation)
-    assert sharded == planned("--model", tiny, "--training", "fsdp=8", *generation)
-    equal = planned("--model", tiny, "--training", "tensor=4,sequence=2", *generation)
+    sharded = figures_of("--model", tiny, "--training", "fsdp=4,sequence=2", *generation)
+    assert sharded == figures_of("--model", tiny, "--training", "fsdp=8", *generation)
+    equal = figures_of("--model", tiny, "--training", "tensor=4,sequence=2", *generation)
     assert (
         equal["received_bytes"]
-        == planned("--model", tiny, "--training", "tensor=4,data=2", *generation)["received_bytes"]
+        == figures_of("--model", tiny, "--training", "tensor=4,data=2", *generation)["received_bytes"]
     )
 
 
 def test_layouts_that_are_equal_need_no_byte(tiny):
-    figures = planned(
+    figures = figures_of(
         "--model", f"{tiny}/config.json", "--training", "tensor=4,data=2", "--generation", "tensor=4"
     )
     assert figures["ways"][0]["received_bytes"] == figures["num_buckets"] == 0
@@ -133,7 +133,7 @@ def test_the_drawing_is_a_picture(name, start, tiny, capsys):
     assert Path(name).read_bytes().startswith(start) and Path(name).stat().st_size > 5000
 
 
-def test_numbers_are_told_for_people():
+def test_numbers_are_human_readable():
     assert [format_bytes(n) for n in (0, 999, 1e3, 15.13e6, 1.5e11)] == [
         "0 B",
         "999 B",
@@ -146,7 +146,10 @@ def test_numbers_are_told_for_people():
 
 def test_planning_loads_no_model_library():
     given = ["plan", "reshard", "--model", "llama-7b", "--training", "tensor=2", "--generation", "tensor=1"]
-    program = f"import sys; from verl.cli.main import main; main({given}); print(*({{'torch', 'transformers', 'matplotlib'}} & sys.modules.keys()))"
+    program = (
+        f"import sys; from verl.cli.main import main; main({given}); "
+        "print(*({'torch', 'transformers', 'matplotlib'} & sys.modules.keys()))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

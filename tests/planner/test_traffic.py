@@ -1,17 +1,17 @@
-"""Costs of a change of layout, and of other ways to do it, by hand on small layouts."""
+"""Costs of a change of layout and of other methods, by hand on small layouts."""
 
 from __future__ import annotations
 
 import pytest
 
-from verl.planner.model_layouts import fsdp_layout, replicated_layout
+from tests.weight_sync.arrays import replicated, sharded
 from verl.planner.traffic import ReshardCost, gather_costs, plan_cost, received_share, traffic
 from verl.weight_sync.layout import ShardLayout
 from verl.weight_sync.meshes import Mesh
 
 SHAPES = {"w": (8, 3)}
-SHARDS = fsdp_layout(SHAPES, 4)
-HALVES = ShardLayout(SHAPES, tuple(fsdp_layout(SHAPES, 2).shards[rank // 2] for rank in range(4)))
+SHARDS = sharded((8, 3), 4)
+HALVES = ShardLayout(SHAPES, tuple(sharded((8, 3), 2).shards[rank // 2] for rank in range(4)))
 M = 48  # bytes in bf16
 
 
@@ -26,7 +26,7 @@ def test_a_plan_costs_what_travels_and_the_weights_that_it_fills():
 
 
 def test_buckets_one_after_the_other_take_as_long_as_the_busiest_rank_of_each():
-    everywhere = replicated_layout(SHAPES, 4)
+    everywhere = replicated(SHAPES, 4)
     first = ShardLayout(SHAPES, (everywhere.shards[0], (), (), ()))
     moved = traffic(first, everywhere, itemsize=2, bucket_bytes=24)
     # One rank sends all of it to three others, half in each bucket.
@@ -35,7 +35,7 @@ def test_buckets_one_after_the_other_take_as_long_as_the_busiest_rank_of_each():
 
 
 def test_gathering_costs_whole_tensors_in_a_replica_or_over_all_ranks():
-    training = fsdp_layout(SHAPES, 4, replicas=2)
+    training = ShardLayout(SHAPES, SHARDS.shards * 2)
     target = ShardLayout(SHAPES, HALVES.shards * 2)
     by_bucket, vanilla, all_ranks = gather_costs(
         training, target, Mesh(shards=4, replicas=2), itemsize=2, bucket_bytes=30, ranks_per_node=2

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors from its configuration, as in a Hugging Face folder; pure."""
+"""Names and shapes of a model's tensors, derived from its Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a layout has to know of a model.
+    """Shapes and sizes of a model that decide its layouts.
 
     Attributes:
-        shapes: of its tensors, in the order of the layers.
+        shapes: of its tensors by name, in the order of the layers.
         num_layers: of the transformer.
-        num_heads: of queries.
-        num_kv_heads: of keys and values.
-        num_experts: of a layer with experts; 0: none.
-        is_tied: the embedding is the head as well.
+        num_heads: query heads.
+        num_kv_heads: key-value heads.
+        num_experts: of a layer with experts; 0: the model is dense.
+        is_tied: embedding and output head share their weights.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -63,16 +63,16 @@ class Architecture:
 
     @property
     def num_elements(self) -> int:
-        """Weights of the model."""
+        """Number of weights of the model."""
         return sum(num_elements(full_bounds(shape)) for shape in self.shapes.values())
 
 
 def architecture(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture:
-    """What a configuration says.
+    """Architecture of a configuration.
 
     Args:
-        config: as in config.json.
-        shapes: of the tensors, where the model itself is there to tell; None: from the configuration.
+        config: content of config.json.
+        shapes: of the tensors, if the model itself is known; None: derive them from the configuration.
 
     Raises:
         ValueError: a family whose tensors are not known, or a configuration that lacks a size.
@@ -92,10 +92,10 @@ def architecture(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = 
 
 
 def named_architecture(model: str) -> Architecture:
-    """The architecture of a folder, a config.json, or one of `SIZES`.
+    """Architecture of a model folder, of a config.json, or of a name in `SIZES`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is none of these, or no configuration.
     """
     if model in SIZES:
         return architecture(SIZES[model])
@@ -104,7 +104,8 @@ def named_architecture(model: str) -> Architecture:
         near = difflib.get_close_matches(model, SIZES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"need a folder with a config.json, such a file, or one of {', '.join(SIZES)}, got {model!r}{hint}"
+            f"need a folder with a config.json, such a file, or one of {', '.join(SIZES)}, "
+            f"got {model!r}{hint}"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +121,7 @@ def _kv_heads(config: Config) -> int:
 
 
 def _num_experts(config: Config) -> int:
-    """Transformers names the number in either way."""
+    """Number of experts of a layer; configurations of Transformers have it under one of two names."""
     return config.get("num_experts") or config.get("num_local_experts") or 0
 
 

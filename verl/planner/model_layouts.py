@@ -1,9 +1,9 @@
-"""How the tensors of a language model lie on the ranks of training and of generation; pure."""
+"""Layouts of a language model's tensors on the ranks of training and of generation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,7 +11,7 @@ from verl.planner.architectures import Architecture
 from verl.weight_sync.layout import Bounds, ShardLayout, TensorShard, full_bounds, local_slices
 from verl.weight_sync.meshes import Mesh, generation_coordinates, stage_layers
 
-# How tensor parallelism splits each kind of weight, by the end of its name. The first that fits counts.
+# How tensor parallelism splits a tensor, by the end of its name; the first pattern that matches counts.
 SPLITS: dict[str, str] = {
     r"(embed_tokens|lm_head)\.weight": "vocabulary",
     r"\.experts\.\d+\.(gate_proj|up_proj|w1|w3)\.weight": "columns",
@@ -24,11 +24,11 @@ SPLITS: dict[str, str] = {
     r"(norm|layernorm)\.weight": "whole",
     r"(mlp|block_sparse_moe)\.gate\.weight": "whole",
 }
-# Tensors that lie in one home, in their order there.
+# Modules whose weights a fused local tensor has one after the other: module -> all modules of that tensor.
 _FUSED = {
-    name: members
-    for members in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-    for name in members
+    name: modules
+    for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+    for name in modules
 }
 _LAYER = re.compile(r"(?P<prefix>.*layers\.)(?P<layer>\d+)\.(?P<rest>.*)")
 _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
@@ -36,11 +36,11 @@ _EXPERT = re.compile(r"(?P<module>.*\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.
 
 @dataclass(frozen=True, slots=True)
 class AxisRank:
-    """The part of something that a rank has, of how many.
+    """Rank on one axis of a mesh.
 
     Attributes:
         rank: from 0.
-        size: ranks that share it.
+        size: number of ranks of the axis.
     """
 
     rank: int = 0
@@ -49,12 +49,12 @@ class AxisRank:
 
 @dataclass(frozen=True, slots=True)
 class ModelParallelRank:
-    """What a rank has of a model, before FSDP shards it.
+    """Ranks that decide a rank's part of the model, before FSDP shards that part.
 
     Attributes:
-        tensor: of every matrix.
-        stage: of the layers.
-        experts: of the experts of a layer; size 1: experts are split as other matrices.
+        tensor: in tensor parallelism.
+        stage: in the pipeline.
+        experts: in expert parallelism; size 1: experts are split by tensor parallelism, as other matrices.
     """
 
     tensor: AxisRank = AxisRank()
@@ -64,15 +64,16 @@ class ModelParallelRank:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How local tensors are named and what lies in them.
+    """Names and contents of an engine's local tensors.
 
     Attributes:
-        vocabulary_multiple: what the rows of embedding and head are padded to before they are split.
-        is_fused: query, key and value lie in one home, gate and up in another.
-        is_interleaved: in a fused home of attention, each key-value head comes behind its queries, Megatron's
-            way.
-        has_stacked_experts: the experts of a layer lie in one home with a dimension more; else each has homes
-            of its own.
+        vocabulary_multiple: tensor parallel size -> multiple to which the rows of embedding and head are
+            padded before they are split.
+        is_fused: query, key and value share a local tensor; so do gate and up.
+        is_interleaved: in the fused tensor of attention each key-value head comes after its queries, as in
+            Megatron.
+        has_stacked_experts: the experts of a layer share a local tensor with one more dimension; else each
+            has its own.
     """
 
     vocabulary_multiple: Callable[[int], int] = lambda tensor: 1
@@ -85,54 +86,37 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
     # Modules of Transformers, sharded by FSDP2 and split by DTensor.
     "transformers": WeightFormat(),
     "vllm": WeightFormat(lambda tensor: 64, is_fused=True),
-    # Its default of make_vocab_size_divisible_by.
+    # Megatron's default of make_vocab_size_divisible_by is 128.
     "megatron": WeightFormat(
         lambda tensor: 128 * tensor, is_fused=True, is_interleaved=True, has_stacked_experts=False
     ),
 }
 
 
-def replicated_layout(shapes: Mapping[str, tuple[int, ...]], num_ranks: int) -> ShardLayout:
-    """Every rank has everything, under the names of the tensors."""
-    pieces = tuple(
-        TensorShard(name, full_bounds(shape), name, (0,) * len(shape)) for name, shape in shapes.items()
-    )
-    return ShardLayout(shapes, (pieces,) * num_ranks)
-
-
-def fsdp_layout(shapes: Mapping[str, tuple[int, ...]], shards: int, *, replicas: int = 1) -> ShardLayout:
-    """Every tensor in chunks of ceil(rows / shards) rows, the last ones smaller or empty, as FSDP2 has them;
-    replicas have equal shards.
-    """
-    pieces = replicated_layout(shapes, 1).shards[0]
-    return ShardLayout(
-        shapes, tuple(fsdp_shards(pieces, AxisRank(shard, shards)) for shard in range(shards)) * replicas
-    )
-
-
-def training_layout(model: Architecture, mesh: Mesh, *, homes: str = "transformers") -> ShardLayout:
-    """The model as it is trained: stages, then parts of matrices, then shards of these.
+def training_layout(model: Architecture, mesh: Mesh, *, weight_format: str = "transformers") -> ShardLayout:
+    """Layout of training: pipeline stages, in these tensor or expert parallel parts, in these FSDP shards.
 
     Args:
         model: its shapes.
         mesh: sizes of training.
-        homes: a key of `WEIGHT_FORMATS`.
+        weight_format: a key of `WEIGHT_FORMATS`.
 
     Raises:
-        ValueError: sizes that do not fit the model, or a tensor that is not known.
+        ValueError: sizes that do not fit the model, or a tensor whose split is not known.
     """
-    whole_homes = cache(lambda where: tuple(_pieces(model, where, WEIGHT_FORMATS[homes])))
-    made = cache(lambda where, shard: fsdp_shards(whole_homes(where), shard))
-    ranks = []
+    # Cached: replicas share one tuple of shards, which later steps recognize by its identity.
+    unsharded = cache(lambda rank: model_shards(model, rank, weight_format=weight_format))
+    sharded = cache(lambda rank, shard: fsdp_shards(unsharded(rank), shard))
+    shards = []
     for rank in range(mesh.num_ranks):
-        place = mesh.coordinates(rank)
-        where = ModelParallelRank(
-            AxisRank(place.tensor, mesh.tensor),
-            AxisRank(place.stage, mesh.pipeline),
+        own = mesh.coordinates(rank)
+        model_rank = ModelParallelRank(
+            AxisRank(own.tensor, mesh.tensor),
+            AxisRank(own.stage, mesh.pipeline),
             AxisRank(mesh.expert_rank(rank), mesh.experts),
         )
-        ranks.append(made(where, AxisRank(place.shard, mesh.shards)))
-    return ShardLayout(model.shapes, tuple(ranks))
+        shards.append(sharded(model_rank, AxisRank(own.shard, mesh.shards)))
+    return ShardLayout(model.shapes, tuple(shards))
 
 
 def generation_layout(
@@ -141,242 +125,210 @@ def generation_layout(
     *,
     tensor: int,
     pipeline: int = 1,
-    homes: str = "vllm",
+    weight_format: str = "vllm",
     grouping: str = "zero-redundancy",
     has_split_experts: bool = True,
 ) -> ShardLayout:
-    """The model as the same ranks generate with it.
+    """Layout in which the ranks of training generate.
 
     Args:
         model: its shapes.
         mesh: sizes of training.
-        tensor: ranks of generation that share every matrix.
+        tensor: tensor parallel size of generation.
         pipeline: stages of generation.
-        homes: a key of `WEIGHT_FORMATS`.
+        weight_format: a key of `WEIGHT_FORMATS`.
         grouping: a key of `verl.weight_sync.meshes.GROUPINGS`.
-        has_split_experts: experts are split as other matrices; else each tensor rank has whole ones (expert
-            parallel).
+        has_split_experts: experts are split as other matrices; else each tensor rank has whole experts
+            (expert parallelism).
 
     Raises:
-        ValueError: sizes that do not fit the model or the ranks, or a tensor that is not known.
+        ValueError: sizes that do not fit the model or the ranks, or a tensor whose split is not known.
     """
-    made = cache(lambda where: tuple(_pieces(model, where, WEIGHT_FORMATS[homes])))
-    ranks = []
+    unsharded = cache(lambda rank: model_shards(model, rank, weight_format=weight_format))
+    shards = []
     for rank in range(mesh.num_ranks):
-        place = generation_coordinates(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
-        part = AxisRank(place.tensor, tensor)
-        ranks.append(
-            made(
-                ModelParallelRank(
-                    part, AxisRank(place.stage, pipeline), AxisRank() if has_split_experts else part
-                )
-            )
-        )
-    return ShardLayout(model.shapes, tuple(ranks))
+        own = generation_coordinates(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
+        tensor_rank = AxisRank(own.tensor, tensor)
+        expert_rank = AxisRank() if has_split_experts else tensor_rank
+        shards.append(unsharded(ModelParallelRank(tensor_rank, AxisRank(own.stage, pipeline), expert_rank)))
+    return ShardLayout(model.shapes, tuple(shards))
 
 
-def model_shards(model: Architecture, where: ModelParallelRank, *, homes: str) -> tuple[TensorShard, ...]:
-    """The pieces of one rank.
+def model_shards(
+    model: Architecture, rank: ModelParallelRank, *, weight_format: str
+) -> tuple[TensorShard, ...]:
+    """Shards of one rank, without FSDP.
 
     Args:
         model: its shapes.
-        where: its part.
-        homes: a key of `WEIGHT_FORMATS`.
+        rank: whose part.
+        weight_format: a key of `WEIGHT_FORMATS`.
 
     Raises:
-        ValueError: sizes that do not fit the model, or a tensor that is not known.
+        ValueError: sizes that do not fit the model, or a tensor whose split is not known.
     """
-    return tuple(_pieces(model, where, WEIGHT_FORMATS[homes]))
+    return tuple(_ModelSharding(model, rank, WEIGHT_FORMATS[weight_format]).shards())
 
 
-def fsdp_shards(pieces: tuple[TensorShard, ...], shard: AxisRank) -> tuple[TensorShard, ...]:
-    """What FSDP2 leaves of the homes of a rank: of each, the rows of one of `size` chunks of ceil(rows /
-    size).
+def fsdp_shards(shards: tuple[TensorShard, ...], rank: AxisRank) -> tuple[TensorShard, ...]:
+    """Shards that FSDP2 leaves on a rank: of each local tensor, chunk `rank` of ceil(rows / size) rows."""
+    if rank.size == 1:
+        return shards
+    num_rows: dict[str, int] = {}
+    for shard in shards:
+        stop = local_slices(shard.bounds, shard.offset)[0].stop
+        num_rows[shard.local_name] = max(num_rows.get(shard.local_name, 0), stop)
+    kept = []
+    for shard in shards:
+        width = -(-num_rows[shard.local_name] // rank.size)
+        rows = local_slices(shard.bounds, shard.offset)[0]
+        start, stop = max(rows.start, rank.rank * width), min(rows.stop, (rank.rank + 1) * width)
+        if start >= stop:
+            continue
+        # Dimension of the whole tensor that matches the local rows. If the local tensor stacks experts, its
+        # rows are experts: a shard is kept as it is.
+        dim = len(shard.bounds) - len(shard.offset)
+        bounds = list(shard.bounds)
+        if dim >= 0:
+            begin = bounds[dim][0] + start - rows.start
+            bounds[dim] = (begin, begin + stop - start)
+        offset = (start - rank.rank * width, *shard.offset[1:])
+        kept.append(TensorShard(shard.name, tuple(bounds), shard.local_name, offset))
+    return tuple(kept)
+
+
+class _ModelSharding:
+    """Shards of one rank of a model in a format, without FSDP.
+
+    Raises:
+        ValueError: more stages than layers, or more expert parallel ranks than experts.
     """
-    if shard.size == 1:
-        return pieces
-    rows: dict[str, int] = {}
-    for piece in pieces:
-        rows[piece.local_name] = max(
-            rows.get(piece.local_name, 0), local_slices(piece.bounds, piece.offset)[0].stop
-        )
-    kept = (
-        _in_rows(piece, shard.rank * width, width)
-        for piece in pieces
-        for width in [-(-rows[piece.local_name] // shard.size)]
-    )
-    return tuple(piece for piece in kept if piece is not None)
 
+    def __init__(self, model: Architecture, rank: ModelParallelRank, weight_format: WeightFormat) -> None:
+        self._model, self._rank, self._format = model, rank, weight_format
+        self._layers = stage_layers(model.num_layers, rank.stage.size)[rank.stage.rank]
 
-def _in_rows(piece: TensorShard, first: int, width: int) -> TensorShard | None:
-    """What of a piece lies in some rows of its home."""
-    at_home = local_slices(piece.bounds, piece.offset)[0]
-    start, stop = max(at_home.start, first), min(at_home.stop, first + width)
-    if start >= stop:
-        return None
-    dim = len(piece.bounds) - len(piece.offset)
-    bounds = list(piece.bounds)
-    if dim >= 0:
-        begin = bounds[dim][0] + start - at_home.start
-        bounds[dim] = (begin, begin + stop - start)
-    return TensorShard(piece.name, tuple(bounds), piece.local_name, (start - first, *piece.offset[1:]))
+    def shards(self) -> Iterator[TensorShard]:
+        """Shards in the order of the model's tensors."""
+        stage = self._rank.stage
+        for name in self._model.shapes:
+            if self._is_on_stage(name):
+                yield from self._shards_of(name)
+        if self._model.is_tied and 0 < stage.rank == stage.size - 1:
+            # The last stage has a copy of the embedding, as its head.
+            name = next(name for name in self._model.shapes if name.endswith("embed_tokens.weight"))
+            yield TensorShard(name, self._bounds(name), "lm_head.weight", (0, 0))
 
+    def _is_on_stage(self, name: str) -> bool:
+        match = _LAYER.match(name)
+        if match:
+            return int(match["layer"]) in self._layers
+        is_first = name.endswith("embed_tokens.weight")
+        return self._layers.start == 0 if is_first else self._layers.stop == self._model.num_layers
 
-def _pieces(model: Architecture, where: ModelParallelRank, homes: WeightFormat) -> Iterator[TensorShard]:
-    layers = stage_layers(model.num_layers, where.stage.size)[where.stage.rank]
-    for name, shape in model.shapes.items():
+    def _shards_of(self, name: str) -> Iterator[TensorShard]:
         expert = _EXPERT.fullmatch(name)
-        experts = _experts(model, where) if expert else range(0)
-        if not _is_in_stage(name, layers, model.num_layers) or (
-            expert and int(expert["expert"]) not in experts
-        ):
-            continue
-        tensor = AxisRank() if expert and where.experts.size > 1 else where.tensor
-        bounds = tensor_parallel_bounds(name, shape, tensor, model, homes)
+        if expert and int(expert["expert"]) not in self._experts():
+            return
+        bounds = self._bounds(name)
         if any(start >= stop for start, stop in bounds):
-            continue
+            return
+        module, parameter = _module_and_parameter(name)
+        is_fused = self._format.is_fused and module in _FUSED
         if expert:
-            yield _expert_piece(name, expert, bounds, experts, model, homes, tensor)
-        elif homes.is_interleaved and "self_attn" in name and _last(name)[0] in _FUSED:
-            yield from _interleaved(name, bounds, model, tensor)
+            yield self._expert_shard(name, expert, bounds)
+        elif is_fused and self._format.is_interleaved and "self_attn" in name:
+            yield from self._interleaved_shards(name, bounds)
         else:
-            home, offset = _home(name, model, homes, tensor)
-            yield TensorShard(name, bounds, home, (offset, *(0 for _ in shape[1:])))
-    is_last = where.stage.rank == where.stage.size - 1
-    if model.is_tied and is_last and where.stage.rank > 0:
-        # The last stage has a copy of the embedding, as its head.
-        name = next(name for name in model.shapes if name.endswith("embed_tokens.weight"))
-        yield TensorShard(
-            name,
-            tensor_parallel_bounds(name, model.shapes[name], where.tensor, model, homes),
-            "lm_head.weight",
-            (0, 0),
-        )
+            fused = "qkv_proj" if module in ("q_proj", "k_proj", "v_proj") else "gate_up_proj"
+            local_name = name.replace(f"{module}.{parameter}", f"{fused}.{parameter}") if is_fused else name
+            row = self._rows_before(name) if is_fused else 0
+            yield TensorShard(name, bounds, local_name, (row, *(0 for _ in bounds[1:])))
+
+    def _experts(self) -> range:
+        """Experts of the rank; if they do not divide evenly, the first ranks have one more."""
+        experts = self._rank.experts
+        return stage_layers(self._model.num_experts, experts.size)[experts.rank]
+
+    def _bounds(self, name: str) -> Bounds:
+        """Tensor parallel part of a tensor.
+
+        Raises:
+            ValueError: a tensor whose split is not known, or ranks that do not divide it.
+        """
+        shape = self._model.shapes[name]
+        has_whole_experts = self._rank.experts.size > 1 and _EXPERT.fullmatch(name)
+        tensor = AxisRank() if has_whole_experts else self._rank.tensor
+        kind = next((kind for pattern, kind in SPLITS.items() if re.search(rf"{pattern}$", name)), None)
+        if kind is None:
+            raise ValueError(
+                f"need a tensor whose split is known, got {name}; "
+                "verl.planner.model_layouts.SPLITS has no pattern for it"
+            )
+        if kind == "whole" or tensor.size == 1:
+            return full_bounds(shape)
+        if kind == "vocabulary":
+            multiple = self._format.vocabulary_multiple(tensor.size)
+            width = -(-(-(-shape[0] // multiple) * multiple) // tensor.size)
+            rows = (min(shape[0], tensor.rank * width), min(shape[0], (tensor.rank + 1) * width))
+            return (rows, *full_bounds(shape[1:]))
+        dim = 1 if kind == "rows" else 0
+        units = {"queries": self._model.num_heads, "keys": self._model.num_kv_heads}.get(kind, shape[dim])
+        rank, parts = tensor.rank, tensor.size
+        if kind == "keys" and parts > units and parts % units == 0:
+            # Fewer key-value heads than ranks: several ranks have the same head.
+            rank, parts = rank // (parts // units), units
+        if units % parts:
+            raise ValueError(
+                f"need tensor parallel sizes that divide {name}, got {units} {kind} for "
+                f"tensor={tensor.size}; take a divisor"
+            )
+        width = shape[dim] // parts
+        bounds = list(full_bounds(shape))
+        bounds[dim] = (rank * width, (rank + 1) * width)
+        return tuple(bounds)
+
+    def _rows_before(self, name: str) -> int:
+        """Rows of a fused local tensor in front of those of a tensor."""
+        module, parameter = _module_and_parameter(name)
+        prefix = name.removesuffix(f"{module}.{parameter}")
+        modules = _FUSED[module]
+        before = (f"{prefix}{other}.{parameter}" for other in modules[: modules.index(module)])
+        return sum(stop - start for start, stop in (self._bounds(other)[0] for other in before))
+
+    def _expert_shard(self, name: str, expert: re.Match[str], bounds: Bounds) -> TensorShard:
+        """Shard of an expert's matrix; gate and up share a local tensor."""
+        is_fused = expert["part"] in _FUSED
+        row = self._rows_before(name) if is_fused else 0
+        part = "gate_up_proj" if is_fused else "down_proj"
+        if self._format.has_stacked_experts:
+            index = int(expert["expert"]) - self._experts().start
+            return TensorShard(name, bounds, f"{expert['module']}.{part}", (index, row, 0))
+        return TensorShard(name, bounds, f"{expert['module']}.{expert['expert']}.{part}.weight", (row, 0))
+
+    def _interleaved_shards(self, name: str, bounds: Bounds) -> Iterator[TensorShard]:
+        """Shards of query, key or value, one for each key-value head: its queries, its key, its value."""
+        num_kv_heads, tensor = self._model.num_kv_heads, self._rank.tensor
+        if num_kv_heads % tensor.size:
+            raise ValueError(
+                f"need key-value heads that tensor={tensor.size} divides, got {num_kv_heads}; "
+                "Megatron repeats none"
+            )
+        module, parameter = _module_and_parameter(name)
+        queries = self._model.num_heads // num_kv_heads
+        heads = queries if module == "q_proj" else 1
+        num_heads = self._model.num_heads if module == "q_proj" else num_kv_heads
+        width = self._model.shapes[name][0] // num_heads
+        local_name = name.replace(f"{module}.{parameter}", f"qkv_proj.{parameter}")
+        first_head = {"q_proj": 0, "k_proj": queries, "v_proj": queries + 1}[module]
+        for group in range(num_kv_heads // tensor.size):
+            first = bounds[0][0] + group * heads * width
+            row = (group * (queries + 2) + first_head) * width
+            rows = (first, first + heads * width)
+            yield TensorShard(name, (rows, *bounds[1:]), local_name, (row, *(0 for _ in bounds[1:])))
 
 
-def tensor_parallel_bounds(
-    name: str, shape: tuple[int, ...], tensor: AxisRank, model: Architecture, homes: WeightFormat
-) -> Bounds:
-    """The part of a tensor that a tensor rank has.
-
-    Args:
-        name: of the tensor, see `SPLITS`.
-        shape: of the whole tensor.
-        tensor: the rank, of how many.
-        model: its numbers of heads.
-        homes: padding of the vocabulary.
-
-    Raises:
-        ValueError: a tensor that is not known, or ranks that do not divide it.
-    """
-    kind = next((kind for pattern, kind in SPLITS.items() if re.search(rf"{pattern}$", name)), None)
-    if kind is None:
-        raise ValueError(
-            f"need a tensor whose split is known, got {name}; verl.planner.model_layouts.SPLITS has no pattern for it"
-        )
-    if kind == "whole" or tensor.size == 1:
-        return full_bounds(shape)
-    if kind == "vocabulary":
-        multiple = homes.vocabulary_multiple(tensor.size)
-        width = -(-(-(-shape[0] // multiple) * multiple) // tensor.size)
-        rows = (min(shape[0], tensor.rank * width), min(shape[0], (tensor.rank + 1) * width))
-        return (rows, *full_bounds(shape[1:]))
-    dim = 1 if kind == "rows" else 0
-    units = {"queries": model.num_heads, "keys": model.num_kv_heads}.get(kind, shape[dim])
-    rank, parts = tensor.rank, tensor.size
-    if kind == "keys" and parts > units and parts % units == 0:
-        # Fewer heads than ranks: several ranks have the same one.
-        rank, parts = rank // (parts // units), units
-    if units % parts:
-        raise ValueError(
-            f"need tensor parallel sizes that divide {name}, got {units} {kind} for tensor={tensor.size}; take a divisor"
-        )
-    width = shape[dim] // parts
-    bounds = list(full_bounds(shape))
-    bounds[dim] = (rank * width, (rank + 1) * width)
-    return tuple(bounds)
-
-
-def _is_in_stage(name: str, layers: range, num_layers: int) -> bool:
-    match = _LAYER.match(name)
-    if match:
-        return int(match["layer"]) in layers
-    return layers.start == 0 if name.endswith("embed_tokens.weight") else layers.stop == num_layers
-
-
-def _experts(model: Architecture, where: ModelParallelRank) -> range:
-    """Experts of a rank: as many on each, the first ranks one more if that does not work out."""
-    return stage_layers(model.num_experts, where.experts.size)[where.experts.rank]
-
-
-def _last(name: str) -> tuple[str, str]:
-    """The module and the parameter at the end of a name."""
+def _module_and_parameter(name: str) -> tuple[str, str]:
+    """Last module and parameter of a name, such as ("q_proj", "weight")."""
     module, _, parameter = name.rpartition(".")
     return module.rpartition(".")[2], parameter
-
-
-def _home(name: str, model: Architecture, homes: WeightFormat, tensor: AxisRank) -> tuple[str, int]:
-    """Home of a tensor, and the row where it begins there."""
-    module, parameter = _last(name)
-    if not homes.is_fused or module not in _FUSED:
-        return name, 0
-    prefix = name.removesuffix(f"{module}.{parameter}")
-    fused = "qkv_proj" if module in ("q_proj", "k_proj", "v_proj") else "gate_up_proj"
-    return f"{prefix}{fused}.{parameter}", sum(
-        _rows(before, model, homes, tensor) for before in _before(name)
-    )
-
-
-def _before(name: str) -> list[str]:
-    """Tensors that lie in the same fused home in front of this one."""
-    module, parameter = _last(name)
-    prefix = name.removesuffix(f"{module}.{parameter}")
-    members = _FUSED[module]
-    return [f"{prefix}{member}.{parameter}" for member in members[: members.index(module)]]
-
-
-def _rows(name: str, model: Architecture, homes: WeightFormat, tensor: AxisRank) -> int:
-    start, stop = tensor_parallel_bounds(name, model.shapes[name], tensor, model, homes)[0]
-    return stop - start
-
-
-def _interleaved(name: str, bounds: Bounds, model: Architecture, tensor: AxisRank) -> Iterator[TensorShard]:
-    """Pieces of query, key or value, one for each key-value head: its queries, the key, the value, then the
-    next head.
-    """
-    if model.num_kv_heads % tensor.size:
-        raise ValueError(
-            f"need key-value heads that tensor={tensor.size} divides, got {model.num_kv_heads}; Megatron repeats none"
-        )
-    module, parameter = _last(name)
-    queries = model.num_heads // model.num_kv_heads
-    heads = queries if module == "q_proj" else 1
-    width = model.shapes[name][0] // (model.num_heads if module == "q_proj" else model.num_kv_heads)
-    home = name.replace(f"{module}.{parameter}", f"qkv_proj.{parameter}")
-    start = {"q_proj": 0, "k_proj": queries, "v_proj": queries + 1}[module]
-    for group in range(model.num_kv_heads // tensor.size):
-        first = bounds[0][0] + group * heads * width
-        offset = (group * (queries + 2) + start) * width
-        yield TensorShard(
-            name, ((first, first + heads * width), *bounds[1:]), home, (offset, *(0 for _ in bounds[1:]))
-        )
-
-
-def _expert_piece(
-    name: str,
-    expert: re.Match[str],
-    bounds: Bounds,
-    experts: range,
-    model: Architecture,
-    homes: WeightFormat,
-    tensor: AxisRank,
-) -> TensorShard:
-    """A matrix of an expert: gate and up share a home."""
-    is_fused = expert["part"] in _FUSED
-    row = sum(_rows(before, model, homes, tensor) for before in _before(name)) if is_fused else 0
-    fused = "gate_up_proj" if is_fused else "down_proj"
-    if homes.has_stacked_experts:
-        return TensorShard(
-            name, bounds, f"{expert['module']}.{fused}", (int(expert["expert"]) - experts.start, row, 0)
-        )
-    return TensorShard(name, bounds, f"{expert['module']}.{expert['expert']}.{fused}.weight", (row, 0))

@@ -1,6 +1,4 @@
-"""The command `verl plan reshard`: what a change between the layouts of training and generation costs,
-without a device.
-"""
+"""The command `verl plan reshard`: cost of the change from training to generation, without a device."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ from verl.weight_sync.layout import ShardLayout
 from verl.weight_sync.meshes import Mesh, generation_groups
 from verl.weight_sync.reshard_plan import Copy, make_plan
 
-PICTURES = (".png", ".svg", ".pdf")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Names of sizes on the command line, and of the same sizes in `Mesh`.
 _TRAINING = {
     "tensor": "tensor",
     "pipeline": "pipeline",
@@ -38,24 +37,24 @@ _GENERATION = ("tensor", "pipeline", "experts")
 
 @dataclass(frozen=True)
 class ReshardQuery:
-    """What is asked.
+    """A change of layout to be planned.
 
     Attributes:
         model: whose weights.
         mesh: sizes of training.
-        homes: of training, a key of `verl.planner.model_layouts.WEIGHT_FORMATS`.
-        tensor: of generation.
-        pipeline: of generation.
-        has_split_experts: in generation.
+        weight_format: of training, a key of `verl.planner.model_layouts.WEIGHT_FORMATS`.
+        tensor: tensor parallel size of generation.
+        pipeline: stages of generation.
+        has_split_experts: in generation, experts are split as other matrices.
         grouping: a key of `verl.weight_sync.meshes.GROUPINGS`.
         itemsize: bytes per weight.
         ranks_per_node: of consecutive ranks.
-        bucket_bytes: of a bucket.
+        bucket_bytes: largest size of a bucket for one receiver.
     """
 
     model: Architecture
     mesh: Mesh
-    homes: str
+    weight_format: str
     tensor: int
     pipeline: int
     has_split_experts: bool
@@ -66,11 +65,20 @@ class ReshardQuery:
 
     @property
     def model_bytes(self) -> int:
-        """M."""
+        """Bytes of all weights."""
         return self.model.num_elements * self.itemsize
 
+    @property
+    def plan_options(self) -> dict[str, int]:
+        """Keyword arguments of `make_plan`, `traffic` and `gather_costs`."""
+        return {
+            "itemsize": self.itemsize,
+            "bucket_bytes": self.bucket_bytes,
+            "ranks_per_node": self.ranks_per_node,
+        }
+
     def layouts(self, grouping: str | None = None) -> tuple[ShardLayout, ShardLayout]:
-        """Of training and of generation."""
+        """Layouts of training and of generation."""
         target = generation_layout(
             self.model,
             self.mesh,
@@ -79,98 +87,90 @@ class ReshardQuery:
             grouping=grouping or self.grouping,
             has_split_experts=self.has_split_experts,
         )
-        return training_layout(self.model, self.mesh, homes=self.homes), target
+        return training_layout(self.model, self.mesh, weight_format=self.weight_format), target
 
     def costs(self) -> tuple[Traffic, list[ReshardCost]]:
-        """Traffic of the plan, and the costs of the plan and of other ways."""
+        """Traffic of the plan, and the costs of the plan and of other methods."""
         source, target = self.layouts()
-        options = {
-            "itemsize": self.itemsize,
-            "bucket_bytes": self.bucket_bytes,
-            "ranks_per_node": self.ranks_per_node,
-        }
-        moved = traffic(source, target, **options)
+        moved = traffic(source, target, **self.plan_options)
+        is_zero_redundancy = self.grouping == "zero-redundancy"
         share = (
             received_share(self.mesh, tensor=self.tensor, pipeline=self.pipeline)
-            if self.grouping == "zero-redundancy"
+            if is_zero_redundancy
             else None
         )
         costs = [plan_cost("this plan", moved, target, itemsize=self.itemsize, formula=share)]
-        if self.grouping == "zero-redundancy" and self.tensor * self.pipeline > 1:
+        if is_zero_redundancy and self.tensor * self.pipeline > 1:
             _, other = self.layouts("consecutive")
-            costs.append(
-                plan_cost("consecutive", traffic(source, other, **options), other, itemsize=self.itemsize)
-            )
-        return moved, [*costs, *gather_costs(source, target, self.mesh, **options)]
+            other_moved = traffic(source, other, **self.plan_options)
+            costs.append(plan_cost("consecutive", other_moved, other, itemsize=self.itemsize))
+        return moved, [*costs, *gather_costs(source, target, self.mesh, **self.plan_options)]
 
 
 def reshard(args: argparse.Namespace) -> None:
-    """`verl plan reshard`."""
-    question = question_of(args)
-    if args.plot and Path(args.plot).suffix not in PICTURES:
+    """Run `verl plan reshard`."""
+    query = parse_query(args)
+    if args.plot and Path(args.plot).suffix not in PLOT_SUFFIXES:
         raise ValueError(
-            f"need --plot with a picture that ends with {', '.join(PICTURES)}, got {args.plot!r}"
+            f"need --plot with a picture that ends with {', '.join(PLOT_SUFFIXES)}, got {args.plot!r}"
         )
     console = Console()
     if args.copies is not None:
-        _show_copies(console, question, args.copies)
+        _print_copies(console, query, args.copies)
         if not (args.json or args.plot):
             return
-    moved, costs = question.costs()
+    moved, costs = query.costs()
     if args.copies is None:
-        _show(console, question, moved, costs)
+        _print_costs(console, query, moved, costs)
     if args.json:
-        Path(args.json).write_text(
-            json.dumps(_facts(question, moved, costs), indent=2) + "\n", encoding="utf-8"
-        )
+        figures = json.dumps(_figures(query, moved, costs), indent=2)
+        Path(args.json).write_text(figures + "\n", encoding="utf-8")
         console.out(f"figures: {args.json}", highlight=False)
     if args.plot:
-        # Drawing takes a second to load.
-        import_module("verl.planner.plots").draw(Path(args.plot), moved.between, costs, question.model_bytes)
+        # Matplotlib takes a second to load.
+        import_module("verl.planner.plots").draw(Path(args.plot), moved.between, costs, query.model_bytes)
         console.out(f"drawing: {args.plot}", highlight=False)
 
 
-def question_of(args: argparse.Namespace) -> ReshardQuery:
-    """What the arguments of the command ask.
+def parse_query(args: argparse.Namespace) -> ReshardQuery:
+    """Query of the command's arguments.
 
     Raises:
-        ValueError: sizes that are none, or do not fit each other or the model.
+        ValueError: sizes that are no numbers, or do not fit each other or the model.
     """
-    training, generation = (
-        _sizes("training", args.training, tuple(_TRAINING)),
-        _sizes("generation", args.generation, _GENERATION),
-    )
+    training = _parse_sizes("training", args.training, tuple(_TRAINING))
+    generation = _parse_sizes("generation", args.generation, _GENERATION)
     if "fsdp" in training:
-        # The ranks of a line have different shards, as in `placement`.
+        # The ranks that share a sequence hold different shards, as in `placement`.
         training["fsdp"] *= training.pop("sequence", 1)
     mesh = Mesh(**{_TRAINING[key]: size for key, size in training.items()})
     tensor, experts = generation.get("tensor", 1), generation.get("experts", 1)
     if experts not in (1, tensor):
         raise ValueError(
-            f"need experts=1 or as many as tensor ranks in generation, got experts={experts} for tensor={tensor}"
+            f"need experts=1 or as many as tensor ranks in generation, got experts={experts} "
+            f"for tensor={tensor}"
         )
     if args.bucket_mib < 1:
         raise ValueError(f"need --bucket-mib from 1, got {args.bucket_mib}")
     model = named_architecture(args.model)
     if model.num_experts == 0 and max(experts, mesh.experts) > 1:
         raise ValueError("need a model with experts for experts above 1, this one has none")
-    homes = "transformers" if "fsdp" in training else "megatron"
     return ReshardQuery(
-        model,
-        mesh,
-        homes,
-        tensor,
-        generation.get("pipeline", 1),
-        experts == 1,
-        args.grouping,
-        ITEMSIZES[args.dtype],
-        _ranks_per_node(args, mesh.num_ranks),
-        args.bucket_mib * 2**20,
+        model=model,
+        mesh=mesh,
+        weight_format="transformers" if "fsdp" in training else "megatron",
+        tensor=tensor,
+        pipeline=generation.get("pipeline", 1),
+        has_split_experts=experts == 1,
+        grouping=args.grouping,
+        itemsize=ITEMSIZES[args.dtype],
+        ranks_per_node=_ranks_per_node(args, mesh.num_ranks),
+        bucket_bytes=args.bucket_mib * 2**20,
     )
 
 
-def _sizes(stage: str, text: str, keys: tuple[str, ...]) -> dict[str, int]:
-    """Sizes from "tensor=2,pipeline=1"."""
+def _parse_sizes(stage: str, text: str, keys: tuple[str, ...]) -> dict[str, int]:
+    """Sizes of a text such as "tensor=2,pipeline=1"."""
     sizes: dict[str, int] = {}
     for item in text.split(","):
         key, equals, value = item.strip().partition("=")
@@ -199,7 +199,7 @@ def _ranks_per_node(args: argparse.Namespace, num_ranks: int) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes for people, with three digits."""
+    """Human-readable bytes, with three digits."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
@@ -207,15 +207,13 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_seconds(time_s: float) -> str:
-    """Seconds for people, with three digits."""
+    """Human-readable time, with three digits."""
     return f"{time_s:.3g} s" if time_s >= 1 else f"{time_s * 1e3:.3g} ms"
 
 
-def _show(console: Console, question: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> None:
-    mesh, total = question.mesh, question.model_bytes
-    title = (
-        f"{question.model.num_elements / 1e9:.3g}B weights, {format_bytes(total)}, on {mesh.num_ranks} ranks"
-    )
+def _print_costs(console: Console, query: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> None:
+    mesh, total = query.mesh, query.model_bytes
+    title = f"{query.model.num_elements / 1e9:.3g}B weights, {format_bytes(total)}, on {mesh.num_ranks} ranks"
     table = Table("", title=title)
     for cost in costs:
         table.add_column(cost.way, justify="right")
@@ -229,70 +227,66 @@ def _show(console: Console, question: ReshardQuery, moved: Traffic, costs: list[
         "messages": lambda cost: str(cost.num_messages),
         "at least": lambda cost: format_seconds(cost.seconds),
     }
-    for name, told in rows.items():
-        table.add_row(name, *map(told, costs))
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, costs))
     console.print(table)
-    for line in _remarks(question, moved):
+    for line in _remarks(query, moved):
         console.out(line, highlight=False)
 
 
-def _remarks(question: ReshardQuery, moved: Traffic) -> list[str]:
-    options: dict[str, Any] = {
-        "tensor": question.tensor,
-        "pipeline": question.pipeline,
-        "grouping": question.grouping,
-    }
-    found = generation_groups(question.mesh, **options)
-    fullest = int(moved.received.argmax())
-    elsewhere = int(moved.from_other_nodes[fullest])
-    within = format_bytes(int(moved.received[fullest]) - elsewhere)
+def _remarks(query: ReshardQuery, moved: Traffic) -> list[str]:
+    """Sentences below the table: the busiest rank, the replicas of generation, and a warning."""
+    busiest = int(moved.received.argmax())
+    outside = int(moved.from_other_nodes[busiest])
+    inside = int(moved.received[busiest]) - outside
+    groups = generation_groups(
+        query.mesh, tensor=query.tensor, pipeline=query.pipeline, grouping=query.grouping
+    )
+    shown = ", ".join(str(group) for group in groups[:4]) + (", ..." if len(groups) > 4 else "")
     lines = [
-        f"rank {fullest} receives {within} within its node and {format_bytes(elsewhere)} from others, in {len(moved.buckets)} buckets"
+        f"rank {busiest} receives {format_bytes(inside)} within its node and {format_bytes(outside)} from "
+        f"others, in {len(moved.buckets)} buckets",
+        f"{len(groups)} replicas of generation: {shown}",
     ]
-    shown = ", ".join(str(group) for group in found[:4]) + (", ..." if len(found) > 4 else "")
-    lines.append(f"{len(found)} replicas of generation: {shown}")
-    across = sum(len({rank // question.ranks_per_node for rank in group}) > 1 for group in found)
-    if across and question.tensor > 1:
+    across = sum(len({rank // query.ranks_per_node for rank in group}) > 1 for group in groups)
+    if across and query.tensor > 1:
         lines.append(
-            f"the ranks of {across} of them are on several nodes, which makes generation slow; take fewer shards (data=...) or "
-            "--grouping consecutive"
+            f"the ranks of {across} of them are on several nodes, which makes generation slow; "
+            "take fewer shards (data=...) or --grouping consecutive"
         )
     return lines
 
 
-def _show_copies(console: Console, question: ReshardQuery, rank: int) -> None:
-    source, target = question.layouts()
-    options = {
-        "itemsize": question.itemsize,
-        "bucket_bytes": question.bucket_bytes,
-        "ranks_per_node": question.ranks_per_node,
-    }
-    plan = make_plan(source, target, **options, rank=rank)
+def _print_copies(console: Console, query: ReshardQuery, rank: int) -> None:
+    """Print all copies that a rank keeps, receives or sends."""
+    source, target = query.layouts()
+    plan = make_plan(source, target, **query.plan_options, rank=rank)
     for copy in plan.local:
-        console.out(f"keeps  {_told(copy)}", highlight=False)
+        console.out(f"keeps  {_copy_text(copy)}", highlight=False)
     for index, bucket in enumerate(plan.buckets):
         for copy in bucket:
-            way = f"from {copy.sender}" if copy.receiver == rank else f"to {copy.receiver}"
-            console.out(f"bucket {index} {way}: {_told(copy)}", highlight=False)
+            direction = f"from {copy.sender}" if copy.receiver == rank else f"to {copy.receiver}"
+            console.out(f"bucket {index} {direction}: {_copy_text(copy)}", highlight=False)
 
 
-def _told(copy: Copy) -> str:
+def _copy_text(copy: Copy) -> str:
     part = ", ".join(f"{start}:{stop}" for start, stop in copy.bounds)
-    homes = f"{copy.sender_tensor}{list(copy.sender_offset)} -> {copy.receiver_tensor}{list(copy.receiver_offset)}"
-    return f"{copy.name}[{part}] {homes}"
+    source = f"{copy.sender_tensor}{list(copy.sender_offset)}"
+    return f"{copy.name}[{part}] {source} -> {copy.receiver_tensor}{list(copy.receiver_offset)}"
 
 
-def _facts(question: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> Mapping[str, Any]:
+def _figures(query: ReshardQuery, moved: Traffic, costs: list[ReshardCost]) -> Mapping[str, Any]:
+    """Content of the file that `--json` writes."""
     return {
-        "model_bytes": question.model_bytes,
-        "num_ranks": question.mesh.num_ranks,
-        "training": asdict(question.mesh),
+        "model_bytes": query.model_bytes,
+        "num_ranks": query.mesh.num_ranks,
+        "training": asdict(query.mesh),
         "generation": {
-            "tensor": question.tensor,
-            "pipeline": question.pipeline,
-            "grouping": question.grouping,
+            "tensor": query.tensor,
+            "pipeline": query.pipeline,
+            "grouping": query.grouping,
         },
-        "ranks_per_node": question.ranks_per_node,
+        "ranks_per_node": query.ranks_per_node,
         "num_buckets": len(moved.buckets),
         "ways": [asdict(cost) | {"seconds": cost.seconds} for cost in costs],
         "received_bytes": moved.received.tolist(),

@@ -1,6 +1,4 @@
-"""The least time that one training step can take on a given machine, from arithmetic and memory traffic
-alone.
-"""
+"""Least time of one training step on a given machine, from arithmetic and memory traffic alone."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from verl.utils.device import MachineSpeed
 
-# Names in Hugging Face configurations. With one of the second kind set, a token does not meet every weight or
-# every earlier token, or the cache holds something else than keys and values.
+# Names in Hugging Face configurations. With one of the second kind set, a token does not use every weight or
+# attend to every earlier token, or the cache holds something else than keys and values.
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _NOT_DENSE = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "sliding_window")
 
@@ -44,11 +42,11 @@ class ModelShape:
 
     @classmethod
     def from_hf_config(cls, config: Any) -> ModelShape:
-        """The shape of a Transformers configuration; of its text part, if it has several.
+        """Shape of a Transformers configuration, or of its text part if the model has several.
 
         Raises:
-            ValueError: a mixture of experts, an attention that is not full, or no gated MLP, which the
-                formulas do not cover.
+            ValueError: a mixture of experts, attention that is not full, or no gated MLP: the formulas do not
+                cover them.
         """
         text = config.get_text_config().to_dict()
         if text.get("use_sliding_window") is False:
@@ -59,7 +57,8 @@ class ModelShape:
         if odd or missing:
             found = f"got {text.get('model_type')} with {odd} and without {missing}"
             raise ValueError(
-                f"need a dense decoder with full attention and a gated MLP, {found}; its step limit is not known"
+                f"need a dense decoder with full attention and a gated MLP, {found}; "
+                "its step limit is not known"
             )
         heads, hidden = text["num_attention_heads"], text["hidden_size"]
         return cls(
@@ -89,8 +88,9 @@ class ModelShape:
 
     @property
     def matmul_weights(self) -> int:
-        """Weights that every generated token is multiplied with. The embedding is a look-up: no arithmetic,
-        hardly a byte.
+        """Weights that every generated token is multiplied with.
+
+        The embedding is left out: it is a look-up without arithmetic, and one row is few bytes.
         """
         return self.body_weights + self.head_weights
 
@@ -107,7 +107,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step has to do.
+    """Work of one step.
 
     Attributes:
         prompt_lengths: [B] int, tokens of the prompt of each trajectory.
@@ -141,13 +141,14 @@ class StepWork:
         rows = len(self.prompt_lengths)
         if not 1 <= self.num_prompts <= rows or self.max_slots < 1:
             raise ValueError(
-                f"need 1 <= num_prompts <= {rows} and max_slots >= 1, got {self.num_prompts} and {self.max_slots}"
+                f"need 1 <= num_prompts <= {rows} and max_slots >= 1, "
+                f"got {self.num_prompts} and {self.max_slots}"
             )
 
 
 @dataclass(frozen=True)
 class StepLimit:
-    """Least seconds of each phase of a step; the phases need each other's results, so the total is their sum."""
+    """Least seconds of each phase of a step; each phase needs the results of the one before."""
 
     prefill_s: float
     generate_s: float
@@ -156,12 +157,12 @@ class StepLimit:
 
     @property
     def total_s(self) -> float:
-        """Least seconds of the whole step."""
+        """Least seconds of the whole step: the sum of its phases."""
         return self.prefill_s + self.generate_s + self.train_s + self.optimizer_s
 
 
 def forward_flops(shape: ModelShape, prompt_tokens: Tensor, response_tokens: Tensor) -> Tensor:
-    """Operations of one causal forward pass, F1 = 2 N_body S + 2 N_head R + 2 L q h S^2 with S = P + R.
+    """FLOPs of one causal forward pass, F1 = 2 N_body S + 2 N_head R + 2 L q h S^2 with S = P + R.
 
     The head is applied to response positions only. The last term is attention, two products over half of the
     S x S pairs; PaLM, https://arxiv.org/abs/2204.02311, appendix B, counts all pairs and the head everywhere.
@@ -181,19 +182,19 @@ def forward_flops(shape: ModelShape, prompt_tokens: Tensor, response_tokens: Ten
 
 
 def prefill_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """Reading each different prompt once, num_prompts times the mean of F1(P, 0) / F."""
+    """Least seconds to prefill each different prompt once: num_prompts times the mean of F1(P, 0) / F."""
     flops = forward_flops(shape, work.prompt_lengths, torch.zeros_like(work.prompt_lengths))
     return work.num_prompts * float(flops.mean()) / speed.flops_per_s
 
 
 def rollout_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """Generating all responses with a cache of keys and values, the larger of its memory traffic and its
-    arithmetic.
+    """Least seconds to generate all responses with a key-value cache.
 
     At least max(R_max, ceil(sum(R) / slots)) iterations, each of which reads all matrices; token t of a
     response also reads the P + t tokens in the cache. With k bytes of cache per token and W bytes of matrices
         T >= max((W iterations + k sum(P R + R^2 / 2)) / bandwidth, sum(2 N R + 4 L q h (P R + R^2 / 2)) / F).
-    The two bounds are the roofline, https://doi.org/10.1145/1498765.1498785, applied to decoding.
+    The two bounds, memory traffic and arithmetic, are the roofline applied to decoding,
+    https://doi.org/10.1145/1498765.1498785.
     """
     prompt, response = work.prompt_lengths.double(), work.response_lengths.double()
     cache_reads = float((prompt * response + response**2 / 2).sum())
@@ -210,35 +211,30 @@ def rollout_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> f
 
 
 def train_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """Forward and backward over every trajectory in every epoch, 3 sum(F1) / F; recomputed activations are
-    not counted.
+    """Least seconds of forward and backward passes over every trajectory in every epoch, 3 sum(F1) / F.
+
+    Recomputed activations are not counted.
     """
-    return (
-        work.epochs
-        * 3
-        * float(forward_flops(shape, work.prompt_lengths, work.response_lengths).sum())
-        / speed.flops_per_s
-    )
+    flops = float(forward_flops(shape, work.prompt_lengths, work.response_lengths).sum())
+    return work.epochs * 3 * flops / speed.flops_per_s
 
 
 def optimizer_seconds(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> float:
-    """AdamW in fp32 at full bandwidth: per weight and update 28 bytes, or 30 with a 16-bit copy for
-    generation.
+    """Least seconds of AdamW in fp32 at full bandwidth.
 
-    Read are weight, gradient and two moments (16 bytes), written weight and moments (12), and the copy if
-    there is one.
+    For each weight and update, 28 bytes: weight, gradient and two moments are read (16), weight and moments
+    written (12); and 2 more for a 16-bit copy for generation.
     """
     bytes_per_update = 28 + (work.bytes_per_weight if work.bytes_per_weight < 4 else 0)
     return work.updates * bytes_per_update * shape.stored_weights / speed.bytes_per_s
 
 
 def step_limit(shape: ModelShape, work: StepWork, speed: MachineSpeed) -> StepLimit:
-    """The strict synchronous limit of a step: one policy, no extra forward passes, weights shared with the
-    generator.
+    """Least time of a synchronous step of one policy that shares its weights with generation.
 
-    This limit over the measured time is the share of the machine that a step used. The phases are those of
-    HybridFlow, https://arxiv.org/abs/2409.19256, section 2. Passes for the old policy and the reference are
-    not counted, because a step can do without both.
+    This limit divided by the measured time is the share of the machine that a step used. The phases are those
+    of HybridFlow, https://arxiv.org/abs/2409.19256, section 2. Forward passes for old and reference logprobs
+    are not counted, because a step can do without both.
     """
     return StepLimit(
         prefill_s=prefill_seconds(shape, work, speed),
