@@ -50,7 +50,9 @@ class StepTrace:
         if file is None:
             return None
         if self._records:
-            self.functions.setdefault(file, set()).add(frame.f_code.co_name)
+            names = self.functions.setdefault(file, set())
+            if not frame.f_code.co_name.startswith("<"):
+                names.add(frame.f_code.co_name)
             if not self.hops and file.startswith("rollout/") and frame.f_code.co_name == ENGINE_CALL:
                 self.hops = hops_to(frame)
         return self._line
