@@ -276,7 +276,7 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ({"value_loss": Choice(name="outcome_cross_entropy")}, "need an advantage that reads prm_logprobs"),
         (
             {"advantage": Choice(name="gdpo"), "kl": KLConfig(where="reward")},
-            "where reward, got gdpo and ppo_clip, which would ignore it",
+            "where reward, got gdpo and ppo_clip, which would ignore the KL",
         ),
         (
             {"advantage": Choice(name="reverse_kl"), "kl": KLConfig(where="reward")},
@@ -288,7 +288,7 @@ def test_the_likelihood_of_good_answers_is_a_term_of_its_own():
         ),
         (
             {"policy_loss": Choice(name="kl_cov"), "skip_zero_advantages": True},
-            "leave alone for algorithm.skip_zero_advantages, got kl_cov",
+            "algorithm.skip_zero_advantages, got kl_cov",
         ),
     ],
 )

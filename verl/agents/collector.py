@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from verl.algorithms.registry import Bound
+from verl.algorithms.registry import BoundFunction
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.tracking import Clock
@@ -63,7 +63,7 @@ class DataCollector:
         *,
         greedy_baseline: bool = False,
         by_parts: bool = False,
-        length_penalty: Bound | None = None,
+        length_penalty: BoundFunction | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.engine = engine

@@ -1,5 +1,6 @@
-"""Credit of whole answers, compared with their siblings, and the table of all advantages; credit of tokens is
-in returns.
+"""Advantages of whole answers, compared with their siblings, and the table of all advantages.
+
+Advantages of tokens are in `token_advantages`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def grpo(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps:
 
 
 def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Advantage over the mean of the other siblings, A_i = r_i - mean_{j != i}(r_j) = n / (n - 1) (r_i -
-    mean(r)).
+    """Distance of a reward to the mean of the other siblings, A_i = r_i - mean_{j != i}(r_j).
 
-    RLOO, https://arxiv.org/abs/2402.14740. A trajectory without siblings gets 0.
+    This is n / (n - 1) (r_i - mean(r)) in a group of n. RLOO, https://arxiv.org/abs/2402.14740. A trajectory
+    without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -74,12 +75,11 @@ def rloo(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def opo(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
-    """Advantage over the mean reward per token, A_i = r_i - sum_j(l_j r_j) / sum_j(l_j), l the number of
-    sampled tokens.
+    """Distance to the mean reward per token, A_i = r_i - sum_j(l_j r_j) / sum_j(l_j).
 
-    OPO, https://arxiv.org/abs/2505.23585: the baseline of least variance if the squared norm of an answer's
-    gradient grows with its length. It assumes one update per batch with the policy that sampled. A trajectory
-    without siblings gets 0, and so does a group without sampled tokens.
+    l_j is the number of sampled tokens. OPO, https://arxiv.org/abs/2505.23585: the baseline of least variance
+    if the squared norm of an answer's gradient grows with its length. It assumes one update per batch with
+    the policy that sampled. A trajectory without siblings gets 0, and so does a group without sampled tokens.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -103,18 +103,17 @@ def opo(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Distance to the group mean, scaled up by the groups that teach nothing, A_i = B / B' (r_i - mean(r)) /
-    scale.
+    """Distance to the group mean, scaled by the groups with a gradient, A_i = B / B' (r_i - mean(r)) / scale.
 
-    GPG, https://arxiv.org/abs/2504.02546: B rows, B' of them in groups whose rewards are not all equal, so
-    that the mean over the batch is one over the groups with a gradient. https://github.com/volcengine/verl
+    GPG, https://arxiv.org/abs/2504.02546: B' of the B rows are in groups whose rewards are not all equal, so
+    the mean over the batch becomes a mean over the groups with a gradient. https://github.com/volcengine/verl
     counts as B' the rows with a reward other than 0 instead. A trajectory without siblings gets 0 and does
     not count in B'.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
         group_ids: [B] int, equal for the trajectories of one prompt, in any order.
-        scale: what the paper calls F_norm, above 0, unit of the rewards.
+        scale: F_norm of the paper, above 0, unit of the rewards.
 
     Returns:
         [B], dtype of the rewards, mean 0 within each group.
@@ -130,12 +129,11 @@ def gpg(rewards: Tensor, group_ids: Tensor, *, scale: float = 1.0) -> Tensor:
 
 
 def grpo_batch_std(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Distance to the group mean in units of the batch, A_i = (r_i - mean(r)) / (s + eps), s^2 the mean
-    square of all such distances.
+    """Distance to the group mean over the deviation of the batch, A_i = (r_i - mean(r)) / (s + eps).
 
-    ScaleRL, https://arxiv.org/abs/2510.13786, section 3: prompts that are nearly solved or nearly hopeless
-    weigh no more than others, as they do under GRPO's deviation of the group. A trajectory without siblings
-    gets 0.
+    s^2 is the mean square of all these distances. ScaleRL, https://arxiv.org/abs/2510.13786, section 3:
+    prompts that are nearly solved or nearly hopeless weigh no more than others, as they do under GRPO's
+    deviation of the group. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -155,14 +153,13 @@ def grpo_batch_std(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> 
 
 
 def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Distance to the group mean in units of that mean, A_i = (r_i - mean(r)) / (mean(r) + eps): rare success
-    counts more.
+    """Distance to the group mean, relative to that mean, A_i = (r_i - mean(r)) / (mean(r) + eps).
 
-    MaxRL, https://arxiv.org/abs/2602.02710. It is meant for rewards of 0 or more, where the mean is the rate
-    of success: for binary ones its expectation is the gradient of a truncated series of the log-likelihood of
-    success. A group whose mean is 0 or below gets 0 as a whole, which is the paper's rule for groups without
-    success; take another advantage for rewards that may be negative, a KL penalty or a length penalty among
-    them. A trajectory without siblings gets 0.
+    Rare success counts more. MaxRL, https://arxiv.org/abs/2602.02710. It is meant for rewards of 0 or more,
+    where the mean is the rate of success: for binary ones its expectation is the gradient of a truncated
+    series of the log-likelihood of success. A group whose mean is 0 or below gets 0 as a whole, which is the
+    paper's rule for groups without success; take another advantage for rewards that may be negative, a KL
+    penalty or a length penalty among them. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -184,11 +181,11 @@ def maxrl(rewards: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
 def grpo_passk(
     rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
 ) -> Tensor:
-    """Only the best of a group gets credit, A = (r_max - r_second) / (std(r) + eps): what the best of n loses
-    without it.
+    """Advantage of the best answer of a group, A = (r_max - r_second) / (std(r) + eps); 0 for the others.
 
-    Leave-one-out advantage of the best of n, https://arxiv.org/abs/2503.19595; the division is GRPO's. Two
-    best ones make each other superfluous: all get 0. A trajectory without siblings gets 0.
+    Leave-one-out advantage of the best of n, https://arxiv.org/abs/2503.19595: the reward that best-of-n
+    loses without that answer. The division is GRPO's. If two answers share the largest reward, all get 0,
+    since one of them can replace the other. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -214,13 +211,12 @@ def grpo_passk(
 
 
 def gdpo(reward_parts: Tensor, reward_weights: Tensor, group_ids: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Sum over reward functions of weight times GRPO's advantage for that function alone, then normalized
-    over the batch.
+    """Weighted sum of GRPO's advantages of each reward function, normalized over the batch.
 
     GDPO, https://arxiv.org/abs/2601.05242: A_ik = (r_ik - mean(r_k)) / (std(r_k) + eps) in the group, S_i =
     sum_k w_ik A_ik, A_i = (S_i - mean(S)) / (std(S) + eps) over all trajectories of the batch, each counted
     once. https://github.com/volcengine/verl counts each sampled token once instead, which makes long answers
-    weigh more. KL in the reward is not seen here. A trajectory without siblings has S = 0.
+    weigh more. A KL penalty in the reward has no effect here. A trajectory without siblings has S = 0.
 
     Args:
         reward_parts: [B, K] float, value of each reward function before its weight.
@@ -249,7 +245,7 @@ def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """Advantage over the most likely answer, A_i = r_i - r(greedy answer to the same prompt).
 
     ReMax, https://arxiv.org/abs/2310.10505, algorithm 1. One trajectory per prompt is enough: siblings are
-    not compared. A KL penalty in the reward is taken from r_i alone.
+    not compared. A KL penalty in the reward changes r_i alone.
 
     Args:
         rewards: [B] float, one per trajectory, unit of the reward function.
@@ -266,11 +262,10 @@ def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
 
 
 def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> Tensor:
-    """Distance to the group mean, A_i = r_i - mean(r), at each sampled token, whitened over the sampled
-    tokens of the batch.
+    """Distance to the group mean, A_i = r_i - mean(r), at each sampled token, whitened over the batch.
 
     REINFORCE++-baseline, https://arxiv.org/abs/2501.03262: the scale comes from the whole batch, not from the
-    few siblings. A trajectory without siblings enters with a distance of 0; the whitening moves it as all
+    few siblings. A trajectory without siblings enters with a distance of 0; the whitening moves it like all
     others.
 
     Args:
@@ -289,8 +284,7 @@ def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor) -> T
     return masked_whiten(siblings.deviation(rewards)[:, None].expand(mask.shape), mask).to(rewards.dtype)
 
 
-# Each returns [B] (spread over the row's sampled tokens by the caller), [B, T], or (advantages [B, T],
-# returns [B, T]).
+# Each returns [B], one value for all sampled tokens of a row; or [B, T]; or advantages and returns [B, T].
 ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "grpo": grpo,
     "rloo": rloo,

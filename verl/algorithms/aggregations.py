@@ -1,8 +1,8 @@
-"""The weight of each token in the loss of an optimizer batch; losses of any split of it then add up.
+"""Weights of the tokens in the loss of an optimizer batch: the losses of any split of the batch add up.
 
-A batch may also come in portions that do not know of each other, groups whole: the weights of a portion by
-itself times its denominator over the sum of all denominators are those of the whole batch. The denominators
-are beside the weights.
+A batch may also be trained in portions of whole groups that do not know each other. The weights of the whole
+batch are the weights of a portion by itself, times the portion's denominator over the sum of all
+denominators. `DENOMINATORS` has these denominators.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def num_rows(mask: Tensor) -> Tensor:
 
 
 def prompt_mean(mask: Tensor, group_ids: Tensor) -> Tensor:
-    """1 / (prompts x sampled tokens of the prompt's answers): each prompt counts the same, and within it each
-    token.
+    """1 / (prompts x sampled tokens of the prompt's answers): each prompt counts the same.
 
-    ScaleRL, https://arxiv.org/abs/2510.13786, section 3.
+    Within a prompt each token counts the same. ScaleRL, https://arxiv.org/abs/2510.13786, section 3.
 
     Args:
         mask: [B, T] bool of the whole optimizer batch; a prompt without a sampled token is no prompt.
@@ -69,16 +68,12 @@ def prompt_mean(mask: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def num_prompts(mask: Tensor, group_ids: Tensor) -> Tensor:
-    """[] int64, prompts with at least one sampled token in [B, T], by the ids [B] of the rows: the
-    denominator of `prompt_mean`.
-    """
+    """[] int64, prompts with at least one sampled token: the denominator of `prompt_mean`."""
     return (_tokens_of_prompts(mask, group_ids)[0] > 0).sum()
 
 
 def _tokens_of_prompts(mask: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] int64, sampled tokens of each prompt, 0 behind the last; and [B] int64, the place of each row's
-    prompt among them.
-    """
+    """Sampled tokens of each prompt [B] int64, then zeros, and the index of each row's prompt [B] int64."""
     _, groups = torch.unique(group_ids, return_inverse=True)
     return torch.zeros(len(groups), dtype=torch.int64, device=mask.device).index_add(
         0, groups, mask.sum(1)
@@ -100,10 +95,10 @@ def seq_mean_token_sum(mask: Tensor) -> Tensor:
 
 
 def seq_mean_token_sum_norm(mask: Tensor, *, length: int) -> Tensor:
-    """1 / (rows x length) with a constant length: unlike 1 / tokens it does not favour short wins and long
-    losses.
+    """1 / (rows x length) with a constant length.
 
-    Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.
+    Unlike 1 / tokens, it does not favour short right answers and long wrong ones. Dr. GRPO,
+    https://arxiv.org/abs/2503.20783, section 3.
 
     Args:
         mask: [B, T] bool of the whole optimizer batch; a row without a sampled token is no row.
@@ -128,8 +123,7 @@ AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     "seq_mean_token_sum": seq_mean_token_sum,
     "seq_mean_token_sum_norm": seq_mean_token_sum_norm,
 }
-# What the whole batch has in the denominator of its weights, so that portions can be brought together; called
-# as the aggregation is.
+# Denominator of the weights of each aggregation, to bring portions together; same columns as the aggregation.
 DENOMINATORS: dict[str, Callable[..., Tensor]] = {
     "token_mean": num_tokens,
     "seq_mean_token_mean": num_rows,

@@ -1,14 +1,13 @@
-"""Difference between the sampler's and the trainer's logprobs: what the ratio divides by, and weights of the
-tokens.
+"""Corrections for the difference between the sampler's and the trainer's logprobs.
 
-A correction returns old_logprobs [B, T], as they came at masked positions, and weights [B, T] or None, both
-without gradient: a weight is a change of measure, and a gradient through it would train the policy to change
-the weight. Weights multiply the policy loss of the tokens; 0 stands for a rejected token, and at masked
-positions. One that names `logprobs` is called in every update on whole rows of a micro-batch and so keeps no
-statistics over the batch; the others once per step on the whole batch.
+A correction returns the denominator of the ratio, old_logprobs [B, T], unchanged at masked positions, and the
+weights of the tokens [B, T] or None, both without gradient: a gradient through a weight would train the
+policy to change the weight. The policy loss of a token is multiplied by its weight, which is 0 for a rejected
+token and at masked positions. A correction that reads `logprobs` is called in every update on the rows of a
+micro-batch, and so has no statistics over the batch. The others are called once per step on the whole batch.
 
-rho is exp(trainer - sampler) of a token. Its logarithm is clamped at +-20, and so is the sum of these over a
-row.
+rho is exp(trainer - sampler) of a token. Its logarithm is clamped at +-20, and so is the sum of the
+logarithms over a row.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from verl.algorithms.mismatch import row_sum, sampled_log_ratio
 
 
 def bypass(rollout_logprobs: Tensor) -> tuple[Tensor, None]:
-    """The ratio divides by the sampler's probabilities: no forward pass of the trainer before the update.
+    """The sampler's logprobs as the denominator: no forward pass of the trainer before the update.
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, bypass mode.
 
@@ -38,8 +37,7 @@ def bypass(rollout_logprobs: Tensor) -> tuple[Tensor, None]:
 
 
 def recompute(trainer_logprobs: Tensor) -> tuple[Tensor, None]:
-    """The ratio divides by the trainer's own probabilities before the first update; the sampler's differences
-    are ignored.
+    """The trainer's own logprobs before the first update; differences of the sampler are ignored.
 
     PPO, https://arxiv.org/abs/1707.06347, section 3.
 
@@ -60,7 +58,7 @@ def token_tis(
     cap: float | None = 2.0,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities, and truncated importance weights w = min(rho, cap) for each token.
+    """The trainer's logprobs, and truncated importance weights w = min(rho, cap) for each token.
 
     Truncated importance sampling, https://fengyao.notion.site/off-policy-rl; cap and normalization:
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, token level. With cap None it is
@@ -93,7 +91,7 @@ def seq_tis(
     cap: float | None = 2.0,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities, and w = min(prod_t rho_t, cap), the same for all tokens of a row.
+    """The trainer's logprobs, and w = min(prod_t rho_t, cap), the same for all tokens of a row.
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, sequence level: without a cap free of
     bias, of high variance.
@@ -122,7 +120,7 @@ def seq_tis(
 def token_mis(
     trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, low: float = 0.5, high: float = 2.0
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities, and w = rho where low <= rho <= high, else 0, for each token.
+    """The trainer's logprobs, and w = rho where low <= rho <= high, else 0, for each token.
 
     IcePop, https://ringtech.notion.site/icepop, which takes 0.5 and 5; the bounds here are the ones of
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, rejection at the token level.
@@ -147,8 +145,7 @@ def token_mis(
 def seq_mis(
     trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, low: float = 0.5, high: float = 2.0
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities, and w = prod_t rho_t for all tokens of a row where it lies in [low, high],
-    else 0 for all.
+    """The trainer's logprobs, and w = prod_t rho_t for rows where it lies in [low, high], else 0.
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, rejection at the sequence level. The
     product grows with the length, so long rows are rejected first; geometric_rs does not depend on it.
@@ -180,8 +177,9 @@ def geometric_rs(
     high: float = 1.001,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities; rows whose (prod_t rho_t)^(1/T), T sampled tokens, is not in [low, high]
-    are rejected.
+    """The trainer's logprobs; rejects rows whose geometric mean of rho is not in [low, high].
+
+    The mean is (prod_t rho_t)^(1/T) over the T sampled tokens of the row.
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, geometric level. Differences of both
     signs cancel in the mean; k3_rs counts them all.
@@ -214,7 +212,7 @@ def k3_rs(
     threshold: float = 0.01,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The trainer's probabilities; rows with mean_t(rho - log rho - 1) above the threshold are rejected.
+    """The trainer's logprobs; rejects rows with mean_t(rho - log rho - 1) above the threshold.
 
     That mean estimates KL(sampler || trainer) of a token, http://joschu.net/blog/kl-approx.html; rejection by
     it: https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html.
@@ -243,20 +241,20 @@ def k3_rs(
 def loglinear(
     logprobs: Tensor, rollout_logprobs: Tensor, staleness: Tensor, mask: Tensor, *, cap: float | None = 5.0
 ) -> tuple[Tensor, Tensor]:
-    """Decoupled PPO without a forward pass for log p_old = log p_roll + s / (s + 1) log(p / p_roll); weights
-    min(p_old / p_roll, cap).
+    """Decoupled PPO without a forward pass: log p_old = log p_roll + s / (s + 1) log(p / p_roll).
 
-    https://inclusionai.github.io/AReaL/algorithms/prox_approx.html, with the versions v - s of the sampler, v
-    of the trainer before the step and v + 1 of the policy in the update. In the first update of a step the
-    policy still is version v, so that there the estimate stops short of it. Without staleness it is `bypass`.
+    The weights are min(p_old / p_roll, cap). https://inclusionai.github.io/AReaL/algorithms/prox_approx.html,
+    with the versions v - s of the sampler, v of the trainer before the step and v + 1 of the policy in the
+    update. In the first update of a step the policy is still version v, so the estimate is a little
+    behind it there. Without staleness it is `bypass`.
 
     Args:
         logprobs: [B, T] float, nats, of the policy in the update.
         rollout_logprobs: [B, T] float, nats, from the sampler.
         staleness: [B, T] int64, s, steps between the versions of sampler and trainer, at least 0.
         mask: [B, T] bool.
-        cap: largest weight, above 0; the default is that of AReaL's recipes, which reject above it; None: no
-            cap below exp(20).
+        cap: largest weight, above 0; the default is that of AReaL's recipes, which reject tokens above it;
+            None: no cap below exp(20).
 
     Returns:
         old_logprobs [B, T] and weights [B, T] in (0, cap].
@@ -274,8 +272,7 @@ def loglinear(
 def off_policy_mask(
     logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """The sampler's probabilities; tokens with A < 0 are rejected in rows with mean_t log(p_roll / p) above
-    the threshold.
+    """The sampler's logprobs; rejects tokens with A < 0 in rows whose mean_t log(p_roll / p) is too large.
 
     DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, off-policy sequence masking: whole rows if
     all tokens of a row have the same advantage. The paper gives no threshold; the default is that of
@@ -311,24 +308,26 @@ def _truncated(log_weights: Tensor, cap: float | None) -> Tensor:
 
 
 def _within(log_values: Tensor, low: float, high: float) -> Tensor:
-    """Whether exp(log_values) lies in [low, high], compared as logarithms: near 1 fp32 keeps more digits of
-    them.
+    """True where exp(log_values) lies in [low, high].
+
+    Logarithms are compared, since fp32 keeps more digits of them near 1.
     """
     if not 0 < low <= 1 <= high:
         raise ValueError(
-            f"need 0 < low <= 1 <= high, got low={low} and high={high}; other bounds reject a sampler without a difference"
+            f"need 0 < low <= 1 <= high, got low={low} and high={high}; other bounds reject a sampler "
+            "that is equal to the trainer"
         )
     return (log_values >= math.log(low)) & (log_values <= math.log(high))
 
 
 def _accepted(log_rho: Tensor, mask: Tensor, kept: Tensor, cap: float | None) -> Tensor:
-    """[B, T] weights of the tokens in the rows that are kept [B], 0 elsewhere; without a cap all of them 1."""
+    """[B, T] weights of the tokens in the accepted rows [B], 0 elsewhere; without a cap they are 1."""
     weights = torch.ones_like(log_rho) if cap is None else _truncated(log_rho, cap)
     return torch.where(mask & kept[:, None], weights, 0.0)
 
 
 def _over_mean(weights: Tensor, sampled: Tensor) -> Tensor:
-    """Weights, 0 where nothing was sampled, over their mean where something was."""
+    """Weights over their mean where something was sampled; they are 0 elsewhere."""
     mean = masked_mean(weights, sampled)
     return weights / torch.where(mean > 0, mean, 1.0)
 
@@ -336,7 +335,7 @@ def _over_mean(weights: Tensor, sampled: Tensor) -> Tensor:
 def _check_threshold(threshold: float) -> None:
     if not threshold >= 0:
         raise ValueError(
-            f"need threshold >= 0, got {threshold}; below it a sampler without a difference would be rejected"
+            f"need threshold >= 0, got {threshold}; below 0 a sampler equal to the trainer is rejected"
         )
 
 

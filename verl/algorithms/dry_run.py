@@ -1,6 +1,4 @@
-"""Calls of chosen functions on small example columns before a model is loaded, so that a wrong option fails at
-the start.
-"""
+"""Calls of chosen functions on small example columns, to find a wrong option before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl.algorithms.registry import Bound
+from verl.algorithms.registry import BoundFunction
 from verl.data.columns import CHOSEN, COLUMNS, LOGPROB, ColumnSpec, readable_by
 
 # Length of each axis of `ColumnSpec.shape`.
@@ -60,7 +58,7 @@ def _example(spec: ColumnSpec, generator: torch.Generator) -> Tensor:
     return common + 0.1 * torch.rand(shape, generator=generator)
 
 
-def try_out(function: Bound, names: Collection[str] | None = None) -> Any:
+def try_out(function: BoundFunction, names: Collection[str] | None = None) -> Any:
     """Result of one call on the example columns of these names.
 
     Raises:
@@ -80,7 +78,7 @@ def try_out(function: Bound, names: Collection[str] | None = None) -> Any:
         ) from error
 
 
-def learns_from_zero_advantages(loss: Bound) -> bool:
+def learns_from_zero_advantages(loss: BoundFunction) -> bool:
     """True if a policy loss has a gradient where all advantages of a row are 0."""
     columns = example_columns()
     columns["advantages"][:2] = 0

@@ -1,6 +1,4 @@
-"""Statistics over sampled tokens and over groups, the clamped log-ratio and the guards that the algorithm
-functions share.
-"""
+"""Statistics over sampled tokens and over groups, the clamped log-ratio, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def check_same_shape(**columns: Tensor) -> None:
-    """Raises ValueError unless all columns have one shape; a column that broadcasts would be read for the
-    wrong tokens.
+    """Raise ValueError unless all columns have one shape.
+
+    A column that broadcasts would be read for the wrong tokens.
     """
     if len({column.shape for column in columns.values()}) > 1:
         came = ", ".join(f"{name} {tuple(column.shape)}" for name, column in columns.items())
@@ -27,7 +26,7 @@ def check_same_shape(**columns: Tensor) -> None:
 
 
 def check_same_rows(**columns: Tensor) -> None:
-    """Raises ValueError unless all columns have one number of rows."""
+    """Raise ValueError unless all columns have the same number of rows."""
     if len({len(column) for column in columns.values()}) > 1:
         came = ", ".join(f"{name} {tuple(column.shape)}" for name, column in columns.items())
         raise ValueError(
@@ -36,16 +35,14 @@ def check_same_rows(**columns: Tensor) -> None:
 
 
 def check_not_negative(**options: float) -> None:
-    """Raises ValueError unless all options are 0 or more."""
+    """Raise ValueError unless all options are 0 or more."""
     for name, value in options.items():
         if not value >= 0:
-            raise ValueError(
-                f"need {name} of at least 0, got {name}={value}; turn its sign, or set 0 to do without"
-            )
+            raise ValueError(f"need {name} of at least 0, got {name}={value}; set 0 to turn it off")
 
 
 def check_in_unit_interval(**options: float) -> None:
-    """Raises ValueError unless all options are in [0, 1]."""
+    """Raise ValueError unless all options are in [0, 1]."""
     if not all(0 <= value <= 1 for value in options.values()):
         came = " and ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(
@@ -59,11 +56,12 @@ def log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the sampled tokens, for monitors; a loss takes its denominator from the whole optimizer batch
-    instead.
+    """Mean over the sampled tokens, for monitors.
+
+    A loss takes its denominator from the whole optimizer batch instead.
 
     Args:
-        values: [B, T]; what stands at masked positions, NaN included, is not read.
+        values: [B, T]; values at masked positions, NaN included, are not read.
         mask: [B, T] bool.
 
     Returns:
@@ -105,7 +103,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Which rows belong to one group; each row is given the statistic of its group, in fp64.
+    """Groups of rows; each row gets the statistic of its group, in fp64.
 
     In fp64 the mean of equal fp32 rewards is that reward: a group without a winner gets exactly 0, not
     rounding noise divided by eps.
@@ -146,14 +144,16 @@ class Siblings:
         return values.double() - self.mean(values)
 
     def leave_one_out(self, values: Tensor) -> Tensor:
-        """[B] value minus the mean of the other rows of the group, n / (n - 1) (value - mean); 0 in a group
-        of one.
+        """[B] value minus the mean of the other rows of the group; 0 in a group of one.
+
+        This is n / (n - 1) (value - mean).
         """
         return self.deviation(values) * (self.sizes / (self.sizes - 1).clamp(min=1))
 
     def over_std(self, advantages: Tensor, values: Tensor, *, eps: float) -> Tensor:
-        """[B, ...] advantages / (s + eps), s the sample deviation (n - 1) of the values in the group; 0 / 0
-        is 0.
+        """[B, ...] advantages over (s + eps), s the sample deviation (n - 1) of the values in the group.
+
+        0 / 0 is 0.
         """
         degrees = (self.sum(torch.ones_like(values)) - 1).clamp(min=1)
         std = (self.sum(self.deviation(values).square()) / degrees).sqrt()
@@ -172,8 +172,8 @@ def siblings_of(rewards: Tensor, group_ids: Tensor) -> Siblings:
     """
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
-            f"need one group id per reward, got rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}; "
-            "pass per-trajectory sums, not per-token rewards"
+            f"need one group id per reward, got rewards {tuple(rewards.shape)} and "
+            f"group_ids {tuple(group_ids.shape)}; pass per-trajectory sums, not per-token rewards"
         )
     if not rewards.is_floating_point():
         raise ValueError(

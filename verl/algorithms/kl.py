@@ -1,4 +1,4 @@
-"""Estimators of the KL to the reference policy per token, and how its coefficient moves."""
+"""Estimators of the KL to the reference policy per token, and schedules of its coefficient."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from verl.algorithms.functional import check_same_shape, log_ratio
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p - log p_ref: unbiased, of either sign; for the reward, since its gradient in a loss is zero in
-    expectation.
+    """log p - log p_ref: unbiased, of either sign; for the reward.
 
-    http://joschu.net/blog/kl-approx.html and https://arxiv.org/abs/2402.14740.
+    In a loss its gradient is zero in expectation. http://joschu.net/blog/kl-approx.html and
+    https://arxiv.org/abs/2402.14740.
 
     Args:
         logprobs: [B, T] float, nats, of the policy that sampled.
@@ -74,10 +74,10 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The value of k1 with the gradient of k2, k2 - sg(k2) + sg(k1), sg: stop-gradient: unbiased in value
-    and, on-policy, in gradient.
+    """k2 - sg(k2) + sg(k1), sg: stop-gradient: the value of k1 with the gradient of k2.
 
-    http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
+    Unbiased in value and, on-policy, in gradient. http://joschu.net/blog/kl-approx.html; the gradient:
+    https://arxiv.org/abs/2510.01555.
 
     Args:
         logprobs: [B, T] float with gradient, nats, of the policy that sampled.
@@ -93,10 +93,10 @@ def k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), sg: stop-gradient: as
-    k1_straight_through, never negative.
+    """k2 - sg(k2) + sg(k3), sg: stop-gradient: the value of k3 with the gradient of k2.
 
-    http://joschu.net/blog/kl-approx.html; the gradient: https://arxiv.org/abs/2510.01555.
+    Unbiased like `k1_straight_through`, and never negative. http://joschu.net/blog/kl-approx.html; the
+    gradient: https://arxiv.org/abs/2510.01555.
 
     Args:
         logprobs: [B, T] float with gradient, nats, of the policy that sampled.
@@ -112,10 +112,10 @@ def k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_importance(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """r k3 with r = exp(logprobs - old_logprobs), the gradient through both: unbiased in value and gradient
-    off-policy.
+    """r k3 with r = exp(logprobs - old_logprobs), with the gradient through both.
 
-    DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1, equation 7.
+    Unbiased in value and gradient off-policy. DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1,
+    equation 7.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -140,13 +140,13 @@ def _with_gradient_of_k2(value: Tensor, logprobs: Tensor, ref_logprobs: Tensor) 
 def scheduled_coef(step: int, *, start: float, end: float, steps: int) -> float:
     """start + (end - start) min(step / steps, 1).
 
-    A straight line, as for the learning rate in PPO, https://arxiv.org/abs/1707.06347, table 5.
+    Linear, like the learning rate in PPO, https://arxiv.org/abs/1707.06347, table 5.
 
     Args:
         step: steps done so far, 0 at the first one.
         start: coefficient at the first step.
         end: coefficient from step number `steps` on.
-        steps: length of the way in steps, at least 1.
+        steps: number of steps from start to end, at least 1.
 
     Returns:
         The coefficient of this step.
@@ -165,8 +165,8 @@ def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, num_tra
     https://arxiv.org/abs/1909.08593, section 2.2.
 
     Args:
-        coef: coefficient of the step that is over.
-        kl: measured in it, same unit as the target.
+        coef: coefficient of the last step.
+        kl: measured in that step, same unit as the target.
         target: wanted KL, above 0.
         horizon: trajectories over which a unit error is corrected, at least 1.
         num_trajectories: trajectories of the step.
@@ -179,7 +179,8 @@ def adapted_coef(coef: float, kl: float, *, target: float, horizon: int, num_tra
     """
     if target <= 0 or horizon < 1 or not math.isfinite(kl):
         raise ValueError(
-            f"need target > 0, horizon >= 1 and a finite kl, got target={target}, horizon={horizon} and kl={kl}"
+            f"need target > 0, horizon >= 1 and a finite kl, got target={target}, horizon={horizon} and "
+            f"kl={kl}"
         )
     error = max(-0.2, min(0.2, kl / target - 1))
     return coef * (1 + error * num_trajectories / horizon)

@@ -1,4 +1,4 @@
-"""Losses per token of the policy; masking and summing are left to the learner."""
+"""Losses of the policy per token; the learner masks and sums them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Loss:
 
 
 def importance(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Loss:
-    """-r A with r = exp(logprobs - old_logprobs) and no clip: the policy gradient, exact for samples of
-    another policy.
+    """-r A with r = exp(logprobs - old_logprobs), without a clip: the exact off-policy gradient.
 
     The surrogate of https://arxiv.org/abs/1502.05477, equation 14; as the loss of on-policy distillation in
     https://thinkingmachines.ai/blog/on-policy-distillation/.
@@ -65,13 +64,12 @@ def ppo_clip(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Loss:
-    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs); with A < 0 at
-    most -dual_clip A.
+    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(logprobs - old_logprobs).
 
-    PPO, https://arxiv.org/abs/1707.06347, equation 7; two bounds: DAPO, https://arxiv.org/abs/2503.14476,
-    section 3.1; dual clip: https://arxiv.org/abs/1912.09729. The two-sided clip of INTELLECT-2,
-    https://arxiv.org/abs/2505.07291, which bounds the ratio by delta > 1 + clip_high where A < 0, is the same
-    function with dual_clip = delta.
+    Where A < 0 the loss is at most -dual_clip A. PPO, https://arxiv.org/abs/1707.06347, equation 7; two
+    bounds: DAPO, https://arxiv.org/abs/2503.14476, section 3.1; dual clip: https://arxiv.org/abs/1912.09729.
+    The two-sided clip of INTELLECT-2, https://arxiv.org/abs/2505.07291, which bounds the ratio by delta > 1 +
+    clip_high where A < 0, is the same function with dual_clip = delta.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -92,7 +90,8 @@ def ppo_clip(
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(
-            f"need dual_clip > 1, got {dual_clip}; a lower bound would cut the unchanged policy; the paper takes 3"
+            f"need dual_clip > 1, got {dual_clip}; a smaller one would cut the unchanged policy; "
+            "the paper takes 3"
         )
     loss, monitors["clip_share"] = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None:
@@ -111,12 +110,11 @@ def gspo(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Loss:
-    """max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A) with the ratio of the sequence, s = exp(mean_t log
-    r_t), at each of its tokens.
+    """max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A) with the sequence's ratio s = exp(mean_t log r_t).
 
-    GSPO, https://arxiv.org/abs/2507.18071, equations 5 and 7; clip ranges of section 5.1. A row has one
-    advantage, the mean over its sampled tokens. Under `seq_mean_token_mean` the whole is the paper's mean
-    over sequences.
+    The loss is the same at each token of the sequence. GSPO, https://arxiv.org/abs/2507.18071, equations 5
+    and 7; clip ranges of section 5.1. A row has one advantage, the mean over its sampled tokens. Under
+    `seq_mean_token_mean` the whole is the paper's mean over sequences.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -149,8 +147,7 @@ def gspo_token(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Loss:
-    """As `gspo` with the ratio sg(s) p / sg(p), sg: stop-gradient, so that each token may have an advantage
-    of its own.
+    """`gspo` with the ratio sg(s) p / sg(p), sg: stop-gradient; each token may have its own advantage.
 
     GSPO-token, https://arxiv.org/abs/2507.18071, equations 13 and 14. With one advantage for all tokens of a
     row the value and, under `seq_mean_token_mean`, the gradient are those of `gspo`.
@@ -171,8 +168,8 @@ def gspo_token(
     """
     _, monitors = _ratio(logprobs, old_logprobs, advantages, mask=mask)
     of_row = row_mean(log_ratio(logprobs, old_logprobs), mask).detach()[:, None]
-    # The difference first: it is exactly 0, and a sum with a logprob of -20 rounds off what a clip of 3e-4 is
-    # to see.
+    # The difference first: it is exactly 0. A sum with a logprob of -20 would round off differences that the
+    # clip of 3e-4 depends on.
     ratio = (of_row + (logprobs - logprobs.detach())).exp()
     loss, clip_share = clipped_loss(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     return loss, monitors | {"ratio": ratio.detach(), "clip_share": clip_share}
@@ -181,12 +178,11 @@ def gspo_token(
 def gmpo(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.4
 ) -> Loss:
-    """-A exp(mean_t sign(A) min(sign(A) log r_t, sign(A) clip(log r_t, -clip, clip))), at each token of the
-    sequence.
+    """-A exp(mean_t sign(A) min(sign(A) log r_t, sign(A) clip(log r_t, -clip, clip))).
 
-    GMPO, https://arxiv.org/abs/2507.20673, equation 4 and algorithm 1: the geometric mean of the token
-    ratios, each clipped. A row has one advantage, the mean over its sampled tokens. Under
-    `seq_mean_token_mean` the whole is the mean over sequences.
+    The loss is the same at each token of the sequence. GMPO, https://arxiv.org/abs/2507.20673, equation 4 and
+    algorithm 1: the geometric mean of the token ratios, each clipped. A row has one advantage, the mean over
+    its sampled tokens. Under `seq_mean_token_mean` the whole is the mean over sequences.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -277,7 +273,8 @@ def sapo(
     ratio, monitors = _ratio(logprobs, old_logprobs, advantages)
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(
-            f"need tau_positive and tau_negative above 0, got {tau_positive} and {tau_negative}; the paper takes 1 and 1.05"
+            f"need tau_positive and tau_negative above 0, got {tau_positive} and {tau_negative}; "
+            "the paper takes 1 and 1.05"
         )
     tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
     gate = torch.sigmoid(tau * (ratio - 1))
@@ -294,8 +291,7 @@ def dppo(
     threshold_low: float = 0.2,
     threshold_high: float = 0.2,
 ) -> Loss:
-    """-M r A; M is 0 where the update would move a token on that is already further from the sampler than a
-    threshold.
+    """-M r A; M = 0 where an update would move a token further away that is already beyond the threshold.
 
     DPPO, https://arxiv.org/abs/2602.04879, equations 11 and 12, with the divergence between the two outcomes
     "this token" and "another one": total variation |p - q|, or KL(q || p) = q log(q / p) + (1 - q) log((1 -
@@ -305,7 +301,7 @@ def dppo(
 
     Args:
         logprobs: [B, T] float with gradient, nats.
-        rollout_logprobs: [B, T] float, nats, from the sampler: the trust region is about it.
+        rollout_logprobs: [B, T] float, nats, from the sampler, the center of the trust region.
         advantages: [B, T] float.
         divergence: tv or kl.
         threshold_low: for tokens that become less likely, above 0; a share for tv, nats for kl.
@@ -333,12 +329,11 @@ def dppo(
 
 
 def forward_kl_topk(top_logprobs: Tensor, teacher_top_logprobs: Tensor) -> Loss:
-    """sum_k q_k (log q_k - log p_k) over the teacher's k most likely tokens, q of the teacher and p of the
-    policy.
+    """sum_k q_k (log q_k - log p_k) over the teacher's k most likely tokens, q: teacher, p: policy.
 
     The forward KL of generalized knowledge distillation, https://arxiv.org/abs/2306.13649, section 3, cut to
-    those tokens and not
-    normalized: what the teacher puts on other tokens is left out, so the sum may be below 0.
+    those tokens and not normalized: the teacher's probability of other tokens is left out, so the sum may be
+    below 0.
 
     Args:
         top_logprobs: [B, T, k] float with gradient, nats, of the policy.
@@ -365,9 +360,7 @@ def _ratio(
     mask: Tensor | None = None,
     name: str = "old_logprobs",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """r = exp(logprobs - old_logprobs) after a check of the shapes, and the monitors of every loss with a
-    ratio.
-    """
+    """r = exp(logprobs - old_logprobs) after a check of the shapes, and the monitors of a ratio."""
     columns = {"logprobs": logprobs, name: old_logprobs, "advantages": advantages}
     check_same_shape(**columns, **({} if mask is None else {"mask": mask}))
     return policy_ratio(logprobs, old_logprobs)

@@ -1,5 +1,6 @@
-"""Losses with statistics over all rows of an optimizer update: they read `minibatch_mask`, and are called
-once per update.
+"""Losses with statistics over all rows of an optimizer update.
+
+They read `minibatch_mask` and are called once per update.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def clip_cov(
     clip_low: float = 1.0,
     clip_high: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss, without gradient for a random share of the tokens whose covariance lies between two
-    bounds.
+    """PPO's clipped loss without gradient for a random share of the tokens of high covariance.
 
-    Clip-Cov, https://arxiv.org/abs/2505.22617, equations 10 and 11, cov = (A - mean A)(log p - mean log p)
-    over the sampled tokens of the minibatch; the bounds and the wide PPO clip are those of the authors'
-    recipes. At least one token is chosen if there is an eligible one, as in the authors' code (the paper
-    rounds down); unlike there, a token that PPO clips may be chosen, as in the paper.
+    The covariance of such a token lies between the two bounds. Clip-Cov, https://arxiv.org/abs/2505.22617,
+    equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens of the minibatch; the
+    bounds and the wide PPO clip are those of the authors' recipes. At least one token is chosen if there is
+    an eligible one, as in the authors' code (the paper rounds down); unlike there, a token that PPO clips may
+    be chosen, as in the paper.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -63,7 +64,8 @@ def clip_cov(
     _check_share(share)
     if not cov_low < cov_high:
         raise ValueError(
-            f"need cov_low < cov_high, got cov_low={cov_low} and cov_high={cov_high}; the authors' recipes take 1 and 5"
+            f"need cov_low < cov_high, got cov_low={cov_low} and cov_high={cov_high}; "
+            "the authors' recipes take 1 and 5"
         )
     covariance = _covariance(logprobs, advantages, minibatch_mask)
     eligible = minibatch_mask & (covariance > cov_low) & (covariance < cov_high)
@@ -127,13 +129,13 @@ def online_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta (h_best - h_worst)), h the sum over a row's sampled tokens of log p/p_ref, for the
-    best and worst row of a group.
+    """-log sigmoid(beta (h_best - h_worst)) for the best and the worst row of each group.
 
-    Online DPO, https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290,
-    equation 7. Both rows carry the loss of their pair at each of their tokens, and other rows nothing, so
-    under `seq_mean_token_mean` the whole is twice the sum over the pairs, divided by the number of rows: with
-    n answers to each prompt, 2 / n times the mean over the prompts. A group whose rewards are all equal is no
+    h is the sum of log p/p_ref over the sampled tokens of a row. Online DPO,
+    https://arxiv.org/abs/2402.04792, with the loss of DPO, https://arxiv.org/abs/2305.18290, equation 7. Both
+    rows have the loss of their pair at each of their tokens, and other rows 0, so under
+    `seq_mean_token_mean` the total is twice the sum over the pairs, divided by the number of rows: with n
+    answers to each prompt, 2 / n times the mean over the prompts. A group whose rewards are all equal is no
     pair and counts 0. Of equal rewards the first row is taken.
 
     Args:
@@ -143,7 +145,7 @@ def online_dpo(
         group_ids: [B] int.
         minibatch_mask: [B, T] bool, of all rows of the update; a row without sampled tokens is in no pair.
         beta: strength of the pull to the reference, above 0.
-        label_smoothing: share of the preferences held to be wrong, from 0 to below 0.5.
+        label_smoothing: assumed share of wrong preferences, from 0 to below 0.5.
 
     Returns:
         loss [B, T], equal for the tokens of a pair, and detached monitors [B, T]: `pair_share`, 1 for rows of
@@ -187,15 +189,16 @@ def _pairs(rewards: Tensor, group_ids: Tensor, usable: Tensor) -> tuple[Tensor, 
 
 
 def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """[B, T], (A - mean A)(log p - mean log p), means over the sampled tokens, in fp64: the order of rows
-    must not move a rank.
+    """[B, T], (A - mean A)(log p - mean log p), with means over the sampled tokens.
+
+    In fp64, since the order of rows must not change the rank of a token.
     """
     a, p = advantages.double(), logprobs.detach().double()
     return (a - masked_mean(a, mask)) * (p - masked_mean(p, mask))
 
 
 def _count(share: float, mask: Tensor) -> int:
-    """At least one token, as in the authors' code."""
+    """Number of chosen tokens: at least one, as in the authors' code."""
     return max(1, int(share * int(mask.sum())))
 
 
@@ -211,5 +214,5 @@ def _first(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(
-            f"need 0 < share <= 1, got {share}; the paper takes 2e-4 to 2e-3, and without a share it is ppo_clip"
+            f"need 0 < share <= 1, got {share}; the paper takes 2e-4 to 2e-3; ppo_clip has no share"
         )

@@ -1,6 +1,4 @@
-"""How far the trainer's logprobs are from the sampler's, and what the weights of a correction leave of the
-sampled tokens.
-"""
+"""Difference between the trainer's and the sampler's logprobs, and statistics of correction weights."""
 
 from __future__ import annotations
 
@@ -11,8 +9,7 @@ from verl.algorithms.functional import LOG_RATIO_LIMIT, check_same_shape, log_ra
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """How far the trainer is from the sampler over the sampled tokens, with rho = exp(logprobs -
-    rollout_logprobs).
+    """Difference between trainer and sampler over the sampled tokens, rho = exp(logprobs - rollout_logprobs).
 
     https://verl.readthedocs.io/en/latest/algo/rollout_corr_math.html, diagnostics.
 
@@ -48,7 +45,7 @@ def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[s
 
 
 def weight_monitors(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What the weights of a correction leave of the sampled tokens.
+    """Statistics of the weights of a correction over the sampled tokens.
 
     Effective sample size of importance weights, https://arxiv.org/abs/1809.04129.
 
@@ -74,7 +71,7 @@ def weight_monitors(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def sampled_log_ratio(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] clamped log-ratio without gradient, 0 at masked positions, whatever stands there."""
+    """[B, T] clamped log-ratio without gradient, 0 at masked positions."""
     check_same_shape(logprobs=logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
     return torch.where(mask, log_ratio(logprobs.detach(), rollout_logprobs.detach()), 0.0)
 
@@ -85,10 +82,11 @@ def row_sum(log_rho: Tensor) -> Tensor:
 
 
 def _ess_share(weights: Tensor, mask: Tensor) -> Tensor:
-    """Effective sample size of weights, 0 at masked positions, as a share of the sampled tokens; 1 with
-    nothing sampled.
+    """Effective sample size of weights [B, T] as a share of the sampled tokens; 1 with nothing sampled.
+
+    The weights are 0 at masked positions.
     """
     squares, count = weights.square().sum(), mask.sum()
-    # Rounding of the two sums may end above 1, and with all weights 0 they say nothing.
+    # Rounding of the two sums may give more than 1; with all weights 0 the share is undefined.
     share = weights.sum().square() / (count * squares).where(squares > 0, 1.0)
     return torch.where(count > 0, share.clamp(max=1), 1.0)

@@ -1,9 +1,9 @@
-"""The five choices of a configuration put together: from rewards to advantages, from logprobs to a loss."""
+"""The functions that an algorithm chooses, composed: from rewards to advantages, from logprobs to losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.mismatch import mismatch, weight_monitors
-from verl.algorithms.registry import Bound, bind
+from verl.algorithms.registry import BoundFunction, bind
 from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.config.algorithm import AlgorithmConfig
 from verl.data.batch import Batch
@@ -28,21 +28,23 @@ Monitors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Bound functions; which columns they read decides which models exist.
+    """The chosen functions, bound to their columns and options.
+
+    The columns that they read decide which models exist.
 
     Attributes:
         kl: None if KL is off.
         kl_in_reward: subtract it from the reward instead of adding it to the loss.
         likelihood_coef: weight of the likelihood of answers with a reward above 0.
-        reads: all columns that some chosen function reads.
+        reads: all columns that a chosen function reads.
     """
 
-    advantage: Bound
-    policy_loss: Bound
-    value_loss: Bound
-    aggregation: Bound
-    correction: Bound
-    kl: Bound | None
+    advantage: BoundFunction
+    policy_loss: BoundFunction
+    value_loss: BoundFunction
+    aggregation: BoundFunction
+    correction: BoundFunction
+    kl: BoundFunction | None
     kl_in_reward: bool
     entropy_coef: float
     likelihood_coef: float
@@ -51,7 +53,7 @@ class Algorithm:
 
     @classmethod
     def bind(cls, config: AlgorithmConfig) -> Algorithm:
-        """Looks every choice up, checks its options, and calls each function once on small columns.
+        """Look every choice up, check its options, and call each function once on small columns.
 
         Raises:
             ValueError: an unknown function or option, an option out of its bounds, or choices that do not go
@@ -62,54 +64,53 @@ class Algorithm:
         correction = bind(config.correction, CORRECTIONS, columns=readable_by("correction"))
         value_loss = bind(config.value_loss, VALUE_LOSSES, columns=readable_by("value_loss"))
         aggregation = bind(config.aggregation, AGGREGATIONS, columns=readable_by("aggregation"))
-        kl = (
-            None
-            if config.kl.where == "off"
-            else bind(config.kl.estimator, KL_ESTIMATORS, columns=readable_by("kl"))
-        )
+        kl = None
+        if config.kl.where != "off":
+            kl = bind(config.kl.estimator, KL_ESTIMATORS, columns=readable_by("kl"))
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
         for function in (*chosen, value_loss, aggregation):
             try_out(function)
         reads = with_required(column for function in chosen for column in function.columns)
-        _check_together(config, policy_loss, value_loss, reads)
-        _check_kl_in_reward(config, advantage, policy_loss)
-        if reads & written_by("critic", "process_reward_model"):
-            reads |= set(value_loss.columns)
-        return cls(
-            advantage,
-            policy_loss,
-            value_loss,
-            aggregation,
-            correction,
-            kl,
-            config.kl.where == "reward",
-            config.entropy_coef,
-            config.likelihood_coef,
-            config.skip_zero_advantages,
-            reads,
+        algorithm = cls(
+            advantage=advantage,
+            policy_loss=policy_loss,
+            value_loss=value_loss,
+            aggregation=aggregation,
+            correction=correction,
+            kl=kl,
+            kl_in_reward=config.kl.where == "reward",
+            entropy_coef=config.entropy_coef,
+            likelihood_coef=config.likelihood_coef,
+            skip_zero_advantages=config.skip_zero_advantages,
+            reads=reads,
         )
+        _check_choices(algorithm)
+        if reads & written_by("critic", "process_reward_model"):
+            return replace(algorithm, reads=reads | set(value_loss.columns))
+        return algorithm
 
     @property
     def corrects_in_update(self) -> bool:
-        """Whether the correction compares with the policy as it is in each update, not as it was before the
-        first.
+        """True if the correction compares the sampler with the policy as it is in each update.
+
+        Other corrections compare it with the policy before the first update.
         """
         return "logprobs" in self.correction.columns
 
     @property
     def needs_whole_minibatch(self) -> bool:
-        """Whether the policy loss has statistics over all rows of an update."""
+        """True if the policy loss has statistics over all rows of an update."""
         return "minibatch_mask" in self.policy_loss.columns
 
     def policy_objective(self, columns: Columns, entropy: Tensor, kl_coef: float) -> tuple[Tensor, Monitors]:
-        """Loss of some rows and sums of monitors over their sampled tokens; of one whose name ends in `_max`,
-        the largest.
+        """Policy loss of some rows, and sums of monitors over their sampled tokens.
+
+        A monitor whose name ends in `_max` is the largest value instead of a sum.
 
         Args:
-            columns: [b, T] each: what the chosen functions read, `logprobs` with gradient, `mask`, and
-                `weights` (the share of each token in the loss of the whole minibatch, so that losses of parts
-                add up); with `loss_gradients`, from `minibatch_gradients`, the policy loss is not called
-                again.
+            columns: [b, T] each: those that the chosen functions read, `logprobs` with gradient, `mask`, and
+                `weights`, the share of each token in the loss of the whole minibatch, so that losses of parts
+                add up. With `loss_gradients` of `minibatch_gradients` the policy loss is not called again.
             entropy: [b, T], with gradient if the entropy bonus is on.
             kl_coef: weight of the KL in the loss.
 
@@ -143,10 +144,10 @@ class Algorithm:
         return _masked_sum(weighted, mask), sums
 
     def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
-        """The policy loss of all rows of an update, for a loss whose statistics are over all of them.
+        """Gradients of a policy loss with statistics over all rows of an update.
 
-        The gradient with respect to the logprobs is all that the backward pass of a part needs (gradient
-        caching, https://arxiv.org/abs/2101.06983), so the update is the same for every split.
+        The gradient with respect to the logprobs is all that the backward pass of a part of the rows needs
+        (gradient caching, https://arxiv.org/abs/2101.06983), so the update is the same for every split.
 
         Args:
             columns: as for `policy_objective`, of the whole minibatch.
@@ -165,7 +166,7 @@ class Algorithm:
         return gradients, weighted.detach(), _masked_sums(monitors, mask)
 
     def value_objective(self, columns: Columns, vf_coef: float) -> tuple[Tensor, Monitors]:
-        """Loss of the critic on some rows and sums of monitors over their sampled tokens.
+        """Loss of the critic on some rows, and sums of monitors over their sampled tokens.
 
         Args:
             columns: [b, T] each, with `new_values` (or `prm_logprobs`) with gradient, `mask`, `weights` and
@@ -175,14 +176,14 @@ class Algorithm:
         mask, columns = columns["mask"], _sampled_only(columns)
         loss, monitors = self.value_loss(columns)
         if loss.ndim == 1:
-            tokens = mask.sum(1)
-            return vf_coef * (loss * columns["row_weights"]).sum(), {
-                name: (m.float() * tokens).sum() for name, m in monitors.items()
-            }
+            num_tokens = mask.sum(1)
+            # A monitor of a row counts once for each of its sampled tokens, as monitors of tokens do.
+            sums = {name: (monitor.float() * num_tokens).sum() for name, monitor in monitors.items()}
+            return vf_coef * (loss * columns["row_weights"]).sum(), sums
         return vf_coef * _masked_sum(loss * columns["weights"], mask), _masked_sums(monitors, mask)
 
     def _policy_loss(self, columns: Mapping[str, Tensor]) -> tuple[Tensor, Monitors]:
-        """Loss per token with the correction's weights, and monitors."""
+        """Loss per token, times the weights of the correction, and its monitors."""
         columns = {**columns, "minibatch_mask": columns["mask"]}
         if self.corrects_in_update:
             with torch.no_grad():
@@ -195,7 +196,8 @@ class Algorithm:
         if "correction_weights" not in columns:
             return loss, monitors
         weights = columns["correction_weights"]
-        if self.corrects_in_update:  # those of the whole step are reported with it
+        # A correction of the whole step is reported once, by `write_advantages`.
+        if self.corrects_in_update:
             monitors = monitors | {
                 "correction_weight": weights,
                 "rejected_share": (weights == 0).to(weights.dtype),
@@ -206,20 +208,19 @@ class Algorithm:
 def write_advantages(
     batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int = 0, seed: int = 0
 ) -> dict[str, float]:
-    """Adds the columns that the losses read (old_logprobs, advantages, returns, ...) to a rewarded batch.
+    """Add the columns that the losses read to a rewarded batch: old_logprobs, advantages, returns, ...
 
     Args:
-        batch: with whatever the chosen functions read.
-        algorithm: the choices.
+        batch: with the columns that the chosen functions read.
+        algorithm: the chosen functions.
         kl_coef: weight of the KL in the reward.
-        version: of the policy that is about to learn.
+        version: of the policy that is trained next.
         seed: of the run, for `noise`.
 
     Returns:
-        Metrics: kl (if it is in the reward), kl_teacher (if there is a teacher), explained_variance (if there
-            is a critic),
-        mismatch/* (if the trainer's logprobs are there beside the sampler's), correction/* (if the correction
-        has weights).
+        Metrics: kl, if it is in the reward; kl_teacher, if there is a teacher; explained_variance, if there
+        is a critic; mismatch/*, if there are logprobs of the trainer and of the sampler; correction/*, if the
+        correction has weights.
     """
     mask = batch["mask"]
     for name, column in STEP_COLUMNS.items():
@@ -237,8 +238,8 @@ def write_advantages(
     if algorithm.kl and algorithm.kl_in_reward:
         kl = algorithm.kl({**columns, "logprobs": columns["old_logprobs"]})
         penalties = kl_coef * torch.where(mask, kl, 0)
-        # Not the sum over tokens: a row that is masked as a whole still counts among its siblings with the
-        # reward that it got.
+        # Subtracted, not summed over tokens anew: a row that is masked as a whole keeps its own reward, with
+        # which its siblings are compared.
         columns["rewards"] = columns["rewards"] - penalties.sum(1)
         columns["token_rewards"] = columns["token_rewards"] - penalties
         metrics["kl"] = float(masked_mean(kl, mask))
@@ -266,21 +267,19 @@ def noise(batch: Batch, version: int, seed: int) -> Tensor:
     return torch.rand(batch["mask"].shape, generator=generator)
 
 
-# Columns of a step that depend on the batch, the version that is trained and the seed of the run alone.
+# Columns that depend on the batch, the version that is trained and the seed of the run alone.
 STEP_COLUMNS: dict[str, Callable[[Batch, int, int], Tensor]] = {"staleness": staleness, "noise": noise}
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, turn_rewards: Tensor | None = None) -> Tensor:
-    """[B, T]: `turn_rewards` [B, T] where they are, and what is left of each row's reward [B] at its last
-    True of `mask` [B, T].
-    """
+    """Rewards of turns [B, T], if there are any, and the rest of the reward [B] at the last sampled token."""
     if turn_rewards is None:
         return at_last_sampled_token(rewards, mask)
     return turn_rewards + at_last_sampled_token(rewards - turn_rewards.sum(1), mask)
 
 
 def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] with the reward [B] of each row at its last True of `mask` [B, T]; a row without any gets none."""
+    """[B, T] with the reward [B] of each row at its last True of `mask` [B, T]; 0 in a row without one."""
     last = torch.where(mask, torch.arange(mask.shape[1]), -1).amax(1)
     out = torch.zeros(mask.shape)
     rows = (last >= 0).nonzero().squeeze(1)
@@ -288,52 +287,53 @@ def at_last_sampled_token(rewards: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _check_together(
-    config: AlgorithmConfig, policy_loss: Bound, value_loss: Bound, reads: frozenset[str]
-) -> None:
-    if "prm_logprobs" in reads and ("prm_logprobs" not in value_loss.columns or "values" in reads):
+def _check_choices(algorithm: Algorithm) -> None:
+    """Raise ValueError if the chosen functions do not fit together."""
+    advantage, policy_loss, value_loss = algorithm.advantage, algorithm.policy_loss, algorithm.value_loss
+    reads_prm, reads_values = "prm_logprobs" in algorithm.reads, "values" in algorithm.reads
+    learns_prm = "prm_logprobs" in value_loss.columns
+    if reads_prm and (reads_values or not learns_prm):
         raise ValueError(
-            f"need a loss of the process reward model for algorithm.advantage {config.advantage.name}, got algorithm.value_loss "
-            f"{value_loss.name}; set algorithm.value_loss=outcome_cross_entropy, and read `values` nowhere"
+            f"need a loss of the process reward model for algorithm.advantage {advantage.name}, got "
+            f"algorithm.value_loss {value_loss.name}; set algorithm.value_loss=outcome_cross_entropy, "
+            "and read `values` nowhere"
         )
-    if "prm_logprobs" not in reads and "prm_logprobs" in value_loss.columns:
+    if learns_prm and not reads_prm:
         raise ValueError(
-            f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; take the recipe prime"
+            f"need an advantage that reads prm_logprobs for algorithm.value_loss {value_loss.name}; "
+            "take the recipe prime"
         )
     if {"minibatch_mask", "top_logprobs"} <= set(policy_loss.columns):
         raise ValueError(
-            f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has logprobs alone"
+            f"{policy_loss.name} reads minibatch_mask and top_logprobs; a loss over the whole minibatch has "
+            "logprobs alone"
         )
     # The statistics of a whole minibatch are also over its rows without advantage.
-    if config.skip_zero_advantages and (
-        "minibatch_mask" in policy_loss.columns or learns_from_zero_advantages(policy_loss)
-    ):
+    reads_all_rows = algorithm.needs_whole_minibatch or learns_from_zero_advantages(policy_loss)
+    if algorithm.skip_zero_advantages and reads_all_rows:
         raise ValueError(
-            f"need a policy loss that rows without advantage leave alone for algorithm.skip_zero_advantages, got {policy_loss.name}; "
-            "set skip_zero_advantages to false"
+            "need a policy loss that is constant in rows without advantage for "
+            f"algorithm.skip_zero_advantages, got {policy_loss.name}; set skip_zero_advantages to false"
         )
-
-
-def _check_kl_in_reward(config: AlgorithmConfig, advantage: Bound, policy_loss: Bound) -> None:
-    if config.kl.where != "reward":
-        return
-    if not {"rewards", "token_rewards"} & set(advantage.columns) or "advantages" not in policy_loss.columns:
+    reads_rewards = bool({"rewards", "token_rewards"} & set(advantage.columns))
+    ignores_rewards = not (reads_rewards and "advantages" in policy_loss.columns)
+    if algorithm.kl and algorithm.kl_in_reward and ignores_rewards:
         raise ValueError(
-            f"need an advantage of rewards that the policy loss reads for algorithm.kl.where reward, got {advantage.name} and "
-            f"{policy_loss.name}, which would ignore it; set algorithm.kl.where to loss or off"
+            "need an advantage of rewards, and a policy loss that reads it, for algorithm.kl.where reward, "
+            f"got {advantage.name} and {policy_loss.name}, which would ignore the KL; "
+            "set algorithm.kl.where to loss or off"
         )
 
 
 def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algorithm) -> dict[str, float]:
-    """Adds old_logprobs and the correction's weights to both; returns what there is to say of sampler and
-    trainer.
-    """
+    """Add old_logprobs and the correction's weights to batch and columns; return the metrics of both."""
     metrics: dict[str, float] = {}
     mask = columns["mask"]
     if {"trainer_logprobs", "rollout_logprobs"} <= columns.keys():
         monitors = mismatch(columns["trainer_logprobs"], columns["rollout_logprobs"], mask)
         metrics |= {f"mismatch/{name}": float(value) for name, value in monitors.items()}
-    if algorithm.corrects_in_update:  # until then, what the sampler says
+    if algorithm.corrects_in_update:
+        # Until the update, the sampler's logprobs stand in for those that the correction gives there.
         columns["old_logprobs"], weights = columns["rollout_logprobs"], None
     else:
         columns["old_logprobs"], weights = algorithm.correction(columns)
@@ -347,14 +347,15 @@ def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algor
 
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var(correction=0)
     return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else 0.0
 
 
 def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The columns over tokens with 0 at masked positions, as at padding: a NaN there would reach the gradient
-    as 0 * NaN.
+    """The columns with 0 at masked positions.
+
+    A NaN there would reach the gradient as 0 * NaN.
     """
     mask = columns["mask"]
 
@@ -367,7 +368,7 @@ def _sampled_only(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    # Not a product: at masked positions a value may be anything, and 0 * inf is no number.
+    # Not a product: a value at a masked position may be infinite, and 0 * inf is NaN.
     return torch.where(mask, values.float(), 0).sum()
 
 

@@ -1,10 +1,9 @@
-"""Losses per pair of answers for policies and reward models, the loss of an implicit process reward model,
-and calibration.
+"""Losses per pair of answers, the loss of an implicit process reward model, and calibration.
 
 The caller averages over the pairs of an optimizer batch. Monitors have the same names in every loss: the
 reward of both answers, explicit or implied by the policy, their difference as `margin`, and `accuracy`, 1
-where the chosen answer has the higher reward; a tie counts as wrong, as a model that prefers nothing must not
-look right.
+where the chosen answer has the higher reward; a tie counts as wrong, since a model without a preference is
+not right.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ def dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) with the margin m = beta (log p/p_ref(chosen) - log
-    p/p_ref(rejected)).
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) with the margin m of the implied rewards.
 
-    https://arxiv.org/abs/2305.18290, equation 7; with e > 0, the share of labels held to be wrong,
-    conservative DPO, https://ericmitchell.ai/cdpo.pdf.
+    m = beta (log p/p_ref(chosen) - log p/p_ref(rejected)). https://arxiv.org/abs/2305.18290, equation 7; with
+    e > 0, the assumed share of wrong labels, conservative DPO, https://ericmitchell.ai/cdpo.pdf.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -76,13 +74,13 @@ def ipo(
     *,
     beta: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(h - 1 / (2 beta))^2 with h = log p/p_ref(chosen) - log p/p_ref(rejected), both as means over the
-    tokens of the answer.
+    """(h - 1 / (2 beta))^2 with h = log p/p_ref(chosen) - log p/p_ref(rejected).
 
-    https://arxiv.org/abs/2310.12036, equation 17, where p is the probability of an answer and h a difference
-    of sums. Means, as its authors advise, https://huggingface.co/blog/pref-tuning: h is drawn to a fixed
-    number of nats, which the sum of a long answer reaches with a much smaller change of each token, so that
-    the regularization would depend on the length.
+    Both terms are means over the tokens of the answer. https://arxiv.org/abs/2310.12036, equation 17, where p
+    is the probability of an answer and h a difference of sums. Means, as its authors advise,
+    https://huggingface.co/blog/pref-tuning: the target of h is a fixed number of nats, which the sum
+    over a long answer reaches with a much smaller change of each token, so with sums the regularization
+    would depend on the length.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -91,11 +89,11 @@ def ipo(
         rejected_ref_logprobs: [P] float, nats, sum over the answer.
         chosen_tokens: [P] int64, length of the answer.
         rejected_tokens: [P] int64, length of the answer.
-        beta: tau of the paper, per nat and token, above 0; the policy is drawn to h = 1 / (2 beta).
+        beta: tau of the paper, per nat and token, above 0; the target is h = 1 / (2 beta).
 
     Returns:
         loss [P], nats squared, and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times
-        the mean of log p/p_ref; `margin`, drawn to 1/2; `accuracy`.
+        the mean of log p/p_ref; `margin`, whose target is 1/2; `accuracy`.
 
     Raises:
         ValueError: shapes differ or beta is not above 0.
@@ -123,11 +121,10 @@ def simpo(
     beta: float = 2.0,
     margin: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(beta log p(chosen) / |chosen| - beta log p(rejected) / |rejected| - margin), without a
-    reference policy.
+    """-log sigmoid(beta log p(chosen) / |chosen| - beta log p(rejected) / |rejected| - margin).
 
-    https://arxiv.org/abs/2405.14734, equation 6, which searches beta from 2 to 2.5 and the margin from 0.3 to
-    1.6.
+    There is no reference policy. https://arxiv.org/abs/2405.14734, equation 6, which searches beta from 2 to
+    2.5 and the margin from 0.3 to 1.6.
 
     Args:
         chosen_logprobs: [P] float with gradient, nats, sum over the answer.
@@ -135,7 +132,7 @@ def simpo(
         chosen_tokens: [P] int64, length of the answer.
         rejected_tokens: [P] int64, length of the answer.
         beta: scale of the rewards, per nat and token, above 0.
-        margin: gamma, by how much the rewards shall differ, at least 0.
+        margin: gamma, the wanted difference of the rewards, at least 0.
 
     Returns:
         loss [P] and detached monitors [P]: `chosen_reward` and `rejected_reward`, beta times the mean logprob
@@ -165,13 +162,13 @@ def bradley_terry(
     """-log sigmoid(r(chosen) - r(rejected) - margin) + center_coef (r(chosen) + r(rejected))^2.
 
     InstructGPT, https://arxiv.org/abs/2203.02155, equation 1; margin: Llama 2,
-    https://arxiv.org/abs/2307.09288, equation 2; centering, since only differences of rewards are learnt
-    otherwise: https://arxiv.org/abs/2312.09244.
+    https://arxiv.org/abs/2307.09288, equation 2; centering, without which only differences of rewards are
+    learnt: https://arxiv.org/abs/2312.09244.
 
     Args:
         chosen_rewards: [P] float with gradient.
         rejected_rewards: [P] float with gradient.
-        margin: by how much the rewards shall differ, unit of the rewards, at least 0.
+        margin: wanted difference of the rewards, in their unit, at least 0.
         center_coef: weight of the centering, at least 0; 0.01 is in use.
 
     Returns:
@@ -196,10 +193,9 @@ def bradley_terry(
 def outcome_cross_entropy(
     prm_logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor, mask: Tensor, *, beta: float = 0.05
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of sigmoid(beta sum_t log p_prm/p_ref) as the probability of a right answer, which is one
-    with a reward above 0.
+    """Cross-entropy of sigmoid(beta sum_t log p_prm/p_ref) as the probability of a right answer.
 
-    PRIME, https://arxiv.org/abs/2502.01456, equation 5.
+    An answer is right if its reward is above 0. PRIME, https://arxiv.org/abs/2502.01456, equation 5.
 
     Args:
         prm_logprobs: [B, T] float, nats, of the implicit process reward model in its update, here with
@@ -229,12 +225,11 @@ def outcome_cross_entropy(
 
 
 def calibration(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> dict[str, float]:
-    """Expected calibration error, sum_k n_k / N |mean label - mean probability| over bins, and Brier score,
-    mean (p - label)^2.
+    """Expected calibration error, and Brier score, mean (p - label)^2.
 
-    https://arxiv.org/abs/1706.04599, equation 3, for the probability of the positive label in ((k - 1) /
-    bins, k / bins], 0 in the first bin; Brier 1950,
-    https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2.
+    The error is sum_k n_k / N |mean label - mean probability| over bins k. https://arxiv.org/abs/1706.04599,
+    equation 3, for the probability of the positive label in ((k - 1) / bins, k / bins], 0 in the first bin;
+    Brier 1950, https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2.
 
     Args:
         probabilities: [N] float in [0, 1] that the label is 1.
@@ -268,7 +263,7 @@ def calibration(probabilities: Tensor, labels: Tensor, *, bins: int = 10) -> dic
 
 
 def _monitors(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Rewards of both answers, their difference, and whether the chosen one has the higher."""
+    """Rewards of both answers, their difference, and 1 where the chosen answer has the higher reward."""
     chosen, rejected = chosen.detach(), rejected.detach()
     margin = chosen - rejected
     return {

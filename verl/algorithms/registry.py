@@ -1,6 +1,4 @@
-"""From a choice in the settings to a function with its columns and options, all of it checked before the
-first step.
-"""
+"""Functions by their name in the settings, bound to the columns that they read and to their options."""
 
 from __future__ import annotations
 
@@ -29,12 +27,12 @@ class Columns(Protocol):
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A chosen function, called with columns by name.
+class BoundFunction:
+    """A chosen function with its options, called with columns by name.
 
     Attributes:
-        name: as it was chosen.
-        function: what is called.
+        name: as in the settings.
+        function: the chosen one.
         columns: its positional parameters, the columns that it reads.
         options: its keyword arguments.
     """
@@ -45,26 +43,27 @@ class Bound:
     options: Mapping[str, Any]
 
     def __call__(self, columns: Columns) -> Any:
-        """What the function returns for these columns; ValueError if one that it reads is not there."""
+        """Result of the function for these columns; ValueError if a column that it reads is missing."""
         for column in self.columns:
             if column not in columns:
                 raise ValueError(
-                    f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; write it first"
+                    f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; "
+                    "write it first"
                 )
         return self.function(*(columns[column] for column in self.columns), **self.options)
 
 
 def bind(
     choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Collection[str] | None = None
-) -> Bound:
-    """The function of a choice: positional parameters are columns, keyword-only ones options.
+) -> BoundFunction:
+    """The function of a choice, bound to columns and options.
 
-    The convention is the project's own; see the functions of `ADVANTAGES` for examples.
+    Positional parameters are columns and keyword-only parameters are options, as in `ADVANTAGES`.
 
     Args:
         choice: name in the table or "package.module:function", and options.
         table: name -> function.
-        columns: names of all columns that can exist, to find a misspelt parameter now; None: not checked.
+        columns: names of all columns that can exist, to find a misspelt parameter; None: not checked.
 
     Returns:
         The function with its columns and options.
@@ -73,24 +72,27 @@ def bind(
         ValueError: unknown name or module, unknown, missing or mistyped option, unknown column, or a function
             that takes *args, **kwargs or a positional parameter with a default.
     """
-    function = _chosen(choice.name, table)
+    function = find_function(choice.name, table)
     parameters = inspect.signature(function).parameters.values()
     for p in parameters:
         _check_parameter(choice.name, p, columns)
     _check_options(choice, {p.name: p for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
     reads = tuple(p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY)
-    return Bound(choice.name, function, reads, choice.options)
+    return BoundFunction(choice.name, function, reads, choice.options)
 
 
-def _chosen(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The function of that name, from the table or from a module."""
+def find_function(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The function of a name in the table, or of "package.module:function".
+
+    Raises:
+        ValueError: there is none.
+    """
     if name in table:
         return table[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(
-            f'need one of {", ".join(table)} or "package.module:function", got {name!r}{_nearest(name, table)}'
-        )
+        known = f'need one of {", ".join(table)} or "package.module:function"'
+        raise ValueError(f"{known}, got {name!r}{_nearest(name, table)}")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -112,7 +114,7 @@ def _check_parameter(name: str, parameter: Parameter, columns: Collection[str] |
         raise ValueError(f"{name}: a column has no default, got {parameter}; put * before the options")
     if columns is not None and parameter.name not in columns:
         known = f"the columns are {', '.join(columns)}"
-        kind = "no column that is there when it is called" if parameter.name in COLUMNS else "no column"
+        kind = "no column that exists when it is called" if parameter.name in COLUMNS else "no column"
         raise ValueError(
             f"{name} reads {parameter.name!r}, which is {kind}{_nearest(parameter.name, columns)}; {known}"
         )
@@ -125,9 +127,9 @@ def _check_options(choice: Choice, valid: Mapping[str, Parameter]) -> None:
     for option, value in choice.options.items():
         if option not in valid:
             raise ValueError(f"{takes}; got {option!r}{_nearest(option, valid)}")
-        if not _fits(value, _spelled(valid[option])):
+        if not _fits(value, _annotation_text(valid[option])):
             raise ValueError(
-                f"{takes}; got {option}={value!r}, which is not of type {_spelled(valid[option])}"
+                f"{takes}; got {option}={value!r}, which is not of type {_annotation_text(valid[option])}"
             )
     for option, parameter in valid.items():
         if parameter.default is Parameter.empty and option not in choice.options:
@@ -136,16 +138,14 @@ def _check_options(choice: Choice, valid: Mapping[str, Parameter]) -> None:
             )
 
 
-def _spelled(parameter: Parameter) -> str:
-    """Its annotation as in the source: a string already under `from __future__ import annotations`, else a
-    type.
-    """
+def _annotation_text(parameter: Parameter) -> str:
+    """The annotation as text: under `from __future__ import annotations` it is one already."""
     annotation = parameter.annotation
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether the value is of a type such as `float | None`; annotations of other kinds are not checked."""
+    """True if the value is of a type such as `float | None`; other kinds of annotations are not checked."""
     types = {part.strip() for part in annotation.split("|")}
     came = "None" if value is None else type(value).__name__
     return not types <= _CHECKED_TYPES or came in types or (came == "int" and "float" in types)

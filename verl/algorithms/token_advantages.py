@@ -1,5 +1,6 @@
-"""Credit of each token, from rewards of tokens, turns or whole answers; credit of whole answers alone is in
-advantages.
+"""Advantages of each token, from rewards of tokens, turns or whole answers.
+
+Advantages of whole answers are in `advantages`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ def gae(
     lam: float = 0.95,
     whiten: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t, over the sampled tokens
-    alone.
+    """A_t = sum_l (gamma lam)^l delta_{t+l} over the sampled tokens, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    GAE, https://arxiv.org/abs/1506.02438, equation 16. Tokens that the environment wrote are no actions: they
-    are stepped over without discount, so t + 1 is the next sampled token. Behind the last one the value is 0.
+    GAE, https://arxiv.org/abs/1506.02438, equation 16. Tokens of the environment are no actions: they are
+    skipped without discount, so t + 1 is the next sampled token. Behind the last one the value is 0.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -66,8 +66,7 @@ def vapo_gae(
     critic_lam: float = 1.0,
     whiten: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """GAE with one decay for the critic and one for the policy that grows with the length l of the row, lam =
-    1 - 1 / (alpha l).
+    """GAE with a decay for the critic, and one for the policy, lam = 1 - 1 / (alpha l), in rows of length l.
 
     VAPO, https://arxiv.org/abs/2504.05118, sections 4.1 (decoupled GAE) and 4.2 (length-adaptive GAE). The
     sum of the weights lam^k of a row is then near alpha l. Below 1 / alpha tokens lam would be negative; it
@@ -100,8 +99,7 @@ def vapo_gae(
 
 
 def reinforce_pp(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Return from each sampled token on, sum_{s >= t} gamma^(s-t) r_s, whitened over the sampled tokens of
-    the batch.
+    """Discounted return from each sampled token on, sum_{s >= t} gamma^(s-t) r_s, whitened over the batch.
 
     REINFORCE++, https://arxiv.org/abs/2501.03262. Its KL penalty k1 of each token is part of the token
     rewards. Groups are not looked at: one trajectory per prompt is enough.
@@ -125,14 +123,13 @@ def reinforce_pp(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
 def optimal_token_baseline(
     rewards: Tensor, group_ids: Tensor, mask: Tensor, trainer_logprobs: Tensor, sum_squared_probs: Tensor
 ) -> Tensor:
-    """A_t = R - B_t with the baseline of least variance B_t = sum_i R_i W_it / sum_i W_it, W_t = sum_{j <= t}
-    (1 - 2 pi_j + sum pi_j^2).
+    """A_t = R - B_t with the baseline of least variance, B_t = sum_i R_i W_it / sum_i W_it.
 
-    OTB, https://arxiv.org/abs/2602.07078: W is the squared norm of the gradient at the logits up to token t.
-    Token t is the t-th sampled one, and B_t is over the siblings that have one. Where no other has one, in
-    the tail of the longest or without siblings, B_t is the row's own reward, so it gets 0 there;
-    https://github.com/volcengine/verl takes B_t = 0 by default. Where all W are 0 (each token so far had
-    probability 1) B_t is the plain mean.
+    W_t = sum_{j <= t} (1 - 2 pi_j + sum pi_j^2). OTB, https://arxiv.org/abs/2602.07078: W is the squared norm
+    of the gradient at the logits up to token t. Token t is the t-th sampled one, and B_t is over the siblings
+    that have one. Where no other has one, in the tail of the longest or without siblings, B_t is the row's
+    own reward, so it gets 0 there; https://github.com/volcengine/verl takes B_t = 0 by default. Where all W
+    are 0 (each token so far had probability 1) B_t is the plain mean.
 
     Args:
         rewards: [B] float, one per trajectory; the return of all its tokens.
@@ -172,12 +169,12 @@ def optimal_token_baseline(
 def grpo_turns(
     token_rewards: Tensor, mask: Tensor, group_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
 ) -> Tensor:
-    """A_t = sum of (r_k - mean(r)) / (std(r) + eps) over the turns k that end at t or later, mean and std
-    over all turns of the group.
+    """A_t = sum of (r_k - mean(r)) / (std(r) + eps) over the turns k that end at t or later.
 
-    GRPO with process supervision, https://arxiv.org/abs/2402.03300, section 4.1.3, where a turn is a step. A
-    turn is an unbroken run of sampled tokens, its reward the sum of theirs, 0 included. A trajectory without
-    siblings is compared with itself, turn by turn; the only turn of a group gets 0.
+    Mean and std are over all turns of the group. GRPO with process supervision,
+    https://arxiv.org/abs/2402.03300, section 4.1.3, where a turn is a step. A turn is an unbroken run of
+    sampled tokens, its reward the sum of theirs, 0 included. A trajectory without siblings is compared with
+    itself, turn by turn; the only turn of a group gets 0.
 
     Args:
         token_rewards: [B, T] float, not read at masked positions.
@@ -219,14 +216,13 @@ def prime(
     beta: float = 0.05,
     gamma: float = 1.0,
 ) -> Tensor:
-    """A_t = sum_{s >= t} gamma^(s-t) (p_s - mean_{j != i}(p_j)) + R_i - mean_{j != i}(R_j) with p = beta (log
-    pi_prm - log pi_ref).
+    """A_t = sum_{s >= t} gamma^(s-t) (p_s - mean_{j != i}(p_j)) + R_i - mean_{j != i}(R_j).
 
-    PRIME, https://arxiv.org/abs/2502.01456, equation 5. The p_j of a sibling is the mean over its sampled
-    tokens, as the text above the equation says; siblings without any do not count.
-    https://github.com/PRIME-RL/PRIME takes n / (n - 1) p_s minus sum_j p_j / (n - 1) over all j instead,
-    which has the same mean over a row. The log-ratio is clamped at +-20 nats. A trajectory without siblings
-    gets 0.
+    The process reward of a token is p = beta (log pi_prm - log pi_ref). PRIME,
+    https://arxiv.org/abs/2502.01456, equation 5. The p_j of a sibling is the mean over its sampled tokens, as
+    the text above the equation says; siblings without any do not count. https://github.com/PRIME-RL/PRIME
+    takes n / (n - 1) p_s minus sum_j p_j / (n - 1) over all j instead, which has the same mean over a row.
+    The log-ratio is clamped at +-20 nats. A trajectory without siblings gets 0.
 
     Args:
         rewards: [B] float, outcome of each trajectory.
@@ -261,8 +257,7 @@ def prime(
 
 
 def reverse_kl(old_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """A_t = log pi_teacher - log pi, so that the policy gradient lowers the reverse KL to the teacher at each
-    token that it samples.
+    """A_t = log pi_teacher - log pi: the policy gradient lowers the reverse KL at each sampled token.
 
     On-policy distillation, https://thinkingmachines.ai/blog/on-policy-distillation/; the objective is that of
     GKD, https://arxiv.org/abs/2306.13649, with the reverse KL on the student's own answers, without the
@@ -283,12 +278,10 @@ def reverse_kl(old_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def _one_step_errors(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """delta_t = r_t + gamma V_next - V_t [B, T], where next is the next sampled token; V is 0 behind the last
-    one.
-    """
+    """delta_t = r_t + gamma V_next - V_t [B, T] with the next sampled token; V is 0 behind the last one."""
     check_same_shape(token_rewards=token_rewards, values=values, mask=mask)
     width = mask.shape[1]
-    # Position of the first sampled token from t on; a column of zeros at the width stands behind the row.
+    # Position of the first sampled token from t on; the position `width`, behind the row, has the value 0.
     from_here = (
         torch.where(mask, torch.arange(width, device=mask.device), width).flip(1).cummin(1).values.flip(1)
     )
@@ -299,10 +292,8 @@ def _one_step_errors(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma:
 
 
 def _discounted_sums(values: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
-    """S_t = x_t + decay S_next [B, T] over the sampled tokens, 0 at the others; decay is one number or one
-    per row [B].
-    """
-    # Time first, so that each turn of the loop reads its positions from adjacent memory.
+    """S_t = x_t + decay S_next [B, T] over the sampled tokens, 0 at the others; decay: a number or [B]."""
+    # Time first, so that each iteration reads adjacent memory.
     values_first, mask_first = values.T.contiguous(), mask.T.contiguous()
     sums_first = torch.zeros_like(values_first)
     later = values.new_zeros(values.shape[0])
@@ -313,9 +304,7 @@ def _discounted_sums(values: Tensor, mask: Tensor, decay: float | Tensor) -> Ten
 
 
 def _sampled_first(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The values [B, T] of the sampled tokens moved to the front of their rows, zeros behind, and where they
-    stand [B, T] bool.
-    """
+    """Values [B, T] of the sampled tokens at the front of their rows, then zeros; True where a value is."""
     present = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
     moved = torch.zeros_like(values)
     moved[present] = values[mask]

@@ -20,7 +20,7 @@ from typing_extensions import override
 from verl.algorithms.aggregations import DENOMINATORS, num_rows
 from verl.algorithms.dry_run import example_columns
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.algorithms.registry import Bound, bind
+from verl.algorithms.registry import BoundFunction, bind
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
@@ -269,7 +269,7 @@ def joined(portions: Sequence[Batch]) -> Batch:
     return Batch.concat([batch.only(common) for batch in portions])
 
 
-def _depends_on_other_groups(function: Bound) -> bool:
+def _depends_on_other_groups(function: BoundFunction) -> bool:
     """Whether what a function returns for the rows of a group, or of shorter rows beside longer ones, depends
     on the others.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.dry_run import try_out
-from verl.algorithms.registry import Bound, bind
+from verl.algorithms.registry import BoundFunction, bind
 from verl.config.fields import Choice
 from verl.data.columns import readable_by
 
@@ -71,7 +71,7 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
     return torch.where(right, -weight * score.sigmoid(), 0)
 
 
-def bound_length_penalty(choice: Choice) -> Bound | None:
+def bound_length_penalty(choice: Choice) -> BoundFunction | None:
     """The chosen function, called once on a small group so that a wrong option is found at the start; None
     for "off".
 

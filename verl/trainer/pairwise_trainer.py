@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from verl.algorithms.dry_run import SIZES, try_out
-from verl.algorithms.registry import Bound
+from verl.algorithms.registry import BoundFunction
 from verl.config.roles import RoleConfig
 from verl.config.run import PairsConfig
 from verl.data.batch import Batch, ModelInput, Ragged
@@ -35,7 +35,7 @@ class PairwiseTrainer(SingleModelTrainer):
     """
 
     config: PairsConfig
-    loss: Bound
+    loss: BoundFunction
 
     @override
     def step(self) -> Metrics:
@@ -199,7 +199,7 @@ def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
     return [[row for pair in pairs for row in (2 * pair, 2 * pair + 1)] for pairs in plan.minibatches[0][0]]
 
 
-def check_pair_loss(loss: Bound, columns: Collection[str]) -> Bound:
+def check_pair_loss(loss: BoundFunction, columns: Collection[str]) -> BoundFunction:
     """The loss itself, after one call on small columns, so that a wrong option is found before loading.
 
     Raises:
