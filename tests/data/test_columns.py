@@ -6,7 +6,7 @@ import inspect
 
 from verl.algorithms.dry_run import SIZES, example_columns
 from verl.algorithms.objective import STEP_COLUMNS
-from verl.config.checks import READERS
+from verl.config.checks.columns import COLUMN_READERS
 from verl.data.batch import TRAJECTORY_COLUMNS
 from verl.data.columns import COLUMNS, LOGPROB, readable_by, with_required, written_by
 from verl.engines.roles.policy import POLICY_COLUMNS
@@ -46,5 +46,5 @@ def test_readers_see_the_columns_of_their_time():
 def test_the_settings_know_who_reads_the_columns_of_other_models():
     models = written_by("reference", "critic", "process_reward_model", "teacher")
     chosen = models & set(readable_by("advantage", "policy_loss", "correction"))
-    assert chosen <= set(READERS) <= set(COLUMNS)
+    assert chosen <= set(COLUMN_READERS) <= set(COLUMNS)
     assert all(len(inspect.signature(f).parameters) == 3 for f in STEP_COLUMNS.values())
