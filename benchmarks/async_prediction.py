@@ -1,8 +1,7 @@
-"""What the modelled cluster says of a run that was measured: one engine and one trainer, each with a core of
-its own.
+"""Prediction of a measured run by the modelled cluster: one engine and one trainer, each on its own core.
 
-The seconds of the parts are those of the side that does not run ahead, in which nothing happens at the same
-time; predicted are the others.
+The seconds of the parts of a step come from the side that does not run ahead, in which no two parts overlap.
+The throughput of the other sides is predicted from them.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ _STEPS, _WARMUP = 40, 10
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """What the parts of a step take.
+class PartSeconds:
+    """Seconds of the parts of a step.
 
     Attributes:
-        generation_s: for the answers of a batch, all at once; more at once take longer in proportion, as on a
+        generation_s: for the answers of a batch, all at once; more answers take longer in proportion, as on a
             CPU.
-        training_s: on a batch, and all else that is neither of the others.
+        training_s: training on a batch, and all other parts.
         write_s: until the weights can be loaded.
-        load_s: in which the engine stands still.
+        load_s: for which the engine is paused.
     """
 
     generation_s: float
@@ -39,10 +38,8 @@ class Seconds:
     load_s: float
 
     @classmethod
-    def of(cls, steps: Sequence[Mapping[str, float]]) -> Seconds:
-        """Medians over steps of a side that does not run ahead, each with the `wall` seconds and those of its
-        phases.
-        """
+    def of(cls, steps: Sequence[Mapping[str, float]]) -> PartSeconds:
+        """Medians over steps of a side that does not run ahead, from their `wall` seconds and phases."""
         rest = [
             step["wall"] - step["wait_training"] - step["sync_write"] - step["sync_load"] for step in steps
         ]
@@ -53,8 +50,8 @@ class Seconds:
         return cls(parts[0], statistics.median(rest), parts[1], parts[2])
 
 
-def step_s(seconds: Seconds, max_staleness: int, *, prompts: int = 8, samples: int = 8) -> float:
-    """Seconds of a step of the real pipeline over one modelled engine, mean after a warm-up."""
+def step_s(seconds: PartSeconds, max_staleness: int, *, prompts: int = 8, samples: int = 8) -> float:
+    """Mean seconds of a step of the real pipeline over one modelled engine, after a warm-up."""
     num_answers, tokens = prompts * samples, 16
     pace = Pace(
         0.0,
@@ -82,9 +79,7 @@ def step_s(seconds: Seconds, max_staleness: int, *, prompts: int = 8, samples: i
 
 
 def steps_of(side: str, measured: Mapping[str, Any], *, warmup: int = 2) -> list[dict[str, float]]:
-    """The steps of a side, as `benchmarks/asynchrony.py` writes them, without the first burst and the first
-    steps of each.
-    """
+    """Steps of a side in a file of `asynchrony.py`, without the first burst and the warm-up of each."""
     steps, number = [], 0
     for i, burst in enumerate(measured["bursts"][side]):
         for j, wall_s in enumerate(burst["wall_s"]):
@@ -95,21 +90,23 @@ def steps_of(side: str, measured: Mapping[str, Any], *, warmup: int = 2) -> list
 
 
 def compared(results: Mapping[str, Any]) -> str:
-    """A table of what was predicted and what was measured.
+    """Table of predictions and measurements.
 
     Raises:
         ValueError: the side that does not run ahead was not measured.
     """
     lines = [
-        "| workload | seconds of generation, training, write, load | side | predicted updates/s | measured | predicted / measured |",
+        "| workload | seconds of generation, training, write, load | side | predicted updates/s | measured "
+        "| predicted / measured |",
         "| --- |" + " --- |" * 5,
     ]
     for workload, measured in results.items():
         if _BASE not in measured["bursts"]:
             raise ValueError(
-                f"need the side {_BASE!r} of {workload}, got {', '.join(measured['bursts'])}; add it to --sides of asynchrony.py"
+                f"need the side {_BASE!r} of {workload}, got {', '.join(measured['bursts'])}; "
+                "add it to --sides of asynchrony.py"
             )
-        seconds = Seconds.of(steps_of(_BASE, measured))
+        seconds = PartSeconds.of(steps_of(_BASE, measured))
         parts = ", ".join(f"{part:.3f}" for part in vars(seconds).values())
         for side in measured["bursts"]:
             if not side.removeprefix(_AHEAD).isdigit():

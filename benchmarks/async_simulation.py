@@ -1,9 +1,8 @@
-"""Throughput of a cluster by how far generation runs ahead: the real pipeline and fleet on virtual time, over
-modelled engines.
+"""Throughput of a cluster by the bound on staleness: the real pipeline on virtual time, modelled engines.
 
-All ways have the same devices. In turn, all of them generate and then all of them train; else some generate
-and the others train, and the number of those that generate is the best one that a search in steps of 5 %
-finds on a smaller cluster.
+All schedules have the same devices. "In turn", all devices generate and then all train. In the others some
+generate while the rest trains; their number is the best that a search in steps of 5% finds on a smaller
+cluster.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from modelled_engines import Lengths, Pace
 from verl.config.pipeline import PipelineConfig
 from verl.rollout.pool.inference_pool import OnUpdate
 
-# Parts of the devices that may generate, in 5 %; where the search begins.
+# Shares of the devices that may generate, in units of 5%, and the one at which the search begins.
 _PARTS, _FIRST_PART = range(1, 20), 12
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to collect batches.
+class Schedule:
+    """A schedule of generation and training.
 
     Attributes:
-        name: for people.
+        name: human-readable.
         max_staleness, batches: of the pipeline.
-        on_update: of the fleet.
-        oversample: groups in work beyond those that are needed, for each that is.
+        on_update: of the inference pool.
+        oversample: groups in flight beyond those that are needed, as a share of those.
         in_turn: all devices generate, then all train.
     """
 
@@ -50,14 +49,14 @@ class Way:
     in_turn: bool = False
 
     def plan(self, base: Plan, part: int | None) -> Plan:
-        """The run of a cluster, with so many of 20 parts of its devices for engines."""
+        """Plan of a cluster with `part` of 20 parts of its devices for engines."""
         config = PipelineConfig(
             max_staleness=self.max_staleness,
             batches=self.batches,  # type: ignore[arg-type]
             oversample=round(self.oversample * base.prompts_per_step),
         )
-        # What begins together is due together, a bound later: batches come fast until one waits for its
-        # slowest answers. So whole rounds are counted, after two in which this is spread.
+        # Groups that begin together are due together, `max_staleness` steps later: batches come fast until
+        # one waits for its slowest answers. So only whole rounds are counted, after two rounds of warm-up.
         round_steps = self.max_staleness + 1
         warmup, counted = 2 * round_steps, round_steps * math.ceil(base.steps / round_steps)
         generation = None if part is None else max(1, min(base.devices - 1, round(base.devices * part / 20)))
@@ -71,30 +70,30 @@ class Way:
         )
 
 
-WAYS = (
-    Way("in turn", in_turn=True),
-    Way("in turn, oversampled by 1/4", oversample=0.25, in_turn=True),
-    Way("two pools, on-policy"),
-    Way("two pools, on-policy, streamed", batches="streamed"),
-    Way("one step off", 1),
-    Way("one step off, streamed", 1, "streamed"),
-    Way("one step off, deterministic", 1, "deterministic"),
-    *(Way(f"ahead {bound}, keep", bound) for bound in (2, 4, 8)),
-    *(Way(f"ahead {bound}, recompute", bound, on_update="recompute") for bound in (4, 8)),
-    *(Way(f"ahead {bound}, abort", bound, on_update="abort") for bound in (2, 4)),
-    Way("ahead 4, deterministic", 4, "deterministic"),
-    Way("ahead 4, keep, streamed", 4, "streamed"),
-    Way("ahead 4, keep, oversampled by 1/4", 4, oversample=0.25),
+SCHEDULES = (
+    Schedule("in turn", in_turn=True),
+    Schedule("in turn, oversampled by 1/4", oversample=0.25, in_turn=True),
+    Schedule("two pools, on-policy"),
+    Schedule("two pools, on-policy, streamed", batches="streamed"),
+    Schedule("one step off", 1),
+    Schedule("one step off, streamed", 1, "streamed"),
+    Schedule("one step off, deterministic", 1, "deterministic"),
+    *(Schedule(f"ahead {bound}, keep", bound) for bound in (2, 4, 8)),
+    *(Schedule(f"ahead {bound}, recompute", bound, on_update="recompute") for bound in (4, 8)),
+    *(Schedule(f"ahead {bound}, abort", bound, on_update="abort") for bound in (2, 4)),
+    Schedule("ahead 4, deterministic", 4, "deterministic"),
+    Schedule("ahead 4, keep, streamed", 4, "streamed"),
+    Schedule("ahead 4, keep, oversampled by 1/4", 4, oversample=0.25),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a way came to.
+    """Result of a schedule.
 
     Attributes:
-        way: by name.
-        generation: devices with engines; None: all, in turn.
+        way: name of the schedule.
+        generation: devices with engines; None: all, in turn with training.
         figures: of the run.
         cpu_s: of the simulation, without the search.
     """
@@ -108,20 +107,22 @@ class Row:
 def base_plan(
     devices: int, *, slots: int, samples: int, steps: int, batch: float = 1.0, **changes: Any
 ) -> Plan:
-    """A cluster whose batches have `batch` answers for each slot of its devices."""
+    """Plan of a cluster whose batches have `batch` answers for each slot of its devices."""
     prompts = max(1, round(devices * slots * batch / samples))
     return replace(Plan(devices, None, prompts, samples, steps=steps, pace=Pace(slots=slots)), **changes)
 
 
-def best_part(way: Way, base: Plan) -> int | None:
-    """The part of the devices with which a way makes most updates per hour: uphill from the middle."""
-    if way.in_turn:
+def best_part(schedule: Schedule, base: Plan) -> int | None:
+    """Share of the devices with which a schedule makes most updates per hour, found by hill climbing."""
+    if schedule.in_turn:
         return None
     found: dict[int, float] = {}
 
     def updates(part: int) -> float:
         if part not in found:
-            found[part] = Cluster(way.plan(base, part)).figures().updates_per_h if part in _PARTS else 0.0
+            found[part] = (
+                Cluster(schedule.plan(base, part)).figures().updates_per_h if part in _PARTS else 0.0
+            )
         return found[part]
 
     best = _FIRST_PART
@@ -131,34 +132,34 @@ def best_part(way: Way, base: Plan) -> int | None:
     return best
 
 
-def row(way: Way, base: Plan, small: Plan) -> Row:
-    """A way with the best use of the devices."""
-    plan = way.plan(base, best_part(way, small))
+def row(schedule: Schedule, base: Plan, small: Plan) -> Row:
+    """Result of a schedule with its best split of the devices."""
+    plan = schedule.plan(base, best_part(schedule, small))
     start_s = time.process_time()
-    return Row(way.name, plan.generation, Cluster(plan).figures(), time.process_time() - start_s)
+    return Row(schedule.name, plan.generation, Cluster(plan).figures(), time.process_time() - start_s)
 
 
 HEAD = (
-    "| way | devices that generate | updates per hour | against in turn | tokens/s | training busy | slots busy | staleness, mean (max) "
-    "| tokens of an answer | thrown tokens | read / sampled | groups dropped | simulated in, CPU s |\n| --- |"
-    + " --- |"
-    * 12
+    "| way | devices that generate | updates per hour | against in turn | tokens/s | training busy "
+    "| slots busy | staleness, mean (max) | tokens of an answer | thrown tokens | read / sampled "
+    "| groups dropped | simulated in, CPU s |\n| --- |" + " --- |" * 12
 )
 
 
 def line(one: Row, devices: int, first: Row) -> str:
-    """A row of the table."""
+    """Line of the first table."""
     f = one.figures
     where = f"{devices} in turn" if one.generation is None else f"{one.generation} of {devices}"
     ratio = f.updates_per_h / first.figures.updates_per_h
     return (
-        f"| {one.way} | {where} | {f.updates_per_h:.1f} | {ratio:.2f} | {f.tokens_per_s:,.0f} | {f.training_busy:.0%} | {f.slots_busy:.0%} "
-        f"| {f.staleness_mean:.2f} ({f.staleness_max}) | {f.answer_tokens:,.0f} | {max(0.0, f.thrown):.1%} | {f.reread:.1%} "
-        f"| {f.dropped:.1%} | {one.cpu_s:.0f} |"
+        f"| {one.way} | {where} | {f.updates_per_h:.1f} | {ratio:.2f} | {f.tokens_per_s:,.0f} "
+        f"| {f.training_busy:.0%} | {f.slots_busy:.0%} | {f.staleness_mean:.2f} ({f.staleness_max}) "
+        f"| {f.answer_tokens:,.0f} | {max(0.0, f.thrown):.1%} | {f.reread:.1%} | {f.dropped:.1%} "
+        f"| {one.cpu_s:.0f} |"
     )
 
 
-# What is different in each, and why.
+# Name of a scenario -> changes of the plan.
 SCENARIOS: dict[str, Mapping[str, Any]] = {
     "as above": {},
     "answers of 4000 tokens, all": {"lengths": Lengths(sigma=0.0)},
@@ -169,21 +170,21 @@ SCENARIOS: dict[str, Mapping[str, Any]] = {
     "batches of a sixteenth": {"batch": 1 / 16, "train_s": 30.0 / 16},
     "batches of four times as much": {"batch": 4.0, "train_s": 120.0},
 }
-_COMPARED = (WAYS[0], Way("one step off", 1), Way("ahead 4, keep", 4))
+_COMPARED = (SCHEDULES[0], Schedule("one step off", 1), Schedule("ahead 4, keep", 4))
 
 
 def scenario(name: str, make: Callable[..., Plan]) -> list[Row]:
-    """Few ways under other circumstances."""
+    """Results of a few schedules in a scenario."""
     changes = dict(SCENARIOS[name])
     load_s = changes.pop("load_s", None)
     base = make(**changes)
     if load_s is not None:
         base = replace(base, pace=replace(base.pace, load_s=load_s))
-    return [row(way, base, base) for way in _COMPARED]
+    return [row(schedule, base, base) for schedule in _COMPARED]
 
 
 def scenario_line(name: str, rows: Sequence[Row], devices: int) -> str:
-    """A row of the second table."""
+    """Line of the second table."""
     first, *others = (one.figures.updates_per_h for one in rows)
     cells = [
         f"{updates:.1f} ({updates / first:.2f}; {one.generation} of {devices})"
@@ -193,7 +194,7 @@ def scenario_line(name: str, rows: Sequence[Row], devices: int) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of updates per hour."""
+    """Draw bars of the updates per hour."""
     figure = Figure(figsize=(8, 0.28 * len(rows) + 0.9), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     shown = list(reversed(rows))
@@ -209,18 +210,20 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Run the simulations, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--engines", type=int, default=1000, help="devices of the cluster; each is worth an engine"
+        "--engines", type=int, default=1000, help="devices of the cluster; each can have one engine"
     )
     parser.add_argument(
         "--small",
         type=int,
         default=60,
-        help="devices of the cluster on which the search is done, and the second table",
+        help="devices of the cluster of the search and of the second table",
     )
-    parser.add_argument("--slots", type=int, default=32, help="answers that an engine has at a time")
+    parser.add_argument(
+        "--slots", type=int, default=32, help="answers that an engine decodes at the same time"
+    )
     parser.add_argument("--samples", type=int, default=16, help="answers of a group")
     parser.add_argument(
         "--steps",
@@ -228,13 +231,13 @@ def main() -> None:
         default=6,
         help="steps that count, in whole rounds of max_staleness + 1; two more rounds before",
     )
-    parser.add_argument("--ways", nargs="+", default=None, help="some of them, by name")
+    parser.add_argument("--ways", nargs="+", default=None, help="names of schedules; default: all")
     parser.add_argument("--skip", nargs="+", default=[], choices=("ways", "scenarios"))
     parser.add_argument(
         "--measured",
         type=Path,
         default=None,
-        help="figures of benchmarks/asynchrony.py: they are predicted, and nothing else is done",
+        help="file of benchmarks/asynchrony.py: only predict its figures",
     )
     parser.add_argument("--json", type=Path, default=None, help="write all figures")
     parser.add_argument("--png", type=Path, default=None, help="draw the first table")
@@ -243,37 +246,38 @@ def main() -> None:
         print(compared(json.loads(options.measured.read_text(encoding="utf-8"))))
         return
 
-    def made(devices: int, **changes: Any) -> Plan:
+    def make_plan(devices: int, **changes: Any) -> Plan:
         return base_plan(
             devices, slots=options.slots, samples=options.samples, steps=options.steps, **changes
         )
 
     results: dict[str, list[Row]] = {}
     if "ways" not in options.skip:
-        base, small = made(options.engines), made(options.small)
-        ways = [way for way in WAYS if options.ways is None or way.name in options.ways]
+        base, small = make_plan(options.engines), make_plan(options.small)
+        schedules = [one for one in SCHEDULES if options.ways is None or one.name in options.ways]
         print(
-            f"{date.today().isoformat()}, {options.engines} devices, batches of {base.prompts_per_step} x {options.samples}\n\n{HEAD}"
+            f"{date.today().isoformat()}, {options.engines} devices, "
+            f"batches of {base.prompts_per_step} x {options.samples}\n\n{HEAD}"
         )
         rows = results["ways"] = []
-        for way in ways:
-            rows.append(row(way, base, small))
+        for schedule in schedules:
+            rows.append(row(schedule, base, small))
             print(line(rows[-1], options.engines, rows[0]), flush=True)
         if options.png:
             draw(rows, options.png)
     if "scenarios" not in options.skip:
-        names = " | ".join(way.name for way in _COMPARED[1:])
+        names = " | ".join(schedule.name for schedule in _COMPARED[1:])
         print(
             f"\n{options.small} devices\n\n| | in turn | {names} |\n| --- |" + " --- |" * len(_COMPARED),
             flush=True,
         )
         for name in SCENARIOS:
-            results[name] = scenario(name, lambda **changes: made(options.small, **changes))
+            results[name] = scenario(name, lambda **changes: make_plan(options.small, **changes))
             print(scenario_line(name, results[name], options.small), flush=True)
     if options.json:
-        told = {name: [asdict(one) for one in rows] for name, rows in results.items()}
+        figures = {name: [asdict(one) for one in rows] for name, rows in results.items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Updates per second of GRPO where generation runs ahead of training, beside taking turns and beside TRL, one
-thread per process.
+"""Updates per second of GRPO with generation ahead of training, against "in turn" and TRL; one thread each.
 
-All sides train the same model on the same prompts. They take turns in bursts of some steps; while one works
-the others stand still as they are, answers in flight included, so that no side fills its buffers while
-another one is measured.
+All sides train the same model on the same prompts. They run by turns in bursts of some steps. Meanwhile the
+others are stopped, answers in flight included, so that no side fills its buffers while another is measured.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class Loop:
     threads: int = 1
 
     def workload(self, work: Workload, name: str) -> Workload:
-        """Its own."""
+        """Workload with the settings of this loop."""
         settings = (*self.settings, *(("policy.precision=bf16",) if self.bf16 else ()))
         return replace(
             work, name=name.replace(" ", "-"), settings=settings, trl_bf16=self.bf16, threads=self.threads
@@ -80,7 +78,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one side did, steps to warm up a burst left out.
+    """Result of one side, without the steps that warm up a burst.
 
     Attributes:
         name: of the side.
@@ -89,7 +87,7 @@ class Row:
         cpu_s: of a step, of the process that trains.
         server_cpu_s: of a step, of the server.
         trainer_busy: share of the time that training did not wait for a batch.
-        generation_busy: share of the time that generation did not wait for room; None: it is in turn.
+        generation_busy: share of the time that generation did not wait for admission; None: it runs in turn.
         staleness: mean over tokens, in steps.
         reward: of the last tenth of the steps.
     """
@@ -109,8 +107,9 @@ class Row:
 def measure(
     python: Path, work: Workload, names: Sequence[str], *, rounds: int, burst: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Bursts of all sides in turn, the first round to warm up; the readings of each side, burst by burst, and
-    their reports.
+    """Run bursts of all sides by turns; return the clock readings of each burst, and the report of each side.
+
+    The first round warms up.
     """
     with ExitStack() as stack:
         sides = []
@@ -135,7 +134,7 @@ def row(
     burst: int,
     warmup: int,
 ) -> Row:
-    """What a side did after the first burst."""
+    """Result of a side after its first burst."""
     kept = [(first * burst + warmup, (first + 1) * burst) for first in range(1, len(bursts))]
     steps = [step for start, stop in kept for step in report["steps"][start:stop]]
     totals = {clock: [sum(one[clock][warmup:]) for one in bursts[1:]] for clock in bursts[0]}
@@ -163,12 +162,15 @@ def row(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each side; how many times TRL's updates, by the clock, and by the CPU seconds of the busier
-    process, as a machine with a free core for each would give."""
+    """Table with a line for each side.
+
+    "of TRL's" is the ratio of updates per second to TRL's. "by CPU" is that ratio by the CPU seconds of the
+    busier process, as on a machine with a free core for each process.
+    """
     trl = next((one for one in rows if one.name == "trl"), None)
     lines = [
-        "| side | updates/s (quartiles) | of TRL's | by CPU | trainer CPU s | server CPU s | training busy | its CPU | generation busy "
-        "| its CPU | staleness | reward |",
+        "| side | updates/s (quartiles) | of TRL's | by CPU | trainer CPU s | server CPU s | training busy "
+        "| its CPU | generation busy | its CPU | staleness | reward |",
         "| --- |" + " --- |" * 11,
     ]
     for one in rows:
@@ -183,37 +185,38 @@ def table(rows: Sequence[Row]) -> str:
             one.generation_busy,
             one.server_cpu_s / one.wall_s,
         ]
-        told = [
+        cells = [
             "" if share is None or (i > 1 and one.generation_busy is None) else f"{share:.0%}"
             for i, share in enumerate(shares)
         ]
         lines.append(
-            f"| {one.name} | {1 / one.wall_s:.2f} ({1 / one.high_s:.2f} to {1 / one.low_s:.2f}) | {' | '.join(ratios)} | {one.cpu_s:.3f} "
-            f"| {one.server_cpu_s:.3f} | {' | '.join(told)} | {one.staleness:.2f} | {one.reward:.3f} |"
+            f"| {one.name} | {1 / one.wall_s:.2f} ({1 / one.high_s:.2f} to {1 / one.low_s:.2f}) "
+            f"| {' | '.join(ratios)} | {one.cpu_s:.3f} | {one.server_cpu_s:.3f} | {' | '.join(cells)} "
+            f"| {one.staleness:.2f} | {one.reward:.3f} |"
         )
     return "\n".join(lines)
 
 
 def run(name: str, python: Path, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Measures a workload; see `measure`, and a line on what it was."""
+    """Measure a workload; return the bursts and reports of `measure`, and a description of the workload."""
     hidden, num_prompts, num_samples, answer_tokens, prompt_tokens = WORKLOADS[name]
     sizes = {"num_prompts": num_prompts, "num_samples": num_samples, "answer_tokens": answer_tokens}
     steps, load = (1 + options.rounds) * options.burst, os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         work = Workload(folder, steps=steps, trl_checkpointing=not options.trl_keeps_activations, **sizes)
-        # A side is ahead of its last step by three batches at most.
+        # Generation of a side is at most three batches ahead of its last step.
         total = (steps + 4) * num_prompts
         parameters = write_workload(work, num_prompts=total, hidden=hidden, prompt_characters=prompt_tokens)
         bursts, reports = measure(python, work, options.sides, rounds=options.rounds, burst=options.burst)
-    told = (
-        f"{num_prompts} prompts of {prompt_tokens} tokens x {num_samples} answers of {answer_tokens}, {parameters / 1e6:.1f}M parameters, "
-        f"load {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+    description = (
+        f"{num_prompts} prompts of {prompt_tokens} tokens x {num_samples} answers of {answer_tokens}, "
+        f"{parameters / 1e6:.1f}M parameters, load {load:.1f} before and {os.getloadavg()[0]:.1f} after"
     )
-    return bursts, reports, told
+    return bursts, reports, description
 
 
 def main() -> None:
-    """Runs the workloads one after the other and prints a table for each."""
+    """Run the workloads one after the other, and print a table for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=["0.8M", "3.2M"], choices=list(WORKLOADS))
     parser.add_argument("--sides", nargs="+", default=list(SIDES)[:5], choices=list(SIDES))
@@ -228,9 +231,9 @@ def main() -> None:
         action="store_true",
         help="turn TRL's default off that recomputes activations",
     )
-    parser.add_argument("--json", type=Path, help="file for all figures, each step's too")
+    parser.add_argument("--json", type=Path, help="file for all figures, with those of each step")
     options = parser.parse_args()
-    # As after an interrupt: sides that stand still would stay for ever.
+    # Handled as an interrupt, which ends the sides: stopped processes would stay for ever.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     python = (
         trl_python(options.env.resolve())
@@ -239,16 +242,17 @@ def main() -> None:
     )
     results = {}
     print(
-        f"{machine()}, {date.today().isoformat()}; {options.rounds} bursts of {options.burst} steps, {options.warmup} of each left out"
+        f"{machine()}, {date.today().isoformat()}; {options.rounds} bursts of {options.burst} steps, "
+        f"{options.warmup} of each left out"
     )
     for name in options.workloads:
-        bursts, reports, told = run(name, python, options)
+        bursts, reports, description = run(name, python, options)
         results[name] = {"bursts": bursts, "reports": reports}
         rows = [
             row(side, bursts[side], reports[side], burst=options.burst, warmup=options.warmup)
             for side in options.sides
         ]
-        print(f"\n{told}\n\n{table(rows)}", flush=True)
+        print(f"\n{description}\n\n{table(rows)}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1))

@@ -1,6 +1,4 @@
-"""A cluster that is only modelled, on virtual time: the real pipeline, fleet and ledger over engines and
-training that only take time.
-"""
+"""A modelled cluster on virtual time: the real pipeline, inference pool and ledger over modelled devices."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
+from typing_extensions import override
 
 from verl.agents.group_source import FromFleet
 from verl.agents.pipeline import Pipeline, TrainBatch
@@ -27,17 +26,15 @@ from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.virtual_time import run
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
-# Hundreds of thousands of requests are open at once, and no garbage: looking for it often would take half of
+# Hundreds of thousands of requests are open at once, without garbage: frequent collections would take half of
 # the time.
 _GC_THRESHOLDS = (200_000, 50, 1000)
-# Until requests that are ended have left their engines.
+# Time after which requests that were ended have left their engines.
 _LEAVING_S = 1e-3
 
 
 class _Answers:
-    """Stands for the collector of a trainer: prompts are numbers, rewards take no time, and every group
-    teaches something.
-    """
+    """Replacement of a trainer's collector: rewards take no time, and every group has a learning signal."""
 
     reward_names = "modelled rewards"
 
@@ -76,28 +73,29 @@ class _Answers:
 
 
 class _NoText:
-    """Stands for the tokenizer: nothing ends an answer but its length."""
+    """Replacement of the tokenizer: only its length ends an answer."""
 
     stop_ids = ()
 
 
 class _CountingLedger(Ledger):
-    """Also counts tokens: a group that is done with was trained on, or its tokens were sampled in vain."""
+    """Ledger that also counts the tokens of groups that were trained on, and those that were thrown away."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self._world = world
 
+    @override
     def train(self, number: int, *, step: int) -> None:
-        """See `Ledger.train`."""
         super().train(number, step=step)
         useful = sum(self._world.tokens(number))
         self._world.totals.trained += useful
         self._world.totals.thrown += self._world.forget(number) - useful
 
+    @override
     def drop(self, number: int, reason: str) -> None:
-        """See `Ledger.drop`; requests of a group that is in flight end a moment later."""
         super().drop(number, reason)
+        # Requests of a group in flight end a moment later, and count their tokens then.
         asyncio.get_running_loop().call_later(_LEAVING_S, self._throw, number)
 
     def _throw(self, number: int) -> None:
@@ -106,19 +104,21 @@ class _CountingLedger(Ledger):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run.
+    """Sizes and times of a run.
 
     Attributes:
-        devices: of the cluster; each is worth one engine, or its share of training.
-        generation: of these, for engines; None: all of them, in turn with training.
+        devices: of the cluster; each has one engine, or its share of training.
+        generation: devices with engines; None: all devices generate and train by turns.
         prompts_per_step: groups of a batch.
         samples: answers of a group.
-        train_s: for a batch of average answers with all devices.
-        write_s: from the end of training to weights that engines can load.
-        config: how far ahead, and the other rules.
-        on_update: what becomes of answers that are sampled when weights come.
+        train_s: time to train on a batch of average answers with all devices.
+        write_s: from the end of training until engines can load the weights.
+        config: of the pipeline.
+        on_update: rule for answers in flight when new weights come.
         steps: of the run.
-        warmup: of these, not counted.
+        warmup: first steps, which do not count.
+        pace: of each engine.
+        lengths: of answers.
     """
 
     devices: int
@@ -137,19 +137,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run did after the warm-up.
+    """Figures of a run after the warm-up.
 
     Attributes:
         updates_per_h: of the policy.
         tokens_per_s: that were trained on.
-        training_busy: share of the time in which training was at work.
-        slots_busy: share of the slots of all engines, over the time, that had an answer which was sampled or
-            read.
+        training_busy: share of the time in which training runs.
+        slots_busy: share of the slots of all engines that decode or prefill an answer, over the time.
         staleness_mean, staleness_max: of the tokens of batches, in steps.
-        answer_tokens: of an answer that was trained on, on average.
-        thrown: share of the sampled tokens.
-        reread: tokens that were read into caches, for each that was sampled.
-        dropped: groups, for each that was trained on.
+        answer_tokens: mean tokens of an answer that was trained on.
+        thrown: thrown away tokens as a share of the sampled ones.
+        reread: prefilled tokens for each sampled token.
+        dropped: dropped groups for each group that was trained on.
         step_s: of each step.
     """
 
@@ -167,7 +166,7 @@ class Figures:
 
 
 class Cluster:
-    """A run of a plan.
+    """Run of a plan.
 
     Attributes:
         world: of its engines.
@@ -183,7 +182,7 @@ class Cluster:
         self._drawn = 0
 
     def figures(self) -> Figures:
-        """Runs it, in no time."""
+        """Run the plan on virtual time."""
         thresholds = gc.get_threshold()
         gc.set_threshold(*_GC_THRESHOLDS)
         try:
@@ -213,20 +212,20 @@ class Cluster:
         )
         await self.fleet.open([ServerSpec(f"e{i}", "modelled") for i in range(self._num_engines)])
         await self._publish(0)
-        start_s, before = await self._stood()
+        start_s, before = await self._snapshot()
         ends_s = []
         for step in range(1, plan.steps + 1):
             await self._step(step)
             ends_s.append(loop.time())
             if step == plan.warmup:
-                start_s, before = await self._stood()
-        figures = self._figures(start_s, before, await self._stood(), ends_s)
+                start_s, before = await self._snapshot()
+        figures = self._figures(start_s, before, await self._snapshot(), ends_s)
         self.pipeline.close()
         await self.fleet.close()
         return figures
 
     async def _step(self, step: int) -> None:
-        """As a trainer makes one."""
+        """Run one step, as a trainer does."""
         if self.plan.config.batches == "streamed":
             batch = await self._learned_on_the_way()
         else:
@@ -248,7 +247,7 @@ class Cluster:
         return self.pipeline.taken()
 
     async def _train(self, groups: Sequence[int]) -> None:
-        """Takes the time that the tokens of these groups take on the devices that train."""
+        """Wait for as long as training on these groups takes."""
         plan, tokens = self.plan, sum(sum(self.world.tokens(number)) for number in groups)
         share = 1.0 if plan.generation is None else 1 - plan.generation / plan.devices
         seconds = (
@@ -258,22 +257,22 @@ class Cluster:
         await asyncio.sleep(seconds)
 
     async def _publish(self, version: int) -> None:
-        """As the pool does."""
+        """Publish a version of the weights, as `ThreadedInferencePool` does."""
         await self._deliver()
         await self.fleet.begin_update(version)
         await asyncio.sleep(self.plan.write_s)
         await self._deliver()
-        part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm")
+        chunk = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm")
         await self.fleet.sync_weights(
-            WeightSnapshot(version, (part,), None, f"print-{version}", 4, 0.0, Path("modelled"))
+            WeightSnapshot(version, (chunk,), None, f"print-{version}", 4, 0.0, Path("modelled"))
         )
 
     async def _deliver(self) -> None:
         if self.plan.on_update != "keep":
             await self.world.deliver()
 
-    async def _stood(self) -> tuple[float, dict[str, float]]:
-        """The present time, and what there was until now."""
+    async def _snapshot(self) -> tuple[float, dict[str, float]]:
+        """Present time, and the totals until now."""
         self.world.advance()
         counts = self.ledger.counts()
         groups = {"groups": float(counts.trained), "dropped": float(sum(counts.dropped.values()))}
@@ -311,5 +310,5 @@ class Cluster:
 
 
 def _refuse(note: str) -> None:
-    """Nothing that people would have to be told of happens to modelled engines."""
+    """Stop on any event that the pool reports: nothing goes wrong with modelled engines."""
     raise RuntimeError(f"the modelled cluster went wrong: {note}")

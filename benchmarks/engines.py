@@ -1,8 +1,7 @@
-"""The same run in other layouts and with other engines: what each learns, and what it costs.
+"""Rewards and times of the same run with other engines and layouts.
 
 .venv/bin/python benchmarks/engines.py --algo ppo --engines embedded fsdp-4 megatron-2x2
-.venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2    # made by `make
-engines`
+.venv-engines/bin/python benchmarks/engines.py --engines embedded vllm vllm-2 served-2    # make engines
 """
 
 from __future__ import annotations
@@ -28,28 +27,37 @@ from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
 _PAIRS = "hybrid_engine.actor_repartition={enabled: true, tensor: 2}"
-# Name -> what is set. Heads of 32 values, as vLLM's kernels for CPUs want them.
+# Name -> settings.
 ENGINES = {
     "embedded": (),
     "vllm": ("rollout={engine: vllm, engine_options: {max_model_len: 64}}",),
     "vllm-2": ("rollout={engine: vllm, servers: 2, engine_options: {max_model_len: 64}}",),
     "sglang-2": ("rollout={engine: sglang, servers: 2}",),
     "served-2": ("rollout={engine: served, servers: 2}",),
-    # Trained in four shards, or two stages of two tensor ranks; generated in pairs.
+    # Training in four shards, or in two stages of two tensor ranks; generation in pairs of tensor ranks.
     "fsdp-4": ("placement={name: colocated, devices: [4], address: local}", _PAIRS),
     "megatron-2x2": (
-        "placement={name: colocated, devices: [4], address: local, policy: {tensor: 2, pipeline: 2, engine: megatron}}",
+        "placement={name: colocated, devices: [4], address: local, "
+        "policy: {tensor: 2, pipeline: 2, engine: megatron}}",
         _PAIRS,
     ),
 }
+# Heads of 32 values, which vLLM's kernels for CPUs need.
 HIDDEN, LAYERS = 128, 2
 POINTS = 6
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run measured: accuracy of one sampled answer to each of 512 held-out prompts, and medians over
-    its steps.
+    """Figures of a run.
+
+    Attributes:
+        engine: a key of `ENGINES`.
+        seed: of the run.
+        before, after: accuracy of one sampled answer to each of 512 held-out prompts.
+        rewards: of each step.
+        generate_s, update_s, sync_s, sync_bytes: medians over the steps.
+        gap, gap_max: largest `sampler_gap` and `sampler_gap_max` of a step.
     """
 
     engine: str
@@ -65,8 +73,8 @@ class Run:
     gap_max: float
 
 
-def warmed(folder: Path, seed: int, steps: int) -> None:
-    """A model that is right now and then, the same for every engine."""
+def warm_model(folder: Path, seed: int, steps: int) -> None:
+    """Fine-tune the model from which every engine starts: its answers are right now and then."""
     torch.set_num_threads(1)
     make_tiny_model(folder / "start", hidden=HIDDEN, layers=LAYERS, seed=seed, characters="0123456789+=")
     warm_up(
@@ -76,8 +84,8 @@ def warmed(folder: Path, seed: int, steps: int) -> None:
     )
 
 
-def run(engine: str, algo: str, seed: int, steps: int, start: str) -> Run:
-    """One run; meant for a process of its own."""
+def run(engine: str, algo: str, *, seed: int, steps: int, start: str) -> Run:
+    """Run once; call it in a process of its own."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "warm").symlink_to(start)
@@ -110,8 +118,9 @@ def line(run: Run) -> str:
     size = len(run.rewards) / POINTS
     points = [statistics.fmean(run.rewards[round(i * size) : round((i + 1) * size)]) for i in range(POINTS)]
     return (
-        f"{run.engine:<12} seed {run.seed}  {run.before:.3f} -> {run.after:.3f}  {' '.join(f'{p:.2f}' for p in points)}  generate "
-        f"{run.generate_s:.2f} s, update {run.update_s:.2f} s, sync {run.sync_s:.3f} s {run.sync_bytes:.0f} B, "
+        f"{run.engine:<12} seed {run.seed}  {run.before:.3f} -> {run.after:.3f}  "
+        f"{' '.join(f'{p:.2f}' for p in points)}  generate {run.generate_s:.2f} s, "
+        f"update {run.update_s:.2f} s, sync {run.sync_s:.3f} s {run.sync_bytes:.0f} B, "
         f"gap {run.gap:.1e} max {run.gap_max:.1e}"
     )
 
@@ -136,15 +145,12 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as place:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(warmed, Path(place), seed, args.steps).result()
+                pool.submit(warm_model, Path(place), seed, args.steps).result()
             for engine in args.engines:
                 start = time.time()
+                options = {"seed": seed, "steps": args.steps, "start": str(Path(place) / "warm")}
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    runs.append(
-                        pool.submit(
-                            run, engine, args.algo, seed, args.steps, str(Path(place) / "warm")
-                        ).result()
-                    )
+                    runs.append(pool.submit(run, engine, args.algo, **options).result())
                 print(f"{line(runs[-1])}, {time.time() - start:.0f} s in all", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps([asdict(run) for run in runs], indent=1))

@@ -1,7 +1,7 @@
-"""Engines that are only modelled, made for speed: a timer for each answer's end, and none for its tokens.
+"""Modelled inference engines on virtual time, made for speed: one timer for each answer, none for tokens.
 
-A modelled token stands for a block of real ones, which costs the pipeline and the fleet less and is all the
-same to them.
+A modelled token stands for a block of real ones. For the pipeline and the inference pool this changes nothing
+but the number of tokens, and makes the simulation faster.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from typing_extensions import override
 
 from verl.rollout.engine import InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.inference_pool import OnUpdate
@@ -21,27 +22,27 @@ from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.types import WeightChunk
 
 TOKEN, VOCABULARY = 7, 10
-# An answer counts as complete if less than this is left of its last token.
+# An answer counts as complete if less than this part of a token is left.
 _ROUNDING = 1e-6
-# Engines are asked every two seconds whether they are well. One that takes its time is asked less often.
+# The pool checks the health of engines every two seconds, but waits for the last answer before: a slow answer
+# makes checks rare.
 _CHECK_S = 3600.0
-# Rounds of the loop in which what engines send comes to the fleet.
-_DELIVERY = 3
+# Turns of the event loop until chunks that engines send have reached the pool.
+_DELIVERY_TURNS = 3
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that an engine takes, for a step of `base_s + answer_s * answers + token_s * tokens in its
-    cache`.
+    """Times of an engine; a decoding step takes base_s + answer_s * answers + token_s * tokens in the cache.
 
     Attributes:
-        base_s: of each step, to read the weights.
-        answer_s: of each step for each answer.
-        token_s: of each step for each token in the cache.
-        prefill_s: for a token that is read into the cache, in which nothing is sampled.
-        slots: answers at a time.
-        load_s: from pause to the new weights.
-        switch_s: to give the device memory to training, and again to take it back.
+        base_s: of a step, to read the weights.
+        answer_s: of a step, for each answer.
+        token_s: of a step, for each token in the cache.
+        prefill_s: for each token of a prefill, during which the engine does not decode.
+        slots: answers that an engine decodes at the same time.
+        load_s: from the pause until the new weights are loaded.
+        switch_s: to free the device memory for training, and again to take it back.
     """
 
     base_s: float = 8e-3
@@ -55,12 +56,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of answers, log-normal.
+    """Lengths of answers in tokens, log-normally distributed.
 
     Attributes:
-        mean: of those that are not cut off.
-        sigma: of their logarithm; 0: all are equal.
-        longest: where they are cut off.
+        mean: before truncation.
+        sigma: standard deviation of the logarithm; 0: all answers are equally long.
+        longest: longer answers are truncated to this length.
         prompt: tokens of a prompt.
         block: real tokens that one modelled token stands for.
         seed: of the lengths.
@@ -74,26 +75,26 @@ class Lengths:
     seed: int = 0
 
     def of_group(self, number: int, samples: int) -> list[float]:
-        """Of the answers to a prompt; the same in every run."""
+        """Lengths of the answers to a prompt; equal in every run."""
         normal = np.random.default_rng((self.seed, number)).standard_normal(samples)
         lengths = self.mean * np.exp(self.sigma * normal - self.sigma**2 / 2)
         return np.clip(lengths, 1, self.longest).tolist()
 
     @property
     def average(self) -> float:
-        """Mean of what is sampled."""
+        """Mean length after truncation."""
         if not self.sigma:
             return min(self.mean, self.longest)
         cut = math.log(self.longest / self.mean) / self.sigma
-        below, above = _normal(cut - self.sigma / 2), 1 - _normal(cut + self.sigma / 2)
+        below, above = _normal_cdf(cut - self.sigma / 2), 1 - _normal_cdf(cut + self.sigma / 2)
         return self.mean * below + self.longest * above
 
     def blocks(self, tokens: float) -> int:
-        """Modelled tokens of an answer or a prompt."""
+        """Number of modelled tokens of an answer or a prompt."""
         return math.ceil(tokens / self.block)
 
 
-def _normal(x: float) -> float:
+def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
@@ -103,10 +104,10 @@ class Totals:
 
     Attributes:
         decoded: tokens that engines sampled.
-        trained: of these, in batches.
+        trained: of these, trained on.
         thrown: of these, thrown away.
-        prefilled: tokens that were read into caches.
-        slot_s: seconds of slots in which an answer was sampled or read.
+        prefilled: tokens that were prefilled.
+        slot_s: busy seconds of all slots, in decoding or prefill.
         training_s: seconds of training.
     """
 
@@ -120,18 +121,18 @@ class Totals:
 
 @dataclass
 class World:
-    """What the engines of a run have in common.
+    """State that the engines of a run share.
 
     Attributes:
         pace: of each.
         lengths: of answers.
         samples: answers to a prompt.
-        totals: what was done.
-        of_group: tokens that were sampled for a group, by its number, while it is neither trained on nor
-            dropped.
-        on_update: what becomes of answers that are sampled when weights come.
-        parts: of answers that were cut, and go on: the tokens of their last block, which is not complete.
-        engines: all of them.
+        totals: sums since the start.
+        sampled: tokens sampled for a group, by its number, until it is trained on or dropped.
+        on_update: rule for answers in flight when new weights come.
+        partial_blocks: (group, answer) -> tokens of the last, incomplete block of an answer that was
+            interrupted and will be resumed.
+        engines: of the run.
     """
 
     pace: Pace
@@ -139,13 +140,13 @@ class World:
     samples: int
     on_update: OnUpdate = "keep"
     totals: Totals = field(default_factory=Totals)
-    of_group: Counter[int] = field(default_factory=Counter)
-    parts: dict[tuple[int, int], float] = field(default_factory=dict)
+    sampled: Counter[int] = field(default_factory=Counter)
+    partial_blocks: dict[tuple[int, int], float] = field(default_factory=dict)
     engines: list[ModelledEngine] = field(default_factory=list)
     _drawn: dict[int, list[float]] = field(default_factory=dict)
 
     def engine(self, spec: ServerSpec) -> ModelledEngine:
-        """Makes an engine, as a fleet wants to have it done."""
+        """Make an engine; the factory of an `InferencePool`."""
         self.engines.append(ModelledEngine(spec, self))
         return self.engines[-1]
 
@@ -156,70 +157,64 @@ class World:
         return self._drawn[group]
 
     def forget(self, group: int) -> float:
-        """A group is done with; the tokens that were sampled for it."""
+        """Forget a group that was trained on or dropped; return the tokens that were sampled for it."""
         for number in range(self.samples):
-            self.parts.pop((group, number), None)
+            self.partial_blocks.pop((group, number), None)
         self._drawn.pop(group, None)
-        return self.of_group.pop(group, 0.0)
+        return self.sampled.pop(group, 0.0)
 
     async def deliver(self) -> None:
-        """Engines send what they have sampled so far, as they do all the time; here it is done when it will
-        be asked for.
+        """Let all engines send what they have sampled.
+
+        Real engines do so all the time; here it is done only before something depends on it.
         """
         for engine in self.engines:
             engine.send()
-        for _ in range(_DELIVERY):
+        for _ in range(_DELIVERY_TURNS):
             await asyncio.sleep(0)
 
     def advance(self) -> None:
-        """The totals hold all that was sampled until now."""
+        """Bring the totals up to the present time."""
         for engine in self.engines:
             engine.advance()
 
 
-class _Work:
-    """An answer that an engine samples.
+class _RunningAnswer:
+    """An answer that an engine decodes.
 
     Attributes:
-        group: it is of.
-        number: of the answer.
-        start: progress of the engine when it began.
-        had: tokens of the answer before this.
-        left: tokens that it had to sample then.
-        sent: blocks of the answer that are sent, or ready to be.
-        ready: blocks that are to be sent, with the version of the weights that sampled them.
-        is_over: nothing comes after these.
-        woken: is set when something is to be sent.
+        group: number of its group.
+        number: of the answer in its group.
+        start: progress of the engine when the answer began there.
+        had: tokens of the answer from other engines or earlier tries.
+        left: tokens that were still missing when it began.
+        sent: blocks of the answer that were sent or are in `ready`.
+        ready: (version of the weights, blocks) to be sent.
+        is_over: the answer is complete.
+        woken: future that ends when there is something to send.
     """
 
     __slots__ = ("group", "had", "is_over", "left", "number", "ready", "sent", "start", "woken")
 
-    def __init__(self, group: int, number: int, start: float, had: float, left: float, sent: int) -> None:
-        self.group, self.number, self.start, self.had, self.left, self.sent = (
-            group,
-            number,
-            start,
-            had,
-            left,
-            sent,
-        )
+    def __init__(self, group: int, number: int, *, start: float, had: float, left: float, sent: int) -> None:
+        self.group, self.number, self.start = group, number, start
+        self.had, self.left, self.sent = had, left, sent
         self.ready: list[tuple[int, int]] = []
         self.is_over = False
         self.woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Something is to be sent."""
+        """Wake the stream of the answer: there is something to send."""
         if self.woken is not None and not self.woken.done():
             self.woken.set_result(None)
 
 
 class ModelledEngine(InferenceServer):
-    """An engine that takes the time of its world's pace; all its answers go on at the same speed, which hangs
-    on how many there are.
+    """An engine that only takes the time of its world's pace.
 
-    While `n` answers with `k` tokens in the cache are sampled, `x` further tokens of each take
-    `(base_s + answer_s n + token_s k) x + token_s n x^2 / 2` seconds: with each step the cache has `n` tokens
-    more.
+    All its answers proceed at the same speed, which depends on their number. With `n` answers and `k` tokens
+    in the cache, `x` further tokens of each answer take `(base_s + answer_s n + token_s k) x + token_s n x^2
+    / 2` seconds: each step adds `n` tokens to the cache.
     """
 
     transports = ("shm",)
@@ -229,159 +224,166 @@ class ModelledEngine(InferenceServer):
         super().__init__(spec)
         self._world, self._pace, self._block = world, world.pace, world.lengths.block
         self._prompt_blocks = world.lengths.blocks(world.lengths.prompt)
-        self._works: dict[_Work, None] = {}
-        self._ends: list[tuple[float, int, _Work]] = []
+        self._running: dict[_RunningAnswer, None] = {}
+        # Heap of (progress at which an answer ends, order of arrival, answer).
+        self._ends: list[tuple[float, int, _RunningAnswer]] = []
         self._prompts: Counter[int] = Counter()
         self._progress = self._cached = self._prefill_s = self._now_s = 0.0
-        self._num_works = self._version = 0
+        self._num_begun = self._version = 0
         self._is_paused = False
         self._timer: asyncio.TimerHandle | None = None
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         self._loop = asyncio.get_running_loop()
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         self._is_paused = True
         self._plan()
 
+    @override
     async def check(self) -> None:
-        """See `InferenceServer.check`."""
         await asyncio.sleep(_CHECK_S)
 
+    @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
     ) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`."""
-        work = self._begin(params.seed, number, len(prompt_ids) - self._prompt_blocks)
+        answer = self._begin(params.seed, number, len(prompt_ids) - self._prompt_blocks)
         try:
             is_over = False
             while not is_over:
-                if not (work.ready or work.is_over):
-                    work.woken = self._loop.create_future()
-                    await work.woken
-                is_over, ready = work.is_over, work.ready or [(self._version, 0)]
-                work.ready = []
+                if not (answer.ready or answer.is_over):
+                    answer.woken = self._loop.create_future()
+                    await answer.woken
+                is_over, ready = answer.is_over, answer.ready or [(self._version, 0)]
+                answer.ready = []
                 for i, (version, blocks) in enumerate(ready, 1):
                     yield TokenChunk(
                         [TOKEN] * blocks, None, "stop" if is_over and i == len(ready) else None, version
                     )
         finally:
-            self._leave(work)
+            self._leave(answer)
 
+    @override
     async def pause(self) -> None:
-        """See `InferenceServer.pause`."""
         self.advance()
         self._is_paused = True
         self._plan()
 
+    @override
     async def begin_update(self) -> None:
-        """See `InferenceServer.begin_update`."""
+        pass
 
+    @override
     async def load(self, part: WeightChunk) -> None:
-        """See `InferenceServer.load`."""
         await asyncio.sleep(self._pace.load_s)
 
+    @override
     async def end_update(self, version: int) -> str:
-        """See `InferenceServer.end_update`."""
-        for work in self._works:
-            self._note(work)
+        for answer in self._running:
+            self._note(answer)
         self._version = version
         return f"print-{version}"
 
+    @override
     async def resume(self) -> None:
-        """See `InferenceServer.resume`; here caches are kept."""
+        # Caches are kept.
         self.advance()
         self._is_paused = False
         self._plan()
 
+    @override
     async def sleep(self) -> None:
-        """See `InferenceServer.sleep`."""
         await asyncio.sleep(self._pace.switch_s)
 
+    @override
     async def wake(self) -> None:
-        """See `InferenceServer.wake`."""
         await asyncio.sleep(self._pace.switch_s)
 
     def send(self) -> None:
-        """All answers send what they have."""
+        """Send all tokens that were sampled so far."""
         self.advance()
-        for work in self._works:
-            self._note(work)
-            if work.ready:
-                work.wake()
+        for answer in self._running:
+            self._note(answer)
+            if answer.ready:
+                answer.wake()
 
     def advance(self) -> None:
-        """Brings all that is counted to the present time."""
+        """Bring progress, cache and totals up to the present time."""
         now_s = self._loop.time()
         passed_s, self._now_s = now_s - self._now_s, now_s
-        num = len(self._works)
+        num = len(self._running)
         if self._is_paused or not num or not passed_s:
             return
         self._world.totals.slot_s += num * passed_s
-        reading_s = min(passed_s, self._prefill_s)
-        self._prefill_s -= reading_s
-        passed_s -= reading_s
+        prefill_s = min(passed_s, self._prefill_s)
+        self._prefill_s -= prefill_s
+        passed_s -= prefill_s
         step_s, growth_s = self._step_s(), self._pace.token_s * num
         tokens = 2 * passed_s / (step_s + math.sqrt(step_s * step_s + 2 * growth_s * passed_s))
         self._progress += tokens
         self._cached += num * tokens
 
     def _step_s(self) -> float:
-        return self._pace.base_s + self._pace.answer_s * len(self._works) + self._pace.token_s * self._cached
+        return (
+            self._pace.base_s + self._pace.answer_s * len(self._running) + self._pace.token_s * self._cached
+        )
 
-    def _begin(self, group: int, number: int, blocks: int) -> _Work:
-        """An answer of which there are so many blocks."""
+    def _begin(self, group: int, number: int, blocks: int) -> _RunningAnswer:
+        """Start an answer that already has some blocks."""
         self.advance()
         world, prompt = self._world, self._world.lengths.prompt
-        part = world.parts.pop((group, number), 0.0)
-        had = blocks * self._block + part
+        partial = world.partial_blocks.pop((group, number), 0.0)
+        had = blocks * self._block + partial
         left = world.tokens(group)[number] - had
-        work = _Work(group, number, self._progress, had, left, blocks)
+        answer = _RunningAnswer(group, number, start=self._progress, had=had, left=left, sent=blocks)
         read = had + (prompt if not self._prompts[group] else 0)
         self._prefill_s += read * self._pace.prefill_s
         world.totals.prefilled += read
         self._prompts[group] += 1
         self._cached += prompt + had
-        self._works[work] = None
-        self._num_works += 1
-        heapq.heappush(self._ends, (self._progress + left, self._num_works, work))
+        self._running[answer] = None
+        self._num_begun += 1
+        heapq.heappush(self._ends, (self._progress + left, self._num_begun, answer))
         self._plan()
-        return work
+        return answer
 
-    def _leave(self, work: _Work) -> None:
-        """An answer is complete, or was cut."""
+    def _leave(self, answer: _RunningAnswer) -> None:
+        """Remove an answer that is complete or was interrupted."""
         self.advance()
-        del self._works[work]
-        tokens = min(work.left, self._progress - work.start)
-        self._cached -= self._world.lengths.prompt + work.had + tokens
-        self._world.of_group[work.group] += tokens
+        del self._running[answer]
+        tokens = min(answer.left, self._progress - answer.start)
+        self._cached -= self._world.lengths.prompt + answer.had + tokens
+        self._world.sampled[answer.group] += tokens
         self._world.totals.decoded += tokens
-        if self._world.on_update == "recompute" and not work.is_over:
-            self._world.parts[work.group, work.number] = max(0.0, work.had + tokens - work.sent * self._block)
-        self._prompts[work.group] -= 1
-        if not self._prompts[work.group]:
-            del self._prompts[work.group]
-        if not self._works:
-            self._progress = self._cached = 0.0  # rounding does not add up
+        if self._world.on_update == "recompute" and not answer.is_over:
+            self._world.partial_blocks[answer.group, answer.number] = max(
+                0.0, answer.had + tokens - answer.sent * self._block
+            )
+        self._prompts[answer.group] -= 1
+        if not self._prompts[answer.group]:
+            del self._prompts[answer.group]
+        if not self._running:
+            self._progress = self._cached = 0.0  # so that rounding errors do not add up
             self._ends.clear()
         self._plan()
 
-    def _note(self, work: _Work) -> None:
-        """What was sampled of an answer since the last time is of the present version."""
-        tokens = work.had + min(work.left, self._progress - work.start)
-        blocks = self._world.lengths.blocks(tokens) if work.is_over else int(tokens / self._block)
-        if blocks > work.sent:
-            work.ready.append((self._version, blocks - work.sent))
-            work.sent = blocks
+    def _note(self, answer: _RunningAnswer) -> None:
+        """Make blocks that were sampled since the last call ready to send, with the present version."""
+        tokens = answer.had + min(answer.left, self._progress - answer.start)
+        blocks = self._world.lengths.blocks(tokens) if answer.is_over else int(tokens / self._block)
+        if blocks > answer.sent:
+            answer.ready.append((self._version, blocks - answer.sent))
+            answer.sent = blocks
 
     def _plan(self) -> None:
-        """Sets the timer to the next end of an answer."""
+        """Set the timer to the next end of an answer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._ends and self._ends[0][2] not in self._works:
+        while self._ends and self._ends[0][2] not in self._running:
             heapq.heappop(self._ends)
         if self._is_paused or not self._ends:
             return
@@ -389,19 +391,19 @@ class ModelledEngine(InferenceServer):
         seconds = (
             self._prefill_s
             + self._step_s() * tokens
-            + self._pace.token_s * len(self._works) * tokens * tokens / 2
+            + self._pace.token_s * len(self._running) * tokens * tokens / 2
         )
         self._timer = self._loop.call_at(self._now_s + seconds, self._end)
 
     def _end(self) -> None:
-        """The next answer has come to its end, and those of the same length."""
+        """End the next answer, and all that end at the same progress."""
         self._timer = None
         self.advance()
         self._progress = max(self._progress, self._ends[0][0])
         while self._ends and self._ends[0][0] <= self._progress + _ROUNDING:
-            work = heapq.heappop(self._ends)[2]
-            if work in self._works:
-                work.is_over = True
-                self._note(work)
-                work.wake()
+            answer = heapq.heappop(self._ends)[2]
+            if answer in self._running:
+                answer.is_over = True
+                self._note(answer)
+                answer.wake()
         self._plan()

@@ -1,8 +1,7 @@
-"""Bytes and seconds until engines have new weights, beside a plain load of the full state into a model of the
-same process.
+"""Bytes and seconds of a weight update of engines, against a plain load of the full state in this process.
 
 .venv/bin/python benchmarks/sync.py                      # servers of the embedded engine
-.venv-engines/bin/python benchmarks/sync.py --vllm       # vLLM in process, too (make engines)
+.venv-engines/bin/python benchmarks/sync.py --vllm       # vLLM in this process (make engines)
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def policy_of(folder: Path, *, lora_rank: int = 0) -> tuple[PolicyModel, Any]:
-    """A policy of a folder and its ranks: this process."""
+    """Policy of a folder, and its group of one rank in this process."""
     policy = PolicyModel(load_language_model(str(folder)), "fp32")
     engine = LocalEngine(policy, RoleConfig(lora=LoraConfig(rank=lora_rank)), device=CPU, total_updates=1)
     codec, options = (
@@ -54,12 +53,14 @@ def policy_of(folder: Path, *, lora_rank: int = 0) -> tuple[PolicyModel, Any]:
 
 @contextmanager
 def pool(
-    folder: Path, place: Path, via: Transport | None, count: int, lora_rank: int = 0
+    folder: Path, place: Path, transport: Transport | None, count: int, *, lora_rank: int = 0
 ) -> Iterator[ThreadedInferencePool]:
-    """Servers that follow the policy."""
+    """Servers that receive the policy's weights."""
     policy, group = policy_of(folder, lora_rank=lora_rank)
     specs = [
-        ServerSpec(f"engine-{i}", str(folder), transport=via, secret="benchmark", log=place / f"{i}.log")
+        ServerSpec(
+            f"engine-{i}", str(folder), transport=transport, secret="benchmark", log=place / f"{i}.log"
+        )
         for i in range(count)
     ]
     weights = WeightPublisher(group, "float32", place / "weights")
@@ -83,23 +84,23 @@ def timed(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def row(size: str, way: str, num_bytes: float, write_s: float, load_s: float) -> None:
+def row(size: str, way: str, num_bytes: float, *, write_s: float = 0, load_s: float) -> None:
     print(
         f"| {size} | {way} | {num_bytes / 1e6:.2f} | {write_s * 1e3:.1f} | {load_s * 1e3:.1f} |", flush=True
     )
 
 
 def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
-    """Every way to servers of the embedded engine."""
+    """Measure each transport to servers of the embedded engine."""
     ways: list[tuple[str, Transport | None, int, int]] = [
         ("shared memory, 1 server", "shm", 1, 0),
         ("shared memory, 2 servers", "shm", 2, 0),
         ("process group (gloo), 1 server", "group", 1, 0),
         ("files, 1 server", "disk", 1, 0),
-        ("low-rank additions of rank 8 alone, 1 server", None, 1, 8),
+        ("LoRA adapter of rank 8 alone, 1 server", None, 1, 8),
     ]
-    for way, via, count, rank in ways:
-        with pool(folder, place, via, count, rank) as made:
+    for way, transport, count, rank in ways:
+        with pool(folder, place, transport, count, lora_rank=rank) as made:
             made.publish(1)
             made.take_metrics()
             taken = []
@@ -109,18 +110,19 @@ def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
         write, load = (
             statistics.median(t[f"time/sync_{part}_s"] for t in taken) for part in ("write", "load")
         )
-        row(size, way, taken[0]["engines/sync_bytes"], write, load)
+        row(size, way, taken[0]["engines/sync_bytes"], write_s=write, load_s=load)
 
 
 def plain(size: str, folder: Path, rounds: int) -> None:
-    """The full state into another model of this process, as Transformers and vLLM do it."""
+    """Measure a load of the full state into another model of this process, as Transformers and vLLM do it."""
     one, other = (load_language_model(str(folder)) for _ in range(2))
     seconds = timed(lambda: other.load_state_dict(one.state_dict()), rounds)
-    row(size, "plain load_state_dict, same process", sum(p.nbytes for p in one.parameters()), 0, seconds)
+    num_bytes = sum(p.nbytes for p in one.parameters())
+    row(size, "plain load_state_dict, same process", num_bytes, load_s=seconds)
 
 
 def vllm(size: str, folder: Path, rounds: int) -> None:
-    """vLLM in this process: ours with fingerprints, and its plain reload."""
+    """Measure vLLM in this process: our update with fingerprints, and its plain reload."""
     engine_class = import_module("verl.rollout.vllm.in_process").VLLMEngine
     model = load_language_model(str(folder))
     num_bytes = sum(p.nbytes for p in model.parameters())
@@ -129,13 +131,13 @@ def vllm(size: str, folder: Path, rounds: int) -> None:
         engine_class(str(folder), TextCodec.load(str(folder)), options=options, dtype="float32", max_slots=8)
     ) as engine:
         ours = timed(lambda: engine.load(model.named_parameters(), 1), rounds)
-        row(size, "vLLM in process, with digests and a check of completeness", num_bytes, 0, ours)
+        row(size, "vLLM in process, with digests and a check of completeness", num_bytes, load_s=ours)
 
         def reload(worker: Any) -> None:
             worker.model_runner.reload_weights(weights_iterator=iter(dict(model.state_dict()).items()))
 
         theirs = timed(lambda: engine._llm.collective_rpc(reload), rounds)
-        row(size, "vLLM in process, plain reload_weights of the full state", num_bytes, 0, theirs)
+        row(size, "vLLM in process, plain reload_weights of the full state", num_bytes, load_s=theirs)
 
 
 def main() -> None:
@@ -143,7 +145,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--vllm", action="store_true", help="vLLM in process alone")
+    parser.add_argument("--vllm", action="store_true", help="measure only vLLM in this process")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {

@@ -114,7 +114,7 @@ def test_each_sampled_token_is_trained_on_or_thrown_away_or_still_there(modules,
     plan = replace(varied, on_update=on_update, config=PipelineConfig(max_staleness=2, oversample=more))
     run = modules["cluster"].Cluster(plan)
     told, totals = run.figures(), run.world.totals
-    assert totals.trained + totals.thrown + sum(run.world.of_group.values()) == pytest.approx(totals.decoded)
+    assert totals.trained + totals.thrown + sum(run.world.sampled.values()) == pytest.approx(totals.decoded)
     assert (told.thrown > 0.01) == bool(on_update == "abort" or more)
     assert (told.reread > 0.2) == (on_update == "recompute")
     assert 0 < told.slots_busy <= 1 and 0 < told.training_busy <= 1
@@ -140,7 +140,7 @@ def test_a_measured_run_is_predicted_by_its_parts(modules):
         "reports": {"ahead 0": {"steps": [{"phases": phases}] * 8}},
     }
     steps = prediction.steps_of("ahead 0", measured)
-    seconds = prediction.Seconds.of(steps)
+    seconds = prediction.PartSeconds.of(steps)
     assert vars(seconds) == pytest.approx(
         {"generation_s": 0.5, "training_s": 0.25, "write_s": 0.03, "load_s": 0.02}
     )

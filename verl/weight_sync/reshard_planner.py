@@ -155,7 +155,7 @@ class ReshardPlanner:
                     tensor.receiver_buckets[receiver] = self._next_bucket(receiver, num_bytes)
 
     def _next_bucket(self, receiver: int, num_bytes: int) -> int:
-        """Bucket of the next bytes that a receiver gets; a new one if they do not fit into its current one."""
+        """Bucket of the next bytes of a receiver; a new one if they do not fit into its current one."""
         if self._fill[receiver] and self._fill[receiver] + num_bytes > self._bucket_bytes:
             self._bucket[receiver] += 1
             self._fill[receiver] = 0
