@@ -42,10 +42,10 @@ def by_reference(group: WorkerGroup, num_rows: int, num_ranks: int) -> None:
     counts = [len(part) for part in torch.arange(num_rows).tensor_split(num_ranks)]
     rewards, rows = group.call(ModelFreeWorker.generate, counts).result()
     plan = balance(rows.response_lengths, num_ranks=num_ranks, micro_batch_tokens=16_384)
-    rows.update(group.call(ModelFreeWorker.write, rows.only(["rollout_logprobs"]), plan).result())
+    rows.update(group.call(ModelFreeWorker.write, rows.keep(["rollout_logprobs"]), plan).result())
     rows.write("advantages", group_advantages(rewards))
     group.call(
-        ModelFreeWorker.update, rows.only(["response_ids", "ref_logprobs", "advantages"]), plan
+        ModelFreeWorker.update, rows.keep(["response_ids", "ref_logprobs", "advantages"]), plan
     ).result()
 
 

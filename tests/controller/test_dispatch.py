@@ -98,7 +98,7 @@ def test_rows_come_back_in_the_order_in_which_they_went(lengths, num_ranks, num_
         assert sorted(row for minibatch in own.minibatches for row in sum(minibatch[0], [])) == list(
             range(part.num_rows)
         )
-        results.append(part.only(["response_ids"]))
+        results.append(part.keep(["response_ids"]))
     joined = PLANNED.join(results, (batch, plan))
     assert joined.ragged("response_ids").values.tolist() == batch.ragged("response_ids").values.tolist()
     assert joined.response_lengths.tolist() == lengths

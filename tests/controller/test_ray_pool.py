@@ -112,7 +112,7 @@ def test_tokens_stay_with_the_ranks_that_made_them_until_somebody_reads_them(ech
     assert metrics == {"total": 2 * sum(map(sum, made))}
     assert rows.ragged("response_ids").values.tolist() == [value for row in made for value in row]
     assert rows.select([3, 0])["doubled"].tolist() == [[410.0] * 5, [6.0] * 3 + [0.0] * 2]
-    both = Batch.concat([rows.only(["doubled"]), rows.only(["doubled"]).select([2])])
+    both = Batch.concat([rows.keep(["doubled"]), rows.keep(["doubled"]).select([2])])
     assert both.ragged("doubled").row(5).tolist() == [204.0] * 2
 
 

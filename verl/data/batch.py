@@ -1,4 +1,4 @@
-"""Trajectories and batches of them: ragged columns without padding, and the packed and padded views of them."""
+"""Trajectories, and batches of them: ragged columns without padding, and their packed and padded views."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ class Trajectory:
         prompt_ids: its tokens.
         response_ids: every token after the prompt, those of the environment included.
         response_mask: True where the policy sampled the token; only those are trained on.
-        rollout_logprobs: of the sampling distribution, 0 where masked; None when the answer came as text from
-            outside.
+        rollout_logprobs: of the sampling distribution, 0 where masked; None if the answer came as text.
         versions: policy version that sampled each token.
         group: number of its prompt within the step; siblings share it.
         truncated: cut off at the length limit.
-        text: the answer decoded, for rewards and people; never tokenized again.
+        text: the decoded answer, for rewards and human readers; never tokenized again.
         reward: weighted sum of the scores; None until rewarded.
         scores: value of each reward function, and `accuracy` where it has one.
-        turn_rewards: part of the reward that was given for each turn, in order; a turn is a run of sampled
-            tokens.
+        turn_rewards: part of the reward for each turn, in order; a turn is a run of sampled tokens.
         parts: weight and value of each reward function, in the order of the settings; (0, 0) for one that
             does not apply.
         greedy_reward: of the most likely answer to the same prompt, if an advantage reads it.
         outcome: "ok", or why there is no reward, e.g. "reward_timeout".
-        detail: more about a bad outcome, for people.
+        detail: human-readable cause of another outcome than "ok".
     """
 
     prompt: Prompt
@@ -68,12 +66,13 @@ class Ragged:
     def __post_init__(self) -> None:
         if self.values.shape[0] != int(self.lengths.sum()):
             raise ValueError(
-                f"need one value per position, got {self.values.shape[0]} values and lengths that sum to {int(self.lengths.sum())}"
+                f"need one value per position, got {self.values.shape[0]} values and lengths that sum to "
+                f"{int(self.lengths.sum())}"
             )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int | float | bool]], dtype: torch.dtype) -> Ragged:
-        """Joins rows end to end."""
+        """Join rows end to end."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         return cls(torch.tensor([value for row in rows for value in row], dtype=dtype), lengths)
 
@@ -96,8 +95,9 @@ class Ragged:
 
 
 class RemoteColumn(ABC):
-    """A ragged column whose values lie in other processes: rows are picked and joined without them, and
-    fetched when they are read.
+    """A ragged column with its values in other processes: rows are selected and joined without the values.
+
+    The values are fetched when they are read.
 
     Attributes:
         lengths: [B] int64.
@@ -111,16 +111,16 @@ class RemoteColumn(ABC):
 
     @abstractmethod
     def join(self, others: Sequence[RemoteColumn]) -> RemoteColumn:
-        """The own rows, then those of the others, in order."""
+        """The own rows, then the rows of the others, in order."""
 
     @abstractmethod
     def fetch(self) -> Ragged:
-        """The values of these rows and of no others."""
+        """The values of these rows alone."""
 
 
 @dataclass(frozen=True)
 class RemoteRow(Sequence[Any]):
-    """One row of a column that is elsewhere: its length is known, its values are fetched when they are read."""
+    """One row of a remote column: its length is known, its values are fetched when they are read."""
 
     column: RemoteColumn
     row: int
@@ -136,9 +136,7 @@ Column = Tensor | Ragged | RemoteColumn
 
 
 def positions_of(lengths: Tensor, rows: Tensor) -> Tensor:
-    """[sum(lengths[rows])] int64, where the values of the given rows stand among those of rows of such
-    lengths, end to end.
-    """
+    """Positions of the values of the given rows [sum(lengths[rows])] int64, among all rows end to end."""
     starts, picked = lengths.cumsum(0) - lengths, lengths[rows]
     shift = starts[rows] - (picked.cumsum(0) - picked)
     return torch.arange(int(picked.sum())) + shift.repeat_interleave(picked)
@@ -215,9 +213,7 @@ class Batch:
 
     @property
     def row_ids(self) -> Tensor:
-        """[B] int64, number of each row in the step: as given to a rank, or its own number where all rows
-        are.
-        """
+        """[B] int64, number of each row in the step; a batch of all rows numbers them from 0."""
         return self["row_ids"] if "row_ids" in self else torch.arange(self.num_rows)
 
     def __contains__(self, name: str) -> bool:
@@ -236,13 +232,11 @@ class Batch:
         return column
 
     def is_ragged(self, name: str) -> bool:
-        """Whether a column is over tokens."""
+        """True if a column is over tokens."""
         return not isinstance(self._columns[name], Tensor)
 
     def rows(self, name: str) -> list[Sequence[Any]]:
-        """The values of each row of a column over tokens; of one that is elsewhere, what fetches them when
-        they are read.
-        """
+        """The values of each row of a column over tokens; those of a remote column are fetched when read."""
         column = self._columns[name]
         if isinstance(column, RemoteColumn):
             return [RemoteRow(column, row) for row in range(self.num_rows)]
@@ -250,7 +244,7 @@ class Batch:
         return [values.tolist() for values in ragged.values.split(ragged.lengths.tolist())]
 
     def write(self, name: str, values: Tensor) -> None:
-        """Adds or replaces a column: [B] per row, or [B, T, ...] over the response, whose padding is dropped."""
+        """Add or replace a column: [B] per row, or [B, T, ...] over the response, without its padding."""
         if values.shape[0] != self.num_rows:
             raise ValueError(
                 f"need {self.num_rows} rows for column {name!r}, got shape {tuple(values.shape)}"
@@ -266,17 +260,17 @@ class Batch:
         self._columns[name] = Ragged(values[present], self.response_lengths)
 
     def update(self, other: Batch) -> None:
-        """Takes over the columns of a batch of the same rows, in place of its own of the same names.
+        """Take over the columns of a batch of the same rows, in place of those of the same names.
 
         Raises:
-            ValueError: it has other rows.
+            ValueError: the numbers of rows differ.
         """
         if other.num_rows != self.num_rows:
-            raise ValueError(f"need {self.num_rows} rows to take columns over, got {other.num_rows}")
+            raise ValueError(f"need {self.num_rows} rows to take over columns, got {other.num_rows}")
         self._columns.update(other._columns)
 
-    def only(self, names: Collection[str]) -> Batch:
-        """The same rows with the columns of these names that there are."""
+    def keep(self, names: Collection[str]) -> Batch:
+        """The same rows with the columns of these names, as far as they exist."""
         return Batch({name: column for name, column in self._columns.items() if name in names})
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
@@ -304,13 +298,13 @@ class Batch:
         return column
 
     def _lengths(self, name: str) -> Tensor:
-        """Those of a column over tokens, which stays where it is."""
+        """Lengths of the rows of a column over tokens, without a fetch."""
         column = self._columns.get(name)
         return column.lengths if isinstance(column, RemoteColumn) else self.ragged(name).lengths
 
 
 def _column_of(spec: ColumnSpec, trajectories: Sequence[Trajectory], rows: Sequence[Any]) -> Column | None:
-    """The column of these values, None for a trajectory without one; None if it would not be complete."""
+    """The column of these values, None for a trajectory without one; None if the column is not complete."""
     if spec.fill is not None and any(row is not None for row in rows):
         fills = [[spec.fill] * len(t.response_ids) for t in trajectories]
         rows = [fill if row is None else row for row, fill in zip(rows, fills, strict=True)]
@@ -324,7 +318,7 @@ def _column_of(spec: ColumnSpec, trajectories: Sequence[Trajectory], rows: Seque
 
 
 def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> Ragged | RemoteColumn:
-    """Rows as a column; those that are all elsewhere stay there."""
+    """Rows as a column; rows that are all remote stay where they are."""
     away = [row for row in rows if isinstance(row, RemoteRow)]
     if len(away) < len(rows):
         return Ragged.from_rows(rows, dtype)
@@ -342,15 +336,15 @@ def _joined_rows(rows: Sequence[Sequence[int | float]], dtype: torch.dtype) -> R
 
 
 def turn_ends(trajectory: Trajectory) -> list[int]:
-    """Place of the last token of each turn; a turn is a run of sampled tokens."""
+    """Position of the last token of each turn; a turn is a run of sampled tokens."""
     mask = trajectory.response_mask
     return [i for i, sampled in enumerate(mask) if sampled and (i + 1 == len(mask) or not mask[i + 1])]
 
 
 def at_turn_ends(trajectory: Trajectory) -> list[float]:
-    """The reward of each turn at the last token of it, 0 at the other tokens of the response.
+    """The reward of each turn at its last token, 0 at the other tokens of the response.
 
-    A trajectory that is masked as a whole has no turn that could learn from them.
+    A trajectory that is masked as a whole has no turns, and its rewards of turns are left out.
 
     Raises:
         ValueError: more or fewer rewards than turns.
@@ -386,16 +380,16 @@ TRAJECTORY_COLUMNS: dict[str, Callable[[Trajectory], Any]] = {
 
 @dataclass(frozen=True)
 class ModelInput:
-    """Rows as a model reads them, either packed (one line, no padding) or padded (one line per row).
+    """Rows in the form that a model reads, packed (one line, no padding) or padded (one line per row).
 
-    The last token of an answer predicts nothing and is left out. Packed rows with the same prompt share it:
-    it stands once in the line, and is computed once.
+    The last token of an answer predicts nothing and is left out. Packed rows with the same prompt share its
+    tokens: they are in the line once, and are computed once.
 
     Attributes:
         input_ids: [1, N] packed or [B, S] padded, int64.
         position_ids: like input_ids, restarting at 0 in each row.
         lengths: tokens of each row, B of them, a shared prompt counted in each.
-        packed: which of the two.
+        packed: True for one line of all rows.
         predictors: [M] int64, flat positions whose hidden state predicts a response token, row after row.
         targets: [M] int64, those response tokens.
         response_lengths: [B] int64, M in sum.
@@ -414,11 +408,12 @@ class ModelInput:
 
     @classmethod
     def from_batch(cls, batch: Batch, *, packed: bool, device: torch.device) -> ModelInput:
-        """Joins prompt and response of every row."""
+        """Join prompt and response of every row."""
         prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
         if int(prompts.lengths.min()) < 1:
             raise ValueError(
-                f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token before the answer"
+                f"row {int(prompts.lengths.argmin())} has an empty prompt; a model needs at least one token "
+                "before the answer"
             )
         joined = batch.num_tokens
         present = present_mask(joined)
@@ -434,13 +429,18 @@ class ModelInput:
         ids = torch.where(present, ids, 0)
         # The state at position t - 1 predicts token t.
         predicts = present & (positions >= prompts.lengths[:, None] - 1) & (responses.lengths > 0)[:, None]
-        common = (lengths.tolist(), packed)
-        targets = (responses.values.to(device), responses.lengths)
+        targets = responses.values.to(device)
         if not packed:
-            predictors = predicts.flatten().nonzero().squeeze(1)
             return cls(
-                ids.to(device), positions.contiguous().to(device), *common, predictors.to(device), *targets
+                input_ids=ids.to(device),
+                position_ids=positions.contiguous().to(device),
+                lengths=lengths.tolist(),
+                packed=False,
+                predictors=predicts.flatten().nonzero().squeeze(1).to(device),
+                targets=targets,
+                response_lengths=responses.lengths,
             )
+        # Of the rows with the same prompt, the first owns its tokens in the line; the others refer to them.
         owners = _first_with_same_prompt(prompts)
         own = present & (~in_prompt | (owners == torch.arange(batch.num_rows))[:, None])
         places = torch.zeros(own.shape, dtype=torch.int64)
@@ -450,12 +450,14 @@ class ModelInput:
         if int(own.sum()) < int(present.sum()):
             index = (places.flatten().to(device), own.flatten().nonzero().squeeze(1).to(device))
         return cls(
-            ids[own][None].to(device),
-            positions[own][None].to(device),
-            *common,
-            places[predicts].to(device),
-            *targets,
-            index,
+            input_ids=ids[own][None].to(device),
+            position_ids=positions[own][None].to(device),
+            lengths=lengths.tolist(),
+            packed=True,
+            predictors=places[predicts].to(device),
+            targets=targets,
+            response_lengths=responses.lengths,
+            index=index,
         )
 
 

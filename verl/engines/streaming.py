@@ -230,7 +230,7 @@ class StreamedUpdate:
 
     def _accumulate(self, rows: Batch, plan: BatchPlan, first_row: int) -> None:
         self._started.append(
-            self._group.call(Learner.accumulate, rows.only(self._reads), plan, self._kl_coef, first_row)
+            self._group.call(Learner.accumulate, rows.keep(self._reads), plan, self._kl_coef, first_row)
         )
 
     def _keep_shortest(self, rows: Batch, first_row: int) -> None:
@@ -261,12 +261,12 @@ def joined(portions: Sequence[Batch]) -> Batch:
         for spec in COLUMNS.values()
         if spec.fill is not None and any(spec.name in batch for batch in portions)
     }
-    portions = [batch.only(batch.names) for batch in portions]
+    portions = [batch.keep(batch.names) for batch in portions]
     for batch in portions:
         for name in fills.keys() - set(batch.names):
             batch.write(name, torch.full(batch["mask"].shape, fills[name]))
     common = set.intersection(*(set(batch.names) for batch in portions))
-    return Batch.concat([batch.only(common) for batch in portions])
+    return Batch.concat([batch.keep(common) for batch in portions])
 
 
 def _depends_on_other_groups(function: BoundFunction) -> bool:

@@ -268,14 +268,14 @@ class Trainer(BaseTrainer):
 
     def _write(self, writer: ColumnWriter, rows: Batch) -> Future[Batch]:
         plan = self._plan(writer.group, rows, writer.config)
-        return writer.group.call(writer.method, rows.only(MODEL_COLUMNS), plan)
+        return writer.group.call(writer.method, rows.keep(MODEL_COLUMNS), plan)
 
     def _update_critic(self, rows: Batch) -> Future[Metrics]:
         critic = self.team.critic
         assert critic is not None
         plan = self._plan(critic, rows, self.config.critic)
         write_loss_weights(rows, plan, self.algorithm)
-        return critic.call(Learner.update, rows.only(self._critic_columns), plan, 0.0)
+        return critic.call(Learner.update, rows.keep(self._critic_columns), plan, 0.0)
 
     def _update_policy(self, rows: Batch) -> Future[Metrics]:
         plan = self._plan(self.team.policy, rows, self.config.policy)
@@ -283,7 +283,7 @@ class Trainer(BaseTrainer):
         plan, metrics = (
             skip_zero_advantages(rows, plan) if self.algorithm.skip_zero_advantages else (plan, {})
         )
-        read = rows.only(self._policy_columns)
+        read = rows.keep(self._policy_columns)
         return MergedMetrics(self.team.policy.call(Learner.update, read, plan, self.kl_coef), metrics)
 
     @property

@@ -115,7 +115,7 @@ class Learner(ColumnWorker):
             raise ValueError(
                 f"need one update for a step in portions, got epochs={self._epochs} and {len(plan.minibatches)} minibatches"
             )
-        numbered = batch.only(batch.names)
+        numbered = batch.keep(batch.names)
         numbered.write("row_ids", batch.row_ids + first_row)
         self.engine.accumulate(numbered, plan.minibatches[0][0], counted(self._objective(kl_coef)))
 
