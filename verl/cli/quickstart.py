@@ -21,7 +21,7 @@ from verl.trainer.rl_trainer import Trainer
 from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 
-# A policy learns from rewards only if some of its sampled answers are correct, so the sampled accuracy counts,
+# A policy learns from rewards only if some of its sampled answers are correct: the sampled accuracy counts,
 # not that of the most likely answer.
 _WARM_ACCURACY = 0.22
 _WARM_CHECK_STEPS = 10
