@@ -13,13 +13,14 @@ from pathlib import Path
 from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
 from typing_extensions import override
 
-from verl.agents.group_source import FromFleet
+from verl.agents.group_source import GroupSource
 from verl.agents.pipeline import Pipeline, TrainBatch
 from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.engine import ServerSpec
+from verl.rollout.group_sampling import sample_group
 from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Prompt, SamplingParams
@@ -38,21 +39,19 @@ class _Answers:
 
     reward_names = "modelled rewards"
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, fleet: InferencePool) -> None:
+        self._world, self._fleet = world, fleet
         self._prompt = [TOKEN] * world.lengths.blocks(world.lengths.prompt)
         self._longest = world.lengths.blocks(world.lengths.longest)
 
-    def params(self, samples: int, *, number: int, draw: int = 0) -> SamplingParams:
+    def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         return SamplingParams(n=samples, max_tokens=self._longest, seed=number)
 
-    def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
-        return []
+    def greedy_params(self, params: SamplingParams) -> None:
+        return None
 
-    async def sample_from(
-        self, fleet: InferencePool, prompt: Prompt, params: SamplingParams
-    ) -> list[Trajectory]:
-        answers = await fleet.answer(self._prompt, params)
+    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        answers = await sample_group(self._fleet, self._prompt, params)
         ids = self._prompt
         return [
             Trajectory(prompt, ids, a.token_ids, [True] * len(a.token_ids), None, list(a.versions or ()), 0)
@@ -206,7 +205,7 @@ class Cluster:
             note=_refuse,
         )
         waits = WaitTracker(clock=loop.time)
-        source = FromFleet(_Answers(self.world), plan.samples, self.fleet, waits)  # type: ignore[arg-type]
+        source = GroupSource(_Answers(self.world, self.fleet), plan.samples, in_turn=False, waits=waits)  # type: ignore[arg-type]
         self.pipeline = Pipeline(
             self.draw, source, self.ledger, plan.config, prompts_per_step=plan.prompts_per_step, waits=waits
         )
@@ -229,7 +228,7 @@ class Cluster:
         if self.plan.config.batches == "streamed":
             batch = await self._learned_on_the_way()
         else:
-            batch = await self.pipeline.take()
+            batch = await self.pipeline.next_batch()
             if self.plan.generation is None:
                 await self.fleet.sleep()
             await self._train([group.number for group in batch.groups])
@@ -237,14 +236,14 @@ class Cluster:
             version for group in batch.groups for answer in group.answers for version in answer.versions
         )
         self._ages.append(Counter({step - 1 - version: count for version, count in versions.items()}))
-        await self.pipeline.settle()
+        await self.pipeline.drain_in_flight()
         await self._publish(step)
-        self.pipeline.published(step)
+        self.pipeline.advance(step)
 
     async def _learned_on_the_way(self) -> TrainBatch:
-        async for portion in self.pipeline.portions():
+        async for portion in self.pipeline.stream_groups():
             await self._train([group.number for group in portion])
-        return self.pipeline.taken()
+        return self.pipeline.finish_batch()
 
     async def _train(self, groups: Sequence[int]) -> None:
         """Wait for as long as training on these groups takes."""

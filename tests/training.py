@@ -155,7 +155,7 @@ def one_update(*micro_batches: list[int]) -> BatchPlan:
 
 def engine_of(trainer: Trainer, role: str = "policy") -> LocalEngine:
     """The engine of a role in this process."""
-    return getattr(trainer.team, role).worker.engine
+    return getattr(trainer.groups, role).worker.engine
 
 
 def learn(worker: Learner, batch: Batch, plan: BatchPlan, kl_coef: float = 0.0) -> dict[str, float]:

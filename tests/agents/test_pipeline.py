@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from verl.agents.group_source import Group, GroupError, Source
+from verl.agents.group_source import Source
 from verl.agents.group_state import saved_groups
+from verl.agents.groups import Group, GroupError
 from verl.agents.pipeline import Pipeline, staleness_metrics
 from verl.config import load_config
 from verl.data.batch import Batch, Trajectory
@@ -26,17 +26,14 @@ class ByHand(Source):
     """Answers when the test says so."""
 
     def __init__(self) -> None:
-        self.is_in_turn = False
+        self.in_turn = False
         self.asked: dict[int, tuple[Group, asyncio.Future[None]]] = {}
         self.order: list[int] = []
 
-    def start(self, groups: Sequence[Group]) -> list[asyncio.Future[None]]:
-        futures = []
-        for group in groups:
-            self.asked[group.number] = group, asyncio.get_running_loop().create_future()
-            self.order.append(group.number)
-            futures.append(self.asked[group.number][1])
-        return futures
+    def start(self, group: Group) -> asyncio.Future[None]:
+        self.asked[group.number] = group, asyncio.get_running_loop().create_future()
+        self.order.append(group.number)
+        return self.asked[group.number][1]
 
     def finish(self, group: Group) -> bool:
         return len({t.reward for t in group.answers}) > 1
@@ -66,7 +63,7 @@ async def settled() -> None:
 class Bench:
     """A pipeline of two prompts a step."""
 
-    def __init__(self, *overrides: str, replace_dead: int = 0) -> None:
+    def __init__(self, *overrides: str, max_resamples: int = 0) -> None:
         given = [f"pipeline.{override}" for override in overrides]
         config = load_config("grpo", ["rollout.engine=served", "rollout.servers=1", *given])
         self.source, self.ledger, self.drawn, self.notes = ByHand(), Ledger(), 0, []
@@ -77,7 +74,7 @@ class Bench:
             config.pipeline,
             prompts_per_step=2,
             waits=WaitTracker(),
-            replace_dead=replace_dead,
+            max_resamples=max_resamples,
         )
 
     def draw(self, count: int) -> list[Prompt]:
@@ -86,15 +83,15 @@ class Bench:
 
     async def begin(self) -> asyncio.Task[Any]:
         """A step that waits for its batch."""
-        task = asyncio.ensure_future(self.pipeline.take())
+        task = asyncio.ensure_future(self.pipeline.next_batch())
         await settled()
         return task
 
     async def learn(self, task: asyncio.Task[Any]) -> list[int]:
         """The numbers of a batch that is complete, which the policy then has learned from."""
         batch = await asyncio.wait_for(task, 5)
-        await self.pipeline.settle()
-        self.pipeline.published(self.pipeline.version + 1)
+        await self.pipeline.drain_in_flight()
+        self.pipeline.advance(self.pipeline.version + 1)
         await settled()
         return [group.number for group in batch.groups]
 
@@ -141,7 +138,7 @@ async def test_one_step_of_staleness_is_one_batch_ahead_and_what_is_first_comple
 
 @in_loop
 async def test_groups_that_teach_nothing_give_way_to_other_prompts_so_many_times():
-    bench = Bench(replace_dead=1)
+    bench = Bench(max_resamples=1)
     step = await bench.begin()
     for number in (0, 1):
         await bench.source.answer(number, 1.0, 1.0)
@@ -152,8 +149,8 @@ async def test_groups_that_teach_nothing_give_way_to_other_prompts_so_many_times
     assert [group.number for group in batch.groups if not group.has_no_signal] == [
         3
     ] and batch.num_refills == 2
-    assert [group.number for group in batch.everything] == [0, 1, 2, 3]
-    bench.pipeline.published(1)
+    assert [group.number for group in batch.all_groups] == [0, 1, 2, 3]
+    bench.pipeline.advance(1)
     counts = bench.ledger.counts()
     assert (counts.trained, counts.dropped) == (1, {"dead": 3})
 
@@ -202,7 +199,7 @@ def test_a_group_with_too_few_survivors_is_dropped_or_refilled(rule, order, drop
         assert bench.source.order == order
         assert bench.ledger.counts().dropped == dropped
         again = bench.source.asked[order[-1]][0]
-        assert again.draw == (rule == "refill") and again.answers == []
+        assert again.attempt == (rule == "refill") and again.answers == []
 
     asyncio.run(scenario())
 
@@ -258,9 +255,9 @@ async def test_in_order_each_group_is_of_one_version_and_the_oldest_come_first()
     assert not step.done()  # what becomes of the others is decided when all are there
     await bench.source.answer(0, 1.0, 0.0)
     assert await bench.learn(step) == [0, 1]
-    batch = await asyncio.wait_for(bench.pipeline.take(), 5)
+    batch = await asyncio.wait_for(bench.pipeline.next_batch(), 5)
     assert [group.number for group in batch.groups] == [2, 3]
-    publishing = asyncio.ensure_future(bench.pipeline.settle())
+    publishing = asyncio.ensure_future(bench.pipeline.drain_in_flight())
     for number in (5, 4):
         assert not publishing.done()
         await bench.source.answer(number, 1.0, 0.0, version=1)

@@ -139,7 +139,9 @@ class Streamed:
 
     def finish(self):
         scales = {"policy": self.portions.policy_scale, "critic": self.portions.critic_scale}
-        metrics = self.portions.metrics(self.kl_coef, version=0)
+        rows = joined(self.portions.batches)
+        metrics = write_advantages(rows, self.algorithm, self.kl_coef, version=0)
+        self.portions.check(rows)
         for name, update in self.updates.items():
             metrics |= update.finish(scales[name]).result()
         return metrics

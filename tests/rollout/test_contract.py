@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.rollout.pool.pools import group_of, pool_of, saved
+from tests.rollout.pool.pools import generate, group_of, pool_of, publish, saved
 from tests.rollout.servers import KEY, running
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_policy
 from verl.engines.hf.models import PolicyModel
+from verl.rollout.batching_engine import BatchingEngine
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
 
@@ -55,13 +56,13 @@ def vllm_in_process(folder: Path) -> RolloutEngine:
         saved(policy(), folder), tiny_codec(), options={"max_model_len": 256}, dtype="float32", max_slots=4
     )
     made.load(policy().transformer.named_parameters(), 0)
-    return made
+    return BatchingEngine(made)
 
 
 def made_engine(name: str, folder: Path, stack: ExitStack) -> RolloutEngine:
     """An engine that samples from the policy as it is."""
     if name == "embedded":
-        return EmbeddedEngine(policy(), tiny_codec(), max_slots=4)
+        return BatchingEngine(EmbeddedEngine(policy(), tiny_codec(), max_slots=4))
     if name == "vllm":
         return vllm_in_process(folder)
     if name == "http":
@@ -109,7 +110,7 @@ def seeded(name: str) -> None:
 
 
 def answer(engine: RolloutEngine, prompt: list[int], **options) -> list[Completion]:
-    return engine.generate([prompt], [SamplingParams(**options)])[0]
+    return generate(engine, [prompt], [SamplingParams(**options)])[0]
 
 
 def next_logits(ids: list[int]) -> Tensor:
@@ -122,9 +123,9 @@ def test_an_answer_depends_on_its_prompt_seed_and_number_alone(engine, seeded):
     params = [
         SamplingParams(temperature=0.9, max_tokens=12, n=n, stop_ids=ENDS, seed=40 + n) for n in (2, 3, 1, 5)
     ]
-    together = engine.generate(PROMPTS, params)
-    reverse = engine.generate(PROMPTS[::-1], params[::-1])[::-1]
-    alone = [engine.generate([prompt], [wanted])[0] for prompt, wanted in zip(PROMPTS, params, strict=True)]
+    together = generate(engine, PROMPTS, params)
+    reverse = generate(engine, PROMPTS[::-1], params[::-1])[::-1]
+    alone = [generate(engine, [prompt], [wanted])[0] for prompt, wanted in zip(PROMPTS, params, strict=True)]
     ids = [[c.token_ids for c in group] for group in together]
     assert [len(group) for group in ids] == [2, 3, 1, 5]
     assert (
@@ -146,7 +147,7 @@ def test_answers_of_a_group_and_of_other_seeds_differ(engine):
 
 def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(engine):
     for prompt, (completion,) in zip(
-        PROMPTS, engine.generate(PROMPTS, [SamplingParams(0, max_tokens=10)] * 4), strict=True
+        PROMPTS, generate(engine, PROMPTS, [SamplingParams(0, max_tokens=10)] * 4), strict=True
     ):
         ids = list(prompt)
         for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
@@ -159,7 +160,7 @@ def test_temperature_0_takes_the_most_likely_token_of_the_models_own_forward(eng
 def test_a_stop_id_ends_an_answer_and_belongs_to_it(engine):
     completions = [
         c
-        for group in engine.generate(PROMPTS, [SamplingParams(max_tokens=40, n=4, stop_ids=ENDS)] * 4)
+        for group in generate(engine, PROMPTS, [SamplingParams(max_tokens=40, n=4, stop_ids=ENDS)] * 4)
         for c in group
     ]
     stopped = [c for c in completions if c.finish_reason == "stop"]
@@ -175,8 +176,8 @@ def test_the_end_of_the_tokenizer_ends_an_answer(engine):
 
 
 def test_an_answer_without_an_end_has_max_tokens(engine):
-    groups = engine.generate(
-        PROMPTS, [SamplingParams(max_tokens=n, stop_ids=ENDS, n=3) for n in (1, 2, 7, 20)]
+    groups = generate(
+        engine, PROMPTS, [SamplingParams(max_tokens=n, stop_ids=ENDS, n=3) for n in (1, 2, 7, 20)]
     )
     for limit, group in zip((1, 2, 7, 20), groups, strict=True):
         for c in group:
@@ -212,7 +213,7 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(engine, see
 def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, name, params):
     if name in OTHER_ORDER and params.top_k and params.top_p < 1:
         pytest.skip("this engine applies several truncations in an order of its own")
-    (completion,) = engine.generate([PROMPTS[1]], [params])
+    (completion,) = generate(engine, [PROMPTS[1]], [params])
     ids = list(PROMPTS[1])
     for token, logprob in zip(completion[0].token_ids[:30], completion[0].logprobs, strict=False):
         probs = (next_logits(ids) / params.temperature).softmax(-1).tolist()
@@ -226,18 +227,18 @@ def test_logprobs_are_of_the_truncated_and_renormalized_distribution(engine, nam
 
 def test_answers_carry_the_version_that_was_published(engine):
     assert answer(engine, PROMPTS[0], max_tokens=2)[0].version == engine.version < 3
-    engine.publish(3)
+    publish(engine, 3)
     assert engine.version == 3
     assert [c.version for c in answer(engine, PROMPTS[0], max_tokens=2, n=2)] == [3, 3]
 
 
 def test_nothing_asked_is_nothing_answered(engine):
-    assert engine.generate([], []) == []
+    assert generate(engine, [], []) == []
 
 
 def test_an_empty_prompt_is_an_error(engine):
     with pytest.raises(ValueError, match="prompt 1 has 0 tokens and may get 128 more; need at least one"):
-        engine.generate([[5], []], [SamplingParams()] * 2)
+        generate(engine, [[5], []], [SamplingParams()] * 2)
 
 
 def test_a_prompt_whose_answer_may_not_fit_the_context_is_an_error(engine):
@@ -253,4 +254,4 @@ def test_every_prompt_needs_its_parameters(engine):
     with pytest.raises(
         ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"
     ):
-        engine.generate(PROMPTS[:2], [SamplingParams()])
+        generate(engine, PROMPTS[:2], [SamplingParams()])

@@ -22,6 +22,7 @@ from aiohttp import web
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.rollout.pool.pools import generate
 from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_model
 from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
@@ -60,7 +61,7 @@ def policy(folder: Path) -> PolicyModel:
 
 def own_answer(model: PolicyModel, folder: Path, params: SamplingParams, seed: int) -> Completion:
     engine = EmbeddedEngine(model, TextCodec.load(str(folder)))
-    return engine.generate([PROMPT], [SamplingParams(**{**vars(params), "seed": seed})])[0][0]
+    return generate(engine, [PROMPT], [SamplingParams(**{**vars(params), "seed": seed})])[0][0]
 
 
 async def answer(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_codec
-from verl.rollout.text_worker import TextWorkerEngine
+from verl.rollout.text_worker import TextWorkerGenerator
 from verl.utils.rollout import BaseRolloutWorker
 from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer
@@ -42,7 +42,7 @@ def numbered(prompts: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("kind", [Worker, LaterWorker])
 def test_every_prompt_is_asked_n_times_and_the_texts_are_tokenized_once(kind):
     worker = kind(numbered)
-    groups = TextWorkerEngine(worker, CODEC).generate(
+    groups = TextWorkerGenerator(worker, CODEC).generate(
         PROMPTS, [SamplingParams(n=2, max_tokens=9), SamplingParams(max_tokens=20)]
     )
     assert worker.asked == [(["1+1=", "1+1=", "2+2="], 20)]
@@ -57,12 +57,12 @@ def test_a_worker_reads_the_marks_of_the_chat_template_but_no_start_token():
     codec, worker = TextCodec(tokenizer), Worker(numbered)
     ids = codec.encode_prompt(Prompt([{"role": "user", "content": "1+1="}]))
     assert ids == [2, *codec.encode("1+1="), 3]
-    TextWorkerEngine(worker, codec).generate([ids], [SamplingParams()])
+    TextWorkerGenerator(worker, codec).generate([ids], [SamplingParams()])
     assert worker.asked[0][0] == ["1+1=<unk>"]
 
 
 def test_a_text_longer_than_its_own_limit_is_cut():
-    engine = TextWorkerEngine(Worker(lambda prompts: ["abcdef"] * 2), CODEC)
+    engine = TextWorkerGenerator(Worker(lambda prompts: ["abcdef"] * 2), CODEC)
     (short,), (enough,) = engine.generate(
         PROMPTS, [SamplingParams(max_tokens=4), SamplingParams(max_tokens=7)]
     )
@@ -71,14 +71,14 @@ def test_a_text_longer_than_its_own_limit_is_cut():
 
 
 def test_answers_carry_the_version_that_was_published():
-    engine = TextWorkerEngine(Worker(numbered), CODEC)
-    engine.publish(4)
+    engine = TextWorkerGenerator(Worker(numbered), CODEC)
+    engine.version = 4
     assert engine.generate(PROMPTS[:1], [SamplingParams()])[0][0].version == 4
 
 
 def test_a_worker_is_not_asked_for_nothing():
     worker = Worker(numbered)
-    assert TextWorkerEngine(worker, CODEC).generate([], []) == [] and worker.asked == []
+    assert TextWorkerGenerator(worker, CODEC).generate([], []) == [] and worker.asked == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_worker_is_not_asked_for_nothing():
 )
 def test_anything_but_one_text_per_prompt_is_an_error(answer, message):
     with pytest.raises(ValueError, match=f"Worker.generate {message}"):
-        TextWorkerEngine(Worker(lambda prompts: answer), CODEC).generate(PROMPTS, [SamplingParams()] * 2)
+        TextWorkerGenerator(Worker(lambda prompts: answer), CODEC).generate(PROMPTS, [SamplingParams()] * 2)
 
 
 def test_an_error_of_the_worker_is_raised_as_it_is():
@@ -100,11 +100,11 @@ def test_an_error_of_the_worker_is_raised_as_it_is():
         raise ConnectionError("no server")
 
     with pytest.raises(ConnectionError, match="no server"):
-        TextWorkerEngine(Worker(fails), CODEC).generate(PROMPTS, [SamplingParams()] * 2)
+        TextWorkerGenerator(Worker(fails), CODEC).generate(PROMPTS, [SamplingParams()] * 2)
 
 
 def test_a_worker_must_define_generate():
     with pytest.raises(
         NotImplementedError, match=r"BaseRolloutWorker must define generate\(prompts, max_tokens=128\)"
     ):
-        TextWorkerEngine(BaseRolloutWorker(), CODEC).generate(PROMPTS, [SamplingParams()] * 2)
+        TextWorkerGenerator(BaseRolloutWorker(), CODEC).generate(PROMPTS, [SamplingParams()] * 2)

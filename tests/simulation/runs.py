@@ -17,14 +17,16 @@ import torch
 
 from tests.simulation.engines import END, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
-from verl.agents.group_source import FromFleet, Group
+from verl.agents.group_source import GroupSource
 from verl.agents.group_state import saved_groups
+from verl.agents.groups import Group
 from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker, stall_reason
 from verl.rollout.engine import EngineError
+from verl.rollout.group_sampling import sample_group
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, Prompt, SamplingParams
 from verl.utils.virtual_time import run
@@ -37,10 +39,11 @@ _BAD_DATA = -1
 
 @dataclass
 class Answers:
-    """Stands for the collector of a trainer: prompts are numbers, and a reward is what the answer's tokens
+    """Stands for the sampler of a trainer: prompts are numbers, and a reward is what the answer's tokens
     give.
 
     Attributes:
+        fleet: the engines.
         world: of the engines.
         rng: of what goes wrong with rewards.
         samples: answers of a group.
@@ -48,6 +51,7 @@ class Answers:
         failing: share of the rewards that fail once, that fail always, and that take long.
     """
 
+    fleet: InferencePool
     world: World
     rng: random.Random
     samples: int
@@ -57,19 +61,18 @@ class Answers:
     bound: Callable[[], tuple[int, int]] = lambda: (0, 0)
     problems: list[str] = field(default_factory=list)
 
-    def params(self, samples: int, *, number: int, draw: int = 0) -> SamplingParams:
-        return SamplingParams(n=samples, max_tokens=self.max_tokens, seed=(draw << 26) + number)
+    def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
+        return SamplingParams(n=samples, max_tokens=self.max_tokens, seed=(attempt << 26) + number)
 
-    def greedy_params(self, params: SamplingParams) -> list[SamplingParams]:
-        return []
+    def greedy_params(self, params: SamplingParams) -> None:
+        return None
 
-    async def sample_from(
-        self, fleet: InferencePool, prompt: Prompt, params: SamplingParams
-    ) -> list[Trajectory]:
-        oldest = fleet.version
+    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        fleet, oldest = self.fleet, self.fleet.version
         ids = [10 + prompt.index % 900, 11]
         # A prompt that is longer than the context of the policy is refused by every engine.
-        answers = await fleet.answer([*ids, *[12] * 400] if prompt.answer == _BAD_DATA else ids, params)
+        asked = [*ids, *[12] * 400] if prompt.answer == _BAD_DATA else ids
+        answers = await sample_group(fleet, asked, params)
         for i, answer in enumerate(answers):
             problem = problem_of(
                 answer, ids, params, number=i, world=self.world, versions=(oldest, fleet.version)
@@ -104,11 +107,11 @@ class Answers:
         return
 
 
-class ModelledRewards(FromFleet):
+class ModelledRewards(GroupSource):
     """The real source; rewards take virtual time."""
 
     async def _reward(self, group: Group) -> None:
-        await self._collector.reward(group.everything)
+        await self._sampler.reward(group.all_trajectories)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Case:
     samples: int
     max_tokens: int
     max_running: int
-    replace_dead: int
+    max_resamples: int
     steps: int
     stops_after: int
     train_s: float
@@ -153,7 +156,7 @@ class Case:
             samples=rng.randint(2, 3),
             max_tokens=rng.choice((1, 12, 40)),
             max_running=rng.choice((2, 8)),
-            replace_dead=rng.choice((0, 0, 1, 3)),
+            max_resamples=rng.choice((0, 0, 1, 3)),
             steps=steps,
             stops_after=rng.randint(1, steps) if rng.random() < 0.4 else 0,
             train_s=rng.choice((0.0, 1.0, 10.0)),
@@ -220,9 +223,9 @@ class Run:
         )
         waits, ledger = WaitTracker(clock=loop.time), Ledger()
         answers = Answers(
-            self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
+            fleet, self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
         )
-        source = ModelledRewards(answers, case.samples, fleet, waits)  # type: ignore[arg-type]
+        source = ModelledRewards(answers, case.samples, in_turn=False, waits=waits)  # type: ignore[arg-type]
         pipeline = Pipeline(
             self.draw,
             source,
@@ -230,8 +233,7 @@ class Run:
             case.config,
             prompts_per_step=case.prompts_per_step,
             waits=waits,
-            replace_dead=case.replace_dead,
-            note=self.notes.append,
+            max_resamples=case.max_resamples,
         )
         watch = asyncio.ensure_future(self.watch(waits))
         try:
@@ -253,24 +255,24 @@ class Run:
 
     async def step(self, pipeline: Pipeline, fleet: InferencePool, step: int) -> None:
         """One step of a trainer that takes its time."""
-        batch = await (self.streamed(pipeline) if self.case.streamed else pipeline.take())
+        batch = await (self.streamed(pipeline) if self.case.streamed else pipeline.next_batch())
         self.look(batch, pipeline, step)
         await asyncio.sleep(self.case.train_s)
-        await pipeline.settle()
+        await pipeline.drain_in_flight()
         await self.publish(fleet, step)
-        if fleet.num_running > (known := self.case.samples * len(pipeline._futures)):
+        if fleet.num_running > (known := self.case.samples * len(pipeline._in_flight)):
             self.problems.append(
                 f"{fleet.num_running} answers in engines after step {step}, of groups in work at most {known}"
             )
-        pipeline.published(step)
+        pipeline.advance(step)
 
     async def streamed(self, pipeline: Pipeline) -> TrainBatch:
         """A batch that is learned from as it comes."""
         numbers = []
-        async for portion in pipeline.portions():
+        async for portion in pipeline.stream_groups():
             numbers += [group.number for group in portion]
             await asyncio.sleep(0.1 * self.case.train_s)
-        batch = pipeline.taken()
+        batch = pipeline.finish_batch()
         if sorted(numbers) != [group.number for group in batch.groups]:
             self.problems.append(
                 f"portions of {numbers}, a batch of {[group.number for group in batch.groups]}"
@@ -312,7 +314,7 @@ class Run:
             self.problems.append(f"staleness {told}, counted {max(ages)}")
         for group in batch.groups:
             params = SamplingParams(
-                n=case.samples, max_tokens=case.max_tokens, seed=(group.draw << 26) + group.number
+                n=case.samples, max_tokens=case.max_tokens, seed=(group.attempt << 26) + group.number
             )
             self.problems += [
                 told for i, t in enumerate(group.answers) if (told := self.wrong_with(t, params, i, step))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from tests.simulation.engines import PLACES, VOCABULARY, Faults, Pace, World, problem_of
 from tests.tiny import tiny_codec
 from verl.rollout.engine import EngineError, ServerSpec
+from verl.rollout.group_sampling import sample_group
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.virtual_time import run
@@ -95,7 +96,7 @@ class Run:
             n=rng.randint(1, 4), max_tokens=rng.choice((1, 5, 100)), seed=rng.randrange(2**40)
         )
         oldest = fleet.version
-        work = asyncio.ensure_future(fleet.answer(prompt, params))
+        work = asyncio.ensure_future(sample_group(fleet, prompt, params))
         if rng.random() < 0.2:
             await asyncio.sleep(rng.uniform(0, 5))
             work.cancel()
@@ -266,7 +267,7 @@ def test_the_checker_sees_what_is_lost_doubled_swapped_or_of_another_version():
         await fleet.open(world.specs(1))
         await fleet.begin_update(4)
         await fleet.sync_weights(world.write(4))
-        (answer,) = await fleet.answer(prompt, params)
+        (answer,) = await sample_group(fleet, prompt, params)
         await fleet.close()
         return answer
 

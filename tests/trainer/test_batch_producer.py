@@ -53,7 +53,7 @@ def test_without_staleness_the_losses_are_those_of_the_plain_loop_to_the_last_bi
     plain = plain_steps(toy_trainer(recipe, letters, tmp_path / "plain"), 4)
     piped = toy_trainer(recipe, letters, tmp_path / "piped")
     assert followed([piped.step() for _ in range(4)]) == followed(plain)
-    assert piped.collection.pipeline.ledger.counts().answering == 0
+    assert piped.producer.pipeline.ledger.counts().answering == 0
 
 
 def stepped(
@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_learns_from_what_waited_there_and_
     assert [t.response_ids for t in resumed.last] == [t.response_ids for t in whole.last]
     reports = [read_ledger(tmp_path / name / "run") for name in ("whole", "cut")]
     assert all(not (report.missing or report.twice or report.mismatches) for report in reports)
-    counts = resumed.collection.pipeline.ledger.counts()
+    counts = resumed.producer.pipeline.ledger.counts()
     assert (counts.trained, counts.waiting, counts.accounted) == (24, 8, counts.dispatched)
 
 
@@ -132,7 +132,7 @@ def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_
     with pytest.raises(KeyboardInterrupt):
         trainer.step()
     metrics = [trainer.step() for _ in range(3)]
-    counts = trainer.collection.pipeline.ledger.counts()
+    counts = trainer.producer.pipeline.ledger.counts()
     assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1][
         "staleness/max"
     ] == 1
@@ -140,18 +140,18 @@ def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_
 
 def test_an_update_that_fails_leaves_its_groups_to_the_next_step(letters, tmp_path):
     trainer = toy_trainer("grpo", letters, tmp_path)
-    learn, failures = trainer._learn, [RuntimeError("out of memory")]
+    update, failures = trainer.roles.update, [RuntimeError("out of memory")]
 
-    def learn_later(rows):
+    def update_later(*given):
         if failures:
             raise failures.pop()
-        return learn(rows)
+        return update(*given)
 
-    trainer._learn = learn_later
+    trainer.roles.update = update_later
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.step()
     trainer.step()
-    counts = trainer.collection.pipeline.ledger.counts()
+    counts = trainer.producer.pipeline.ledger.counts()
     assert (counts.trained, counts.dispatched) == (4, 4)
 
 
@@ -161,7 +161,7 @@ def test_steps_and_a_loop_of_the_users_own_take_turns(letters, tmp_path):
     trainer.step()
     plain_steps(trainer, 3)
     assert trainer.step()["staleness/max"] <= 1
-    counts = trainer.collection.pipeline.ledger.counts()
+    counts = trainer.producer.pipeline.ledger.counts()
     assert trainer.version == 8 and counts.trained == 8 and counts.accounted == counts.dispatched
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_with_a_narrower_bound_drops_what_is_too_old(letters,
     resumed = toy_trainer("grpo", letters, tmp_path, "steps=5", f"checkpoint.resume={folder}")
     history = resumed.fit()
     assert [metrics["staleness/max"] for metrics in history] == [0, 0]
-    assert resumed.collection.pipeline.ledger.counts().dropped == {"surplus": 8}
+    assert resumed.producer.pipeline.ledger.counts().dropped == {"surplus": 8}
 
 
 def test_a_reward_that_failed_is_asked_for_again_and_no_other(letters, tmp_path):

@@ -107,7 +107,7 @@ def test_the_yaml_of_the_founding_documents_needs_one_device_only(letters, tmp_p
     plain = toy_trainer("grpo", letters, tmp_path / "plain", *RUN)
     # One layout: the weights are shared, and nothing travels.
     assert "hybrid/received_bytes" not in trainer.step()
-    assert trainer.team.policy.worker._hybrid is None
+    assert trainer.groups.policy.worker._hybrid is None
     plain.step()
     assert trainer.step()["loss"] == plain.step()["loss"]
 

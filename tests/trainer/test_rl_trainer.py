@@ -14,7 +14,6 @@ from tests.training import engine_of, toy_trainer, weights
 from verl.algorithms.advantages import ADVANTAGES
 from verl.config import RECIPES, make_trainer_config
 from verl.data.buffer import SharedMemoryBuffer
-from verl.trainer.kl_coef import next_kl_coef
 from verl.trainer.ppo import PPOTrainer
 from verl.trainer.rl_trainer import Trainer
 from verl.utils.rollout import BaseRolloutWorker
@@ -23,10 +22,9 @@ QUESTIONS = ["abc=", "bad=", "cab=", "dab=", "fed=", "egg=", "had=", "gab="]
 
 
 def columns_of(trainer, data):
-    """The columns that the writers add to collected rows."""
+    """The columns that the roles add to collected rows."""
     before = set(data.rows.names)
-    for write in trainer.writers:
-        data.rows.update(write.start(data.rows).result())
+    trainer.roles.write_columns(data.rows)
     return set(data.rows.names) - before
 
 
@@ -42,8 +40,8 @@ def columns_of(trainer, data):
 )
 def test_a_role_exists_if_and_only_if_its_column_is_read(recipe, overrides, written, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path, *overrides)
-    assert (trainer.team.critic is not None) == ("values" in written) == ("critic" in trainer.saves)
-    assert (trainer.team.reference is not None) == ("ref_logprobs" in written)
+    assert (trainer.groups.critic is not None) == ("values" in written) == ("critic" in trainer.models.saves)
+    assert (trainer.groups.reference is not None) == ("ref_logprobs" in written)
     assert columns_of(trainer, trainer.collect_data(trainer.loader.take(4))) == written
 
 
@@ -208,7 +206,7 @@ def test_the_embedded_sampler_and_the_trainer_are_one_policy(precision, letters,
 def test_a_step_makes_epochs_times_minibatches_updates(recipe, updates, letters, tmp_path):
     trainer = toy_trainer(recipe, letters, tmp_path, "algorithm.epochs=2")
     trainer.step()
-    for role in trainer.saves:
+    for role in trainer.models.saves:
         assert {float(state["step"]) for state in engine_of(trainer, role)._optimizer.state.values()} == {
             float(updates)
         }
@@ -265,9 +263,10 @@ def test_the_adaptive_kl_coefficient_falls_below_its_target_and_rises_above(lett
         "grpo", letters, tmp_path, "algorithm.kl.coef={initial: 0.5, target: 0.1, horizon: 160}"
     )
     assert trainer.step()["kl_coef"] == 0.5
-    assert trainer.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
-    high = next_kl_coef(trainer.config, trainer.kl_coef, {"kl": 0.11}, version=1, num_trajectories=16)
-    assert high == pytest.approx(trainer.kl_coef * (1 + 0.1 * 16 / 160))
+    low = trainer.kl.coef
+    assert low == pytest.approx(0.5 * (1 - 0.2 * 16 / 160))  # no KL yet: the largest step down
+    assert trainer.kl.update({"kl": 0.11}, version=1, num_trajectories=16) == {"kl_coef": low}
+    assert trainer.kl.coef == pytest.approx(low * (1 + 0.1 * 16 / 160))
 
 
 def test_in_the_critics_warm_up_the_policy_stays(letters, tmp_path):
@@ -380,7 +379,7 @@ def test_records_that_cannot_be_learned_from_are_refused(records, message, lette
 def test_the_text_trainer_takes_further_settings_and_saves_its_model(letters, tmp_path):
     trainer = PPOTrainer(model_name=str(letters), kl_coef=0, seed=3, overrides=["algorithm.minibatches=2"])
     assert (
-        trainer.trainer.team.reference,
+        trainer.trainer.groups.reference,
         trainer.trainer.config.seed,
         trainer.trainer.config.algorithm.minibatches,
     ) == (None, 3, 2)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.rollout.pool.pools import changed, group_of, own_logprobs, pool_of, saved
+from tests.rollout.pool.pools import changed, generate, group_of, own_logprobs, pool_of, publish, saved
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.actor_worker import ActorWorker
 from verl.utils.sampling_types import SamplingParams
@@ -70,10 +70,10 @@ def test_servers_on_the_gpu_of_the_policy_read_its_weights_there(tmp_path):
     try:
         for version in (1, 2):
             changed(policy, version)
-            pool.publish(version)
+            publish(pool, version)
             here = copy.deepcopy(policy).cpu()
             for prompt, (c,) in zip(
-                PROMPTS, pool.generate(PROMPTS, [SamplingParams(max_tokens=5)] * len(PROMPTS)), strict=True
+                PROMPTS, generate(pool, PROMPTS, [SamplingParams(max_tokens=5)] * len(PROMPTS)), strict=True
             ):
                 assert set(c.versions) == {version}
                 assert list(c.logprobs) == pytest.approx(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.agents.group_source import Group
+from verl.agents.groups import Group
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 
@@ -67,7 +67,7 @@ def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list
 
 
 def _saved_group(group: Group, num_answers: int) -> dict[str, Any]:
-    names = ("number", "oldest", "draw", "arrival", "has_no_signal")
+    names = ("number", "oldest", "attempt", "arrival", "has_no_signal")
     return {name: vars(group)[name] for name in names} | {
         "prompt": group.prompt.index,
         "tries": dict(group.tries),

@@ -23,12 +23,11 @@ from verl.monitoring.display import samples_table
 from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import ask
 from verl.trainer.base import BaseTrainer
-from verl.trainer.evaluation import answer_all, summarize
+from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.export import export_checkpoint
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.rl_trainer import Trainer
-from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 

@@ -16,9 +16,8 @@ from verl.data.batch import Trajectory
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.display import samples_table, save_curve, terminal_curve
 from verl.trainer.base import Metrics
-from verl.trainer.evaluation import answer_all, summarize
+from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.rl_trainer import Trainer
-from verl.trainer.sample_table import sample_row
 from verl.trainer.sft import SFTTrainer
 
 # A policy learns from rewards only if some of its sampled answers are correct: the sampled accuracy counts,

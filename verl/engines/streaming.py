@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from verl.algorithms.aggregations import DENOMINATORS, num_rows
 from verl.algorithms.dry_run import example_columns
-from verl.algorithms.objective import Algorithm, write_advantages
+from verl.algorithms.objective import Algorithm
 from verl.algorithms.registry import BoundFunction, bind
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
@@ -120,26 +120,24 @@ class StreamedBatch:
         values, _ = self._algorithm.value_loss(example_columns())
         return self._of_rows.scale if values.ndim == 1 else self._of_weights.scale
 
-    def metrics(self, kl_coef: float, *, version: int) -> dict[str, float]:
-        """What `write_advantages` says of the rows of all portions together.
+    def check(self, rows: Batch) -> None:
+        """Check that advantages of all rows together are those of the portions, which were learned from.
+
+        Args:
+            rows: `joined` portions, on which `write_advantages` was called.
 
         Raises:
-            RuntimeError: what it wrote for a portion is not what it writes for all rows.
+            RuntimeError: a function depends on other groups.
         """
-        together = joined(self.batches)
-        written = written_by("correction", "advantage")
-        apart = {name: together[name] for name in together.names if name in written}
-        mask, metrics = (
-            together["mask"],
-            write_advantages(together, self._algorithm, kl_coef, version=version),
-        )
-        for name, values in apart.items():
-            if not torch.allclose(values[mask], together[name][mask], rtol=1e-3, atol=1e-5, equal_nan=True):
+        apart, mask = joined(self.batches), rows["mask"]
+        for name in (name for name in apart.names if name in written_by("correction", "advantage")):
+            values, together = apart[name][mask], rows[name][mask]
+            if not torch.allclose(values, together, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise RuntimeError(
-                    f"need functions of each group alone for a step in portions, but {name} of the rows together are others than those of "
-                    "the portions, which were learned from; train on whole steps with this algorithm"
+                    f"need functions of each group alone for a step in portions, but {name} of the rows together "
+                    "are others than those of the portions, which were learned from; train on whole steps with "
+                    "this algorithm"
                 )
-        return metrics
 
 
 @dataclass

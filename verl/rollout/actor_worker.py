@@ -22,7 +22,7 @@ from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.rollout.engine import ColocatedEngine
-from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import BatchGenerator, Completion, FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.fingerprint import digest, fingerprint
 
@@ -100,7 +100,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
     def _by_policy(
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> list[list[Completion]]:
-        self._embedded.publish(version)
+        self._embedded.version = version
         with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.ready(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
@@ -155,7 +155,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         return {} if self._hybrid is None else self._hybrid.take_switches()
 
 
-class PolicyEngine(RolloutEngine):
+class PolicyGenerator(BatchGenerator):
     """Lets the ranks of the policy answer, each its share of the prompts: no copy of the weights, no sync.
 
     Where the ranks are other processes, the tokens stay with them: the completions know their lengths, and
@@ -170,7 +170,7 @@ class PolicyEngine(RolloutEngine):
         self._actor.call(ActorWorker.sleep).result()
 
     def close(self) -> None:
-        """See `RolloutEngine.close`; ranks that have failed are gone."""
+        """See `BatchGenerator.close`; ranks that have failed are gone."""
         with suppress(WorkerError):
             self._actor.call(ActorWorker.end).result()
 
@@ -181,7 +181,7 @@ class PolicyEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
+        """See `BatchGenerator.generate`.
 
         Raises:
             ValueError: an empty prompt, or prompt and answer longer than the model's context.

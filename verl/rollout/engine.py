@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from verl.rollout.embedded.sampling import answer_seed
-from verl.utils.sampling_types import FinishReason, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import BatchGenerator, FinishReason, SamplingParams
 from verl.weight_sync.shard_tracking import ShardRanges
 from verl.weight_sync.types import Transport, WeightChunk
 
@@ -81,7 +81,7 @@ def request_seed(params: SamplingParams, number: int) -> int:
     return answer_seed(params.seed, number) & (2**63 - 1)
 
 
-class ColocatedEngine(RolloutEngine):
+class ColocatedEngine(BatchGenerator):
     """An engine in the policy's own process that has a separate copy of the weights, in its own layout."""
 
     @abstractmethod

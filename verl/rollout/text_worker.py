@@ -8,11 +8,11 @@ import reprlib
 from collections.abc import Sequence
 
 from verl.utils.rollout import BaseRolloutWorker
-from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import BatchGenerator, Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 
 
-class TextWorkerEngine(RolloutEngine):
+class TextWorkerGenerator(BatchGenerator):
     """Lets a `BaseRolloutWorker` answer: its texts are tokenized once, and have no logprobs.
 
     The worker gets the prompt as the model would read it (chat template applied), `n` times, and is told the
@@ -26,7 +26,7 @@ class TextWorkerEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
+        """See `BatchGenerator.generate`.
 
         Raises:
             ValueError: the worker gave something else than a list with one text per prompt.

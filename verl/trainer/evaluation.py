@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from verl.agents.collector import DataCollector, sampling_params
+from verl.agents.collector import DataCollector
+from verl.agents.group_sampler import sampling_params
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
@@ -61,3 +63,22 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         if k > 1:
             metrics[f"eval/pass@{k}"] = sum(max(group) >= 1 for group in correct) / len(groups)
     return metrics
+
+
+def sample_row(trajectory: Trajectory) -> dict[str, Any]:
+    """One answer as a row: prompt, response, reference answer, reward, scores and sizes."""
+    t = trajectory
+    content = t.prompt.content
+    logprobs = t.rollout_logprobs or []
+    return {
+        "prompt": content if isinstance(content, str) else content[-1].get("content", ""),
+        "response": t.text,
+        "reference": t.prompt.answer,
+        "reward": t.reward,
+        "scores": t.scores,
+        "truncated": t.truncated,
+        "tokens": len(t.response_ids),
+        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+        "group": t.group,
+        "outcome": t.outcome,
+    }

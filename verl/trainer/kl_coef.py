@@ -9,40 +9,47 @@ from verl.config.algorithm import KLAdaptive, KLSchedule
 from verl.config.run import TrainerConfig
 
 
-def first_kl_coef(config: TrainerConfig) -> float:
-    """The coefficient of the first step."""
-    coef = config.algorithm.kl.coef
-    if isinstance(coef, KLSchedule):
-        return coef.start
-    return coef.initial if isinstance(coef, KLAdaptive) else coef
+class KLController:
+    """Moves the weight of the KL from step to step.
 
-
-def next_kl_coef(
-    config: TrainerConfig,
-    current: float,
-    metrics: Mapping[str, float],
-    *,
-    version: int,
-    num_trajectories: int,
-) -> float:
-    """The coefficient after a step.
-
-    Args:
-        config: settings of the run.
-        current: coefficient of the step.
-        metrics: metrics of the step; only `kl` is read.
-        version: policy version after the step.
-        num_trajectories: trajectories that the step trained on.
+    Attributes:
+        coef: weight in this step.
     """
-    coef = config.algorithm.kl.coef
-    if isinstance(coef, KLSchedule):
-        return scheduled_coef(version, start=coef.start, end=coef.end, steps=coef.steps)
-    if isinstance(coef, KLAdaptive) and "kl" in metrics:
-        return adapted_coef(
-            current,
-            metrics["kl"],
-            target=coef.target,
-            horizon=coef.horizon,
-            num_trajectories=num_trajectories,
-        )
-    return current
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self._setting = config.algorithm.kl.coef
+        self._is_used = config.algorithm.kl.where != "off"
+        self.coef: float
+        if isinstance(self._setting, KLSchedule):
+            self.coef = self._setting.start
+        elif isinstance(self._setting, KLAdaptive):
+            self.coef = self._setting.initial
+        else:
+            self.coef = self._setting
+
+    def update(
+        self, metrics: Mapping[str, float], *, version: int, num_trajectories: int
+    ) -> dict[str, float]:
+        """Move to the weight of the next step.
+
+        Args:
+            metrics: of this step; `kl` is read.
+            version: of the policy after it.
+            num_trajectories: answers that it learned from.
+
+        Returns:
+            `kl_coef`, the weight of this step, if the algorithm has a KL.
+        """
+        used = {"kl_coef": self.coef} if self._is_used else {}
+        setting = self._setting
+        if isinstance(setting, KLSchedule):
+            self.coef = scheduled_coef(version, start=setting.start, end=setting.end, steps=setting.steps)
+        elif isinstance(setting, KLAdaptive) and "kl" in metrics:
+            self.coef = adapted_coef(
+                self.coef,
+                metrics["kl"],
+                target=setting.target,
+                horizon=setting.horizon,
+                num_trajectories=num_trajectories,
+            )
+        return used

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from typing import Literal
 
+from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.dry_run import SIZES, try_out
@@ -21,6 +23,7 @@ from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
 from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec
 
 SIDES = ("chosen", "rejected")
 
@@ -36,6 +39,19 @@ class PairwiseTrainer(SingleModelTrainer):
 
     config: PairsConfig
     loss: BoundFunction
+
+    def __init__(
+        self,
+        config: PairsConfig,
+        actor_model: PreTrainedModel | str | None = None,
+        *,
+        codec: TextCodec | None = None,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__(config, actor_model, codec=codec, console=console)
+        has_test = config.data.test is not None
+        self.eval_every = (config.eval_every_steps or config.steps) if has_test else 0
+        self.eval_at_start = has_test
 
     @override
     def step(self) -> Metrics:
@@ -116,16 +132,6 @@ class PairwiseTrainer(SingleModelTrainer):
         pairs, report = self.short_enough(*load_pairs(source, self.config.data, split=split))
         self.check_answers(pairs, lambda pair: pair.answer)
         return pairs, report
-
-    @property
-    @override
-    def eval_every(self) -> int:
-        return 0 if self.config.data.test is None else self.config.eval_every_steps or self.config.steps
-
-    @property
-    @override
-    def eval_at_start(self) -> bool:
-        return self.eval_every > 0
 
     @cached_property
     def test_rows(self) -> Batch:

@@ -19,7 +19,7 @@ class PPOTrainer:
 
     Args:
         model_name: folder or hub name of the policy.
-        optimizer: adamw.
+        optimizer: adamw, the only one.
         lr: learning rate of the policy.
         kl_coef: weight of the KL to the starting policy, in the reward.
         clip_range: of the probability ratio.
@@ -35,11 +35,9 @@ class PPOTrainer:
         clip_range: float = 0.2,
         **options: Any,
     ) -> None:
-        overrides = [
-            f"policy.optimizer.name={optimizer}",
-            "algorithm.correction=recompute",
-            *options.pop("overrides", ()),
-        ]
+        if optimizer != "adamw":
+            raise ValueError(f"need optimizer adamw, got {optimizer!r}")
+        overrides = ["algorithm.correction=recompute", *options.pop("overrides", ())]
         config = make_trainer_config(
             "ppo",
             model_name=model_name,

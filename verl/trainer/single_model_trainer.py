@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -14,10 +15,41 @@ from verl.data.batch import Trajectory
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import check_model, load_language_model
 from verl.engines.local import LocalEngine
-from verl.trainer.base import BaseTrainer
+from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.checkpoint_store import Save
+from verl.trainer.run_loop import RunLoop
+from verl.utils.device import memory_bytes
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
+
+
+@dataclass(frozen=True)
+class SingleModel:
+    """The models of a run that has one; see `ModelSet`."""
+
+    engine: LocalEngine
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """Configuration of the model."""
+        return self.engine.model.transformer.config
+
+    @property
+    def saves(self) -> Mapping[str, Save]:
+        """The function that begins to write the model, for its folder in a checkpoint."""
+        return {"policy": self.engine.save}
+
+    def load(self, folder: Path) -> None:
+        """Read the model of a checkpoint."""
+        self.engine.load(folder / "policy")
+
+    def export(self, folder: Path) -> None:
+        """Write the model in Hugging Face format, without its tokenizer."""
+        self.engine.export(folder)
+
+    def memory(self) -> Metrics:
+        """Bytes in use, their peak, and bytes of the device."""
+        return memory_bytes(self.engine.model.device)
 
 
 class SingleModelTrainer(BaseTrainer):
@@ -47,6 +79,7 @@ class SingleModelTrainer(BaseTrainer):
         self.codec = codec or TextCodec.load(path, system_prompt=config.data.system_prompt)
         model.to(self.device).check_forward()
         self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=config.steps)
+        self.models = SingleModel(self.policy_engine)
 
     def build_model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
         """The model to train, in fp32, from `actor_model` or `config.policy.path`."""
@@ -69,23 +102,9 @@ class SingleModelTrainer(BaseTrainer):
             group=group,
         )
 
-    @property
     @override
-    def model_config(self) -> PretrainedConfig:
-        return self.policy_engine.model.transformer.config
-
-    @property
-    @override
-    def saves(self) -> Mapping[str, Save]:
-        return {"policy": self.policy_engine.save}
-
-    @override
-    def load_models(self, folder: Path) -> None:
-        self.policy_engine.load(folder / "policy")
-
-    @override
-    def export(self, folder: Path) -> None:
-        self.policy_engine.export(folder)
+    def fit(self) -> list[Metrics]:
+        return RunLoop(self).run()
 
 
 def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> PreTrainedModel | str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -25,6 +26,7 @@ class SamplingParams:
         stop_ids: token ids that end an answer, and are its last token.
         seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being
             generated.
+        sample_index: number i of the first of the n answers.
     """
 
     temperature: float = 1.0
@@ -36,6 +38,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    sample_index: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
@@ -75,8 +78,72 @@ class Completion:
     versions: Sequence[int] | None = None
 
 
+@dataclass(eq=False)
+class PrefixAffinity:
+    """Requests that share a prefix: the answers of a group, the turns of an episode.
+
+    Attributes:
+        replica: engine of a pool that has the prefix in its cache; None: not chosen yet.
+    """
+
+    replica: Any = None
+
+
 class RolloutEngine(ABC):
-    """Token ids in, token ids and logprobs out.
+    """The contract of generation: one answer to one prompt, asynchronously.
+
+    All coroutines of an engine run in one event loop, which `run` enters.
+
+    Attributes:
+        version: of the policy weights that it samples with.
+        in_turn: generation and training take turns, as they share a process or its devices.
+    """
+
+    version: int = 0
+    in_turn: bool = False
+
+    @abstractmethod
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
+    ) -> Completion:
+        """Sample answer number `params.sample_index` to a prompt; `params.n` is 1.
+
+        Cancelling the call aborts the request.
+
+        Raises:
+            ValueError: an empty prompt, prompt and answer longer than the model's context, or a request
+                that the engine refuses.
+            RuntimeError: no engine can answer.
+        """
+
+    @abstractmethod
+    async def sync_weights(self, version: int) -> None:
+        """Take over the trainer's weights as a new version; returns when the engine samples with them."""
+
+    @abstractmethod
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the engine's event loop and wait for it; an interrupted wait cancels it."""
+
+    @property
+    def needs_weights(self) -> bool:
+        """True if the engine follows the policy and must be given its weights before it can answer."""
+        return False
+
+    def sleep(self) -> None:
+        """Release device memory until the next `sync_weights`, if training needs it; here nothing."""
+        return
+
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics since the last call; here none."""
+        return {}
+
+    def close(self) -> None:
+        """End everything that the engine has started; here nothing."""
+        return
+
+
+class BatchGenerator(ABC):
+    """Generation of a whole batch in one blocking call; `verl.rollout.batching_engine` makes an engine of it.
 
     Attributes:
         version: of the policy weights that it samples with.
@@ -84,30 +151,27 @@ class RolloutEngine(ABC):
 
     version: int = 0
 
-    def publish(self, version: int) -> None:
-        """Takes over the trainer's weights under a new version; an engine that shares their storage only
-        notes it.
-        """
-        self.version = version
-
     @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """Answers every prompt; one list of `params[i].n` completions per prompt, in order."""
+        """Answer every prompt: `params[i].n` completions per prompt, in order.
+
+        Raises:
+            ValueError: an empty prompt, prompt and answer longer than the model's context, or another number
+                of parameters than prompts.
+        """
 
     def sleep(self) -> None:
-        """Gives device memory back until the next `publish`, where the engine shares a device with training;
-        here nothing.
-        """
+        """Release device memory until the next call, if training needs it; here nothing."""
         return
 
     def take_metrics(self) -> dict[str, float]:
-        """What happened since the last call, for the metrics of a step; here nothing."""
+        """Metrics since the last call; here none."""
         return {}
 
     def close(self) -> None:
-        """Ends what the engine has started; here nothing."""
+        """End everything that the generator has started; here nothing."""
         return
 
 

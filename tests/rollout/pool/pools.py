@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.engine import ServerSpec
+from verl.rollout.group_sampling import sample_groups
 from verl.rollout.pool.supervisor import MakeEngine
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.embedded_server import EmbeddedServer
+from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,20 @@ def own_logprobs(
     return [float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
 
 
+def generate(
+    engine: RolloutEngine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[list[Completion]]:
+    """Answers of an engine, which has the policy's weights by then."""
+    if engine.needs_weights:
+        publish(engine, engine.version)
+    return engine.run(sample_groups(engine, prompts, params))
+
+
+def publish(engine: RolloutEngine, version: int) -> None:
+    """Gives an engine the weights of a version."""
+    engine.run(engine.sync_weights(version))
+
+
 def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
     """Whether it comes to hold in time."""
     deadline = time.monotonic() + limit_s
@@ -120,7 +136,7 @@ def in_background(pool: ThreadedInferencePool, *args: Any) -> tuple[threading.Th
 
     def run() -> None:
         try:
-            out.append(pool.generate(*args))
+            out.append(generate(pool, *args))
         except Exception as error:
             out.append(error)
 

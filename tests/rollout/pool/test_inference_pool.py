@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.rollout.pool.pools import generate, publish
 from tests.tiny import tiny_codec
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
+from verl.rollout.group_sampling import sample_group
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.router import PrefixAffinity, Router
@@ -140,7 +142,7 @@ def tokens(answers: list[Completion]) -> list[list[int]]:
 
 def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_the_other():
     async def test(fleet: InferencePool) -> None:
-        both = [begun(fleet.answer([5], TWO)), begun(fleet.answer([5, 6], TWO))]
+        both = [begun(sample_group(fleet, [5], TWO)), begun(sample_group(fleet, [5, 6], TWO))]
         await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
         assert fleet.num_running == fleet.num_free == 4
         assert [tokens(await one) for one in both] == [[[51, 52, 53, 54]] * 2, [[52, 53, 54, 55]] * 2]
@@ -153,8 +155,8 @@ def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
     async def test(fleet: InferencePool) -> None:
         (engine,) = (replica.engine for replica in fleet.replicas)
         engine.gate.clear()
-        first, second = begun(fleet.answer([5], TWO)), begun(fleet.answer([6], TWO))
-        waits = begun(fleet.answer([7], TWO))
+        first, second = begun(sample_group(fleet, [5], TWO)), begun(sample_group(fleet, [6], TWO))
+        waits = begun(sample_group(fleet, [7], TWO))
         await until(lambda: engine.began == 4)
         first.cancel()
         await until(lambda: engine.left == 2 and engine.began == 6)  # those who waited have the places
@@ -170,7 +172,7 @@ def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
         (engine,) = (replica.engine for replica in fleet.replicas)
         engine.gate.clear()
         one = SamplingParams(max_tokens=1)
-        has, woken, last = (begun(fleet.answer([5], one)) for _ in range(3))
+        has, woken, last = (begun(sample_group(fleet, [5], one)) for _ in range(3))
         await until(lambda: engine.began == 1)
         has.cancel()
         await until(lambda: fleet.num_free == 1)
@@ -188,12 +190,12 @@ def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
             RefusedError,
             match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100",
         ):
-            await fleet.answer([5, 6], SamplingParams(max_tokens=99))
+            await sample_group(fleet, [5, 6], SamplingParams(max_tokens=99))
         with pytest.raises(
             RefusedError,
             match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me",
         ):
-            await fleet.answer([9], TWO)
+            await sample_group(fleet, [9], TWO)
         assert [replica.state for replica in fleet.replicas] == ["serving"] * 2 and fleet.num_running == 0
 
     with_fleet(test)
@@ -201,10 +203,10 @@ def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
 
 def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
     async def test(fleet: InferencePool) -> None:
-        other = begun(fleet.answer([5], SamplingParams(max_tokens=40)))
+        other = begun(sample_group(fleet, [5], SamplingParams(max_tokens=40)))
         told = r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
         with pytest.raises(RuntimeError, match=told):
-            await fleet.answer([8, 8], SamplingParams(max_tokens=4))
+            await sample_group(fleet, [8, 8], SamplingParams(max_tokens=4))
         assert len((await other)[0].token_ids) == 40
 
     with_fleet(test, count=12)
@@ -212,10 +214,10 @@ def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
 
 def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
     async def test(fleet: InferencePool) -> None:
-        early = begun(fleet.answer([5], TWO))
+        early = begun(sample_group(fleet, [5], TWO))
         for version in (3, 4):
             await fleet.begin_update(version)
-            late = begun(fleet.answer([6], TWO))
+            late = begun(sample_group(fleet, [6], TWO))
             await asyncio.sleep(0.01)
             assert fleet.num_running == fleet.num_free == 0
             await fleet.sync_weights(update(version))
@@ -229,7 +231,7 @@ async def asked_of_both(fleet: InferencePool, first: int = 5) -> list[asyncio.Ta
     """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
     await fleet.begin_update(1)
     await fleet.sync_weights(update(1))
-    asked = [begun(fleet.answer([first, i], TWO)) for i in range(2)]
+    asked = [begun(sample_group(fleet, [first, i], TWO)) for i in range(2)]
     await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
     for replica in fleet.replicas:
         replica.engine.gate.clear()
@@ -244,7 +246,7 @@ def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
         await fleet.begin_update(2)
         spreading = asyncio.ensure_future(fleet.sync_weights(update(2)))
         await until(lambda: late.left == 2 and early.began == 4)
-        new = begun(fleet.answer([6], TWO))  # has been nowhere yet
+        new = begun(sample_group(fleet, [6], TWO))  # has been nowhere yet
         await until(lambda: early.began == 6)
         late.load_gate.set()
         await until(lambda: late.began == 4)
@@ -324,10 +326,10 @@ def test_closing_ends_the_answers_that_run_and_those_that_wait():
     async def test(fleet: InferencePool) -> None:
         for replica in fleet.replicas:
             replica.engine.gate.clear()
-        runs = [begun(fleet.answer([5], TWO)) for _ in range(6)]
+        runs = [begun(sample_group(fleet, [5], TWO)) for _ in range(6)]
         await until(lambda: fleet.num_running == 8)
         await fleet.close()
-        for one in [*runs, begun(fleet.answer([5], TWO))]:
+        for one in [*runs, begun(sample_group(fleet, [5], TWO))]:
             with pytest.raises(RuntimeError, match="the engines were closed"):
                 await one
 
@@ -340,10 +342,10 @@ def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
         specs, Gated, tiny_codec(), Weights(), vocabulary=100, context=100, max_running=2
     )
     try:
-        pool.publish(1)
-        asked = [asyncio.run_coroutine_threadsafe(pool.fleet.answer([5], TWO), pool.loop) for _ in range(20)]
-        groups = pool.generate([[5, 6]] * 20, [TWO] * 20)
-        pool.publish(2)
+        publish(pool, 1)
+        asked = [asyncio.run_coroutine_threadsafe(sample_group(pool, [5], TWO), pool.loop) for _ in range(20)]
+        groups = generate(pool, [[5, 6]] * 20, [TWO] * 20)
+        publish(pool, 2)
         assert [tokens(group) for group in groups] == [[[52, 53, 54, 55]] * 2] * 20
         assert [tokens(one.result(20)) for one in asked] == [[[51, 52, 53, 54]] * 2] * 20
         assert pool.take_metrics()["engines/failures"] == 0
@@ -356,7 +358,7 @@ def test_a_pool_that_closes_ends_who_still_asks_it():
         [ServerSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100
     )
     asked = asyncio.run_coroutine_threadsafe(
-        pool.fleet.answer([5], TWO), pool.loop
+        sample_group(pool, [5], TWO), pool.loop
     )  # no weights are ever published
     pool.close()
     assert asked.cancelled() or isinstance(asked.exception(1), RuntimeError)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.pool.pools import own_logprobs, saved, specs, waited
+from tests.rollout.pool.pools import generate, own_logprobs, publish, saved, specs, waited
 from tests.rollout.ranks import move, moved, policy_ranks
 from tests.tiny import random_prompts, tiny_codec, tiny_policy
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
@@ -60,13 +60,15 @@ def published(running: Any, version: int) -> float:
     group.call(moved, version)
     move(policy.transformer, version)
     start_s = time.monotonic()
-    pool.publish(version)
+    publish(pool, version)
     return time.monotonic() - start_s
 
 
 def assert_serves(running: Any, version: int) -> None:
     pool, _, policy = running
-    for prompt, (c,) in zip(PROMPTS, pool.generate(PROMPTS, [SamplingParams(max_tokens=5)] * 4), strict=True):
+    for prompt, (c,) in zip(
+        PROMPTS, generate(pool, PROMPTS, [SamplingParams(max_tokens=5)] * 4), strict=True
+    ):
         assert set(c.versions) == {version}
         assert list(c.logprobs) == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids)), abs=1e-4)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.pool.pools import waited
+from tests.rollout.pool.pools import generate, publish, waited
 from tests.tiny import tiny_codec
 from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
@@ -109,7 +109,7 @@ def fast(monkeypatch):
 
 
 def answers(pool: ThreadedInferencePool, n: int = 4, **params: Any) -> list[Any]:
-    return pool.generate([[5, 6]], [SamplingParams(n=n, **{"max_tokens": 6, **params})])[0]
+    return generate(pool, [[5, 6]], [SamplingParams(n=n, **{"max_tokens": 6, **params})])[0]
 
 
 def ending(error: BaseException, after: int) -> Sampler:
@@ -222,9 +222,13 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
         answers(pool)
         replica = pool.replicas[0]
         before = replica.incarnation
-        pool.loop.call_soon_threadsafe(pool.fleet._supervisor.fail, replica, before, EngineError("first"))
+        pool.loop.call_soon_threadsafe(
+            pool.inference_pool._supervisor.fail, replica, before, EngineError("first")
+        )
         assert waited(lambda: replica.state == "serving" and replica.engine.lives == 2)
-        pool.loop.call_soon_threadsafe(pool.fleet._supervisor.fail, replica, before, EngineError("late"))
+        pool.loop.call_soon_threadsafe(
+            pool.inference_pool._supervisor.fail, replica, before, EngineError("late")
+        )
         time.sleep(0.3)
         assert replica.state == "serving" and replica.engine.lives == 2
     finally:
@@ -238,7 +242,7 @@ def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
         answers(pool)
         replica = pool.replicas[0]
         pool.loop.call_soon_threadsafe(
-            pool.fleet._supervisor.fail, replica, replica.incarnation, EngineError("died")
+            pool.inference_pool._supervisor.fail, replica, replica.incarnation, EngineError("died")
         )
         assert waited(lambda: replica.state == "failed")
         pool.remove("e0")
@@ -291,13 +295,13 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
 
     pool = pool_of(1, Slow)
     try:
-        pool.publish(1)
+        publish(pool, 1)
         pool.add(ServerSpec("late", "unused"))
         assert waited(lambda: pool.replicas[-1].sync_lock.locked())
-        thread = threading.Thread(target=pool.publish, args=(2,), daemon=True)
+        thread = threading.Thread(target=publish, args=(pool, 2), daemon=True)
         thread.start()
         time.sleep(0.2)
-        assert pool.fleet.snapshot is None and thread.is_alive()
+        assert pool.inference_pool.snapshot is None and thread.is_alive()
         gate.set()
         thread.join(20)
         assert [replica.version for replica in pool.replicas] == [2, 2] and pool.take_metrics()[
@@ -310,8 +314,8 @@ def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
 def test_the_same_version_with_other_weights_is_sent_again():
     pool = pool_of(1)
     try:
-        pool.publish(1)
-        pool.publish(1)
+        publish(pool, 1)
+        publish(pool, 1)
         assert Scripted.loads == 2
     finally:
         pool.close()
@@ -329,11 +333,11 @@ class Counted(deque):
 
 def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_change():
     pool = pool_of(2, max_running=8)
-    pool.fleet._router._waiting = Counted()
+    pool.inference_pool._router._waiting = Counted()
     try:
-        groups = pool.generate([[5, 6]] * 500, [SamplingParams(n=4, max_tokens=2)] * 500)
+        groups = generate(pool, [[5, 6]] * 500, [SamplingParams(n=4, max_tokens=2)] * 500)
         assert [len(group) for group in groups] == [4] * 500
-        assert 2000 - 16 <= pool.fleet._router._waiting.waits < 2 * 2000
+        assert 2000 - 16 <= pool.inference_pool._router._waiting.waits < 2 * 2000
     finally:
         pool.close()
 
@@ -358,12 +362,12 @@ def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_updat
     Scripted.scripts = {"e0": [slow]}
     pool = pool_of(1, on_update=on_update)
     try:
-        pool.publish(0)
+        publish(pool, 0)
         out: list[Any] = []
         thread = threading.Thread(target=lambda: out.extend(answers(pool)), daemon=True)
         thread.start()
         assert waited(lambda: len(stops) == 4)
-        pool.publish(1)
+        publish(pool, 1)
         thread.join(20)
         metrics = pool.take_metrics()
         assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
@@ -412,7 +416,7 @@ def test_servers_that_share_devices_sleep_while_the_policy_learns_and_wake_for_t
         answers(pool)
         pool.sleep()
         assert pool.replicas[0].state == ("stale" if sleeps else "serving")
-        pool.publish(1)
+        publish(pool, 1)
         assert calls == (["update", "sleep", "wake", "update"] if sleeps else ["update", "update"])
         assert {version for answer in answers(pool) for version in answer.versions} == {1}
     finally:

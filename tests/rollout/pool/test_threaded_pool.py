@@ -17,10 +17,12 @@ import torch
 
 from tests.rollout.pool.pools import (
     changed,
+    generate,
     group_of,
     in_background,
     own_logprobs,
     pool_of,
+    publish,
     saved,
     specs,
     started,
@@ -92,20 +94,20 @@ def check_all_answered(policy, groups, params, version: int) -> None:
 def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy):
     params = [SamplingParams(max_tokens=12, n=2, seed=i) for i in range(6)]
     before = [replica.num_served for replica in pool.replicas]
-    groups = pool.generate(PROMPTS, params)
+    groups = generate(pool, PROMPTS, params)
     check_all_answered(policy, groups, params, pool.version)
     assert all(replica.num_served > count for replica, count in zip(pool.replicas, before, strict=True))
-    again = pool.generate(PROMPTS[::-1], params[::-1])[::-1]
+    again = generate(pool, PROMPTS[::-1], params[::-1])[::-1]
     assert [[c.token_ids for c in group] for group in again] == [
         [c.token_ids for c in group] for group in groups
     ]
 
 
 def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
-    pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=2)])
+    generate(pool, PROMPTS[:1], [SamplingParams(max_tokens=2)])
     changed(policy, seed=1)
-    pool.publish(pool.version + 1)
-    (group,) = pool.generate(PROMPTS[1:2], [SamplingParams(max_tokens=8, n=4)])
+    publish(pool, pool.version + 1)
+    (group,) = generate(pool, PROMPTS[1:2], [SamplingParams(max_tokens=8, n=4)])
     for c in group:
         assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[1], list(c.token_ids)), abs=1e-4)
         assert set(c.versions) == {pool.version}
@@ -125,7 +127,7 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
     assert waited(lambda: sum(replica.incarnation.num_running for replica in pool.replicas) == 2)
     old = pool.version
     changed(policy, seed=2)
-    pool.publish(old + 1)
+    publish(pool, old + 1)
     thread.join(60)
     for (c,) in out[0]:
         assert set(c.versions) <= {old, old + 1} and list(c.versions) == sorted(c.versions)
@@ -133,16 +135,16 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
 
 
 def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool, policy):
-    pool.fleet.on_update = "abort"
+    pool.inference_pool.on_update = "abort"
     try:
         params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
         thread, out = in_background(pool, PROMPTS[:2], params)
         assert waited(lambda: sum(replica.incarnation.num_running for replica in pool.replicas) == 2)
         changed(policy, seed=4)
-        pool.publish(pool.version + 1)
+        publish(pool, pool.version + 1)
         thread.join(60)
     finally:
-        pool.fleet.on_update = "keep"
+        pool.inference_pool.on_update = "keep"
     for prompt, (c,) in zip(PROMPTS, out[0], strict=False):
         # An answer that was over before stays what it was.
         assert set(c.versions) in ({pool.version}, {pool.version - 1})
@@ -179,13 +181,13 @@ def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_v
         make=Watched,
         options={"recompute": False},
     )
-    pool.fleet.on_update = on_update
+    pool.inference_pool.on_update = on_update
     policies: list[dict[str, torch.Tensor]] = []
 
     def publish(version: int) -> None:
         changed(policy, seed=20 + version)
         policies.append({name: weight.clone() for name, weight in policy.transformer.state_dict().items()})
-        pool.publish(version)
+        publish(pool, version)
 
     try:
         publish(0)
@@ -225,7 +227,7 @@ def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_v
 def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
     doomed, policy, model, tmp_path, notes
 ):
-    doomed.publish(5)
+    publish(doomed, 5)
     thread, out = in_background(doomed, PROMPTS, LONG)
     assert started(doomed)
     killed, hung = servers_of(doomed)
@@ -251,7 +253,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
 
 def test_answers_that_moved_are_those_that_one_engine_would_have_given(doomed, policy):
     params = [SamplingParams(max_tokens=150, n=2, seed=i, temperature=1.5) for i in range(6)]
-    expected = doomed.generate(PROMPTS, params)
+    expected = generate(doomed, PROMPTS, params)
     thread, out = in_background(doomed, PROMPTS, params)
     assert started(doomed)
     os.kill(servers_of(doomed)[0], signal.SIGKILL)
@@ -284,11 +286,11 @@ def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes)
     pool = pool_of(group_of(policy), model, tmp_path, 2, make=Torn, notes=notes)
     try:
         changed(policy, seed=3)
-        pool.publish(1)
+        publish(pool, 1)
         assert [replica.version for replica in pool.replicas] == [1, 1]
         assert pool.take_metrics()["engines/repaired_updates"] == 1
         assert any("engine-1 did not get version 1 whole" in note for note in notes)
-        for group in pool.generate(PROMPTS, [SamplingParams(max_tokens=6)] * 6):
+        for group in generate(pool, PROMPTS, [SamplingParams(max_tokens=6)] * 6):
             assert set(group[0].versions) == {1}
     finally:
         pool.close()
@@ -297,9 +299,9 @@ def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes)
 def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_path, notes):
     pool = pool_of(group_of(policy), model, tmp_path, 2, make=AlwaysTorn, notes=notes)
     try:
-        pool.publish(1)
+        publish(pool, 1)
         assert [replica.state == "serving" for replica in pool.replicas] == [True, False]
-        pool.generate(PROMPTS, [SamplingParams(max_tokens=6, n=2)] * 6)
+        generate(pool, PROMPTS, [SamplingParams(max_tokens=6, n=2)] * 6)
         assert pool.replicas[1].num_served == 0 and pool.replicas[1].version is None
     finally:
         pool.close()
@@ -308,7 +310,7 @@ def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_pa
 def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 2)
     try:
-        pool.publish(0)
+        publish(pool, 0)
         thread, out = in_background(pool, PROMPTS, LONG)
         assert started(pool)
         leaving = servers_of(pool)[0]
@@ -329,8 +331,8 @@ def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, m
     try:
         for version in (1, 2):
             changed(policy, seed=10 + version)
-            pool.publish(version)
-            ((c,),) = pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=5)])
+            publish(pool, version)
+            ((c,),) = generate(pool, PROMPTS[:1], [SamplingParams(max_tokens=5)])
             assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[0], list(c.token_ids)), abs=1e-4)
             assert set(c.versions) == {version}
     finally:
@@ -344,8 +346,8 @@ def test_low_rank_additions_travel_alone(model, tmp_path):
     try:
         for version in (1, 2):
             changed_additions(policy, version)
-            pool.publish(version)
-            ((c,),) = pool.generate(PROMPTS[:1], [SamplingParams(max_tokens=5)])
+            publish(pool, version)
+            ((c,),) = generate(pool, PROMPTS[:1], [SamplingParams(max_tokens=5)])
             assert c.logprobs == pytest.approx(own_logprobs(policy, PROMPTS[0], list(c.token_ids)), abs=1e-4)
         assert (
             0
@@ -371,7 +373,7 @@ def test_servers_that_cannot_start_end_the_pool_with_their_words(policy, tmp_pat
 
 def test_a_closed_pool_leaves_no_process_and_no_shared_memory(policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 1)
-    pool.publish(0)
+    publish(pool, 0)
     pids, memory = servers_of(pool), pool._weights._folder.path
     assert memory.parent == Path("/dev/shm") and list(memory.glob("part-*"))
     pool.close()

@@ -15,6 +15,7 @@ from tests.rollout.pool.pools import (
     in_background,
     own_logprobs,
     pool_of,
+    publish,
     saved,
     started,
     waited,
@@ -40,7 +41,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(tmp_pat
     try:
         for version in (1, 2):
             changed(policy, seed=version)
-            pool.publish(version)
+            publish(pool, version)
         params = [SamplingParams(max_tokens=240, n=8, seed=i, temperature=1.5) for i in range(4)]
         thread, out = in_background(pool, PROMPTS, params)
         assert started(pool)

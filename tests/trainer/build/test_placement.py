@@ -112,7 +112,7 @@ def test_low_rank_additions_need_no_reference_of_their_own(letters, tmp_path):
     settings = ["policy.lora.rank=4", "steps=2", "sampling.max_tokens=6"]
     alone = toy_trainer("grpo", letters, tmp_path / "alone", *settings)
     expected = [alone.step() for _ in range(2)]
-    assert alone.team.reference is None
+    assert alone.groups.reference is None
     spread = toy_trainer(
         "grpo", letters, tmp_path / "spread", *settings, "placement={name: colocated, devices: [2]}", ON_CPUS
     )

@@ -96,13 +96,13 @@ def followed(folder, *overrides: str, **given):
 
 
 def check_followed(trainer):
-    start = [p.detach().clone() for p in trainer.team.policy.worker.model.parameters()]
+    start = [p.detach().clone() for p in trainer.groups.policy.worker.model.parameters()]
     for _ in range(3):
         metrics = trainer.step()
         assert metrics["sampler_gap_max"] < 1e-3 and 0 < metrics["sampler_gap"] < 1e-4
     moved = max(
         float((p - q).abs().max())
-        for p, q in zip(trainer.team.policy.worker.model.parameters(), start, strict=True)
+        for p, q in zip(trainer.groups.policy.worker.model.parameters(), start, strict=True)
     )
     assert moved > 1e-3  # old weights would not have these logprobs
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from verl.engines.hf.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
 from verl.rollout.embedded.sampling import RowSampling, answer_seed, draw, truncated, uniforms
-from verl.utils.sampling_types import Completion, FinishReason, RolloutEngine, SamplingParams, check_requests
+from verl.utils.sampling_types import BatchGenerator, Completion, FinishReason, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 # Prompt tokens of one prefill: bounds the activations, not the number of prompts.
@@ -61,7 +61,7 @@ class Row:
     finish_reason: FinishReason | None = None
 
 
-class EmbeddedEngine(RolloutEngine):
+class EmbeddedEngine(BatchGenerator):
     """Answers prompts with the model that is being trained: same storage, no copy, no weight sync.
 
     Up to `max_slots` answers are generated at a time; where some end, waiting ones take their slots. A group
@@ -79,7 +79,7 @@ class EmbeddedEngine(RolloutEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
+        """See `BatchGenerator.generate`.
 
         Raises:
             ValueError: an empty prompt, or prompt and answer longer than the model's context.
@@ -101,12 +101,12 @@ class EmbeddedEngine(RolloutEngine):
         slots = min(self._max_slots, sum(p.n for p in params))
         generation = Generation(self.model, self._codec, slots=slots, first_slots=slots)
         for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-            generation.add(i, prompt, wanted)
+            generation.add(i, prompt, wanted, first_answer=wanted.sample_index)
         done: list[list[Completion | None]] = [[None] * p.n for p in params]
         while not generation.is_idle:
             for row in generation.step():
                 if row.finish_reason:
-                    done[row.request][row.sample] = Completion(
+                    done[row.request][row.sample - params[row.request].sample_index] = Completion(
                         row.tokens, row.logprobs, row.finish_reason, self.version
                     )
         return [[c for c in completions if c is not None] for completions in done]

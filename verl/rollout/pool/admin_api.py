@@ -9,10 +9,10 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -21,11 +21,12 @@ from typing_extensions import override
 
 from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
-from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import Completion, PrefixAffinity, RolloutEngine, SamplingParams
 
 # In the folder of a run: where its endpoint is, and what it asks for; readable by the user of the run alone.
 FILE = "control.json"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+T = TypeVar("T")
 NewSpec = Callable[[str, str | None], ServerSpec]
 
 
@@ -48,16 +49,25 @@ class AdminAPI(RolloutEngine):
         self._is_known = False
 
     @override
-    def publish(self, version: int) -> None:
-        super().publish(version)
-        self.pool.publish(version)
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
+    ) -> Completion:
+        self._announce()
+        return await self.pool.sample(prompt_ids, params, affinity)
 
     @override
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[list[Completion]]:
-        self._tell()
-        return self.pool.generate(prompts, params)
+    def sync_weights(self, version: int) -> Coroutine[Any, Any, None]:
+        self.version = version
+        return self.pool.sync_weights(version)
+
+    @property
+    @override
+    def needs_weights(self) -> bool:
+        return self.pool.needs_weights
+
+    @override
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.pool.run(work)
 
     @override
     def sleep(self) -> None:
@@ -78,7 +88,7 @@ class AdminAPI(RolloutEngine):
         finally:
             self.pool.close()
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
         """Says where the endpoint is, once the run has its folder for itself; an older file may have another
         mode.
         """
@@ -124,20 +134,20 @@ class AdminAPI(RolloutEngine):
                 "served": replica.num_served,
                 "cause": replica.cause,
             }
-            for replica in self.pool.fleet.replicas
+            for replica in self.pool.inference_pool.replicas
         ]
         return web.json_response({"version": self.pool.version, "engines": rows})
 
     async def _add(self, request: web.Request) -> web.Response:
         asked = await request.json()
-        name = asked.get("name") or f"added-{len(self.pool.fleet.replicas)}"
+        name = asked.get("name") or f"added-{len(self.pool.inference_pool.replicas)}"
         if not _NAME.fullmatch(name):
             raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
-        await self.pool.fleet.add(self._new_spec(name, asked.get("address")))
+        await self.pool.inference_pool.add(self._new_spec(name, asked.get("address")))
         return web.json_response({"name": name})
 
     async def _remove(self, request: web.Request) -> web.Response:
-        await self.pool.fleet.remove(request.match_info["name"])
+        await self.pool.inference_pool.remove(request.match_info["name"])
         return web.json_response({"name": request.match_info["name"]})
 
 

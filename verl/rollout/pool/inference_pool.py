@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from verl.rollout.engine import EngineError, RefusedError, ServerSpec
 from verl.rollout.pool.background_tasks import BackgroundTasks
 from verl.rollout.pool.replica import Replica, RequestInterrupted
 from verl.rollout.pool.request import InflightRequest
-from verl.rollout.pool.router import PrefixAffinity, Router
+from verl.rollout.pool.router import Router
 from verl.rollout.pool.supervisor import MakeEngine, Supervisor
 from verl.rollout.pool.weight_publisher import WeightSnapshot
-from verl.utils.sampling_types import Completion, SamplingParams, check_requests
+from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class InferencePool:
         await self._supervisor.close()
 
     async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int, affinity: PrefixAffinity
+        self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
     ) -> Completion:
         """Sample one completion of a prompt, on as many engines as it takes.
 
@@ -148,8 +148,7 @@ class InferencePool:
         Args:
             prompt_ids: token ids of the prompt.
             params: how to sample; `params.n` is ignored.
-            number: of the completion among those of the prompt; with `params.seed` it selects the random numbers.
-            affinity: shared by the completions of one prompt, so that they are sampled on one engine.
+            affinity: shared by requests with a common prefix, so that they are sampled on one engine.
 
         Raises:
             RefusedError: no engine would ever answer: an empty prompt, prompt and completion longer than the
@@ -163,8 +162,9 @@ class InferencePool:
             raise RefusedError(str(error).replace("prompt 0", "the prompt", 1)) from None
         stop_ids = tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids)))
         request = InflightRequest(
-            list(prompt_ids), replace(params, n=1, stop_ids=stop_ids), number, self._codec
+            list(prompt_ids), replace(params, n=1, stop_ids=stop_ids), params.sample_index, self._codec
         )
+        affinity = affinity or PrefixAffinity()
         while request.finish_reason is None:
             await self._run_on_one(request, affinity)
         return request.completion(self.version)
@@ -198,34 +198,6 @@ class InferencePool:
             request.migrate(error)
         finally:
             self._running -= 1
-
-    async def answer(self, prompt: Sequence[int], params: SamplingParams) -> list[Completion]:
-        """The `params.n` completions of one prompt, sampled on one engine if possible; raises as `sample`."""
-        affinity = PrefixAffinity()
-        if params.n == 1:
-            return [await self.sample(prompt, params, number=0, affinity=affinity)]
-        return await self._all(
-            [self.sample(prompt, params, number=i, affinity=affinity) for i in range(params.n)]
-        )
-
-    async def generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[list[Completion]]:
-        """The completions of several prompts; raises as `sample`."""
-        return await self._all(
-            [self.answer(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
-        )
-
-    async def _all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Results of all coroutines; if one fails, or this is cancelled, all have ended before it returns."""
-        tasks = [self.loop.create_task(work) for work in works]
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
 
     async def begin_update(self, version: int) -> None:
         """Announce a new version of the policy; from here on no engine reads the weights of the one before.

@@ -5,18 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from verl.rollout.pool.replica import Replica
+from verl.utils.sampling_types import PrefixAffinity
 
 WaitQueue = deque[asyncio.Future[None]]
-
-
-@dataclass
-class PrefixAffinity:
-    """Requests that share a prefix, and the replica that has it in its cache."""
-
-    replica: Replica | None = None
 
 
 class Router:

@@ -1,12 +1,10 @@
-"""A fleet of engines behind the contract of one: it works in a thread of its own, and is asked from others."""
+"""A pool of inference servers for synchronous code: its event loop runs in a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import wait
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -15,41 +13,39 @@ from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.supervisor import MakeEngine
-from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams, check_requests
+from verl.rollout.pool.weight_publisher import WeightPublisher, WeightSnapshot
+from verl.utils.event_loops import call_in_thread, wait_for
+from verl.utils.sampling_types import Completion, PrefixAffinity, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
-# Between two looks whether the loop still runs.
-_LOOK_S = 1.0
 
 
 class ThreadedInferencePool(RolloutEngine):
-    """Lets several engines answer, see `InferencePool`, in an event loop in a thread of their own.
+    """Runs an `InferencePool` in the event loop of a thread.
 
-    Weights of a version are written once, into shared memory, and stay there until the next, so that an
-    engine that comes later, or again, gets the same. While `publish` or `generate` is at work in one thread,
-    another one may ask the fleet, in its loop.
+    The weights of a version are written once, into shared memory, and stay there until the next version, so an
+    engine that joins or restarts gets the same.
 
     Args:
-        specs: of the engines to begin with.
-        make: makes an engine from what describes it.
+        specs: engines to start or join at first.
+        make: makes the client of an engine from its spec.
         codec: of the policy.
-        weights: of the policy; None: no engine follows it.
-        vocabulary: of the policy.
-        context: of the policy, in tokens.
-        max_running: requests that an engine gets at a time.
-        wait_s: longest time without any engine that serves.
-        sleeps: engines give their device memory back on `sleep`.
-        on_update: what becomes of requests that run when weights come, see `InferencePool`.
-        note: is told what happened, for people.
+        weights: publisher of the policy's weights; None: no engine takes them.
+        vocabulary: tokens of the policy's vocabulary.
+        context: of the policy, tokens.
+        max_running: requests that run on an engine at a time.
+        wait_s: longest time without a serving engine, seconds.
+        sleeps: engines release their device memory on `sleep`.
+        on_update: treatment of running requests when weights change, see `InferencePool`.
+        note: takes human-readable lines on what happened.
 
     Attributes:
-        fleet: the engines, to be asked in `loop`.
-        loop: theirs; see `run`.
+        inference_pool: the engines; its coroutines run in `loop`.
+        loop: of the engines, see `run`.
 
     Raises:
-        ValueError: what was given cannot be used by an engine.
+        ValueError: an engine cannot use its spec.
         EngineError: none of the engines starts.
     """
 
@@ -69,14 +65,17 @@ class ThreadedInferencePool(RolloutEngine):
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         sizes = {"vocabulary": vocabulary, "context": context, "max_running": max_running}
-        self.fleet = InferencePool(make, codec, **sizes, wait_s=wait_s, on_update=on_update, note=note)
-        self._weights, self._context, self._sleeps = weights, context, sleeps
-        self._publisher = threading.get_ident()
+        self.inference_pool = InferencePool(
+            make, codec, **sizes, wait_s=wait_s, on_update=on_update, note=note
+        )
+        self._weights, self._sleeps = weights, sleeps
+        self._trainer_thread = threading.get_ident()
+        self._sync_lock = asyncio.Lock()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="engines", daemon=True)
         self._thread.start()
         try:
-            self.run(self.fleet.open(specs))
+            self.run(self.inference_pool.open(specs))
         except BaseException:
             self.close()
             raise
@@ -84,86 +83,62 @@ class ThreadedInferencePool(RolloutEngine):
     @property
     def replicas(self) -> list[Replica]:
         """The engines."""
-        return self.fleet.replicas
+        return self.inference_pool.replicas
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs something in the loop of the engines, and waits for it; where the wait is broken off, so is
-        the work.
+    @override
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
+    ) -> Completion:
+        return await self.inference_pool.sample(prompt_ids, params, affinity)
+
+    @override
+    def sync_weights(self, version: int) -> Coroutine[Any, Any, None]:
+        """Write the weights of a version and load them into all engines; `on_update` says what running
+        requests do.
+
+        The thread that calls this is the trainer's.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        self._trainer_thread = threading.get_ident()
+        return self._sync_weights(version)
+
+    @property
+    @override
+    def needs_weights(self) -> bool:
+        return self._weights is not None and self.inference_pool.snapshot is None
+
+    @override
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop of the engines and wait for it; an interrupted wait cancels it.
+
+        While the trainer's thread waits here, it asks nothing of the policy, so weights that only the policy has
+        can be sent: engines that have come since the last time get them first.
+        """
+        is_trainer = threading.get_ident() == self._trainer_thread
+        future = asyncio.run_coroutine_threadsafe(self._with_policy(work) if is_trainer else work, self.loop)
         try:
-            # Again and again: an exception that is sent to a thread gets in only between two waits.
-            while not wait([future], timeout=_LOOK_S).done:
-                if not self._thread.is_alive():
-                    raise RuntimeError(
-                        "the loop of the engines has ended, so nothing answers any more; see the output before this"
-                    )
-            return future.result()
+            return wait_for(future, check=self._check_loop)
         except BaseException:
             future.cancel()
             raise
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
-
-        Raises:
-            ValueError: an empty prompt, or prompt and answer longer than the model's context; or an engine
-                refuses a request.
-            RuntimeError: no engine serves, or answers fail on one engine after the other.
-        """
-        check_requests(prompts, params, context=self._context)
-        if self._weights is not None and self.fleet.snapshot is None:
-            self.publish(self.version)
-        with self.policy_sends():
-            return self.run(self.fleet.generate(prompts, params))
-
-    def publish(self, version: int) -> None:
-        """See `RolloutEngine.publish`; what becomes of requests that run, `on_update` says."""
-        super().publish(version)
-        self._publisher = threading.get_ident()
-        self.run(self.fleet.begin_update(version))
-        update = None if self._weights is None else self._weights.write(version)
-        with self.policy_sends():
-            self.run(self.fleet.sync_weights(update))
-
-    @contextmanager
-    def policy_sends(self) -> Iterator[None]:
-        """Inside, the policy can be asked for weights that only it has: the thread that publishes waits and
-        asks nothing else of it.
-
-        Engines that have come since the last time get the weights at once. In other threads it says nothing.
-        """
-        is_outermost = not self.fleet.policy_can_send and threading.get_ident() == self._publisher
-        self.fleet.policy_can_send |= is_outermost
-        try:
-            if is_outermost and self.fleet.needs_policy:
-                self.run(self.fleet.sync_weights())
-            yield
-        finally:
-            if is_outermost:
-                self.fleet.policy_can_send = False
-            if is_outermost and self.fleet.needs_policy:
-                self.run(self.fleet.wait_synced())
-
+    @override
     def sleep(self) -> None:
-        """See `RolloutEngine.sleep`; those that share no device go on."""
+        """Release the device memory of engines that share a device with training; others go on."""
         if self._sleeps:
-            self.run(self.fleet.sleep())
+            self.run(self.inference_pool.sleep())
 
     def add(self, spec: ServerSpec) -> None:
         """Add an engine while the pool is running."""
-        self.run(self.fleet.add(spec))
+        self.run(self.inference_pool.add(spec))
 
     def remove(self, name: str) -> None:
         """Remove an engine once its running requests have finished."""
-        self.run(self.fleet.remove(name))
+        self.run(self.inference_pool.remove(name))
 
     @override
     def take_metrics(self) -> dict[str, float]:
         async def taken() -> dict[str, float]:
-            return self.fleet.take_metrics()
+            return self.inference_pool.take_metrics()
 
         return self.run(taken())
 
@@ -180,8 +155,42 @@ class ThreadedInferencePool(RolloutEngine):
             if self._weights is not None:
                 self._weights.close()
 
+    async def _sync_weights(self, version: int) -> None:
+        async with self._sync_lock:
+            self.version = version
+            await self.inference_pool.begin_update(version)
+            snapshot = None if self._weights is None else await self._write(self._weights, version)
+            await self.inference_pool.sync_weights(snapshot)
+
+    async def _write(self, weights: WeightPublisher, version: int) -> WeightSnapshot:
+        # In a thread, as it waits for the policy's ranks; running requests go on meanwhile.
+        writing = asyncio.ensure_future(call_in_thread(lambda: weights.write(version), name="weights"))
+        try:
+            return await asyncio.shield(writing)
+        finally:
+            await asyncio.wait([writing])  # also an interrupted one: the policy must not learn meanwhile
+
+    async def _with_policy(self, work: Coroutine[Any, Any, T]) -> T:
+        """Result of a coroutine; meanwhile the policy can be asked for weights that only it has."""
+        pool = self.inference_pool
+        pool.policy_can_send = True
+        try:
+            if pool.needs_policy:
+                await pool.sync_weights()
+            return await work
+        finally:
+            pool.policy_can_send = False
+            if pool.needs_policy:
+                await pool.wait_synced()
+
+    def _check_loop(self) -> None:
+        if not self._thread.is_alive():
+            raise RuntimeError(
+                "the loop of the engines has ended, so nothing answers any more; see the output before this"
+            )
+
     async def _end(self) -> None:
-        await self.fleet.close()
+        await self.inference_pool.close()
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()

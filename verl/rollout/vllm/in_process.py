@@ -95,7 +95,11 @@ class VLLMEngine(ColocatedEngine):
         ]
         if not inputs:
             return []
-        asked = [self._asked(wanted, number) for wanted in params for number in range(wanted.n)]
+        asked = [
+            self._asked(wanted, number)
+            for wanted in params
+            for number in range(wanted.sample_index, wanted.sample_index + wanted.n)
+        ]
         outputs = iter(self._llm.generate(inputs, asked, use_tqdm=False))
         return [[self._completion(next(outputs).outputs[0]) for _ in range(wanted.n)] for wanted in params]
 

@@ -135,6 +135,10 @@ class RoleGroups:
         for name, group in self._learning.items():
             group.call(Learner.load, folder / name).result()
 
+    def export(self, folder: Path) -> None:
+        """Write the policy in Hugging Face format, without its tokenizer."""
+        self.policy.call(RoleWorker.export, folder).result()
+
     def memory(self) -> Metrics:
         """Bytes in use, at most and in all, of the fullest device of the policy."""
         return self.policy.call(RoleWorker.memory).result()

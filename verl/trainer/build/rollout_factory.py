@@ -11,24 +11,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from verl.algorithms.objective import Algorithm
 from verl.config.rollout import RolloutConfig
 from verl.config.run import TrainerConfig
-from verl.controller.worker_group import WorkerGroup
-from verl.data.batch import Batch
 from verl.engines.hf.hf_io import model_folder
-from verl.rollout.actor_worker import PolicyEngine
+from verl.monitoring.tracking import Clock
+from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.actor_worker import PolicyGenerator
+from verl.rollout.batching_engine import BatchingEngine
 from verl.rollout.engine import InferenceServer, ServerSpec
 from verl.rollout.pool.admin_api import AdminAPI
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.rollout.text_worker import TextWorkerEngine
+from verl.rollout.text_worker import TextWorkerGenerator
+from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.worker_factories import IN_PROCESS, Source, saved
 from verl.utils.device import PRECISIONS
 from verl.utils.rollout import BaseRolloutWorker
-from verl.utils.sampling_types import RolloutEngine
+from verl.utils.sampling_types import BatchGenerator, RolloutEngine
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.types import Transport
 
@@ -42,15 +42,22 @@ SERVED = {
 
 
 def wrap_user_rollout(
-    given: RolloutEngine | BaseRolloutWorker, algorithm: Algorithm, codec: TextCodec
+    given: RolloutEngine | BatchGenerator | BaseRolloutWorker,
+    algorithm: Algorithm,
+    codec: TextCodec,
+    *,
+    clock: Clock,
+    waits: WaitTracker,
 ) -> RolloutEngine:
-    """A user's own engine, or worker that answers in text.
+    """A user's own engine, batch generator, or worker that answers in text, as an engine.
 
     Raises:
         ValueError: the algorithm reads what such a worker does not give.
     """
     if isinstance(given, RolloutEngine):
         return given
+    if isinstance(given, BatchGenerator):
+        return BatchingEngine(given, in_thread=True, clock=clock, waits=waits)
     if "rollout_logprobs" in algorithm.reads:
         remedy = "; set algorithm.correction=recompute and a policy loss that does not read them"
         raise ValueError(
@@ -60,40 +67,42 @@ def wrap_user_rollout(
         raise ValueError(
             "a worker that answers in text is not told a temperature, so it has no greedy answers; take the recipe rloo"
         )
-    return TextWorkerEngine(given, codec)
+    return BatchingEngine(TextWorkerGenerator(given, codec), in_thread=True, clock=clock, waits=waits)
 
 
 def build_rollout(
-    config: TrainerConfig,
-    policy: WorkerGroup,
+    groups: RoleGroups,
     source: str,
     codec: TextCodec,
+    config: TrainerConfig,
     *,
-    model_config: PretrainedConfig,
     note: Callable[[str], None],
+    clock: Clock,
+    waits: WaitTracker,
 ) -> RolloutEngine:
     """The engine that the settings choose.
 
     Args:
-        config: of the run.
-        policy: its ranks.
+        groups: of the run; the policy's ranks generate, or send their weights.
         source: folder of the policy as it was at the start.
         codec: its tokenizer.
-        model_config: of the policy.
-        note: is told what happens to engines, for people.
+        config: of the run.
+        note: takes human-readable lines on what happens to engines.
+        clock: takes the seconds of generation, in turn with training.
+        waits: takes the waits for it.
 
     Raises:
         ValueError: no such engine, or options that it does not have.
         EngineError: no server starts.
     """
-    rollout = config.rollout
+    rollout, policy = config.rollout, groups.policy
     if not rollout.servers and not rollout.addresses:
         if rollout.engine not in ("embedded", *IN_PROCESS):
             known = ", ".join(dict.fromkeys(("embedded", *IN_PROCESS, *SERVED)))
             raise ValueError(
                 f"need rollout.engine as one of {known}, or package.module:Class with servers, got {rollout.engine!r}"
             )
-        return PolicyEngine(policy)
+        return BatchingEngine(PolicyGenerator(policy), clock=clock, waits=waits)
     make, source = engine_class(rollout.engine), str(model_folder(source))
     if (
         config.policy.lora.rank
@@ -105,7 +114,7 @@ def build_rollout(
             f"{rollout.engine} that follow policy.lora"
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
-    text = model_config.get_text_config()
+    text = groups.model_config.get_text_config()
     ways = {"uses_p2p": rollout.weights_via == "direct", "uses_cuda_ipc": rollout.weights_via == "ipc"}
     weights = WeightPublisher(policy, dtype, Path(config.output_dir) / "weights", **ways)
     pool = ThreadedInferencePool(
@@ -182,19 +191,6 @@ def initial_checkpoint(config: TrainerConfig, source: Source, codec: TextCodec) 
     folder = Path(config.output_dir) / "start" / "engines"
     codec.tokenizer.save_pretrained(folder)
     return saved(source, folder)
-
-
-def check_logprobs(rows: Batch, algorithm: Algorithm) -> None:
-    """Refuses answers without logprobs where a chosen function reads the sampler's.
-
-    Raises:
-        ValueError: see above.
-    """
-    if "rollout_logprobs" in algorithm.reads and "rollout_logprobs" not in rows:
-        raise ValueError(
-            "need logprobs of the sampler for every answer, but some came as text alone; set algorithm.correction=recompute and a policy "
-            "loss that does not read rollout_logprobs"
-        )
 
 
 def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[str]:

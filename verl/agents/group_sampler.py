@@ -1,0 +1,160 @@
+"""One group: a prompt is encoded, answered, decoded and rewarded, and its rewards are shaped by length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from verl.agents.groups import has_no_signal
+from verl.algorithms.registry import BoundFunction
+from verl.config.run import TrainerConfig
+from verl.data.batch import Trajectory
+from verl.rewards.functions import RewardFunctions, overlong_penalty
+from verl.rollout.group_sampling import Sampler, sample_group
+from verl.utils.sampling_types import Completion, Prompt, SamplingParams
+from verl.utils.tokens import TextCodec
+
+
+class GroupSampler:
+    """Samples and rewards groups.
+
+    Args:
+        engine: answers prompts.
+        codec: of the policy.
+        rewards: scores answers; None: nothing reads a reward.
+        config: sampling, algorithm and seed are read.
+        greedy_baseline: answer each prompt once more with its most likely answer, for `greedy_rewards`.
+        by_parts: a group of equal rewards has a signal if the parts that they are the sum of differ.
+        length_penalty: adds to the rewards of a group according to the lengths of its answers.
+    """
+
+    def __init__(
+        self,
+        engine: Sampler,
+        codec: TextCodec,
+        rewards: RewardFunctions | None,
+        config: TrainerConfig,
+        *,
+        greedy_baseline: bool = False,
+        by_parts: bool = False,
+        length_penalty: BoundFunction | None = None,
+    ) -> None:
+        self.engine = engine
+        self.by_parts = by_parts
+        self._codec, self._rewards, self._config = codec, rewards, config
+        self._greedy_baseline, self._length_penalty = greedy_baseline, length_penalty
+
+    @property
+    def reward_names(self) -> str:
+        """Names of the reward functions."""
+        return ", ".join(self._rewards.names) if self._rewards else "no reward function"
+
+    def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
+        """Sampling parameters of group `number`; each attempt has other random numbers."""
+        seed = (self._config.seed << 32) + (attempt << 26) + number
+        return replace(sampling_params(self._config, samples), seed=seed)
+
+    def greedy_params(self, params: SamplingParams) -> SamplingParams | None:
+        """Parameters of the most likely answer to the same prompt; None if its reward is not read."""
+        if not self._greedy_baseline:
+            return None
+        return replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)
+
+    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        """The group of a prompt, without rewards."""
+        ids = self._codec.encode_prompt(prompt)
+        answers = await sample_group(self.engine, ids, params)
+        return [self._trajectory(prompt, ids, answer, params) for answer in answers]
+
+    def reward(self, trajectories: Sequence[Trajectory]) -> None:
+        """Reward answers in place; one that fails gets an outcome. Several threads may call this at once."""
+        if self._rewards:
+            self._rewards.attempt(trajectories)
+
+    def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
+        """Check the share of answers without a reward.
+
+        Raises:
+            RuntimeError: it is above `rewards.max_failed_share`.
+        """
+        if self._rewards:
+            self._rewards.check_failed(trajectories)
+
+    def has_no_signal(self, group: Sequence[Trajectory]) -> bool:
+        """True if the algorithm learns nothing from a group."""
+        return has_no_signal(group, by_parts=self.by_parts)
+
+    def finish(self, group: Sequence[Trajectory], baseline: Trajectory | None) -> None:
+        """Shape the rewards of a group by length, and note the reward of its greedy answer."""
+        # First: the overlong penalty would hide which answers are right.
+        self._compare_lengths(group)
+        for trajectory in group:
+            self._shape_length(trajectory)
+        if baseline is None:
+            return
+        self._shape_length(baseline)
+        for trajectory in group:
+            trajectory.greedy_reward = baseline.reward
+            if baseline.reward is None and trajectory.outcome == "ok":
+                trajectory.outcome = "no_baseline"
+                trajectory.detail = f"the greedy answer has no reward: {baseline.detail}"
+
+    def _compare_lengths(self, group: Sequence[Trajectory]) -> None:
+        rewarded = [t for t in group if t.reward is not None]
+        if not self._length_penalty or not rewarded:
+            return
+        columns = {
+            "rewards": torch.tensor([t.reward for t in rewarded], dtype=torch.float64),
+            "num_tokens": torch.tensor([len(t.response_ids) for t in rewarded]),
+        }
+        for trajectory, added in zip(rewarded, self._length_penalty(columns).tolist(), strict=True):
+            _add_reward(trajectory, "length", added)
+
+    def _shape_length(self, trajectory: Trajectory) -> None:
+        algorithm = self._config.algorithm
+        if algorithm.mask_truncated and trajectory.truncated:
+            trajectory.response_mask = [False] * len(trajectory.response_mask)
+        if not algorithm.overlong_buffer_tokens or trajectory.reward is None:
+            return
+        added = overlong_penalty(
+            len(trajectory.response_ids),
+            max_tokens=self._config.sampling.max_tokens,
+            buffer_tokens=algorithm.overlong_buffer_tokens,
+            penalty=algorithm.overlong_penalty,
+        )
+        _add_reward(trajectory, "overlong", added)
+
+    def _trajectory(
+        self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams
+    ) -> Trajectory:
+        length = len(answer.token_ids)
+        text = (
+            self._codec.decode_answer(answer.token_ids, params.stop) if answer.text is None else answer.text
+        )
+        return Trajectory(
+            prompt,
+            prompt_ids,
+            answer.token_ids,
+            [True] * length,
+            answer.logprobs,
+            [answer.version] * length if answer.versions is None else list(answer.versions),
+            0,
+            truncated=answer.finish_reason == "length",
+            text=text,
+        )
+
+
+def sampling_params(config: TrainerConfig, samples: int) -> SamplingParams:
+    """Sampling parameters of the settings for `samples` answers to a prompt, with seed 0."""
+    s = config.sampling
+    return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, s.stop_ids)
+
+
+def _add_reward(trajectory: Trajectory, name: str, value: float) -> None:
+    """Add to a reward, as a reward function of weight 1 would."""
+    assert trajectory.reward is not None
+    trajectory.reward += value
+    trajectory.scores[name] = value
+    trajectory.parts.append((1.0, value))

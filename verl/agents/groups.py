@@ -1,0 +1,63 @@
+"""The answers to one prompt on their way from admission to training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from verl.config.pipeline import FailureClass
+from verl.data.batch import Trajectory
+from verl.utils.sampling_types import Prompt
+
+
+class GroupError(Exception):
+    """A group could not be answered.
+
+    Args:
+        failure: class of the failure, which decides on another attempt.
+        cause: human-readable.
+    """
+
+    def __init__(self, failure: FailureClass, cause: str) -> None:
+        super().__init__(cause)
+        self.failure: FailureClass = failure
+        self.cause = cause
+
+
+@dataclass
+class Group:
+    """The answers to a prompt, from admission to training.
+
+    Attributes:
+        number: of the group over the whole run; the random numbers of its answers depend on it.
+        prompt: the question.
+        oldest: version of the policy that sampled its oldest token, or may sample it.
+        attempt: number of times that its answers were discarded.
+        tries: further attempts after a failure of each class.
+        answers: its trajectories so far, with or without a reward.
+        baseline: greedy answer, if its reward is read.
+        arrival: its place among the groups that are complete; None: it is in flight.
+        has_no_signal: its advantages are zero, and no other prompt was found in its place.
+        pause_s: seconds before its next attempt.
+    """
+
+    number: int
+    prompt: Prompt
+    oldest: int
+    attempt: int = 0
+    tries: dict[FailureClass, int] = field(default_factory=dict)
+    answers: list[Trajectory] = field(default_factory=list)
+    baseline: Trajectory | None = None
+    arrival: int | None = None
+    has_no_signal: bool = False
+    pause_s: float = 0.0
+
+    @property
+    def all_trajectories(self) -> list[Trajectory]:
+        """Its answers and the greedy one."""
+        return [*self.answers, *([self.baseline] if self.baseline is not None else [])]
+
+
+def has_no_signal(group: Sequence[Trajectory], *, by_parts: bool = False) -> bool:
+    """True if a group has fewer than two rewards, or equal ones; with `by_parts` equal in every part."""
+    return len({(t.reward, *t.parts) if by_parts else t.reward for t in group if t.outcome == "ok"}) < 2

@@ -1,0 +1,137 @@
+"""Event loops beside synchronous code: requests gathered within one turn, blocking calls in threads, and a loop
+that a thread enters for one coroutine at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor, Future, wait
+from typing import Any, Generic, TypeVar
+
+from typing_extensions import override
+
+A = TypeVar("A")
+R = TypeVar("R")
+T = TypeVar("T")
+# Between two checks of a wait: an exception that is sent to a thread arrives only between two waits.
+_POLL_S = 1.0
+
+
+class Gatherer(Generic[A, R]):
+    """Gathers the requests of one turn of the event loop into one call.
+
+    Args:
+        call: answers several requests, in order. It blocks the loop, in whose thread an interrupt ends it.
+    """
+
+    def __init__(self, call: Callable[[list[A]], Sequence[R]]) -> None:
+        self._call = call
+        self._waiting: list[tuple[A, asyncio.Future[R]]] = []
+
+    async def ask(self, request: A) -> R:
+        """Answer to one request; an error of the call reaches all requests that were gathered."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # Behind the tasks that are ready now, which make the other requests of this turn.
+            loop.call_soon(self._answer)
+        future: asyncio.Future[R] = loop.create_future()
+        self._waiting.append((request, future))
+        return await future
+
+    def _answer(self) -> None:
+        gathered = [(request, future) for request, future in self._waiting if not future.done()]
+        self._waiting = []
+        try:
+            answers = self._call([request for request, _ in gathered]) if gathered else ()
+        except Exception as error:
+            for _, future in gathered:
+                future.set_exception(error)
+        except BaseException:  # an interrupt ends the loop: nobody may wait for these any more
+            for _, future in gathered:
+                future.cancel()
+            raise
+        else:
+            for (_, future), answer in zip(gathered, answers, strict=True):
+                future.set_result(answer)
+
+
+class OwnLoop:
+    """An event loop that stands still while nothing is run in it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end; an interrupt cancels it.
+
+        Where an event loop is running already, as in a notebook, it runs in a thread of its own.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._run(work)
+        return wait_for_thread(lambda: self._run(work), name="event loop")
+
+    def close(self) -> None:
+        """Close the loop; may be called again."""
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        task = self._loop.create_task(work)
+        try:
+            return self._loop.run_until_complete(task)
+        except BaseException:  # also an interrupt, which leaves the task as it is
+            task.cancel()
+            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            raise
+
+
+def wait_for(future: Future[T], *, check: Callable[[], None] = lambda: None) -> T:
+    """Result of a future; `check` may raise between two waits for it."""
+    while not wait([future], timeout=_POLL_S).done:
+        check()
+    return future.result()
+
+
+def wait_for_thread(call: Callable[[], T], *, name: str) -> T:
+    """Result of a call in a daemon thread, outside of the event loop of this one."""
+    return wait_for(_DaemonThread(name).submit(call))
+
+
+async def gather_all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of coroutines that run at the same time; if one fails, the others are cancelled before it raises."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def call_in_thread(call: Callable[[], T], *, name: str) -> T:
+    """Result of a blocking call in a daemon thread, which does not delay the end of the program."""
+    return await asyncio.get_running_loop().run_in_executor(_DaemonThread(name), call)
+
+
+class _DaemonThread(Executor):
+    """Runs each call in a daemon thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @override
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # raised in the thread that waits
+                result.set_exception(error)
+
+        threading.Thread(target=run, name=self._name, daemon=True).start()
+        return result
