@@ -1,4 +1,4 @@
-"""A hang is told from long work by what the ranks say of themselves."""
+"""Hangs are told from long work by the statuses of the ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checked(*checks, limit_s: float = 10.0, every_s: float = 5.0):
     return found
 
 
-def test_who_waits_and_who_has_not_arrived_are_named_after_the_limit():
+def test_ranks_that_wait_and_ranks_that_are_late_are_named_after_the_limit():
     stuck = [status(8, WAITS), status(7), status(8, WAITS)]
     assert checked(stuck, stuck) is None
     hang = checked(stuck, stuck, stuck)
@@ -42,15 +42,15 @@ def test_long_work_of_all_is_no_hang():
     assert checked(*[busy] * 20) is None
 
 
-def test_anything_that_moves_starts_the_clock_anew():
-    looks = [
+def test_any_progress_restarts_the_clock():
+    checks = [
         [status(8, WAITS), status(7)],
         [status(8, WAITS), status(7)],
         [status(9, WAITS), status(8)],
         [status(9, WAITS), status(8)],
     ]
-    assert checked(*looks) is None
-    assert checked(*looks, looks[-1]).rank == 1
+    assert checked(*checks) is None
+    assert checked(*checks, checks[-1]).rank == 1
 
 
 def test_a_rank_that_does_not_answer_is_named_whether_others_wait_or_not():
@@ -59,12 +59,12 @@ def test_a_rank_that_does_not_answer_is_named_whether_others_wait_or_not():
     assert checked([None], [None], [None]).rank == 0
 
 
-def test_a_rank_that_has_ended_without_the_collective_is_told_so():
+def test_a_rank_that_has_ended_without_the_collective_is_named():
     stuck = [status(8, WAITS), status(7, (), None)]
     assert "rank 1 has ended its call without it" in checked(stuck, stuck, stuck).description
 
 
-def test_looks_are_a_second_apart_or_a_quarter_of_the_limit():
+def test_checks_are_a_second_apart_or_a_quarter_of_the_limit():
     detector = HangDetector(40.0)
     assert detector.is_due(0.0)
     detector.check([status(1)], 0.0)

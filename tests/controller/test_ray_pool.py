@@ -1,4 +1,4 @@
-"""Groups on Ray: what calls return, where rows stay, and what is said of ranks that fail, die or hang."""
+"""Groups on Ray: results of calls, columns that stay with their ranks, ranks that fail, die or hang."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def doomed(cluster, tmp_path):
     cluster.pools = [pool for pool in before if pool is not made]
 
 
-def hosts_of(pool) -> list[int]:
+def pids_of(pool) -> list[int]:
     return [rank.pid for rank in pool.ranks]
 
 
@@ -96,7 +96,7 @@ def test_roles_of_a_pool_share_its_processes_and_its_world(pool, echo):
     assert other.call(Echo.total, 1.0).result() == [10.0] * 4
 
 
-def test_tokens_stay_with_the_ranks_that_made_them_until_somebody_reads_them(echo):
+def test_tokens_stay_with_the_ranks_that_made_them_until_they_are_read(echo):
     lengths, rows = echo.call(Echo.answer, [3, 0, 2, 5, 1]).result()
     assert lengths == rows.response_lengths.tolist() == [3, 0, 2, 5, 1]
     plan = balance(rows.response_lengths, num_ranks=4, micro_batch_tokens=6)
@@ -149,7 +149,7 @@ def test_devices_that_are_not_there_are_said_to_be_missing(cluster, tmp_path):
 
 
 def test_a_rank_that_raises_is_named_with_its_log_while_others_wait_for_it(doomed):
-    echo, pids, start = doomed.start("echo", Echo), hosts_of(doomed), time.monotonic()
+    echo, pids, start = doomed.start("echo", Echo), pids_of(doomed), time.monotonic()
     with pytest.raises(WorkerError) as error:
         echo.call(Echo.fail, 1).result()
     assert time.monotonic() - start < 10
@@ -161,7 +161,7 @@ def test_a_rank_that_raises_is_named_with_its_log_while_others_wait_for_it(doome
 
 
 def test_a_rank_that_is_killed_is_named(doomed):
-    echo, pids = doomed.start("echo", Echo), hosts_of(doomed)
+    echo, pids = doomed.start("echo", Echo), pids_of(doomed)
     call, start = echo.call(Echo.sleep, 100.0), time.monotonic()
     time.sleep(0.5)
     os.kill(pids[0], signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_a_rank_that_is_killed_is_named(doomed):
 
 
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_those_who_wait(doomed):
-    echo, pids, start = doomed.start("echo", Echo), hosts_of(doomed), time.monotonic()
+    echo, pids, start = doomed.start("echo", Echo), pids_of(doomed), time.monotonic()
     with pytest.raises(WorkerError) as error:
         echo.call(Echo.miss, 0).result()
     assert time.monotonic() - start < 3 + 10
@@ -185,7 +185,7 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_those_who_wait(
 
 
 def test_a_rank_that_is_stopped_is_named(doomed):
-    echo, pids = doomed.start("echo", Echo), hosts_of(doomed)
+    echo, pids = doomed.start("echo", Echo), pids_of(doomed)
     os.kill(pids[1], signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(WorkerError, match="rank 1 does not answer"):
@@ -201,7 +201,7 @@ def test_long_work_is_no_hang(doomed):
 
 
 def test_ranks_find_each_other_on_the_loopback_and_rays_own_port_asks_for_the_token(pool):
-    for pid in hosts_of(pool):
+    for pid in pids_of(pool):
         listening = [
             c.laddr.ip for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN
         ]

@@ -109,7 +109,7 @@ def test_layouts_of_fsdp_and_tensor_parallel_are_those_of_real_models():
         "num_hidden_layers": 1,
     }
     parallels = [{}, {"tensor": 2}, {"replicas": 2}, {"sequence": 2}]
-    ranks = on_ranks("tests.weight_sync.layout_runs:pieces_of", 4, config, parallels)
+    ranks = on_ranks("tests.weight_sync.layout_runs:shards_of", 4, config, parallels)
     for i, sizes in enumerate(parallels):
         tensor, replicas = sizes.get("tensor", 1), sizes.get("replicas", 1)
         expected = training_layout(

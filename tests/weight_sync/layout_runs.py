@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of layouts: a real model is spread, and tells its pieces."""
+"""Functions that each rank runs in the tests of layouts: a real model is sharded, and lists its shards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from verl.engines.tensor_parallel import make_meshes, parallelize
 from verl.weight_sync.layout import TensorShard
 
 
-def pieces_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[list[TensorShard]]:
-    """Pieces of this rank, of a model that is spread in each of the ways."""
+def shards_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[list[TensorShard]]:
+    """Shards of this rank, of a model that is sharded in each of some parallel configurations."""
     found = []
     for parallel in parallels:
         with torch.device("meta"):

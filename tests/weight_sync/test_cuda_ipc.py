@@ -22,10 +22,10 @@ PROMPTS = random_prompts([3, 7, 1, 5])
 _READER = """
 import json, sys
 import torch
-from verl.weight_sync.cuda_ipc import opened
+from verl.weight_sync.cuda_ipc import open_handle
 from verl.weight_sync.fingerprint import digest
 for line in sys.stdin:
-    content = opened(json.loads(line))
+    content = open_handle(json.loads(line))
     print(digest(content), flush=True)
     content[:8] = 7
     torch.cuda.synchronize()
@@ -55,7 +55,10 @@ def test_another_process_reads_and_shares_the_bytes_of_a_part_of_a_tensor():
 @pytest.mark.gpu
 def test_a_gpu_that_is_not_there_is_named():
     handle = export_handle(torch.zeros(16, device="cuda", dtype=torch.uint8)) | {"device": "GPU-none"}
-    code = "import json, sys; from verl.weight_sync.cuda_ipc import opened; opened(json.loads(sys.argv[1]))"
+    code = (
+        "import json, sys; from verl.weight_sync.cuda_ipc import open_handle; "
+        "open_handle(json.loads(sys.argv[1]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(handle)], capture_output=True, text=True)
     assert done.returncode == 1 and "need the GPU GPU-none for weights in its memory" in done.stderr
 

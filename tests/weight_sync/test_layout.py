@@ -1,4 +1,4 @@
-"""Parts of tensors, and where they lie."""
+"""Bounds of parts, and shards in local tensors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_scalar_is_a_part_of_one_element():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "offset", "part", "begin", "at_home"),
+    ("bounds", "offset", "part", "begin", "slices"),
     [
         pytest.param(
             ((4, 8), (0, 3)), (10, 0), ((5, 7), (1, 3)), (11, 1), (slice(11, 13), slice(1, 3)), id="fused"
@@ -74,19 +74,21 @@ def test_a_scalar_is_a_part_of_one_element():
         pytest.param(((3, 4), (2, 3)), (), ((3, 4), (2, 3)), (), (), id="all dropped"),
     ],
 )
-def test_a_part_is_found_in_a_home_of_the_same_fewer_or_more_dimensions(bounds, offset, part, begin, at_home):
-    piece = TensorShard("w", bounds, "home", offset)
-    assert local_offset(part, piece) == begin
-    assert local_slices(part, begin) == at_home
+def test_a_part_is_found_in_a_local_tensor_of_the_same_fewer_or_more_dimensions(
+    bounds, offset, part, begin, slices
+):
+    shard = TensorShard("w", bounds, "local", offset)
+    assert local_offset(part, shard) == begin
+    assert local_slices(part, begin) == slices
 
 
-def test_ranks_may_hold_nothing():
+def test_ranks_may_have_no_shards():
     layout = ShardLayout({"w": (4, 2)}, ((TensorShard("w", ((1, 4), (0, 2)), "w", (0, 0)),), ()))
     assert layout.num_ranks == 2 and [layout.num_elements(rank) for rank in (0, 1)] == [6, 0]
 
 
 @pytest.mark.parametrize(
-    ("piece", "message"),
+    ("shard", "message"),
     [
         (TensorShard("v", ((0, 4), (0, 2)), "w", (0, 0)), "there is no such tensor"),
         (TensorShard("w", ((0, 5), (0, 2)), "w", (0, 0)), r"the tensor is \(4, 2\)"),
@@ -99,6 +101,6 @@ def test_ranks_may_hold_nothing():
         ),
     ],
 )
-def test_a_piece_that_cannot_be_is_refused(piece, message):
+def test_a_piece_that_cannot_be_is_refused(shard, message):
     with pytest.raises(ValueError, match=f"on rank 1 .*{message}"):
-        ShardLayout({"w": (4, 2)}, ((), (piece,)))
+        ShardLayout({"w": (4, 2)}, ((), (shard,)))

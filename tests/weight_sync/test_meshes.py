@@ -1,4 +1,4 @@
-"""Where ranks stand in training and in generation."""
+"""Coordinates of ranks in training and in generation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_shards_play_the_part_of_tensor_ranks():
     ],
 )
 def test_every_place_of_generation_is_taken_by_one_rank(mesh, tensor, pipeline, grouping):
-    places = [
+    coordinates = [
         generation_coordinates(rank, mesh, tensor=tensor, pipeline=pipeline, grouping=grouping)
         for rank in range(mesh.num_ranks)
     ]
@@ -82,7 +82,7 @@ def test_every_place_of_generation_is_taken_by_one_rank(mesh, tensor, pipeline, 
         for s in range(pipeline)
         for t in range(tensor)
     }
-    assert len(places) == len(expected) and set(places) == expected
+    assert len(coordinates) == len(expected) and set(coordinates) == expected
 
 
 def test_layers_are_dealt_to_stages_in_order():

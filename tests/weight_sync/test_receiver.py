@@ -1,6 +1,4 @@
-"""An engine of two ranks, threads of this process with loaders as engines have them, that takes a policy in
-every way.
-"""
+"""Updates of an engine of two ranks by each transport; the ranks are threads with loaders as in real engines."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ RANKS = 2
 
 
 def part_of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
-    """What a loader takes: rows, or columns where a sum is split; norms whole; embeddings padded to 64 rows
-    per rank.
-    """
+    """Part that a loader slices out: rows; columns if a sum is split; norms whole; 64 rows of embeddings."""
     if "norm" in name:
         return tensor.clone()
     if "embed_tokens" in name:
@@ -41,14 +37,14 @@ def part_of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 
 class Threads(InferenceServer):
-    """Two ranks; what they are told has been JSON, as it is on the way to real ones."""
+    """Engine of two ranks; their orders go through JSON, as on the way to real ones."""
 
     transports = ("shm", "group", "direct")
     num_ranks = RANKS
 
     def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
-        self.arrivals = [WeightReceiver(torch.device("cpu"), copies_tensors=True) for _ in range(RANKS)]
+        self.receivers = [WeightReceiver(torch.device("cpu"), copies_tensors=True) for _ in range(RANKS)]
         self.weights: list[dict[str, Tensor]] = [{}, {}]
         self.received_bytes: list[int] = []
 
@@ -82,21 +78,24 @@ class Threads(InferenceServer):
     ) -> None:
         place = {"num_ranks": num_ranks, "backend": backend, "timeout_s": self.spec.timeout_s}
         await self.on_ranks(
-            lambda rank: self.arrivals[rank].join_group(address, port, rank=first_rank + rank, **place)
+            lambda rank: self.receivers[rank].join_group(address, port, rank=first_rank + rank, **place)
         )
 
     async def begin_update(self) -> None:
-        for arrivals in self.arrivals:
-            arrivals.reset()
+        for receiver in self.receivers:
+            receiver.reset()
 
-    async def load(self, part: WeightChunk) -> None:
+    async def load(self, chunk: WeightChunk) -> None:
         def take(rank: int) -> None:
-            own = part.of_rank(rank)
-            where, reads = json.loads(json.dumps([own.location, own.ranges]))
+            own = chunk.of_rank(rank)
+            location, ranges = json.loads(json.dumps([own.location, own.ranges]))
             own = WeightChunk(
-                part.tensors, part.transport, where, tuple(parse_ranges(read) for read in reads)
+                chunk.tensors,
+                chunk.transport,
+                location,
+                tuple(parse_ranges(own_ranges) for own_ranges in ranges),
             )
-            for batch in self.arrivals[rank].batches(own, records=self.records_reads):
+            for batch in self.receivers[rank].batches(own, records=self.records_reads):
                 for name, tensor in batch:
                     self.look_at(tensor)
                     self.weights[rank][name] = part_of_rank(name, tensor, rank)
@@ -110,10 +109,10 @@ class Threads(InferenceServer):
         return
 
     async def end_update(self, version: int) -> str:
-        self.received_bytes = [arrivals.num_bytes for arrivals in self.arrivals]
-        if self.records_reads and all(arrivals.read_ranges for arrivals in self.arrivals):
-            self.read_ranges = tuple(arrivals.read_ranges for arrivals in self.arrivals)
-        return fingerprint_of_ranks([arrivals.digests for arrivals in self.arrivals])
+        self.received_bytes = [receiver.num_bytes for receiver in self.receivers]
+        if self.records_reads and all(receiver.read_ranges for receiver in self.receivers):
+            self.read_ranges = tuple(receiver.read_ranges for receiver in self.receivers)
+        return fingerprint_of_ranks([receiver.digests for receiver in self.receivers])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -165,7 +164,7 @@ def test_ranks_get_all_once_and_then_what_they_read(via, dtype, tmp_path):
 
 
 class Picky(Threads):
-    """An engine with loaders that know plain tensors alone."""
+    """Engine whose loaders accept only plain tensors."""
 
     def look_at(self, tensor: Tensor) -> None:
         if type(tensor) is not Tensor:
@@ -206,11 +205,11 @@ def test_an_engine_that_cannot_say_what_it_reads_gets_everything(tmp_path):
 def test_whole_tensors_that_are_not_to_be_recorded_are_plain(tmp_path):
     path, info = tmp_path / "part", TensorInfo("w", (2, 3), "float32")
     path.write_bytes(torch.arange(6.0).view(torch.uint8).numpy().tobytes())
-    arrivals = WeightReceiver(None, copies_tensors=False)
+    receiver = WeightReceiver(None, copies_tensors=False)
     for records in (False, True):
-        part = WeightChunk((info,), "shm", {"path": str(path)})
-        ((name, tensor),) = (one for batch in arrivals.batches(part, records=records) for one in batch)
+        chunk = WeightChunk((info,), "shm", {"path": str(path)})
+        ((name, tensor),) = (one for batch in receiver.batches(chunk, records=records) for one in batch)
         assert (
             name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]] and (type(tensor) is Tensor) != records
         )
-    assert arrivals.read_ranges == {"w": (((0, 2), (0, 3)),)}
+    assert receiver.read_ranges == {"w": (((0, 2), (0, 3)),)}

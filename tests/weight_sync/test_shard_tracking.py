@@ -1,6 +1,4 @@
-"""Tensors that stand for whole ones: what an engine reads of them is noted, and a part passes for the whole
-where nothing else is read.
-"""
+"""Tensor proxies: reads are recorded, and shards with these reads alone pass for the whole tensor."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ READS = {
 
 @pytest.mark.parametrize("operation, expected", READS.values(), ids=READS)
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_is_read_is_noted_and_a_part_with_that_alone_passes_for_the_whole(
+def test_reads_are_recorded_and_a_proxy_with_these_shards_alone_passes_for_the_whole_tensor(
     operation, expected, inference
 ):
     reads: list = []

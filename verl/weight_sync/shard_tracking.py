@@ -140,7 +140,9 @@ class ShardedTensorProxy(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operator: views on the meta tensor, every other operator on the values that it needs."""
         kwargs = kwargs or {}
         # Without autograd, composite operators such as `to` and `contiguous` arrive undecomposed; they return
