@@ -1,4 +1,4 @@
-"""Every setting is wanted: a recipe sets it, or a page of the documentation names it and tells when to use it."""
+"""Every setting is wanted: a recipe sets it, or a page of the documentation tells when to set it."""
 
 from __future__ import annotations
 

@@ -1,55 +1,16 @@
-"""Loading, checking, describing and writing settings."""
+"""Loading, checking and writing settings."""
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 
 import pytest
 
-from verl.algorithms.advantages import ADVANTAGES
-from verl.algorithms.correction import CORRECTIONS
-from verl.algorithms.losses import POLICY_LOSSES
-from verl.config import (
-    RECIPES,
-    ConfigError,
-    load_config,
-    load_sft_config,
-    make_trainer_config,
-    to_yaml,
-)
+from tests.config.problems import problems
+from verl.config import RECIPES, ConfigError, load_config, load_sft_config, to_yaml
 from verl.config.algorithm import KLAdaptive, KLSchedule
-from verl.config.checks.columns import COLUMN_READERS
-from verl.config.checks.contradictions import CONTRADICTIONS
-from verl.config.checks.inactive import INACTIVE_SETTINGS
-from verl.config.introspection import fields_by_key
-from verl.config.reference import describe_settings, settings_markdown
 from verl.config.run import TrainerConfig
-
-CASE_STUDY = {
-    "actor_micro_batch_size": 4,
-    "critic_micro_batch_size": 4,
-    "rollouts_per_device": 64,
-    "vf_coef": 0.1,
-    "clip_eps": 0.2,
-}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def file(text: str):
-        path = tmp_path / "run.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return file
-
-
-def problems(source, *overrides) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(source, overrides)
-    return str(caught.value)
 
 
 def test_the_recipes_are_the_files_of_the_folder_by_name():
@@ -69,12 +30,6 @@ def test_a_recipe_survives_being_written_and_read(recipe, write):
         ],
     )
     assert load_config(write(to_yaml(config))) == config
-
-
-def test_values_without_effect_do_not_stop_a_written_configuration_from_being_read(write):
-    config = load_config("grpo", ["algorithm.kl.where=off"])
-    assert config.algorithm.kl.coef == 0.04
-    assert load_config(write(to_yaml(config))) == load_config(config) == config
 
 
 def test_recipes_hold_what_their_papers_say():
@@ -210,136 +165,6 @@ def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "message"),
-    [
-        ("ppo", ["algorithm.minibatches=3"], "divisible by algorithm.minibatches, got 256 * 1 and 3"),
-        ("ppo", ["sampling.top_p=0.9"], "set algorithm.correction=recompute"),
-        ("ppo", ["sampling.top_k=5"], "set algorithm.correction=recompute"),
-        ("ppo", ["sampling.min_p=0.1"], "set algorithm.correction=recompute"),
-        ("ppo", ["sampling.temperature=0"], "set a temperature above 0, or algorithm.correction=recompute"),
-        (
-            "grpo",
-            ["sampling.top_p=0.9", "algorithm.correction=loglinear"],
-            "with algorithm.correction loglinear",
-        ),
-        (
-            "grpo",
-            ["sampling.top_p=0.9", "algorithm.correction=off_policy_mask"],
-            "with algorithm.correction off_policy_mask",
-        ),
-        (
-            "dppo",
-            ["sampling.top_p=0.9", "algorithm.correction=recompute"],
-            "algorithm.policy_loss dppo; set algorithm.correction=recompute",
-        ),
-        (
-            "remax",
-            ["sampling.temperature=0", "algorithm.correction=recompute"],
-            "where every advantage is 0; set a temperature above 0",
-        ),
-        (
-            "ppo",
-            ["algorithm.kl.estimator=k1_straight_through"],
-            "got k1_straight_through; set algorithm.kl.estimator to k1 or k3",
-        ),
-        (
-            "grpo",
-            ["sampling.temperature=0", "algorithm.correction=recompute"],
-            "need different answers in a group, got samples_per_prompt 8",
-        ),
-        (
-            "grpo",
-            ["samples_per_prompt=1"],
-            "algorithm.advantage grpo, which would learn nothing; set samples_per_prompt above 1",
-        ),
-        (
-            "ppo",
-            ["algorithm.dynamic_sampling=true"],
-            "need groups for algorithm.dynamic_sampling, got samples_per_prompt 1",
-        ),
-        (
-            "dapo",
-            ["sampling.max_tokens=512"],
-            "need algorithm.overlong_buffer_tokens below sampling.max_tokens, got 512 and 512",
-        ),
-        ("ppo", ["algorithm.kl.where=loss"], "got k1; set algorithm.kl.estimator to k2 or k3"),
-        ("ppo", ["critic.warmup_steps=100"], "got 100 and 100: the policy would never learn"),
-        (
-            "ppo",
-            ["evaluation.samples=4", "evaluation.temperature=0", "evaluation.every_steps=1"],
-            "need different answers to a prompt",
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other_are_an_error_with_a_remedy(recipe, overrides, message):
-    assert message in problems(recipe, *overrides)
-
-
-def test_truncated_sampling_is_fine_when_the_logprobs_are_recomputed():
-    assert load_config("ppo", ["sampling.top_p=0.9", "algorithm.correction=recompute"]).sampling.top_p == 0.9
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "key"),
-    [
-        ("dapo", ["algorithm.kl.coef=0.1"], "algorithm.kl.coef"),
-        ("dapo", ["algorithm.kl.estimator=k2"], "algorithm.kl.estimator"),
-        ("grpo", ["algorithm.overlong_penalty=2.0"], "algorithm.overlong_penalty"),
-        ("grpo", ["algorithm.max_resamples=3"], "algorithm.max_resamples"),
-        ("grpo", ["critic.optimizer.lr=1e-4"], "critic.optimizer.lr"),
-        ("grpo", ["algorithm.value_loss=value_mse"], "algorithm.value_loss"),
-        ("grpo", ["policy.optimizer.min_lr_ratio=0.1"], "policy.optimizer.min_lr_ratio"),
-        ("ppo", ["critic.optimizer.min_lr_ratio=0.1"], "critic.optimizer.min_lr_ratio"),
-        (
-            "ppo",
-            ["sampling.temperature=0", "algorithm.correction=recompute", "sampling.top_p=0.9"],
-            "sampling.top_p",
-        ),
-        ("grpo", ["evaluation.at_start=false"], "evaluation.at_start"),
-        ("grpo", ["evaluation.samples=4"], "evaluation.samples"),
-        ("grpo", ["tracking.samples_every_steps=0", "tracking.num_samples=3"], "tracking.num_samples"),
-        ("grpo", ["tracking.project=mine"], "tracking.project"),
-        ("dapo", ["reference=other"], "reference"),
-        ("ppo", ["critic.logits_chunk_tokens=64"], "critic.logits_chunk_tokens"),
-        ("ppo", ["placement.devices=[4]"], "placement.devices"),
-        ("ppo", ["placement.policy.tensor=2"], "placement.policy.tensor"),
-        ("grpo", ["placement=split", "placement.critic.tensor=2"], "placement.critic.tensor"),
-        ("grpo", ["policy.lora.alpha=8"], "policy.lora.alpha"),
-    ],
-)
-def test_a_setting_without_effect_is_an_error_that_names_it(recipe, overrides, key):
-    assert problems(recipe, *overrides).startswith(f"{key} (override) would be ignored: ")
-
-
-def test_a_reference_may_be_set_where_a_function_of_the_users_may_read_it():
-    assert load_config("dapo", ["reference=other", "algorithm.policy_loss=mine:loss"]).reference == "other"
-
-
-def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
-    for key, value in (("data.test", "x.jsonl"), ("tracking.num_samples", 3)):
-        with pytest.raises(ConfigError, match=f"{key} .override. would be ignored: fine-tuning"):
-            load_sft_config(None, [f"{key}={value}"])
-
-
-def test_the_readers_of_a_column_are_those_whose_signature_names_it():
-    functions = {**ADVANTAGES, **POLICY_LOSSES, **CORRECTIONS}
-    for column, readers in COLUMN_READERS.items():
-        assert {
-            name for name, function in functions.items() if column in inspect.signature(function).parameters
-        } == set(readers)
-
-
-def test_the_rules_name_settings_that_exist():
-    for rule in INACTIVE_SETTINGS:
-        # RunConfig itself is no run: each kind of run has what it has.
-        assert {*rule.keys, rule.switch} <= fields_by_key(rule.kind).keys()
-
-
-def test_the_message_of_every_contradiction_names_settings_that_exist():
-    assert all(rule.message(TrainerConfig()).startswith("need ") for rule in CONTRADICTIONS)
-
-
-@pytest.mark.parametrize(
     ("layout", "message"),
     [("tensor_parallel", None), ("fsdp", "need rollout: tensor_parallel, got fsdp; leave rollout out")],
 )
@@ -353,142 +178,6 @@ def test_a_file_may_name_the_only_layout_of_generation(layout, message, write):
         assert message in problems(path)
 
 
-def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(write):
-    path = write("recipe: grpo\nalgorithm: {kl: {coef: 0.1}}\n")
-    assert load_config(path, ["algorithm.kl.where=off"]).algorithm.kl.where == "off"
-    spread = write("recipe: ppo\nplacement: {name: split, devices: [4, 2], policy: {tensor: 2}}\n")
-    assert load_config(spread).placement.devices == (4, 2)
-    assert (
-        load_config(spread, ["placement=local"]).placement.name
-        == load_config(spread, ["placement.name=local"]).placement.name
-        == "local"
-    )
-    assert "algorithm.kl.coef (run.yaml:2) would be ignored" in problems(
-        write("algorithm:\n  kl: {where: off, coef: 0.1}\n")
-    )
-
-
-def test_the_flat_call_of_the_case_study_sets_what_it_names():
-    config = make_trainer_config(algo="ppo", **CASE_STUDY, mixed_precision="bf16", kl_coef=0.01)
-    assert (config.policy.micro_batch_rows, config.critic.micro_batch_rows) == (4, 4)
-    assert (config.prompts_per_step, config.samples_per_prompt, config.critic.vf_coef) == (64, 1, 0.1)
-    assert (config.policy.precision, config.critic.precision) == ("bf16", "bf16")
-    assert config.algorithm.policy_loss.options == {"clip_low": 0.2, "clip_high": 0.2}
-    assert (config.algorithm.kl.where, config.algorithm.kl.coef) == ("reward", 0.01)
-
-
-def test_the_flat_call_without_precision_and_kl_keeps_those_of_the_recipe():
-    config, recipe = make_trainer_config(algo="ppo", **CASE_STUDY), load_config("ppo")
-    assert config.policy.precision == "fp32" and config.algorithm.kl == recipe.algorithm.kl
-
-
-@pytest.mark.parametrize(
-    ("value", "coef"),
-    [
-        ((0.01, 0.1), KLSchedule(start=0.01, end=0.1, steps=7)),
-        ({"start": 0.01, "end": 0.1, "steps": 3}, KLSchedule(start=0.01, end=0.1, steps=3)),
-        ({"initial": 0.2, "target": 0.3, "horizon": 5}, KLAdaptive(initial=0.2, target=0.3, horizon=5)),
-        ("adaptive", KLAdaptive()),
-        (0.5, 0.5),
-    ],
-)
-def test_a_kl_coefficient_takes_every_form_and_turns_the_kl_on(value, coef):
-    kl = make_trainer_config("dapo", kl_coef=value, steps=7).algorithm.kl
-    assert (kl.where, kl.coef) == ("loss", coef)
-
-
-def test_a_kl_coefficient_of_zero_turns_the_kl_off():
-    assert make_trainer_config("ppo", kl_coef=0).algorithm.kl.where == "off"
-
-
-def test_a_kl_to_a_reference_beside_a_teacher_is_in_the_loss():
-    assert make_trainer_config("distillation", kl_coef=0.1).algorithm.kl.where == "loss"
-
-
-def test_flat_keywords_reach_their_settings():
-    config = make_trainer_config(
-        "ppo", actor_lr=2e-6, critic_lr=3e-6, gamma=0.9, lam=0.8, temperature=0.7, seed=3, output_dir="out"
-    )
-    assert (config.policy.optimizer.lr, config.critic.optimizer.lr) == (2e-6, 3e-6)
-    assert config.algorithm.advantage.options == {"gamma": 0.9, "lam": 0.8, "whiten": True}
-    assert (config.sampling.temperature, config.seed, config.output_dir) == (0.7, 3, "out")
-    config = make_trainer_config(
-        "grpo", group_size=4, rollouts_per_device=8, max_tokens=9, max_prompt_length=5, overrides=["steps=2"]
-    )
-    assert (config.prompts_per_step, config.samples_per_prompt, config.steps) == (2, 4, 2)
-    assert (config.sampling.max_tokens, config.data.max_prompt_tokens) == (9, 5)
-
-
-@pytest.mark.parametrize(
-    ("algo", "keywords", "message"),
-    [
-        (
-            "ppo",
-            {"clip": 0.2},
-            "unknown keyword clip; the nearest is clip_eps; there are actor_micro_batch_size, ",
-        ),
-        (
-            "grpo",
-            {"rollouts_per_device": 65},
-            "keyword rollouts_per_device: need a multiple of samples_per_prompt (8), got 65; change it",
-        ),
-        (
-            "grpo",
-            {"lam": 0.9},
-            "keyword lam: need algorithm.advantage gae, got grpo, which has no lam; leave the keyword out",
-        ),
-        ("grpo", {"vf_coef": 0.1}, "critic.vf_coef (keyword vf_coef) would be ignored"),
-        (
-            "ppo",
-            {"lr": 1e-5, "actor_lr": 1e-6},
-            "need one keyword per setting, got lr and actor_lr, which both set policy.optimizer.lr",
-        ),
-        (
-            "ppo",
-            {"mixed_precision": "bf8"},
-            'policy.precision (keyword mixed_precision): need one of fp32, bf16, fp16, got "bf8"',
-        ),
-        ("ppo", {"kl_coef": (1, 2, 3)}, "keyword kl_coef: need kl_coef as (start, end), got [1, 2, 3]"),
-        (
-            "ppo",
-            {"kl_coef": 0.1, "overrides": ["algorithm.kl.where=off"]},
-            "algorithm.kl.coef (keyword kl_coef) would be ignored",
-        ),
-        ("ppo", {"overrides": "steps=1"}, 'need a list of overrides, got the text "steps=1"'),
-    ],
-)
-def test_a_wrong_keyword_says_what_to_do(algo, keywords, message):
-    with pytest.raises(ConfigError) as caught:
-        make_trainer_config(algo, **keywords)
-    assert message in str(caught.value)
-
-
-def test_every_setting_is_described_with_value_default_and_source():
-    docs = {doc.key: doc for doc in describe_settings(load_config("dapo"))}
-    # The other two forms of a KL coefficient have six keys of their own.
-    assert 90 < len(docs) <= 220 + 6 and all(doc.meaning for doc in docs.values())
-    lr = docs["critic.optimizer.lr"]
-    assert (lr.default, lr.type, lr.bounds, lr.source) == (1e-5, "a number", "> 0", "verl")
-    assert docs["policy.optimizer.lr"].source == "GRPO, 2402.03300, 4.2"
-    assert (
-        docs["sampling.max_tokens"].value,
-        docs["sampling.max_tokens"].default,
-        docs["sampling.max_tokens"].unit,
-    ) == (
-        2560,
-        128,
-        "tokens",
-    )
-    assert (docs["algorithm.kl.coef.end"].value, docs["algorithm.kl.coef.end"].default) == (None, 0.1)
-
-
-def test_a_prefix_selects_one_setting_or_a_section():
-    assert [doc.key for doc in describe_settings(prefix="algorithm.kl.where")] == ["algorithm.kl.where"]
-    assert {doc.key.split(".")[0] for doc in describe_settings(prefix="sampling")} == {"sampling"}
-    with pytest.raises(ConfigError, match=r"unknown setting optimizer; the nearest is policy\.optimizer"):
-        describe_settings(prefix="optimizer")
-
-
 def test_a_fine_tuning_run_has_settings_of_its_own_and_the_shared_rules(write):
     config = load_sft_config({"policy": {"path": "model"}}, ["rows_per_step=4"])
     assert (config.policy.path, config.rows_per_step, load_sft_config().rows_per_step) == ("model", 4, 64)
@@ -499,13 +188,6 @@ def test_a_fine_tuning_run_has_settings_of_its_own_and_the_shared_rules(write):
     ):
         with pytest.raises(ConfigError, match=message):
             load_sft_config(None, [override])
-
-
-def test_the_reference_page_has_a_row_per_setting():
-    page = settings_markdown()
-    assert "\n| `rows_per_step` | `64` |" in page
-    assert all(page.count(f"\n| `{doc.key}` |") == 1 for doc in describe_settings())
-    assert "\n## `policy.optimizer`\n" in page
 
 
 def test_loading_settings_imports_no_torch():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from verl.config.checks.columns import may_read, reads
+from verl.config.fields import Choice
 from verl.config.run import TrainerConfig
 
 
@@ -38,6 +39,12 @@ def _compares_with_sampler(config: TrainerConfig) -> bool:
 
 def _num_generation_servers(config: TrainerConfig) -> int:
     return config.rollout.servers + len(config.rollout.addresses)
+
+
+def _training_layout(config: TrainerConfig) -> str:
+    """Layout that the hybrid engine names for training; auto if it is off or names none."""
+    repartition = config.hybrid_engine.actor_repartition
+    return repartition.strategy_mapping.training if repartition.enabled else "auto"
 
 
 _CORRECTION_AND_LOSS = (
@@ -180,6 +187,26 @@ _LOSSES = (
     ),
 )
 
+_PLACEMENT = (
+    Contradiction(
+        lambda c: _training_layout(c) == "megatron" and c.placement.name == "local",
+        "placement=colocated, split or standalone for strategy_mapping.training=megatron",
+        "placement local, but Megatron trains on ranks of its own",
+        "change one of the two",
+    ),
+    Contradiction(
+        lambda c: (
+            c.placement.name != "local"
+            and _training_layout(c) not in ("auto", c.placement.policy.engine.name)
+            and c.placement.policy.engine != Choice(name="fsdp")
+        ),
+        "one engine for the policy",
+        "{c.placement.policy.engine.name} in placement.policy.engine and "
+        "{c.hybrid_engine.actor_repartition.strategy_mapping.training} in strategy_mapping.training",
+        "leave strategy_mapping.training out",
+    ),
+)
+
 _SERVERS = (
     Contradiction(
         lambda c: c.rollout.engine in ("sglang", "served", "http") and _num_generation_servers(c) == 0,
@@ -219,4 +246,4 @@ _SERVERS = (
     ),
 )
 
-CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_SERVERS)
+CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_PLACEMENT, *_SERVERS)

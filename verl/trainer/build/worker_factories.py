@@ -73,21 +73,11 @@ def build_actor(
 
 
 def apply_strategy_mapping(config: TrainerConfig, parallel: ParallelConfig | None) -> ParallelConfig | None:
-    """How the policy is spread, by the engine that `hybrid_engine.actor_repartition.strategy_mapping` names."""
-    wanted = config.hybrid_engine.actor_repartition
-    training = wanted.strategy_mapping.training
-    if not wanted.enabled or training == "auto":
+    """The sizes of the policy, with the engine of `strategy_mapping.training` if that is set."""
+    repartition = config.hybrid_engine.actor_repartition
+    training = repartition.strategy_mapping.training
+    if parallel is None or not repartition.enabled or training in ("auto", parallel.engine.name):
         return parallel
-    if parallel is None and training == "megatron":
-        raise ValueError(
-            "need placement=colocated, split or standalone for strategy_mapping.training=megatron; it trains on ranks of its own"
-        )
-    if parallel is None or parallel.engine.name == training:
-        return parallel
-    if parallel.engine != Choice(name="fsdp"):
-        raise ValueError(
-            f"need one engine for the policy, got {parallel.engine.name} in placement.policy and strategy_mapping.training={training}"
-        )
     return parallel.model_copy(update={"engine": Choice(name=training)})
 
 
