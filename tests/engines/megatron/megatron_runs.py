@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of the Megatron-Core engine: the same updates as one process, on its rows."""
+"""The work of each rank in the tests of the Megatron-Core engine: the updates of one process, on its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
 from verl.engines.base import NotFiniteError
-from verl.engines.megatron.engine import megatron_engine
+from verl.engines.megatron.build import megatron_engine
 from verl.engines.roles.loss_weights import write_loss_weights
 
 UPDATES = 2
@@ -45,7 +45,7 @@ def trained(engine: Any, case: dict[str, Any], updates: int) -> list[dict[str, f
 
 
 def written_by(engine: Any, case: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """What a worker writes for the rows of this rank."""
+    """Columns that a worker writes for the rows of this rank, by row."""
     batch, num_data = rows_to_learn(with_padding=True), len(engine.gather_over_data(None))
     plan = balance(batch.num_tokens, num_ranks=num_data, micro_batch_tokens=8)
     own, own_plan = (
@@ -58,7 +58,7 @@ def written_by(engine: Any, case: dict[str, Any]) -> dict[int, torch.Tensor]:
 
 
 def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The weights as they were read; steps; an export; what the worker writes after them."""
+    """Weights as read; then steps, an export, and the columns that the worker writes."""
     engine = engine_on(case)
     out: dict[str, Any] = {"data": len(engine.gather_over_data(None)), "shapes": engine.shapes()}
     out["read"] = {name: tensor.clone() for name, tensor in engine.full_tensors()}
@@ -70,25 +70,25 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_all(groups: dict[str, list[dict[str, Any]]], folder: str) -> dict[str, Any]:
-    """Everything that is tried on one number of ranks, by what is done with a case."""
-    todo = {
+    """The results of all cases on one number of ranks, by kind and name of the case."""
+    functions = {
         "run": run_case,
         "save": save_case,
         "load": load_case,
         "not_finite": not_finite,
         "together": together,
         "broken": broken,
+        "stream": streamed,
     }
-    todo["stream"] = streamed
     return {
-        f"{what} {case['name']}": todo[what](case, Path(folder))
-        for what, cases in groups.items()
+        f"{kind} {case['name']}": functions[kind](case, Path(folder))
+        for kind, cases in groups.items()
         for case in cases
     }
 
 
 def save_case(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
-    """Two steps, a checkpoint that is written while two more are made."""
+    """Two steps, then a checkpoint that is written during two more."""
     engine = engine_on(case)
     trained(engine, case, 2)
     folder = folder / case["saved"]
@@ -102,7 +102,7 @@ def save_case(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
 
 
 def load_case(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
-    """The steps after a checkpoint, read by an engine that has learned something else meanwhile."""
+    """Steps after a checkpoint, loaded into an engine whose weights have changed meanwhile."""
     engine = engine_on(case)
     trained(engine, {**case, "minibatches": 1}, 1)
     engine.load(folder / case["saved"])
@@ -110,7 +110,7 @@ def load_case(case: dict[str, Any], folder: Path) -> list[dict[str, float]]:
 
 
 def broken(case: dict[str, Any], folder: Path) -> str:
-    """What is said of a checkpoint from which a file is lost."""
+    """The error of a checkpoint that lacks a file."""
     engine = engine_on(case)
     if dist.get_rank() == 0:
         (folder / case["saved"] / "rank-00001.safetensors").rename(folder / "lost")
@@ -128,9 +128,7 @@ def broken(case: dict[str, Any], folder: Path) -> str:
 
 
 def not_finite(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Updates in which one row has no finite loss, one that is good, and bad ones until the engine gives up;
-    then a bad gradient.
-    """
+    """Updates with a loss that is not finite, a good one, bad ones until the engine raises; then a bad gradient."""
     engine = engine_on(case)
     losses = [
         update_with(engine, case, torch.nan if bad else 1.0) for bad in (True, True, False, True, True, True)
@@ -169,9 +167,7 @@ def streamed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def together(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A policy, a critic and a reference that is only read, spread differently over the same ranks, in turn;
-    and what is left behind.
-    """
+    """A policy, a critic and a reference in different layouts on the same ranks, in turn; and what they leave."""
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "Stream", "manual_seed")}
     state = torch.get_rng_state()
     critic_case = {"source": case["source"], "kind": "value", "parallel": {"pipeline": 2}}

@@ -1,4 +1,4 @@
-"""Stretches of local tensors as parts of whole ones, and what is said of checkpoints that cannot be read."""
+"""Ranges of flattened local tensors as parts of whole ones, and checkpoints that are refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import torch
 
-from verl.engines.megatron.checkpoint import Strip, read_progress, strips
-from verl.weight_sync.layout import TensorShard, local_slices, num_elements, shape_of
+from verl.engines.megatron.checkpoint import FlatSlice, flat_slices, read_progress
+from verl.weight_sync.layout import TensorShard, local_slices, num_elements
 
 
-def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
+def test_any_ranges_of_local_tensors_are_parts_of_the_whole_ones():
     whole = {
         "a": torch.arange(20).view(4, 5),
         "b": torch.arange(100, 145).view(3, 3, 5),
@@ -20,34 +20,34 @@ def test_any_stretches_of_local_tensors_are_parts_of_the_whole_ones():
     }
     # Rows 1 to 3 of `a`, then the second of three matrices `b`, in one matrix that ends with a row of
     # padding.
-    pieces = [
+    shards = [
         TensorShard("a", ((1, 4), (0, 5)), "ab", (0, 0)),
         TensorShard("b", ((1, 2), (0, 3), (0, 5)), "ab", (3, 0)),
         TensorShard("c", ((0, 7),), "c", (0,)),
     ]
-    homes = {"ab": torch.full((7, 5), -1), "c": torch.zeros(7, dtype=torch.int64)}
-    for piece in pieces:
-        place = homes[piece.local_name][local_slices(piece.bounds, piece.offset)]
-        place.copy_(whole[piece.name][tuple(slice(*bound) for bound in piece.bounds)].reshape(place.shape))
+    local = {"ab": torch.full((7, 5), -1), "c": torch.zeros(7, dtype=torch.int64)}
+    for shard in shards:
+        target = local[shard.local_name][local_slices(shard.bounds, shard.offset)]
+        values = whole[shard.name][tuple(slice(*bound) for bound in shard.bounds)]
+        target.copy_(values.reshape(target.shape))
     for start, stop in product(range(36), repeat=2):
-        found = strips(
-            pieces,
-            {name: tuple(home.shape) for name, home in homes.items()},
+        found = flat_slices(
+            shards,
+            {name: tuple(tensor.shape) for name, tensor in local.items()},
             {"ab": (start, stop), "c": (2, 5)},
         )
-        values = torch.cat([flat(strip, homes) for strip in found] or [torch.empty(0, dtype=torch.int64)])
+        values = torch.cat([flat(part, local) for part in found] or [torch.empty(0, dtype=torch.int64)])
         expected = torch.cat(
-            [whole[strip.name][tuple(slice(*b) for b in strip.bounds)].flatten() for strip in found]
+            [whole[part.name][tuple(slice(*b) for b in part.bounds)].flatten() for part in found]
         )
         assert torch.equal(values, expected)
-        stretch = homes["ab"].flatten()[start : max(start, stop)]
-        assert sorted(values.tolist()) == sorted(stretch[stretch >= 0].tolist() + [202, 203, 204])
+        owned = local["ab"].flatten()[start : max(start, stop)]
+        assert sorted(values.tolist()) == sorted(owned[owned >= 0].tolist() + [202, 203, 204])
 
 
-def flat(strip: Strip, homes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The values of a strip, where it says that they lie."""
-    values = homes[strip.local_name].flatten()[strip.start : strip.start + num_elements(strip.bounds)]
-    return values.view(shape_of(strip.bounds)).flatten()
+def flat(part: FlatSlice, local: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The values of a part in its local tensor."""
+    return local[part.local_name].flatten()[part.start : part.start + num_elements(part.bounds)]
 
 
 @pytest.mark.parametrize(

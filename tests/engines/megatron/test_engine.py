@@ -1,4 +1,4 @@
-"""The engine on Megatron-Core learns what one process learns, however its model is spread."""
+"""The Megatron-Core engine makes the updates of one process, in every parallel layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UPDATES = 2
 T2, P2, T2P2, C2 = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"sequence": 2}
 SHARED = {"sequence_parallel": True}
 RECOMPUTED = {"recompute": True, "chunk": 3}
-# Cases with one grid stand together: its groups are made once.
+# Cases of the same layout are adjacent, so that its process groups are made once.
 TWO: dict[str, dict[str, Any]] = {
     "data 2": {},
     "data 2, overlapped": {"options": {"overlap_grad_reduce": True, "bucket_size": 1000}},
@@ -85,7 +85,7 @@ STREAMED = {
     2: ["data 2", "data 2, overlapped", "tensor 2, value", "pipeline 2, interleaved", "experts 2"],
     4: ["tensor 2 x pipeline 2", "tensor 2 x data 2", "pipeline 2 x data 2", "data 4"],
 }
-# A checkpoint by its name: ranks and grid that write it; and the ranks and grids that read one.
+# Checkpoints: ranks and layout that write each of them, and those that read one.
 SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "policy": (4, {"parallel": T2P2}),
     "critic": (2, {"parallel": P2, "kind": "value"}),
@@ -104,7 +104,7 @@ LOADED: list[tuple[int, dict[str, Any]]] = [
 
 
 def case_for(name: str) -> dict[str, Any]:
-    """A case of the tables, or of its grid alone."""
+    """A case of the tables, or one of a layout alone."""
     own = {"pipeline 2 x data 2": {"parallel": P2}, "data 4": {}}
     return own[name] if name in own else CASES[name]
 
@@ -155,7 +155,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(sources, folder) -> dict[str, list[Any]]:
-    """Everything on its ranks, the results of all ranks; what four of them saved is then read by two."""
+    """Results of all ranks, by kind and case; two ranks run after four, whose checkpoints they read."""
     policy = {"name": "policy", "source": sources["qwen2"], "parallel": T2P2}
     four = {
         "run": named(FOUR, sources),
@@ -312,7 +312,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ran):
         assert rank["weights_stayed"]
 
 
-def test_models_on_other_grids_share_the_ranks_and_leave_nothing_behind(ran, sources):
+def test_models_in_other_layouts_share_the_ranks_and_leave_nothing_behind(ran, sources):
     source = sources["qwen2"]
     cases = {"policy": {}, "critic": {"kind": "value"}}
     expected = {
@@ -336,7 +336,8 @@ def test_nothing_is_replaced_by_an_import_or_where_a_gpu_is():
     program = """
 import torch
 from verl.engines.megatron import cpu_patches
-owners = [torch.cuda, torch.Tensor, torch.nn.Module, cpu_patches.megatron_random, cpu_patches.token_dispatcher]
+owners = [torch.cuda, torch.Tensor, torch.nn.Module]
+owners += [cpu_patches.megatron_random, cpu_patches.token_dispatcher]
 before = [dict(vars(owner)) for owner in owners]
 import verl.engines.megatron.engine
 with cpu_patches.megatron_on(torch.device("cuda")):
@@ -388,7 +389,7 @@ assert [dict(vars(owner)) for owner in owners] == before
 )
 def test_what_does_not_fit_is_refused(changes, message, tmp_path):
     # Where the engine is made, Megatron-Core is imported.
-    from verl.engines.megatron.engine import megatron_engine
+    from verl.engines.megatron.build import megatron_engine
 
     source = str(tmp_path)
     changes = dict(changes)

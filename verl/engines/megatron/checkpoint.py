@@ -1,6 +1,4 @@
-"""Checkpoints of models of Megatron-Core: each rank writes what it updates as parts of the whole tensors,
-which any grid can read.
-"""
+"""Checkpoints of Megatron-Core models: each rank writes what it updates, and any parallel layout reads it."""
 
 from __future__ import annotations
 
@@ -22,19 +20,19 @@ from torch import Tensor
 from verl.engines.dcp_checkpoint import PROGRESS, REMEDY
 from verl.weight_sync.layout import Bounds, TensorShard, difference, intersection, num_elements, shape_of
 
-# What is saved for each part of a weight: itself in fp32, and what AdamW has for it.
+# Tensors that are saved for each part of a weight: the weight in fp32, and AdamW's states.
 WEIGHT, STATES = "weight", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Strip:
-    """A part of a whole tensor that lies in one stretch of a local one.
+class FlatSlice:
+    """A part of a whole tensor that is contiguous in a flattened local tensor.
 
     Attributes:
         name: of the whole tensor.
-        bounds: of the part.
+        bounds: of the part in it.
         local_name: name of the local tensor.
-        start: of the stretch in the local tensor, flattened; it is as long as the part.
+        start: of the part in the flattened local tensor; it is as long as the part.
     """
 
     name: str
@@ -43,40 +41,51 @@ class Strip:
     start: int
 
 
-def strips(
-    pieces: Sequence[TensorShard], shapes: Mapping[str, tuple[int, ...]], owned: Mapping[str, tuple[int, int]]
-) -> list[Strip]:
-    """What of the whole tensors lies in stretches of local tensors.
+# A part of a weight with the flat tensors that are saved of it, by WEIGHT and STATES.
+OptimizerPart = tuple[FlatSlice, Mapping[str, Tensor]]
+
+
+def flat_slices(
+    shards: Sequence[TensorShard],
+    local_shapes: Mapping[str, tuple[int, ...]],
+    ranges: Mapping[str, tuple[int, int]],
+) -> list[FlatSlice]:
+    """The parts of whole tensors that lie in ranges of flattened local tensors.
+
+    Megatron-Core's distributed optimizer divides flattened weights at any element, so a range may begin and
+    end inside a row.
 
     Args:
-        pieces: of this rank; each as wide as its home.
-        shapes: of the homes.
-        owned: homes of which a stretch is meant, its start and stop in the flattened home.
+        shards: of this rank; each as wide as its local tensor.
+        local_shapes: of the local tensors.
+        ranges: start and stop in the flattened local tensor, by its name.
     """
     found = []
-    for piece in pieces:
-        start, stop = owned.get(piece.local_name, (0, 0))
-        width = prod(shapes[piece.local_name][1:])
-        first = piece.offset[0]
-        # A home may lack leading dimensions, in which the piece has size 1.
-        num_leading = len(piece.bounds) - len(piece.offset)
-        leading, (top_of_whole, bottom_of_whole) = piece.bounds[:num_leading], piece.bounds[num_leading]
+    for shard in shards:
+        start, stop = ranges.get(shard.local_name, (0, 0))
+        width = prod(local_shapes[shard.local_name][1:])
+        first = shard.offset[0]
+        # A local tensor may lack leading dimensions, in which the shard has size 1.
+        num_leading = len(shard.bounds) - len(shard.offset)
+        leading, (top_of_whole, bottom_of_whole) = shard.bounds[:num_leading], shard.bounds[num_leading]
         for row, num_rows, column, num_columns in _rectangles(start, stop, width):
             top, bottom = max(row, first), min(row + num_rows, first + bottom_of_whole - top_of_whole)
             if top >= bottom:
                 continue
             shift = top_of_whole - first
             columns = [
-                (begin + column, begin + column + num_columns) for begin, _ in piece.bounds[num_leading + 1 :]
+                (begin + column, begin + column + num_columns) for begin, _ in shard.bounds[num_leading + 1 :]
             ]
             bounds = (*leading, (top + shift, bottom + shift), *columns)
-            found.append(Strip(piece.name, bounds, piece.local_name, top * width + column))
+            found.append(FlatSlice(shard.name, bounds, shard.local_name, top * width + column))
     return found
 
 
 def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """A stretch of a flattened matrix as the end of a row, whole rows and the beginning of a row: row, rows,
-    column, columns.
+    """A range of a flattened matrix as rectangles: the end of a row, whole rows, the beginning of a row.
+
+    Yields:
+        First row, number of rows, first column, number of columns.
     """
     while start < stop:
         row, column = divmod(start, width)
@@ -90,29 +99,29 @@ def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, i
             start += rows * width
 
 
-def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The same for models of the same tensors."""
+def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A hash of names and shapes, equal for models of the same tensors."""
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
 
 
 def begin_save(
-    folder: Path, parts: Sequence[tuple[Strip, Mapping[str, Tensor]]], progress: Mapping[str, Any]
+    folder: Path, parts: Sequence[OptimizerPart], progress: Mapping[str, Any]
 ) -> Callable[[], None]:
-    """Begins to write the parts of this rank; returns as soon as they have been copied aside.
+    """Begin to write the parts of this rank; returns once they are copied, so that training may go on.
 
     Args:
-        folder: where to, the same on all ranks.
-        parts: of this rank, with what is saved of each, flat.
-        progress: what goes into a small JSON file beside them, the same on all ranks.
+        folder: the same on all ranks.
+        parts: of this rank.
+        progress: content of a small JSON file beside the tensors, the same on all ranks.
 
     Returns:
-        What waits until they are on the disk.
+        A function that waits until the parts are on the disk.
     """
     rank = dist.get_rank()
     copied = {
-        _key(what, strip): values.detach().to("cpu", copy=True).view(shape_of(strip.bounds))
-        for strip, kept in parts
-        for what, values in kept.items()
+        _key(kind, part): values.detach().to("cpu", copy=True).view(shape_of(part.bounds))
+        for part, tensors in parts
+        for kind, values in tensors.items()
     }
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps({**progress, "num_files": dist.get_world_size()}))
@@ -123,10 +132,10 @@ def begin_save(
 
 
 def read_progress(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """What was saved as progress.
+    """The progress that was saved with a checkpoint.
 
     Raises:
-        ValueError: it cannot be read, or is not what is expected.
+        ValueError: it cannot be read, or differs from what is expected.
     """
     try:
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
@@ -138,79 +147,79 @@ def read_progress(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in expected.items():
         if found[name] != value:
             raise ValueError(
-                f"the checkpoint in {folder} is of another model ({name} {found[name]}, need {value}); {REMEDY}"
+                f"the checkpoint in {folder} is of another model ({name} {found[name]}, need {value}); "
+                f"{REMEDY}"
             )
     return progress
 
 
-def read_parts(folder: Path, num_files: int, parts: Sequence[tuple[Strip, Mapping[str, Tensor]]]) -> None:
-    """Fills flat tensors from what any number of ranks wrote.
+def read_parts(folder: Path, num_files: int, parts: Sequence[OptimizerPart]) -> None:
+    """Fill the tensors of parts from the files of any number of ranks.
 
     Raises:
-        ValueError: something is missing or broken.
+        ValueError: a file is missing or broken.
     """
     try:
-        by_name = _index(folder, num_files)
-        for strip, kept in parts:
-            for what, values in kept.items():
-                _read(by_name.get((what, strip.name), []), strip, values.view(shape_of(strip.bounds)))
+        index = _index(folder, num_files)
+        for part, tensors in parts:
+            for kind, values in tensors.items():
+                _read(index.get((kind, part.name), []), part, values.view(shape_of(part.bounds)))
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
-            f"the checkpoint in {folder} is broken: {error}; {REMEDY}, or give an older one as checkpoint.resume"
+            f"the checkpoint in {folder} is broken: {error}; {REMEDY}, "
+            "or give an older one as checkpoint.resume"
         ) from error
 
 
-def _read(saved: Sequence[tuple[Bounds, str, Any]], strip: Strip, values: Tensor) -> None:
-    """Fills the values of a strip from the parts that were saved of its tensor."""
-    missing = [strip.bounds]
+def _read(saved: Sequence[tuple[Bounds, str, Any]], part: FlatSlice, values: Tensor) -> None:
+    """Fill the values of a part from the saved parts of its tensor, given as bounds, key and open file."""
+    missing = [part.bounds]
     for bounds, key, file in saved:
-        common = [(part, found) for part in missing if (found := intersection(part, bounds))]
-        for part, found in common:
-            there = tuple(
+        common = [(hole, found) for hole in missing if (found := intersection(hole, bounds))]
+        for hole, found in common:
+            source = tuple(
                 slice(a - first, b - first) for (a, b), (first, _) in zip(found, bounds, strict=True)
             )
-            here = tuple(
-                slice(a - first, b - first) for (a, b), (first, _) in zip(found, strip.bounds, strict=True)
+            target = tuple(
+                slice(a - first, b - first) for (a, b), (first, _) in zip(found, part.bounds, strict=True)
             )
-            values[here].copy_(file.get_slice(key)[there])
-            missing.remove(part)
-            missing += difference(part, found)
+            values[target].copy_(file.get_slice(key)[source])
+            missing.remove(hole)
+            missing += difference(hole, found)
         if not missing:
             return
-    raise ValueError(f"{sum(map(num_elements, missing))} values of {strip.name} are in none of its files")
+    raise ValueError(f"{sum(map(num_elements, missing))} values of {part.name} are in none of its files")
 
 
 def _index(folder: Path, num_files: int) -> dict[tuple[str, str], list[tuple[Bounds, str, Any]]]:
-    """What was saved, and the tensor it is of, to the parts that there are: their bounds, keys and open
-    files.
-    """
-    by_name: dict[tuple[str, str], list[tuple[Bounds, str, Any]]] = {}
+    """Saved parts by kind and tensor name, as bounds, key and open file."""
+    index: dict[tuple[str, str], list[tuple[Bounds, str, Any]]] = {}
     for rank in range(num_files):
         file: Any = safe_open(_file(folder, rank), framework="pt")
         keys: list[str] = file.keys()
         for key in keys:
-            what, name, text = key.split("|")
+            kind, name, text = key.split("|")
             bounds = tuple(
                 (int(start), int(stop))
-                for start, _, stop in (part.partition(":") for part in text.split(","))
+                for start, _, stop in (bound.partition(":") for bound in text.split(","))
             )
-            by_name.setdefault((what, name), []).append((bounds, key, file))
-    return by_name
+            index.setdefault((kind, name), []).append((bounds, key, file))
+    return index
 
 
-def _key(what: str, strip: Strip) -> str:
-    return f"{what}|{strip.name}|{','.join(f'{start}:{stop}' for start, stop in strip.bounds)}"
+def _key(kind: str, part: FlatSlice) -> str:
+    return f"{kind}|{part.name}|{','.join(f'{start}:{stop}' for start, stop in part.bounds)}"
 
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.safetensors"
 
 
-def agreed(error: ValueError | None) -> None:
-    """Raises on all ranks what went wrong on one, so that none waits for it.
+def raise_on_all_ranks(error: ValueError | None) -> None:
+    """Raise the error of one rank on all ranks, so that none waits for it; a collective call.
 
     Raises:
-        ValueError: see above.
+        ValueError: this rank's error, or else the first one of another rank.
     """
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, str(error) if error else None)
@@ -223,72 +232,61 @@ def agreed(error: ValueError | None) -> None:
 
 @torch.no_grad()
 def optimizer_parts(
-    optimizer: Any, parameters: Mapping[str, Tensor], pieces: Sequence[TensorShard], *, with_states: bool
-) -> Iterator[tuple[Strip, dict[str, Tensor]]]:
-    """The parts of weights that this rank updates, each with its flat weight in fp32 and AdamW's states, as
-    views.
+    optimizer: Any, parameters: Mapping[str, Tensor], shards: Sequence[TensorShard], *, with_states: bool
+) -> Iterator[OptimizerPart]:
+    """The parts of weights that this rank updates, with the flat weight in fp32 and AdamW's states as views.
 
     Args:
-        optimizer: of Megatron-Core, which data ranks share.
-        parameters: of this rank, by the names of the homes of its pieces.
-        pieces: of this rank.
-        with_states: whether the optimizer has states.
+        optimizer: Megatron-Core's distributed one.
+        parameters: of this rank, by the local names of its shards.
+        shards: of this rank.
+        with_states: True if the optimizer has states.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    for part in _own(optimizer):
-        main = {}
-        owned = {}
-        for parameter, (group, place) in part.model_param_group_index_map.items():
+    for local in _local_optimizers(optimizer):
+        weights, ranges = {}, {}
+        for parameter, (group, number) in local.model_param_group_index_map.items():
             name = names[parameter]
-            stretch = part._get_model_param_range_map(parameter)["param"]
-            owned[name] = (stretch.start, stretch.end)
-            main[name] = part.optimizer.param_groups[group]["params"][place]
-        shapes = {name: tuple(parameters[name].shape) for name in owned}
-        for strip in strips([piece for piece in pieces if piece.local_name in owned], shapes, owned):
-            weight = main[strip.local_name]
-            begin = strip.start - owned[strip.local_name][0]
-            kept = {WEIGHT: weight}
+            owned = local._get_model_param_range_map(parameter)["param"]
+            ranges[name] = (owned.start, owned.end)
+            weights[name] = local.optimizer.param_groups[group]["params"][number]
+        shapes = {name: tuple(parameters[name].shape) for name in ranges}
+        for part in flat_slices([shard for shard in shards if shard.local_name in ranges], shapes, ranges):
+            weight = weights[part.local_name]
+            tensors = {WEIGHT: weight}
             if with_states:
-                kept |= {name: part.optimizer.state[weight][name] for name in STATES}
-            yield (
-                strip,
-                {
-                    name: values.detach()[begin : begin + num_elements(strip.bounds)]
-                    for name, values in kept.items()
-                },
-            )
+                tensors |= {name: local.optimizer.state[weight][name] for name in STATES}
+            begin = part.start - ranges[part.local_name][0]
+            end = begin + num_elements(part.bounds)
+            yield part, {name: values.detach()[begin:end] for name, values in tensors.items()}
 
 
 @torch.no_grad()
 def set_steps(optimizer: Any, steps: int) -> None:
-    """Makes room for an optimizer's states after so many steps; before the first there are none."""
-    for part in _own(optimizer):
-        part.optimizer.state.clear()
-        for group in part.optimizer.param_groups if steps else ():
-            # Padding of the vocabulary has states, too, and they are always 0.
+    """Set the step count of an optimizer and allocate its states; before the first step it has none."""
+    for local in _local_optimizers(optimizer):
+        local.optimizer.state.clear()
+        for group in local.optimizer.param_groups if steps else ():
+            # The padding of the vocabulary has states too, which are always 0.
             for weight in group["params"]:
-                part.optimizer.state[weight] = {name: torch.zeros_like(weight) for name in STATES}
-            _count(part.optimizer, group, steps)
-
-
-def _count(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps: int) -> None:
-    """PyTorch counts the steps of each weight; Apex and TransformerEngine those of a group."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        group["step"] = steps
-        return
-    for weight in group["params"]:
-        optimizer.state[weight]["step"] = torch.tensor(float(steps))
+                local.optimizer.state[weight] = {name: torch.zeros_like(weight) for name in STATES}
+            # PyTorch counts the steps of each weight; Apex and TransformerEngine those of a group.
+            if not isinstance(local.optimizer, torch.optim.AdamW):
+                group["step"] = steps
+                continue
+            for weight in group["params"]:
+                local.optimizer.state[weight]["step"] = torch.tensor(float(steps))
 
 
 @torch.no_grad()
-def publish_weights(optimizer: Any, chunks: Sequence[Any]) -> None:
-    """Brings the weights that each rank updates into the model, on all data ranks."""
-    for part in _own(optimizer):
-        part._copy_main_params_to_model_params()
+def sync_model_weights(optimizer: Any, chunks: Sequence[Any]) -> None:
+    """Copy the optimizer's fp32 weights into the model, on all data ranks; a collective call."""
+    for local in _local_optimizers(optimizer):
+        local._copy_main_params_to_model_params()
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
 
 
-def _own(optimizer: Any) -> list[Any]:
-    """The parts of an optimizer (of experts and of all else) that have weights on this rank."""
+def _local_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers with weights on this rank; experts have one of their own."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]

@@ -1,6 +1,4 @@
-"""Megatron-Core on a CPU: the places where version 0.16 takes a GPU for granted, answered for a CPU while an
-engine works.
-"""
+"""Patches with which Megatron-Core 0.16, which requires a GPU, runs on a CPU while an engine is active."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ _CPU = torch.device("cpu")
 _ABSENT = object()
 
 
-class _OnTheCPU(TorchFunctionMode):
-    """New tensors that are asked for on `cuda` are made on the CPU."""
+class _CudaToCpu(TorchFunctionMode):
+    """Creates on the CPU the tensors that are requested on `cuda`."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -31,49 +29,42 @@ class _OnTheCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _InOrder:
-    """A stream or event where everything is in order already."""
+class _NullStream:
+    """A CUDA stream or event without effect: on a CPU all operations run in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         return
 
-    def __enter__(self) -> _InOrder:
+    def __enter__(self) -> _NullStream:
         return self
 
     def __exit__(self, *_: Any) -> None:
         return
 
-    def __getattr__(self, name: str) -> Callable[..., _InOrder]:
-        return _InOrder
+    def __getattr__(self, name: str) -> Callable[..., _NullStream]:
+        return _NullStream
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return
+def _patches() -> list[tuple[Any, str, Any]]:
+    """Owner, attribute and replacement of each patch."""
+    tensor_type = Tensor.type
 
+    def do_nothing(*_: Any, **__: Any) -> None:
+        return
 
-def _itself(thing: Any, *_: Any, **__: Any) -> Any:
-    return thing
+    def identity(value: Any, *_: Any, **__: Any) -> Any:
+        return value
 
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
-def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
-
-
-def _named_as_on_cuda(own_type: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.type`, by whose text Megatron's optimizers tell precisions."""
-
-    def type_of(tensor: Tensor, *given: Any, **options: Any) -> Any:
-        name = own_type(tensor, *given, **options)
-        is_name = not given and not options and isinstance(name, str) and "cuda" not in name
+    def cuda_type(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        # Megatron's optimizers recognize precisions by texts such as torch.cuda.FloatTensor.
+        name = tensor_type(tensor, *args, **options)
+        is_name = not args and not options and isinstance(name, str) and "cuda" not in name
         return name.replace("torch.", "torch.cuda.", 1) if is_name else name
 
-    return type_of
-
-
-def _replacements() -> list[tuple[Any, str, Any]]:
-    """Owner, name and what stands in its place."""
-
-    def state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Tensor:
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Tensor:
         return torch.get_rng_state()
 
     def set_state(new: Tensor, device: Any = None, graph_safe: bool = False) -> None:
@@ -81,47 +72,46 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
     return [
         (torch.cuda, "current_device", lambda: _CPU),
-        (torch.cuda, "synchronize", _nothing),
-        (torch.cuda, "empty_cache", _nothing),
+        (torch.cuda, "synchronize", do_nothing),
+        (torch.cuda, "empty_cache", do_nothing),
         (torch.cuda, "manual_seed", torch.manual_seed),
-        (torch.cuda, "get_rng_state", state),
+        (torch.cuda, "get_rng_state", get_state),
         (torch.cuda, "set_rng_state", set_state),
-        (torch.cuda, "Stream", _InOrder),
-        (torch.cuda, "Event", _InOrder),
-        (torch.cuda, "stream", _InOrder),
-        (torch.cuda, "current_stream", _InOrder),
-        (torch.cuda, "default_stream", _InOrder),
-        (Tensor, "cuda", _itself),
-        (Tensor, "record_stream", _nothing),
-        (Tensor, "type", _named_as_on_cuda(Tensor.type)),
-        (nn.Module, "cuda", _itself),
-        (megatron_random, "_get_cuda_rng_state", state),
+        (torch.cuda, "Stream", _NullStream),
+        (torch.cuda, "Event", _NullStream),
+        (torch.cuda, "stream", _NullStream),
+        (torch.cuda, "current_stream", _NullStream),
+        (torch.cuda, "default_stream", _NullStream),
+        (Tensor, "cuda", identity),
+        (Tensor, "record_stream", do_nothing),
+        (Tensor, "type", cuda_type),
+        (nn.Module, "cuda", identity),
+        (megatron_random, "_get_cuda_rng_state", get_state),
         (megatron_random, "_set_cuda_rng_state", set_state),
-        (token_dispatcher, "maybe_move_tensor_to_cpu", _to_cpu),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu),
     ]
 
 
 @contextmanager
 def megatron_on(device: torch.device) -> Iterator[None]:
-    """Inside, Megatron-Core works on the device: on a GPU as it is, on a CPU with stand-ins for what only a
-    GPU has.
-    """
+    """Context in which Megatron-Core runs on the device: unchanged on a GPU, patched on a CPU."""
     with ExitStack() as stack:
-        # 0.16.1 reads this name of TransformerEngine also where that is not installed; None stands for its
-        # absence, on a GPU too.
+        # On a GPU too: 0.16.1 reads this name of TransformerEngine even if that is not installed, where None
+        # means that it is absent.
         if "te_general_gemm" not in vars(moe_utils):
-            stack.enter_context(_replaced(moe_utils, "te_general_gemm", None))
+            stack.enter_context(_patched(moe_utils, "te_general_gemm", None))
         if device.type != "cuda":
-            for owner, name, stand_in in _replacements():
-                stack.enter_context(_replaced(owner, name, stand_in))
-            stack.enter_context(_OnTheCPU())
+            for owner, name, replacement in _patches():
+                stack.enter_context(_patched(owner, name, replacement))
+            stack.enter_context(_CudaToCpu())
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+def _patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    # An inherited attribute is absent from `vars`, and is restored by deleting the patch.
     before = vars(owner).get(name, _ABSENT)
-    setattr(owner, name, stand_in)
+    setattr(owner, name, replacement)
     try:
         yield
     finally:

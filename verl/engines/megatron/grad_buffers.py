@@ -1,6 +1,4 @@
-"""The gradients of a model of Megatron-Core, in buffers that data ranks sum: with the last backward pass of
-an update, or after it.
-"""
+"""Gradient buffers of a Megatron-Core model, reduced over data ranks in or after the last backward."""
 
 from __future__ import annotations
 
@@ -18,16 +16,16 @@ from torch import Tensor, nn
 
 
 class GradBuffers:
-    """Gradients in fp32 of the chunks of a model on this rank.
+    """Gradients in fp32 of the model chunks on this rank.
 
     Args:
         chunks: of the model.
-        config: of the model, as Megatron-Core has it; its schedule sums gradients over data ranks through it.
-        bucket_size: parameters whose gradients are summed together; None: Megatron-Core's own.
-        overlap: sum a bucket as soon as it is full, while the last backward pass goes on.
+        config: Megatron-Core's, of the model; its schedule reduces gradients by functions in it.
+        bucket_size: parameters whose gradients are reduced together; None: Megatron-Core's default.
+        overlap: reduce a bucket as soon as it is full, during the last backward pass.
 
     Attributes:
-        replicated: the chunks as the schedule runs them.
+        chunks: the model chunks with gradient buffers, as the schedule runs them.
     """
 
     def __init__(
@@ -44,47 +42,48 @@ class GradBuffers:
             bucket_size=bucket_size,
             overlap_grad_reduce=overlap,
         )
-        self.replicated = [
+        self.chunks = [
             DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(chunks)
         ]
         self._config = config
         self._overlap = overlap
-        no_sync = [chunk.no_sync for chunk in self.replicated]
+        no_sync = [chunk.no_sync for chunk in self.chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        config.finalize_model_grads_func = _summed
+        config.finalize_model_grads_func = _reduce
 
     def zero(self) -> None:
-        """For the next update."""
-        for chunk in self.replicated:
+        """Set all gradients to 0, for the next update."""
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Inside, the schedule adds to the gradients of this rank and leaves them so; then `sum`."""
-        schedule = self._config.no_sync_func, self._config.finalize_model_grads_func
-        # A sum over ranks that each adds more to could not be summed again.
+    def accumulating(self) -> Iterator[None]:
+        """Context in which gradients stay local to this rank, until `reduce` is called after it."""
+        functions = self._config.no_sync_func, self._config.finalize_model_grads_func
+        # A gradient that was reduced already and then grows could not be reduced again.
         self._config.no_sync_func = self._config.finalize_model_grads_func = None
         try:
-            with ExitStack() as unsummed:
-                for chunk in self.replicated:
-                    unsummed.enter_context(chunk.no_sync())
+            with ExitStack() as contexts:
+                for chunk in self.chunks:
+                    contexts.enter_context(chunk.no_sync())
                 yield
         finally:
-            self._config.no_sync_func, self._config.finalize_model_grads_func = schedule
+            self._config.no_sync_func, self._config.finalize_model_grads_func = functions
 
-    def sum(self) -> None:
-        """Over data ranks, tied weights and shared places; on all ranks together, once for an update."""
-        for chunk in self.replicated if self._overlap else ():
+    def reduce(self) -> None:
+        """Sum gradients over data ranks, tied weights and sequence parallel ranks; once per update."""
+        # With overlap Megatron-Core expects that the backward pass has started the communication.
+        for chunk in self.chunks if self._overlap else ():
             chunk.start_grad_sync()
-        _summed(list(self.replicated))
+        _reduce(list(self.chunks))
 
     def scale(self, factor: float) -> None:
-        """Multiplies all of them."""
-        for chunk in self.replicated:
+        """Multiply all gradients by a factor."""
+        for chunk in self.chunks:
             chunk.scale_gradients(factor)
 
 
-def _summed(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Gradients summed over data ranks, tied weights and shared places; a loss has its denominator already."""
+def _reduce(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Megatron-Core's reduction without its division by tokens: the loss has its denominator already."""
     finalize_model_grads(chunks, None, **options)

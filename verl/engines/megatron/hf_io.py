@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out of models of Megatron-Core: slice by slice in, tensor by tensor out."""
+"""Hugging Face folders into Megatron-Core models, slice by slice, and out of them, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from verl.engines.hf.hf_io import SafetensorsWriter, name_in_files, tensor_files
 from verl.engines.hf.pretrained import VALUE_HEAD
-from verl.engines.megatron.weight_mapping import MegatronModelSpec
+from verl.engines.megatron.model_spec import MegatronModelSpec
 from verl.weight_sync.layout import (
     Bounds,
     TensorShard,
@@ -31,12 +31,14 @@ from verl.weight_sync.layout import (
 
 @torch.no_grad()
 def fill_from_folder(
-    pieces: Sequence[TensorShard], homes: Mapping[str, Tensor], folder: Path, anatomy: MegatronModelSpec
+    shards: Sequence[TensorShard],
+    local_tensors: Mapping[str, Tensor],
+    folder: Path,
+    spec: MegatronModelSpec,
 ) -> None:
-    """Reads the pieces of this rank, and nothing else, from a Hugging Face folder.
+    """Read the shards of this rank, and nothing else, from a Hugging Face folder.
 
-    The head of a value model is 0 where the folder has none, so that the first values are those of a critic
-    that knows nothing.
+    A value head that the folder lacks becomes 0, so that a new critic's first values are 0.
 
     Raises:
         ValueError: tensors are missing or have other shapes.
@@ -44,39 +46,32 @@ def fill_from_folder(
     files = tensor_files(folder)
     head = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
     by_file: dict[Path, list[tuple[str, Bounds, TensorShard]]] = {}
-    for piece in pieces:
-        if piece.name in anatomy.head_shapes:
-            _put(
-                piece,
-                homes,
-                head.get(
-                    piece.name.removeprefix("value_head."), torch.zeros(anatomy.head_shapes[piece.name])
-                ),
-            )
+    for shard in shards:
+        if (shape := spec.value_head_shapes.get(shard.name)) is not None:
+            values = head.get(shard.name.removeprefix("value_head."), torch.zeros(shape))
+            _store(shard, local_tensors, values)
             continue
-        for name, bounds in _found(piece, files, anatomy):
-            by_file.setdefault(files[name], []).append((name, bounds, piece))
+        for name, bounds in _locate(shard, files, spec):
+            by_file.setdefault(files[name], []).append((name, bounds, shard))
     for path, wanted in by_file.items():
         with safe_open(path, framework="pt") as file:
-            for name, bounds, piece in wanted:
-                common = intersection(piece.bounds, bounds)
+            for name, bounds, shard in wanted:
+                common = intersection(shard.bounds, bounds)
                 assert common is not None
-                part = TensorShard(piece.name, common, piece.local_name, local_offset(common, piece))
-                _put(part, homes, _slice(file.get_slice(name), part, bounds, path))
+                part = TensorShard(shard.name, common, shard.local_name, local_offset(common, shard))
+                _store(part, local_tensors, _read_slice(file.get_slice(name), part, bounds, path))
 
 
-def _found(
-    piece: TensorShard, files: Mapping[str, Path], anatomy: MegatronModelSpec
+def _locate(
+    shard: TensorShard, files: Mapping[str, Path], spec: MegatronModelSpec
 ) -> list[tuple[str, Bounds]]:
-    """The tensors of the files that have values of a piece, each with the part of the whole tensor that it
-    is.
-    """
-    stacked = [(piece.name, full_bounds(anatomy.shapes[piece.name]))]
-    parts = (
-        stacked
-        if piece.name in files
-        else anatomy.in_folder(piece.name, piece.bounds[0] if len(piece.bounds) == 3 else None)
-    )
+    """The tensors in files that overlap a shard, with their bounds in the whole tensor."""
+    # Some folders have experts stacked, as a loaded model has them; others each on its own.
+    if shard.name in files:
+        parts = [(shard.name, full_bounds(spec.shapes[shard.name]))]
+    else:
+        is_stacked = len(shard.bounds) == 3
+        parts = spec.tensors_in_folder(shard.name, shard.bounds[0] if is_stacked else None)
     names = {name: name_in_files(name, files, "model") for name, _ in parts}
     if missing := next((name for name, found in names.items() if found is None), None):
         raise ValueError(
@@ -85,14 +80,15 @@ def _found(
     return [(str(names[name]), bounds) for name, bounds in parts]
 
 
-def _slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
-    """A part of a whole tensor out of the tensor of a file that has these bounds in it; a file's tensor may
-    lack leading dimensions.
+def _read_slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
+    """The values of a part from a saved tensor, which has these bounds in the whole tensor.
+
+    The saved tensor may lack leading dimensions of size 1, as that of a single expert does.
     """
-    shape = tuple(saved.get_shape())
-    if shape != shape_of(bounds)[-len(shape) :] or any(size > 1 for size in shape_of(bounds)[: -len(shape)]):
+    shape, expected = tuple(saved.get_shape()), shape_of(bounds)
+    if shape != expected[-len(shape) :] or any(size > 1 for size in expected[: -len(shape)]):
         raise ValueError(
-            f"need {part.name} of shape {shape_of(bounds)}, got {shape} in {path}; config.json is of another model"
+            f"need {part.name} of shape {expected}, got {shape} in {path}; config.json is of another model"
         )
     inside = tuple(
         slice(start - first, stop - first)
@@ -102,84 +98,82 @@ def _slice(saved: Any, part: TensorShard, bounds: Bounds, path: Path) -> Tensor:
     return values
 
 
-def _put(piece: TensorShard, homes: Mapping[str, Tensor], values: Tensor) -> None:
-    place = homes[piece.local_name][local_slices(piece.bounds, piece.offset)]
-    place.copy_(values.reshape(place.shape))
+def _store(shard: TensorShard, local_tensors: Mapping[str, Tensor], values: Tensor) -> None:
+    target = local_tensors[shard.local_name][local_slices(shard.bounds, shard.offset)]
+    target.copy_(values.reshape(target.shape))
 
 
 @torch.no_grad()
-def full_tensors(
+def broadcast_full_tensors(
     shapes: Mapping[str, tuple[int, ...]],
-    pieces: Mapping[int, Sequence[TensorShard]],
-    homes: Mapping[str, Tensor],
+    shards_by_rank: Mapping[int, Sequence[TensorShard]],
+    local_tensors: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors, one after the other: each rank sends its pieces of one to all others; a
-    collective.
+    """Names and whole tensors, one after the other; each rank broadcasts its shards of one.
+
+    A collective call.
 
     Args:
-        shapes: of those to yield, the same on all ranks.
-        pieces: of ranks that have all of them together, by global rank.
-        homes: of this rank.
+        shapes: of the tensors to yield, the same on all ranks.
+        shards_by_rank: shards by global rank; together they cover these tensors.
+        local_tensors: of this rank.
     """
-    own = next(iter(homes.values()))
-    by_name: dict[str, dict[int, list[TensorShard]]] = {}
+    template = next(iter(local_tensors.values()))
+    # Equal shards of several ranks (norms, a copied head) are sent by the first of them only.
+    senders: dict[str, dict[int, list[TensorShard]]] = {}
     seen: set[tuple[str, Any]] = set()
-    for rank, some in pieces.items():
-        for piece in some:
-            if (piece.name, piece.bounds) not in seen:
-                by_name.setdefault(piece.name, {}).setdefault(rank, []).append(piece)
-                seen.add((piece.name, piece.bounds))
+    for rank, shards in shards_by_rank.items():
+        for shard in shards:
+            if (shard.name, shard.bounds) not in seen:
+                senders.setdefault(shard.name, {}).setdefault(rank, []).append(shard)
+                seen.add((shard.name, shard.bounds))
     for name, shape in shapes.items():
-        tensor = own.new_empty(shape)
-        for rank, parts in by_name[name].items():
-            _send(rank, parts, homes, tensor)
+        tensor = template.new_empty(shape)
+        for rank, shards in senders[name].items():
+            _broadcast_shards(rank, shards, local_tensors, tensor)
         yield name, tensor
 
 
-def _send(rank: int, parts: Sequence[TensorShard], homes: Mapping[str, Tensor], tensor: Tensor) -> None:
-    """Puts what a rank has of a whole tensor into it, on all ranks; in one message."""
-    lengths = [num_elements(part.bounds) for part in parts]
+def _broadcast_shards(
+    rank: int, shards: Sequence[TensorShard], local_tensors: Mapping[str, Tensor], tensor: Tensor
+) -> None:
+    """Copy the shards of a rank into the whole tensor on all ranks, in one message."""
+    lengths = [num_elements(shard.bounds) for shard in shards]
     buffer = tensor.new_empty(sum(lengths))
-    values = list(zip(parts, buffer.split(lengths), strict=True))
-    for part, flat in values if rank == dist.get_rank() else ():
-        flat.copy_(homes[part.local_name][local_slices(part.bounds, part.offset)].reshape(-1))
+    values = list(zip(shards, buffer.split(lengths), strict=True))
+    for shard, flat in values if rank == dist.get_rank() else ():
+        local = local_tensors[shard.local_name][local_slices(shard.bounds, shard.offset)]
+        flat.copy_(local.reshape(-1))
     dist.broadcast(buffer, src=rank)
-    for part, flat in values:
-        tensor[tuple(slice(*bound) for bound in part.bounds)] = flat.view(shape_of(part.bounds))
+    for shard, flat in values:
+        tensor[tuple(slice(*bound) for bound in shard.bounds)] = flat.view(shape_of(shard.bounds))
 
 
 def export_folder(
     folder: Path,
-    anatomy: MegatronModelSpec,
+    spec: MegatronModelSpec,
     tensors: Iterator[tuple[str, Tensor]],
-    head: Iterator[tuple[str, Tensor]],
+    value_head: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Writes a model in Hugging Face format; on all ranks together, of which the first writes."""
+    """Write a model in Hugging Face format; a collective call, in which rank 0 writes."""
     is_writer = dist.get_rank() == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(anatomy.config)
-        config = copy.deepcopy(anatomy.config)
-        config.architectures = [type(model if anatomy.kind == "policy" else model.base_model).__name__]
+            model = AutoModelForCausalLM.from_config(spec.config)
+        config = copy.deepcopy(spec.config)
+        config.architectures = [type(model if spec.kind == "policy" else model.base_model).__name__]
         config.save_pretrained(folder)
     writer = SafetensorsWriter(folder)
-    for name, tensor in _as_saved(tensors, anatomy):
-        if is_writer:
-            writer.add(name, tensor.to("cpu", copy=True))
-    head_tensors = {name.removeprefix("value_head."): tensor.cpu() for name, tensor in head}
+    for name, tensor in tensors:
+        for saved_name, bounds in spec.tensors_in_folder(name) if is_writer else ():
+            part = tensor[tuple(slice(*bound) for bound in bounds)]
+            # Stacked experts become one tensor for each expert.
+            part = part if saved_name == name or part.ndim < 3 else part.squeeze(0)
+            writer.add(saved_name, part.to("cpu", copy=True))
+    head_tensors = {name.removeprefix("value_head."): tensor.cpu() for name, tensor in value_head}
     if not is_writer:
         return
     writer.finish()
     if head_tensors:
         save_file(head_tensors, folder / VALUE_HEAD)
-
-
-def _as_saved(
-    tensors: Iterator[tuple[str, Tensor]], anatomy: MegatronModelSpec
-) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors as a folder has them: stacked experts one by one."""
-    for name, tensor in tensors:
-        for saved, bounds in anatomy.in_folder(name):
-            part = tensor[tuple(slice(*bound) for bound in bounds)]
-            yield saved, part if saved == name or part.ndim < 3 else part.squeeze(0)

@@ -42,7 +42,7 @@ IN_PROCESS = {"vllm": "verl.rollout.vllm.in_process:VLLMEngine"}
 # chosen.
 ENGINES = {
     "fsdp": "verl.engines.fsdp:sharded_engine",
-    "megatron": "verl.engines.megatron.engine:megatron_engine",
+    "megatron": "verl.engines.megatron.build:megatron_engine",
 }
 
 
