@@ -33,7 +33,7 @@ _PORT = 29517
 
 def by_plan(hybrid: HybridEngine) -> int:
     """Fill the weights by the plan, as the engine does; return the bytes received."""
-    with hybrid.ready(0):
+    with hybrid.loaded(0):
         pass
     return hybrid.switches[-1].received_bytes
 
@@ -42,12 +42,12 @@ def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
     """Gather every tensor whole on every rank and slice it; return the bytes received."""
     received = 0
     parameters = dict(hybrid.model.transformer.named_parameters())
-    for name, storage in hybrid._own.items():
+    for name, storage in hybrid._own_storages.items():
         storage.resize_(hybrid._num_bytes[name])
     sources = engine.local_tensors()
     for name, tensor in engine.full_tensors():
         received += tensor.nbytes - sources[name].nbytes
-        hybrid._homes[name].copy_(tensor[local_slices(parameters[name])])
+        hybrid._local_tensors[name].copy_(tensor[local_slices(parameters[name])])
     return received
 
 

@@ -101,7 +101,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> list[list[Completion]]:
         self._embedded.version = version
-        with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.ready(version):
+        with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.loaded(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
     def _by(
@@ -152,7 +152,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         """What the switches to the generation layout took since this was last asked, on the rank to which
         they cost most.
         """
-        return {} if self._hybrid is None else self._hybrid.take_switches()
+        return {} if self._hybrid is None else self._hybrid.take_metrics()
 
 
 class PolicyGenerator(BatchGenerator):

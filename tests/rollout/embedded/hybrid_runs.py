@@ -32,7 +32,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         bucket_bytes=case["bucket"],
     )
     whole = dict(engine.full_tensors())
-    asleep = sum(storage.nbytes() for storage in hybrid._own.values())
+    asleep = sum(storage.nbytes() for storage in hybrid._own_storages.values())
     answers: list[Any] = []
     rank, wrong = dist.get_rank(), []
     mine = (
@@ -42,7 +42,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     )
     generator = EmbeddedEngine(hybrid.model, tiny_codec(), max_slots=8)
     for _ in range(2):
-        with hybrid.ready(0):
+        with hybrid.loaded(0):
             asked = [SamplingParams(max_tokens=5, seed=i) for i in range(len(mine))]
             answers = (
                 [(g[0].token_ids, g[0].logprobs) for g in generator.generate(mine, asked)] if mine else []
@@ -51,7 +51,8 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
             name
             for name, parameter in hybrid.model.transformer.named_parameters()
             if not torch.equal(
-                hybrid._homes[name], whole[name].to(hybrid._homes[name].dtype)[local_slices(parameter)]
+                hybrid._local_tensors[name],
+                whole[name].to(hybrid._local_tensors[name].dtype)[local_slices(parameter)],
             )
         ]
         hybrid.sleep()

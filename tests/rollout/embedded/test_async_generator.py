@@ -9,8 +9,8 @@ import pytest
 
 from tests.tiny import random_prompts, shared_policy, tiny_codec, tiny_policy
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.async_generator import AsyncGenerator, Request
-from verl.rollout.embedded.generator import EmbeddedEngine, Generation
+from verl.rollout.embedded.async_generator import AsyncGenerator, GenerationRequest
+from verl.rollout.embedded.generator import ContinuousBatch, EmbeddedEngine
 from verl.utils.sampling_types import SamplingParams
 
 PROMPTS = random_prompts([3, 70, 1, 9, 30, 2])
@@ -24,12 +24,12 @@ def expected(policy: PolicyModel) -> list[list[list[int]]]:
 
 
 def stepwise(
-    policy: PolicyModel, *, slots: int, between: Callable[[Generation, int], None], asked: int
+    policy: PolicyModel, *, slots: int, between: Callable[[ContinuousBatch, int], None], asked: int
 ) -> list[list[list[int]]]:
     """The answers to the first prompts, those of the others too as they are asked for; `between` acts before
     each step.
     """
-    generation = Generation(policy, tiny_codec(), slots=slots, first_slots=1)
+    generation = ContinuousBatch(policy, tiny_codec(), slots=slots, first_slots=1)
     answers: list[list[list[int]]] = [[[] for _ in range(p.n)] for p in PARAMS]
     for i in range(asked):
         generation.add(i, PROMPTS[i], PARAMS[i])
@@ -38,7 +38,7 @@ def stepwise(
         while not generation.is_idle:
             between(generation, step)
             for row in generation.step():
-                answers[row.request][row.sample].append(row.tokens[-1])
+                answers[row.prompt_id][row.sample_index].append(row.tokens[-1])
             step += 1
     return answers
 
@@ -46,7 +46,7 @@ def stepwise(
 @pytest.mark.parametrize("slots", [2, 5, 64])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
 def test_prompts_that_come_one_by_one_get_the_answers_of_one_call_while_slots_grow(family, slots):
-    def ask(generation: Generation, step: int) -> None:
+    def ask(generation: ContinuousBatch, step: int) -> None:
         if 2 <= step < 2 + len(PROMPTS) - 1:
             generation.add(step - 1, PROMPTS[step - 1], PARAMS[step - 1])
 
@@ -55,11 +55,11 @@ def test_prompts_that_come_one_by_one_get_the_answers_of_one_call_while_slots_gr
 
 
 def test_answers_that_are_taken_back_change_no_others():
-    def abort(generation: Generation, step: int) -> None:
+    def abort(generation: ContinuousBatch, step: int) -> None:
         if step == 3:
             generation.abort(1)
             generation.abort(5)  # still waits
-            assert {row.request for row in generation.rows} <= {0, 2, 3, 4}
+            assert {row.prompt_id for row in generation.rows} <= {0, 2, 3, 4}
 
     policy = shared_policy()
     answers, whole = stepwise(policy, slots=5, between=abort, asked=6), expected(policy)
@@ -69,7 +69,7 @@ def test_answers_that_are_taken_back_change_no_others():
 
 @pytest.mark.parametrize("step", [0, 3], ids=["waiting", "running"])
 def test_one_answer_to_a_prompt_can_be_taken_back(step):
-    def abort(generation: Generation, at: int) -> None:
+    def abort(generation: ContinuousBatch, at: int) -> None:
         if at == step:
             generation.abort(1, {0})
 
@@ -82,12 +82,12 @@ def test_one_answer_to_a_prompt_can_be_taken_back(step):
 
 def test_memory_of_an_idle_generation_can_be_given_back():
     policy = shared_policy()
-    generation = Generation(policy, tiny_codec(), slots=8, first_slots=2)
+    generation = ContinuousBatch(policy, tiny_codec(), slots=8, first_slots=2)
     generation.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
     with policy.forward_mode():
         while not generation.is_idle:
             generation.step()
-            generation.free()  # while something runs it stays
+            generation.free_cache()  # while something runs it stays
     assert generation.cache.num_slots == 2 and generation.cache.is_empty
 
 
@@ -95,15 +95,15 @@ def test_memory_of_an_idle_generation_can_be_given_back():
 def test_caches_computed_anew_by_the_same_weights_change_nothing(family):
     policy = shared_policy(family)
     answers = stepwise(
-        policy, slots=64, between=lambda generation, step: step and generation.recompute(), asked=6
+        policy, slots=64, between=lambda generation, step: step and generation.recompute_cache(), asked=6
     )
     assert answers == expected(policy)
 
 
-async def tokens_of(request: Request) -> dict[int, list[int]]:
+async def tokens_of(request: GenerationRequest) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    while not request.is_over:
-        for answer, token in await request.more(5.0):
+    while not request.is_finished:
+        for answer, token in await request.wait_tokens(5.0):
             found.setdefault(answer, []).append(token.token_id)
     return found
 
@@ -113,17 +113,17 @@ def test_a_thread_answers_many_requests_and_stops_between_two_tokens_for_each_re
 
     async def asked() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         thread = AsyncGenerator(policy, tiny_codec(), max_slots=3)
-        await thread.hold("one")
-        await thread.hold("other")
-        request, second = thread.ask(PROMPTS[:3], PARAMS[:3]), thread.ask(PROMPTS[3:], PARAMS[3:])
-        await thread.release("one", recompute=True)
-        beats = thread.num_beats
-        assert await request.more(1.2) == [] and thread.num_beats > beats
+        await thread.pause("one")
+        await thread.pause("other")
+        request, second = thread.submit(PROMPTS[:3], PARAMS[:3]), thread.submit(PROMPTS[3:], PARAMS[3:])
+        await thread.resume("one", recompute=True)
+        beats = thread.num_heartbeats
+        assert await request.wait_tokens(1.2) == [] and thread.num_heartbeats > beats
         # The weights are at rest: what is changed now, counts.
-        assert await thread.with_weights(lambda: "done") == "done"
+        assert await thread.update_weights(lambda: "done") == "done"
         with pytest.raises(ZeroDivisionError):
-            await thread.with_weights(lambda: 1 // 0)
-        await thread.release("other", recompute=True)
+            await thread.update_weights(lambda: 1 // 0)
+        await thread.resume("other", recompute=True)
         answers = await asyncio.gather(tokens_of(request), tokens_of(second))
         thread.close()
         return answers[0], answers[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from verl.rollout.embedded.sampling import RowSampling, answer_seed, draw, truncated, uniforms
+from verl.rollout.embedded.sampling import RowSampling, answer_seed, sample_tokens, truncated, uniforms
 from verl.utils.sampling_types import SamplingParams
 
 PROBS = torch.tensor([0.15, 0.5, 0.1, 0.25])
@@ -19,7 +19,9 @@ def row_params(*params: SamplingParams, vocabulary: int = 4) -> RowSampling:
 def draws(logits: Tensor, params: SamplingParams, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens and logprobs of `count` draws from one distribution, as of one answer's positions."""
     uniform = uniforms(torch.full((count,), answer_seed(seed, 0)), torch.arange(count))
-    return draw(logits.expand(count, -1), row_params(*[params] * count, vocabulary=len(logits)), uniform)
+    return sample_tokens(
+        logits.expand(count, -1), row_params(*[params] * count, vocabulary=len(logits)), uniform
+    )
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> float:
@@ -128,7 +130,7 @@ def test_a_token_of_probability_0_is_never_drawn(uniform):
     logits = torch.full((64, 101), -1000.0)
     possible = torch.arange(64) % 100
     logits[torch.arange(64), possible] = torch.linspace(-3, 30, 64)
-    tokens, logprobs = draw(
+    tokens, logprobs = sample_tokens(
         logits, row_params(*[SamplingParams()] * 64, vocabulary=101), torch.full((64,), uniform)
     )
     assert torch.equal(tokens, possible) and torch.equal(logprobs, torch.zeros(64))
@@ -138,7 +140,7 @@ def test_a_token_of_probability_0_is_never_drawn(uniform):
 def test_a_truncated_token_is_never_drawn(uniform):
     logits = torch.randn(200, 500, generator=torch.Generator().manual_seed(2))
     rows = row_params(*[SamplingParams(top_k=1 + i % 7, top_p=0.9) for i in range(200)], vocabulary=500)
-    tokens, logprobs = draw(logits, rows, torch.full((200,), uniform))
+    tokens, logprobs = sample_tokens(logits, rows, torch.full((200,), uniform))
     assert truncated(logits, rows).gather(1, tokens[:, None]).isfinite().all()
     assert logprobs.isfinite().all()
 
@@ -147,7 +149,7 @@ def test_a_greedy_row_takes_the_most_likely_token_and_its_own_probability():
     rows = row_params(
         SamplingParams(temperature=0, top_k=1), SamplingParams(temperature=0.5), SamplingParams(temperature=0)
     )
-    tokens, logprobs = draw(PROBS.log().expand(3, -1), rows, torch.tensor([0.99, 0.99, 0.0]))
+    tokens, logprobs = sample_tokens(PROBS.log().expand(3, -1), rows, torch.tensor([0.99, 0.99, 0.0]))
     assert tokens.tolist() == [1, 3, 1]
     sharp = PROBS**2 / (PROBS**2).sum()
     torch.testing.assert_close(logprobs.exp(), torch.stack([PROBS[1], sharp[3], PROBS[1]]))
@@ -157,8 +159,8 @@ def test_a_token_is_the_same_whatever_rows_are_beside_it():
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(3))
     uniform = uniforms(torch.arange(8), torch.arange(8))
     plain = [SamplingParams() for _ in range(8)]
-    alone = draw(logits, row_params(*plain, vocabulary=50), uniform)
-    beside = draw(
+    alone = sample_tokens(logits, row_params(*plain, vocabulary=50), uniform)
+    beside = sample_tokens(
         logits, row_params(*plain[:7], SamplingParams(top_k=2, temperature=0.1), vocabulary=50), uniform
     )
     assert torch.equal(alone[0][:7], beside[0][:7]) and torch.equal(alone[1][:7], beside[1][:7])
@@ -166,5 +168,7 @@ def test_a_token_is_the_same_whatever_rows_are_beside_it():
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=2)])
 def test_logits_that_are_not_finite_give_a_logprob_that_is_not(params):
-    tokens, logprobs = draw(torch.full((1, 4), float("nan")), row_params(params), torch.tensor([0.5]))
+    tokens, logprobs = sample_tokens(
+        torch.full((1, 4), float("nan")), row_params(params), torch.tensor([0.5])
+    )
     assert 0 <= int(tokens) < 4 and bool(logprobs.isnan())

@@ -147,7 +147,7 @@ def test_an_answer_that_is_left_ends_in_the_server_and_its_siblings_go_on():
         async with both_sides(pace_s=0.0, slots=8) as both:
             asked = [chunks_of(both.client, PROMPTS[0], ENDLESS, number) for number in (0, 2)]
             first, _, third = await asyncio.gather(asked[0], left(both), asked[1])
-            await both.thread.hold("a look")
+            await both.thread.pause("a look")
             return [first, third], both.thread.num_running
 
     answers, running = asyncio.run(work())
@@ -163,7 +163,7 @@ def test_a_pause_lets_what_was_sampled_come():
             first = asyncio.ensure_future(anext(chunks))
             while both.thread.num_running == 0:
                 await asyncio.sleep(0.01)
-            await both.thread.hold("pause")
+            await both.thread.pause("pause")
             both.streams.flush()
             chunk = await first
             await chunks.aclose()

@@ -1,5 +1,7 @@
-"""A model in a thread of its own that generates for an event loop: requests come and go between two tokens,
-and so do weights.
+"""Generation in a thread for an event loop: requests start and end, and weights change, between two tokens.
+
+The event loop posts commands to the thread, which executes them between two steps of the model; the thread
+delivers new tokens to the loop. Neither touches the state of the other.
 """
 
 from __future__ import annotations
@@ -19,334 +21,352 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.generator import Generation, Row
+from verl.rollout.embedded.generator import ContinuousBatch, Row
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-# The cache begins with as many rows: a server mostly has few.
+# Slots of the cache at first: a server mostly has few requests.
 _FIRST_SLOTS = 8
-_BEAT_S = 0.5
+# Longest wait of the idle thread for a command, after which it shows that it is alive.
+_HEARTBEAT_S = 0.5
 _PACE_S = 0.02
 
 
 class Token(NamedTuple):
-    """A token of an answer.
+    """A sampled token of an answer.
 
     Attributes:
-        token_id: as it was drawn.
+        token_id: the sampled id.
         logprob: of the distribution that it was drawn from.
-        version: of the weights that drew it.
-        likeliest: id and logprob of the most likely tokens in its place, where they are asked for.
-        finish_reason: none: more will come.
+        version: of the weights that sampled it.
+        top_logprobs: id and logprob of the most likely tokens at this position, if they were requested.
+        finish_reason: None: more tokens will come.
     """
 
     token_id: int
     logprob: float
     version: int
-    likeliest: tuple[tuple[int, float], ...]
+    top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
 
     @classmethod
-    def of(cls, row: Row, version: int) -> Token:
-        """The last one of a row."""
-        return cls(row.tokens[-1], row.logprobs[-1], version, tuple(row.likeliest), row.finish_reason)
+    def last_of(cls, row: Row, version: int) -> Token:
+        """The last token of a row."""
+        return cls(row.tokens[-1], row.logprobs[-1], version, tuple(row.top_logprobs), row.finish_reason)
 
 
-class Request:
-    """Prompts that are being answered, as the event loop sees them; answers are numbered through, prompt by
-    prompt.
+class GenerationRequest:
+    """Prompts in generation, as seen by the event loop.
 
-    Attributes:
-        pace_s: see below.
-        failure: why there will be no more tokens; None: there will, or all have come.
+    The answers of all prompts are numbered from 0, prompt by prompt.
 
     Args:
         num_answers: to all prompts.
-        pace_s: it is told of tokens of answers that go on at least so often, and of the last ones of an
-            answer at once.
-        arrived: is set when there is something new; several requests may have the same.
+        pace_s: longest time between two deliveries of tokens; the last token of an answer comes at once.
+        new_tokens: is set when there are new tokens; several requests may share one event.
+
+    Attributes:
+        pace_s: as above.
+        failure: why there will be no more tokens; None: the generation has not failed.
     """
 
     def __init__(
-        self, num_answers: int, *, pace_s: float = _PACE_S, arrived: asyncio.Event | None = None
+        self, num_answers: int, *, pace_s: float = _PACE_S, new_tokens: asyncio.Event | None = None
     ) -> None:
         self.pace_s = pace_s
         self.failure: str | None = None
-        self._num_open = num_answers
+        self._num_unfinished = num_answers
         self._tokens: list[tuple[int, Token]] = []
-        self._arrived = arrived or asyncio.Event()
+        self._new_tokens = new_tokens or asyncio.Event()
 
     @property
-    def is_over(self) -> bool:
-        """Whether all answers are complete and read."""
-        return self._num_open == 0 and not self._tokens
+    def is_finished(self) -> bool:
+        """True if all answers are complete, and their tokens were taken."""
+        return self._num_unfinished == 0 and not self._tokens
 
-    def take(self, answer: int, token: Token) -> None:
-        """Keeps a new token for `more`."""
+    def put(self, answer: int, token: Token) -> None:
+        """Add a new token."""
         self._tokens.append((answer, token))
-        self._num_open -= token.finish_reason is not None
-        self._arrived.set()
+        self._num_unfinished -= token.finish_reason is not None
+        self._new_tokens.set()
 
     def fail(self, message: str) -> None:
-        """Lets `more` raise."""
+        """Let `wait_tokens` raise."""
         self.failure = message
-        self._arrived.set()
+        self._new_tokens.set()
 
-    async def more(self, timeout_s: float) -> list[tuple[int, Token]]:
-        """Number of the answer and token, of all since the last call; none if none came in time.
+    async def wait_tokens(self, timeout_s: float) -> list[tuple[int, Token]]:
+        """Wait for new tokens and take them; empty if none came in time.
+
+        Returns:
+            Number of the answer and token, of all tokens since the last call.
 
         Raises:
             RuntimeError: the generation failed.
         """
         if not self._tokens and self.failure is None:
-            # Not by asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with a
-            # token.
-            timer = asyncio.get_running_loop().call_later(timeout_s, self._arrived.set)
+            # asyncio.wait_for of Python before 3.12 loses a cancellation that comes together with a token:
+            # https://github.com/python/cpython/issues/86296
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._new_tokens.set)
             try:
-                await self._arrived.wait()
+                await self._new_tokens.wait()
             finally:
                 timer.cancel()
         if self.failure is not None:
             raise RuntimeError(self.failure)
-        self._arrived.clear()
-        return self.taken()
+        self._new_tokens.clear()
+        return self.take_tokens()
 
-    def taken(self) -> list[tuple[int, Token]]:
-        """Number of the answer and token, of all since the last call."""
+    def take_tokens(self) -> list[tuple[int, Token]]:
+        """Number of the answer and token, of all tokens since the last call."""
         tokens, self._tokens = self._tokens, []
         return tokens
 
 
 @dataclass(frozen=True)
 class _Command:
-    """Something to be done between two tokens; `outside` where the model is not in use, so that its weights
-    may change.
+    """A function for the thread to call between two tokens.
+
+    Attributes:
+        run: the function.
+        changes_weights: it is called while the model is not in use.
+        result: of the call.
     """
 
     run: Callable[[], Any]
-    outside: bool
+    changes_weights: bool
     result: Future[Any]
+
+    def execute(self) -> None:
+        """Call the function; its result or error goes to the caller."""
+        if not self.result.set_running_or_notify_cancel():
+            return  # the caller was cancelled
+        try:
+            result = self.run()
+        except Exception as error:
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(result)
 
 
 class AsyncGenerator:
-    """Runs a model; everything about it is asked from one event loop.
-
-    Attributes:
-        version: of the weights.
-        num_beats: grows at least twice a second while the thread is alive and no single step takes longer.
+    """A model that generates in a thread of its own; all methods are called in one event loop.
 
     Args:
         model: the policy.
         codec: its tokenizer.
-        max_slots: most answers at a time; further ones wait.
+        max_slots: answers at a time; further ones wait.
+
+    Attributes:
+        version: of the weights.
+        num_heartbeats: grows at least twice a second while the thread is alive, and at each step.
     """
 
     def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int) -> None:
         self.version = 0
-        self.num_beats = 0
+        self.num_heartbeats = 0
         self._model, self._codec, self._max_slots = model.eval(), codec, max_slots
-        self._generation = self._fresh_generation()
+        self._batch = self._new_batch()
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._numbers = itertools.count()
-        # By the number of each prompt: what asked for it, and the number of its first answer there.
-        self._requests: dict[int, tuple[Request, int]] = {}
-        self._holds: set[str] = set()
-        # Tokens that the loop has not yet been given, with the number of the prompt and of the answer, and
-        # when it was last given some.
-        self._fresh: list[tuple[int, int, Token]] = []
+        self._prompt_ids = itertools.count()
+        # For each prompt: its request, and what to add to a sample index to get the number of the answer there.
+        self._requests: dict[int, tuple[GenerationRequest, int]] = {}
+        self._pause_reasons: set[str] = set()
+        # Tokens that were not delivered yet, with the id of the prompt and the sample index.
+        self._undelivered: list[tuple[int, int, Token]] = []
         self._delivered_s = 0.0
-        self._pace_s = math.inf  # of the request that wants it most often
-        self._is_closed = self._is_stale = False
+        self._pace_s = math.inf  # the shortest of all requests
+        self._is_closed = self._cache_is_stale = False
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can generate."""
+        """True while the thread runs."""
         return self._thread.is_alive()
 
     @property
     def num_running(self) -> int:
         """Answers that have a slot."""
-        return len(self._generation.rows)
+        return len(self._batch.rows)
 
-    def ask(
+    def submit(
         self,
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         *,
-        num_likeliest: int = 0,
-        first_answer: int = 0,
-        request: Request | None = None,
-    ) -> Request:
-        """Asks for the answers to prompts that fit the model, to each from number `first_answer` on;
-        `request` takes their tokens.
+        num_top_logprobs: int = 0,
+        first_sample_index: int = 0,
+        request: GenerationRequest | None = None,
+    ) -> GenerationRequest:
+        """Generate answers to prompts that fit the model.
+
+        Args:
+            prompts: token ids.
+            params: one for each prompt.
+            num_top_logprobs: most likely tokens to report with each token.
+            first_sample_index: of the answers to each prompt; seed and sample index select the random numbers.
+            request: that gets the tokens; None: a new one.
         """
-        request = request or Request(sum(wanted.n for wanted in params))
-        numbers = [next(self._numbers) for _ in prompts]
-        first = 0
-        for number, wanted in zip(numbers, params, strict=True):
-            self._requests[number] = (request, first - first_answer)
-            first += wanted.n
+        request = request or GenerationRequest(sum(wanted.n for wanted in params))
+        prompt_ids = [next(self._prompt_ids) for _ in prompts]
+        num_before = 0
+        for prompt_id, wanted in zip(prompt_ids, params, strict=True):
+            self._requests[prompt_id] = (request, num_before - first_sample_index)
+            num_before += wanted.n
         self._pace_s = min(self._pace_s, request.pace_s)
 
         def add() -> None:
-            for number, prompt, wanted in zip(numbers, prompts, params, strict=True):
-                self._generation.add(
-                    number, prompt, wanted, num_likeliest=num_likeliest, first_answer=first_answer
+            for prompt_id, prompt, wanted in zip(prompt_ids, prompts, params, strict=True):
+                self._batch.add(
+                    prompt_id,
+                    prompt,
+                    wanted,
+                    num_top_logprobs=num_top_logprobs,
+                    first_sample_index=first_sample_index,
                 )
 
-        self._send(add)
+        self._post(add)
         return request
 
-    def drop(self, request: Request, answers: Collection[int] | None = None) -> None:
-        """Takes a request back, or some of its answers; one that is over may be dropped, too."""
-        numbers = {number: first for number, (other, first) in self._requests.items() if other is request}
+    def abort(self, request: GenerationRequest, answers: Collection[int] | None = None) -> None:
+        """Abort a request, or some of its answers; a finished one only gives its memory back."""
+        shifts = {key: shift for key, (other, shift) in self._requests.items() if other is request}
         if answers is None:
-            for number in numbers:
-                del self._requests[number]
+            for prompt_id in shifts:
+                del self._requests[prompt_id]
             self._pace_s = min((other.pace_s for other, _ in self._requests.values()), default=math.inf)
 
         def abort() -> None:
-            for number, first in numbers.items():
-                self._generation.abort(
-                    number, None if answers is None else {answer - first for answer in answers}
-                )
+            for prompt_id, shift in shifts.items():
+                indices = None if answers is None else {answer - shift for answer in answers}
+                self._batch.abort(prompt_id, indices)
 
-        if not request.is_over:
-            self._send(abort)
+        if not request.is_finished:
+            self._post(abort)
 
-    async def hold(self, reason: str) -> None:
-        """Stops between two tokens, all of which have been delivered then; requests are kept, and new ones
-        wait until each reason is released."""
+    async def pause(self, reason: str) -> None:
+        """Stop between two tokens, when all earlier ones are delivered; requests wait for `resume`.
+
+        Args:
+            reason: for this pause; generation continues when each reason has been resumed.
+        """
 
         def stop() -> None:
             self._deliver()
-            self._holds.add(reason)
+            self._pause_reasons.add(reason)
 
-        await asyncio.wrap_future(self._send(stop))
+        await asyncio.wrap_future(self._post(stop))
 
-    async def release(self, reason: str, *, recompute: bool) -> None:
-        """Goes on. After a change of the weights, caches are computed anew, or stay those of the weights
-        before.
+    async def resume(self, reason: str, *, recompute: bool) -> None:
+        """Continue after a pause.
+
+        Args:
+            reason: of the pause.
+            recompute: after a change of the weights, compute the caches of running answers again; otherwise
+                they stay those of the earlier weights.
         """
 
         def go_on() -> None:
-            self._is_stale = self._is_stale and recompute
-            self._holds.discard(reason)
+            self._cache_is_stale = self._cache_is_stale and recompute
+            self._pause_reasons.discard(reason)
 
-        await asyncio.wrap_future(self._send(go_on))
+        await asyncio.wrap_future(self._post(go_on))
 
-    async def with_weights(self, change: Callable[[], T]) -> T:
-        """What `change` returns, run between two tokens while the model is not in use; caches count as stale
-        from then on.
-        """
+    async def update_weights(self, change: Callable[[], T]) -> T:
+        """Call a function that changes the weights, between two tokens while the model is not in use."""
 
-        def changing() -> T:
-            self._is_stale = True
+        def update() -> T:
+            self._cache_is_stale = True
             return change()
 
-        result: T = await asyncio.wrap_future(self._send(changing, outside=True))
+        result: T = await asyncio.wrap_future(self._post(update, changes_weights=True))
         return result
 
     def close(self) -> None:
-        """Ends the thread."""
+        """End the thread."""
         self._is_closed = True
-        self._send(lambda: None)
+        self._post(lambda: None)
         self._thread.join(timeout=10)
 
-    def _send(self, run: Callable[[], Any], *, outside: bool = False) -> Future[Any]:
-        command = _Command(run, outside, Future())
+    def _post(self, run: Callable[[], Any], *, changes_weights: bool = False) -> Future[Any]:
+        command = _Command(run, changes_weights, Future())
         self._commands.put(command)
         return command.result
 
-    def _fresh_generation(self) -> Generation:
-        return Generation(self._model, self._codec, slots=self._max_slots, first_slots=_FIRST_SLOTS)
+    def _new_batch(self) -> ContinuousBatch:
+        return ContinuousBatch(self._model, self._codec, slots=self._max_slots, first_slots=_FIRST_SLOTS)
+
+    # In the thread:
 
     @property
-    def _may_step(self) -> bool:
-        return not (self._holds or self._is_closed or self._generation.is_idle)
+    def _can_step(self) -> bool:
+        return not (self._pause_reasons or self._is_closed or self._batch.is_idle)
 
     def _run(self) -> None:
         while not self._is_closed:
-            self.num_beats += 1
+            self.num_heartbeats += 1
             try:
-                command = self._generate() if self._may_step else self._next(wait=True)
-            except Exception as error:  # the border of the thread: all that is asked for fails, later requests are tried anew
+                command = self._generate() if self._can_step else self._next_command(wait=True)
+            except Exception as error:  # the border of the thread: all requests fail, later ones may succeed
                 _LOG.exception("the generation failed")
-                self._generation, self._fresh = self._fresh_generation(), []
-                self._loop.call_soon_threadsafe(self._fail_all, str(error))
+                self._batch, self._undelivered = self._new_batch(), []
+                self._loop.call_soon_threadsafe(self._fail_requests, str(error))
                 continue
             if command is not None:
-                _obey(command)
+                command.execute()
             else:
-                self._generation.free()
+                self._batch.free_cache()
 
     def _generate(self) -> _Command | None:
-        """Generates until there is nothing more, or a command for which the model must be left; returns that
-        one.
-        """
+        """Generate until all answers are complete, or a command changes the weights; return that command."""
         with torch.inference_mode(), self._model.forward_mode():
-            if self._is_stale:
-                self._generation.recompute()
-                self._is_stale = False
+            if self._cache_is_stale:
+                self._batch.recompute_cache()
+                self._cache_is_stale = False
             command = None
-            while command is None and self._may_step:
+            while command is None and self._can_step:
                 self._step()
-                command = self._obey_inside()
+                while (command := self._next_command(wait=False)) is not None and not command.changes_weights:
+                    command.execute()
         self._deliver()
         return command
 
     def _step(self) -> None:
-        self.num_beats += 1
-        rows = self._generation.step()
-        self._fresh += [(row.request, row.sample, Token.of(row, self.version)) for row in rows]
-        # To wake the loop costs both threads more than a token of a small model.
-        if (
-            any(row.finish_reason is not None for row in rows)
-            or time.monotonic() - self._delivered_s >= self._pace_s
-        ):
+        self.num_heartbeats += 1
+        rows = self._batch.step()
+        self._undelivered += [
+            (row.prompt_id, row.sample_index, Token.last_of(row, self.version)) for row in rows
+        ]
+        # Waking the event loop costs both threads more than a token of a small model.
+        is_due = time.monotonic() - self._delivered_s >= self._pace_s
+        if is_due or any(row.finish_reason is not None for row in rows):
             self._deliver()
 
     def _deliver(self) -> None:
-        """Gives new tokens to the loop."""
+        """Hand new tokens to the event loop."""
         self._delivered_s = time.monotonic()
-        if self._fresh:
-            self._loop.call_soon_threadsafe(self._take, self._fresh)
-            self._fresh = []
+        if self._undelivered:
+            self._loop.call_soon_threadsafe(self._put_tokens, self._undelivered)
+            self._undelivered = []
 
-    def _obey_inside(self) -> _Command | None:
-        """Does what may be done while the model is in use; returns the first command that is not of these."""
-        while (command := self._next(wait=False)) is not None and not command.outside:
-            _obey(command)
-        return command
-
-    def _next(self, *, wait: bool) -> _Command | None:
+    def _next_command(self, *, wait: bool) -> _Command | None:
         try:
-            return self._commands.get(timeout=_BEAT_S) if wait else self._commands.get_nowait()
+            return self._commands.get(timeout=_HEARTBEAT_S) if wait else self._commands.get_nowait()
         except queue.Empty:
             return None
 
-    def _take(self, tokens: list[tuple[int, int, Token]]) -> None:
-        for number, sample, token in tokens:
-            if number in self._requests:  # else it was dropped meanwhile
-                request, first = self._requests[number]
-                request.take(first + sample, token)
+    # In the event loop:
 
-    def _fail_all(self, message: str) -> None:
+    def _put_tokens(self, tokens: list[tuple[int, int, Token]]) -> None:
+        for prompt_id, sample_index, token in tokens:
+            if prompt_id in self._requests:  # otherwise it was aborted meanwhile
+                request, shift = self._requests[prompt_id]
+                request.put(shift + sample_index, token)
+
+    def _fail_requests(self, message: str) -> None:
         for request, _ in self._requests.values():
             request.fail(message)
-
-
-def _obey(command: _Command) -> None:
-    if not command.result.set_running_or_notify_cancel():
-        return  # who asked has left
-    try:
-        result = command.run()
-    except Exception as error:  # belongs to the one who asked
-        command.result.set_exception(error)
-    else:
-        command.result.set_result(result)

@@ -1,18 +1,25 @@
-"""Generation on the trainer's own parameters: continuous batching over a slot cache, in plain PyTorch."""
+"""Generation with the trainer's own parameters: continuous batching over a slotted KV cache, in plain PyTorch."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from verl.engines.hf.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.sampling import RowSampling, answer_seed, draw, truncated, uniforms
+from verl.rollout.embedded.sampling import (
+    RowSampling,
+    answer_seed,
+    sample_tokens,
+    sampling_logits,
+    uniforms,
+)
 from verl.utils.sampling_types import BatchGenerator, Completion, FinishReason, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
@@ -20,53 +27,12 @@ from verl.utils.tokens import TextCodec
 _PREFILL_TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Answers of one prompt that are started together, so that the prompt is computed once."""
-
-    request: int
-    prompt: Sequence[int]
-    params: SamplingParams
-    num_likeliest: int
-    first: int
-    count: int
-
-
-@dataclass
-class Row:
-    """One answer that is being generated.
-
-    Attributes:
-        request: number of what asked for it.
-        sample: its number among the answers to its prompt.
-        prompt: token ids.
-        params: how it is sampled.
-        stop_ids: ids that end it.
-        num_likeliest: how many of the most likely tokens are noted with each token.
-        tokens: sampled so far.
-        logprobs: of these.
-        likeliest: of the place of the last token, id and logprob of the most likely ones, the best first.
-        finish_reason: None while it goes on.
-    """
-
-    request: int
-    sample: int
-    prompt: Sequence[int]
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    num_likeliest: int = 0
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    likeliest: list[tuple[int, float]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-
 class EmbeddedEngine(BatchGenerator):
     """Answers prompts with the model that is being trained: same storage, no copy, no weight sync.
 
-    Up to `max_slots` answers are generated at a time; where some end, waiting ones take their slots. A group
-    larger than `max_slots` is started in parts, and its prompt computed once per part. What a row samples
-    depends on its own seed alone (up to the rounding of differently shaped matrix products).
+    Up to `max_slots` answers are generated at a time; when some finish, waiting ones take their slots. A group
+    larger than `max_slots` is started in parts, and its prompt is computed once per part. The samples of an
+    answer depend on its own seed alone (up to the rounding of differently shaped matrix products).
     """
 
     def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int = 256) -> None:
@@ -75,134 +41,217 @@ class EmbeddedEngine(BatchGenerator):
         self._codec = codec
         self._max_slots = max_slots
 
+    @override
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `BatchGenerator.generate`.
-
-        Raises:
-            ValueError: an empty prompt, or prompt and answer longer than the model's context.
-            RuntimeError: the model's logits are not finite.
-        """
         context = self.model.transformer.config.get_text_config().max_position_embeddings
         check_requests(prompts, params, context=context)
+        slots = min(self._max_slots, sum(p.n for p in params))
+        completions: list[list[Completion | None]] = [[None] * p.n for p in params]
         was_training = self.model.training
         self.model.eval()
         try:
             with self.model.forward_mode():
-                return self._answers(prompts, params)
+                batch = ContinuousBatch(self.model, self._codec, slots=slots, first_slots=slots)
+                for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+                    batch.add(i, prompt, wanted, first_sample_index=wanted.sample_index)
+                for row in batch.finished_rows():
+                    assert row.finish_reason is not None
+                    completion = Completion(row.tokens, row.logprobs, row.finish_reason, self.version)
+                    first = params[row.prompt_id].sample_index
+                    completions[row.prompt_id][row.sample_index - first] = completion
         finally:
             self.model.train(was_training)
-
-    def _answers(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[list[Completion]]:
-        slots = min(self._max_slots, sum(p.n for p in params))
-        generation = Generation(self.model, self._codec, slots=slots, first_slots=slots)
-        for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-            generation.add(i, prompt, wanted, first_answer=wanted.sample_index)
-        done: list[list[Completion | None]] = [[None] * p.n for p in params]
-        while not generation.is_idle:
-            for row in generation.step():
-                if row.finish_reason:
-                    done[row.request][row.sample - params[row.request].sample_index] = Completion(
-                        row.tokens, row.logprobs, row.finish_reason, self.version
-                    )
-        return [[c for c in completions if c is not None] for completions in done]
+        return [[c for c in group if c is not None] for group in completions]
 
 
-class _SlotCache(KVCache):
-    """A cache whose number of slots grows as well."""
+@dataclass(frozen=True)
+class WaitingGroup:
+    """Answers to one prompt that wait for slots and start together, so that the prompt is computed once.
+
+    Attributes:
+        prompt_id: chosen by the caller.
+        prompt: token ids.
+        params: how the answers are sampled.
+        num_top_logprobs: most likely tokens to report with each token.
+        first: sample index of the first answer.
+        count: answers, with consecutive sample indices.
+    """
+
+    prompt_id: int
+    prompt: Sequence[int]
+    params: SamplingParams
+    num_top_logprobs: int
+    first: int
+    count: int
+
+    def without(self, sample_indices: Collection[int] | None) -> list[WaitingGroup]:
+        """Groups of the answers that remain when some are aborted; None: all are."""
+        if sample_indices is None:
+            return []
+        own = range(self.first, self.first + self.count)
+        return [replace(self, first=i, count=1) for i in own if i not in sample_indices]
+
+
+@dataclass
+class Row:
+    """An answer in generation.
+
+    Attributes:
+        prompt_id: of its prompt, chosen by the caller.
+        sample_index: among the answers to its prompt.
+        prompt: token ids.
+        params: how it is sampled.
+        stop_ids: ids that end it.
+        num_top_logprobs: most likely tokens to report with each token.
+        tokens: sampled so far.
+        logprobs: of these.
+        top_logprobs: id and logprob of the most likely tokens at the position of the last token, the best first.
+        finish_reason: None while it goes on.
+    """
+
+    prompt_id: int
+    sample_index: int
+    prompt: Sequence[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    num_top_logprobs: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, token: int, logprob: float, codec: TextCodec) -> None:
+        """Append a sampled token, and finish if it ends the answer."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        stop = self.params.stop
+        # A token spells at least one byte, so these tokens hold the longest stop text and some special tokens.
+        window = max((len(text.encode()) for text in stop), default=0) + 8
+        tail = codec.decode(self.tokens[-window:]) if stop and token not in self.stop_ids else ""
+        if token in self.stop_ids or any(text in tail for text in stop):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.params.max_tokens:
+            self.finish_reason = "length"
+
+
+class SlotCache(KVCache):
+    """A KV cache whose number of slots grows."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether it takes no memory."""
+        """True if it has no memory yet."""
         return not self._layers
 
     def widen(self, num_slots: int) -> None:
-        """Makes room for more rows."""
+        """Make room for more rows."""
         self.num_slots = num_slots
-        for layer, (keys, values) in self._layers.items():
-            self._layers[layer] = (self._widened(keys), self._widened(values))
+        for layer, pair in self._layers.items():
+            keys, values = (
+                torch.cat([old, old.new_zeros(num_slots - len(old), *old.shape[1:])]) for old in pair
+            )
+            self._layers[layer] = (keys, values)
 
-    def _widened(self, old: Tensor) -> Tensor:
-        return torch.cat([old, old.new_zeros(self.num_slots - len(old), *old.shape[1:])])
 
+class ContinuousBatch:
+    """Answers that are generated together, one token per step.
 
-class Generation:
-    """Answers that are generated together, one token at a time: the queue of groups, the rows in the slots,
-    their state over the slots.
-
-    Answers may be asked for and taken back between any two steps. Needs `model.forward_mode()` around `step` and
-    `recompute`.
+    Answers may be added and aborted between any two steps. `step` and `recompute_cache` need
+    `model.forward_mode()` around them.
 
     Args:
         model: the policy, in evaluation mode.
         codec: its tokenizer.
-        slots: most answers at a time.
-        first_slots: as many slots the cache has at first; it doubles them as they are needed.
+        slots: answers at a time.
+        first_slots: slots of the cache at first; their number is doubled when needed.
+
+    Attributes:
+        queue: groups that wait for slots.
+        cache: of the rows.
+        rows: answers in the slots 0, 1, ...
+        tokens: [A] int64, the last token of each row.
+        positions: [A] int64, position of this token in its row.
+        seeds: [A] int64, see `answer_seed`.
     """
 
     def __init__(self, model: PolicyModel, codec: TextCodec, *, slots: int, first_slots: int) -> None:
         self.model, self.codec = model, codec
         self.slots, self.first_slots = slots, min(slots, first_slots)
-        self.queue: deque[_Group] = deque()
-        self.cache = _SlotCache(self.first_slots)
+        self.queue: deque[WaitingGroup] = deque()
+        self.cache = SlotCache(self.first_slots)
         self.rows: list[Row] = []
-        self.tokens = torch.empty(0, dtype=torch.int64, device=model.device)  # last token of each row in use
-        self.positions = self.tokens  # where it goes in its row
+        self.tokens = torch.empty(0, dtype=torch.int64, device=model.device)
+        self.positions = self.tokens
         self.seeds = self.tokens
-        self.row_params = self._row_params()
+        self._sampling = self._sampling_of(self.rows)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to be generated."""
+        """True if nothing is left to generate."""
         return not self.queue and not self.rows
 
     def add(
         self,
-        request: int,
+        prompt_id: int,
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        num_likeliest: int = 0,
-        first_answer: int = 0,
+        num_top_logprobs: int = 0,
+        first_sample_index: int = 0,
     ) -> None:
-        """Asks for `params.n` answers to a prompt, from a number on; with `params.max_tokens` more it fits
-        the model's context.
+        """Queue `params.n` answers to a prompt, which fits the model's context with `params.max_tokens` more.
+
+        Args:
+            prompt_id: chosen by the caller, not in use.
+            prompt: token ids.
+            params: how to sample.
+            num_top_logprobs: most likely tokens to report with each token.
+            first_sample_index: of the answers.
         """
         for first in range(0, params.n, self.slots):
             count = min(self.slots, params.n - first)
-            self.queue.append(_Group(request, prompt, params, num_likeliest, first_answer + first, count))
+            self.queue.append(
+                WaitingGroup(prompt_id, prompt, params, num_top_logprobs, first_sample_index + first, count)
+            )
 
-    def free(self) -> None:
-        """Gives back what many or long answers took, once nothing is left to be generated."""
+    def free_cache(self) -> None:
+        """Free the memory of many or long answers, if nothing is left to generate."""
         if self.is_idle and not self.cache.is_empty:
-            self.cache = _SlotCache(self.first_slots)
+            self.cache = SlotCache(self.first_slots)
 
     @torch.inference_mode()
-    def abort(self, request: int, samples: Collection[int] | None = None) -> None:
-        """Takes a request back, or some of the answers to its prompt: they end where they are."""
-        self.queue = deque(left for group in self.queue for left in _without(group, request, samples))
+    def abort(self, prompt_id: int, sample_indices: Collection[int] | None = None) -> None:
+        """Abort the answers to a prompt, or only some of them."""
+        left: deque[WaitingGroup] = deque()
+        for group in self.queue:
+            left.extend(group.without(sample_indices) if group.prompt_id == prompt_id else [group])
+        self.queue = left
         for row in self.rows:
-            if row.request == request and (samples is None or row.sample in samples):
+            if row.prompt_id == prompt_id and (sample_indices is None or row.sample_index in sample_indices):
                 row.finish_reason = "abort"
-        self._retire()
+        self._remove_finished()
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One more token for some rows, and these rows: the first one of waiting answers where there is room,
-        else one for each.
+        """Sample one token for some rows, and return these rows.
+
+        Waiting answers get their first token if a group fits; otherwise each row gets its next one.
         """
         fits = bool(self.queue) and len(self.rows) + self.queue[0].count <= self.slots
-        drawn = self._admit() if fits else self._decode()
-        self._retire()
-        return drawn
+        sampled = self._start_groups() if fits else self._decode()
+        self._remove_finished()
+        return sampled
+
+    def finished_rows(self) -> Iterator[Row]:
+        """Step until nothing is left, and yield each row that finishes."""
+        while not self.is_idle:
+            yield from (row for row in self.step() if row.finish_reason is not None)
 
     @torch.inference_mode()
-    def recompute(self) -> None:
-        """Fills the cache anew for the rows in use, as their weights have changed; what was sampled stays."""
+    def recompute_cache(self) -> None:
+        """Compute the cache of all rows with the present weights; the sampled tokens stay."""
         device, start = self.tokens.device, 0
         lines = [[*row.prompt, *row.tokens[:-1]] for row in self.rows]
         while start < len(lines):
@@ -213,11 +262,9 @@ class Generation:
             self._prefill(lines[start:stop], torch.arange(start, stop, device=device))
             start = stop
 
-    def _admit(self) -> list[Row]:
-        """Computes the prompts of the next groups, copies their cache to all siblings, draws the first
-        tokens.
-        """
-        groups: list[_Group] = []
+    def _start_groups(self) -> list[Row]:
+        """Compute the next prompts, copy their cache to all answers, and sample the first tokens."""
+        groups: list[WaitingGroup] = []
         room, budget = self.slots - len(self.rows), _PREFILL_TOKENS
         while self.queue and self.queue[0].count <= room and (budget > 0 or not groups):
             groups.append(self.queue.popleft())
@@ -225,30 +272,44 @@ class Generation:
             budget -= len(groups[-1].prompt)
         if (needed := self.slots - room) > self.cache.num_slots:
             self.cache.widen(min(self.slots, max(needed, 2 * self.cache.num_slots)))
-        lengths = [len(g.prompt) for g in groups]
+        lengths = [len(group.prompt) for group in groups]
         device = self.tokens.device
-        counts = torch.tensor([g.count for g in groups], device=device)
+        counts = torch.tensor([group.count for group in groups], device=device)
+        # Each prompt is computed in the slot of its first answer.
         first_slots = len(self.rows) + counts.cumsum(0) - counts
-        states = self._prefill([g.prompt for g in groups], first_slots)
+        states = self._prefill([group.prompt for group in groups], first_slots)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         logits = self.model.logits(states[0, ends]).repeat_interleave(counts, 0)
-        siblings = torch.arange(len(self.rows), len(self.rows) + len(logits), device=device)
-        self.cache.copy(first_slots.repeat_interleave(counts), siblings, max(lengths))
-        new = [self._row(g, g.first + i) for g in groups for i in range(g.count)]
+        slots = torch.arange(len(self.rows), len(self.rows) + len(logits), device=device)
+        self.cache.copy(first_slots.repeat_interleave(counts), slots, max(lengths))
+        self._append_rows(groups, counts)
+        return self._sample(logits, len(slots))
+
+    def _append_rows(self, groups: Sequence[WaitingGroup], counts: Tensor) -> None:
+        """Add a row for each answer, at the position of the last token of its prompt."""
+        new = [
+            Row(
+                group.prompt_id,
+                group.first + i,
+                group.prompt,
+                group.params,
+                frozenset((*self.codec.stop_ids, *group.params.stop_ids)),
+                group.num_top_logprobs,
+            )
+            for group in groups
+            for i in range(group.count)
+        ]
+        device = self.tokens.device
         self.rows += new
-        seeds = torch.tensor([answer_seed(r.params.seed, r.sample) for r in new], device=device)
-        self.tokens = torch.cat([self.tokens, torch.zeros_like(siblings)])
-        self.positions = torch.cat(
-            [self.positions, torch.tensor(lengths, device=device).repeat_interleave(counts) - 1]
-        )
+        seeds = torch.tensor([answer_seed(row.params.seed, row.sample_index) for row in new], device=device)
+        lengths = torch.tensor([len(group.prompt) for group in groups], device=device)
+        self.tokens = torch.cat([self.tokens, torch.zeros_like(seeds)])
+        self.positions = torch.cat([self.positions, lengths.repeat_interleave(counts) - 1])
         self.seeds = torch.cat([self.seeds, seeds])
-        self.row_params = self._row_params()
-        return self._draw(logits, siblings)
+        self._sampling = self._sampling_of(self.rows)
 
     def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
-        """Fills the given slots, one per line of token ids; final hidden states [1, tokens of all lines,
-        hidden].
-        """
+        """Fill slots of the cache, one per line of token ids; final hidden states [1, tokens of all lines, hidden]."""
         device = self.tokens.device
         lengths = [len(line) for line in lines]
         self.cache.reserve(max(lengths) + 1)
@@ -258,94 +319,60 @@ class Generation:
         return self.model.hidden_states(ids, positions, layout)
 
     def _decode(self) -> list[Row]:
-        """One more token for every row in use."""
+        """Sample one more token for every row."""
         longest = int(self.positions.max()) + 1
         self.cache.reserve(longest)
         layout = DecodeLayout(self.cache, self.positions, longest)
         states = self.model.hidden_states(self.tokens[:, None], self.positions[:, None], layout)
-        return self._draw(self.model.logits(states[:, 0]), layout.rows)
+        return self._sample(self.model.logits(states[:, 0]), len(self.rows))
 
-    def _draw(self, logits: Tensor, slots: Tensor) -> list[Row]:
-        """Draws the next token of the given last slots and notes it; returns their rows."""
-        start = len(self.rows) - len(slots)
-        params = self.row_params if start == 0 else self._row_params(start)
-        tokens, logprobs = draw(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
+    def _sample(self, logits: Tensor, count: int) -> list[Row]:
+        """Sample the next token of the last `count` rows from logits [count, V], and return these rows."""
+        start = len(self.rows) - count
+        rows = self.rows[start:]
+        params = self._sampling if start == 0 else self._sampling_of(rows)
+        tokens, logprobs = sample_tokens(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
         self.tokens[start:] = tokens
         self.positions[start:] += 1
-        for row, token, logprob in zip(self.rows[start:], tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if math.isnan(logprob):
                 raise RuntimeError(
-                    f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt {row.request}; "
-                    f"it computes in {self.model.precision}: use policy.precision=bf16 or fp32, and look at the last updates"
+                    f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt "
+                    f"{row.prompt_id}; it computes in {self.model.precision}: use policy.precision=bf16 or fp32, "
+                    f"and look at the last updates"
                 )
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            row.finish_reason = self._end(row)
-        self._note_likeliest(self.rows[start:], logits, params)
-        return self.rows[start:]
+            row.add(token, logprob, self.codec)
+        num_top = max(row.num_top_logprobs for row in rows)
+        if num_top:
+            self._record_top_logprobs(rows, sampling_logits(logits, params).log_softmax(-1), num_top)
+        return rows
 
-    def _note_likeliest(self, rows: Sequence[Row], logits: Tensor, params: RowSampling) -> None:
-        """Notes the most likely tokens, by the distribution that was drawn from, for the rows that want them."""
-        if not (count := max(row.num_likeliest for row in rows)):
-            return
-        scaled = logits / params.temperature[:, None]
-        if not params.plain:
-            scaled = torch.where(params.greedy[:, None], scaled, truncated(scaled, params))
-        logprobs, tokens = torch.log_softmax(scaled, -1).topk(min(count, scaled.shape[1]))
-        for row, own_tokens, own_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            pairs = list(zip(own_tokens, own_logprobs, strict=True))[: row.num_likeliest]
-            row.likeliest = [(token, logprob) for token, logprob in pairs if math.isfinite(logprob)]
+    def _record_top_logprobs(self, rows: Sequence[Row], logprobs: Tensor, count: int) -> None:
+        top, tokens = logprobs.topk(min(count, logprobs.shape[1]))
+        for row, own_tokens, own_logprobs in zip(rows, tokens.tolist(), top.tolist(), strict=True):
+            pairs = list(zip(own_tokens, own_logprobs, strict=True))[: row.num_top_logprobs]
+            # Tokens that the truncation dropped have logprob -inf.
+            row.top_logprobs = [(token, logprob) for token, logprob in pairs if math.isfinite(logprob)]
 
-    def _retire(self) -> None:
-        """Takes ended rows out and moves the last ones into their slots, so that the first slots stay in use."""
-        ended = [row.finish_reason is not None for row in self.rows]
-        if not any(ended):
+    def _remove_finished(self) -> None:
+        """Remove finished rows, and move the last rows into their slots: the slots in use are the first ones."""
+        is_finished = [row.finish_reason is not None for row in self.rows]
+        if not any(is_finished):
             return
-        kept = [i for i, is_over in enumerate(ended) if not is_over]
-        holes = [i for i in range(len(kept)) if ended[i]]
+        kept = [i for i, finished in enumerate(is_finished) if not finished]
+        holes = [i for i in range(len(kept)) if is_finished[i]]
         movers = [i for i in kept if i >= len(kept)]
         order = list(range(len(kept)))
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         index = torch.tensor(order, dtype=torch.int64, device=self.tokens.device)
         if holes:
-            self.cache.copy(
-                index[holes], torch.tensor(holes, device=index.device), int(self.positions[index].max())
-            )
+            longest = int(self.positions[index].max())
+            self.cache.copy(index[holes], torch.tensor(holes, device=index.device), longest)
         self.rows = [self.rows[i] for i in order]
         self.tokens, self.positions, self.seeds = self.tokens[index], self.positions[index], self.seeds[index]
-        self.row_params = self._row_params()
+        self._sampling = self._sampling_of(self.rows)
 
-    def _end(self, row: Row) -> FinishReason | None:
-        """The reason why a row ends here, or None."""
-        if row.tokens[-1] in row.stop_ids or (row.params.stop and self._spells_stop(row)):
-            return "stop"
-        return "length" if len(row.tokens) == row.params.max_tokens else None
-
-    def _spells_stop(self, row: Row) -> bool:
-        # A token spells at least a byte, so this many tokens hold the longest stop text, and some special
-        # tokens between.
-        tail = self.codec.decode(row.tokens[-(max(len(stop.encode()) for stop in row.params.stop) + 8) :])
-        return any(stop in tail for stop in row.params.stop)
-
-    def _row(self, group: _Group, sample: int) -> Row:
-        stop_ids = frozenset((*self.codec.stop_ids, *group.params.stop_ids))
-        return Row(group.request, sample, group.prompt, group.params, stop_ids, group.num_likeliest)
-
-    def _row_params(self, start: int = 0) -> RowSampling:
+    def _sampling_of(self, rows: Sequence[Row]) -> RowSampling:
         vocabulary = self.model.transformer.config.get_text_config().vocab_size
-        return RowSampling.of(
-            [r.params for r in self.rows[start:]], vocabulary=vocabulary, device=self.tokens.device
-        )
-
-
-def _without(group: _Group, request: int, samples: Collection[int] | None) -> list[_Group]:
-    """What is left of answers that wait: as they are, or each by itself."""
-    if group.request != request:
-        return [group]
-    numbers = range(group.first, group.first + group.count)
-    return (
-        []
-        if samples is None
-        else [replace(group, first=number, count=1) for number in numbers if number not in samples]
-    )
+        return RowSampling.of([row.params for row in rows], vocabulary=vocabulary, device=self.tokens.device)

@@ -1,6 +1,4 @@
-"""Drawing tokens: temperature, truncation, and a random number per (seed, answer, position) that depends on
-nothing else.
-"""
+"""Token sampling: temperature, truncation, and random numbers that depend on seed, answer and position alone."""
 
 from __future__ import annotations
 
@@ -12,14 +10,15 @@ from torch import Tensor
 
 from verl.utils.sampling_types import SamplingParams
 
+# Constants of SplitMix64, see `uniforms`.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _U64 = (1 << 64) - 1
 
 
-def answer_seed(seed: int, sample: int) -> int:
-    """Seed of the random numbers of one answer, as a signed 64-bit integer."""
-    state = (seed * _GOLDEN + (sample + 1) * _MIX[0]) & _U64
+def answer_seed(seed: int, sample_index: int) -> int:
+    """Seed of the random numbers of one answer to a prompt, as a signed 64-bit integer."""
+    state = (seed * _GOLDEN + (sample_index + 1) * _MIX[0]) & _U64
     state = ((state ^ (state >> 30)) * _MIX[1]) & _U64
     return _signed(state ^ (state >> 31))
 
@@ -42,7 +41,7 @@ def _signed(value: int) -> int:
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Logical right shift; that of torch keeps the sign."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -51,12 +50,12 @@ class RowSampling:
     """Sampling parameters of A rows as tensors [A].
 
     Attributes:
-        temperature: fp32, 1 where the row is greedy.
+        temperature: fp32, 1 for greedy rows.
         greedy: bool.
         top_p: fp32.
-        top_k: int64, the vocabulary's size where all tokens are kept.
+        top_k: int64, the size of the vocabulary if all tokens are kept.
         min_p: fp32.
-        plain: no row is greedy or truncated: the cheap path.
+        is_plain: no row is greedy or truncated, so that the cheap path suffices.
     """
 
     temperature: Tensor
@@ -64,11 +63,11 @@ class RowSampling:
     top_p: Tensor
     top_k: Tensor
     min_p: Tensor
-    plain: bool
+    is_plain: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], *, vocabulary: int, device: torch.device) -> RowSampling:
-        """One row per entry."""
+        """One row per entry of `params`."""
         return cls(
             torch.tensor([p.temperature or 1.0 for p in params], device=device),
             torch.tensor([p.temperature == 0 for p in params], device=device),
@@ -80,15 +79,15 @@ class RowSampling:
 
 
 def truncated(logits: Tensor, params: RowSampling) -> Tensor:
-    """Logits [A, V] with -inf where top-k, top-p or min-p drop the token; the most likely token always stays.
+    """Logits [A, V] with -inf for tokens that top-k, top-p or min-p drop; the most likely token always stays.
 
-    All three look at the distribution after the temperature; a token must pass each of them.
+    All three apply to the distribution after the temperature; a token must pass each of them.
     """
     ordered, order = logits.sort(-1, descending=True)
     probs = ordered.softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    # A token is in the nucleus if the mass before it is still short of top_p; the sum may round to 1 long
-    # before the last token.
+    # A token is in the nucleus if the mass before it is below top_p. With top_p = 1 all are: the rounded sum may
+    # reach 1 long before the last token.
     top_p = params.top_p[:, None]
     nucleus = (probs.cumsum(-1) - probs < top_p) | (top_p >= 1)
     keep = (rank < params.top_k[:, None]) & nucleus & (probs >= params.min_p[:, None] * probs[:, :1])
@@ -96,32 +95,35 @@ def truncated(logits: Tensor, params: RowSampling) -> Tensor:
     return logits.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), float("-inf"))
 
 
-def draw(logits: Tensor, params: RowSampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [A] int64 and their logprobs [A] fp32 under the distribution that they were drawn from; NaN for
-    NaN logits.
+def sampling_logits(logits: Tensor, params: RowSampling) -> Tensor:
+    """Logits [A, V] of the distribution to draw from: temperature applied, truncated unless a row is greedy."""
+    scaled = logits / params.temperature[:, None]
+    if params.is_plain:
+        return scaled
+    return torch.where(params.greedy[:, None], scaled, truncated(scaled, params))
+
+
+def sample_tokens(logits: Tensor, params: RowSampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [A] int64, and their logprobs [A] fp32 under the distribution that they were drawn from.
+
+    The logprob is NaN for NaN logits.
 
     Args:
         logits: [A, V] fp32.
         params: of the A rows.
         uniform: [A] in [0, 1); equal numbers give equal tokens.
     """
-    scaled = logits / params.temperature[:, None]
-    if not params.plain:
-        scaled = torch.where(params.greedy[:, None], scaled, truncated(scaled, params))
+    scaled = sampling_logits(logits, params)
     logprobs = torch.log_softmax(scaled, -1)
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1]
-    # Strictly below the total, so that rounding never picks a token of probability 0 behind the last possible
-    # one.
+    # Strictly below the total: rounding must not select a token of probability 0 after the last possible one.
     threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    # A threshold of NaN lies behind the last token.
-    tokens = (
-        torch.searchsorted(cumulative, threshold[:, None], right=True)
-        .squeeze(1)
-        .clamp_max(logits.shape[1] - 1)
-    )
-    if not params.plain:
-        # A sum in parallel, as on a GPU, may round up at a token of probability 0, too.
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
+    # A threshold of NaN is past the last token.
+    tokens = tokens.clamp_max(logits.shape[1] - 1)
+    if not params.is_plain:
+        # A parallel cumulative sum, as on a GPU, may also round up at a token of probability 0.
         dropped = logprobs.gather(1, tokens[:, None]).squeeze(1).isneginf()
         tokens = torch.where(params.greedy | dropped, scaled.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from verl.engines.hf.models import PolicyModel, Precision
 from verl.engines.hf.pretrained import load_language_model
-from verl.rollout.embedded.async_generator import AsyncGenerator, Request, Token
+from verl.rollout.embedded.async_generator import AsyncGenerator, GenerationRequest, Token
 from verl.rollout.server.http_json import Handler, errors_as_json, read_json
 from verl.rollout.server.openai_request import APIError, RequestParser
 from verl.rollout.server.openai_response import IncrementalDetokenizer, ResponseWriter
@@ -204,26 +204,26 @@ class Server:
         parsed = self._parser.parse(await read_json(http), is_chat=is_chat)
         self._check_weights()
         writer = ResponseWriter.create(parsed, self._parser)
-        request = self._generator.ask(
+        request = self._generator.submit(
             parsed.prompts,
             parsed.params,
-            num_likeliest=parsed.num_likeliest or 0,
-            first_answer=parsed.first_answer,
+            num_top_logprobs=parsed.num_top_logprobs or 0,
+            first_sample_index=parsed.first_answer,
         )
         try:
             if parsed.streams:
                 return await self._stream(http, writer, request)
             answers: list[list[Token]] = [[] for _ in range(parsed.num_answers)]
-            while not request.is_over:
-                for answer, token in await request.more(_HEARTBEAT_S):
+            while not request.is_finished:
+                for answer, token in await request.wait_tokens(_HEARTBEAT_S):
                     answers[answer].append(token)
             return web.json_response(writer.body(answers))
         finally:
             # Reached also when the client has left, as that cancels this task.
-            self._generator.drop(request)
+            self._generator.abort(request)
 
     async def _stream(
-        self, http: web.Request, writer: ResponseWriter, request: Request
+        self, http: web.Request, writer: ResponseWriter, request: GenerationRequest
     ) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -232,14 +232,14 @@ class Server:
         stop, num_answers = writer.request.params[0].stop, writer.request.num_answers
         detokenizers = [IncrementalDetokenizer(self._codec, stop) for _ in range(num_answers)]
         await response.write(encode_events(writer.first_events()) or _HEARTBEAT_COMMENT)
-        num_beats = self._generator.num_beats
+        num_beats = self._generator.num_heartbeats
         try:
-            while not request.is_over:
-                events = token_events(writer, detokenizers, await request.more(_HEARTBEAT_S))
-                if events or self._generator.num_beats != num_beats:
+            while not request.is_finished:
+                events = token_events(writer, detokenizers, await request.wait_tokens(_HEARTBEAT_S))
+                if events or self._generator.num_heartbeats != num_beats:
                     await response.write(encode_events(events) or _HEARTBEAT_COMMENT)
-                num_beats = self._generator.num_beats
-                await asyncio.sleep(0 if request.is_over else _PACE_S)
+                num_beats = self._generator.num_heartbeats
+                await asyncio.sleep(0 if request.is_finished else _PACE_S)
             last = writer.last_events([detokenizer.tokens for detokenizer in detokenizers])
             await response.write(encode_events(last) + b"data: [DONE]\n\n")
         except RuntimeError as error:  # the status is already sent

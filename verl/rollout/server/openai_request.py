@@ -174,7 +174,7 @@ class ParsedRequest:
         is_chat: chat completions, else completions.
         prompts: token ids of each.
         params: of each prompt; with one seed for all, if the request has one.
-        num_likeliest: most likely tokens beside each logprob; None: no logprobs.
+        num_top_logprobs: most likely tokens beside each logprob; None: no logprobs.
         streams: answer in events.
         usage_in_stream: send the token counts in a last event.
         token_ids: return the ids of prompts and answers.
@@ -186,7 +186,7 @@ class ParsedRequest:
     is_chat: bool
     prompts: list[list[int]]
     params: list[SamplingParams]
-    num_likeliest: int | None
+    num_top_logprobs: int | None
     streams: bool
     usage_in_stream: bool
     token_ids: bool
@@ -244,16 +244,16 @@ class RequestParser:
             if parsed.top_logprobs is not None and not parsed.logprobs:
                 raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
             prompts, limit = [self._encode_messages(parsed.messages)], max_chat_tokens(parsed)
-            num_likeliest = (parsed.top_logprobs or 0) if parsed.logprobs else None
+            num_top_logprobs = (parsed.top_logprobs or 0) if parsed.logprobs else None
         else:
             assert isinstance(parsed, CompletionBody)
             prompts, limit = self._encode_prompts(parsed.prompt), parsed.max_tokens
-            num_likeliest = parsed.logprobs
+            num_top_logprobs = parsed.logprobs
         return ParsedRequest(
             is_chat=is_chat,
             prompts=prompts,
             params=self._sampling_params(parsed, prompts, limit),
-            num_likeliest=num_likeliest,
+            num_top_logprobs=num_top_logprobs,
             streams=parsed.stream,
             usage_in_stream=parsed.stream_options.include_usage,
             token_ids=parsed.return_token_ids,

@@ -135,7 +135,7 @@ class ResponseWriter:
         ids = [token.token_id for token in tokens]
         text = detokenizer.add(ids, is_last=is_last) if self.request.detokenize else ""
         detokenizer.tokens += tokens
-        if not (text or is_last or self.request.token_ids or self.request.num_likeliest is not None):
+        if not (text or is_last or self.request.token_ids or self.request.num_top_logprobs is not None):
             return None
         content: dict[str, Any] = {"text": text}
         if self.request.is_chat:
@@ -179,13 +179,13 @@ class ResponseWriter:
         return choice
 
     def _logprobs(self, tokens: Sequence[Token], num_characters: int) -> dict[str, Any] | None:
-        if self.request.num_likeliest is None:
+        if self.request.num_top_logprobs is None:
             return None
         if self.request.is_chat:
             entries = [
                 {
                     **self._logprob_entry(token.token_id, token.logprob),
-                    "top_logprobs": [self._logprob_entry(*likely) for likely in token.likeliest],
+                    "top_logprobs": [self._logprob_entry(*likely) for likely in token.top_logprobs],
                 }
                 for token in tokens
             ]
@@ -195,13 +195,13 @@ class ResponseWriter:
         for text in texts:
             offsets.append(offsets[-1] + len(text))
         # The most likely token last: of two tokens with the same text, its logprob is the one that stays.
-        likeliest = [
-            {self._token_text(i): logprob for i, logprob in reversed(token.likeliest)} for token in tokens
+        top_logprobs = [
+            {self._token_text(i): logprob for i, logprob in reversed(token.top_logprobs)} for token in tokens
         ]
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": likeliest if self.request.num_likeliest else None,
+            "top_logprobs": top_logprobs if self.request.num_top_logprobs else None,
             "text_offset": offsets[:-1],
         }
 

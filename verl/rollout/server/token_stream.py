@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from verl.rollout.embedded.async_generator import AsyncGenerator, Request, Token
+from verl.rollout.embedded.async_generator import AsyncGenerator, GenerationRequest, Token
 from verl.rollout.server.openai_request import APIError, RequestParser
 from verl.rollout.server.token_messages import MAX_MESSAGE_BYTES, Failure, pack_message
 
@@ -74,7 +74,7 @@ class StreamedRequest:
         finished: answers whose last token is among `tokens`.
     """
 
-    def __init__(self, first: int, num_answers: int, request: Request) -> None:
+    def __init__(self, first: int, num_answers: int, request: GenerationRequest) -> None:
         self.first, self.request = first, request
         self.open = set(range(num_answers))
         self.tokens: dict[int, list[Token]] = {}
@@ -82,7 +82,7 @@ class StreamedRequest:
 
     def collect(self) -> bool:
         """Take new tokens from the generator; True if there are tokens that were not sent."""
-        for answer, token in self.request.taken():
+        for answer, token in self.request.take_tokens():
             self.tokens.setdefault(answer, []).append(token)
             if token.finish_reason is not None:
                 self.finished.append(answer)
@@ -127,7 +127,7 @@ class TokenStream:
             own = [answer for answer in streamed.open if streamed.first + answer in dropped]
             if own:
                 streamed.open.difference_update(own)
-                self._generator.drop(streamed.request, own if streamed.open else None)
+                self._generator.abort(streamed.request, own if streamed.open else None)
 
     def flush(self) -> None:
         """Send all tokens that were sampled so far."""
@@ -137,11 +137,11 @@ class TokenStream:
     def abort_all(self) -> None:
         """Abort all requests."""
         for streamed in self._requests:
-            self._generator.drop(streamed.request)
+            self._generator.abort(streamed.request)
 
     async def send_to(self, socket: web.WebSocketResponse) -> None:
         """Send tokens, failures and heartbeats until cancelled."""
-        loop, num_beats = asyncio.get_running_loop(), self._generator.num_beats
+        loop, num_beats = asyncio.get_running_loop(), self._generator.num_heartbeats
         sent_s, due_s = loop.time(), math.inf
         while True:
             timer = loop.call_at(min(sent_s + _HEARTBEAT_S, due_s), self._wakeup.set)
@@ -155,10 +155,10 @@ class TokenStream:
             include_running = has_tokens and (self._flushes or now_s >= due_s)
             has_finished = any(streamed.finished for streamed in self._requests)
             # A heartbeat says that the model is alive, not only this event loop.
-            beats = now_s >= sent_s + _HEARTBEAT_S and self._generator.num_beats != num_beats
+            beats = now_s >= sent_s + _HEARTBEAT_S and self._generator.num_heartbeats != num_beats
             if include_running or has_finished or self._failures or beats:
                 await socket.send_bytes(self._next_message(include_running=include_running))
-                sent_s, num_beats = now_s, self._generator.num_beats
+                sent_s, num_beats = now_s, self._generator.num_heartbeats
             due_s, self._flushes = math.inf if include_running else due_s, False
 
     def _submit(self, first: int, body: dict[str, Any]) -> None:
@@ -170,8 +170,10 @@ class TokenStream:
             self._failures.append(Failure(list(answers), error.status < 500, str(error)))
             self._wakeup.set()
             return
-        request = Request(parsed.num_answers, pace_s=self._pace_s, arrived=self._wakeup)
-        self._generator.ask(parsed.prompts, parsed.params, first_answer=parsed.first_answer, request=request)
+        request = GenerationRequest(parsed.num_answers, pace_s=self._pace_s, new_tokens=self._wakeup)
+        self._generator.submit(
+            parsed.prompts, parsed.params, first_sample_index=parsed.first_answer, request=request
+        )
         self._requests.append(StreamedRequest(first, parsed.num_answers, request))
 
     def _collect(self) -> bool:
@@ -191,7 +193,7 @@ class TokenStream:
         ]
         for streamed in self._requests:
             if not streamed.open:
-                self._generator.drop(streamed.request)
+                self._generator.abort(streamed.request)
         self._requests = [streamed for streamed in self._requests if streamed.open]
         failures, self._failures = self._failures, []
         return pack_message(runs, failures)

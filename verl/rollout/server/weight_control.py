@@ -65,7 +65,7 @@ class WeightControlAPI:
                 "num_running": self._generator.num_running,
                 "shared_memory": shared_memory_id(),
                 "is_torn": self._loader.is_torn,
-                "num_beats": self._generator.num_beats,
+                "num_beats": self._generator.num_heartbeats,
             }
         )
 
@@ -88,13 +88,13 @@ class WeightControlAPI:
 
     async def pause(self, _: Body) -> Body:
         """Stop between two tokens, and send all tokens that were sampled."""
-        await self._generator.hold("pause")
+        await self._generator.pause("pause")
         self._streams.flush()
         return {}
 
     async def resume(self, body: Body) -> Body:
         """Continue after a pause; `recompute` says if the KV caches of old weights are computed again."""
-        await self._generator.release("pause", recompute=bool(body.get("recompute", True)))
+        await self._generator.resume("pause", recompute=bool(body.get("recompute", True)))
         return {}
 
     async def join_group(self, body: Body) -> Body:
@@ -114,7 +114,7 @@ class WeightControlAPI:
     async def begin_update(self, _: Body) -> Body:
         """Begin an update of all weights."""
         # Nothing is sampled until all weights have arrived, paused or not.
-        await self._generator.hold("update")
+        await self._generator.pause("update")
         self._loader.begin()
         return {}
 
@@ -126,24 +126,24 @@ class WeightControlAPI:
         chunk = WeightChunk(infos, body["via"], body["where"])
         # Received in another thread than the model's, whose heartbeat continues meanwhile.
         tensors = await asyncio.to_thread(self._loader.receive, chunk)
-        await self._generator.with_weights(lambda: self._loader.load(tensors))
+        await self._generator.update_weights(lambda: self._loader.load(tensors))
         return {}
 
     async def end_update(self, body: Body) -> Body:
         """End an update and sample again; return the fingerprint of the weights."""
         version = int(body["version"])
-        fingerprint = await self._generator.with_weights(self._loader.end)
+        fingerprint = await self._generator.update_weights(self._loader.end)
         self._generator.version = version
-        await self._generator.release("update", recompute=True)
+        await self._generator.resume("update", recompute=True)
         return {"fingerprint": fingerprint}
 
     async def load_lora_adapter(self, body: Body) -> Body:
         """Replace the LoRA adapter; return the fingerprint of its file."""
         folder, version = Path(body["folder"]), int(body["version"])
-        await self._generator.hold("lora_adapter")
+        await self._generator.pause("lora_adapter")
         try:
-            fingerprint = await self._generator.with_weights(lambda: self._loader.load_lora_adapter(folder))
+            fingerprint = await self._generator.update_weights(lambda: self._loader.load_lora_adapter(folder))
             self._generator.version = version
         finally:
-            await self._generator.release("lora_adapter", recompute=True)
+            await self._generator.resume("lora_adapter", recompute=True)
         return {"fingerprint": fingerprint}

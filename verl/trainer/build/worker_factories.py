@@ -28,7 +28,7 @@ from verl.engines.roles.reference import ReferenceWorker
 from verl.engines.roles.teacher import TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.embedded.hybrid_engine import HybridEngine, fitting_tensor, has_equal_layout
+from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_size, has_equal_layout
 from verl.rollout.engine import ColocatedEngine
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
@@ -96,7 +96,7 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
         raise ValueError(
             f"need an engine whose `mesh` says how its {num_ranks} ranks hold the weights, got {engine.mesh} of {type(engine).__name__}"
         )
-    tensor = wanted.tensor or fitting_tensor(engine.config, engine.mesh)
+    tensor = wanted.tensor or default_tensor_size(engine.config, engine.mesh)
     if num_ranks == 1 and tensor > 1:
         raise ValueError(
             f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several"
