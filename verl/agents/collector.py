@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -117,7 +117,9 @@ class DataCollector:
             return [as_prompt(prompt, i) for i, prompt in enumerate(drawn)]
 
         return self.rollout_batch(
-            self.run(self._collected(draw, len(prompts), samples, resamples=refill is not None))
+            self.synced_engine().run(
+                self._collected(draw, len(prompts), samples, resamples=refill is not None)
+            )
         )
 
     def rollout_batch(self, batch: TrainBatch) -> RolloutBatch:
@@ -147,7 +149,9 @@ class DataCollector:
             RuntimeError: too many answers have no reward.
         """
         sampled = zip(prompts, params, strict=True)
-        groups = self.run(gather_all([self._sampler.sample(prompt, wanted) for prompt, wanted in sampled]))
+        groups = self.synced_engine().run(
+            gather_all([self._sampler.sample(prompt, wanted) for prompt, wanted in sampled])
+        )
         answers = list(chain.from_iterable(groups))
         with self.clock.phase("reward"):
             self._sampler.reward(answers)
@@ -165,11 +169,11 @@ class DataCollector:
             clock=self.clock,
         )
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine that samples in the engine's event loop; an engine without weights gets them first."""
+    def synced_engine(self) -> RolloutEngine:
+        """The engine, with the policy's weights: before its first answer, and after a sleep, it gets them here."""
         if self.engine.needs_weights:
             self.engine.run(self.engine.sync_weights(self.engine.version))
-        return self.engine.run(work)
+        return self.engine
 
     async def _collected(
         self, draw: Callable[[int], list[Prompt]], count: int, samples: int, *, resamples: bool

@@ -124,7 +124,13 @@ class Pipeline:
         self._num_arrived = self._num_checked = 0
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
-        self._idle, self._is_idle = ExitStack(), False
+        self._idle = _IdleWait(
+            waits,
+            lambda: (
+                f"room for more groups: those within {config.max_staleness} steps of version {self.version} "
+                "are answered"
+            ),
+        )
 
     async def next_batch(self) -> TrainBatch:
         """The next batch, when it is complete.
@@ -179,7 +185,8 @@ class Pipeline:
                 "publishing",
                 lambda: f"{len(self._in_flight)} groups that are still answered by version {self.version}",
             ):
-                await self._change()
+                self._changed.clear()
+                await self._changed.wait()
         self._raise_error()
         if not self._current_batch:  # the policy learned from a batch of the user's own
             for number in self.rules.too_late(list(self._groups.values()), self.version):
@@ -238,7 +245,7 @@ class Pipeline:
         for future in self._in_flight.values():
             future.cancel()
         self._in_flight = {}
-        self._idle.close()
+        self._idle.update(is_idle=False)
 
     def _requeue_unfinished(self) -> None:
         """Take up what an interrupted step left: groups not learned from, and groups that nobody answers."""
@@ -271,7 +278,7 @@ class Pipeline:
         for group in groups:
             future = self._in_flight[group.number] = self._source.start(group)
             future.add_done_callback(partial(self._on_done, group))
-        self._note_idleness()
+        self._idle.update(is_idle=not self._in_flight and not self._source.in_turn)
 
     def _on_done(self, group: Group, future: asyncio.Future[None]) -> None:
         """Callback of a group's task."""
@@ -284,7 +291,7 @@ class Pipeline:
                 self._take_in()
             except Exception as error:  # nobody awaits a callback: whoever waits for the batch raises it
                 self._error = error
-        self._note_idleness()
+        self._idle.update(is_idle=not self._in_flight and not self._source.in_turn)
         self._changed.set()
 
     def _take_in(self) -> None:
@@ -350,11 +357,8 @@ class Pipeline:
                 self._fill()
             if not self._in_flight:
                 return []
-            await self._change()
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -371,23 +375,22 @@ class Pipeline:
             f"{len(late)} are in flight{oldest}"
         )
 
-    def _note_idleness(self) -> None:
-        """Track the wait of generation for training, while it has nothing to do."""
-        is_idle = not self._in_flight and not self._source.in_turn
-        if is_idle == self._is_idle:
-            return
-        self._is_idle = is_idle
-        self._idle.close()
-        if is_idle:
-            self._idle.enter_context(
-                self._waits.track(
-                    "admission",
-                    lambda: (
-                        f"room for more groups: those within {self._config.max_staleness} steps of version "
-                        f"{self.version} are answered"
-                    ),
-                )
-            )
+
+class _IdleWait:
+    """The wait of generation for training, while it has nothing to do."""
+
+    def __init__(self, waits: WaitTracker, describe: Callable[[], str]) -> None:
+        self._waits, self._describe = waits, describe
+        self._tracked: ExitStack | None = None
+
+    def update(self, *, is_idle: bool) -> None:
+        """Begin or end the wait."""
+        if is_idle and self._tracked is None:
+            self._tracked = ExitStack()
+            self._tracked.enter_context(self._waits.track("admission", self._describe))
+        elif not is_idle and self._tracked is not None:
+            self._tracked.close()
+            self._tracked = None
 
 
 def staleness_metrics(rows: Batch, version: int) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from typing_extensions import override
 
@@ -18,8 +18,6 @@ from verl.utils.sampling_types import (
     RolloutEngine,
     SamplingParams,
 )
-
-T = TypeVar("T")
 
 
 class _Request(NamedTuple):
@@ -38,7 +36,7 @@ class _Request(NamedTuple):
         )
 
 
-class BatchingEngine(RolloutEngine):
+class BatchingEngine(OwnLoop, RolloutEngine):
     """Answers requests by a generator that takes turns with training, such as the policy's own ranks.
 
     What is asked in one turn of the event loop is generated in one call, and the answers of a group as answers
@@ -63,10 +61,10 @@ class BatchingEngine(RolloutEngine):
         clock: Clock | None = None,
         waits: WaitTracker | None = None,
     ) -> None:
+        super().__init__()
         self.generator = generator
         self._in_thread = in_thread
         self._clock, self._waits = clock or Clock(), waits or WaitTracker()
-        self._loop = OwnLoop()
         self._batches = Gatherer(self._generate)
 
     @override
@@ -81,10 +79,6 @@ class BatchingEngine(RolloutEngine):
         self.version = self.generator.version = version
 
     @override
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run(work)
-
-    @override
     def sleep(self) -> None:
         self.generator.sleep()
 
@@ -94,7 +88,7 @@ class BatchingEngine(RolloutEngine):
 
     @override
     def close(self) -> None:
-        self._loop.close()
+        self.close_loop()
         self.generator.close()
 
     def _generate(self, requests: list[_Request]) -> list[Completion]:

@@ -85,7 +85,7 @@ class BaseTrainer(ABC):
 
     def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
         seed_everything(config.seed)
-        self.config = config
+        self.config, self.seed = config, config.seed
         self.device = pick_device(device)
         keep_freed_memory()
         self.version = 0

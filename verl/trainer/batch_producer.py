@@ -57,9 +57,9 @@ class BatchProducer:
             return
         self._streamed, self._portions = None, []
         groups = self.pipeline.stream_groups()
-        while portion := self._collector.run(_next(groups)):
+        while portion := self._collector.synced_engine().run(_next(groups)):
             yield from self._portion([group for group in portion if not group.has_no_signal])
-        self._streamed = self._collector.run(_call(self.pipeline.finish_batch))
+        self._streamed = self._collector.synced_engine().run(_call(self.pipeline.finish_batch))
         if not self._portions:
             yield from self._portion(self._streamed.groups)  # there is nothing else to learn from
 
@@ -70,7 +70,9 @@ class BatchProducer:
             RuntimeError: too many groups have no reward.
         """
         if self._streamed is None:
-            batch = self._collector.rollout_batch(self._collector.run(self.pipeline.next_batch()))
+            batch = self._collector.rollout_batch(
+                self._collector.synced_engine().run(self.pipeline.next_batch())
+            )
         else:
             batch = self._collector.rollout_batch(self._streamed)
             batch.trajectories = [t for trajectories, _ in self._portions for t in trajectories]

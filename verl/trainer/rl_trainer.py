@@ -22,6 +22,7 @@ from verl.data.columns import written_by
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.tasks import TASKS
 from verl.monitoring.watchdog import Dependency
+from verl.planner.step_limit import StepLimitMetric
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import BaseTrainer, Metrics
@@ -39,7 +40,6 @@ from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run_loop import RunLoop
 from verl.trainer.single_model_trainer import policy_source
-from verl.trainer.step_limit import StepLimitMetric
 from verl.utils.rollout import BaseRolloutWorker
 from verl.utils.sampling_types import BatchGenerator, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
@@ -130,16 +130,13 @@ class Trainer(BaseTrainer):
     @override
     def step(self, batch: RolloutBatch | None = None) -> Metrics:
         """Prompts in, a better policy out; learns from `batch` instead of prompts, if it is given."""
-        if batch is None:
-            # Portions that complete early; none, unless pipeline.batches is streamed.
+        if batch is None:  # in turn with training, or ahead of it; portions only where groups are streamed
             self.roles.accumulate(self.producer.portions(), self.kl.coef, self.version)
-            batch = self.producer.next_batch()  # in turn with training, or ahead of it
+            batch = self.producer.next_batch()
         rows, self.last = batch.rows, batch.trajectories
         self.rollout.sleep()  # device memory that generation shares with training
         self.roles.write_columns(rows)  # old and reference logprobs, values, teacher: only what is read
-        learned = write_advantages(
-            rows, self.algorithm, self.kl.coef, version=self.version, seed=self.config.seed
-        )
+        learned = write_advantages(rows, self.algorithm, self.kl.coef, version=self.version, seed=self.seed)
         learned |= self.roles.update(rows, self.kl.coef, self.version)  # the critic, then the policy
         self.sync_weights()
         learned |= self.kl.update(learned, version=self.version, num_trajectories=rows.num_rows)

@@ -58,7 +58,7 @@ class Gatherer(Generic[A, R]):
 
 
 class OwnLoop:
-    """An event loop that stands still while nothing is run in it."""
+    """Base of classes with an event loop that stands still while nothing is run in it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -68,17 +68,8 @@ class OwnLoop:
 
         Where an event loop is running already, as in a notebook, it runs in a thread of its own.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._run(work)
-        return wait_for_thread(lambda: self._run(work), name="event loop")
-
-    def close(self) -> None:
-        """Close the loop; may be called again."""
-        self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if _is_loop_running():
+            return wait_for_thread(lambda: self.run(work), name="event loop")
         task = self._loop.create_task(work)
         try:
             return self._loop.run_until_complete(task)
@@ -86,6 +77,10 @@ class OwnLoop:
             task.cancel()
             self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
             raise
+
+    def close_loop(self) -> None:
+        """Close the loop; may be called again."""
+        self._loop.close()
 
 
 def wait_for(future: Future[T], *, check: Callable[[], None] = lambda: None) -> T:
@@ -135,3 +130,11 @@ class _DaemonThread(Executor):
 
         threading.Thread(target=run, name=self._name, daemon=True).start()
         return result
+
+
+def _is_loop_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

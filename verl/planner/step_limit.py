@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.planner.step_time import ModelShape, StepWork, step_limit
-from verl.trainer.base import Metrics
 from verl.utils.device import MachineSpeed, measure_speed
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +37,7 @@ class StepLimitMetric:
     def _speed(self) -> MachineSpeed:
         return measure_speed(self._device, _DTYPES[self._config.policy.precision])
 
-    def __call__(self, trajectories: Sequence[Trajectory], seconds: float) -> Metrics:
+    def __call__(self, trajectories: Sequence[Trajectory], seconds: float) -> dict[str, float]:
         """The metric of a step; empty where the limit is not known.
 
         Args:
