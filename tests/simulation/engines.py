@@ -160,7 +160,7 @@ class World:
         ]
 
     def write(self, version: int) -> WeightSnapshot:
-        """A version of the policy, as `WeightPublisher` writes it: the memory of the one before is given back."""
+        """Write a version of the policy, as `WeightPublisher` does; the memory of the one before is freed."""
         self._writes += 1
         self._memory = f"weights-{self._writes}"
         parts = tuple(

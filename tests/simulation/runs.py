@@ -287,7 +287,7 @@ class Run:
         self.world.oldest = version
 
     async def watch(self, waits: WaitTracker) -> None:
-        """As the watch of a run: nothing may stand still for longer than what engines and rewards may take."""
+        """Note stalls, as a run's watchdog: no wait may last longer than engines and rewards can take."""
         while True:
             await asyncio.sleep(50.0)
             if told := stall_reason(waits.snapshot(), 5000.0):

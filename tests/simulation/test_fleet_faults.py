@@ -189,7 +189,7 @@ def wrong_with(made: Run) -> str:
 
 
 def all_runs(seeds: Sequence[int], most_faults: int, *, may_fail: bool = False) -> list[Run]:
-    """The runs of seeds, in which nothing may be wrong; one that is ended as it would wait forever says so."""
+    """The runs of seeds, none with a problem; a run that would wait forever is ended with an error."""
     runs, wrong = [], {}
     for seed in seeds:
         try:

@@ -21,7 +21,7 @@ from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.display import samples_table
 from verl.monitoring.sinks import check_sinks
-from verl.rollout.pool.admin_api import ask
+from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.export import export_checkpoint
@@ -95,13 +95,13 @@ def engines(args: argparse.Namespace) -> None:
     if args.action == "remove" and not args.name:
         raise ValueError("need the name of the engine to remove; `verl engines list` shows them")
     if args.action == "add":
-        added = ask(folder, "POST", "/engines", {"name": args.name, "address": args.address})
+        added = call_admin_api(folder, "POST", "/engines", {"name": args.name, "address": args.address})
         console.out(f"added {added['name']}", highlight=False)
     elif args.action == "remove":
-        removed = ask(folder, "DELETE", f"/engines/{quote(args.name)}")
+        removed = call_admin_api(folder, "DELETE", f"/engines/{quote(args.name)}")
         console.out(f"leaving: {removed['name']}", highlight=False)
     else:
-        console.print(engines_table(ask(folder, "GET", "/engines")))
+        console.print(engines_table(call_admin_api(folder, "GET", "/engines")))
 
 
 def engines_table(pool: Mapping[str, Any]) -> Table:

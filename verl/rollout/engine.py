@@ -33,8 +33,8 @@ class ServerSpec:
         name: unique in a pool, for logs and messages.
         model: folder of the policy as it was at the start, with its tokenizer.
         options: of the engine itself, passed on unchanged.
-        address: http://HOST:PORT of a server that is already running; None: the run starts one on the loopback
-            interface.
+        address: http://HOST:PORT of a server that is already running; None: the run starts one on the
+            loopback interface.
         python: interpreter of the environment that has the engine installed; None: the current one.
         secret: API key of the server.
         log: file for the output of a server that the run starts.
@@ -77,7 +77,7 @@ class TokenChunk:
 
 
 def request_seed(params: SamplingParams, number: int) -> int:
-    """Seed of completion `number` of a prompt, from 0 to 2^63 - 1, for engines that take a seed per request."""
+    """Seed of one answer to a prompt, from 0 to 2^63 - 1, for engines that take a seed per request."""
     return answer_seed(params.seed, number) & (2**63 - 1)
 
 
@@ -105,12 +105,12 @@ class InferenceServer(ABC):
     Attributes:
         spec: that it was made from.
         syncs_weights: it serves the policy's weights; otherwise it keeps its own.
-        position_seeded: the random number of a token depends only on the seed and its position, so that another
-            engine of this kind continues a completion exactly as this one would.
+        position_seeded: the random number of a token depends only on the seed and its position, so that
+            another engine of this kind continues a completion exactly as this one would.
         transports: ways in which it takes weights, the best first.
         num_ranks: processes that load weights.
-        read_ranges: parts of each tensor that each rank was seen to read in a complete update; the next update
-            sends only these. None: unknown.
+        read_ranges: parts of each tensor that each rank was seen to read in a complete update; the next
+            update sends only these. None: unknown.
         records_reads: observe in the next update what the ranks read.
     """
 
@@ -162,9 +162,9 @@ class InferenceServer(ABC):
         Args:
             prompt_ids: not empty.
             params: how to sample; `stop_ids` contain those of the tokenizer, `n` is ignored.
-            number: of the completion among those of the prompt. With `params.seed` it selects the random numbers
-                (`request_seed`): where the engine can be deterministic, equal weights, prompts, seeds and numbers
-                give equal completions.
+            number: of the completion among those of the prompt. With `params.seed` it selects the random
+                numbers (`request_seed`): where the engine can be deterministic, equal weights, prompts, seeds
+                and numbers give equal completions.
 
         Raises:
             EngineError: also if nothing came for `spec.timeout_s`.
@@ -217,9 +217,9 @@ class InferenceServer(ABC):
         """Serve the new weights from now on.
 
         Returns:
-            `fingerprint_of_ranks` of the digests of all tensors loaded since `begin_update`. A tensor counts when
-            it is passed to the engine's model, in the dtype and shape that were sent; if a rank received only parts
-            of it, each part counts under its `shard_key`.
+            `fingerprint_of_ranks` of the digests of all tensors loaded since `begin_update`. A tensor counts
+            when it is passed to the engine's model, in the dtype and shape that were sent; if a rank received
+            only parts of it, each part counts under its `shard_key`.
         """
         raise NotImplementedError
 

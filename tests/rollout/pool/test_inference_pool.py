@@ -204,7 +204,10 @@ def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
 def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
     async def test(fleet: InferencePool) -> None:
         other = begun(sample_group(fleet, [5], SamplingParams(max_tokens=40)))
-        told = r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
+        told = (
+            r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, "
+            r"with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
+        )
         with pytest.raises(RuntimeError, match=told):
             await sample_group(fleet, [8, 8], SamplingParams(max_tokens=4))
         assert len((await other)[0].token_ids) == 40
@@ -228,7 +231,7 @@ def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
 
 
 async def asked_of_both(fleet: InferencePool, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
-    """Two prompts whose answers have begun, one on each engine, under version 1, and get no further for now."""
+    """Two prompts in generation with version 1, one on each engine, whose gates are closed."""
     await fleet.begin_update(1)
     await fleet.sync_weights(update(1))
     asked = [begun(sample_group(fleet, [first, i], TWO)) for i in range(2)]

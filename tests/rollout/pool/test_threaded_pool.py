@@ -75,7 +75,7 @@ def servers_of(pool) -> list[int]:
 
 
 def check_all_answered(policy, groups, params, version: int) -> None:
-    """Every prompt has its answers, each a sample of the policy to its end, with the logprobs of its tokens."""
+    """Assert that each prompt has all answers, complete, with the logprobs of the policy."""
     assert [len(group) for group in groups] == [wanted.n for wanted in params]
     for group, wanted in zip(groups, params, strict=True):
         for c in group:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.training import CHARACTERS, toy_trainer
 from verl.config.rollout import RolloutConfig
 from verl.engines.hf.pretrained import make_tiny_model
-from verl.rollout.pool.admin_api import FILE, ask
+from verl.rollout.pool.admin_api import ENDPOINT_FILE, call_admin_api
 from verl.trainer.build.rollout_factory import check_mismatch
 
 SETTINGS = ("steps=3", "sampling.max_tokens=6")
@@ -37,7 +37,7 @@ def test_with_servers_a_run_learns_what_it_learns_alone(letters, tmp_path):
         engines_of_a_run_are_listed_added_and_removed(served, tmp_path / "served" / "run")
     finally:
         served.close()
-    assert not (tmp_path / "served" / "run" / FILE).exists()
+    assert not (tmp_path / "served" / "run" / ENDPOINT_FILE).exists()
 
 
 @pytest.mark.ray
@@ -120,22 +120,22 @@ def engines_of_a_run_are_listed_added_and_removed(trainer, folder):
         and "served-1" in listed.stdout
         and "serving" in listed.stdout
     )
-    assert ask(folder, "POST", "/engines", {"name": "third", "address": None}) == {"name": "third"}
+    assert call_admin_api(folder, "POST", "/engines", {"name": "third", "address": None}) == {"name": "third"}
     assert verl("engines", "remove", str(folder), "served-0").returncode == 0
     trainer.step()
-    states = {row["name"]: row["state"] for row in ask(folder, "GET", "/engines")["engines"]}
+    states = {row["name"]: row["state"] for row in call_admin_api(folder, "GET", "/engines")["engines"]}
     assert states.keys() == {"served-0", "served-1", "third"} and states["served-0"] in ("draining", "gone")
     unknown = verl("engines", "remove", str(folder), "nobody")
     assert unknown.returncode == 2 and "need the name of an engine, got 'nobody'" in unknown.stderr
-    known = json.loads((folder / FILE).read_text())
-    assert (folder / FILE).stat().st_mode & 0o077 == 0
-    (folder / FILE).write_text(json.dumps({**known, "secret": "guessed"}))
+    known = json.loads((folder / ENDPOINT_FILE).read_text())
+    assert (folder / ENDPOINT_FILE).stat().st_mode & 0o077 == 0
+    (folder / ENDPOINT_FILE).write_text(json.dumps({**known, "secret": "guessed"}))
     assert "need the secret of this run" in verl("engines", "list", str(folder)).stderr
 
 
 def test_a_folder_without_a_run_has_no_engines(tmp_path):
     with pytest.raises(ValueError, match="need the output_dir of a run that works and has servers"):
-        ask(tmp_path, "GET", "/engines")
+        call_admin_api(tmp_path, "GET", "/engines")
 
 
 def test_a_difference_of_sampler_and_trainer_is_told_and_may_end_the_run():

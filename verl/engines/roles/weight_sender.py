@@ -140,7 +140,7 @@ class PolicyWeightSender(RoleWorker):
             shards: parts of each tensor whose digests are wanted beside that of the whole tensor.
 
         Returns:
-            The digests by `shard_key`, taken before the write; and the bytes, if the file is not on this machine.
+            The digests by `shard_key`, taken before the write; and the bytes, if the file is elsewhere.
         """
         if self._rank != 0:
             return self._gather_into(None, infos, shards), None
@@ -154,7 +154,9 @@ class PolicyWeightSender(RoleWorker):
     def share_weights(
         self, infos: Sequence[TensorInfo], shards: Mapping[str, Sequence[Bounds]]
     ) -> tuple[dict[str, int], dict[str, Any]]:
-        """Write tensors as `write_weights` does, into GPU memory of the first rank, kept until `free_shared_weights`.
+        """Write tensors into GPU memory of the first rank, kept until `free_shared_weights`.
+
+        Takes the same arguments as `write_weights`.
 
         Returns:
             The digests by `shard_key`, and the CUDA IPC handle of the memory.
@@ -187,7 +189,7 @@ class PolicyWeightSender(RoleWorker):
 
     @register(SAME_ON_ALL)
     def rendezvous_address(self, url: str | None) -> tuple[str, int]:
-        """Address and free port of the first rank for an engine at a URL; None: for an engine on this machine."""
+        """Address and free port of the first rank, for an engine at a URL; None: on this machine."""
         address = address_towards(url)
         return address, free_port(address)
 
@@ -266,7 +268,7 @@ class PolicyWeightSender(RoleWorker):
     def _gather_into(
         self, target: Tensor | None, infos: Sequence[TensorInfo], shards: Mapping[str, Sequence[Bounds]]
     ) -> dict[str, int]:
-        """Gather whole tensors on all ranks; a rank with a target copies them into it and returns their digests."""
+        """Gather full tensors on all ranks; a rank with a target fills it and returns the digests."""
         wanted = {info.name: info for info in infos}
         digests: dict[str, int] = {}
         slots = {info.name: place for info, place in unpack(target, infos)} if target is not None else {}

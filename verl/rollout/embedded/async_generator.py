@@ -172,7 +172,8 @@ class AsyncGenerator:
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._prompt_ids = itertools.count()
-        # For each prompt: its request, and what to add to a sample index to get the number of the answer there.
+        # For each prompt: its request, and what to add to a sample index to get the number of the answer
+        # there.
         self._requests: dict[int, tuple[GenerationRequest, int]] = {}
         self._pause_reasons: set[str] = set()
         # Tokens that were not delivered yet, with the id of the prompt and the sample index.
@@ -208,7 +209,8 @@ class AsyncGenerator:
             prompts: token ids.
             params: one for each prompt.
             num_top_logprobs: most likely tokens to report with each token.
-            first_sample_index: of the answers to each prompt; seed and sample index select the random numbers.
+            first_sample_index: of the answers to each prompt; seed and sample index select the random
+                numbers.
             request: that gets the tokens; None: a new one.
         """
         request = request or GenerationRequest(sum(wanted.n for wanted in params))

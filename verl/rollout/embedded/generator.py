@@ -1,4 +1,4 @@
-"""Generation with the trainer's own parameters: continuous batching over a slotted KV cache, in plain PyTorch."""
+"""Generation with the trainer's own parameters: continuous batching over a KV cache, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PREFILL_TOKENS = 16_384
 class EmbeddedEngine(BatchGenerator):
     """Answers prompts with the model that is being trained: same storage, no copy, no weight sync.
 
-    Up to `max_slots` answers are generated at a time; when some finish, waiting ones take their slots. A group
-    larger than `max_slots` is started in parts, and its prompt is computed once per part. The samples of an
-    answer depend on its own seed alone (up to the rounding of differently shaped matrix products).
+    Up to `max_slots` answers are generated at a time; when some finish, waiting ones take their slots. A
+    group larger than `max_slots` is started in parts, and its prompt is computed once per part. The samples
+    of an answer depend on its own seed alone (up to the rounding of differently shaped matrix products).
     """
 
     def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int = 256) -> None:
@@ -108,7 +108,8 @@ class Row:
         num_top_logprobs: most likely tokens to report with each token.
         tokens: sampled so far.
         logprobs: of these.
-        top_logprobs: id and logprob of the most likely tokens at the position of the last token, the best first.
+        top_logprobs: id and logprob of the most likely tokens at the position of the last token, the best
+            first.
         finish_reason: None while it goes on.
     """
 
@@ -128,7 +129,8 @@ class Row:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         stop = self.params.stop
-        # A token spells at least one byte, so these tokens hold the longest stop text and some special tokens.
+        # A token spells at least one byte, so these tokens hold the longest stop text and some special
+        # tokens.
         window = max((len(text.encode()) for text in stop), default=0) + 8
         tail = codec.decode(self.tokens[-window:]) if stop and token not in self.stop_ids else ""
         if token in self.stop_ids or any(text in tail for text in stop):
@@ -309,7 +311,7 @@ class ContinuousBatch:
         self._sampling = self._sampling_of(self.rows)
 
     def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
-        """Fill slots of the cache, one per line of token ids; final hidden states [1, tokens of all lines, hidden]."""
+        """Fill slots of the cache, one per line of token ids; last hidden states [1, all tokens, hidden]."""
         device = self.tokens.device
         lengths = [len(line) for line in lines]
         self.cache.reserve(max(lengths) + 1)
@@ -338,8 +340,8 @@ class ContinuousBatch:
             if math.isnan(logprob):
                 raise RuntimeError(
                     f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt "
-                    f"{row.prompt_id}; it computes in {self.model.precision}: use policy.precision=bf16 or fp32, "
-                    f"and look at the last updates"
+                    f"{row.prompt_id}; it computes in {self.model.precision}: use policy.precision=bf16 or "
+                    f"fp32, and look at the last updates"
                 )
             row.add(token, logprob, self.codec)
         num_top = max(row.num_top_logprobs for row in rows)
@@ -355,7 +357,7 @@ class ContinuousBatch:
             row.top_logprobs = [(token, logprob) for token, logprob in pairs if math.isfinite(logprob)]
 
     def _remove_finished(self) -> None:
-        """Remove finished rows, and move the last rows into their slots: the slots in use are the first ones."""
+        """Remove finished rows, and move the last rows into their slots: the first slots are in use."""
         is_finished = [row.finish_reason is not None for row in self.rows]
         if not any(is_finished):
             return

@@ -1,4 +1,4 @@
-"""The 3D-HybridEngine: the policy in a layout for generation, to which each rank fetches only the shards it lacks.
+"""The 3D-HybridEngine: the policy in a generation layout; each rank receives only the shards that it lacks.
 
 HybridFlow, https://arxiv.org/abs/2409.19256, section 5.
 """
@@ -60,9 +60,10 @@ def has_equal_layout(engine: ForwardEngine, tensor: int) -> bool:
 
 
 def default_tensor_size(config: PretrainedConfig, mesh: Mesh) -> int:
-    """Tensor-parallel size for generation: the ranks over which the weights are sharded, and every matrix splits.
+    """Tensor-parallel size for generation: as many ranks as shard the weights and divide every matrix.
 
-    If these ranks do not fit into a node, each layer would communicate across nodes: then the size of training.
+    If these ranks do not fit into a node, each layer would communicate across nodes: then the size of
+    training.
     """
     text = config.get_text_config()
     if config.model_type not in TENSOR_PARALLEL:
@@ -109,8 +110,8 @@ class HybridEngine:
         # The device with its index, which `engine.model.device` may lack but tensors have.
         self._dtype, self._device = PRECISIONS[precision], torch.empty(0, device=engine.model.device).device
         self._rank, self._group = dist.get_rank(), dist.new_group()
-        # Sorted by rank, as process groups number their ranks. This differs from the order of the columns if a
-        # matrix is split further than by the tensor ranks of training; then a little more is sent.
+        # Sorted by rank, as process groups number their ranks. This differs from the order of the columns if
+        # a matrix is split further than by the tensor ranks of training; then a little more is sent.
         replicas = [sorted(ranks) for ranks in generation_groups(engine.mesh, tensor=tensor)]
         replica = next(i for i, ranks in enumerate(replicas) if self._rank in ranks)
         self.dispatch_rank = DispatchRank(replica, replicas[replica][0] == self._rank)
@@ -187,7 +188,7 @@ class HybridEngine:
 
     @torch.no_grad()
     def _share_storage(self) -> set[str]:
-        """Let tensors that are equal and complete on both sides share one storage; return their local names."""
+        """Let tensors that are equal in both layouts share one storage; return their local names."""
         transformer, sources = self.model.transformer, self._engine.local_tensors()
         # A tensor that is created at each call, as with merged LoRA adapters, cannot be shared.
         permanent = {
@@ -209,10 +210,10 @@ class HybridEngine:
         return shared
 
     def _find_last_buckets(self) -> dict[str, int]:
-        """Bucket, counted from 1, after which each tensor is complete on every rank; 0: nothing of it is sent.
+        """Bucket, from 1, after which each tensor is complete on every rank; 0: nothing of it is sent.
 
-        All ranks must wait for the same buckets before the same layers: otherwise one rank would wait in a layer
-        for another rank, which waits for a bucket of the first one.
+        All ranks must wait for the same buckets before the same layers: otherwise one rank would wait in a
+        layer for another rank, which waits for a bucket of the first one.
         """
         own: Counter[str] = Counter()
         for number, bucket in enumerate(self.plan.buckets, 1):
@@ -307,7 +308,7 @@ class IncomingWeights:
 def empty_replica(
     config: PretrainedConfig, replicas: list[list[int]], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model of a Hugging Face configuration in the layout of generation, with arbitrary values; on all ranks.
+    """Model of a Hugging Face configuration in the generation layout, uninitialized; on all ranks at once.
 
     Args:
         config: of the model.

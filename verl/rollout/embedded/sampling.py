@@ -1,4 +1,4 @@
-"""Token sampling: temperature, truncation, and random numbers that depend on seed, answer and position alone."""
+"""Token sampling: temperature, truncation, random numbers that depend on seed, answer and position alone."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def truncated(logits: Tensor, params: RowSampling) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
     probs = ordered.softmax(-1)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    # A token is in the nucleus if the mass before it is below top_p. With top_p = 1 all are: the rounded sum may
-    # reach 1 long before the last token.
+    # A token is in the nucleus if the mass before it is below top_p. With top_p = 1 all are: the rounded sum
+    # may reach 1 long before the last token.
     top_p = params.top_p[:, None]
     nucleus = (probs.cumsum(-1) - probs < top_p) | (top_p >= 1)
     keep = (rank < params.top_k[:, None]) & nucleus & (probs >= params.min_p[:, None] * probs[:, :1])
@@ -96,7 +96,7 @@ def truncated(logits: Tensor, params: RowSampling) -> Tensor:
 
 
 def sampling_logits(logits: Tensor, params: RowSampling) -> Tensor:
-    """Logits [A, V] of the distribution to draw from: temperature applied, truncated unless a row is greedy."""
+    """Logits [A, V] of the distribution to draw from: after the temperature, truncated for sampled rows."""
     scaled = logits / params.temperature[:, None]
     if params.is_plain:
         return scaled

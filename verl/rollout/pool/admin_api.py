@@ -1,6 +1,4 @@
-"""Engines of a running job, seen and changed from outside: an endpoint on the loopback interface that asks
-for the secret of the run.
-"""
+"""HTTP API on the loopback interface to list, add and remove the engines of a running job, and its client."""
 
 from __future__ import annotations
 
@@ -23,30 +21,30 @@ from verl.rollout.engine import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.utils.sampling_types import Completion, PrefixAffinity, RolloutEngine, SamplingParams
 
-# In the folder of a run: where its endpoint is, and what it asks for; readable by the user of the run alone.
-FILE = "control.json"
+# In the folder of a run: address and secret of its API; readable by the user of the run alone.
+ENDPOINT_FILE = "control.json"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 T = TypeVar("T")
 NewSpec = Callable[[str, str | None], ServerSpec]
 
 
 class AdminAPI(RolloutEngine):
-    """A pool of engines that `verl engines` can list and change while it works.
+    """A pool of engines that `verl engines` can list and change while it is running.
 
     Args:
         pool: the engines.
         folder: of the run.
-        new_spec: describes an engine of a name, to start or, with an address, to join.
+        new_spec: spec of an engine with a name, to start, or to join at an address.
     """
 
     def __init__(self, pool: ThreadedInferencePool, folder: Path, new_spec: NewSpec) -> None:
         self.pool = pool
-        self._file = folder / FILE
+        self._file = folder / ENDPOINT_FILE
         self._new_spec = new_spec
         self._secret = secrets.token_hex(32)
         self._runner, port = pool.run(self._serve())
-        self._told = {"address": f"http://127.0.0.1:{port}", "secret": self._secret}
-        self._is_known = False
+        self._endpoint = {"address": f"http://127.0.0.1:{port}", "secret": self._secret}
+        self._is_announced = False
 
     @override
     async def sample(
@@ -82,26 +80,25 @@ class AdminAPI(RolloutEngine):
         if self.pool.loop.is_closed():
             return
         try:
-            if self._is_known:
+            if self._is_announced:
                 self._file.unlink(missing_ok=True)
             self.pool.run(self._runner.cleanup())
         finally:
             self.pool.close()
 
     def _announce(self) -> None:
-        """Says where the endpoint is, once the run has its folder for itself; an older file may have another
-        mode.
-        """
-        if self._is_known:
+        """Write the address and the secret at the first request, when the folder is known to be this run's."""
+        if self._is_announced:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        # An older file may be readable by others.
         self._file.unlink(missing_ok=True)
         with os.fdopen(os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            json.dump(self._told, file)
-        self._is_known = True
+            json.dump(self._endpoint, file)
+        self._is_announced = True
 
     async def _serve(self) -> tuple[web.AppRunner, int]:
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._authorize])
         app.router.add_get("/engines", self._list)
         app.router.add_post("/engines", self._add)
         app.router.add_delete("/engines/{name}", self._remove)
@@ -112,7 +109,7 @@ class AdminAPI(RolloutEngine):
         return runner, runner.addresses[0][1]
 
     @web.middleware
-    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _authorize(self, request: web.Request, handler: Any) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), self._secret.encode()):
             return web.json_response({"error": "need the secret of this run"}, status=401)
@@ -139,11 +136,11 @@ class AdminAPI(RolloutEngine):
         return web.json_response({"version": self.pool.version, "engines": rows})
 
     async def _add(self, request: web.Request) -> web.Response:
-        asked = await request.json()
-        name = asked.get("name") or f"added-{len(self.pool.inference_pool.replicas)}"
+        body = await request.json()
+        name = body.get("name") or f"added-{len(self.pool.inference_pool.replicas)}"
         if not _NAME.fullmatch(name):
             raise ValueError(f"need a name of letters, digits, dots, dashes and underscores, got {name!r}")
-        await self.pool.inference_pool.add(self._new_spec(name, asked.get("address")))
+        await self.pool.inference_pool.add(self._new_spec(name, body.get("address")))
         return web.json_response({"name": name})
 
     async def _remove(self, request: web.Request) -> web.Response:
@@ -151,35 +148,36 @@ class AdminAPI(RolloutEngine):
         return web.json_response({"name": request.match_info["name"]})
 
 
-def ask(folder: Path, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the endpoint of the run in a folder answers.
+def call_admin_api(
+    folder: Path, method: str, path: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Call the API of the run in a folder, and return the reply.
 
     Raises:
-        ValueError: no run with servers works there, or it refuses.
+        ValueError: no run with servers is running there, or it refuses.
     """
     try:
-        known = json.loads((folder / FILE).read_text())
+        endpoint = json.loads((folder / ENDPOINT_FILE).read_text())
     except OSError as error:
         raise ValueError(
-            f"need the output_dir of a run that works and has servers (rollout.servers), got {folder}: {error}"
+            f"need the output_dir of a run that works and has servers (rollout.servers), "
+            f"got {folder}: {error}"
         ) from error
-    headers = {"Authorization": f"Bearer {known['secret']}", "Content-Type": "application/json"}
+    headers = {"Authorization": f"Bearer {endpoint['secret']}", "Content-Type": "application/json"}
     request = Request(
-        known["address"] + path,
+        endpoint["address"] + path,
         json.dumps(body).encode() if body is not None else None,
         headers,
         method=method,
     )
     try:
         with urlopen(request, timeout=30) as reply:
-            answered: dict[str, Any] = json.load(reply)
-            return answered
+            result: dict[str, Any] = json.load(reply)
+            return result
     except HTTPError as error:
-        told = error.read().decode(errors="replace")
-        raise ValueError(
-            json.loads(told)["error"]
-            if told.startswith("{")
-            else f"the run answers {error.code}: {told[:200]}"
-        ) from error
+        text = error.read().decode(errors="replace")
+        is_own = text.startswith("{")
+        message = json.loads(text)["error"] if is_own else f"the run answers {error.code}: {text[:200]}"
+        raise ValueError(message) from error
     except (OSError, HTTPException) as error:
         raise ValueError(f"the run in {folder} does not answer ({error}); it has probably ended") from error

@@ -52,7 +52,7 @@ class Broadcaster:
         return cls(group)
 
     async def send(self, chunk: WeightChunk, engine: InferenceServer) -> None:
-        """Send a chunk while the engine loads it: all of it to every rank, or to each the ranges that it loads.
+        """Send a chunk while the engine loads it: all of it to every rank, or to each rank its ranges.
 
         Raises:
             EngineError: the transfer failed.
@@ -86,8 +86,8 @@ async def run_both(
     """Run our side of a transfer and the engine's at the same time.
 
     Raises:
-        EngineError: either side failed. The engine's own error goes first: an engine that failed keeps our side
-            waiting until its time limit.
+        EngineError: either side failed. The engine's own error goes first: an engine that failed keeps our
+            side waiting until its time limit.
         ValueError: the engine refused.
     """
     results: tuple[Any, Any] = await asyncio.gather(ours, theirs, return_exceptions=True)

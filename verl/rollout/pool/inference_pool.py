@@ -1,11 +1,11 @@
-"""A pool of inference engines in one event loop: answers requests, and keeps its replicas at the policy's weights."""
+"""A pool of inference engines in one event loop: answers requests, and syncs weights to its replicas."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from verl.rollout.engine import EngineError, RefusedError, ServerSpec
 from verl.rollout.pool.background_tasks import BackgroundTasks
@@ -17,7 +17,6 @@ from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
-T = TypeVar("T")
 # Running requests at a weight update, the setting `rollout.on_update`.
 OnUpdate = Literal["keep", "recompute", "abort"]
 # Time between two health checks.
@@ -52,10 +51,10 @@ class InferencePool:
         context: of the policy, in tokens.
         max_running: requests that an engine gets at a time.
         wait_s: longest time without any serving engine, while there are weights to serve.
-        on_update: running requests at an update of the weights. keep: they are paused, and continue with the new
-            weights and their old cache. recompute: they are interrupted, and continue with a cache that the new
-            weights compute ("interruptible rollout" of AReaL, https://arxiv.org/abs/2505.24298, section 4.1).
-            abort: they start again without their tokens.
+        on_update: running requests at an update of the weights. keep: they are paused, and continue with the
+            new weights and their old cache. recompute: they are interrupted, and continue with a cache that
+            the new weights compute ("interruptible rollout" of AReaL, https://arxiv.org/abs/2505.24298,
+            section 4.1). abort: they start again without their tokens.
         note: is called with human-readable messages.
 
     Attributes:
@@ -63,6 +62,7 @@ class InferencePool:
         version: of the policy.
         snapshot: weights of this version; None: they are not written yet.
         policy_can_send: the policy's ranks are free to send weights that only they have.
+        num_running: requests that run on engines.
         loop: in which the pool was opened.
     """
 
@@ -83,6 +83,7 @@ class InferencePool:
         self.version = 0
         self.snapshot: WeightSnapshot | None = None
         self.policy_can_send = False
+        self.num_running = 0
         self.on_update = on_update
         self._codec, self._context, self._wait_s = codec, context, wait_s
         self._router = Router(max_running, self._num_free_of)
@@ -97,13 +98,7 @@ class InferencePool:
         self.replicas = self._supervisor.replicas
         self._tasks = BackgroundTasks(note)
         self._counts = _Counts()
-        self._running = 0
         self._last_served_s = 0.0
-
-    @property
-    def num_running(self) -> int:
-        """Requests that run on engines."""
-        return self._running
 
     @property
     def num_free(self) -> int:
@@ -142,8 +137,9 @@ class InferencePool:
     ) -> Completion:
         """Sample one completion of a prompt, on as many engines as it takes.
 
-        Any number of calls may run at the same time after `open`. A call waits for the first weights, for a free
-        slot, and for engines that load weights or restart. A cancelled call aborts its request in the engine.
+        Any number of calls may run at the same time after `open`. A call waits for the first weights, for a
+        free slot, and for engines that load weights or restart. A cancelled call aborts its request in the
+        engine.
 
         Args:
             prompt_ids: token ids of the prompt.
@@ -176,7 +172,7 @@ class InferencePool:
         if self.on_update == "abort" and request.versions and request.versions[-1] != replica.version:
             # Its engine failed, and new weights came before another engine had a free slot.
             self._counts.thrown_tokens += request.restart()
-        self._running += 1
+        self.num_running += 1
         try:
             await incarnation.run(request.sample_on(replica, lambda: self.version))
             replica.record_success()
@@ -197,7 +193,7 @@ class InferencePool:
             self._counts.kept_tokens += len(request.token_ids)
             request.migrate(error)
         finally:
-            self._running -= 1
+            self.num_running -= 1
 
     async def begin_update(self, version: int) -> None:
         """Announce a new version of the policy; from here on no engine reads the weights of the one before.
@@ -233,7 +229,7 @@ class InferencePool:
                 pass
 
     async def sleep(self) -> None:
-        """Let serving engines free their device memory until the next weights, when their requests continue."""
+        """Free the device memory of serving engines until the next weights, when their requests continue."""
         await self._drop_snapshot()
 
         async def put_to_sleep(replica: Replica) -> None:

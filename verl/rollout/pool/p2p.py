@@ -1,4 +1,4 @@
-"""Weights from the policy's ranks directly to the ranks of an engine: each sends the shards that they load."""
+"""Weights from the policy's ranks directly to the ranks of an engine, which get only what they load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from verl.weight_sync.process_group import shared_memory_id
 from verl.weight_sync.shard_tracking import ShardRanges
 from verl.weight_sync.types import WeightChunk
 
-# Of an address in no network (RFC 5737), to find the interface that leads out of this machine; nothing is sent.
+# Of an address in no network (RFC 5737), to find the interface that leads out of this machine; nothing is
+# sent.
 _ELSEWHERE = "http://192.0.2.1"
 
 

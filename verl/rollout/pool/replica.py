@@ -47,7 +47,8 @@ class Incarnation:
     def end(self, cause: str) -> None:
         """End it and its requests.
 
-        Each request is cancelled by itself, since closing a connection does not wake a task that reads from it.
+        Each request is cancelled by itself, since closing a connection does not wake a task that reads from
+        it.
         """
         self.cause = cause
         for request in self._requests:
@@ -220,7 +221,8 @@ class Replica:
         """Stream a completion as `InferenceServer.sample` does; an invalid chunk raises `EngineError`."""
         room, first_version = params.max_tokens, self.version or 0
         try:
-            async with aclosing(self.engine.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
+            stream = self.engine.sample(prompt_ids, params, number=number)
+            async with aclosing(stream) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     room -= len(chunk.token_ids)
                     self._check_chunk(chunk, room, first_version)
@@ -287,12 +289,14 @@ class Replica:
             # Slightly above 0 is rounding.
             if not (type(token) is int and 0 <= token < self._vocabulary and -1e9 < logprob < 1e-3):
                 raise EngineError(
-                    f"engine {self.name} gave what no policy can sample, token {token!r} with logprob {logprob!r}"
+                    f"engine {self.name} gave what no policy can sample, "
+                    f"token {token!r} with logprob {logprob!r}"
                 )
         newest = self.version
         if chunk.version is not None and not (
             first_version <= chunk.version <= (chunk.version if newest is None else newest)
         ):
             raise EngineError(
-                f"engine {self.name} sampled with version {chunk.version} of the weights, it was given {newest}"
+                f"engine {self.name} sampled with version {chunk.version} of the weights, "
+                f"it was given {newest}"
             )

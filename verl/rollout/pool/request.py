@@ -64,7 +64,8 @@ class InflightRequest:
         number, params = self.number, self.params
         if have:
             params = replace(params, max_tokens=params.max_tokens - have)
-            # An engine whose random numbers restart with each request must not repeat those of the first tokens.
+            # An engine whose random numbers restart with each request must not repeat those of the first
+            # tokens.
             number = number if replica.engine.position_seeded else number + _NUMBER_STRIDE * have
         row = [*self.prompt_ids, *self.token_ids]
         async with aclosing(replica.sample(row, params, number=number)) as chunks:  # type: ignore[type-var]
@@ -112,8 +113,8 @@ class InflightRequest:
         self.num_migrations += 1
         if self.num_migrations > _MAX_MIGRATIONS:
             raise RuntimeError(
-                f"{self} failed on {self.num_migrations} engines in turn, with {len(self.token_ids)} of at most "
-                f"{self.params.max_tokens} tokens sampled; the last: {error}"
+                f"{self} failed on {self.num_migrations} engines in turn, with {len(self.token_ids)} of "
+                f"at most {self.params.max_tokens} tokens sampled; the last: {error}"
             ) from error
         self.finish_if_stopped()
 
@@ -123,7 +124,8 @@ class InflightRequest:
         An engine that fails or is interrupted may have sampled the stop, but not reported it.
         """
         ids, params = self.token_ids, self.params
-        # A token spells at least one byte, so these tokens hold the longest stop text and some special tokens.
+        # A token spells at least one byte, so these tokens hold the longest stop text and some special
+        # tokens.
         window = max((len(stop.encode()) for stop in params.stop), default=0) + 8
         for length in range(self._num_checked + 1, len(ids) + 1):
             tail = self.codec.decode(ids[max(0, length - window) : length]) if params.stop else ""

@@ -60,10 +60,10 @@ class Router:
         _wake(self._waiting, count - before - num_own)
 
     async def route(self, affinity: PrefixAffinity) -> Replica:
-        """A replica with a free slot: that of the affinity, else the one with the most, which becomes its replica.
+        """A replica with a free slot: that of the affinity, else the freest, which the affinity then gets.
 
-        A replica that loads weights is waited for: otherwise all requests would move to the first replica that
-        has the new weights.
+        A replica that loads weights is waited for: otherwise all requests would move to the first replica
+        that has the new weights.
 
         Raises:
             RuntimeError: the waits were ended by `fail_waiters` or `close`.

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class ThreadedInferencePool(RolloutEngine):
     """Runs an `InferencePool` in the event loop of a thread.
 
-    The weights of a version are written once, into shared memory, and stay there until the next version, so an
-    engine that joins or restarts gets the same.
+    The weights of a version are written once, into shared memory, and stay there until the next version, so
+    an engine that joins or restarts gets the same.
 
     Args:
         specs: engines to start or join at first.
@@ -110,8 +110,8 @@ class ThreadedInferencePool(RolloutEngine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop of the engines and wait for it; an interrupted wait cancels it.
 
-        While the trainer's thread waits here, it asks nothing of the policy, so weights that only the policy has
-        can be sent: engines that have come since the last time get them first.
+        While the trainer's thread waits here, it asks nothing of the policy, so weights that only the policy
+        has can be sent: engines that have come since the last time get them first.
         """
         is_trainer = threading.get_ident() == self._trainer_thread
         future = asyncio.run_coroutine_threadsafe(self._with_policy(work) if is_trainer else work, self.loop)

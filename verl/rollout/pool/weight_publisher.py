@@ -1,4 +1,4 @@
-"""Versions of the policy's weights for inference engines: written once, kept in memory until the next version."""
+"""Versions of the policy's weights for inference engines: written once, kept until the next version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from verl.weight_sync.shard_tracking import ShardRanges, shard_key
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of, shards_in, unpack
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
-# Memory that every process of this machine can map; where it is missing, a folder on disk does the same, slower.
+# Memory that every process of this machine can map; where it is missing, a folder on disk does the same,
+# slower.
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _LOCK = "verl-weights-", "lock"
 # Longest time between the creation of a folder and its lock.
@@ -139,7 +140,7 @@ class SharedMemoryFolder:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """True if a folder belongs to this user and to a process that has ended, in any container: nobody locks it."""
+    """True if a folder is this user's and its process has ended, in any container: nobody locks it."""
     with suppress(OSError):
         status = folder.stat()
         if status.st_uid != os.getuid() or time.time() - status.st_ctime < _LOCK_DELAY_S:
@@ -250,7 +251,8 @@ class WeightPublisher:
 
     @property
     def _disk_folder(self) -> Path:
-        # Of this process: two runs started in one folder must not share it, even before one of them is refused.
+        # Of this process: two runs started in one folder must not share it, even before one of them is
+        # refused.
         return self.disk_folder / str(os.getpid())
 
 
