@@ -236,7 +236,8 @@ def test_a_classifier_of_several_labels_is_no_reward_model(letters, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"head named score with one label, got Qwen2ForSequenceClassification in .*do not fit in score.weight",
+        match=r"head named score with one label, got Qwen2ForSequenceClassification in "
+        r".*do not fit in score.weight",
     ):
         load_reward_model(str(tmp_path / "three"), new_head=True)
     with pytest.raises(ValueError, match="there is no reward model on the family 'cohere'"):

@@ -10,7 +10,7 @@ from verl.config.fields import Choice, Section, setting
 
 
 class ParallelConfig(Section):
-    """How one model is divided over the devices of its pool.
+    """Division of one model over the devices of its pool.
 
     Devices that these sizes do not use are data parallel ranks; with FSDP2 they also shard the weights.
     """
