@@ -10,13 +10,9 @@ import torch
 
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
-from verl.rewards.functions import (
-    RewardFunction,
-    RewardFunctions,
-    build_rewards,
-    load_function,
-    overlong_penalty,
-)
+from verl.rewards.functions import RewardFunctions, build_rewards, load_function
+from verl.rewards.reward_function import RewardFunction
+from verl.rewards.shaping import overlong_penalty
 from verl.utils.sampling_types import Prompt
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
@@ -356,15 +352,19 @@ def test_calls_that_never_return_are_limited_in_number():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_request_to_end_the_program_ends_it(error, is_async):
+@pytest.mark.parametrize("place", [None, "thread"])
+def test_a_function_that_exits_fails_its_answer_and_does_not_end_the_program(error, is_async, place):
     def f(prompt, response):
         raise error("stop")
 
     async def f_async(prompt, response):
         raise error("stop")
 
-    with pytest.raises(error):
-        scored(rows("x", "y"), f_async if is_async else f)
+    (row,) = scored(rows("x"), RewardFunction(f_async if is_async else f, place=place))
+    assert (row.outcome, row.detail.split(" (")[0][-len(error.__name__) - 6 :]) == (
+        "reward_error",
+        f"{error.__name__}: stop",
+    )
 
 
 def test_a_timeout_error_of_the_function_itself_is_its_error():
@@ -491,8 +491,9 @@ def test_functions_are_scored_again_after_closing():
         functions.close()
 
 
-def test_five_hundred_trivial_calls_cost_milliseconds():
-    functions = rewards_of(lambda p, r: 1.0)
+@pytest.mark.parametrize(("place", "limit_s"), [("inline", 0.02), ("thread", 0.1), (None, 0.2)])
+def test_five_hundred_trivial_calls_cost_milliseconds(place, limit_s):
+    functions = rewards_of(RewardFunction(lambda p, r: 1.0, place=place))
     functions.score(rows("x"))
     seconds = []
     for _ in range(20):
@@ -500,7 +501,7 @@ def test_five_hundred_trivial_calls_cost_milliseconds():
         start = time.perf_counter()
         functions.score(trajectories)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.02
+    assert min(seconds) < limit_s
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, 0.0), (80, 0.0), (90, -0.25), (100, -0.5), (120, -0.5)])

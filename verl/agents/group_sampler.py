@@ -11,7 +11,8 @@ from verl.agents.groups import has_no_signal
 from verl.algorithms.registry import BoundFunction
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
-from verl.rewards.functions import RewardFunctions, overlong_penalty
+from verl.rewards.functions import RewardFunctions
+from verl.rewards.shaping import overlong_penalty
 from verl.rollout.group_sampling import Sampler, sample_group
 from verl.utils.sampling_types import Completion, Prompt, SamplingParams
 from verl.utils.tokens import TextCodec

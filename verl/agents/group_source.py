@@ -127,11 +127,7 @@ class GroupSource(Source):
     async def _reward(self, group: Group) -> None:
         """Reward a group beside training, in a thread."""
         async with self._rewarding:
-            try:
-                await call_in_thread(lambda: self._sampler.reward(group.all_trajectories), name="rewards")
-            except (KeyboardInterrupt, SystemExit) as error:  # would end the loop of the engines, not the run
-                cause = f"{type(error).__name__} {error}"
-                raise RuntimeError(f"a reward function asked the program to end: {cause}") from error
+            await call_in_thread(lambda: self._sampler.reward(group.all_trajectories), name="rewards")
 
     def _reward_together(self, groups: list[Group]) -> list[None]:
         """Reward the groups of a turn in one call, outside of the event loop, which waits."""

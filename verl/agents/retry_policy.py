@@ -12,7 +12,7 @@ from verl.monitoring.ledger import Ledger
 
 Decision = Literal["complete", "retry", "gone"]
 # Outcomes of a reward that another attempt may mend.
-_TRANSIENT = ("reward_error", "reward_timeout")
+_TRANSIENT = ("reward_error", "reward_timeout", "reward_crash")
 # Seconds before the first further attempt beside training, and their growth: a service needs time to come back.
 _FIRST_PAUSE_S, _PAUSE_GROWTH = 2.0, 3.0
 

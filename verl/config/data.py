@@ -49,3 +49,6 @@ class RewardsConfig(Section):
     max_failed_share: float = setting(
         0.5, "Share of a step's answers without a reward above which the run stops.", ge=0, le=1
     )
+    isolation: Literal["process", "thread"] = setting(
+        "process", "Run functions in worker processes, which can be ended, or on threads of the trainer."
+    )

@@ -71,6 +71,32 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
     return torch.where(right, -weight * score.sigmoid(), 0)
 
 
+def overlong_penalty(length: int, *, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
+    """What an answer's length adds to its reward: 0 up to max - buffer, from there linearly to -penalty at
+    max and beyond.
+
+    Soft overlong punishment, DAPO, https://arxiv.org/abs/2503.14476, section 3.4, equation 13.
+
+    Args:
+        length: of the answer, in tokens.
+        max_tokens: longest answer, in tokens.
+        buffer_tokens: last part of it in which the reward falls, in tokens; 0: no punishment.
+        penalty: lost at the full length, unit of the reward.
+
+    Returns:
+        A number in [-penalty, 0].
+
+    Raises:
+        ValueError: the buffer is negative or longer than the longest answer.
+    """
+    if not 0 <= buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"need 0 <= buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens} and max_tokens={max_tokens}"
+        )
+    over = length - (max_tokens - buffer_tokens)
+    return -penalty * min(over / buffer_tokens, 1.0) if buffer_tokens and over > 0 else 0.0
+
+
 def bound_length_penalty(choice: Choice) -> BoundFunction | None:
     """The chosen function, called once on a small group so that a wrong option is found at the start; None
     for "off".

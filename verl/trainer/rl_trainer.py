@@ -206,7 +206,8 @@ class Trainer(BaseTrainer):
         is_read = bool(self.algorithm.reads & {*written_by("rewards"), "token_rewards"})
         if not (is_given or task or is_read or is_shaped or a.dynamic_sampling or a.likelihood_coef):
             return None
-        return build_rewards(config, self._reward_fn, placed=self.groups.placed_rewards)
+        placed = self.groups.placed_rewards
+        return build_rewards(config, self._reward_fn, placed=placed, note=self.notes.append)
 
     @override
     def load_train_data(self) -> LoadReport:

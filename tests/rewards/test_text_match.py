@@ -1,7 +1,7 @@
 import pytest
 
 from verl.data.batch import Trajectory
-from verl.rewards.tasks import exact, position_share, prefix_share
+from verl.rewards.text_match import exact, position_share, prefix_share
 from verl.utils.sampling_types import Prompt
 
 
