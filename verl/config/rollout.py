@@ -93,3 +93,8 @@ class RolloutConfig(Section):
         unit="nats",
         gt=0,
     )
+
+    @property
+    def has_servers(self) -> bool:
+        """True if servers answer the prompts, and not the processes of the policy."""
+        return bool(self.servers or self.addresses)

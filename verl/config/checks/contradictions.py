@@ -37,10 +37,6 @@ def _compares_with_sampler(config: TrainerConfig) -> bool:
     return a.correction.name in ("bypass", "loglinear", "off_policy_mask") or a.policy_loss.name == "dppo"
 
 
-def _num_generation_servers(config: TrainerConfig) -> int:
-    return config.rollout.servers + len(config.rollout.addresses)
-
-
 def _training_layout(config: TrainerConfig) -> str:
     """Layout that the hybrid engine names for training; auto if it is off or names none."""
     repartition = config.hybrid_engine.actor_repartition
@@ -209,7 +205,7 @@ _PLACEMENT = (
 
 _SERVERS = (
     Contradiction(
-        lambda c: c.rollout.engine in ("sglang", "served", "http") and _num_generation_servers(c) == 0,
+        lambda c: c.rollout.engine in ("sglang", "served", "http") and not c.rollout.has_servers,
         "servers for rollout.engine {c.rollout.engine}",
         "rollout.servers 0 and no rollout.addresses",
         "set one of them",

@@ -29,10 +29,6 @@ class InactiveSettings:
     kind: type[RunConfig] = TrainerConfig
 
 
-def _has_servers(config: TrainerConfig) -> bool:
-    return bool(config.rollout.servers or config.rollout.addresses)
-
-
 _ALGORITHM = (
     InactiveSettings(
         ("algorithm.kl.coef", "algorithm.kl.estimator"),
@@ -137,7 +133,7 @@ _PLACEMENT = (
     InactiveSettings(
         ("hybrid_engine.actor_repartition.enabled", "hybrid_engine.actor_repartition.tensor"),
         "rollout.engine",
-        lambda c: c.rollout.engine != "embedded" or _has_servers(c),
+        lambda c: c.rollout.engine != "embedded" or c.rollout.has_servers,
         "other engines have layouts of their own, see their options; "
         "it is for rollout.engine=embedded without servers",
     ),
@@ -187,7 +183,7 @@ _ROLLOUT = (
             "rollout.servers_sleep",
         ),
         "rollout.servers",
-        lambda c: not _has_servers(c),
+        lambda c: not c.rollout.has_servers,
         "there are no servers; set rollout.servers or rollout.addresses",
     ),
     InactiveSettings(
@@ -211,7 +207,7 @@ _ROLLOUT = (
     InactiveSettings(
         ("pipeline.oversample", "pipeline.batches"),
         "rollout.servers",
-        lambda c: not _has_servers(c),
+        lambda c: not c.rollout.has_servers,
         "the policy's own processes answer a step's prompts at once; "
         "set rollout.servers or rollout.addresses",
     ),
