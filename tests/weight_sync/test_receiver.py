@@ -1,4 +1,4 @@
-"""Updates of an engine of two ranks by each transport; the ranks are threads with loaders as in real engines."""
+"""Updates of an engine of two ranks by each transport; the ranks are threads with loaders of real engines."""
 
 from __future__ import annotations
 
