@@ -45,10 +45,11 @@ def on_ranks(function: str, num_ranks: int, *args: Any, limit_s: float = 150.0) 
 
 def _results(folder: Path, ranks: list[Any], deadline: float) -> list[Any]:
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        # A killed rank leaves no file, and the others would wait for it until the deadline. Read before the
+        # files, since a rank that fails writes its file first.
+        codes = [process.exitcode for process in ranks]
         failed = sorted(folder.glob("failed-*"))
         assert not failed, f"{failed[0].name}:\n{failed[0].read_text()}"
-        # A killed rank leaves no file, and the others would wait for it until the deadline.
-        codes = [process.exitcode for process in ranks]
         assert not any(codes), f"exit codes of the ranks: {codes}"
         time.sleep(0.05)
     failed = sorted(folder.glob("failed-*"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from verl.monitoring.formatting import format_duration
-from verl.monitoring.wait_tracker import StageWaits, Wait
+from verl.monitoring.wait_tracker import Wait
 from verl.monitoring.watchdog import DIAGNOSIS_FILE, RunSnapshot
 from verl.utils.process_id import ProcessState
 
@@ -191,14 +191,11 @@ def _training_waits(evidence: RunEvidence) -> str:
             "of it that records no waits"
         )
     wait, stage = max(others, key=lambda other: other[0].for_s)
+    waited = f"it has waited {format_duration(wait.for_s)} for {wait.what}"
+    waited += f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else ""
     if stage.stage == _GENERATION and evidence.still_s < evidence.allowed_s / 2:
-        return f"generation is slower than training: {_describe(wait, stage)}; more engines would help"
-    return f"{stage.stage} holds training up: {_describe(wait, stage)}"
-
-
-def _describe(wait: Wait, stage: StageWaits) -> str:
-    more = f", and has {stage.num_waits} such waits" if stage.num_waits > 1 else ""
-    return f"it has waited {format_duration(wait.for_s)} for {wait.what}{more}"
+        return f"generation is slower than training: {waited}; more engines would help"
+    return f"{stage.stage} holds training up: {waited}"
 
 
 # Causes of what a running run waits for, the first that applies; the last one always does.

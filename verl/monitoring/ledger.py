@@ -43,6 +43,19 @@ class OpenGroup:
     retries: dict[str, tuple[int, str]] = field(default_factory=dict)
     is_orphaned: bool = False
 
+    @classmethod
+    def restore(cls, state: Mapping[str, Any]) -> OpenGroup:
+        """The group of a ledger's state, orphaned since its process has ended."""
+        return cls(
+            prompt=state["prompt"],
+            version=state["version"],
+            state=state["state"],
+            attempts=state["attempts"],
+            versions=state["versions"] and (state["versions"][0], state["versions"][1]),
+            retries={failure: (num, cause) for failure, (num, cause) in state["retries"].items()},
+            is_orphaned=True,
+        )
+
 
 @dataclass(frozen=True)
 class LedgerCounts:
@@ -252,7 +265,7 @@ class Ledger:
         """
         with self._lock:
             counts = LedgerCounts(**state["counts"])
-            self._open = {int(number): _restored(group) for number, group in state["open"].items()}
+            self._open = {int(number): OpenGroup.restore(group) for number, group in state["open"].items()}
             self._dispatched, self._trained, self._again = counts.dispatched, counts.trained, counts.again
             self._dropped, self._failed = Counter(counts.dropped), Counter(counts.failed)
             self._retries = Counter(counts.retries)
@@ -372,19 +385,6 @@ def _plain(record: LedgerCounts | OpenGroup) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()
     }
-
-
-def _restored(group: Mapping[str, Any]) -> OpenGroup:
-    """An open group from a state, orphaned since its process has ended."""
-    return OpenGroup(
-        prompt=group["prompt"],
-        version=group["version"],
-        state=group["state"],
-        attempts=group["attempts"],
-        versions=group["versions"] and (group["versions"][0], group["versions"][1]),
-        retries={failure: (num, cause) for failure, (num, cause) in group["retries"].items()},
-        is_orphaned=True,
-    )
 
 
 def _check_failure(failure: str) -> None:

@@ -128,7 +128,7 @@ def broken(case: dict[str, Any], folder: Path) -> str:
 
 
 def not_finite(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Updates with a loss that is not finite, a good one, bad ones until the engine raises; then a bad gradient."""
+    """Updates with a loss that is not finite, a good one, bad ones until it raises; then a bad gradient."""
     engine = engine_on(case)
     losses = [
         update_with(engine, case, torch.nan if bad else 1.0) for bad in (True, True, False, True, True, True)
@@ -167,7 +167,7 @@ def streamed(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def together(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A policy, a critic and a reference in different layouts on the same ranks, in turn; and what they leave."""
+    """A policy, a critic and a reference in different layouts on the same ranks, and what they leave."""
     before = {name: getattr(torch.cuda, name) for name in ("current_device", "Stream", "manual_seed")}
     state = torch.get_rng_state()
     critic_case = {"source": case["source"], "kind": "value", "parallel": {"pipeline": 2}}

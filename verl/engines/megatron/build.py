@@ -70,24 +70,10 @@ def megatron_engine(
     own, passed = _check_options(role, parallel)
     folder = model_folder(source)
     spec = _read_spec(folder, kind, multiple=own["make_vocab_size_divisible_by"] * parallel.tensor)
-    sizes = ParallelSizes(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.sequence,
-        expert=own["expert"] if spec.is_moe else 0,
-        virtual_pipeline=own["virtual_pipeline"],
-    )
-    has_equal_stages = not any(name.startswith("num_layers_in_") for name in passed)
-    spec.check_divisible(
-        tensor=sizes.tensor,
-        context=sizes.context,
-        expert=own["expert"],
-        num_chunks=sizes.pipeline * sizes.virtual_pipeline if has_equal_stages else 1,
-    )
-    if spec.is_moe and sizes.tensor > 1:
+    if spec.is_moe and parallel.tensor > 1:
         # Megatron-Core's token dispatchers need each token on one tensor rank only.
         passed.setdefault("sequence_parallel", True)
-    coordinates = make_coordinates(sizes, device)
+    coordinates = make_coordinates(_check_sizes(spec, parallel, own, passed), device)
     precision: Any = role.precision
     with coordinates.active():
         config = transformer_config(spec, coordinates, precision, passed)
@@ -120,6 +106,31 @@ def _read_spec(folder: Path, kind: Literal["policy", "value"], *, multiple: int)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a model from {str(folder)!r}: {error}") from error
     return MegatronModelSpec(config, kind, -(-config.vocab_size // multiple) * multiple)
+
+
+def _check_sizes(
+    spec: MegatronModelSpec, parallel: ParallelConfig, own: dict[str, Any], passed: dict[str, Any]
+) -> ParallelSizes:
+    """The parallel sizes of a model.
+
+    Raises:
+        ValueError: they do not divide the model.
+    """
+    sizes = ParallelSizes(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.sequence,
+        expert=own["expert"] if spec.is_moe else 0,
+        virtual_pipeline=own["virtual_pipeline"],
+    )
+    has_equal_stages = not any(name.startswith("num_layers_in_") for name in passed)
+    spec.check_divisible(
+        tensor=sizes.tensor,
+        context=sizes.context,
+        expert=own["expert"],
+        num_chunks=sizes.pipeline * sizes.virtual_pipeline if has_equal_stages else 1,
+    )
+    return sizes
 
 
 def _check_options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
