@@ -33,13 +33,14 @@ from typing_extensions import override
 
 from verl.config.placement import ParallelConfig
 from verl.config.roles import OptimizerConfig, RoleConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.engines.base import Objective, dummy_batch
 from verl.engines.dcp_checkpoint import begin_save
+from verl.engines.device_meshes import DeviceMeshes, make_device_meshes
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
 from verl.engines.hf.pretrained import load_language_model, load_reward_model, save_model, value_model
-from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
-from verl.engines.tensor_parallel import Meshes, make_meshes
-from verl.utils.sampling_types import Prompt
+from verl.engines.local import LocalEngine, LocalForwardEngine
+from verl.engines.optimizer import build_adamw
 from verl.weight_sync.layout import Bounds, TensorShard, shape_of
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ def deepspeed_engine(
             else Policy(transformer, role.precision)
         )
     model.check_forward()
-    meshes = make_meshes(ParallelConfig(), device)
+    meshes = make_device_meshes(ParallelConfig(), device)
     if total_updates is None:
         return DeepSpeedForwardEngine(model.requires_grad_(False), role, parallel, meshes, device=device)
     return DeepSpeedEngine(model, role, parallel, meshes, device=device, total_updates=total_updates)
@@ -117,7 +118,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         model: Backbone,
         config: RoleConfig,
         parallel: ParallelConfig,
-        meshes: Meshes,
+        meshes: DeviceMeshes,
         *,
         device: torch.device,
     ) -> None:
@@ -164,8 +165,8 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
 
     def gather_over_data(self, thing: Any) -> list[Any]:
         """See `ForwardEngine.gather_over_data`."""
-        gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_ranks)
-        dist.all_gather_object(gathered, thing, group=self._meshes.data_ranks)
+        gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_group)
+        dist.all_gather_object(gathered, thing, group=self._meshes.data_group)
         return gathered
 
     @contextmanager
@@ -179,7 +180,7 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         with self.unsharded_weights():
             if dist.get_rank() == 0:
                 save_model(self.model, folder)
-            dist.barrier(self._meshes.data_ranks)
+            dist.barrier(self._meshes.data_group)
 
     def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `ForwardEngine.full_tensors`."""
@@ -220,7 +221,8 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
                 yield TensorShard(name, bounds, f"{name} from {start + place}", (0,) * len(bounds)), home
                 place += math.prod(size)
 
-    def _forward(self, call: Callable[..., T], *args: Any) -> T:
+    @override
+    def forward(self, call: Callable[..., T], *args: Any) -> T:
         head = self.model.transformer.get_output_embeddings() if isinstance(self.model, PolicyModel) else None
         with self.model.forward_mode(), ExitStack() as kept:
             kept.enter_context(_kept_whole(list(head.parameters()) if head else []))
@@ -233,12 +235,12 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
 
     @override
     def dummy_forward_backward(self) -> None:
-        row = Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])
-        loss = self._forward(self.model.zero_loss, self._inputs(row))
+        loss = self.forward(self.model.zero_loss, self.model_inputs(dummy_batch()))
         if torch.is_grad_enabled():
-            self._backward(loss)
+            self.backward(loss)
 
-    def _backward(self, loss: Tensor) -> None:
+    @override
+    def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the number of ranks; a loss is a sum over all rows of an update, so are its
         # gradients.
         with self._until_backward:
@@ -256,7 +258,7 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         model: Backbone,
         config: RoleConfig,
         parallel: ParallelConfig,
-        meshes: Meshes,
+        meshes: DeviceMeshes,
         *,
         device: torch.device,
         total_updates: int,
@@ -267,15 +269,17 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         DeepSpeedForwardEngine.__init__(self, model, config, parallel, meshes, device=device)
 
     def _begin(self, device: torch.device) -> None:
-        self._prepare(device, self._total_updates)
+        self.prepare_training(self._total_updates)
 
-    def _build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
+    @override
+    def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
         """AdamW as on one device; DeepSpeed gives it the shares in place of the parameters."""
-        optimizer = build_optimizer(self.model, config, fused=False)
+        optimizer = build_adamw(self.model, config, fused=False)
         self._deepspeed = self._divided(optimizer)
         return optimizer
 
-    def _step(self) -> float:
+    @override
+    def step(self) -> float:
         # Of this engine: DeepSpeed's has a number where a gradient has none, and would step.
         squares = sum(
             _own_part(p, safe_get_local_grad(p)).double().square().sum() for p in self.model.parameters()
@@ -288,11 +292,13 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
             self._schedule.step()
         return norm
 
-    def _skipped(self, what: str, rows: Sequence[int]) -> dict[str, float]:
+    @override
+    def skip_update(self, kind: str, rows: Sequence[int]) -> dict[str, float]:
         self._deepspeed.optimizer.zero_grad()
-        return super()._skipped(what, rows)
+        return super().skip_update(kind, rows)
 
-    def _culprits(self, batch: Batch, rows: Any, objective: Any) -> list[int]:
+    @override
+    def bad_rows(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
         return batch.row_ids[
             list(rows)
         ].tolist()  # A forward pass of each row alone would need the other ranks.
@@ -301,14 +307,14 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         """See `TrainEngine.save`; each rank writes its share."""
         if dist.get_rank() == 0:
             self.model.transformer.config.save_pretrained(folder)
-        return begin_save(folder, self._state(), self._progress(), group=self._saving)
+        return begin_save(folder, self._state(), self.progress(), group=self._saving)
 
     def load(self, folder: Path) -> None:
         """See `TrainEngine.load`."""
         try:
             progress = json.loads((folder / "progress.json").read_text())
-            if progress["kind"] != self._kind:
-                raise ValueError(f"need a {self._kind}, got a {progress['kind']}")
+            if progress["kind"] != self.model_kind:
+                raise ValueError(f"need a {self.model_kind}, got a {progress['kind']}")
             for flat in self._deepspeed.optimizer.fp32_partitioned_groups_flat if progress["updates"] else ():
                 moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
                 self._optimizer.state[flat] = {"step": torch.tensor(float(progress["updates"])), **moments}
@@ -320,7 +326,7 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
             ) from error
         for name, parameter in self.model.named_parameters():
             self._take(parameter, *(state[key].to_local() for key in _keys(name) if key in state))
-        self._go_on(progress)
+        self.restore_progress(progress)
 
     @torch.no_grad()
     def _take(self, parameter: Any, weights: Tensor, *moments: Tensor) -> None:

@@ -5,7 +5,6 @@ are none.
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.objective import Algorithm
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
-from verl.config.roles import OptimizerConfig
 from verl.engines.base import NotFiniteError
-from verl.engines.local import lr_factor
 from verl.engines.roles.policy import PolicyWorker
 
 WHOLE = [[0, 1, 2, 3, 4, 5]]
@@ -66,20 +63,6 @@ def test_gradient_checkpointing_and_chunks_of_logits_change_memory_only():
         {"gradient_checkpointing": True, "chunk": 3},
     ):
         assert distance(gradient(learn(batch, WHOLE, **settings)[0]), gradient(plain)) < 1e-6
-
-
-def test_the_schedules_go_through_their_points():
-    def rates(schedule, updates, **settings):
-        config = OptimizerConfig(schedule=schedule, **settings)
-        return [lr_factor(update, config, 10) for update in updates]
-
-    assert rates("constant", [0, 1, 2, 3, 99], warmup_steps=3) == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates("linear", [0, 5, 10, 20]) == [1.0, 0.5, 0.0, 0.0]
-    assert rates("linear", [0, 1, 2, 6, 10], warmup_steps=2, min_lr_ratio=0.5) == pytest.approx(
-        [1 / 3, 2 / 3, 1.0, 0.75, 0.5]
-    )
-    assert rates("cosine", [0, 5, 10], min_lr_ratio=0.1) == pytest.approx([1.0, 0.55, 0.1])
-    assert rates("cosine", [2.5]) == pytest.approx([(1 + math.sqrt(0.5)) / 2])
 
 
 def test_an_update_reports_the_rate_that_it_was_made_with():

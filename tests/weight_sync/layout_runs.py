@@ -9,8 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from verl.config.placement import ParallelConfig
+from verl.engines.device_meshes import make_device_meshes
 from verl.engines.hf.weights import local_shards
-from verl.engines.tensor_parallel import make_meshes, parallelize
+from verl.engines.tensor_parallel import parallelize
 from verl.weight_sync.layout import TensorShard
 
 
@@ -20,7 +21,7 @@ def shards_of(config: dict[str, Any], parallels: list[dict[str, int]]) -> list[l
     for parallel in parallels:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        meshes = make_meshes(ParallelConfig(**parallel), torch.device("cpu"))
+        meshes = make_device_meshes(ParallelConfig(**parallel), torch.device("cpu"))
         if meshes.tensor is not None:
             parallelize(model, meshes.tensor)
         for layer in model.model.layers:

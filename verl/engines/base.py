@@ -1,41 +1,41 @@
-"""The contract of a training engine: a model behind three verbs (infer, update, save), whatever it is sharded
-over.
-"""
+"""The contract of an engine: a model with forward passes and optimizer updates, however it is sharded."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
-from verl.data.batch import Batch, ModelInput
+from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
 from verl.engines.hf.lora import disable_lora
 from verl.engines.hf.models import Backbone
 from verl.engines.hf.weights import full_shapes, full_tensors, local_shards, local_tensors
+from verl.utils.sampling_types import Prompt
 from verl.weight_sync.layout import TensorShard
 from verl.weight_sync.meshes import Mesh
 
-# One forward pass over some rows: a value, or several, per response token, [M, ...] fp32.
+# In shapes: B rows, T response tokens of the longest row, M response tokens of all rows.
+
+# One forward pass over some rows: one or several values per response token, [M, ...] fp32.
 Outputs = Callable[[ModelInput], Tensor]
-# The loss of some rows, a scalar that sums to the loss of the minibatch over any split of it, and sums of
-# monitors over tokens, or their largest, see `MAX_SUFFIX`.
+# The loss of some rows, a scalar, and their monitors, scalars too. The losses of the parts of any split of a
+# minibatch sum to the loss of the minibatch; so do monitors, except those with `MAX_SUFFIX`.
 Objective = Callable[[Batch, ModelInput], tuple[Tensor, dict[str, Tensor]]]
-
-
-# Monitors whose names end so are not summed: the largest counts.
+# A monitor whose name ends so is combined by its maximum.
 MAX_SUFFIX = "_max"
 
 
-def combined(name: str, one: Any, other: Any) -> Any:
-    """A monitor of two parts of the rows together, numbers or scalars."""
+def combine_monitors(name: str, one: Any, other: Any) -> Any:
+    """A monitor (numbers or scalar tensors) of two parts of the rows, combined: their sum or maximum."""
     return max(one, other) if name.endswith(MAX_SUFFIX) else one + other
 
 
@@ -45,33 +45,44 @@ class NotFiniteError(RuntimeError):
 
 @dataclass
 class UpdateTotals:
-    """What an update that is not finished has come to on one rank, beside its gradients.
+    """Loss, monitors and rows of an unfinished update on one rank.
 
     Attributes:
-        totals: the loss and the monitors so far, scalars by name.
-        bad: numbers of the rows whose loss is not finite.
-        rows: numbers of all rows so far.
+        monitors: the loss (as `loss`) and the monitors so far, scalars by name.
+        bad_rows: `row_ids` of the rows whose loss is not finite.
+        rows: `row_ids` of all rows so far.
     """
 
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    bad: list[int] = field(default_factory=list)
+    monitors: dict[str, Tensor] = field(default_factory=dict)
+    bad_rows: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
     def add(self, loss: Tensor, monitors: Mapping[str, Tensor]) -> None:
-        """Takes in a micro-batch."""
+        """Add the loss and the monitors of a micro-batch."""
         for name, value in {"loss": loss.detach(), **monitors}.items():
-            self.totals[name] = combined(name, self.totals[name], value) if name in self.totals else value
+            known = name in self.monitors
+            self.monitors[name] = combine_monitors(name, self.monitors[name], value) if known else value
+
+    def over_ranks(self, gather: Callable[[Any], list[Any]]) -> tuple[dict[str, float], list[int]]:
+        """Monitors and bad rows of all data ranks; `gather` is `ForwardEngine.gather_over_data`."""
+        ranks = gather(({name: float(value) for name, value in self.monitors.items()}, self.bad_rows))
+        combined: dict[str, float] = {}
+        for monitors, _ in ranks:
+            for name, value in monitors.items():
+                known = name in combined
+                combined[name] = combine_monitors(name, combined[name], value) if known else value
+        return combined, [row for _, bad_rows in ranks for row in bad_rows]
 
 
 class ForwardEngine(ABC):
-    """A model that is only read, and how it is spread over devices.
+    """A model that runs forward passes, and the way it is sharded over devices.
 
     Attributes:
         model: the model; generation may share its storage.
-        places: where this rank stands, see `Worker`.
-        mesh: sizes of the layout that the weights have.
-        can_generate: whether `model` can answer prompts, inside `unsharded_weights`; if not, another model of these
-            weights must.
+        dispatch_ranks: this rank's place in each layout of its group, see `Worker`.
+        mesh: sizes of the mesh that the weights are sharded over.
+        can_generate: True if `model` can generate inside `unsharded_weights`; else the hybrid engine has a
+            copy of the model for it.
     """
 
     model: Backbone
@@ -86,55 +97,49 @@ class ForwardEngine(ABC):
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        """[B, T, ...] fp32, `outputs` of every response token of the rows in the micro-batches, without
-        gradient, 0 elsewhere.
+        """`outputs` of every response token of the rows in the micro-batches, [B, T, ...] fp32, 0 elsewhere.
 
-        The rows are those of this rank; all ranks have the same number of micro-batches, of which some may be
-        empty.
+        No gradient is computed. The rows are those of this rank. All ranks pass the same number of
+        micro-batches, some of which may be empty.
         """
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format, low-rank additions merged into the weights; on all ranks
-        together.
-        """
+        """Write the model in Hugging Face format, LoRA weights merged; on all ranks together."""
 
-    def gather_over_data(self, thing: Any) -> list[Any]:
-        """Plain data of every data rank, in their order; of this one, if it is alone."""
-        return [thing]
+    def gather_over_data(self, item: Any) -> list[Any]:
+        """Items (plain data) of all data ranks, in the order of the ranks; a collective."""
+        return [item]
 
     def unsharded_weights(self) -> AbstractContextManager[None]:
-        """Inside, this rank can run forward passes without the other data ranks, as generation does."""
+        """Context in which this rank can run forward passes without the other data ranks, to generate."""
         return nullcontext()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole tensors of the model, by their names in a Hugging Face folder."""
-        return dict(full_shapes(self.model.transformer))
+        return full_shapes(self.model.transformer)
 
     def local_shards(self) -> list[TensorShard]:
-        """What of the whole tensors lies on this rank."""
+        """Shards of the whole tensors on this rank."""
         return local_shards(self.model.transformer)
 
     def local_tensors(self) -> dict[str, Tensor]:
-        """The local tensors of `pieces`, by name; low-rank additions are merged into them, which takes all
-        ranks.
-        """
+        """The tensors of `local_shards` by name; merging LoRA weights into them is a collective."""
         return local_tensors(self.model.transformer)
 
     def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors, one after the other, low-rank additions merged into them; on all ranks
-        together.
+        """Names and whole tensors, one after the other, LoRA weights merged; on all ranks together.
 
         Args:
-            wanted: names of those to yield, the same on all ranks; none: all.
+            wanted: names of the tensors to yield, the same on all ranks; None: all.
         """
         return full_tensors(self.model.transformer, wanted)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the one that its low-rank additions started from.
+        """Context in which the model computes without its LoRA adapter, as the model before training.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the model has no adapter.
         """
         return disable_lora(self.model.transformer)
 
@@ -143,7 +148,7 @@ class TrainEngine(ForwardEngine):
     """A model that is trained, with its optimizer.
 
     Attributes:
-        can_accumulate: whether an update may come in portions, by `accumulate` and `finish`.
+        can_accumulate: True if an update may come in portions, by `accumulate` and `finish`.
     """
 
     can_accumulate: bool = False
@@ -152,68 +157,87 @@ class TrainEngine(ForwardEngine):
     def update(
         self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective
     ) -> dict[str, float]:
-        """One optimizer update with the gradient of the objective, summed over the micro-batches of all data
-        ranks.
+        """One optimizer update with the gradient of the objective.
 
-        An update whose loss or gradient is not finite changes nothing, counts in `skipped_updates`, and after
-        `max_bad_updates` in a row raises.
+        The gradient is summed over the micro-batches of all data ranks. An update whose loss or gradient is
+        not finite changes nothing and counts in `skipped_updates`.
 
         Returns:
-            loss, grad_norm (before clipping), lr, skipped_updates, and the sums of the monitors, the same on
-            all ranks.
+            loss, grad_norm (before clipping), lr, skipped_updates, and the combined monitors, the same on all
+            ranks; of a skipped update only a part of them.
 
         Raises:
-            NotFiniteError: see above; names the rows.
+            NotFiniteError: `max_bad_updates` updates in a row were not finite; names the rows.
         """
 
     def accumulate(self, batch: Batch, micro_batches: Sequence[Sequence[int]], objective: Objective) -> None:
-        """Adds the gradient of a portion of an update to those of the portions before it; weights and
-        optimizer stay.
+        """Add the gradient of a portion of an update; weights and optimizer stay as they are.
 
-        All ranks take part in every portion, as in an update. Between portions the model may be read, by
-        `infer` or to generate.
+        All ranks take part in every portion, as in an update. Between portions the model may run forward
+        passes, by `infer` or to generate.
 
         Raises:
             ValueError: this engine makes whole updates only.
         """
         raise ValueError(
-            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next"
+            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to "
+            "the next"
         )
 
     def finish(self, scale: float = 1.0) -> dict[str, float]:
-        """The update with everything that was accumulated since the last one, as if `update` had been given
-        all of it at once.
+        """Make the update with all portions since the last one, as one call of `update` with all rows would.
 
         Args:
-            scale: of the loss and its gradient: what the portions could not know, such as 1 / (tokens of all
-                of them). Monitors are sums, and stay.
+            scale: factor of the loss and its gradient that a portion could not know, such as 1 / (tokens of
+                all portions). Monitors are sums and are not scaled.
 
         Returns:
-            See `update`.
+            The metrics of `update`.
 
         Raises:
-            NotFiniteError: see `update`.
+            NotFiniteError: as in `update`.
+            ValueError: this engine makes whole updates only.
         """
         raise ValueError(
-            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to the next"
+            f"need whole updates for {type(self).__name__}, which does not keep gradients from one call to "
+            "the next"
         )
 
     def discard(self) -> None:
-        """Forgets what was accumulated; the next portion begins an update."""
+        """Forget the accumulated portions; the next portion begins an update."""
         return
 
     @abstractmethod
     def save(self, folder: Path) -> Callable[[], None]:
-        """Begins to write weights, optimizer, schedule and loss scale; training may go on at once.
+        """Begin to write weights, optimizer, schedule and loss scale; training may go on at once.
 
         Returns:
-            What waits until they are on the disk, or raises what kept them from it.
+            A function that waits until they are on the disk, and raises the error that prevented it.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, on however many ranks, into the storage that is in use.
+        """Read a checkpoint of `save`, written on any number of ranks, into the storage in use.
 
         Raises:
-            ValueError: the folder is not of this model, or broken.
+            ValueError: the folder is of another model, or broken.
         """
+
+
+def scatter_response_values(batch: Batch, parts: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """[B, T, ...] fp32 from the values [m, ...] of the response tokens of some rows; 0 elsewhere."""
+    present = present_mask(batch.response_lengths)
+    result = torch.zeros(present.shape)
+    for rows, values in parts:
+        if values.ndim >= result.ndim:
+            # Several values per token, which is known from the first part on.
+            result = result.new_zeros(*present.shape, *values.shape[1:])
+        block = result.new_zeros(len(rows), *result.shape[1:])
+        block[present[list(rows)]] = values
+        result[list(rows)] = block
+    return result
+
+
+def dummy_batch() -> Batch:
+    """One row of one token, for a rank without rows that must take part in a collective forward pass."""
+    return Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])

@@ -1,9 +1,9 @@
-"""Training with weights sharded over ranks: FSDP2, by itself or with tensor and sequence parallelism."""
+"""Engines with weights sharded by FSDP2, alone or with tensor and sequence parallelism."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,17 +24,20 @@ from typing_extensions import override
 
 from verl.config.placement import ParallelConfig
 from verl.config.roles import OptimizerConfig, RoleConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.engines.base import Objective, dummy_batch
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
+from verl.engines.device_meshes import DeviceMeshes, make_device_meshes
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
 from verl.engines.hf.lora import add_lora
 from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights, parameters_on_meta
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
 from verl.engines.hf.pretrained import value_model
-from verl.engines.local import LocalEngine, LocalForwardEngine, build_optimizer
-from verl.engines.tensor_parallel import Meshes, check_sizes, is_head_norm, make_meshes, parallelize
+from verl.engines.hf.weights import to_local
+from verl.engines.local import LocalEngine, LocalForwardEngine
+from verl.engines.optimizer import build_adamw
+from verl.engines.tensor_parallel import check_parallel_sizes, is_head_norm, parallelize
 from verl.utils.device import PRECISIONS
-from verl.utils.sampling_types import Prompt
 
 T = TypeVar("T")
 
@@ -48,107 +51,92 @@ def sharded_engine(
     device: torch.device,
     total_updates: int | None,
 ) -> FSDPForwardEngine:
-    """The engine of a model that is spread over all ranks of the default process group; made on all of them
-    at once.
+    """Engine of a model that is sharded over all ranks of the default process group; a collective.
 
-    The model is built without memory, sharded, and filled slice by slice: no rank ever holds it whole.
+    The model is built on the meta device, sharded, and filled slice by slice: no rank ever holds it whole.
 
     Args:
-        source: folder or hub name of a causal language model; of a reward model, if it becomes one.
-        kind: what it becomes.
+        source: folder or hub name of a causal language model; for `kind` reward of a reward model.
+        kind: use of the model.
         role: precision, packing, optimizer.
         parallel: sizes of the meshes.
-        device: of this rank.
-        total_updates: of the whole run, for the schedule; None: the model is only read.
+        device: device of this rank.
+        total_updates: updates of the whole run, for the schedule of the learning rate; None: the model is not
+            trained.
 
     Raises:
-        ValueError: sizes that do not fit the model or the ranks, or no model.
+        ValueError: sizes that do not fit the model or the ranks, or there is no such model.
     """
     if parallel.pipeline > 1 or parallel.engine.options:
         raise ValueError(
-            f"need pipeline=1 and no options for the engine fsdp, got {parallel}; take engine=megatron for stages of layers"
+            f"need pipeline=1 and no options for the engine fsdp, got {parallel}; "
+            "take engine=megatron for stages of layers"
         )
     folder = model_folder(source)
-    meshes = make_meshes(parallel, device)
-    transformer = empty_transformer(
-        folder, AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
-    )
-    check_sizes(transformer, parallel, packing=role.packing)
+    meshes = make_device_meshes(parallel, device)
+    family = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    transformer = empty_transformer(folder, family)
+    check_parallel_sizes(transformer, parallel, packing=role.packing)
     if total_updates is not None and role.lora.rank:
         add_lora(transformer, role.lora)
     if kind == "value":
         with parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
     else:
-        model = (
-            RewardModel(transformer, role.precision)
-            if kind == "reward"
-            else PolicyModel(transformer, role.precision)
-        )
+        model = {"policy": PolicyModel, "reward": RewardModel}[kind](transformer, role.precision)
     if total_updates is None:
         model.requires_grad_(False)
-    _shard(model, role, parallel, meshes, device)
+    shard_model(model, role, parallel, meshes, device=device)
     load_sharded(model, str(folder))
     model(model.check_forward)
-    _root(model).reshard()
+    fsdp_modules(model)[0].reshard()
+    # Only now, since the check compares whole sequences.
     model.sequence = meshes.sequence
     if total_updates is None:
-        return FSDPForwardEngine(model, role, meshes, device=device)
-    return FSDPEngine(model, role, meshes, device=device, total_updates=total_updates)
+        return FSDPForwardEngine(model, role, meshes)
+    return FSDPEngine(model, role, meshes, total_updates=total_updates)
 
 
-def _shard(
-    model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: Meshes, device: torch.device
+def shard_model(
+    model: Backbone, role: RoleConfig, parallel: ParallelConfig, meshes: DeviceMeshes, *, device: torch.device
 ) -> None:
-    """Spreads a model without memory over the meshes, and gives it the memory of this rank's part."""
+    """Shard a model on the meta device over the meshes, and allocate the local shards, not filled yet."""
     if meshes.tensor is not None:
         parallelize(model.transformer, meshes.tensor)
-    dtype = PRECISIONS[role.precision]
-    policy = (
-        MixedPrecisionPolicy()
-        if role.precision == "fp32"
-        else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    )
-    rests = CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.offload else OffloadPolicy()
-    options: dict[str, Any] = {"mesh": meshes.data, "mp_policy": policy, "offload_policy": rests}
+    precision = MixedPrecisionPolicy()
+    if role.precision != "fp32":
+        # Gradients are summed over ranks in fp32.
+        precision = MixedPrecisionPolicy(param_dtype=PRECISIONS[role.precision], reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.offload else OffloadPolicy()
+    options: dict[str, Any] = {"mesh": meshes.data, "mp_policy": precision, "offload_policy": offload}
     for layer in model.transformer.base_model.get_submodule("layers").children():
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    for module in _sharded_modules(model):
-        # A loss is a sum over all rows of an update, so are its gradients.
+    for module in fsdp_modules(model):
+        # A loss is a sum over all rows of an update, so gradients are summed over ranks, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    home = torch.device("cpu") if parallel.offload else device
+    storage = torch.device("cpu") if parallel.offload else device
     with keep_tied_weights(model.transformer):
-        model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
+        model._apply(lambda t: torch.empty_like(t, device=storage) if t.is_meta else t.to(device))
     model.compute_device = device
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Modules whose parameters are gathered together, the model itself first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _root(model: nn.Module) -> FSDPModule:
-    assert isinstance(model, FSDPModule)
-    return model
-
-
-def _one_token() -> Batch:
-    """A row that asks nothing of a model but to take part."""
-    return Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])
-
-
 class FSDPForwardEngine(LocalForwardEngine):
-    """A sharded model that is only read.
+    """A sharded model that runs forward passes only.
 
     Args:
         model: sharded over `meshes`.
-        config: whether rows are packed.
+        config: decides if rows are packed.
         meshes: of its ranks.
-        device: of this rank.
     """
 
-    def __init__(self, model: Backbone, config: RoleConfig, meshes: Meshes, *, device: torch.device) -> None:
+    def __init__(self, model: Backbone, config: RoleConfig, meshes: DeviceMeshes) -> None:
         self.model = model
         self.model.eval()
         self.dispatch_ranks = meshes.dispatch_ranks
@@ -157,17 +145,17 @@ class FSDPForwardEngine(LocalForwardEngine):
         self._meshes = meshes
 
     @override
-    def gather_over_data(self, thing: Any) -> list[Any]:
-        gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_ranks)
-        dist.all_gather_object(gathered, thing, group=self._meshes.data_ranks)
+    def gather_over_data(self, item: Any) -> list[Any]:
+        gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_group)
+        dist.all_gather_object(gathered, item, group=self._meshes.data_group)
         return gathered
 
     @contextmanager
     def unsharded_weights(self) -> Iterator[None]:
-        """See `ForwardEngine.unsharded_weights`; the shards of tensor parallelism stay."""
-        modules = _sharded_modules(self.model)
+        """Context in which the shards of FSDP are gathered; those of tensor parallelism stay."""
+        modules = fsdp_modules(self.model)
         with torch.no_grad():
-            # The root first, as FSDP2 takes for the root what is first used.
+            # FSDP2 takes the module that is used first for the root, so the model itself must be the first.
             self.model(lambda: None)
             for module in modules:
                 module.unshard()
@@ -183,19 +171,19 @@ class FSDPForwardEngine(LocalForwardEngine):
     def export(self, folder: Path) -> None:
         export_model(self.model, folder)
 
-    def _forward(self, call: Callable[..., T], *args: Any) -> T:
+    @override
+    def forward(self, call: Callable[..., T], *args: Any) -> T:
         try:
-            return super()._forward(call, *args)
+            return super().forward(call, *args)
         finally:
             if not torch.is_grad_enabled():
-                # No backward pass will: until then the root's parameters are whole ones, which no optimizer
-                # knows.
-                _root(self.model).reshard()
+                # Without a backward pass FSDP2 leaves the parameters of the root unsharded, and the optimizer
+                # has the sharded ones.
+                fsdp_modules(self.model)[0].reshard()
 
     @override
     def dummy_forward_backward(self) -> None:
-        inputs = self._inputs(_one_token())
-        self._forward(self.model.zero_loss, inputs)
+        self.forward(self.model.zero_loss, self.model_inputs(dummy_batch()))
 
 
 class FSDPEngine(FSDPForwardEngine, LocalEngine):
@@ -205,96 +193,90 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
         model: sharded over `meshes`.
         config: precision, micro-batches, optimizer.
         meshes: of its ranks.
-        device: of this rank.
-        total_updates: of the whole run, for the schedule.
+        total_updates: updates of the whole run, for the schedule of the learning rate.
     """
 
     def __init__(
-        self, model: Backbone, config: RoleConfig, meshes: Meshes, *, device: torch.device, total_updates: int
+        self, model: Backbone, config: RoleConfig, meshes: DeviceMeshes, *, total_updates: int
     ) -> None:
-        FSDPForwardEngine.__init__(self, model, config, meshes, device=device)
-        # A group for each model: two that are saved at once would answer each other.
+        FSDPForwardEngine.__init__(self, model, config, meshes)
+        # A group for each model: in one group two models that are saved at once would mix their messages.
         self._saving = dist.new_group(backend="gloo")
-        self._prepare(device, total_updates)
+        self.prepare_training(total_updates)
 
     @override
-    def save(self, folder: Path) -> Callable[[], None]:
-        if dist.get_rank() == 0:
-            self.model.transformer.config.save_pretrained(folder)
-        return begin_save(
-            folder, trained_state(self.model, self._optimizer), self._progress(), group=self._saving
-        )
+    def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
+        def mesh_of(parameter: Tensor) -> Any:
+            return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
-    @override
-    def load(self, folder: Path) -> None:
-        self._go_on(load_trained(folder, self.model, self._optimizer, kind=self._kind, is_alone=False))
-
-    def _build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """AdamW as on one device; parameters on different meshes are in groups of their own, which are
-        updated as one each.
-        """
-        optimizer = build_optimizer(self.model, config, fused=False)
+        # The parameters of a group are updated by one kernel, which wants them on one mesh.
+        optimizer = build_adamw(self.model, config, fused=False)
         groups = [
-            {**group, "params": [p for p in group["params"] if _mesh_of(p) == mesh]}
+            {**group, "params": [p for p in group["params"] if mesh_of(p) == mesh]}
             for group in optimizer.param_groups
-            for mesh in dict.fromkeys(_mesh_of(p) for p in group["params"])
+            for mesh in dict.fromkeys(mesh_of(p) for p in group["params"])
         ]
         return torch.optim.AdamW(groups)
 
     @override
     def dummy_forward_backward(self) -> None:
-        loss = self._forward(self.model.zero_loss, self._inputs(_one_token()))
+        loss = self.forward(self.model.zero_loss, self.model_inputs(dummy_batch()))
         if torch.is_grad_enabled():
-            self._backward(loss)
+            self.backward(loss)
 
-    def _culprits(self, batch: Batch, rows: Any, objective: Any) -> list[int]:
+    @override
+    def bad_rows(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
         # A forward pass of each row alone would need the other ranks.
         return batch.row_ids[list(rows)].tolist()
 
     @torch.no_grad()
-    def _clipped_norm(self, limit: float) -> float:
+    @override
+    def clip_gradients(self, max_norm: float) -> float:
         parameters = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
         self._sum_head_norms(parameters)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         norm = math.sqrt(self._sum_of_squares(gradients))
-        if norm > limit:
+        if norm > max_norm:
             for gradient in gradients:
-                gradient.mul_(limit / (norm + 1e-6))
+                gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
     def _sum_head_norms(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Gradients of weights of which each tensor rank has seen its own heads only."""
+        """Sum the gradients of norms of single heads over the tensor ranks, which have different heads."""
         tensor = self._meshes.tensor
         for name in filter(is_head_norm, parameters if tensor is not None else ()):
             gradient = parameters[name].grad
             assert isinstance(gradient, DTensor) and tensor is not None
             local = gradient.to_local()
-            whole = local.to(self.model.device)
-            dist.all_reduce(whole, group=tensor.get_group())
-            local.copy_(whole)
+            total = local.to(self.model.device)
+            dist.all_reduce(total, group=tensor.get_group())
+            local.copy_(total)
 
     def _sum_of_squares(self, gradients: list[Tensor]) -> float:
-        """Over all shards; what tensor ranks have in common counts once."""
+        """Sum of squares over all shards; a gradient that tensor ranks have in common counts once."""
+        data, tensor = self._meshes.data, self._meshes.tensor
+        # Of gradients that all tensor ranks have, and of those that are sharded over the tensor ranks.
         sums = torch.zeros(2, dtype=torch.float64)
         for gradient in gradients:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            sums[int(_is_tensor_parallel(gradient, self._meshes))] += (
-                local.float().square().sum().double().cpu()
-            )
+            is_tensor_parallel = isinstance(gradient, DTensor) and gradient.device_mesh.ndim > data.ndim
+            sums[int(is_tensor_parallel)] += to_local(gradient).float().square().sum().double().cpu()
         sums = sums.to(self.model.device)
-        shards = self._meshes.data if self._meshes.data.ndim == 1 else self._meshes.data["shards"]
+        shards = data if data.ndim == 1 else data["shards"]
         dist.all_reduce(sums, group=shards.get_group())
-        if self._meshes.tensor is not None:
-            of_tensor_ranks = sums[1:].clone()
-            dist.all_reduce(of_tensor_ranks, group=self._meshes.tensor.get_group())
-            sums[1:] = of_tensor_ranks
+        if tensor is not None:
+            over_tensor_ranks = sums[1:].clone()
+            dist.all_reduce(over_tensor_ranks, group=tensor.get_group())
+            sums[1:] = over_tensor_ranks
         return float(sums.sum())
 
+    @override
+    def save(self, folder: Path) -> Callable[[], None]:
+        if dist.get_rank() == 0:
+            self.model.transformer.config.save_pretrained(folder)
+        state = trained_state(self.model, self._optimizer)
+        return begin_save(folder, state, self.progress(), group=self._saving)
 
-def _mesh_of(parameter: Tensor) -> Any:
-    return parameter.device_mesh if isinstance(parameter, DTensor) else None
-
-
-def _is_tensor_parallel(gradient: Tensor, meshes: Meshes) -> bool:
-    """Whether a tensor is sharded over the tensor ranks, beside the mesh of the data ranks."""
-    return isinstance(gradient, DTensor) and gradient.device_mesh.ndim > meshes.data.ndim
+    @override
+    def load(self, folder: Path) -> None:
+        progress = load_trained(folder, self.model, self._optimizer, kind=self.model_kind, is_alone=False)
+        self.restore_progress(progress)

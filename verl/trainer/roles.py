@@ -62,7 +62,7 @@ class Roles:
     def write_columns(self, rows: Batch) -> None:
         """Add the columns that a chosen function reads: old and reference logprobs, values, teacher logprobs.
 
-        StreamedBatch that were accumulated have them.
+        Portions that were accumulated have them.
 
         Raises:
             ValueError: answers have no logprobs, but a chosen function reads the sampler's.

@@ -1,4 +1,4 @@
-"""LoRA adapters on the linear layers of a model, by PEFT: they are trained instead of the weights themselves."""
+"""LoRA adapters on the linear layers of a model, by PEFT, which are trained instead of the weights."""
 
 from __future__ import annotations
 

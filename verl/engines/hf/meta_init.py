@@ -1,4 +1,4 @@
-"""Models on the meta device: built without memory, sharded, and only then given the memory of the local shards."""
+"""Models on the meta device: built and sharded without memory, then given that of the local shards."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """A model of one shard needs no bar; Transformers draws one for each load and save."""
+def without_progress_bars() -> Iterator[None]:
+    """Context without the progress bars that Transformers draws for each load and save, even of one file."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -45,16 +45,16 @@ def load_language_model(path: str) -> PreTrainedModel:
         ValueError: there is no such model.
     """
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load a causal language model from {path!r}: {_cause(path, error)}"
+            f"cannot load a causal language model from {path!r}: {load_failure(path, error)}"
         ) from error
 
 
 def check_model(path: str) -> None:
-    """Looks at the configuration of a model, before anything is loaded.
+    """Read the configuration of a causal language model, to fail before anything is loaded.
 
     Raises:
         ValueError: there is no such model.
@@ -63,13 +63,13 @@ def check_model(path: str) -> None:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load a causal language model from {path!r}: {_cause(path, error)}"
+            f"cannot load a causal language model from {path!r}: {load_failure(path, error)}"
         ) from error
 
 
-def _cause(path: str, error: Exception) -> str:
-    """Why nothing was loaded, in one line."""
-    # Hub names have at most one slash; whatever else is not there was meant as a folder.
+def load_failure(path: str, error: Exception) -> str:
+    """The reason why Transformers could not load a model, in one line."""
+    # Hub names have at most one slash; another path that does not exist was meant as a folder.
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         return "there is no such folder"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -79,43 +79,43 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     """A reward model in fp32 from a folder or hub name, without code from the folder.
 
     Args:
-        path: of a model for sequence classification with one label and a head named `score`, or of a causal
-            language model.
-        new_head: give a model without the weights of a head one of zeros, to be trained; else refuse it.
+        path: a model for sequence classification with one label and a head named `score`, or a causal language
+            model.
+        new_head: give a model without a head a new one of zeros, to be trained; else refuse the model.
 
     Raises:
-        ValueError: there is no such model, or it cannot score.
+        ValueError: there is no such model, or it has no such head.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # It would report a missing head, which is dealt with here.
+    # Transformers would warn about a missing head, which is handled below.
+    transformers_logging.set_verbosity_error()
     try:
-        with _without_progress_bars():
-            options = {
-                "dtype": torch.float32,
-                "num_labels": 1,
-                "output_loading_info": True,
-                "ignore_mismatched_sizes": True,
-            }
-            model, loading = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        with without_progress_bars():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=torch.float32,
+                num_labels=1,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a reward model from {path!r}: {_cause(path, error)}") from error
+        raise ValueError(f"cannot load a reward model from {path!r}: {load_failure(path, error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing, others = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]
-    if (
-        missing - {"score.weight"}
-        or others
-        or not isinstance(dict(model.named_modules()).get("score"), nn.Linear)
-    ):
-        unfit = [*sorted(missing), *others]
+    missing, mismatched = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]
+    has_linear_head = isinstance(dict(model.named_modules()).get("score"), nn.Linear)
+    if missing - {"score.weight"} or mismatched or not has_linear_head:
+        unfit = [*sorted(missing), *mismatched]
         raise ValueError(
-            f"need a model that scores by a linear head named score with one label, got {type(model).__name__} in {path!r}"
+            "need a model that scores by a linear head named score with one label, got "
+            f"{type(model).__name__} in {path!r}"
             + (f", whose weights do not fit in {', '.join(unfit[:3])}" if unfit else "")
         )
     if missing and not new_head:
         raise ValueError(
-            f"need a trained reward model, but the weights in {path!r} have no head (score.weight), so its scores would be random; "
-            f"train one with `verl reward-model policy.path={path}` and give the folder `model` of that run"
+            f"need a trained reward model, but the weights in {path!r} have no head (score.weight), so its "
+            f"scores would be random; train one with `verl reward-model policy.path={path}` and give the "
+            "folder `model` of that run"
         )
     if missing:
         nn.init.zeros_(model.score.weight)
@@ -123,11 +123,13 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
 
 
 def as_reward_model(source: PreTrainedModel) -> PreTrainedModel:
-    """A model for sequence classification as it is; one with a head of zeros on the transformer of a causal
-    language model.
+    """A reward model from a loaded model, in fp32.
+
+    A model for sequence classification stays as it is; the transformer of a causal language model gets a head
+    of zeros.
 
     Raises:
-        ValueError: its family has no such model.
+        ValueError: the family has no model for sequence classification.
     """
     if isinstance(dict(source.named_modules()).get("score"), nn.Linear):
         return source.float()
@@ -152,10 +154,8 @@ def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:
 
 
 def save_model(model: Backbone, folder: Path) -> None:
-    """Writes the weights as safetensors in Hugging Face layout; the head of a value model into a file beside
-    them.
-    """
-    with _without_progress_bars():
+    """Write the weights in Hugging Face format, and the head of a value model into a file beside them."""
+    with without_progress_bars():
         model.transformer.save_pretrained(folder)
     if isinstance(model, ValueModel):
         save_file(
@@ -167,15 +167,16 @@ def save_model(model: Backbone, folder: Path) -> None:
 def make_tiny_model(
     folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS
 ) -> None:
-    """Writes a random Qwen2-style model with the character tokenizer: 64 x 2 has 0.1M parameters, 128 x 4 has
-    0.8M.
+    """Write a random Qwen2-style model with a character tokenizer.
+
+    With hidden=64 and layers=2 it has 0.1M parameters, with 128 and 4 it has 0.8M.
 
     Args:
-        folder: where to.
-        hidden: width.
+        folder: the folder to write.
+        hidden: width, a multiple of 32.
         layers: depth.
-        seed: of the weights.
-        characters: of the vocabulary; the fewer, the easier it is to find a reward by chance.
+        seed: seed of the weights.
+        characters: the vocabulary; with fewer characters a reward is found by chance more easily.
 
     Raises:
         ValueError: `hidden` is not a multiple of 32.
@@ -193,15 +194,14 @@ def make_tiny_model(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        # The usual 0.02 is made for widths of thousands; narrow models start to learn 3 times as fast with
-        # this.
+        # The usual 0.02 is for widths of thousands; with this, narrow models start to learn 3 times as fast.
         initializer_range=0.8 * hidden**-0.5,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]), _without_progress_bars():
+    with torch.random.fork_rng(devices=[]), without_progress_bars():
         torch.manual_seed(seed)
         Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

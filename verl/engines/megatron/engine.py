@@ -301,7 +301,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             # Stages before the last have no loss, so its first rank decides for all.
             metrics, bad = self._broadcast_result(self._over_ranks(sums, totals.bad))
             if bad:
-                return self._skipped("loss", bad)
+                return self.skip_update("loss", bad)
             if scale != 1:
                 self._gradients.scale(scale)
                 metrics["loss"] *= scale

@@ -27,7 +27,7 @@ from verl.engines.base import ForwardEngine
 from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights
 from verl.engines.hf.models import PolicyModel, Precision
 from verl.engines.hf.weights import local_shards
-from verl.engines.tensor_parallel import TENSOR_PARALLEL, check_sizes, parallelize
+from verl.engines.tensor_parallel import TENSOR_PARALLEL, check_parallel_sizes, parallelize
 from verl.utils.device import PRECISIONS
 from verl.weight_sync.layout import ShardLayout, shape_of
 from verl.weight_sync.meshes import Mesh, generation_groups
@@ -317,7 +317,7 @@ def empty_replica(
         device: of the weights.
     """
     transformer = empty_transformer(config, AutoModelForCausalLM).requires_grad_(False)
-    check_sizes(transformer, ParallelConfig(tensor=len(replicas[0])), packing=True)
+    check_parallel_sizes(transformer, ParallelConfig(tensor=len(replicas[0])), packing=True)
     # A mesh is made by all ranks together, also by those of other replicas.
     mesh = DeviceMesh(device.type, torch.tensor(replicas), mesh_dim_names=("replicas", "tensor"))
     if len(replicas[0]) > 1:
