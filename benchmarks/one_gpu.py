@@ -31,7 +31,7 @@ from verl.data.batch import Batch, Trajectory
 from verl.data.packing import balance
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.models import PolicyModel
-from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.minibatches import write_loss_weights
 from verl.engines.roles.policy import PolicyWorker
 from verl.planner.step_time import ModelShape, StepWork, forward_flops, rollout_seconds
 from verl.rollout.embedded.generator import EmbeddedEngine

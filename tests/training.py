@@ -17,9 +17,9 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.local import LocalEngine
+from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.base import Learner
 from verl.engines.roles.columns import policy_logprobs
-from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.teacher import TeacherWorker
 from verl.trainer.rl_trainer import Trainer
 

@@ -18,7 +18,7 @@ from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
-from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.minibatches import write_loss_weights
 from verl.engines.roles.reference import ReferenceWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine

@@ -23,8 +23,8 @@ from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, value_model
 from verl.engines.local import LocalEngine
+from verl.engines.minibatches import write_loss_weights
 from verl.engines.roles.critic import CriticWorker
-from verl.engines.roles.loss_weights import write_loss_weights
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.streaming import StreamedBatch
 from verl.rollout.actor_worker import ActorWorker

@@ -27,8 +27,8 @@ from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.columns import COLUMNS, written_by
 from verl.data.packing import BatchPlan
+from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.base import Learner
-from verl.engines.roles.loss_weights import skip_zero_advantages, write_loss_weights
 
 # Of two groups of two rows: in the first one group teaches nothing, in the second both do, one of them more.
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))

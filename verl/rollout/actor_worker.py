@@ -16,7 +16,7 @@ from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
 from verl.controller.worker_group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
-from verl.engines.roles.base import FULLEST
+from verl.engines.roles.base import MAX_OVER_RANKS
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
@@ -147,7 +147,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         if self._hybrid is not None:
             self._hybrid.sleep()
 
-    @register(FULLEST)
+    @register(MAX_OVER_RANKS)
     def take_switches(self) -> dict[str, float]:
         """What the switches to the generation layout took since this was last asked, on the rank to which
         they cost most.

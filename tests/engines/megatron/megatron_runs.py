@@ -15,7 +15,7 @@ from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
 from verl.engines.base import NotFiniteError
 from verl.engines.megatron.build import megatron_engine
-from verl.engines.roles.loss_weights import write_loss_weights
+from verl.engines.minibatches import write_loss_weights
 
 UPDATES = 2
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from verl.config.roles import RoleConfig
-from verl.data.batch import Batch, ModelInput, present_mask
-from verl.engines.base import ForwardEngine, Objective, Outputs, UpdateTotals
-from verl.engines.local import LocalEngine, LossScale, lr_factor
+from verl.data.batch import Batch, ModelInput
+from verl.engines.base import ForwardEngine, Objective, Outputs, UpdateTotals, scatter_response_values
+from verl.engines.local import LocalEngine
 from verl.engines.megatron.checkpoint import (
     OptimizerPart,
     begin_save,
@@ -40,6 +40,7 @@ from verl.engines.megatron.model_spec import MegatronModelSpec
 from verl.engines.megatron.parallel_dims import RankCoordinates
 from verl.engines.megatron.pipeline_schedule import PipelineSchedule
 from verl.engines.megatron.weight_mapping import ModelShard, map_shards, map_value_head
+from verl.engines.optimizer import LossScale, lr_factor
 from verl.weight_sync.layout import TensorShard
 
 
@@ -108,7 +109,6 @@ class MegatronForwardEngine(ForwardEngine):
     @torch.no_grad()
     @override
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
-        present = present_mask(batch.response_lengths)
         computed: list[tuple[Sequence[int], Tensor]] = []
 
         def evaluate(rows: Sequence[int], micro: Batch, inputs: ModelInput) -> Tensor:
@@ -119,13 +119,7 @@ class MegatronForwardEngine(ForwardEngine):
 
         with self._coordinates.active():
             self._pipeline.run(batch, micro_batches, evaluate, forward_only=True)
-        result = torch.zeros(present.shape)
-        for rows, values in computed:
-            if values.ndim >= result.ndim:
-                result = result.new_zeros(*present.shape, *values.shape[1:])
-            block = result.new_zeros(len(rows), *result.shape[1:])
-            block[present[list(rows)]] = values
-            result[list(rows)] = block
+        result = scatter_response_values(batch, computed)
         # Only the last stage has computed values; all ranks with these rows return them.
         received: Tensor = self._broadcast_result(result)
         return received
@@ -284,7 +278,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
                 return self.model.zero_loss(inputs)
             loss, monitors = objective(micro, inputs)
             if not torch.isfinite(loss):
-                totals.bad.extend(batch.row_ids[list(rows)].tolist())
+                totals.bad_rows.extend(batch.row_ids[list(rows)].tolist())
             totals.add(loss, monitors)
             return loss
 
@@ -297,9 +291,8 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         assert totals is not None
         optimizer = self._role.optimizer
         with self._coordinates.active():
-            sums = {name: float(value) for name, value in totals.totals.items()}
             # Stages before the last have no loss, so its first rank decides for all.
-            metrics, bad = self._broadcast_result(self._over_ranks(sums, totals.bad))
+            metrics, bad = self._broadcast_result(totals.over_ranks(self.gather_over_data))
             if bad:
                 return self.skip_update("loss", bad)
             if scale != 1:
@@ -308,7 +301,7 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
             lr = optimizer.lr * lr_factor(self._updates, optimizer, self._total_updates)
             grad_norm = self._clip_and_step(lr)
         if not math.isfinite(grad_norm):
-            return metrics | self._skipped("gradient", totals.rows)
+            return metrics | self.skip_update("gradient", totals.rows)
         self._bad_updates = 0
         return metrics | {"grad_norm": grad_norm, "lr": lr, "skipped_updates": 0.0}
 

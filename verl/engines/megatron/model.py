@@ -70,7 +70,7 @@ class PackedSequence:
         """The packed rows, padded with tokens that belong to no row and that no row attends to."""
         layout = RowLayout.from_inputs(inputs)
         to_padded, from_padded = layout.padded_index
-        padding = num_places - layout.num_places
+        padding = num_places - layout.num_positions
         # Attention at padding is never read, so its index may be any token of a row.
         index = (to_padded, F.pad(from_padded, (0, padding)))
         ids, positions = (F.pad(ids, (0, padding)) for ids in (inputs.input_ids, inputs.position_ids))

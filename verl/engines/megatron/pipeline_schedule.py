@@ -11,10 +11,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.data.batch import Batch, ModelInput
+from verl.engines.base import dummy_batch
 from verl.engines.megatron.model import MegatronPolicy, MegatronValue, PackedSequence
 from verl.engines.megatron.parallel_dims import RankCoordinates
-from verl.utils.sampling_types import Prompt
 
 # A function of a micro-batch that the last stage evaluates: row numbers, rows and model input -> result. It
 # returns the loss in training.
@@ -110,7 +110,7 @@ class PipelineSchedule:
             # Interleaved stages run micro-batches in groups, so the last group is filled up.
             group = self._config.microbatch_group_size_per_vp_stage or sizes.pipeline
             micro_batches = micro_batches + [[]] * (-len(micro_batches) % group)
-        batches = [batch.select(rows) if rows else _dummy_batch() for rows in micro_batches]
+        batches = [batch.select(rows) if rows else dummy_batch() for rows in micro_batches]
         inputs = [ModelInput.from_batch(micro, packed=True, device=self._model.device) for micro in batches]
         multiple = sizes.tensor * sizes.context
         lengths = [-(-each.input_ids.shape[1] // multiple) * multiple for each in inputs]
@@ -129,8 +129,3 @@ class PipelineSchedule:
         finally:
             # The graph of the states is freed with the micro-batch.
             del self._model.states
-
-
-def _dummy_batch() -> Batch:
-    """One token, with which a rank without rows takes part in a forward pass."""
-    return Batch.from_trajectories([Trajectory(Prompt(""), [0], [0], [True], None, [0], 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from verl.algorithms.objective import Algorithm
 from verl.controller.dispatch import PLANNED, register
@@ -10,13 +11,20 @@ from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
 from verl.engines.hf.models import ValueModel
+from verl.engines.minibatches import plan_rows
 from verl.engines.roles.base import Learner
 from verl.engines.roles.columns import critic_reads, pad_response, read_columns, response_columns
-from verl.engines.roles.loss_weights import plan_rows
 
 
 class CriticWorker(Learner):
-    """The critic: writes `values`, and learns; its metrics are prefixed `critic/`."""
+    """The critic: writes `values` and is trained; its metrics begin with `critic/`.
+
+    Args:
+        engine: trains a `ValueModel`.
+        algorithm: defines the value loss.
+        vf_coef: factor of the value loss.
+        epochs: passes over the rows of a step.
+    """
 
     _prefix = "critic/"
 
@@ -27,18 +35,18 @@ class CriticWorker(Learner):
 
     @property
     def model(self) -> ValueModel:
-        """The value model itself."""
+        """The value model."""
         assert isinstance(self.engine.model, ValueModel)
         return self.engine.model
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`values`: of the state before each response token."""
-        return response_columns(
-            batch, {"values": self.engine.infer(batch, plan_rows(plan), self.model.token_values)}
-        )
+        """`values` of the states before each response token."""
+        values = self.engine.infer(batch, plan_rows(plan), self.model.token_values)
+        return response_columns(batch, {"values": values})
 
-    def _objective(self, kl_coef: float) -> Objective:
+    @override
+    def objective(self, kl_coef: float) -> Objective:
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
             values = pad_response(self.model.token_values(inputs), inputs)
             columns = read_columns(rows, self._reads, values.device) | {"new_values": values}

@@ -1,8 +1,9 @@
-"""The implicit process reward model as a role: writes its logprobs and is trained by outcomes."""
+"""The implicit process reward model as a role: writes its logprobs and is trained on the outcomes."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from verl.algorithms.objective import Algorithm
 from verl.controller.dispatch import PLANNED, register
@@ -21,8 +22,16 @@ from verl.engines.roles.columns import (
 
 
 class ProcessRewardWorker(Learner):
-    """The implicit process reward model, a language model: writes `prm_logprobs`, and learns from outcomes,
-    as a critic does.
+    """The implicit process reward model, a language model: writes `prm_logprobs` and is trained.
+
+    Its metrics begin with `critic/`, since it takes the place of a critic.
+
+    Args:
+        engine: trains a `PolicyModel`.
+        algorithm: defines the value loss.
+        temperature: of the sampler; 0 (greedy) counts as 1.
+        epochs: passes over the rows of a step.
+        chunk: tokens whose logits are in memory at a time.
     """
 
     _prefix = "critic/"
@@ -37,19 +46,19 @@ class ProcessRewardWorker(Learner):
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`prm_logprobs`."""
+        """`prm_logprobs` of the response tokens."""
         logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
         return response_columns(batch, {"prm_logprobs": logprobs})
 
-    def _objective(self, kl_coef: float) -> Objective:
+    @override
+    def objective(self, kl_coef: float) -> Objective:
         model = self.engine.model
         assert isinstance(model, PolicyModel)
 
         def objective(rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs = pad_response(
-                model.token_logprobs(inputs, temperature=self._temperature, chunk=self._chunk)[0], inputs
-            )
-            columns = read_columns(rows, self._reads, logprobs.device) | {"prm_logprobs": logprobs}
+            logprobs, _ = model.token_logprobs(inputs, temperature=self._temperature, chunk=self._chunk)
+            columns = read_columns(rows, self._reads, logprobs.device)
+            columns["prm_logprobs"] = pad_response(logprobs, inputs)
             return self._algorithm.value_objective(columns, 1.0)
 
         return objective

@@ -11,7 +11,13 @@ from verl.engines.roles.columns import policy_logprobs, response_columns
 
 
 class ReferenceWorker(ColumnWorker):
-    """The policy that must not be left: writes `ref_logprobs`; never trained."""
+    """The frozen policy that the KL term refers to: writes `ref_logprobs`.
+
+    Args:
+        engine: runs a `PolicyModel`.
+        temperature: of the sampler; 0 (greedy) counts as 1.
+        chunk: tokens whose logits are in memory at a time.
+    """
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int) -> None:
         super().__init__(engine)
@@ -20,6 +26,6 @@ class ReferenceWorker(ColumnWorker):
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`ref_logprobs`."""
+        """`ref_logprobs` of the response tokens."""
         logprobs = policy_logprobs(self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk)
         return response_columns(batch, {"ref_logprobs": logprobs})

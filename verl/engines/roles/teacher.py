@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from verl.controller.dispatch import PLANNED, register
-from verl.data.batch import Batch
+from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.models import PolicyModel, target_logprobs
+from verl.engines.minibatches import plan_rows
 from verl.engines.roles.base import ColumnWorker
 from verl.engines.roles.columns import response_columns, stacked_columns
-from verl.engines.roles.loss_weights import plan_rows
 
 
 class TeacherWorker(ColumnWorker):
-    """The model that the policy is distilled from: writes what it thinks of the policy's tokens; never
-    trained.
+    """The frozen model that the policy is distilled from: writes its logprobs of the policy's tokens.
+
+    Args:
+        engine: runs a `PolicyModel`.
+        temperature: of the sampler; 0 (greedy) counts as 1.
+        chunk: tokens whose logits are in memory at a time.
+        top_k: most likely tokens at each position to write, too.
     """
 
     def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
@@ -28,27 +33,22 @@ class TeacherWorker(ColumnWorker):
 
     @register(PLANNED)
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`teacher_logprobs`, and with a `top_k` above 0 its `teacher_top_logprobs` and `teacher_top_ids`."""
+        """`teacher_logprobs`, and with a `top_k` above 0 `teacher_top_logprobs` and `teacher_top_ids`."""
         model, k = self.engine.model, self._top_k
         assert isinstance(model, PolicyModel)
 
-        def outputs(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            top, ids = log_probs.topk(k, -1)
+        def outputs(vocab_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            top, ids = vocab_logprobs.topk(k, -1)
             # One tensor: fp32 holds every id below 2^24 exactly, more than any vocabulary has.
-            return (torch.cat([target_logprobs(log_probs, targets)[:, None], top, ids.float()], 1),)
+            return (torch.cat([target_logprobs(vocab_logprobs, targets)[:, None], top, ids.float()], 1),)
 
-        written = self.engine.infer(
-            batch,
-            plan_rows(plan),
-            lambda inputs: model.reduce_vocab(
-                inputs, outputs, temperature=self._temperature, chunk=self._chunk
-            )[0],
-        )
-        written = stacked_columns(written, batch, 1 + 2 * k)
+        def stacked(inputs: ModelInput) -> Tensor:
+            temperature, chunk = self._temperature, self._chunk
+            return model.reduce_vocab(inputs, outputs, temperature=temperature, chunk=chunk)[0]
+
+        written = stacked_columns(self.engine.infer(batch, plan_rows(plan), stacked), batch, 1 + 2 * k)
         columns = {"teacher_logprobs": written[..., 0]}
         if k:
-            columns |= {
-                "teacher_top_logprobs": written[..., 1 : k + 1],
-                "teacher_top_ids": written[..., k + 1 :].long(),
-            }
+            columns["teacher_top_logprobs"] = written[..., 1 : k + 1]
+            columns["teacher_top_ids"] = written[..., k + 1 :].long()
         return response_columns(batch, columns)
