@@ -1,6 +1,4 @@
-"""Examples, preferences, rewards: fine-tuning, a reward model from pairs, PPO on its scores alone, and DPO on
-the same pairs.
-"""
+"""A study in stages: fine-tuning, a reward model from pairs, PPO on its scores, and DPO on the same pairs."""
 
 from __future__ import annotations
 
@@ -30,13 +28,12 @@ from verl.trainer.rl_trainer import Trainer
 
 TASK = "sort-6"
 CHARACTERS = "0123456789="
-# Sampled accuracy up to which examples are shown.
+# Sampled accuracy up to which the model is fine-tuned on examples.
 WARM_ACCURACY = 0.2
-# What every run must reach: of held-out pairs by the reward model, and gained on held-out prompts by PPO and
-# by DPO.
+# Goals of every run: accuracy of the reward model on held-out pairs, and gain of PPO and of DPO on held-out
+# prompts.
 PAIR_ACCURACY, GAIN = 0.9, 0.2
-# Answers of the fine-tuned model to each prompt, of which the wrong ones are learned from, and near misses
-# besides.
+# Answers of the fine-tuned model to each prompt, of which the wrong ones make pairs, and near misses.
 OWN_SAMPLES, NEAR_MISSES = 6, 2
 OPTIMIZER = "warmup_steps: 10, betas: [0.9, 0.95], schedule: cosine"
 REWARD_MODEL = (f"policy.optimizer={{lr: 3e-3, {OPTIMIZER}}}", "loss.center_coef=0.01")
@@ -46,10 +43,10 @@ QUIET = Console(quiet=True)
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the study and what it measured.
+    """A part of the study and its measurements.
 
     Attributes:
-        name: what was done.
+        name: of the stage.
         steps: of training, 0 for none.
         cpu_s: CPU seconds, on one thread.
         figures: by name.
@@ -78,7 +75,7 @@ class Study:
         )
 
     def run(self) -> None:
-        """All stages."""
+        """Run all stages."""
         make_tiny_model(self.folder / "start", hidden=64, layers=3, seed=self.seed, characters=CHARACTERS)
         config = self._config()
         steps = warm_up(self.folder, config, QUIET, enough=WARM_ACCURACY)
@@ -104,11 +101,12 @@ class Study:
         )
 
     def _write_pairs(self, taught: Trainer, split: Literal["train", "test"]) -> tuple[Path, float, float]:
-        """Pairs of a split: the right answer with each wrong one of the model's own, told by the reference,
-        and with near misses.
+        """Write pairs of a split: the right answer, with wrong answers of the model and with near misses.
+
+        The reference answer decides which answers are wrong.
 
         Returns:
-            The file, the number of pairs, and that of pairs with an answer of the model's own.
+            The file, the number of pairs, and the number of pairs with an answer of the model.
         """
         prompts, _ = taught.read_prompts(f"task:{TASK}", split)
         sampling = replace(sampling_params(taught.config, OWN_SAMPLES), temperature=1.0)
@@ -144,7 +142,7 @@ class Study:
         )
 
     def _train_on_scores(self) -> None:
-        # The true reward has no weight: it is measured, and teaches nothing.
+        # The true reward has weight 0: it is measured and not trained on.
         config = self._config(
             f"{{name: model, path: {self.folder / 'judge' / 'model'}}}", "{name: exact, weight: 0.0}"
         )
@@ -191,7 +189,7 @@ def table(stages: list[Stage]) -> str:
 
 
 def main() -> int:
-    """Runs the study; 1 if the reward model or the policy stays below what is wanted."""
+    """Run the study; return 1 if the reward model or the policy stays below its goal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reward-steps", type=int, default=900, help="of the reward model (900)")

@@ -1,6 +1,4 @@
-"""Learning curves of small tasks over several seeds: what each algorithm makes of a model, on prompts that it
-never saw.
-"""
+"""Learning curves of small tasks on held-out prompts, over several seeds, for each algorithm."""
 
 from __future__ import annotations
 
@@ -32,15 +30,15 @@ NUM_POINTS = 10
 
 @dataclass(frozen=True)
 class Task:
-    """A task of `verl.data.tasks`, the model that learns it, and how it is taught.
+    """A task of `verl.data.tasks`, its model, and the settings of its training.
 
     Attributes:
         characters: vocabulary of the model.
         hidden, layers: its size.
-        warm: sampled accuracy up to which it is shown examples; none: it starts from random weights.
+        warm: sampled accuracy up to which it is fine-tuned on examples; none: it starts from random weights.
         at_least: mean reward on held-out prompts that every run must reach.
-        overrides: what differs from the recipe `quickstart`.
-        algos: algorithm -> what differs further.
+        overrides: settings that differ from the recipe `quickstart`.
+        algos: algorithm -> further settings.
     """
 
     characters: str
@@ -52,7 +50,7 @@ class Task:
     algos: dict[str, tuple[str, ...]]
 
 
-# What the recipe `dapo` chooses, with as many answers and updates per step as the recipe `quickstart`.
+# The choices of the recipe `dapo`, with as many answers and updates per step as the recipe `quickstart`.
 DAPO = (
     "prompts_per_step=32",
     "samples_per_prompt=16",
@@ -87,12 +85,12 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run measured; rewards lie in [0, 1], accuracies where the reward is 1 for a right answer.
+    """Measurements of a run; rewards are in [0, 1], accuracies where the reward is 1 for a right answer.
 
     Attributes:
         before, after: mean reward of one sampled answer (temperature 1) to each held-out prompt.
         warm_steps: steps of fine-tuning before.
-        cpu_s: CPU seconds of everything, on one thread.
+        cpu_s: CPU seconds of the whole run, on one thread.
         rewards: mean reward of the answers of each step.
     """
 
@@ -115,7 +113,7 @@ class Curve:
 
 
 def run(name: str, algo: str, seed: int) -> Curve:
-    """Makes, warms up, trains and measures a model; meant for a process of its own."""
+    """Make, warm up, train and measure a model; meant for a process of its own."""
     torch.set_num_threads(1)
     task, start, console = TASKS[name], time.process_time(), Console(quiet=True)
     overrides = (
@@ -152,13 +150,13 @@ def run(name: str, algo: str, seed: int) -> Curve:
 
 
 def in_own_process(name: str, algo: str, seed: int) -> Curve:
-    """`run` in a fresh process, so that no run sees what another one left in memory."""
+    """`run` in a fresh process, so that no run depends on the memory of another."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run, name, algo, seed).result()
 
 
 def run_line(curve: Curve) -> str:
-    """A run for people."""
+    """A run as a human-readable line."""
     points = " ".join(f"{point:.2f}" for point in curve.points)
     return (
         f"{curve.task:<7}{curve.algo:<5} seed {curve.seed}  {curve.before:.3f} -> {curve.after:.3f}  "
@@ -175,16 +173,18 @@ def by_pair(curves: Sequence[Curve]) -> dict[tuple[str, str], list[Curve]]:
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """Mean, least and most over the seeds, as Markdown."""
+    """Mean, minimum and maximum over the seeds, as Markdown."""
     lines = [
-        "| Task | Algorithm | Seeds | Steps | CPU s of a run | Before, mean | After, mean (min to max) | Wanted of each | |",
+        "| Task | Algorithm | Seeds | Steps | CPU s of a run | Before, mean | After, mean (min to max) "
+        "| Wanted of each | |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (name, algo), runs in by_pair(curves).items():
         after, wanted = [r.after for r in runs], TASKS[name].at_least
         lines.append(
             f"| `{name}` | {algo.upper()} | {', '.join(str(r.seed) for r in runs)} | {len(runs[0].rewards)} "
-            f"| {statistics.fmean(r.cpu_s for r in runs):.0f} | {statistics.fmean(r.before for r in runs):.3f} "
+            f"| {statistics.fmean(r.cpu_s for r in runs):.0f} "
+            f"| {statistics.fmean(r.before for r in runs):.3f} "
             f"| {statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f}) | {wanted} "
             f"| {'reached' if min(after) >= wanted else '**not reached**'} |"
         )
@@ -192,9 +192,7 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """A PNG with a panel per task: each algorithm's mean over the seeds, in a band from the lowest to the
-    highest.
-    """
+    """Write a PNG with a panel per task: mean and range over the seeds for each algorithm."""
     tasks = list(dict.fromkeys(curve.task for curve in curves))
     figure = Figure(figsize=(4 * len(tasks), 3.2), dpi=100, layout="constrained")
     panels = dict(zip(tasks, figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], strict=True))
@@ -226,7 +224,7 @@ def smoothed(values: Sequence[float], *, keep: float = 0.8) -> list[float]:
 
 
 def main() -> int:
-    """Runs what was asked for, one after the other; 1 if a run stays below what its task wants."""
+    """Run the chosen tasks one after the other; return 1 if a run stays below the goal of its task."""
     algos = list(dict.fromkeys(algo for task in TASKS.values() for algo in task.algos))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(

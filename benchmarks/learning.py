@@ -1,6 +1,4 @@
-"""Every recipe on the same small tasks from the same warm start, with the same number of answers and updates,
-over several seeds.
-"""
+"""Every recipe on the same tasks and warm start, with equal numbers of answers and updates."""
 
 from __future__ import annotations
 
@@ -29,11 +27,10 @@ from verl.config import RECIPES, load_config
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
-# Answers and updates of a run are these for every recipe; one that may not reuse answers takes smaller and
-# more steps.
+# Answers and updates of a run, equal for every recipe. A recipe that must not reuse answers makes more and
+# smaller steps.
 ANSWERS_PER_STEP, UPDATES_PER_STEP = 512, 4
-# Mean held-out accuracy of the seeds must rise by at least so much; one figure has a standard error of 0.022,
-# that of 512 answers.
+# Least rise of the mean held-out accuracy over the seeds; the standard error of 512 answers is 0.022.
 CLEARLY = 0.1
 
 
@@ -43,7 +40,7 @@ class Task:
 
     Attributes:
         characters: vocabulary of the model.
-        warm: sampled accuracy up to which it is shown examples.
+        warm: sampled accuracy up to which the model is fine-tuned on examples.
         max_tokens: longest answer.
         steps: of `ANSWERS_PER_STEP` answers.
     """
@@ -56,7 +53,7 @@ class Task:
 
 TASKS = {"add-2": Task("0123456789+=", 0.22, 4, 80), "sort-6": Task("0123456789=", 0.1, 7, 140)}
 
-# What suits a model of 0.16M parameters instead of billions, for every recipe alike.
+# Settings of every recipe for a model of 0.16M parameters instead of billions.
 SMALL = (
     "policy.optimizer.lr=1.5e-3",
     "policy.optimizer.betas=[0.9, 0.95]",
@@ -67,12 +64,12 @@ SMALL = (
     "tracking.sinks=[]",
     "tracking.samples_every_steps=0",
 )
-# One answer per prompt: the critic, the greedy answer or the batch takes the place of siblings.
+# One answer per prompt: the critic, the greedy answer or the batch replaces siblings.
 ALONE = ("samples_per_prompt=1", f"prompts_per_step={ANSWERS_PER_STEP}")
 CRITIC = ("critic.optimizer.lr=1.5e-3",)
 # Recipes without a ratio: each answer is used for one update, by the policy that gave it.
 ON_POLICY = ("gpg", "maxrl", "opo", "optimal_token_baseline", "remax", "rloo")
-# What belongs to a recipe at this size.
+# Settings of single recipes at this size.
 OWN: dict[str, tuple[str, ...]] = {
     "ppo": (*ALONE, *CRITIC, "algorithm.advantage.lam=1.0"),
     # lambda of 1 - 1 / (alpha l) is 0.95 for l = 4 tokens; with the paper's alpha, made for thousands, it
@@ -88,7 +85,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "prime": ("critic.optimizer.lr=1e-4",),
     "remax": ALONE,
     "reinforce_pp": ALONE,
-    # At the rate of the others a seed of these forgets the task before it learns it.
+    # At the learning rate of the others, a seed of these forgets the task before it learns it.
     "gpg": ("policy.optimizer.lr=5e-4",),
     "sapo": ("policy.optimizer.lr=5e-4",),
     "scalerl": ("policy.optimizer.lr=5e-4",),
@@ -100,13 +97,13 @@ OWN: dict[str, tuple[str, ...]] = {
     # Two rewards: the share of right positions is worth less than the whole.
     "gdpo": ("rewards.functions=[exact, {name: position_share, weight: 0.5}]",),
 }
-# Shown on pages of their own, or not recipes for a method.
+# Not a recipe of a method.
 LEFT_OUT = ("quickstart",)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run measured; accuracies in [0, 1].
+    """Measurements of a run; accuracies are in [0, 1].
 
     Attributes:
         before, after: share of right answers, one sampled at temperature 1 for each held-out prompt.
@@ -124,7 +121,7 @@ class Curve:
 
 
 def overrides(name: str, recipe: str, seed: int, folder: Path) -> list[str]:
-    """What makes a recipe small, and ready for a task."""
+    """Settings that make a recipe small and choose the task."""
     task, steps, answers, updates = TASKS[name], TASKS[name].steps, ANSWERS_PER_STEP, UPDATES_PER_STEP
     if recipe in ON_POLICY:
         steps, answers, updates = steps * updates, answers // updates, 1
@@ -150,13 +147,11 @@ def overrides(name: str, recipe: str, seed: int, folder: Path) -> list[str]:
         f"seed={seed}",
         f"steps={steps}",
     ]
-    return [*SMALL, *minibatches, *sizes, *own, *paths, *teacher, *_without_what_is_too_long(recipe)]
+    return [*SMALL, *minibatches, *sizes, *own, *paths, *teacher, *_short_answer_settings(recipe)]
 
 
-def _without_what_is_too_long(recipe: str) -> list[str]:
-    """Settings of long answers, which make no sense for a few characters, and of draws that would multiply
-    the answers.
-    """
+def _short_answer_settings(recipe: str) -> list[str]:
+    """Settings that turn off penalties for long answers and draws that would multiply the answers."""
     config = load_config(recipe)
     off = ["algorithm.overlong_buffer_tokens=0"] if config.algorithm.overlong_buffer_tokens else []
     if config.algorithm.aggregation.name == "seq_mean_token_sum_norm":
@@ -167,7 +162,7 @@ def _without_what_is_too_long(recipe: str) -> list[str]:
 
 
 def warm_start(name: str, seed: int, folder: Path) -> None:
-    """Makes a model and shows it examples until it is right now and then; meant for a process of its own."""
+    """Make a model and fine-tune it until it is sometimes right; meant for a process of its own."""
     torch.set_num_threads(1)
     task, console = TASKS[name], Console(quiet=True)
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters=task.characters)
@@ -183,7 +178,7 @@ def warm_start(name: str, seed: int, folder: Path) -> None:
 
 
 def run(name: str, recipe: str, seed: int, folder: Path) -> Curve:
-    """Trains the warm start by a recipe; meant for a process of its own."""
+    """Train the warm start by a recipe; meant for a process of its own."""
     torch.set_num_threads(1)
     start = time.process_time()
     trainer = Trainer(load_config(recipe, overrides(name, recipe, seed, folder)), console=Console(quiet=True))
@@ -209,7 +204,7 @@ def by_pair(curves: Sequence[Curve]) -> dict[tuple[str, str], list[Curve]]:
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """Mean, least and most over the seeds, the best recipe of each task first, as Markdown."""
+    """Mean, minimum and maximum over the seeds, the best recipe of each task first, as Markdown."""
     lines = [
         "| Task | Recipe | Before, mean | After, mean (min to max) | CPU s of a run | |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -222,20 +217,19 @@ def table(curves: Sequence[Curve]) -> str:
         lines.append(
             f"| `{name}` | `{recipe}` | {statistics.fmean(r.before for r in runs):.3f} "
             f"| {statistics.fmean(after):.3f} ({min(after):.3f} to {max(after):.3f}) "
-            f"| {statistics.fmean(r.cpu_s for r in runs):.0f} | {'' if improves(runs) else '**does not improve clearly**'} |"
+            f"| {statistics.fmean(r.cpu_s for r in runs):.0f} "
+            f"| {'' if improves(runs) else '**does not improve clearly**'} |"
         )
     return "\n".join(lines)
 
 
 def improves(runs: Sequence[Curve]) -> bool:
-    """Whether the mean of the seeds ends clearly above that of their starts."""
+    """True if the mean of the seeds rises clearly."""
     return statistics.fmean(run.after - run.before for run in runs) >= CLEARLY
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """A PNG with a small panel per recipe: the mean over the seeds in each task, before the curve of GRPO in
-    grey.
-    """
+    """Write a PNG with a panel per recipe: the mean over the seeds in each task; GRPO in grey."""
     pairs = by_pair(curves)
     recipes, tasks = sorted({recipe for _, recipe in pairs}), sorted({task for task, _ in pairs})
     columns = 5
@@ -275,7 +269,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
 
 def main() -> int:
-    """Runs what was asked for; 1 if a recipe does not improve clearly."""
+    """Run the chosen recipes; return 1 if one does not improve clearly."""
     known = [name for name in RECIPES if name not in LEFT_OUT]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -312,8 +306,9 @@ def main() -> int:
                 points = " ".join(
                     f"{p:.2f}" for p in smoothed(curve.accuracies)[:: max(1, len(curve.accuracies) // 8)]
                 )
-                line = f"{curve.task:<7}{curve.recipe:<24} seed {curve.seed}  {curve.before:.3f} -> {curve.after:.3f}"
-                print(f"{line}  {curve.cpu_s:4.0f} CPU s  {points}", flush=True)
+                name = f"{curve.task:<7}{curve.recipe:<24} seed {curve.seed}"
+                change = f"{curve.before:.3f} -> {curve.after:.3f}"
+                print(f"{name}  {change}  {curve.cpu_s:4.0f} CPU s  {points}", flush=True)
                 _write(options.json, curves)
     print(f"\n{table(curves)}")
     if options.png:
@@ -322,9 +317,7 @@ def main() -> int:
 
 
 def _stages(wanted, place: Path, processes: int):
-    """Results of the warm starts' runs as they come: GRPO's, then the others', then those that need GRPO's
-    policy.
-    """
+    """Results of the runs as they come: GRPO, then the others, then those that need the policy of GRPO."""
     starts = sorted({(task, seed) for task, _, seed in wanted})
     folders = {start: place / f"{start[0]}-{start[1]}" for start in starts}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -1,8 +1,6 @@
-"""What one GPU does with models of the shape of Qwen2.5: tokens per second of the FSDP2 engine and of the
-embedded engine.
+"""Tokens per second of the FSDP2 engine and the embedded engine on one GPU, for models like Qwen2.5.
 
-The weights are random. Beside the figures stands what the card reaches in a large matrix product and a copy,
-measured in the same run.
+The weights are random. The same run measures the rates of the card in a large matrix product and a copy.
 """
 
 from __future__ import annotations
@@ -186,7 +184,7 @@ def generate(
 
 
 def main() -> None:
-    """Measures and prints, one JSON line for each figure."""
+    """Measure and print one JSON line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])
     parser.add_argument("--what", nargs="+", choices=("train", "generate"), default=["train", "generate"])

@@ -1,4 +1,4 @@
-"""Training loops side by side, each in a process of its own that works while the others stand still."""
+"""Training loops side by side, each in a process of its own that runs while the others are stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Side:
     Args:
         worker: `verl` or `trl`; the script of that name is run.
         python: its interpreter.
-        work: what it trains; the name of the work is that of the side.
+        work: the workload; its name is that of the side.
 
     Attributes:
         name: of the side.
@@ -43,7 +43,7 @@ class Side:
     def __init__(self, worker: str, python: Path, work: Workload) -> None:
         self.name = work.name
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(work.threads))
-        # No look at the network: everything is in the folder.
+        # No network access: everything is in the folder.
         env = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._log_path = Path(work.folder, f"{work.name}.log")
         self._log = self._log_path.open("w")
@@ -74,7 +74,7 @@ class Side:
         """The next answer of the worker; the first one says that it is ready.
 
         Raises:
-            RuntimeError: it ended instead.
+            RuntimeError: the worker ended instead.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -88,16 +88,14 @@ class Side:
         return answer
 
     def ask(self, what: str | int) -> dict[str, Any]:
-        """Sends `stop`, or a number of steps, and returns the answer."""
+        """Send `stop` or a number of steps, and return the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         return self.answer()
 
     def burst(self, steps: int) -> dict[str, list[float]]:
-        """Some steps in a row, after which the worker and its servers stand still as they are; the readings
-        of its clocks for each step.
-        """
+        """Make some steps, then stop the processes; return the readings of the clocks for each step."""
         self._signal(signal.SIGCONT)
         try:
             return self.ask(steps)
@@ -105,7 +103,7 @@ class Side:
             self._signal(signal.SIGSTOP)
 
     def stop(self) -> dict[str, Any]:
-        """Lets the loop end; what it reports."""
+        """Let the loop end; return its report."""
         self._signal(signal.SIGCONT)
         return self.ask("stop")
 
@@ -116,8 +114,9 @@ class Side:
 
 
 def trl_python(folder: Path) -> Path:
-    """The interpreter of an environment with TRL and this project's versions of PyTorch and Transformers,
-    made if it is not there.
+    """Python of an environment with TRL and this project's versions of PyTorch and Transformers.
+
+    The environment is made if it does not exist.
     """
     python, stamp = folder / "bin/python", folder / "installed.txt"
     wanted = f"torch=={torch.__version__} {TRL}"
@@ -135,8 +134,7 @@ def trl_python(folder: Path) -> Path:
         "-c",
         str(ROOT / "constraints.txt"),
     ]
-    # First PyTorch, in the build that is used here: TRL alone would bring the one with gigabytes of CUDA
-    # libraries.
+    # PyTorch first, in the build of this environment: TRL would install gigabytes of CUDA libraries.
     index = ["--retries", "1", "--extra-index-url", _CPU_INDEX] if torch.__version__.endswith("+cpu") else []
     subprocess.run([*pip, *index, f"torch=={torch.__version__}"], check=True)
     subprocess.run([*pip, TRL], check=True)
@@ -147,10 +145,10 @@ def trl_python(folder: Path) -> Path:
 def write_workload(
     work: Workload, *, num_prompts: int, hidden: int = 256, prompt_characters: int = 8, seed: int = 0
 ) -> int:
-    """Writes the model and so many prompts; returns the number of parameters.
+    """Write the model and the prompts; return the number of parameters.
 
-    The end token is one that the tokenizer knows and the model has no output for. All sides look for it after
-    every token, as they always do, and never find it: every answer has the same length.
+    The tokenizer knows the end token, but the model has no output for it. All sides look for it after every
+    token, as usual, and never find it, so every answer has the same length.
     """
     make_tiny_model(work.model, hidden=hidden, layers=4, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(work.model)
@@ -170,7 +168,7 @@ def write_workload(
 
 
 def cpu_name() -> str:
-    """The processor's model, as the system calls it."""
+    """The model of the processor, as the system names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

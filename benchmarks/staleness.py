@@ -1,9 +1,7 @@
-"""What staleness costs in learning, and what decoupled PPO wins back: two-digit addition at each bound on
-staleness, several seeds.
+"""The cost of staleness in learning, with and without decoupled PPO: two-digit addition, several seeds.
 
-Generation and training take turns in one process, with as much staleness as the bound allows in every step:
-the worst case, and the same in each run. The table has the shape of that of AReaL,
-https://arxiv.org/abs/2505.24298.
+Generation and training alternate in one process. Every step has the largest staleness that the bound allows:
+the worst case, and the same in each run. The table is like that of AReaL, https://arxiv.org/abs/2505.24298.
 """
 
 from __future__ import annotations
@@ -27,15 +25,14 @@ from verl.config import load_config
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.rl_trainer import Trainer
 
-# The ratio of the loss is to the sampler's probabilities; or to those of the policy before the step, weighted
-# by the ratio of these two.
+# The denominator of the ratio in the loss: the sampler's probabilities; or those of the policy before the
+# step, weighted by the ratio of the two.
 OBJECTIVES = {
     "naive": ("algorithm.correction=bypass",),
     "decoupled": ("algorithm.correction={name: token_tis, cap: 5.0}",),
     "loglinear": ("algorithm.correction={name: loglinear, cap: 5.0}",),
 }
-# Four updates of a step, each answer in one of them, as in AReaL; a rate at which a model of this size learns
-# in minutes.
+# Four updates per step, each answer in one of them, as in AReaL.
 SETTINGS = (
     "algorithm.epochs=1",
     "algorithm.minibatches=4",
@@ -48,11 +45,11 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured.
+    """Measurements of one run.
 
     Attributes:
         after: share of right answers to the held-out prompts at the end.
-        best: the same of the answers of a step, mean of ten steps, where it was highest.
+        best: highest share of right answers of ten successive steps.
         staleness: mean over tokens, in the second half of the run.
         cpu_s: of the run.
         curve: share of right answers in ten equal parts of the run.
@@ -70,7 +67,7 @@ class Run:
 
 
 def run(objective: str, max_staleness: int, seed: int, steps: int, rate: float, folder: Path) -> Run:
-    """Trains the warm start; meant for a process of its own."""
+    """Train the warm start; meant for a process of its own."""
     torch.set_num_threads(1)
     start_s = time.process_time()
     own = [
@@ -102,7 +99,7 @@ def run(objective: str, max_staleness: int, seed: int, steps: int, rate: float, 
 
 
 def warm_start(seed: int, folder: Path) -> None:
-    """Makes a model and shows it examples until it is right now and then; meant for a process of its own."""
+    """Make a model and fine-tune it until it is sometimes right; meant for a process of its own."""
     torch.set_num_threads(1)
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
     data = ["data.train=task:add-2", "data.test=task:add-2", "tracking.sinks=[]"]
@@ -115,7 +112,7 @@ def warm_start(seed: int, folder: Path) -> None:
 
 
 def table(runs: list[Run]) -> str:
-    """Mean, least and most of the seeds, a row for each bound."""
+    """Mean, minimum and maximum over the seeds, a row for each bound."""
     objectives = [name for name in OBJECTIVES if any(r.objective == name for r in runs)]
     lines = [
         "| max_staleness | " + " | ".join(f"{name}, after (min to max)" for name in objectives) + " |",
@@ -133,7 +130,7 @@ def table(runs: list[Run]) -> str:
 
 
 def main() -> None:
-    """Runs everything and prints the table."""
+    """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--objectives", nargs="+", default=["naive", "decoupled"], choices=list(OBJECTIVES))
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4, 8])

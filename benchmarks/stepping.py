@@ -1,6 +1,4 @@
-"""What all sides of a step benchmark share: the workload, and the gate that lets a training loop through some
-steps at a time.
-"""
+"""The workload of a step benchmark, and the gate that makes a training loop stop after some steps."""
 
 from __future__ import annotations
 
@@ -16,15 +14,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Workload:
-    """A GRPO run of one update per step, as small as a laptop can take.
+    """A GRPO run of one update per step, small enough for a laptop.
 
     Attributes:
-        folder: holds the model (`model/`), the prompts (`prompts.jsonl`) and what the workers write.
-        steps: timed or warm-up steps; each worker does one more, untimed, to leave its loop by the usual way.
-        name: of the side that does it.
+        folder: has the model (`model/`), the prompts (`prompts.jsonl`) and the files of the workers.
+        steps: timed or warm-up steps; each worker makes one more, untimed, to leave its loop as usual.
+        name: of the side that runs it.
         num_prompts: prompts of a step.
         num_samples: answers per prompt.
-        answer_tokens: tokens of every answer; nothing ends one earlier.
+        answer_tokens: length of every answer.
         lr: learning rate, constant.
         trl_checkpointing: let TRL recompute activations, as it does by default; this project does so only
             when asked.
@@ -66,28 +64,25 @@ class Workload:
 
     @property
     def output(self) -> Path:
-        """Folder for what this side writes."""
+        """Folder of the files that this side writes."""
         return Path(self.folder, self.name)
 
 
 def share_of_vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The reward on all sides: the share of vowels in an answer, in a form that all call once for many
-    answers.
-    """
+    """The reward on all sides: the share of vowels in each of many answers."""
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 
 class Gate:
-    """Stands at one place of a loop; JSON lines on standard output, a number of steps or `stop` on standard
-    input.
+    """A stop in a loop: JSON lines on standard output; a number of steps, or `stop`, on standard input.
 
-    What libraries print goes to standard error, so that nothing but answers is on standard output.
+    Prints of libraries go to standard error, so that standard output has only answers.
 
     Args:
-        clocks: further ones by name, read at each step beside `wall_s` and `cpu_s`, those of this process.
+        clocks: further clocks by name, read at each step, as are `wall_s` and `cpu_s` of this process.
 
     Attributes:
-        servers: processes that work for this one, told with the first answer.
+        servers: ids of the processes that work for this one, part of the first answer.
     """
 
     def __init__(self, clocks: Mapping[str, Callable[[], float]] | None = None) -> None:
@@ -99,8 +94,10 @@ class Gate:
         self._left = 0
 
     def wait(self) -> bool:
-        """Once as many steps as were asked for are done, answers with what each clock counted in each of them
-        and blocks until the next request; returns whether one more step is wanted."""
+        """Block until the next request, if all steps are done; return True if one more step is wanted.
+
+        The answer to a request has the readings of each clock for each of its steps.
+        """
         reading = {name: clock() for name, clock in self.clocks.items()}
         if self._left:
             self._left -= 1
@@ -114,7 +111,7 @@ class Gate:
         return self._left > 0
 
     def answer(self, content: dict[str, Any]) -> None:
-        """Writes one answer."""
+        """Write one answer."""
         print(json.dumps(content), file=self._answers)
 
     def _answer_steps(self) -> None:

@@ -1,6 +1,4 @@
-"""TRL's side, run by an environment of its own: GRPOTrainer's own loop, stopped after each step until the
-next one is asked for.
-"""
+"""The side of TRL, in an environment of its own: the loop of GRPOTrainer, stopped after each step."""
 
 from __future__ import annotations
 
@@ -16,24 +14,22 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class GateCallback(TrainerCallback):
-    """Waits at the end of each step; from one wait to the next is a step with all that the loop does around
-    it.
-    """
+    """Waits at the end of each step; a step lasts from one wait to the next, with all work of the loop."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Waits before the first step."""
+        """Wait before the first step."""
         self.gate.wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Waits for the next step."""
+        """Wait for the next step."""
         control.should_training_stop |= not self.gate.wait()
 
 
 class TimedTrainer(GRPOTrainer):
-    """Notes the seconds that generation takes, and TRL's own metrics of all steps; everything else is TRL's."""
+    """GRPOTrainer that records the seconds of generation and TRL's own metrics of all steps."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.generate_s: list[float] = []
@@ -47,13 +43,13 @@ class TimedTrainer(GRPOTrainer):
         return generated
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keeps the values of each step; with logging off this is called once, at the end, and forgets them."""
+        """Keep the values of each step: with logging off this is called once, at the end, and drops them."""
         self.noted = {name: list(values) for name, values in self._metrics["train"].items()}
         super().log(logs, start_time)
 
 
 def main() -> None:
-    """Trains as asked, then reports what the steps did."""
+    """Train as requested, then report on the steps."""
     gate, work = Gate(), Workload.from_command_line()
     torch.set_num_threads(work.threads)
     args = GRPOConfig(

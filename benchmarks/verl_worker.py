@@ -1,4 +1,4 @@
-"""This project's side: its own `fit()`, stopped before each step until the next one is asked for."""
+"""The side of this project: its own `fit()`, stopped before each step."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from verl.trainer.rl_trainer import Trainer
 
 
 class GatedTrainer(Trainer):
-    """Waits before each step; from one wait to the next is a step with all that `fit` does around it."""
+    """Waits before each step; a step lasts from one wait to the next, with all work of `fit`."""
 
     gate: Gate
 
     def step(self) -> Metrics:
-        """See `Trainer.step`."""
+        """Wait, then make a step."""
         self.gate.wait()
         return super().step()
 
 
 def main() -> None:
-    """Trains as asked, then reports what the steps did."""
+    """Train as requested, then report on the steps."""
     gate, work = Gate(), Workload.from_command_line()
     torch.set_num_threads(work.threads)
     settings = {
@@ -50,7 +50,7 @@ def main() -> None:
     given = [*(f"{key}={value}" for key, value in settings.items()), *work.settings]
     trainer = GatedTrainer(load_config("grpo", given), reward_fn=share_of_vowels)
     pool = pool_of(trainer.rollout)
-    # Those that are servers of this run have a process.
+    # Only the servers that this run started have a process.
     gate.servers = (
         [replica.engine.pid for replica in pool.replicas if isinstance(replica.engine, EmbeddedServer)]
         if pool
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process, all its threads together."""
+    """CPU seconds of a process, all its threads together."""
     # After the name, which may hold spaces, in brackets: user and system time are the 12th and 13th field.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,8 +1,7 @@
-"""Seconds of a GRPO step of this project beside TRL's, on the same model, prompts and lengths, with one
-thread each, alternating.
+"""Seconds of a GRPO step of this project and of TRL, on the same model, prompts and lengths, alternating.
 
-TRL gets an environment of its own, made on the first run. One process per side lives through the whole run;
-while one does a step the other one waits, so both see the same machine.
+TRL has its own environment, made on the first run. Each side has one process for the whole run, and one
+thread. While one side makes a step, the other one waits, so both have the same machine.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ WARMUP_STEPS = 3
 
 
 def measure(python: Path, work: Workload) -> dict[str, Any]:
-    """Alternates steps of the two sides; their seconds, step by step and without the warm-up, and their
-    reports.
-    """
+    """Alternate steps of the two sides; return their seconds of each step after the warm-up, and reports."""
     load_before = os.getloadavg()
     with (
         Side("verl", Path(sys.executable), work) as ours,
@@ -71,12 +68,14 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_lines(result: dict[str, Any], work: Workload) -> list[str]:
-    """The result for people."""
+    """The result as human-readable lines."""
     rows = work.num_prompts * work.num_samples
     lines = [
-        f"{result['machine']}, load {result['load_before'][0]:.1f} before and {result['load_after'][0]:.1f} after, {result['date']}",
-        f"{work.num_prompts} prompts x {work.num_samples} answers x {work.answer_tokens} tokens, {result['parameters'] / 1e6:.1f}M "
-        f"parameters, fp32, 1 thread, {work.steps - WARMUP_STEPS} rounds after {WARMUP_STEPS} to warm up",
+        f"{result['machine']}, load {result['load_before'][0]:.1f} before and "
+        f"{result['load_after'][0]:.1f} after, {result['date']}",
+        f"{work.num_prompts} prompts x {work.num_samples} answers x {work.answer_tokens} tokens, "
+        f"{result['parameters'] / 1e6:.1f}M parameters, fp32, 1 thread, {work.steps - WARMUP_STEPS} rounds "
+        f"after {WARMUP_STEPS} to warm up",
     ]
     for kind, title in (("wall_s", "seconds per step"), ("cpu_s", "CPU seconds per step")):
         times = result[kind]
@@ -85,7 +84,8 @@ def report_lines(result: dict[str, Any], work: Workload) -> list[str]:
             lines.append(f"{title:<21}{name:<5} median {middle:.4f}  quartiles {low:.4f} to {high:.4f}")
         pairs = times["median_of_pairwise_ratios"]
         lines.append(
-            f"{title:<21}ratio verl / trl {times['ratio_of_medians']:.3f} of medians, {pairs:.3f} median of pairs"
+            f"{title:<21}ratio verl / trl {times['ratio_of_medians']:.3f} of medians, "
+            f"{pairs:.3f} median of pairs"
         )
     for name in ("verl", "trl"):
         side = result[name]
@@ -100,7 +100,7 @@ def report_lines(result: dict[str, Any], work: Workload) -> list[str]:
 
 
 def main() -> int:
-    """Runs the benchmark; 1 if a step takes more than the allowed share of TRL's."""
+    """Run the benchmark; return 1 if a step takes more than the allowed share of a step of TRL."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", type=Path, default=TRL_FOLDER, help="folder of TRL's environment")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each side")

@@ -1,6 +1,4 @@
-"""What every test shares: one thread, no model hub, and properties that are tried on the same examples in
-every run.
-"""
+"""Settings of every test: one thread, no model hub, the same examples of properties in every run."""
 
 from __future__ import annotations
 

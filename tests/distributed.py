@@ -1,6 +1,4 @@
-"""Several processes that form one world over gloo, for tests: started together, ended together, whatever
-happens.
-"""
+"""Several processes that form one world over gloo, for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import torch.distributed as dist
 
 
 def on_ranks(function: str, num_ranks: int, *args: Any, limit_s: float = 150.0) -> list[Any]:
-    """What "module:function" returns on each rank, called with `args` in a world of so many processes.
+    """Results of "module:function" on each rank of a world of `num_ranks` processes, called with `args`.
 
     Raises:
         AssertionError: a rank raised, or took longer than the limit; with its stack.

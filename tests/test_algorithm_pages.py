@@ -1,6 +1,4 @@
-"""Every recipe has its page, every page its place, and every function of a table its line on the page of all
-algorithms.
-"""
+"""Pages of the algorithms: one for each recipe, in the navigation, and a row for each function."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def num_settings(section: type[Section]) -> int:
 
 
 def over_all(check) -> list[str]:
-    """What a check (path, tree) -> messages finds in the whole package."""
+    """Messages that a check (path, tree) -> messages gives for the whole package."""
     return [f"verl/{path}: {message}" for path, tree in TREES.items() for message in check(path, tree)]
 
 
@@ -231,7 +231,7 @@ def test_there_are_recipes():
 
 
 def is_safe_loader(loader: str, tree: ast.AST) -> bool:
-    """Whether a YAML loader is PyYAML's safe one, or a class of the file that derives from it."""
+    """True for PyYAML's safe loader, or a class of the file that derives from it."""
     own = {
         node.name: ast.unparse(node.bases[0])
         for node in ast.walk(tree)

@@ -62,8 +62,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_transformer(family: str = "qwen2", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A fresh random model of a family of `FAMILIES` (or any model type of Transformers), hidden 32, 2
-    layers.
+    """A fresh random model of a family of `FAMILIES`, or of any model type of Transformers.
+
+    It has 2 layers of 32 hidden units.
     """
     model_type, own = FAMILIES.get(family, (family, {}))
     tokenizer = character_tokenizer()

@@ -116,8 +116,7 @@ def local_engine(*, seed: int = 0, **settings: Any) -> LocalEngine:
 
 
 def rows_to_learn(*, with_padding: bool = False) -> Batch:
-    """Six rows: row 1 has one token to learn, row 2 tokens of the environment in its middle, row 4 nothing to
-    learn.
+    """Six rows: row 1 has one token, row 2 tokens of the environment in its middle, row 4 is masked.
 
     With padding, some have it as an ordinary token, which a policy may sample; and the first token of a
     second half of the vocabulary.

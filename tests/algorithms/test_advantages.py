@@ -1,6 +1,4 @@
-"""Advantages of whole answers by hand and against a second implementation; of the whole table, what must not
-change them.
-"""
+"""Advantages of whole answers, by hand and against a second implementation, and invariants of all of them."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ def assert_near(actual, expected):
 
 
 def advantages_of(name, columns, **options):
-    """What a function of the table gives the sampled tokens, [B, T] with 0 at masked positions."""
+    """Advantages [B, T] that a function of the table gives, 0 at masked positions."""
     result = bind(Choice(name=name, **options), ADVANTAGES)(columns)
     advantages = result[0] if isinstance(result, tuple) else result
     mask = columns["mask"]

@@ -1,6 +1,4 @@
-"""Weights of tokens by hand, against a second implementation, and independent of padding and of the order of
-rows.
-"""
+"""Weights of tokens: by hand, against a second implementation, independent of padding and row order."""
 
 from __future__ import annotations
 

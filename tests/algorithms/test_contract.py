@@ -1,6 +1,4 @@
-"""One contract over all tables: columns are positional and known, options keyword-only, sources given, inputs
-left alone.
-"""
+"""The contract of all tables: known columns, keyword-only options, sources, and unchanged inputs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Corrections and the monitors of mismatch and weights by hand, by their properties, and against a second
-implementation.
-"""
+"""Corrections and their monitors: by hand, by their properties, and against a second implementation."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ POLICY, SAMPLER, REFERENCE = ([0.5, -0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3]
 
 
 def expected_gradient(estimator, *, sampler=None):
-    """Gradients with respect to the logits of the KL over a vocabulary of three, and of the mean estimate
-    under the sampling policy.
+    """Gradients of the KL over three tokens, and of the mean estimate under the sampling policy.
+
+    Both are with respect to the logits.
     """
     logits, reference = (
         torch.tensor(POLICY, dtype=torch.float64, requires_grad=True),

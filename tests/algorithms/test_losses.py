@@ -1,6 +1,4 @@
-"""Policy losses by hand, against a second implementation with its gradient, and independent of padding and of
-the split.
-"""
+"""Policy losses: by hand, against a second implementation with its gradient, independent of padding."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ def learned_column(name):
 
 
 def called(function, ratios, advantages, **options):
-    """Loss, monitors and gradient of one row of tokens with these ratios and advantages, the old
-    probabilities being 1.
-    """
+    """Loss, monitors and gradient of a row with these ratios and advantages; old probabilities are 1."""
     logprobs = torch.tensor([ratios], dtype=torch.float64).log().requires_grad_()
     columns = [logprobs, torch.zeros_like(logprobs), torch.tensor([advantages], dtype=torch.float64)]
     columns += [torch.ones(1, len(ratios), dtype=torch.bool)] if function in (gspo, gspo_token, gmpo) else []

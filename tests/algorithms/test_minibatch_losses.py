@@ -1,6 +1,4 @@
-"""Losses over whole minibatches by hand, against a second implementation with its gradient, and by their
-invariances.
-"""
+"""Losses over whole minibatches: by hand, against a second implementation, and by their invariants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five choices together: which columns they read, from rewards to advantages, from logprobs to one loss."""
+"""The composed algorithm: its columns, from rewards to advantages, from logprobs to one loss."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Losses on pairs and of the implicit process reward, and calibration: by hand, by contract, and against a
-second implementation.
-"""
+"""Losses on pairs and of the implicit process reward, and calibration, against a second implementation."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def bound(table, name, **options):
 
 
 def doubled(rewards, *, scale: float = 2.0):
-    """What a user would write."""
+    """A user's function."""
     return rewards * scale
 
 

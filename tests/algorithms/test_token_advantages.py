@@ -1,6 +1,4 @@
-"""Advantages of tokens and turns by hand and against a second implementation, and what they become in the
-simple cases.
-"""
+"""Advantages of tokens and turns: by hand, in simple cases, and against a second implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of the critic by hand, against a second implementation, and independent of padding and of the split."""
+"""Losses of the critic: by hand, against a second implementation, independent of padding and split."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from verl.data.columns import CHOSEN, COLUMNS, LOGPROB, ColumnSpec, readable_by
 
 
 def random_columns(seed: int, rows: int = 6, width: int = 7) -> dict[str, Tensor]:
-    """Rows of random length, with tokens of the environment in between; some rows may have no sampled token."""
+    """Rows of random length with some tokens of the environment; a row may have no sampled token."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

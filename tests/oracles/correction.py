@@ -1,5 +1,6 @@
-"""Weights of corrections and their monitors, one row and one token at a time in Python floats (fp64); for
-ratios within the clamp.
+"""Weights of corrections and their monitors, one token at a time in Python floats (fp64).
+
+The log-ratios must be within the clamp.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def k3_rs(rows, threshold, cap):
 
 
 def loglinear(logprob, rollout_logprob, version, behave, cap):
-    """AReaL's interpolation for one token, with v_prox = version and v_theta = version + 1: old logprob and
-    weight.
+    """Old logprob and weight of one token by AReaL's interpolation.
+
+    v_prox is the version, and v_theta the version + 1.
     """
     alpha = (version - behave) / (version + 1 - behave)
     old = rollout_logprob + alpha * (logprob - rollout_logprob)

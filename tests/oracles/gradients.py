@@ -1,6 +1,4 @@
-"""Gradients of losses: by autograd through a table's function, and by finite differences of a plain one over
-the sampled tokens.
-"""
+"""Gradients of losses: by autograd of a table's function, by finite differences of a plain one."""
 
 from __future__ import annotations
 
@@ -11,8 +9,9 @@ from verl.config.fields import Choice
 
 
 def summed(columns, weights, learned, table, choice):
-    """Weighted loss and its gradient with respect to the learned column; a loss [B] is weighted by its row's
-    first weight.
+    """Weighted loss, and its gradient with respect to the learned column.
+
+    A loss [B] is weighted by the first weight of its row.
     """
     leaf = columns[learned].clone().requires_grad_()
     loss, _ = bind(choice if isinstance(choice, Choice) else Choice(name=choice), table)(
@@ -24,9 +23,7 @@ def summed(columns, weights, learned, table, choice):
 
 
 def units(unit, mask):
-    """Flat places of the sampled tokens that a plain loss is called with at once: those of a token, of a row,
-    or of the minibatch.
-    """
+    """Flat places of the sampled tokens of one call of a plain loss: of a token, a row, or the minibatch."""
     rows = [[b * len(row) + t for t, sampled in enumerate(row) if sampled] for b, row in enumerate(mask)]
     places = [place for row in rows for place in row]
     groups = {"token": [[place] for place in places], "row": rows, "minibatch": [places]}[unit]
@@ -34,9 +31,7 @@ def units(unit, mask):
 
 
 def plain_losses(function, unit, columns, mask):
-    """Flat place -> loss, of a function of floats (token) or of lists (row, minibatch); columns are flat
-    lists.
-    """
+    """Flat place -> loss, of a function of floats (token) or lists (row, minibatch); flat columns."""
     losses = {}
     for group in units(unit, mask):
         given = [[column[place] for place in group] for column in columns]
@@ -52,8 +47,9 @@ def central_differences(function, point, step=1e-5):
 
 
 def assert_agrees(loss, gradient, weights, columns, mask, function, unit):
-    """The loss at sampled tokens, and the gradient of its weighted sum with respect to the first column, are
-    those of the plain one.
+    """Check the loss at sampled tokens, and the gradient of its weighted sum, against the plain loss.
+
+    The gradient is with respect to the first column.
     """
     first, *others = (column.flatten().tolist() for column in columns)
     flags, flat_weights = mask.tolist(), weights.flatten().tolist()

@@ -9,8 +9,9 @@ from math import exp, log, prod
 
 
 def ppo_clip(logprob, old_logprob, advantage, clip_low, clip_high, dual_clip=None):
-    """1707.06347, equation 7 as an objective to maximise, bounded from below for bad tokens as in 1912.09729;
-    returned as a loss.
+    """1707.06347, equation 7, an objective to maximise, returned as a loss.
+
+    The bound for tokens with a negative advantage is that of 1912.09729.
     """
     ratio = exp(logprob - old_logprob)
     clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
@@ -64,7 +65,7 @@ def dppo(logprob, held, rollout_logprob, advantage, divergence, threshold_low, t
 
 
 def gspo(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """2507.18071, equations 5 and 7: the likelihood ratio of a sequence to the power of one over its length."""
+    """2507.18071, equations 5 and 7: the likelihood ratio of a sequence to the power 1 / length."""
     n = len(logprobs)
     ratio = (exp(sum(logprobs)) / exp(sum(old_logprobs))) ** (1 / n)
     return [ppo_clip(log(ratio), 0.0, sum(advantages) / n, clip_low, clip_high)] * n
@@ -78,9 +79,7 @@ def gspo_token(logprobs, held, old_logprobs, advantages, clip_low, clip_high):
 
 
 def gmpo(logprobs, old_logprobs, advantages, clip):
-    """2507.20673, equation 4: the absolute value of each clipped term, their geometric mean, and the sign of
-    the advantage.
-    """
+    """2507.20673, equation 4: geometric mean of the absolute clipped terms, signed as the advantage."""
     n = len(logprobs)
     advantage = sum(advantages) / n
     ratios = [exp(p - q) for p, q in zip(logprobs, old_logprobs, strict=True)]
@@ -117,8 +116,9 @@ def covariances(logprobs, advantages):
 
 
 def online_dpo(rows, beta, label_smoothing):
-    """2402.04792 and 2305.18290, equation 7; a row is (logprobs, ref_logprobs, reward, group), and gets one
-    number.
+    """2402.04792, and 2305.18290, equation 7.
+
+    A row is (logprobs, ref_logprobs, reward, group), and gets one number.
     """
     loss = [0.0] * len(rows)
     for group in {row[3] for row in rows}:

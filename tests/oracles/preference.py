@@ -1,6 +1,4 @@
-"""Losses on pairs, of the implicit process reward and calibration, one pair or row at a time in Python floats
-(fp64).
-"""
+"""Losses on pairs, of the implicit process reward, and calibration, one row at a time in Python floats."""
 
 from __future__ import annotations
 

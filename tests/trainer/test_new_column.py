@@ -1,4 +1,4 @@
-"""A new column reaches a user's advantage and loss from a row of the table and the function that computes it."""
+"""A new column reaches a user's advantage and loss: it takes a row of the table and a function."""
 
 from __future__ import annotations
 
