@@ -199,7 +199,7 @@ def test_training_in_two_parts_is_the_same_as_in_one(letters, tmp_path):
     ]
 
 
-def test_a_loss_that_is_not_finite_is_told_of_its_row(letters, tmp_path):
+def test_the_error_of_a_loss_that_is_not_finite_names_its_row(letters, tmp_path):
     trainer = preference(letters, tmp_path, "policy.max_bad_updates=1")
     with torch.no_grad():
         trainer.policy_engine.model.transformer.get_input_embeddings().weight[

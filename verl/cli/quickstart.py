@@ -50,7 +50,7 @@ def run_quickstart(
         accuracy_before and accuracy_after on the held-out prompts at temperature 1, and seconds.
     """
     console, start = console or Console(), time.perf_counter()
-    # Faster than several for a model this small, and the same numbers whatever the number of cores.
+    # One thread is faster for a model this small, and gives the same numbers on any number of cores.
     torch.set_num_threads(1)
     for part in ("start", "warm", "run"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -76,18 +76,9 @@ def run_quickstart(
     after = answer_all(trainer.collector, trainer.test_prompts, config)
 
     accuracy = {"accuracy_before": accuracy_of(before), "accuracy_after": accuracy_of(after)}
-    say(console, "\n3. What it learned\n")
-    console.print(samples_table([sample_row(group[0]) for group in after[:8]]))
-    curve = [metrics["accuracy"] for metrics in history]
-    say(console, terminal_curve(curve, title="accuracy of the sampled answers, by step"))
     picture = folder / "accuracy.png"
-    save_curve(
-        picture,
-        [i + 1.0 for i in range(len(curve))],
-        curve,
-        title=f"add-2 by {algo.upper()}, seed {seed}",
-        ylabel="accuracy",
-    )
+    title = f"add-2 by {algo.upper()}, seed {seed}"
+    show_learned(console, after, [metrics["accuracy"] for metrics in history], picture, title=title)
     seconds = time.perf_counter() - start
     say(
         console,
@@ -103,6 +94,22 @@ def run_quickstart(
     )
     say(console, next_steps(folder, model))
     return {**accuracy, "seconds": seconds}
+
+
+def show_learned(
+    console: Console,
+    groups: Sequence[Sequence[Trajectory]],
+    curve: Sequence[float],
+    picture: Path,
+    *,
+    title: str,
+) -> None:
+    """Print some answers and the accuracy of each step, and write the curve as a picture."""
+    say(console, "\n3. What it learned\n")
+    console.print(samples_table([sample_row(group[0]) for group in groups[:8]]))
+    say(console, terminal_curve(curve, title="accuracy of the sampled answers, by step"))
+    steps = [i + 1.0 for i in range(len(curve))]
+    save_curve(picture, steps, curve, title=title, ylabel="accuracy")
 
 
 def quickstart_config(folder: Path, *, seed: int, algo: str, overrides: Sequence[str] = ()) -> TrainerConfig:

@@ -64,7 +64,7 @@ def test_the_rules_name_settings_that_exist():
         assert {*rule.keys, rule.switch} <= fields_by_key(rule.kind).keys()
 
 
-def test_turning_a_thing_off_on_the_command_line_does_not_ask_to_edit_the_file(write):
+def test_a_feature_turned_off_on_the_command_line_does_not_need_an_edit_of_the_file(write):
     path = write("recipe: grpo\nalgorithm: {kl: {coef: 0.1}}\n")
     assert load_config(path, ["algorithm.kl.where=off"]).algorithm.kl.where == "off"
     spread = write("recipe: ppo\nplacement: {name: split, devices: [4, 2], policy: {tensor: 2}}\n")
