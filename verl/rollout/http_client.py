@@ -166,16 +166,17 @@ class SilenceTimeout:
         task = asyncio.ensure_future(reading)
         start_s = time.monotonic()
         try:
-            while True:
-                await asyncio.wait({task}, timeout=self.limit_s / 4)
-                now_s = time.monotonic()
-                if task.done():
-                    self._last_received_s = now_s
-                    return task.result()
-                if not self.is_paused and now_s - max(start_s, self._last_received_s) > self.limit_s:
+            while not task.done():
+                silent_s = time.monotonic() - max(start_s, self._last_received_s)
+                if silent_s >= self.limit_s and not self.is_paused:
                     raise SilenceError(f"has been silent for {self.limit_s:g} s")
+                # In a pause the remaining time may be negative: the silence is looked at again from time to time.
+                await asyncio.wait({task}, timeout=max(self.limit_s - silent_s, self.limit_s / 4))
+            result = task.result()
         finally:
             task.cancel()
+        self._last_received_s = time.monotonic()
+        return result
 
 
 def error_message(content: str | bytes) -> str:

@@ -20,7 +20,7 @@ from tests.rollout.pool.pools import (
     started,
     waited,
 )
-from tests.rollout.vllm.test_server import counted
+from tests.rollout.vllm.bench import counted
 from tests.tiny import random_prompts, tiny_policy
 from verl.rollout.engine import ServerSpec
 from verl.rollout.vllm.server import VLLMServer

@@ -10,9 +10,15 @@ import pytest
 
 from tests.tiny import tiny_transformer
 from verl.rollout.engine import ServerSpec
-from verl.rollout.vllm.options import server_flags
+from verl.rollout.vllm.launch import server_flags
 from verl.rollout.vllm.server import VLLMServer
-from verl.rollout.vllm.versions import BEGIN, check_version, cpu_environment, has_own_steps, method_of
+from verl.rollout.vllm.versions import (
+    BEGIN_UPDATE,
+    check_version,
+    cpu_environment,
+    has_update_calls,
+    worker_method,
+)
 
 LATER = [
     "--worker-extension-cls",
@@ -25,25 +31,24 @@ OLD = ["--worker-extension-cls", "verl.rollout.vllm.worker_compat.LegacyWorkerEx
 
 @pytest.mark.parametrize("version", ["0.8.2", "0.9.2", "0.19.1+cpu", "0.19.2rc1"])
 def test_a_version_without_a_way_for_weights_is_refused_with_what_to_do(version):
-    with pytest.raises(
-        ValueError,
-        match=rf"need vLLM 0.20 or newer, got {version.replace('+', '.')} here: .*upgrade it, or name .* rollout.python",
-    ):
+    found = version.replace("+", ".")
+    message = rf"need vLLM 0.20 or newer, got {found} here: .*upgrade it, or name .* rollout.python"
+    with pytest.raises(ValueError, match=message):
         check_version(version, "here")
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "0.21.0+cpu", "0.24.1", "0.25.0", "0.32.0", "1.0", "dev", ""])
 def test_later_versions_and_those_without_a_number_are_taken(version):
     check_version(version, "here")
-    assert has_own_steps(version) == (version not in ("0.20.0", "0.21.0+cpu", "0.24.1"))
-    assert method_of(version, BEGIN) == (
-        "start_weight_update" if has_own_steps(version) else "verl_start_weight_update"
+    assert has_update_calls(version) == (version not in ("0.20.0", "0.21.0+cpu", "0.24.1"))
+    assert worker_method(version, BEGIN_UPDATE) == (
+        "start_weight_update" if has_update_calls(version) else "verl_start_weight_update"
     )
 
 
 def test_each_version_is_started_with_what_it_has():
     flags = {
-        version: " ".join(server_flags(ServerSpec("a", "b"), 1, version))
+        version: " ".join(server_flags(ServerSpec("a", "b"), version, port=1))
         for version in ("0.20.2", "0.21.0", "0.22.1", "0.24.0", "0.25.0", "")
     }
     later, old = " ".join(LATER), " ".join(OLD)
@@ -52,8 +57,10 @@ def test_each_version_is_started_with_what_it_has():
     # There a request that is kept over an update would lose a token.
     assert [version for version in flags if "--no-async-scheduling" in flags[version]] == ["0.20.2", "0.21.0"]
     with pytest.raises(ValueError, match="cannot set async-scheduling"):
-        server_flags(ServerSpec("a", "b", {"async_scheduling": True}), 1, "0.21.0")
-    assert "--async-scheduling" in server_flags(ServerSpec("a", "b", {"async_scheduling": True}), 1, "0.22.0")
+        server_flags(ServerSpec("a", "b", {"async_scheduling": True}), "0.21.0", port=1)
+    assert "--async-scheduling" in server_flags(
+        ServerSpec("a", "b", {"async_scheduling": True}), "0.22.0", port=1
+    )
     assert "VLLM_CPU_OMP_THREADS_BIND" not in cpu_environment(
         "0.20.0"
     ) and "VLLM_CPU_OMP_THREADS_BIND" in cpu_environment("0.21.0")

@@ -38,8 +38,8 @@ class WeightLoader:
         # Of this update: digests by `shard_key`, and the names of the loaded tensors.
         self._digests: dict[str, int] = {}
         self._loaded: set[str] = set()
-        # Bounds of the shards in which a tensor came from the policy's ranks, each with a digest of its own.
-        self._shards: dict[str, list[Bounds]] = {}
+        # Bounds of the parts of each tensor that have a digest of their own; a folder has whole tensors.
+        self._digest_bounds: dict[str, list[Bounds]] = {}
         # Tensors need not be kept: the model copies them into its own weights.
         self._receiver = WeightReceiver(None, copies_tensors=False)
         # Weights without the LoRA adapter, of the matrices that it changes.
@@ -55,7 +55,7 @@ class WeightLoader:
 
     def begin(self) -> None:
         """Begin an update; one that was not ended is forgotten."""
-        self._digests, self._loaded, self._shards = {}, set(), {}
+        self._digests, self._loaded, self._digest_bounds = {}, set(), {}
         self.is_open = self.is_torn = True
 
     def receive(self, chunk: WeightChunk) -> list[tuple[TensorInfo, Tensor]]:
@@ -73,10 +73,10 @@ class WeightLoader:
             raise ValueError(f"need weights via shm, disk, group or direct, got {chunk.transport!r}")
         tensors = []
         for batch in self._receiver.received(chunk):
-            for info, parts, shards in batch:
-                ((_, tensor),) = parts
-                tensors.append((info, tensor))
-                self._shards[info.name] = shards
+            for received in batch:
+                ((_, tensor),) = received.shards
+                tensors.append((received.info, tensor))
+                self._digest_bounds[received.info.name] = received.digest_bounds
         return tensors
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class WeightLoader:
             self._loaded.add(info.name)
             # Digests are of the model's weights, in the dtype that was sent: they show a copy that lost bits.
             loaded = weight.to(tensor.dtype)
-            for bounds in self._shards.get(info.name) or [full_bounds(tuple(weight.shape))]:
+            for bounds in self._digest_bounds.get(info.name) or [full_bounds(tuple(weight.shape))]:
                 key = shard_key(info.name, bounds, shape=weight.shape)
                 self._digests[key] = digest(loaded[slices_of(bounds)])
 

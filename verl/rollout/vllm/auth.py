@@ -1,8 +1,7 @@
-"""The door of a vLLM server: an ASGI middleware that asks every request for the secret; imports the standard
-library alone.
+"""ASGI middleware that requires a secret on every path of a vLLM server; imports the standard library alone.
 
-vLLM's own key guards the paths under /v1 only, not those that change weights. The secret comes from the
-environment of the server, since everybody on the machine can read a command line.
+vLLM's own API key guards only the paths under /v1, not those that change weights. The secret comes from the
+environment of the server, since every user of a machine can read its command lines.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-# In the environment of a server that a run starts: the secret, and that the server ends when its first
-# process does.
+# Set in the environment of a server that a run starts: its secret, and that all its processes end with the
+# first one.
 SECRET_VARIABLE, OWNED_VARIABLE = "VERL_SERVER_SECRET", "VERL_SERVER_OWNED"
-# Says whether the server is well, and nothing else.
+# Paths without a secret: they say if the server is healthy, and nothing else.
 _OPEN_PATHS = ("/health",)
 
 _Message = MutableMapping[str, Any]
@@ -24,14 +23,15 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class RequireSecret:
-    """Answers 401 to whoever does not send `Authorization: Bearer SECRET`; takes `--middleware
-    verl.rollout.vllm.auth.RequireSecret`.
+    """Answers 401 to requests without `Authorization: Bearer SECRET`.
+
+    Used by `--middleware verl.rollout.vllm.auth.RequireSecret`.
 
     Args:
-        app: the server behind it.
+        app: the application behind it.
 
     Raises:
-        RuntimeError: the server's environment has no secret: a door without a lock would look like one.
+        RuntimeError: the environment has no secret, so that nothing would be protected.
     """
 
     def __init__(self, app: Callable[[_Message, _Receive, _Send], Awaitable[None]]) -> None:
@@ -42,7 +42,7 @@ class RequireSecret:
         self._expected = f"Bearer {secret}".encode()
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        """Passes a request on, or refuses it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in _OPEN_PATHS):
             await self._app(scope, receive, send)
             return
@@ -50,18 +50,10 @@ class RequireSecret:
         if hmac.compare_digest(given, self._expected):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": 401,
-                    "headers": [(b"content-type", b"application/json")],
-                }
-            )
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": b'{"error": "need the secret as Authorization: Bearer"}',
-                }
-            )
+            headers = [(b"content-type", b"application/json")]
+            body = b'{"error": "need the secret as Authorization: Bearer"}'
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
         else:
+            # 1008: policy violation.
             await send({"type": "websocket.close", "code": 1008})

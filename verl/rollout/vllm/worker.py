@@ -1,8 +1,7 @@
-"""What verl adds to the processes of vLLM that hold the model: they take weights in parts, and say which ones
-they have.
+"""Extension of vLLM's worker processes: they load weights in chunks, and report digests of what they loaded.
 
-The only module that those processes import: vLLM finds it by `--worker-extension-cls`, and importing it makes
-our way to take weights known there under the name `BACKEND`.
+vLLM imports this module by `--worker-extension-cls`, and nothing else of verl. The import registers the
+weight transfer engine under the name `BACKEND`.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from verl.weight_sync.shard_tracking import parse_ranges
 from verl.weight_sync.types import TensorInfo, Transport, WeightChunk
 
 BACKEND = "verl"
-_logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass
 class GroupInfo(WeightTransferInitInfo):
-    """A process group to join; see `verl.rollout.engine.InferenceServer.join_group`."""
+    """Process group to join, see `verl.rollout.engine.InferenceServer.join_group`."""
 
     address: str
     port: int
@@ -57,47 +56,52 @@ class GroupInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class PartInfo(WeightTransferUpdateInfo):
-    """A `verl.rollout.engine.WeightChunk`; tensors as (name, shape, dtype). If it `records`, what the model reads of
-    whole tensors is noted.
+class ChunkInfo(WeightTransferUpdateInfo):
+    """Fields of a `verl.weight_sync.types.WeightChunk`, as JSON has them.
+
+    Attributes:
+        transport: of the bytes.
+        tensors: (name, shape, dtype) of each.
+        location: of the bytes.
+        ranges: for each rank, the bounds that it receives of each tensor.
+        records_reads: record what the model reads of whole tensors.
     """
 
-    via: Transport
+    transport: Transport
     tensors: list[tuple[str, list[int], str]] = field(default_factory=list)
-    where: dict[str, Any] = field(default_factory=dict)
-    reads: list[dict[str, Any]] = field(default_factory=list)
-    records: bool = False
+    location: dict[str, Any] = field(default_factory=dict)
+    ranges: list[dict[str, Any]] = field(default_factory=list)
+    records_reads: bool = False
 
 
-class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
-    """Takes weights in parts, in whatever way they travel, and notes a digest of each tensor that it hands to
-    the model.
-    """
+class ChunkTransferEngine(WeightTransferEngine[GroupInfo, ChunkInfo]):
+    """Loads chunks of weights by any transport, and keeps a digest of each tensor given to the model."""
 
     init_info_cls = GroupInfo
-    update_info_cls = PartInfo
+    update_info_cls = ChunkInfo
     supports_draft_weight_update = False
 
-    # The signature of the constructor differs between versions of vLLM.
-    _came: WeightReceiver | None = None
+    # Class attributes, since the signature of the constructor differs between versions of vLLM.
+    _created_receiver: WeightReceiver | None = None
     _errors: list[str] = []
 
     @property
-    def _arrivals(self) -> WeightReceiver:
-        # A layer keeps what it is handed until it has all of its weights.
-        self._came = self._came or WeightReceiver(self.device, copies_tensors=True)
-        return self._came
+    def _receiver(self) -> WeightReceiver:
+        # Tensors are copied, since a layer keeps them until it has all of its weights.
+        if self._created_receiver is None:
+            self._created_receiver = WeightReceiver(self.device, copies_tensors=True)
+        return self._created_receiver
 
     @property
     def _rank(self) -> int:
-        """Among those that take weights."""
+        """Rank among all processes of the server that take weights."""
         parallel = self.parallel_config
         rank: int = parallel.data_parallel_index * parallel.world_size + parallel.rank
         return rank
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
-        """Joins a process group."""
-        self._arrivals.join_group(
+        """Join a process group."""
+        self._receiver.join_group(
             init_info.address,
             init_info.port,
             rank=init_info.first_rank + self._rank,
@@ -107,138 +111,136 @@ class ChunkEngine(WeightTransferEngine[GroupInfo, PartInfo]):
         )
 
     def start_weight_update(self) -> None:
-        """Gets ready to take all weights; what an update before left half done is undone."""
-        self._put_back(self.model.modules())
+        """Begin an update of all weights; an unfinished earlier one is undone."""
+        discard_loaded(self.model.modules())
         finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
-        self._arrivals.reset()
+        self._receiver.reset()
         self._errors = []
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Takes one part, and has it in its own memory when it returns."""
+        """Load one chunk; its bytes are in this rank's own memory on return."""
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
             if self.parallel_config.world_size == 1:
                 raise
-            # An error of one rank leaves the answers of the others in their queues, where vLLM takes them for
-            # those to the next calls.
-            _logger.exception("weights were not taken")
+            # Reported at the end of the update: if one rank raised here, the results of the others would stay
+            # in their queues, where vLLM takes them for the results of the next calls.
+            _LOG.exception("a chunk of weights could not be loaded")
             self._errors.append(f"{type(error).__name__}: {error}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def receive_weights(self, update_info: PartInfo) -> None:
-        """Takes one part."""
+    def receive_weights(self, update_info: ChunkInfo) -> None:
+        """Receive one chunk and load it into the model."""
         infos = tuple(TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in update_info.tensors)
-        reads = tuple(parse_ranges(own) for own in update_info.reads)
-        part = WeightChunk(infos, update_info.via, update_info.where, reads).of_rank(self._rank)
-        for batch in self._arrivals.batches(part, records=update_info.records):
-            self.model.load_weights(self._with_head(batch))
+        ranges = tuple(parse_ranges(own) for own in update_info.ranges)
+        chunk = WeightChunk(infos, update_info.transport, update_info.location, ranges).of_rank(self._rank)
+        for batch in self._receiver.batches(chunk, records=update_info.records_reads):
+            self.model.load_weights(self._with_tied_head(batch))
 
     def finish_weight_update(self) -> None:
-        """Lets the model run with what it took; a layer that got a part of its weights keeps the old ones."""
-        self._put_back(layer for layer, _ in self._open_layers())
+        """Use the new weights; a layer that got only a part of its weights keeps the old ones."""
+        discard_loaded(layer for layer, _ in self._incomplete_layers())
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Leaves the group."""
-        self._arrivals.leave_group()
+        """Leave the process group."""
+        self._receiver.leave_group()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Some versions of vLLM want every engine to have it, for senders that are vLLM's own; ours is not."""
+        """Not used: some versions of vLLM require it for their own senders."""
         raise NotImplementedError
 
     def report(self) -> dict[str, Any]:
-        """Of the update that is going on: digest of each tensor that the model was handed, what it read of
-        those that were to be recorded, and parameters of layers that lack some."""
-        came = self._arrivals
-        missing = [name for _, names in self._open_layers() for name in names]
+        """Report on the current update.
+
+        Returns:
+            digests: of each tensor given to the model, by `shard_key`.
+            read_ranges: bounds that the model read of tensors that were recorded.
+            num_bytes: received.
+            missing: parameters that lack weights.
+            errors: of chunks that could not be loaded.
+        """
+        receiver = self._receiver
         return {
-            "digests": came.digests,
-            "reads": dict(came.read_ranges),
-            "num_bytes": came.num_bytes,
-            "missing": missing,
+            "digests": receiver.digests,
+            "read_ranges": dict(receiver.read_ranges),
+            "num_bytes": receiver.num_bytes,
+            "missing": [name for _, names in self._incomplete_layers() for name in names],
             "errors": self._errors,
         }
 
-    def _with_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, a tied head beside its embedding.
+    def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Add a tied head after its embedding.
 
-        Where a backend packs the head into memory of its own (that for CPUs does), it keeps the old one
-        unless it gets it, too.
+        A backend that packs the head into memory of its own, as that for CPUs does, would keep the old one.
         """
-        tied = self._has_tied_head()
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        has_head = any(name in (_HEAD, f"language_model.{_HEAD}") for name in names)
+        is_tied = has_head and bool(vars(self.model_config.hf_text_config).get("tie_word_embeddings"))
         for name, tensor in tensors:
             yield name, tensor
-            if (
-                tied
-                and name.endswith(_EMBEDDING)
-                and not any(key.split("@")[0] == _HEAD for key in self._arrivals.digests)
-            ):
-                yield _HEAD, tensor
+            if is_tied and name.endswith(_EMBEDDING):
+                # A key of the digests is a name, or NAME@BOUNDS for a shard.
+                sent = {key.split("@")[0] for key in self._receiver.digests}
+                if _HEAD not in sent:
+                    yield _HEAD, tensor
 
-    def _has_tied_head(self) -> bool:
-        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        tied = bool(vars(self.model_config.hf_text_config).get("tie_word_embeddings"))
-        return tied and any(name in (_HEAD, f"language_model.{_HEAD}") for name in names)
+    def _incomplete_layers(self) -> list[tuple[nn.Module, list[str]]]:
+        """Layers that lack weights of the current update, with the names of their parameters.
 
-    def _open_layers(self) -> list[tuple[nn.Module, list[str]]]:
-        """Layers of an update that did not get all of their weights, each with the names of its parameters.
-
-        Embeddings are padded, and some other layers may be: of those only the ones that got nothing.
+        Only a linear layer is known to lack some when it got fewer elements than it has, since embeddings and
+        maybe other layers are padded. Others count as incomplete if they got nothing.
         """
-        found = []
+        incomplete = []
         for prefix, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
-            own = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
-            if not own or not info.can_load():
+            names = [f"{prefix}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+            if not names or not info.can_load():
                 continue
             is_partial = isinstance(layer, LinearBase) and info.load_numel < (info.load_numel_total or 0)
             if info.load_numel == 0 or is_partial:
-                found.append((layer, own))
-        return found
+                incomplete.append((layer, names))
+        return incomplete
 
-    def _put_back(self, layers: Iterable[nn.Module]) -> None:
-        """Lets layers forget what they were handed in an update that is going on, so that they end with what
-        they had before.
-        """
-        for layer in layers:
-            info = get_layerwise_info(layer)
-            info.load_numel = 0
-            info.loaded_weights.clear()
+
+def discard_loaded(layers: Iterable[nn.Module]) -> None:
+    """Discard what layers were given in the current update, so that its end leaves their old weights."""
+    for layer in layers:
+        info = get_layerwise_info(layer)
+        info.load_numel = 0
+        info.loaded_weights.clear()
 
 
 class WorkerExtension:
     """Methods that vLLM adds to its workers, called on all ranks by `collective_rpc`."""
 
-    # Of the worker that this becomes a part of.
+    # Attributes of vLLM's worker.
     weight_transfer_engine: Any
     device: torch.device
 
-    def verl_place(self) -> dict[str, Any]:
-        """What tells how weights can travel here."""
+    def verl_describe(self) -> dict[str, Any]:
+        """Version of vLLM, and the id of the shared memory that this process sees."""
         return {"version": vllm.__version__, "shared_memory": shared_memory_id()}
 
-    def verl_report(self) -> dict[str, Any]:
-        """See `ChunkEngine.report`."""
+    def verl_update_report(self) -> dict[str, Any]:
+        """Report of the weight transfer engine on the current update."""
         report: dict[str, Any] = self.weight_transfer_engine.report()
         return report
 
-    def verl_digests_of(self, path: str) -> dict[str, int]:
-        """Digest of each tensor of a file, as this process reads it."""
+    def verl_digest_file(self, path: str) -> dict[str, int]:
+        """Digest of each tensor of a safetensors file, as this process reads it."""
         with safe_open(path, framework="pt") as file:
-            return {name: digest(file.get_tensor(name)) for name in _names(file)}
+            return {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
-def _names(file: Any) -> list[str]:
-    return list(file.keys())
+def end_with_leader(leader: int) -> None:
+    """Wait for the end of the process that was started first, then kill its process group.
 
-
-def _end_with(leader: int) -> None:
-    """Ends this server when the process is gone that was started first: vLLM's others would stay behind if it
-    is killed.
+    vLLM's other processes would stay if that process were killed.
     """
     status = Path(f"/proc/{leader}/stat")
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
@@ -248,6 +250,6 @@ def _end_with(leader: int) -> None:
 
 if os.environ.get(OWNED_VARIABLE) and Path("/proc").exists():
     # A run starts each server as the leader of a process group.
-    threading.Thread(target=_end_with, args=(os.getpgrp(),), daemon=True).start()
+    threading.Thread(target=end_with_leader, args=(os.getpgrp(),), daemon=True).start()
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, ChunkEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, ChunkTransferEngine)
