@@ -70,7 +70,7 @@ class HTTPClient:
         """
         async with self._request(method, path, body, timeout_s) as response:
             content = await response.read()
-        excerpt = self._hide_key(repr(content[:200].decode(errors="replace")))
+        excerpt = hide_secret(repr(content[:200].decode(errors="replace")), self._api_key)
         try:
             answer = json.loads(content)
         except ValueError as error:
@@ -108,7 +108,7 @@ class HTTPClient:
                 method, self._address + path, json=body, timeout=timeout, **options
             ) as response:
                 if not 200 <= response.status < 300:
-                    reason = self._hide_key(error_message(await response.content.read(2**16)))
+                    reason = hide_secret(error_message(await response.content.read(2**16)), self._api_key)
                     raise HTTPStatusError(
                         f"{self._name} answers {path} with status {response.status}: {reason[:1000]}",
                         response.status,
@@ -124,12 +124,9 @@ class HTTPClient:
             raise self._unreachable(path, error) from error
 
     def _unreachable(self, path: str, error: Exception) -> EngineError:
-        reason = self._hide_key(f"{type(error).__name__}: {error}")
+        reason = hide_secret(f"{type(error).__name__}: {error}", self._api_key)
         return EngineError(f"{self._name} cannot be reached at {path}: {reason}")
 
-    def _hide_key(self, text: str) -> str:
-        """Replace the API key in a text: some servers repeat it in their errors."""
-        return text.replace(self._api_key, "***") if self._api_key else text
 
 
 class SilenceTimeout:
@@ -177,6 +174,11 @@ class SilenceTimeout:
             task.cancel()
         self._last_received_s = time.monotonic()
         return result
+
+
+def hide_secret(text: str, secret: str) -> str:
+    """Replace a secret in a text: some servers repeat it in their errors and logs; "": there is none."""
+    return text.replace(secret, "***") if secret else text
 
 
 def error_message(content: str | bytes) -> str:

@@ -1,149 +1,155 @@
-"""HTTP to one SGLang server: control, and streams that may be silent while it is paused but not otherwise."""
+"""HTTP client of one SGLang server: control calls, and streams of answers that are silent during a pause."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import aiohttp
 
 from verl.rollout.engine import EngineError, RefusedError
+from verl.rollout.http_client import SilenceError, SilenceTimeout, hide_secret
+from verl.rollout.sglang.launch import SGLangProcess
 
-_Heard = TypeVar("_Heard")
-_EVENT = b"data: {"
-_READY_S = 30.0
+T = TypeVar("T")
+_EVENT_PREFIX = b"data: {"
+_HEALTH_S, _ABORT_S = 30.0, 5.0
 
 
-class Client:
-    """Requests to one server, the secret sent along and never told.
+class SGLangClient:
+    """Requests to one server; the secret is sent with each and hidden in every error.
 
     Args:
         name: of the engine, for messages.
         address: http://HOST:PORT.
         secret: "" for none.
-        timeout_s: longest silence.
-        check: raises if the process of the server has ended, with the end of its log.
+        timeout_s: longest time for a control call, and longest silence of the server.
+        process: of the server, if it was started here.
 
     Attributes:
-        is_paused: whether it may be silent.
+        address: as given.
+        silence: limit on the time without a token of any answer.
     """
 
     def __init__(
-        self, name: str, address: str, *, secret: str, timeout_s: float, check: Callable[[], None]
+        self, name: str, address: str, *, secret: str, timeout_s: float, process: SGLangProcess | None
     ) -> None:
-        self._name, self._address, self._secret = name, address.rstrip("/"), secret
-        self._timeout_s, self._check = timeout_s, check
-        self._heard_s = 0.0
-        self.is_paused = False
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        # How many requests run at a time is decided elsewhere. A connection for each: the server closes those
-        # that wait for 5 s, which fails the next request on them.
+        self.address = address.rstrip("/")
+        self._name, self._secret, self._process = name, secret, process
+        self.silence = SilenceTimeout(timeout_s)
+        self._aborts: set[asyncio.Task[None]] = set()
+        # No limit on connections here: the pool decides how many requests run at a time. One connection for
+        # each request: the server closes those that are idle for 5 s, which fails the next request on them.
         self._session = aiohttp.ClientSession(
-            headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections; aborts that were not sent yet are dropped."""
+        for task in self._aborts:
+            task.cancel()
         await self._session.close()
 
-    def resumed(self) -> None:
-        """From now on silence counts again."""
-        self.is_paused, self._heard_s = False, time.monotonic()
-
-    async def is_ready(self) -> bool:
-        """Whether it answers that it is well."""
+    async def is_healthy(self) -> bool:
+        """Ask the server for its health; False also if it does not answer."""
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_S)
         try:
-            async with self._session.get(
-                f"{self._address}/health", timeout=aiohttp.ClientTimeout(total=_READY_S)
-            ) as response:
+            async with self._session.get(f"{self.address}/health", timeout=timeout) as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
 
-    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """JSON, or text, of an endpoint of control.
+    async def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Send a control call and return the JSON or text of its response.
 
         Raises:
-            EngineError: no answer in time, or an error of the server.
-            RefusedError: it does not do that.
+            EngineError: no response in time, or an error of the server.
+            RefusedError: the server refuses the call.
         """
-        limit = aiohttp.ClientTimeout(total=self._timeout_s)
+        limit_s = self.silence.limit_s
         try:
             async with self._session.request(
-                method, f"{self._address}{path}", json=body, timeout=limit
+                method, f"{self.address}{path}", json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
             ) as response:
                 text = await response.text()
         except asyncio.TimeoutError:
-            raise self.failed(f"did not answer {path} for {self._timeout_s:g} s") from None
+            raise self.error(f"did not answer {path} for {limit_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise self.failed(f"does not answer {path}: {type(error).__name__}: {error}") from error
+            raise self.error(f"does not answer {path}: {type(error).__name__}: {error}") from error
         if response.status != 200:
-            raise self.refused(response.status, f"{path}: {text[:1000]}")
+            raise self.status_error(response.status, f"{path}: {text[:1000]}")
         return json.loads(text) if response.content_type == "application/json" else text
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """What the server streams.
+    async def command(self, path: str, body: Mapping[str, Any] | None = None) -> None:
+        """Send a control call that every server in the right state accepts; a refusal is an EngineError."""
+        try:
+            await self.request("POST", path, body)
+        except RefusedError as error:
+            raise EngineError(str(error)) from error
+
+    async def set_weight_version(self, version: int) -> None:
+        """Set the version that the server gives with each token."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self.command("/update_weight_version", body)
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request without waiting for it, since the caller may be cancelled itself."""
+
+        async def send() -> None:
+            with suppress(EngineError, RefusedError):
+                await asyncio.wait_for(self.command("/abort_request", {"rid": request_id}), _ABORT_S)
+
+        task = asyncio.create_task(send())
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Send a request and yield the events of its response.
 
         Raises:
-            EngineError: the stream broke, or nothing came from the server for too long, on any stream.
-            RefusedError: the server will not answer this.
+            EngineError: the stream broke, or the server is silent for too long on all streams.
+            RefusedError: the server refuses the request.
         """
-        post = self._session.post(
-            f"{self._address}{path}", json=body, timeout=aiohttp.ClientTimeout(total=None)
-        )
+        timeout = aiohttp.ClientTimeout(total=None)
+        post = self._session.post(f"{self.address}{path}", json=body, timeout=timeout)
         try:
-            async with await self._heard(post) as response:
+            async with await self._read(post) as response:
                 if response.status != 200:
-                    raise self.refused(response.status, await response.text())
-                async for line in self._lines(response.content):
-                    yield json.loads(line)
+                    raise self.status_error(response.status, await response.text())
+                buffer = b""
+                # Lines are split here, since aiohttp limits their length where it reads lines.
+                while content := await self._read(response.content.readany()):
+                    *lines, buffer = (buffer + content).split(b"\n")
+                    for line in lines:
+                        if line.startswith(_EVENT_PREFIX):
+                            yield json.loads(line[len(_EVENT_PREFIX) - 1 :])
         except (aiohttp.ClientError, OSError) as error:
-            raise self.failed(f"broke an answer off: {type(error).__name__}: {error}") from error
+            raise self.error(f"broke an answer off: {type(error).__name__}: {error}") from error
 
-    async def _lines(self, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-        """The JSON of each event; a line has no bound here, and aiohttp sets one where it reads lines."""
-        buffer = b""
-        while read := await self._heard(content.readany()):
-            *lines, buffer = (buffer + read).split(b"\n")
-            for line in lines:
-                if line.startswith(_EVENT):
-                    yield line[len(_EVENT) - 1 :]
-
-    def refused(self, status: int, text: str) -> EngineError | RefusedError:
-        """The error for a status of HTTP."""
+    def status_error(self, status: int, text: str) -> EngineError | RefusedError:
+        """Error for an HTTP status: RefusedError if another server would refuse the request, too."""
         if status in (401, 403):
-            return RefusedError(f"{self._name} at {self._address} does not take the secret that it was sent")
+            return RefusedError(f"{self._name} at {self.address} does not accept the secret that it was sent")
         if status < 500 and status != 429:
-            return RefusedError(self.told(f"{self._name} refuses: {text}"))
-        return self.failed(f"answers with {status}: {text}")
+            return RefusedError(hide_secret(f"{self._name} refuses: {text}", self._secret))
+        return self.error(f"answers with {status}: {text}")
 
-    def failed(self, what: str) -> EngineError:
-        """The error for what it does, with the end of its log if it has ended."""
+    def error(self, message: str) -> EngineError:
+        """Build an error that names the engine; if its process has ended, that is the error."""
         try:
-            self._check()
+            if self._process is not None:
+                self._process.check()
         except EngineError as error:
-            return EngineError(self.told(str(error)))
-        return EngineError(self.told(f"{self._name} {what}"))
+            return error
+        return EngineError(hide_secret(f"{self._name} {message}", self._secret))
 
-    def told(self, text: str) -> str:
-        """A text without the secret."""
-        return text.replace(self._secret, "<secret>") if self._secret else text
-
-    async def _heard(self, reading: Awaitable[_Heard]) -> _Heard:
-        """The result, unless the server is silent for too long."""
-        task = asyncio.ensure_future(reading)
-        since_s = time.monotonic()
+    async def _read(self, reading: Awaitable[T]) -> T:
+        """Read from the server within the limit on its silence."""
         try:
-            while True:
-                await asyncio.wait({task}, timeout=self._timeout_s / 4)
-                now_s = time.monotonic()
-                if task.done():
-                    self._heard_s = now_s
-                    return task.result()
-                if not self.is_paused and now_s - max(since_s, self._heard_s) > self._timeout_s:
-                    raise self.failed(f"has been silent for {self._timeout_s:g} s")
-        finally:
-            task.cancel()
+            return await self.silence.wait(reading)
+        except SilenceError as error:
+            raise self.error(str(error)) from None

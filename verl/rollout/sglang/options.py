@@ -1,6 +1,4 @@
-"""Options of SGLang's server as its command line has them, and what the folder of a model says that the
-server would not.
-"""
+"""Command line of SGLang's server, and the sizes of a model that the run checks itself."""
 
 from __future__ import annotations
 
@@ -10,29 +8,35 @@ from pathlib import Path
 from typing import Any
 
 
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Arguments of a command: `tp_size: 2` as --tp-size 2, true as a flag, false and None not at all, a list
-    as many, a dict as JSON.
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """Command line of options.
+
+    `tp_size: 2` is --tp-size 2; true is a flag without a value; false and None are left out; a list has
+    several values; a dict is JSON.
     """
-    arguments: list[str] = []
+    flags: list[str] = []
     for name, value in options.items():
         if value is False or value is None:
             continue
-        arguments.append("--" + name.replace("_", "-"))
+        flags.append("--" + name.replace("_", "-"))
         if isinstance(value, Mapping):
-            arguments.append(json.dumps(value))
-        elif isinstance(value, (list, tuple)):
-            arguments.extend(str(item) for item in value)
+            flags.append(json.dumps(value))
+        elif isinstance(value, list | tuple):
+            flags.extend(str(item) for item in value)
         elif value is not True:
-            arguments.append(str(value))
-    return arguments
+            flags.append(str(value))
+    return flags
 
 
-def sizes_of(model: Path) -> tuple[int, int | None]:
-    """Ids that a model knows and the tokens of its context, by its config.json; None: it does not say."""
+def read_model_sizes(model: Path) -> tuple[int, int | None]:
+    """Vocabulary size and context length of a model folder; None: its config.json has no context length.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     path = model / "config.json"
     if not path.is_file():
         raise ValueError(f"need a folder with a model for SGLang, got {model}")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    own: dict[str, Any] = config if "vocab_size" in config else config["text_config"]
-    return int(own["vocab_size"]), own.get("max_position_embeddings")
+    text_config: dict[str, Any] = config if "vocab_size" in config else config["text_config"]
+    return int(text_config["vocab_size"]), text_config.get("max_position_embeddings")

@@ -1,6 +1,4 @@
-"""What an SGLang server streams for one request, as chunks: deltas or everything so far, with the versions
-that it says.
-"""
+"""Parses the events that an SGLang server streams for one request, with the weight version of each token."""
 
 from __future__ import annotations
 
@@ -10,20 +8,20 @@ from typing import Any
 from verl.rollout.engine import TokenChunk
 from verl.utils.sampling_types import FinishReason
 
-# SGLang ends an answer so, as if by a stop text, whose next id is not in the vocabulary.
-_BROKEN = "NaN happen"
-_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+# With logits that are not finite, SGLang ends an answer as if by a stop text, whose next id is not in the
+# vocabulary.
+_NAN_MARK = "NaN happen"
+_FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class SGLangStream:
-    """The tokens of one request as they come.
+    """State of one stream, which has new tokens in each event, or all tokens so far.
 
     Args:
-        truncates: whether the logprobs are those of a truncated distribution, which SGLang gives beside its
-            usual ones.
+        truncates: take the logprobs of a truncated distribution, which SGLang gives beside its usual ones.
 
     Attributes:
-        is_finished: whether the last chunk has come.
+        is_finished: the last event was parsed.
     """
 
     def __init__(self, *, truncates: bool) -> None:
@@ -31,65 +29,59 @@ class SGLangStream:
         self._num_tokens = 0
         self.is_finished = False
 
-    def take(self, event: Mapping[str, Any]) -> list[TokenChunk]:
-        """The new tokens of an event, in several chunks if their versions differ.
+    def parse(self, event: Mapping[str, Any]) -> list[TokenChunk]:
+        """Parse one event into chunks of one weight version each.
 
         Raises:
-            ValueError: its parts contradict each other, or the model is broken.
+            ValueError: the event contradicts itself, or the model's logits are not finite.
             KeyError, TypeError, IndexError: it is not an event of SGLang.
         """
         meta = event["meta_info"]
-        first, self._num_tokens = self._num_tokens, meta["completion_tokens"]
-        num_new = self._num_tokens - first
-        ids = _last(event["output_ids"], num_new)
-        entries = _last(meta["output_token_logprobs"], num_new)
+        start, self._num_tokens = self._num_tokens, meta["completion_tokens"]
+        num_new = self._num_tokens - start
+        ids = last_items(event["output_ids"], num_new)
+        entries = last_items(meta["output_token_logprobs"], num_new)
         if [entry[1] for entry in entries] != list(ids):
             raise ValueError(f"logprobs of {[entry[1] for entry in entries]} for the ids {list(ids)}")
-        own = (
-            _last(meta["output_token_sampling_logprobs"], num_new)
-            if self._truncates and num_new
-            else [entry[0] for entry in entries]
-        )
-        reason = self._reason(meta["finish_reason"])
-        spans = list(_spans(meta, first, self._num_tokens))
+        logprobs: Sequence[float] = [entry[0] for entry in entries]
+        if self._truncates and num_new:
+            logprobs = last_items(meta["output_token_sampling_logprobs"], num_new)
         chunks = [
-            TokenChunk(tuple(ids[start:stop]), tuple(own[start:stop]), None, version)
-            for start, stop, version in spans
+            TokenChunk(tuple(ids[first:stop]), tuple(logprobs[first:stop]), None, version)
+            for first, stop, version in version_spans(meta, start, self._num_tokens)
         ]
-        if reason is None:
+        finish = meta["finish_reason"]
+        if finish is None:
             return chunks
+        if _NAN_MARK in str(finish.get("matched", "")):
+            raise ValueError("the model's logits are not finite")
         self.is_finished = True
         last = chunks.pop() if chunks else TokenChunk()
+        reason = _FINISH_REASONS[finish["type"]]
         return [*chunks, TokenChunk(last.token_ids, last.logprobs, reason, last.version)]
 
-    def _reason(self, given: Mapping[str, Any] | None) -> FinishReason | None:
-        if given is None:
-            return None
-        if _BROKEN in str(given.get("matched", "")):
-            raise ValueError("the model gives numbers that are none")
-        return _REASONS[given["type"]]
 
-
-def _last(items: Sequence[Any], count: int) -> Sequence[Any]:
-    """The new ones, of a delta or of everything so far."""
+def last_items(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """The last `count` items: the new ones, if an event has new tokens alone or all so far."""
     if not 0 <= count <= len(items):
         raise ValueError(f"{count} new tokens, but {len(items)} ids or logprobs")
     return items[len(items) - count :]
 
 
-def _spans(meta: Mapping[str, Any], first: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-    """(start, stop, version) of the new tokens: by token where SGLang says it, which it does at the end, else
-    the version of now.
+def version_spans(meta: Mapping[str, Any], start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+    """Spans of one weight version among the tokens from `start` to `stop`.
+
+    SGLang gives the version of each token in the last event; others have that of the time of the event.
+
+    Yields:
+        First and last bound of a span, counted from `start`, and its version; None: not a number, as in a
+        server that was never given weights.
     """
     spans = meta.get("weight_versions") or [
-        {"start": first, "end": stop, "version": meta.get("weight_version")}
+        {"start": start, "end": stop, "version": meta.get("weight_version")}
     ]
     for span in spans:
-        start, end = max(span["start"], first), min(span["end"], stop)
-        if start < end:
-            yield start - first, end - first, _number(span["version"])
-
-
-def _number(version: Any) -> int | None:
-    """Versions of this project are numbers; a server that was given none has another text."""
-    return int(version) if isinstance(version, str) and version.isdecimal() else None
+        first, end, version = max(span["start"], start), min(span["end"], stop), span["version"]
+        if first < end:
+            is_number = isinstance(version, str) and version.isdecimal()
+            yield first - start, end - start, int(version) if is_number else None
