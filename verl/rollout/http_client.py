@@ -128,7 +128,6 @@ class HTTPClient:
         return EngineError(f"{self._name} cannot be reached at {path}: {reason}")
 
 
-
 class SilenceTimeout:
     """Limit on the time in which a server sends nothing on any of its streams; a pause suspends it.
 

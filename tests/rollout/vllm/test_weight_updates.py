@@ -157,6 +157,7 @@ def test_a_request_that_is_paused_goes_on_with_the_weights_of_then(bench, tmp_pa
 
         task = asyncio.create_task(collect())
         while not got:
+            assert not task.done(), task.exception()
             await asyncio.sleep(0.01)
         await bench.engine.pause()
         await asyncio.sleep(0.3)

@@ -14,7 +14,14 @@ from typing import Any
 from safetensors import safe_open
 from typing_extensions import override
 
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, request_seed
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.sglang.client import SGLangClient
 from verl.rollout.sglang.launch import SGLangProcess
 from verl.rollout.sglang.options import read_model_sizes

@@ -16,7 +16,14 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk, request_seed
+from verl.rollout.engine import (
+    EngineError,
+    InferenceServer,
+    RefusedError,
+    ServerSpec,
+    TokenChunk,
+    request_seed,
+)
 from verl.rollout.server_process import ServerProcess
 from verl.rollout.vllm.client import VLLMClient
 from verl.rollout.vllm.launch import MODEL_NAME, launch_server, server_version
