@@ -166,7 +166,7 @@ class SilenceTimeout:
                 silent_s = time.monotonic() - max(start_s, self._last_received_s)
                 if silent_s >= self.limit_s and not self.is_paused:
                     raise SilenceError(f"has been silent for {self.limit_s:g} s")
-                # In a pause the remaining time may be negative: the silence is looked at again from time to time.
+                # In a pause the remaining time may be negative; the end of the pause is then noticed late.
                 await asyncio.wait({task}, timeout=max(self.limit_s - silent_s, self.limit_s / 4))
             result = task.result()
         finally:

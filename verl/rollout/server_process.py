@@ -1,4 +1,4 @@
-"""A server in a process of its own: started with a log, ended with all that it started, never left behind."""
+"""A server in a process of its own: its log is kept, and it ends with all processes that it started."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from verl.rollout.engine import EngineError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
-# Loaded here: between fork and exec nothing may be.
+# Loaded at import: nothing may be loaded between fork and exec.
 _LIBC = ctypes.CDLL(None)
 
 
 class ServerProcess:
     """A command that serves until it is ended.
 
-    It is the leader of a process group, which is ended as a whole, and dies with this process, however that
-    ends.
+    It leads a process group, which is ended as a whole. On Linux it is killed when this process ends in any
+    way.
 
     Args:
         name: for messages.
         command: program and arguments.
-        environment: added to that of this process; None removes a variable.
-        log: takes its output, after what is there already.
+        environment: variables added to those of this process; None removes one.
+        log: file that its output is appended to.
     """
 
     def __init__(
         self, name: str, command: Sequence[str], *, environment: Mapping[str, str | None], log: Path
     ) -> None:
         self._name, self._log = name, log
-        settings = {**os.environ, **environment}
+        variables = {**os.environ, **environment}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
-                env={name: value for name, value in settings.items() if value is not None},
+                env={name: value for name, value in variables.items() if value is not None},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -53,30 +53,25 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process, which is the number of its group, too."""
+        """Id of the process and of its process group."""
         return self._process.pid
 
     def check(self) -> None:
-        """Returns if it runs.
-
-        Raises:
-            EngineError: it has ended, with the last lines of its log.
-        """
-        if self._process.poll() is not None:
-            raise EngineError(
-                f"{self._name} has ended with code {self._process.returncode}{self.last_lines()}"
-            )
+        """Raise EngineError, with the last lines of the log, if the process has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise EngineError(f"{self._name} has ended with code {code}{self.last_lines()}")
 
     def last_lines(self) -> str:
-        """The end of its log, to be put after a message."""
+        """Last lines of the log, to append to a message."""
         lines = "\n".join(f"    {line}" for line in tail(self._log)) or "    (nothing)"
         return f"\n  the last lines of its log, {self._log}:\n{lines}"
 
     async def end(self, *, grace_s: float = 5.0) -> None:
-        """Ends the whole group: asked first, killed after the grace."""
+        """End the whole process group: terminate it, and kill it after the grace period."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGTERM)
-            # One that is stopped would not hear it.
+            # A stopped process handles the signal only after it is continued.
             os.killpg(self.pid, signal.SIGCONT)
         waited_s = 0.0
         while waited_s < grace_s and self._process.poll() is None:
@@ -85,13 +80,14 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         waited_s = 0.0
-        # One that waits for a device cannot even be killed until that answers.
-        while waited_s < grace_s and (self._process.poll() is None or _has_members(self.pid)):
+        # Even a killed process stays while it waits for a device.
+        while waited_s < grace_s and (self._process.poll() is None or group_exists(self.pid)):
             await asyncio.sleep(_POLL_S)
             waited_s += _POLL_S
 
 
-def _has_members(group: int) -> bool:
+def group_exists(group: int) -> bool:
+    """True if a process group has processes."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

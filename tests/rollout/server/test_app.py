@@ -15,8 +15,6 @@ import openai
 import pytest
 import requests
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from tests.rollout.servers import KEY, SECRET, next_logprobs, running, tiny_model
 from tests.tiny import tiny_codec
@@ -24,7 +22,6 @@ from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.server.app import ServeOptions, serve
-from verl.rollout.server.openai_response import IncrementalDetokenizer
 from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -423,20 +420,6 @@ def test_a_model_that_is_not_there_is_said():
         serve(ServeOptions("/nowhere/model"))
 
 
-def test_text_is_held_back_while_it_may_become_a_stop_text():
-    codec = tiny_codec()
-    text = IncrementalDetokenizer(codec, ["END", "DO"])
-    said = [text.add(codec.encode(part), is_last=False) for part in ("a E", "N", "Q D", "x EN")]
-    assert said == ["a ", "", "ENQ ", "Dx "]
-    assert text.add(codec.encode("D"), is_last=True) == ""
-
-
-def test_the_last_text_is_given_out_whole():
-    codec = tiny_codec()
-    text = IncrementalDetokenizer(codec, ["END"])
-    assert text.add(codec.encode("the EN"), is_last=True) == "the EN"
-
-
 def test_events_are_lines_of_json_with_a_last_mark(url):
     response = post(url, {"prompt": "a", "max_tokens": 3, "stream": True})
     assert response.headers["Content-Type"] == "text/event-stream"
@@ -444,13 +427,3 @@ def test_events_are_lines_of_json_with_a_last_mark(url):
         line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")
     ]
     assert last == "[DONE]" and all(json.loads(event)["object"] == "text_completion" for event in events)
-
-
-def test_a_character_of_several_tokens_is_given_out_once_it_is_whole():
-    pieces = list("ðŁĺĢa")  # how byte-level tokenizers spell F0 9F 98 80 and 61
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
-    tokenizer.decoder = decoders.ByteLevel()
-    text = IncrementalDetokenizer(TextCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer)), [])
-    assert [text.add([i], is_last=False) for i in (4, 0, 1, 2, 3, 4)] == ["a", "", "", "", "😀", "a"]
-    # What ends in the midst of a character is given out as it is.
-    assert text.add([0, 1], is_last=True) == text._codec.decode([0, 1])
