@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.rollout.pool.pools import generate
 from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
@@ -35,7 +34,7 @@ def policy(folder: Path) -> PolicyModel:
 
 def own_answer(model: PolicyModel, folder: Path, params: SamplingParams, seed: int) -> Completion:
     engine = EmbeddedEngine(model, TextCodec.load(str(folder)))
-    return generate(engine, [PROMPT], [SamplingParams(**{**vars(params), "seed": seed})])[0][0]
+    return engine.generate([PROMPT], [SamplingParams(**{**vars(params), "seed": seed})])[0][0]
 
 
 async def answer(
