@@ -261,7 +261,7 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
         assert bench.engine.received_bytes == [num_bytes] * 2
         # From now on each rank gets its half of every matrix, and the norms.
         weights = bench.refresh(seed=2)
-        halves = replace(shared(weights, tmp_path / "halves"), reads=reads)
+        halves = replace(shared(weights, tmp_path / "halves"), ranges=reads)
         halves_print = fingerprint_of_ranks([digests_of(weights, own) for own in reads])
         assert bench.run(update(bench.engine, [halves], 2)) == halves_print
         assert_follows(bench, bench.answer(PROMPTS[1]), PROMPTS[1])
@@ -273,7 +273,7 @@ def test_two_ranks_of_a_server_agree_on_new_weights(tmp_path):
         )
         assert sum(bench.engine.received_bytes) == num_bytes + twice and bench.engine.read_ranges == reads
         with pytest.raises(EngineError, match="the engine reads .*, of which it was sent"):
-            bench.run(update(bench.engine, [replace(halves, reads=reads[::-1])], 3))
+            bench.run(update(bench.engine, [replace(halves, ranges=reads[::-1])], 3))
         with pytest.raises(EngineError, match="without all weights of 1 parameters.*: model.norm.weight"):
             bench.run(
                 update(
