@@ -163,12 +163,12 @@ class EmbeddedServer(InferenceServer):
         await self._command("begin_update")
 
     @override
-    async def load(self, part: WeightChunk) -> None:
+    async def load(self, chunk: WeightChunk) -> None:
         location = {
-            name: str(value) if isinstance(value, Path) else value for name, value in part.location.items()
+            name: str(value) if isinstance(value, Path) else value for name, value in chunk.location.items()
         }
-        tensors = [asdict(info) for info in part.tensors]
-        await self._command("load", tensors=tensors, via=part.transport, where=location)
+        tensors = [asdict(info) for info in chunk.tensors]
+        await self._command("load", tensors=tensors, via=chunk.transport, where=location)
 
     @override
     async def end_update(self, version: int) -> str:

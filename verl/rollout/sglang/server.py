@@ -176,9 +176,9 @@ class SGLangServer(InferenceServer):
         await self.updater.begin()
 
     @override
-    async def load(self, part: WeightChunk) -> None:
-        records = self.records_reads and self.num_ranks > 1 and part.transport != "disk"
-        await self.updater.load(part, records=records)
+    async def load(self, chunk: WeightChunk) -> None:
+        records = self.records_reads and self.num_ranks > 1 and chunk.transport != "disk"
+        await self.updater.load(chunk, records=records)
         self.received_bytes = list(self.updater.num_bytes)
 
     @override

@@ -189,18 +189,18 @@ class VLLMServer(InferenceServer):
             await self._update_step(BEGIN_UPDATE)
 
     @override
-    async def load(self, part: WeightChunk) -> None:
+    async def load(self, chunk: WeightChunk) -> None:
         location = {
-            name: str(value) if isinstance(value, Path) else value for name, value in part.location.items()
+            name: str(value) if isinstance(value, Path) else value for name, value in chunk.location.items()
         }
-        chunk = {
-            "transport": part.transport,
-            "tensors": [(info.name, list(info.shape), info.dtype) for info in part.tensors],
+        fields = {
+            "transport": chunk.transport,
+            "tensors": [(info.name, list(info.shape), info.dtype) for info in chunk.tensors],
             "location": location,
-            "ranges": part.ranges,
-            "records_reads": self.records_reads and self.num_ranks > 1 and part.transport != "disk",
+            "ranges": chunk.ranges,
+            "records_reads": self.records_reads and self.num_ranks > 1 and chunk.transport != "disk",
         }
-        await self._update_step(LOAD_CHUNK, update_info=chunk)
+        await self._update_step(LOAD_CHUNK, update_info=fields)
 
     @override
     async def end_update(self, version: int) -> str:
