@@ -184,20 +184,20 @@ def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_v
     pool.inference_pool.on_update = on_update
     policies: list[dict[str, torch.Tensor]] = []
 
-    def publish(version: int) -> None:
+    def publish_changed(version: int) -> None:
         changed(policy, seed=20 + version)
         policies.append({name: weight.clone() for name, weight in policy.transformer.state_dict().items()})
         publish(pool, version)
 
     try:
-        publish(0)
+        publish_changed(0)
         thread, out = in_background(
             pool, PROMPTS, [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(6)]
         )
         for version in range(1, 6):
             seen = Watched.tokens
             assert waited(partial(lambda seen: Watched.tokens > seen + 6 or not thread.is_alive(), seen))
-            publish(version)
+            publish_changed(version)
         thread.join(60)
         metrics = pool.take_metrics()
     finally:
