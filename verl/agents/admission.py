@@ -1,6 +1,4 @@
-"""Which groups may be asked for, which make a batch, and which are aborted: the arithmetic of staleness,
-without waiting for anything.
-"""
+"""The arithmetic of staleness: groups that may be admitted, that make a batch, and that are aborted; pure."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ class Outstanding(Protocol):
 
     Attributes:
         number: of the group, in the order of admission.
-        oldest: version of the policy that sampled its oldest token, or can have.
+        oldest: version of the policy that sampled its oldest token, or may sample it.
         arrival: its place among the groups that are complete; None: it is in flight.
     """
 
@@ -25,7 +23,7 @@ class Outstanding(Protocol):
 
 @dataclass(frozen=True)
 class Admission:
-    """How far generation may be ahead.
+    """Bound on how far generation runs ahead of training.
 
     At version v of the policy, with b batches taken of B groups each, at most (v + max_staleness + 1 - b) B +
     oversample groups are outstanding, and none if that is for no batch: AReaL,
@@ -34,10 +32,9 @@ class Admission:
 
     Attributes:
         prompts_per_step: B, groups of a batch.
-        max_staleness: steps between the version that learns from a token and the one that sampled it, at
-            most.
+        max_staleness: most steps between the version that learns from a token and the one that sampled it.
         oversample: groups beyond those that are needed; as many may be aborted in a step.
-        in_order: batches are of the oldest groups, whichever are complete first.
+        in_order: a batch has the oldest groups, whichever are complete first.
     """
 
     prompts_per_step: int
@@ -51,12 +48,11 @@ class Admission:
         return max(0, ahead * self.prompts_per_step + self.oversample - outstanding) if ahead > 0 else 0
 
     def chosen(self, groups: Sequence[Outstanding], version: int, *, left: int) -> list[int]:
-        """Numbers of complete groups for the batch of a version that still needs `left`, those that were
-        complete first in front.
+        """Numbers of complete groups for a batch that still needs `left`, the first complete ones first.
 
-        One is passed over if its place is needed by a group that is not complete: of those that may be
-        trained on up to version v + k, no more may be left than k batches hold (and `oversample`). So slow
-        groups are waited for rather than thrown away.
+        A complete group is passed over if a group in flight needs its place: of the groups that may be
+        trained on up to version v + k, no more may be left than k batches hold (and `oversample`). So the batch
+        waits for slow groups instead of dropping them.
         """
         ready = sorted(
             (group for group in groups if group.arrival is not None), key=lambda group: group.arrival or 0
@@ -64,19 +60,12 @@ class Admission:
         if self.in_order:
             first = min((group.number for group in groups if group.arrival is None), default=None)
             return sorted(group.number for group in ready if first is None or group.number < first)[:left]
-        last = {
-            group.number: max(0, group.oldest + self.max_staleness - version) for group in groups
-        }  # batch that it may be in, from now
-        needed = [
-            min(
-                left,
-                max(
-                    0,
-                    sum(batch <= k for batch in last.values()) - k * self.prompts_per_step - self.oversample,
-                ),
-            )
-            for k in range(self.max_staleness + 1)
-        ]
+        # The last batch that each group may be in, counted from this one.
+        last = {group.number: max(0, group.oldest + self.max_staleness - version) for group in groups}
+        needed = []
+        for k in range(self.max_staleness + 1):
+            num_due = sum(batch <= k for batch in last.values())
+            needed.append(min(left, max(0, num_due - k * self.prompts_per_step - self.oversample)))
         taken: list[int] = []
         for group in ready:
             after = [max(0, count - (last[group.number] <= k)) for k, count in enumerate(needed)]
@@ -86,18 +75,20 @@ class Admission:
         return taken
 
     def too_late(self, groups: Sequence[Outstanding], version: int) -> list[int]:
-        """Numbers of those that the batch of a version has left out and no later one may have."""
+        """Numbers of groups that the batch of a version left out and that no later batch may have."""
         return [group.number for group in groups if group.oldest <= version - self.max_staleness]
 
     def check(self, groups: Sequence[Outstanding], version: int) -> None:
-        """Refuses that a version is published which makes some of the groups too stale.
+        """Check that no group becomes too stale by a new version.
 
         Raises:
-            RuntimeError: it does.
+            RuntimeError: one does.
         """
         stale = [group for group in groups if group.oldest < version - self.max_staleness]
         if stale:
             told = ", ".join(f"{group.number} of version {group.oldest}" for group in stale[:5])
             raise RuntimeError(
-                f"need groups of at most {self.max_staleness} steps before version {version}, got {told}; this is a fault of the pipeline"
+                f"need groups of at most {self.max_staleness} steps before version {version}, got {told}; "
+                "this "
+                "is a fault of the pipeline"
             )

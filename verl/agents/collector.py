@@ -58,7 +58,7 @@ class DataCollector:
         waits: takes the waits for answers and rewards.
 
     Attributes:
-        dispatched: prompts sent out so far; the random numbers of answers depend on it, so a checkpoint keeps it.
+        dispatched: prompts sent out so far, on which random numbers depend; checkpoints keep it.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class DataCollector:
         Args:
             prompts: texts, chat messages or `Prompt`s.
             samples: answers per prompt.
-            refill: gives n more prompts; with it and `algorithm.dynamic_sampling`, groups without any spread of
-                rewards are replaced, in at most `algorithm.max_resamples` rounds.
+            refill: gives n more prompts; with it and `algorithm.dynamic_sampling`, groups of equal rewards
+                are replaced, in at most `algorithm.max_resamples` rounds.
 
         Raises:
             RuntimeError: no answer has a reward, or too many have none.
@@ -135,7 +135,9 @@ class DataCollector:
         kept = [t for t in kept if t.outcome == "ok"]
         if not kept:
             raise RuntimeError(
-                "no answer of this step has a reward, so there is nothing to learn from; see the outcomes in the samples"
+                "no answer of this step has a reward, so there is nothing to learn from; see the outcomes in "
+                "the "
+                "samples"
             )
         answered = [group.answers for group in batch.all_groups if group.answers]
         metrics = collection_metrics(answered, by_parts=self._sampler.by_parts)
@@ -159,7 +161,7 @@ class DataCollector:
         return groups
 
     def source(self, samples: int, *, first_number: int = 0) -> GroupSource:
-        """Source of groups of `samples` answers for a pipeline in the engine's event loop; see `GroupSource`."""
+        """Source of groups of `samples` answers for a pipeline in the engine's loop; see `GroupSource`."""
         return GroupSource(
             self._sampler,
             samples,
@@ -170,7 +172,7 @@ class DataCollector:
         )
 
     def synced_engine(self) -> RolloutEngine:
-        """The engine, with the policy's weights: before its first answer, and after a sleep, it gets them here."""
+        """The engine, which gets the policy's weights here before its first answer and after a sleep."""
         if self.engine.needs_weights:
             self.engine.run(self.engine.sync_weights(self.engine.version))
         return self.engine

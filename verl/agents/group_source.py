@@ -14,7 +14,7 @@ from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.engine import EngineError, RefusedError
 from verl.utils.event_loops import Gatherer, call_in_thread, gather_all, wait_for_thread
 
-# Groups beside training that are rewarded at the same time; each calls its functions with limits of their own.
+# Groups beside training that are rewarded at the same time.
 _MAX_REWARDED = 16
 
 
@@ -54,8 +54,9 @@ class GroupSource(Source):
         sampler: samples and rewards groups.
         samples: answers per prompt.
         first_number: number of the first group in the run, on which the random numbers depend.
-        in_turn: the engine takes turns with training. Its errors end the run, since no other engine could take
-            over, and all groups of a turn are rewarded in one call. Else a group is retried after a pause.
+        in_turn: the engine takes turns with training. Its errors end the run, since no other engine could
+            take over, and all groups of a turn are rewarded in one call. Else a group is retried after a
+            pause.
         waits: takes the waits for answers and rewards.
         clock: takes the seconds of `reward`, in turn.
     """

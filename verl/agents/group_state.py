@@ -15,15 +15,14 @@ from verl.agents.groups import Group
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 
-# What a trajectory has for each token: end to end in one array for all of them, as there may be hundreds of
-# millions.
+# Values per token, of which there may be hundreds of millions: one array for all trajectories.
 _COLUMNS: dict[str, type] = {"prompt_ids": np.int32, "response_ids": np.int32, "rollout_logprobs": np.float32}
-# The same for what is alike for many tokens in a row: values and how often each of them comes.
+# Values that are equal for many tokens in a row: run-length encoded.
 _RUNS = ("response_mask", "versions")
 
 
 def saved_groups(groups: Sequence[Group]) -> dict[str, Any]:
-    """Groups as plain data; the answers of those in flight are left out."""
+    """Groups as plain data, without the answers of groups in flight."""
     complete = [group.answers if group.arrival is not None else [] for group in groups]
     answers = [t for of_group in complete for t in of_group]
     return {
@@ -36,7 +35,7 @@ def saved_groups(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list[Group]:
-    """The groups that were saved.
+    """Groups from plain data.
 
     Args:
         saved: from `saved_groups`.
@@ -55,7 +54,8 @@ def groups_from(saved: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> list
         index, num_answers = facts.pop("prompt"), facts.pop("num_answers")
         if index not in prompts:
             raise ValueError(
-                f"need the prompts that the checkpoint's groups were asked with, but row {index} is not in the data; go on with the same "
+                f"need the prompts of the checkpoint's groups, but row {index} is not in the data; go on "
+                "with the same "
                 "data.train and data.max_prompt_tokens, or take checkpoint.resume=never"
             )
         answers = [
@@ -100,7 +100,7 @@ def _answer(prompt: Prompt, saved: Mapping[str, Any], columns: Mapping[str, Tens
 
 
 def _column(rows: Sequence[Any], kind: type) -> tuple[Tensor, Tensor]:
-    """Values end to end, and how many of each row; a row that is elsewhere is fetched in one piece."""
+    """Values end to end, and the number in each row; a remote row is fetched in one piece."""
     parts: list[Any] = [np.asarray([] if row is None else row[:], dtype=kind) for row in rows]
     lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64)
     return torch.from_numpy(np.concatenate([np.empty(0, kind), *parts])), lengths

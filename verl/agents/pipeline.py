@@ -14,7 +14,7 @@
 | loop | consumes | waits for (name of the wait) | unblocked by |
 |---|---|---|---|
 | admission | prompts | room for more groups (`admission`) | `advance`: the policy has a new version |
-| a group's task | the engine | its answers (`generation`), its rewards (`rewards`) | the engine, the reward functions |
+| a group's task | the engine | answers (`generation`), rewards (`rewards`) | the engine, reward functions |
 | `next_batch` | complete groups | groups for the batch (`training`) | the last group that the batch needs |
 | `drain_in_flight` | - | groups of the old version (`publishing`), in order only | their last answer |
 
@@ -69,9 +69,9 @@ class TrainBatch:
 class Pipeline:
     """Keeps groups in work ahead of the step; runs in one event loop.
 
-    A group is dispatched, and then trained on, dropped, failed or in work: the ledger has each of them. Samples
-    are paced, not discarded: as many groups are admitted as batches within `max_staleness` need. A version of
-    the policy is published only if no group becomes too stale by it.
+    A group is dispatched, and then trained on, dropped, failed or in work: the ledger has each of them. The
+    pipeline admits as many groups as batches within `max_staleness` need, so it rarely discards one. A
+    version of the policy is published only if no group becomes too stale by it.
 
     Args:
         draw: gives n prompts; fewer if there are no more, and then batches are smaller.
@@ -174,8 +174,7 @@ class Pipeline:
         return batch
 
     async def drain_in_flight(self) -> None:
-        """Return when the next version may be published: in order, no group is in flight, since each is
-        answered by one version.
+        """Wait until the next version may be published; in order, until no group is in flight.
 
         Raises:
             RuntimeError: a group would be too stale.
@@ -348,7 +347,7 @@ class Pipeline:
             num_late = sum(group.number in self._in_flight and must_train_now(group) for group in due)
             num_complete = len(self._groups) - len(self._in_flight)
             is_near = num_complete >= least and (least < left or num_late <= self._config.oversample)
-            # In turn, nothing is generated while the policy learns: groups of later batches are waited for, too.
+            # In turn, nothing is generated while the policy learns: wait for groups of later batches too.
             if (is_near and not self._source.in_turn) or not self._in_flight:
                 numbers = self.rules.chosen(list(self._groups.values()), self.version, left=left)
                 if numbers:

@@ -13,7 +13,7 @@ from verl.monitoring.ledger import Ledger
 Decision = Literal["complete", "retry", "gone"]
 # Outcomes of a reward that another attempt may mend.
 _TRANSIENT = ("reward_error", "reward_timeout", "reward_crash")
-# Seconds before the first further attempt beside training, and their growth: a service needs time to come back.
+# Seconds before the first retry beside training, and their growth: a service needs time to come back.
 _FIRST_PAUSE_S, _PAUSE_GROWTH = 2.0, 3.0
 
 
@@ -122,6 +122,6 @@ class RetryPolicy:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._config.max_failures_in_a_row:
             raise RuntimeError(
-                f"{self._failures_in_a_row} groups failed one after the other, the last with {cause}; mend the "
-                "cause, or raise pipeline.max_failures_in_a_row"
+                f"{self._failures_in_a_row} groups failed one after the other, the last with {cause}; mend "
+                "the cause, or raise pipeline.max_failures_in_a_row"
             )

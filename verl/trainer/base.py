@@ -188,22 +188,22 @@ class BaseTrainer(ABC):
         """
         if source is None:
             raise ValueError(
-                f"need data.{split}: a JSONL, Parquet or Arrow file, a saved data set's folder, or task:NAME such "
-                "as task:add-2"
+                f"need data.{split}: a JSONL, Parquet or Arrow file, a saved data set's folder, or task:NAME "
+                "such as task:add-2"
             )
         return self.short_enough(*load_prompts(source, self.config.data, split=split))
 
     def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
-        """The prompts of at most `data.max_prompt_tokens`, and the report with the number that was dropped."""
+        """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones."""
         limit = self.config.data.max_prompt_tokens
         lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
         kept, dropped = drop_long_prompts(prompts, lengths, limit)
         longest, context = max(n for n in lengths if n <= limit), self._context
         if self.reserved_answer_tokens and longest + self.reserved_answer_tokens > context:
             raise ValueError(
-                f"need prompt and answer within the policy's context of {context} tokens, got prompts of up to "
-                f"{longest} and sampling.max_tokens {self.reserved_answer_tokens}; lower sampling.max_tokens or "
-                "data.max_prompt_tokens"
+                f"need prompt and answer within the policy's context of {context} tokens, got prompts of up "
+                f"to {longest} and sampling.max_tokens {self.reserved_answer_tokens}; lower "
+                "sampling.max_tokens or data.max_prompt_tokens"
             )
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
 
@@ -219,8 +219,9 @@ class BaseTrainer(ABC):
             )
             if longest > self._context:
                 raise ValueError(
-                    f"need prompt and answer within the model's context of {self._context} tokens, got {longest} in "
-                    f"row {row.index} of {row.source}; leave it out, or lower data.max_prompt_tokens"
+                    f"need prompt and answer within the model's context of {self._context} tokens, got "
+                    f"{longest} in row {row.index} of {row.source}; leave it out, or lower "
+                    "data.max_prompt_tokens"
                 )
 
     @property

@@ -52,7 +52,7 @@ class BatchProducer:
         self._portions: list[tuple[list[Trajectory], Batch]] = []
 
     def portions(self) -> Iterator[Batch]:
-        """Rows of whole groups of the next batch, as they complete; none unless `pipeline.batches` is streamed."""
+        """Rows of groups of the next batch as they complete; none unless `pipeline.batches` is streamed."""
         if not self._is_streamed:
             return
         self._streamed, self._portions = None, []

@@ -50,8 +50,10 @@ class PPOTrainer:
         algorithm = config.algorithm
         if algorithm.overlong_buffer_tokens or algorithm.mask_truncated or algorithm.dynamic_sampling:
             raise ValueError(
-                "need records that are learned from as they are, got algorithm.overlong_buffer_tokens, mask_truncated or dynamic_sampling, "
-                "which act where answers are sampled; shape the rewards of the records, or use Trainer"
+                "need records that are learned from as they are, got algorithm.overlong_buffer_tokens, "
+                "mask_truncated or dynamic_sampling, which act where answers are sampled; shape the rewards "
+                "of "
+                "the records, or use Trainer"
             )
         self.trainer = Trainer(config)
 
@@ -73,14 +75,15 @@ class PPOTrainer:
         )
 
     def save_model(self, folder: str | Path) -> None:
-        """Writes the policy in Hugging Face format."""
+        """Write the policy in Hugging Face format."""
         self.trainer.save_model(Path(folder))
 
     def _trajectory(self, record: Mapping[str, Any], index: int) -> Trajectory:
         missing = [key for key in ("prompt", "response", "reward") if key not in record]
         if missing:
             raise ValueError(
-                f"need prompt, response and reward in each record, but record {index} has no {', '.join(missing)}"
+                "need prompt, response and reward in each record, but record "
+                f"{index} has no {', '.join(missing)}"
             )
         reward = float(record["reward"])
         if not math.isfinite(reward):

@@ -1,6 +1,4 @@
-"""Reinforcement learning from rewards: the step that PPO, GRPO, DAPO and their kin share, and two ways to hold
-the loop.
-"""
+"""Reinforcement learning from rewards: the step that PPO, GRPO, DAPO and their kin share."""
 
 from __future__ import annotations
 
@@ -21,6 +19,7 @@ from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport, PromptLoader
 from verl.data.tasks import TASKS
+from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_limit import StepLimitMetric
 from verl.rewards.functions import RewardFunctions, build_rewards
@@ -30,7 +29,6 @@ from verl.trainer.batch_producer import BatchProducer
 from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.rollout_factory import (
     build_rollout,
-    check_mismatch,
     initial_checkpoint,
     pool_of,
     wrap_user_rollout,
@@ -193,9 +191,7 @@ class Trainer(BaseTrainer):
 
     @cached_property
     def rewards(self) -> RewardFunctions | None:
-        """The reward functions: those given, those configured, or the task's own; None if nothing needs a
-        reward.
-        """
+        """Reward functions: given, configured, or the task's own; None if nothing needs a reward."""
         config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
         task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
         is_given = self._reward_fn is not None or bool(config.functions)
@@ -211,7 +207,7 @@ class Trainer(BaseTrainer):
 
     @override
     def load_train_data(self) -> LoadReport:
-        # Test prompts and reward functions are read as well, so that a mistake is found before the first step.
+        # Also reads test prompts and reward functions: mistakes are found before the first step.
         prompts, report = self.read_prompts(self.config.data.train, "train")
         if self._producer:  # of other prompts
             self._producer.close()

@@ -131,7 +131,7 @@ class Roles:
 
     def plan(self, group: WorkerGroup, rows: Batch, role: RoleConfig) -> BatchPlan:
         """Rows of each rank of a role, in micro-batches that fit it."""
-        # Siblings that a loss or a mean compares must meet in one update, also where failed answers shift rows.
+        # Siblings that a loss or a mean compares must be in one update, also where failed answers shift rows.
         compared = {*self._algorithm.policy_loss.columns, *self._algorithm.aggregation.columns}
         group_ids = rows["group_ids"] if "group_ids" in compared else None
         most = rows.num_rows if group_ids is None else len(group_ids.unique())
@@ -197,6 +197,6 @@ class Roles:
             reason = "an engine of placement takes whole updates only"
         if reason:
             raise ValueError(
-                f"need a step that may come in portions for pipeline.batches=streamed, but {reason}; set arrival, "
-                "or change it"
+                f"need a step that may come in portions for pipeline.batches=streamed, but {reason}; set "
+                "arrival, or change it"
             )

@@ -112,9 +112,10 @@ class RunLoop:
         changed = _differences(state["config"], trainer.fixed_settings()) if choice == "auto" else []
         if changed:
             raise ValueError(
-                f"{folder} is of a run with other settings ({'; '.join(changed[:5])}); take another output_dir, "
-                f"or checkpoint.resume=never to start anew, or checkpoint.resume={folder} to go on with the new "
-                "settings"
+                f"{folder} is of a run with other settings ({'; '.join(changed[:5])}); take another "
+                f"output_dir, or checkpoint.resume=never to start anew, or checkpoint.resume={folder} to go "
+                "on "
+                "with the new settings"
             )
         trainer.release_devices()  # generation holds weights from before
         trainer.models.load(folder)

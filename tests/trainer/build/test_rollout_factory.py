@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.training import CHARACTERS, toy_trainer
 from verl.config.rollout import RolloutConfig
 from verl.engines.hf.pretrained import make_tiny_model
+from verl.monitoring.mismatch_limits import check_mismatch
 from verl.rollout.pool.admin_api import ENDPOINT_FILE, call_admin_api
-from verl.trainer.build.rollout_factory import check_mismatch
 
 SETTINGS = ("steps=3", "sampling.max_tokens=6")
 SERVERS = "rollout={engine: served, servers: 2}"

@@ -1,4 +1,4 @@
-"""Which role runs where: the pools of a run from its section `placement`."""
+"""Pools of devices for the roles of a run, from the section `placement`."""
 
 from __future__ import annotations
 
@@ -63,39 +63,40 @@ class Placement:
             raise
 
     def start(self, role: str, factory: WorkerFactory, *args: Any) -> WorkerGroup:
-        """Makes a role on its pool."""
+        """Start a role on its pool."""
         number = next(i for i, pool in enumerate(self._roles_of) if role in pool)
         return self._pools[number].start(role, factory, *args)
 
     def parallel(self, role: str) -> ParallelConfig | None:
-        """How the model of a role is spread; None: it is in this process."""
+        """Parallel sizes of the model of a role; None: it is in this process."""
         config = self._config
-        return (
-            None
-            if config.name == "local"
-            else {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
-        )
+        if config.name == "local":
+            return None
+        return {"policy": config.policy, "critic": config.critic}.get(role, config.reference)
 
     def close(self) -> None:
-        """Ends all workers and gives everything back."""
+        """End all workers and release all devices."""
         self._close()
 
     def _devices(self) -> list[int]:
-        """Devices of each pool, checked against what its models ask for."""
+        """Number of devices of each pool, which the sizes of its models must divide."""
         needs = [[(role, self._least(role)) for role in pool] for pool in self._roles_of]
         given = list(self._config.devices) or [max(least for _, least in pool) for pool in needs]
         if len(given) != len(needs):
             pools = "; ".join(" and ".join(pool) for pool in self._roles_of)
             raise ValueError(
-                f"need a number in placement.devices for each pool of placement {self._config.name} ({pools}), got {given}; "
-                f"give {len(needs)}"
+                f"need a number in placement.devices for each pool of placement {self._config.name} "
+                f"({pools}), "
+                f"got {given}; give {len(needs)}"
             )
         for count, pool in zip(given, needs, strict=True):
             for role, least in pool:
                 if count % least:
                     raise ValueError(
-                        f"need devices that tensor * pipeline * sequence * replicas of every model divides, got {count} for the {role}, "
-                        f"which is spread over {least}; change placement.devices or placement.{role}"
+                        "need devices that tensor * pipeline * sequence * replicas of every model divides, "
+                        "got "
+                        f"{count} for the {role}, which is spread over {least}; change placement.devices or "
+                        f"placement.{role}"
                     )
         return given
 

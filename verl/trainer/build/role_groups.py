@@ -1,4 +1,4 @@
-"""The roles of a run: which there are, where each runs, and what is asked of all of them."""
+"""The roles of a run: their existence, their worker groups, and calls of all of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from verl.utils.tokens import TextCodec
 
 @dataclass(frozen=True)
 class ColumnWriter:
-    """Who writes a column before the update, with which method and micro-batches."""
+    """The role that writes a column before the update: its group, method and micro-batches."""
 
     column: str
     group: WorkerGroup
@@ -39,20 +39,20 @@ class ColumnWriter:
 
 
 class RoleGroups:
-    """The policy, and the critic, the reference and the teacher if some chosen function reads their columns.
+    """The policy, and the critic, the reference and the teacher if a chosen function reads their columns.
 
-    On pools of devices also the reward model, if there is one; in one process its reward function holds it.
+    The reward model is one of them on pools of devices; in one process the reward function has it.
 
     Args:
         config: of the run.
-        algorithm: which roles it needs.
-        source: of the policy's weights; a loaded model is trained in place where that is possible.
-        critic_source: of the critic's; none: `critic.path`, else the policy's.
+        algorithm: decides which roles exist.
+        source: policy weights; a loaded model is trained in place where that is possible.
+        critic_source: critic weights; None: `critic.path`, else those of the policy.
         codec: tokenizer of the policy.
         timeline: takes the spans of all calls.
 
     Raises:
-        ValueError: settings that do not fit together, or models or devices that cannot be had.
+        ValueError: settings that do not fit together, or models or devices that are not there.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class RoleGroups:
 
     @property
     def writers(self) -> list[ColumnWriter]:
-        """Those whose column a chosen function reads."""
+        """Writers of the columns that a chosen function reads."""
         reads, policy, critic = self._algorithm.reads, self._config.policy, self._config.critic
         writers = []
         if reads & written_by("policy"):
@@ -127,11 +127,11 @@ class RoleGroups:
 
     @property
     def saves(self) -> Mapping[str, Save]:
-        """For each model that learns, what begins to write it."""
+        """For each model that learns, the function that begins to write it."""
         return {name: partial(_save, group) for name, group in self._learning.items()}
 
     def load(self, folder: Path) -> None:
-        """Reads the models of a checkpoint."""
+        """Read the models of a checkpoint."""
         for name, group in self._learning.items():
             group.call(Learner.load, folder / name).result()
 
@@ -144,7 +144,7 @@ class RoleGroups:
         return self.policy.call(RoleWorker.memory).result()
 
     def close(self) -> None:
-        """Ends all workers."""
+        """End all workers."""
         self._placement.close()
 
     @property
@@ -200,7 +200,8 @@ class RoleGroups:
             )
             if other != vocabulary:
                 raise ValueError(
-                    f"need the policy's vocabulary of {vocabulary} tokens in {setting}, got {other}; take a model of its family"
+                    f"need the policy's vocabulary of {vocabulary} tokens in {setting}, got {other}; take a "
+                    "model of its family"
                 )
         top_k = worker_factories.teacher_top_k(config)
         if self.teacher and top_k > vocabulary:

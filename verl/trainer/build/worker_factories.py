@@ -1,4 +1,4 @@
-"""What a rank of each role is made of: its model, its engine, its worker; called where the rank is."""
+"""Factories of the worker of each role: its model and its engine; they run in the process of the rank."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ from verl.utils.tokens import TextCodec
 # A folder or hub name; or, in this process, a loaded model.
 Source = str | PreTrainedModel
 Kind = Literal["policy", "value"]
-# Engines in the processes of the policy that have weights of their own.
+# Engines in the processes of the policy with a separate copy of the weights.
 IN_PROCESS = {"vllm": "verl.rollout.vllm.in_process:VLLMEngine"}
-# What spreads a model over the ranks of its pool, by the name of `placement.ROLE.engine`; loaded where it is
-# chosen.
+# Makers of engines that shard a model over ranks, by `placement.ROLE.engine`; imported where one is chosen.
 ENGINES = {
     "fsdp": "verl.engines.fsdp:sharded_engine",
     "megatron": "verl.engines.megatron.build:megatron_engine",
@@ -86,20 +85,20 @@ def _has_servers(config: TrainerConfig) -> bool:
 
 
 def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
-    """The policy in a layout to generate in, if one is wanted, or needed as it cannot generate in that of
-    training.
-    """
+    """The policy in a generation layout, if one is configured or the training layout can't generate."""
     wanted = config.hybrid_engine.actor_repartition
     if not wanted.enabled and engine.can_generate:
         return None
     if (num_ranks := dist.get_world_size() if dist.is_initialized() else 1) != engine.mesh.num_ranks:
         raise ValueError(
-            f"need an engine whose `mesh` says how its {num_ranks} ranks hold the weights, got {engine.mesh} of {type(engine).__name__}"
+            f"need an engine whose `mesh` says how its {num_ranks} ranks hold the weights, got {engine.mesh} "
+            f"of {type(engine).__name__}"
         )
     tensor = wanted.tensor or default_tensor_size(engine.config, engine.mesh)
     if num_ranks == 1 and tensor > 1:
         raise ValueError(
-            f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on several"
+            f"need hybrid_engine.actor_repartition.tensor=1 on one device, got {tensor}; place the policy on "
+            "several"
         )
     if has_equal_layout(engine, tensor):
         return None
@@ -109,7 +108,7 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
 
 
 def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> ColocatedEngine | None:
-    """An engine with weights of its own in the processes of the policy, if one is chosen."""
+    """The chosen engine in the processes of the policy with a separate copy of the weights, if any."""
     rollout = config.rollout
     if rollout.engine not in IN_PROCESS or _has_servers(config):
         return None
@@ -120,7 +119,8 @@ def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> Coloc
         made = vars(importlib.import_module(module))[name]
     except ImportError as error:
         raise ValueError(
-            f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: {error}"
+            f"need {rollout.engine} in this environment, or rollout.servers and rollout.python of another: "
+            f"{error}"
         ) from error
     engine: ColocatedEngine = made(
         folder, codec, options=rollout.engine_options.values, dtype=dtype, max_slots=rollout.max_slots
@@ -129,8 +129,9 @@ def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> Coloc
 
 
 def build_critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
-    """The learned judge of tokens: a value model, or a process reward model if the algorithm reads one; its
-    own copy of a loaded model.
+    """The critic: a value model, or a process reward model if the algorithm reads one.
+
+    It gets a copy of a loaded model.
     """
     algorithm, role = Algorithm.bind(config.algorithm), config.critic
     is_prm = "prm_logprobs" in algorithm.reads
@@ -146,7 +147,7 @@ def build_critic(config: TrainerConfig, source: Source, parallel: ParallelConfig
 def build_reference(
     config: TrainerConfig, source: Source, parallel: ParallelConfig | None
 ) -> ReferenceWorker:
-    """The policy that must not be left; its own copy of a loaded model."""
+    """The reference policy of the KL; it gets a copy of a loaded model."""
     engine = build_forward_engine(config, _own(source), parallel)
     return ReferenceWorker(
         engine, temperature=config.sampling.temperature, chunk=config.policy.logits_chunk_tokens
@@ -163,7 +164,7 @@ def build_teacher(config: TrainerConfig, source: Source, parallel: ParallelConfi
 def build_reward_model(
     config: TrainerConfig, source: Source, parallel: ParallelConfig | None
 ) -> RewardWorker:
-    """The reward model that the reward function `model` asks, on ranks of its own."""
+    """The reward model of the reward function `model`, on its own ranks."""
     assert parallel is not None, "in this process the reward function loads it itself"
     options = reward_model_options(config)
     role = RoleConfig(precision=options.get("precision", "fp32"))
@@ -171,7 +172,7 @@ def build_reward_model(
 
 
 def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
-    """Options of the reward function `model`; none if it is not chosen.
+    """Options of the reward function `model`; empty if it is not chosen.
 
     Raises:
         ValueError: it is chosen twice, or without a path.
@@ -179,13 +180,14 @@ def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
     chosen = [choice.options for choice in config.rewards.functions if choice.name == "model"]
     if len(chosen) > 1 or any(not options.get("path") for options in chosen):
         raise ValueError(
-            "need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see rewards.functions"
+            "need one reward model with a path, {name: model, path: FOLDER}, to place it on devices; see "
+            "rewards.functions"
         )
     return chosen[0] if chosen else {}
 
 
 def teacher_top_k(config: TrainerConfig) -> int:
-    """Most likely tokens whose logprobs a chosen function reads."""
+    """Number of most likely tokens whose logprobs a chosen function reads."""
     reads_top = any("k" in COLUMNS[name].axes for name in Algorithm.bind(config.algorithm).reads)
     return config.teacher.top_k if reads_top else 0
 
@@ -196,7 +198,7 @@ def total_updates(config: TrainerConfig) -> int:
 
 
 def saved(model: PreTrainedModel, folder: Path) -> str:
-    """The folder that a loaded model was written into, for ranks of other processes to read."""
+    """Write a loaded model for ranks of other processes; returns its folder."""
     model.save_pretrained(folder)
     return str(folder)
 
@@ -226,7 +228,7 @@ def build_train_engine(
 def build_forward_engine(
     config: TrainerConfig, source: Source, parallel: ParallelConfig | None
 ) -> ForwardEngine:
-    """The engine of a language model that is only read, with the precision and packing of the policy."""
+    """Engine of a language model that does not learn, with the precision and packing of the policy."""
     device = pick_device(config.device)
     if parallel is not None:
         return shard_engine(config, "policy", config.policy, source, parallel, updates=None)
@@ -244,7 +246,7 @@ def shard_engine(
     *,
     updates: int | None,
 ) -> ForwardEngine:
-    """The engine of a model that is spread over the ranks of its pool, by whichever library is chosen."""
+    """Engine of a model that is sharded over the ranks of its pool, by the chosen library."""
     engine: ForwardEngine = engine_maker(parallel.engine.name)(
         _path(source), kind, role, parallel, device=pick_device(config.device), total_updates=updates
     )
@@ -252,8 +254,9 @@ def shard_engine(
 
 
 def engine_maker(name: str) -> Callable[..., ForwardEngine]:
-    """What makes an engine, by its name in `ENGINES`, or as "package.module:function"; called as
-    `verl.engines.fsdp.sharded_engine` is.
+    """Maker of an engine, by its name in `ENGINES` or as "package.module:function".
+
+    Its parameters are those of `verl.engines.fsdp.sharded_engine`.
 
     Raises:
         ValueError: there is none, or its library is not installed.
