@@ -64,7 +64,8 @@ CAUSES = {
     "training alone": (snapshot(BUSY), "nothing is wrong: training works"),
     "generation is slower": (
         snapshot(TRAINING, stage_waiting("generation", "answers of group 7", 60, num=4)),
-        "generation is slower than training: it has waited 60 s for answers of group 7, and has 4 such waits; more engines would help",
+        "generation is slower than training: it has waited 60 s for answers of group 7, "
+        "and has 4 such waits; more engines would help",
     ),
     "a reward": (
         snapshot(

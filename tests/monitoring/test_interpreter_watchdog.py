@@ -1,4 +1,4 @@
-"""One timer for all that may keep the interpreter to themselves."""
+"""Deadlines that end the process although some code holds the GIL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENDLESS = "import re, time; from verl.monitoring import interpreter_watchdog\n{before}\nre.match('(a+)+$', 'a' * 60 + 'b')"
+IMPORTS = "import re, time; from verl.monitoring.interpreter_watchdog import arm, disarm\n"
+ENDLESS = "\nre.match('(a+)+$', 'a' * 60 + 'b')"
 
 
 def ran(code: str) -> subprocess.CompletedProcess[str]:
@@ -19,27 +20,27 @@ def ran(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "before",
     [
-        "interpreter_watchdog.arm('a', 0.2)",
-        "interpreter_watchdog.arm('a', 0.2); interpreter_watchdog.arm('b', 1000)",
-        "interpreter_watchdog.arm('a', 1000); interpreter_watchdog.arm('b', 0.2)",
-        "interpreter_watchdog.arm('a', 1000); interpreter_watchdog.arm('b', 0.2); interpreter_watchdog.disarm('a')",
-        "interpreter_watchdog.arm('a', 0.2); interpreter_watchdog.arm('b', 1000); interpreter_watchdog.disarm('b')",
-        "interpreter_watchdog.arm('a', 1000); interpreter_watchdog.arm('a', 0.2)",
+        "arm('a', 0.2)",
+        "arm('a', 0.2); arm('b', 1000)",
+        "arm('a', 1000); arm('b', 0.2)",
+        "arm('a', 1000); arm('b', 0.2); disarm('a')",
+        "arm('a', 0.2); arm('b', 1000); disarm('b')",
+        "arm('a', 1000); arm('a', 0.2)",
     ],
 )
-def test_the_nearest_deadline_counts_whoever_set_or_took_back_another(before):
-    result = ran(ENDLESS.format(before=before))
+def test_the_earliest_deadline_counts_whoever_armed_or_disarmed_another(before):
+    result = ran(IMPORTS + before + ENDLESS)
     assert result.returncode == 1 and "Timeout" in result.stderr
 
 
 @pytest.mark.parametrize(
     "before",
     [
-        "interpreter_watchdog.arm('a', 0.2); interpreter_watchdog.disarm('a')",
-        "interpreter_watchdog.arm('a', 0.2); interpreter_watchdog.arm('a', 1000)",
-        "interpreter_watchdog.disarm('a')",
+        "arm('a', 0.2); disarm('a')",
+        "arm('a', 0.2); arm('a', 1000)",
+        "disarm('a')",
     ],
 )
-def test_a_deadline_that_was_taken_back_or_put_off_ends_nothing(before):
-    result = ran(f"import time; from verl.monitoring import interpreter_watchdog\n{before}\ntime.sleep(0.5)")
+def test_a_deadline_that_was_removed_or_postponed_ends_nothing(before):
+    result = ran(f"{IMPORTS}{before}\ntime.sleep(0.5)")
     assert (result.returncode, result.stderr) == (0, "")

@@ -1,6 +1,4 @@
-"""Every group is under way, trained on, dropped or failed, once, in memory and in the file, whatever happens
-to the run.
-"""
+"""Every group is in flight, trained on, dropped or failed exactly once, whatever happens to the run."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from verl.monitoring.ledger_report import lines_of_group, read_ledger
 
 
 def saved(ledger: Ledger) -> dict:
-    """The state after a checkpoint wrote and read it."""
+    """The state after it was saved to a checkpoint and loaded."""
     file = io.BytesIO()
     torch.save(ledger.state_dict(), file)
     file.seek(0)
@@ -33,7 +31,7 @@ def loaded(state: dict, path: Path | None) -> Ledger:
 
 
 def written(path: Path, *, steps: int = 3) -> Ledger:
-    """A run of steps of two groups each, the last of which leaves one group under way and one waiting."""
+    """A run of steps of two groups each, the last of which leaves one group answering and one waiting."""
     ledger = Ledger(path / LEDGER_FILE)
     for step in range(1, steps + 1):
         for prompt in (10 * step, 10 * step + 1):
@@ -64,16 +62,16 @@ def test_groups_are_numbered_and_each_fate_is_counted():
     assert ledger.counts().accounted == 6 and ledger.open_groups.keys() == {2, 5}
 
 
-def begun(*acts: str) -> Ledger:
-    """A ledger whose group 0 went through some acts."""
+def ledger_after(*actions: str) -> Ledger:
+    """A ledger whose group 0 went through some actions."""
     ledger = Ledger()
     ledger.dispatch(5, version=0)
-    for act in acts:
-        ACTS[act](ledger)
+    for action in actions:
+        ACTIONS[action](ledger)
     return ledger
 
 
-ACTS = {
+ACTIONS = {
     "retry": lambda ledger: ledger.retry(0, "data", "x"),
     "complete": lambda ledger: ledger.complete(0, versions=(0, 0)),
     "train": lambda ledger: ledger.train(0, step=1),
@@ -96,23 +94,23 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(
-    ("acts", "message"), IMPOSSIBLE, ids=lambda value: "-".join(value) if isinstance(value, list) else ""
+    ("actions", "message"), IMPOSSIBLE, ids=lambda value: "-".join(value) if isinstance(value, list) else ""
 )
-def test_what_cannot_happen_to_a_group_is_refused_with_its_number_and_state(acts, message):
-    ledger = begun(*acts[:-1])
+def test_what_cannot_happen_to_a_group_is_refused_with_its_number_and_state(actions, message):
+    ledger = ledger_after(*actions[:-1])
     before = ledger.counts()
     with pytest.raises(RuntimeError, match=message):
-        ACTS[acts[-1]](ledger)
+        ACTIONS[actions[-1]](ledger)
     assert ledger.counts() == before
 
 
 def test_a_group_that_was_never_sent_out_is_refused():
     with pytest.raises(RuntimeError, match="cannot train on group 1, which was never dispatched"):
-        begun().train(1, step=1)
+        ledger_after().train(1, step=1)
 
 
 def test_what_was_given_wrongly_is_refused():
-    ledger = begun()
+    ledger = ledger_after()
     with pytest.raises(
         ValueError, match="need a class of infrastructure, data, reward, environment, got 'bad luck'"
     ):
@@ -137,7 +135,7 @@ def test_a_group_that_gets_lost_is_named_when_the_step_is_closed(tmp_path):
 
 
 def test_a_group_that_is_counted_twice_is_named_when_the_step_is_closed():
-    ledger = begun()
+    ledger = ledger_after()
     group = ledger._open[0]
     ledger.drop(0, "dead")
     ledger._open[0] = group
@@ -146,7 +144,7 @@ def test_a_group_that_is_counted_twice_is_named_when_the_step_is_closed():
 
 
 def test_a_group_of_another_step_is_refused_when_the_step_is_closed():
-    ledger = begun("complete", "train")
+    ledger = ledger_after("complete", "train")
     with pytest.raises(RuntimeError, match="need groups that step 2 was trained on, got 0 of another step"):
         ledger.commit(2)
 
@@ -335,7 +333,7 @@ def test_a_folder_without_a_ledger_is_told():
 
 
 def test_a_state_that_does_not_add_up_is_refused():
-    state = begun().state_dict()
+    state = ledger_after().state_dict()
     del state["open"][0]
     with pytest.raises(ValueError, match="need a ledger that accounts for all of its 1 groups"):
         Ledger().load_state_dict(state)
@@ -364,8 +362,8 @@ OPERATIONS = (
 )
 
 
-class Course:
-    """A run that picks among what is possible, and what it remembers itself of each group."""
+class RandomRun:
+    """A run that picks possible operations, and its own record of each group."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.step = path, 0
@@ -396,10 +394,10 @@ class Course:
             }
             self.ledger.commit(self.step)
         else:
-            self.act(operation, pick)
+            self.change_group(operation, pick)
         return None
 
-    def act(self, operation: str, pick: int) -> None:
+    def change_group(self, operation: str, pick: int) -> None:
         wanted = {"train": ("waiting",), "drop": ("answering", "waiting")}.get(operation, ("answering",))
         possible = [number for number, fate in self.fates.items() if fate in wanted]
         if not possible:
@@ -424,21 +422,21 @@ class Course:
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 50)), max_size=80))
 def test_whatever_happens_every_group_is_there_once(operations):
     with tempfile.TemporaryDirectory() as folder:
-        course = Course(Path(folder) / LEDGER_FILE)
+        run = RandomRun(Path(folder) / LEDGER_FILE)
         for operation, pick in [*operations, ("commit", 0)]:
-            course.do(operation, pick)
-            counts, fates = course.ledger.counts(), list(course.fates.values())
+            run.do(operation, pick)
+            counts, fates = run.ledger.counts(), list(run.fates.values())
             assert counts.accounted == counts.dispatched == len(fates)
             assert counts.trained == sum(fate.endswith("trained") for fate in fates)
             assert {f"failed {name}": n for name, n in counts.failed.items()} == {
                 f: fates.count(f) for f in fates if f.startswith("failed")
             }
         report = read_ledger(Path(folder))
-        assert report.adds_up and report.counts == course.ledger.counts() and report.num_incomplete_lines == 0
+        assert report.adds_up and report.counts == run.ledger.counts() and report.num_incomplete_lines == 0
         assert report.open_groups == {
-            number: fate for number, fate in course.fates.items() if fate in ("answering", "waiting")
+            number: fate for number, fate in run.fates.items() if fate in ("answering", "waiting")
         }
-        ended = {n: fate.split()[0] for n, fate in course.fates.items() if n not in report.open_groups}
+        ended = {n: fate.split()[0] for n, fate in run.fates.items() if n not in report.open_groups}
         assert {n: [line["fate"] for line in lines_of_group(Path(folder), n)] for n in ended} == {
             n: [fate] for n, fate in ended.items()
         }

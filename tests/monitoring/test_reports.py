@@ -1,4 +1,4 @@
-"""What `verl ledger` and `verl doctor` print, and with which exit code."""
+"""Output and exit codes of `verl ledger` and `verl doctor`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch):
 
 
 def shown(capsys, *command: str) -> tuple[int, str]:
-    """Exit code and what was printed."""
+    """Exit code and output of a command, without the lines of its tables."""
     code = main([*command])
     return code, "\n".join(
         " ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()
@@ -40,7 +40,7 @@ def shown(capsys, *command: str) -> tuple[int, str]:
 
 
 def test_the_ledger_is_summed_up(run, capsys):
-    code, told = shown(capsys, "ledger", "run")
+    code, output = shown(capsys, "ledger", "run")
     lines = [
         "8 groups dispatched, up to step 2",
         "trained on 2 25.0%",
@@ -54,38 +54,41 @@ def test_the_ledger_is_summed_up(run, capsys):
         "last retry, infrastructure: engine b",
     ]
     lines += ["oldest token of a group trained on: 0.50 versions behind, at most 1", "2 4 1 1 1 1 2 0"]
-    assert code == 0 and [line for line in lines if line not in told] == []
-    assert told.endswith("every group is there once, and the sums are right") and "\x1b[2J" not in told
+    assert code == 0 and [line for line in lines if line not in output] == []
+    assert output.endswith("every group is there once, and the sums are right") and "\x1b[2J" not in output
 
 
 def test_groups_that_are_missing_or_twice_are_named(run, capsys):
     text = (run / LEDGER_FILE).read_text()
     (run / LEDGER_FILE).write_text(text.replace('{"group": 5,', '{"group": 6,'))
-    code, told = shown(capsys, "ledger", "run")
-    assert code == 1 and told.endswith("missing: 1 groups: 5\ntwice: 1 groups: 6\nthe ledger does not add up")
+    code, output = shown(capsys, "ledger", "run")
+    assert code == 1 and output.endswith(
+        "missing: 1 groups: 5\ntwice: 1 groups: 6\nthe ledger does not add up"
+    )
     assert shown(capsys, "ledger", "run", "--group", "5") == (
         1,
         "group 5: missing: nothing is recorded of it",
     )
-    code, told = shown(capsys, "ledger", "run", "--group", "6")
-    assert code == 1 and told.count("group 6: prompt 2") == 2
+    code, output = shown(capsys, "ledger", "run", "--group", "6")
+    assert code == 1 and output.count("group 6: prompt 2") == 2
 
 
-def test_one_group_is_told_in_a_line(run, capsys):
-    trained = "prompt 20, trained in step 2, 2 attempts, sampled by versions 0 to 1, 1 x infrastructure: engine b [2J died"
+def test_one_group_is_described_in_a_line(run, capsys):
+    trained = "prompt 20, trained in step 2, 2 attempts, sampled by versions 0 to 1, "
+    trained += "1 x infrastructure: engine b [2J died"
     assert shown(capsys, "ledger", "run", "--group", "4") == (0, f"group 4: {trained}")
     failed = "group 2: prompt 12, failed (reward: judge is down 1) in step 1, 1 attempt"
     assert shown(capsys, "ledger", "run", "--group", "2") == (0, failed)
     assert shown(capsys, "ledger", "run", "--group", "7") == (0, "group 7: answering, as of step 2")
 
 
-def test_a_commit_that_was_cut_off_is_told(run, capsys):
+def test_an_incomplete_commit_is_reported(run, capsys):
     (run / LEDGER_FILE).write_bytes((run / LEDGER_FILE).read_bytes()[:-10])
-    code, told = shown(capsys, "ledger", "run")
-    assert code == 0 and "up to step 1" in told and "4 lines at the end are not counted" in told
+    code, output = shown(capsys, "ledger", "run")
+    assert code == 0 and "up to step 1" in output and "4 lines at the end are not counted" in output
 
 
-def test_a_group_of_a_run_that_went_on_in_another_folder_is_told(run, capsys):
+def test_a_group_of_a_run_that_resumed_in_another_folder_is_reported(run, capsys):
     other = Ledger(Path("other") / LEDGER_FILE)
     state = Ledger(run / LEDGER_FILE)
     state.dispatch(5, version=0)
@@ -93,8 +96,8 @@ def test_a_group_of_a_run_that_went_on_in_another_folder_is_told(run, capsys):
     state.commit(1)
     other.load_state_dict(state.state_dict())
     other.commit(2)
-    code, told = shown(capsys, "ledger", "other")
-    assert code == 0 and "1 groups ended before this file begins" in told
+    code, output = shown(capsys, "ledger", "other")
+    assert code == 0 and "1 groups ended before this file begins" in output
     assert shown(capsys, "ledger", "other", "--group", "0") == (0, "group 0: ended before this file begins")
 
 
@@ -107,18 +110,20 @@ def test_the_doctor_shows_stages_and_parts_and_the_likely_cause(tmp_path, monkey
         waits.track("training", "a batch", limit_s=90),
         Watchdog(waits, Path("run"), 1800, dependencies=lambda: parts),
     ):
-        code, told = shown(capsys, "doctor", "run")
+        code, output = shown(capsys, "doctor", "run")
     assert (
         code == 0
-        and "training a batch 0.0 s 90 s 0.0 s ago" in told
-        and "engine b failed out of memory" in told
+        and "training a batch 0.0 s 90 s 0.0 s ago" in output
+        and "engine b failed out of memory" in output
     )
     assert (
-        told.splitlines()[-1]
+        output.splitlines()[-1]
         == "likely cause: engine b is failed: out of memory; training has to wait for the others"
     )
-    code, told = shown(capsys, "doctor", "run")
-    assert code == 0 and told.startswith("run: finished") and told.endswith("likely cause: nothing is wrong")
+    code, output = shown(capsys, "doctor", "run")
+    assert (
+        code == 0 and output.startswith("run: finished") and output.endswith("likely cause: nothing is wrong")
+    )
 
 
 def test_a_run_that_was_killed_is_found_to_be_gone(tmp_path, monkeypatch, capsys):
@@ -134,11 +139,11 @@ with Watchdog(WaitTracker(), Path("run"), 1800):
     subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{code}"]
     )
-    code, told = shown(capsys, "doctor", "run")
+    code, output = shown(capsys, "doctor", "run")
     assert (
         code == 1
-        and "is gone without a final record" in told
-        and "it was killed, by a scheduler or because memory ran out" in told
+        and "is gone without a final record" in output
+        and "it was killed, by a scheduler or because memory ran out" in output
     )
 
 
@@ -154,7 +159,8 @@ def test_what_cannot_be_found_is_one_clear_message(command, run, capsys):
 
 @pytest.mark.parametrize("command", ["ledger", "doctor"])
 def test_a_run_is_asked_about_without_loading_a_model_library(command):
-    program = f"import sys; from verl.cli.main import main; main(['{command}', 'nowhere']); print('torch' in sys.modules)"
+    program = f"import sys; from verl.cli.main import main; main(['{command}', 'nowhere'])\n"
+    program += "print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

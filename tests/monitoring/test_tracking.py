@@ -99,7 +99,9 @@ def test_samples_that_cannot_be_written_stop_nobody(tmp_path):
 
 def test_a_closed_pipe_does_not_end_the_run(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from verl.config.run import TrackingConfig; from verl.monitoring.tracking import Tracker\n"
+        "import sys; from pathlib import Path\n"
+        "from verl.config.run import TrackingConfig\n"
+        "from verl.monitoring.tracking import Tracker\n"
         "out = Tracker(TrackingConfig(sinks=('console', 'jsonl')), Path(sys.argv[1]), total_steps=9)\n"
         "sys.stdin.read()\n"
         "for step in (1, 2, 3): out.log(step, {'reward': 1.0})\n"
@@ -115,7 +117,9 @@ def test_a_closed_pipe_does_not_end_the_run(tmp_path):
 
 
 def test_what_is_not_chosen_is_not_loaded():
-    program = "import sys, verl.monitoring.tracking; print(*({'torch', 'matplotlib', 'tensorboard', 'wandb', 'mlflow'} & set(sys.modules)))"
+    program = "import sys, verl.monitoring.tracking, verl.monitoring.display\n"
+    program += "heavy = {'torch', 'matplotlib', 'tensorboard', 'wandb', 'mlflow'}\n"
+    program += "print(*(heavy & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
         == "\n"

@@ -1,6 +1,4 @@
-"""What is waited for, for how long, and when nothing moves any more: on a clock of the test, in threads and
-in coroutines.
-"""
+"""Waits, their duration and stalls: on a clock of the test, in threads and in coroutines."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from verl.monitoring.wait_tracker import Snapshot, StageWaits, Wait, WaitTracker
 
 
 class FakeClock:
-    """Seconds that pass when the test says so."""
+    """A clock that advances only when the test says so."""
 
     now_s = 100.0
 
@@ -34,7 +32,7 @@ def waits(clock):
     return WaitTracker(clock=clock)
 
 
-def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, waits):
+def test_a_snapshot_has_a_wait_in_progress_with_its_description_and_time(clock, waits):
     with waits.track("training", "a batch", limit_s=60.0):
         clock.pass_s(5)
         assert waits.snapshot() == Snapshot(
@@ -43,7 +41,7 @@ def test_a_wait_is_there_while_it_goes_on_with_its_words_and_its_time(clock, wai
     assert waits.snapshot() == Snapshot(0.0, 0.0, (StageWaits("training", 0.0),))
 
 
-def test_seconds_are_taken_once_also_of_a_wait_that_goes_on(clock, waits):
+def test_seconds_are_taken_once_also_of_a_wait_in_progress(clock, waits):
     with waits.track("training", "a batch"):
         clock.pass_s(5)
         assert waits.take_seconds() == {"training": 5.0}
@@ -53,7 +51,7 @@ def test_seconds_are_taken_once_also_of_a_wait_that_goes_on(clock, waits):
     assert waits.take_seconds() == {"training": 0.0}
 
 
-def test_several_waits_of_a_stage_count_once_and_the_oldest_is_told(clock, waits):
+def test_several_waits_of_a_stage_count_once_and_the_oldest_is_named(clock, waits):
     first, second = waits.track("rewards", "group 1"), waits.track("rewards", "group 2")
     first.__enter__()
     clock.pass_s(3)
@@ -78,18 +76,18 @@ def test_waits_of_stages_nest(clock, waits):
     assert waits.take_seconds() == {"training": 3.0, "publishing": 2.0}
 
 
-def test_words_are_asked_for_when_someone_wants_to_know(waits):
+def test_a_description_is_evaluated_for_each_snapshot(waits):
     have = 0
 
-    def told():
+    def description():
         return f"{have} of 8 groups"
 
-    with waits.track("training", told):
+    with waits.track("training", description):
         have = 5
         assert waits.snapshot().stages[0].waits[0].what == "5 of 8 groups"
 
 
-def test_words_that_cannot_be_told_cost_nothing(waits):
+def test_a_description_that_fails_is_replaced_by_its_error(waits):
     with waits.track("training", lambda: str(1 / 0)):
         assert (
             waits.snapshot().stages[0].waits[0].what
@@ -97,19 +95,19 @@ def test_words_that_cannot_be_told_cost_nothing(waits):
         )
 
 
-def test_words_are_asked_again_if_what_they_are_about_changed_meanwhile(waits):
+def test_a_description_is_tried_again_if_its_data_changed_meanwhile(waits):
     answers = [RuntimeError("dictionary changed size during iteration"), RuntimeError("again"), None]
 
-    def told():
+    def description():
         if error := answers.pop(0):
             raise error
         return "3 groups"
 
-    with waits.track("training", told):
+    with waits.track("training", description):
         assert waits.snapshot().stages[0].waits[0].what == "3 groups"
 
 
-def test_a_wait_that_got_what_it_was_for_has_moved_and_one_that_failed_has_not(clock, waits):
+def test_a_wait_that_succeeds_is_progress_and_one_that_fails_is_not(clock, waits):
     clock.pass_s(10)
     with pytest.raises(TimeoutError), waits.track("training", "a batch"):
         clock.pass_s(1)
@@ -120,7 +118,7 @@ def test_a_wait_that_got_what_it_was_for_has_moved_and_one_that_failed_has_not(c
     assert waits.snapshot().still_s == 0.0
 
 
-def test_whatever_moves_in_any_stage_keeps_the_run_going(clock, waits):
+def test_progress_of_any_stage_is_progress_of_the_run(clock, waits):
     with waits.track("training", "a batch"):
         for _ in range(10):
             clock.pass_s(9)
@@ -130,7 +128,8 @@ def test_whatever_moves_in_any_stage_keeps_the_run_going(clock, waits):
         assert stall_reason(waits.snapshot(), 10) is None
         clock.pass_s(0.5)
         assert stall_reason(waits.snapshot(), 10) == (
-            "nothing has moved for 10 s, and may stand still for 10 s; training has waited 100 s for a batch, moved 100 s ago; "
+            "nothing has moved for 10 s, and may stand still for 10 s; "
+            "training has waited 100 s for a batch, moved 100 s ago; "
             "generation waits for nothing, moved 10 s ago"
         )
 
@@ -165,7 +164,7 @@ def test_a_wait_that_may_take_longer_than_the_limit_may(clock, waits):
     assert stall_reason(waits.snapshot(), 10) is not None
 
 
-def test_only_a_few_of_many_waits_are_told_and_one_over_its_limit_is_among_them(clock, waits):
+def test_a_snapshot_lists_few_of_many_waits_among_them_one_over_its_limit(clock, waits):
     contexts = [waits.track("generation", f"group {i}", limit_s=5 if i == 400 else None) for i in range(500)]
     for context in contexts:
         context.__enter__()
@@ -178,7 +177,7 @@ def test_only_a_few_of_many_waits_are_told_and_one_over_its_limit_is_among_them(
     ]
 
 
-def test_time_in_which_nothing_could_move_is_forgiven(clock, waits):
+def test_time_without_possible_progress_is_excluded(clock, waits):
     with waits.track("training", "a batch", limit_s=20):
         clock.pass_s(1000)
         waits.exclude(995)
@@ -212,7 +211,7 @@ def test_coroutines_of_one_stage_wait_at_once():
     assert (seen.num_waits, left.num_waits, after.num_waits) == (4, 3, 0) and left.waits[0].what == "group 1"
 
 
-def test_threads_wait_and_are_looked_at_all_at_once():
+def test_threads_wait_while_snapshots_are_taken():
     waits, num = WaitTracker(), 8
 
     def work():

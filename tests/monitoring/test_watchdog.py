@@ -80,7 +80,7 @@ def wait_for_line(process: subprocess.Popen[str], line: str) -> None:
 STUCK = {
     "a lock": "forever()",
     "a future": "concurrent.futures.Future().result()",
-    "a thread": "threading.Thread(target=forever, daemon=True).start(); [t for t in threading.enumerate() if t.daemon][0].join()",
+    "a thread": "thread = threading.Thread(target=forever, daemon=True); thread.start(); thread.join()",
     "sleep": "time.sleep(1000)",
     "a pipe": "os.read(os.pipe()[0], 1)",
     "an event loop": "asyncio.new_event_loop().run_until_complete(asyncio.Event().wait())",
@@ -110,14 +110,15 @@ except StalledError as error:
     result = ran(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.match(
-        r"nothing has moved for [\d.]+ s, and may stand still for 0.5 s; training has waited [\d.]+ s for a batch, ",
+        r"nothing has moved for [\d.]+ s, and may stand still for 0.5 s; "
+        r"training has waited [\d.]+ s for a batch, ",
         result.stdout,
     )
     assert f"all stacks: {DIAGNOSIS_FILE}" in result.stdout
     assert read_snapshot(tmp_path).state == "stalled" and "a batch" in read_snapshot(tmp_path).cause
 
 
-def test_the_diagnosis_has_the_stacks_of_threads_and_tasks_and_the_parts_of_the_run(tmp_path):
+def test_the_diagnosis_has_stacks_of_threads_and_tasks_and_the_dependencies(tmp_path):
     code = """
 async def ask_engine():
     await asyncio.get_running_loop().create_future()
@@ -135,11 +136,13 @@ with watch(dependencies=lambda: [Dependency("engine b", "failed", "out of memory
     forever()
 """
     assert "StalledError" in ran(code, tmp_path).stderr
-    told = (tmp_path / DIAGNOSIS_FILE).read_text()
+    diagnosis = (tmp_path / DIAGNOSIS_FILE).read_text()
     assert (
-        "engine b is failed: out of memory" in told and "thread MainThread:" in told and "in forever" in told
+        "engine b is failed: out of memory" in diagnosis
+        and "thread MainThread:" in diagnosis
+        and "in forever" in diagnosis
     )
-    assert re.search(r"2 tasks of thread engines:\n.*in answer\n.*in ask_engine", told, re.DOTALL)
+    assert re.search(r"2 tasks of thread engines:\n.*in answer\n.*in ask_engine", diagnosis, re.DOTALL)
 
 
 def test_dependencies_that_cannot_be_described_do_not_end_the_run(tmp_path):
@@ -166,7 +169,7 @@ with watch(limit_s=100), waits.track("rewards", "the function judge", limit_s=0.
     )
 
 
-def test_code_that_keeps_the_interpreter_ends_the_process_and_shows_where_it_is(tmp_path):
+def test_code_that_holds_the_gil_ends_the_process_and_shows_where_it_is(tmp_path):
     code = """
 def endless_expression():
     re.match("(a+)+$", "a" * 60 + "b")
@@ -213,7 +216,7 @@ with watch(grace_s=60):
     assert "The run was interrupted, and did not come to its end within 0.5 s" in result.stderr
 
 
-def test_what_is_put_away_after_the_interrupt_may_take_longer_than_the_grace(tmp_path):
+def test_cleanup_after_the_interrupt_may_take_longer_than_the_grace(tmp_path):
     code = """
 with watch(limit_s=2, grace_s=0.1):
     try:

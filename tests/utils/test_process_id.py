@@ -44,16 +44,16 @@ def test_this_process_is_running():
 
 
 def test_a_process_is_seen_to_run_to_be_stopped_and_to_be_gone(child):
-    process, told = child
-    assert process_state(told) == "running"
+    process, identity = child
+    assert process_state(identity) == "running"
     process.send_signal(signal.SIGSTOP)
-    wait_for(told, "stopped")
+    wait_for(identity, "stopped")
     process.send_signal(signal.SIGCONT)
-    wait_for(told, "running")
+    wait_for(identity, "running")
     process.kill()
-    wait_for(told, "gone")  # a zombie: nobody has asked for its exit code yet
+    wait_for(identity, "gone")  # a zombie: nobody has asked for its exit code yet
     process.wait()
-    assert process_state(told) == "gone"
+    assert process_state(identity) == "gone"
 
 
 def test_another_process_of_the_same_number_is_not_taken_for_it():

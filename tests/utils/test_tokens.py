@@ -1,4 +1,4 @@
-"""Tests of prompts to ids and sampled ids to text."""
+"""Prompts to token ids, and sampled ids to text."""
 
 from __future__ import annotations
 

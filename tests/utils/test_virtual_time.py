@@ -99,7 +99,7 @@ def test_a_lock_that_two_take_in_opposite_order_is_no_hang():
         run(main())
 
 
-def test_a_program_that_only_looks_again_and_again_ends_at_the_limit():
+def test_a_program_that_polls_forever_ends_at_the_limit():
     async def main() -> None:
         while True:
             await asyncio.sleep(7)
@@ -167,7 +167,7 @@ def test_an_error_of_the_program_is_raised_when_the_rest_has_ended():
 
 
 def crowd(seed: int) -> list[tuple[float, int]]:
-    """What many tasks that meet at random places write down."""
+    """Times and values that many tasks receive which meet at random times."""
 
     async def main() -> list[tuple[float, int]]:
         loop, queue, seen = asyncio.get_running_loop(), asyncio.Queue[int](2), []
