@@ -247,10 +247,8 @@ class ModelledEngine(InferenceServer):
         await asyncio.sleep(_CHECK_S)
 
     @override
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
-        answer = self._begin(params.seed, number, len(prompt_ids) - self._prompt_blocks)
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
+        answer = self._begin(params.seed, params.sample_index, len(prompt_ids) - self._prompt_blocks)
         try:
             is_over = False
             while not is_over:

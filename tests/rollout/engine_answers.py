@@ -40,7 +40,7 @@ def own_answer(model: PolicyModel, folder: Path, params: SamplingParams, seed: i
 async def answer(
     engine: InferenceServer, params: SamplingParams, *, seed: int = 0, prompt: list[int] = PROMPT
 ) -> list[TokenChunk]:
-    return [chunk async for chunk in engine.sample(prompt, replace(params, seed=seed), number=0)]
+    return [chunk async for chunk in engine.sample(prompt, replace(params, seed=seed))]
 
 
 def ids(chunks: list[TokenChunk]) -> list[int]:

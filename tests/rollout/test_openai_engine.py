@@ -68,7 +68,7 @@ def test_a_server_that_gives_token_ids_is_asked_for_them(address, folder, monkey
     chunk = one_chunk(
         http_engine(folder, address + suffix, api_key_env="FAR_KEY", processed_logprobs=True), params, seed=5
     )
-    completion = own_answer(policy(folder), folder, params, request_seed(replace(params, seed=5), 0))
+    completion = own_answer(policy(folder), folder, params, request_seed(replace(params, seed=5)))
     assert list(chunk.token_ids) == completion.token_ids and chunk.finish_reason == completion.finish_reason
     assert list(chunk.logprobs) == pytest.approx(completion.logprobs, abs=1e-5) and chunk.text is None
 

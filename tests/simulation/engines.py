@@ -397,9 +397,7 @@ class SimulatedEngine(InferenceServer):
         """See `InferenceServer.check`."""
         await self._command("check", self._pace.command_s, lambda server: None)
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         """See `InferenceServer.sample`."""
         server, fate = self._asked, self._meet("sample")
         is_ready = (
@@ -420,7 +418,7 @@ class SimulatedEngine(InferenceServer):
             state, have, wait_s = state_of(prompt_ids), 0, self._time(fate, self._pace.prefill_s)
             while True:
                 chunk, state, wait_s = await self._chunk(
-                    server, params, number, state, params.max_tokens - have, wait_s
+                    server, params, state, params.max_tokens - have, wait_s
                 )
                 have += len(chunk.token_ids)
                 if chunk.finish_reason and self._world.ends_apart:
@@ -552,7 +550,7 @@ class SimulatedEngine(InferenceServer):
         return done
 
     async def _chunk(
-        self, server: _Server, params: SamplingParams, number: int, state: int, room: int, first_s: float
+        self, server: _Server, params: SamplingParams, state: int, room: int, first_s: float
     ) -> tuple[TokenChunk, int, float]:
         """The next tokens, maybe none; the row after them; and the time for what is not done yet."""
         while server.is_paused:
@@ -565,7 +563,7 @@ class SimulatedEngine(InferenceServer):
         states, end_in = [state], pace.end_in
         while len(ids) < min(pace.part_tokens, room) and not (ids and ids[-1] == END):
             token, logprob = drawn(
-                states[-1], params.seed, number, -9 if version is None else version, end_in
+                states[-1], params.seed, params.sample_index, -9 if version is None else version, end_in
             )
             ids.append(token)
             logprobs.append(logprob)

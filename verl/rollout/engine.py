@@ -76,9 +76,9 @@ class TokenChunk:
     text: str | None = None
 
 
-def request_seed(params: SamplingParams, number: int) -> int:
+def request_seed(params: SamplingParams) -> int:
     """Seed of one answer to a prompt, from 0 to 2^63 - 1, for engines that take a seed per request."""
-    return answer_seed(params.seed, number) & (2**63 - 1)
+    return answer_seed(params.seed, params.sample_index) & (2**63 - 1)
 
 
 class ColocatedEngine(BatchGenerator):
@@ -152,19 +152,15 @@ class InferenceServer(ABC):
         """
 
     @abstractmethod
-    def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         """Stream one completion of a prompt; the last chunk has a finish reason.
 
         Leaving the iteration aborts the request in the engine.
 
         Args:
             prompt_ids: not empty.
-            params: how to sample; `stop_ids` contain those of the tokenizer, `n` is ignored.
-            number: of the completion among those of the prompt. With `params.seed` it selects the random
-                numbers (`request_seed`): where the engine can be deterministic, equal weights, prompts, seeds
-                and numbers give equal completions.
+            params: how to sample; `stop_ids` contain those of the tokenizer, and `n` is 1. Where the engine can
+                be deterministic, equal weights, prompts, seeds and sample indices give equal completions.
 
         Raises:
             EngineError: also if nothing came for `spec.timeout_s`.

@@ -145,11 +145,9 @@ class HTTPEngine(InferenceServer):
             await client.close()
 
     @override
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         async with self._slots:
-            yield await self._complete(list(prompt_ids), params, request_seed(params, number))
+            yield await self._complete(list(prompt_ids), params, request_seed(params))
 
     @property
     def _client(self) -> HTTPClient:

@@ -51,9 +51,7 @@ class Gated(InferenceServer):
     async def close(self) -> None:
         return
 
-    async def sample(
-        self, prompt_ids: Any, params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
         if prompt_ids[0] == 9:
             raise RefusedError("not with me")
         if prompt_ids[0] == 8:
@@ -268,11 +266,10 @@ def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
 
 def test_an_answer_that_was_cut_after_its_last_token_is_over():
     class Late(Gated):
-        async def sample(
-            self, prompt_ids: Any, params: SamplingParams, *, number: int
-        ) -> AsyncIterator[TokenChunk]:
+        async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
             self.began += 1
-            yield TokenChunk([50] * (params.max_tokens - number) + [1] * number, [-1.0] * params.max_tokens)
+            i = params.sample_index
+            yield TokenChunk([50] * (params.max_tokens - i) + [1] * i, [-1.0] * params.max_tokens)
             await self.gate.wait()
 
     async def test(fleet: InferencePool) -> None:

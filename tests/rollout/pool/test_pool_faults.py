@@ -57,9 +57,7 @@ class Scripted(InferenceServer):
         if not self.is_open:
             raise EngineError("closed")
 
-    async def sample(
-        self, prompt_ids: Any, params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
         scripts = self.scripts.get(self.spec.name, [])
         script = scripts[self.lives - 1] if self.lives <= len(scripts) else plain
         async for chunk in script(self, list(prompt_ids), params):
@@ -174,11 +172,9 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
     Scripted.scripts = {"e0": [giving(TokenChunk([40, first], [-1.0, -1.0]))]}
 
     class Other(Scripted):
-        async def sample(
-            self, prompt_ids: Any, params: SamplingParams, *, number: int
-        ) -> AsyncIterator[TokenChunk]:
+        async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
             if self.spec.name == "e0" and self.lives == 1:
-                async for chunk in super().sample(prompt_ids, params, number=number):
+                async for chunk in super().sample(prompt_ids, params):
                     yield chunk
             # One chunk with what an engine that does not know of the "x" before gives.
             yield TokenChunk(

@@ -160,10 +160,8 @@ class Watched(EmbeddedServer):
 
     tokens = 0
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
-        async with aclosing(super().sample(prompt_ids, params, number=number)) as chunks:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
+        async with aclosing(super().sample(prompt_ids, params)) as chunks:
             async for chunk in chunks:
                 type(self).tokens += len(chunk.token_ids)
                 yield chunk

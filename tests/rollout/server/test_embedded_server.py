@@ -256,10 +256,7 @@ def test_a_running_request_is_kept_while_paused_and_goes_on(served, folder):
 
         async def collect() -> None:
             chunks.extend(
-                [
-                    chunk
-                    async for chunk in _noted(served.sample(PROMPT, replace(LONG, seed=4), number=0), chunks)
-                ][:0]
+                [chunk async for chunk in _noted(served.sample(PROMPT, replace(LONG, seed=4)), chunks)][:0]
             )
 
         task = asyncio.create_task(collect())
@@ -291,7 +288,7 @@ async def answer_over_update(
 ) -> list[TokenChunk]:
     """An answer in the midst of which new weights come."""
     chunks: list[TokenChunk] = []
-    async for chunk in engine.sample(PROMPT, replace(LONG, seed=8), number=0):
+    async for chunk in engine.sample(PROMPT, replace(LONG, seed=8)):
         if not chunks:
             await update(engine, parts, version)
         chunks.append(chunk)
@@ -389,7 +386,7 @@ def test_an_engine_that_is_killed_or_stopped_is_an_error_and_closing_leaves_no_p
 
 async def answer_until_signal(engine: EmbeddedServer, number: int) -> None:
     sent = False
-    async for _ in engine.sample(PROMPT, SamplingParams(max_tokens=1000, temperature=0.01), number=0):
+    async for _ in engine.sample(PROMPT, SamplingParams(max_tokens=1000, temperature=0.01)):
         if not sent:
             os.kill(engine.pid, number)
             sent = True

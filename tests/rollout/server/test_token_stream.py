@@ -84,7 +84,7 @@ async def both_sides(*, pace_s: float = SLOW_S, slots: int = 64) -> AsyncIterato
 async def chunks_of(
     client: TokenStreamClient, prompt: list[int], params: SamplingParams, number: int = 0
 ) -> list[TokenChunk]:
-    return [chunk async for chunk in client.sample(prompt, params, number=number)]
+    return [chunk async for chunk in client.sample(prompt, replace(params, sample_index=number))]
 
 
 def ids(chunks: list[TokenChunk]) -> list[int]:
@@ -139,7 +139,7 @@ def test_tokens_come_before_the_end_as_often_as_is_wished():
 
 def test_an_answer_that_is_left_ends_in_the_server_and_its_siblings_go_on():
     async def left(both: Both) -> None:
-        async with aclosing(both.client.sample(PROMPTS[0], ENDLESS, number=1)) as chunks:
+        async with aclosing(both.client.sample(PROMPTS[0], replace(ENDLESS, sample_index=1))) as chunks:
             async for _ in chunks:
                 break
 
@@ -159,7 +159,7 @@ def test_an_answer_that_is_left_ends_in_the_server_and_its_siblings_go_on():
 def test_a_pause_lets_what_was_sampled_come():
     async def work() -> TokenChunk:
         async with both_sides() as both:
-            chunks = both.client.sample(PROMPTS[0], ENDLESS, number=0)
+            chunks = both.client.sample(PROMPTS[0], ENDLESS)
             first = asyncio.ensure_future(anext(chunks))
             while both.thread.num_running == 0:
                 await asyncio.sleep(0.01)

@@ -67,7 +67,7 @@ async def whole(
     """All chunks of an answer as one."""
     ids: list[int] = []
     logprobs: list[float] = []
-    async for chunk in engine.sample(prompt, params, number=seed):
+    async for chunk in engine.sample(prompt, replace(params, sample_index=seed)):
         ids.extend(chunk.token_ids)
         logprobs.extend(chunk.logprobs)
     return TokenChunk(ids, logprobs, chunk.finish_reason, chunk.version)

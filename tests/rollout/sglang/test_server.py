@@ -180,7 +180,7 @@ def test_leaving_the_iteration_aborts_the_request_in_the_server(running, cancel)
         first, was_over = asyncio.Event(), []
 
         async def read() -> None:
-            async with aclosing(engine.sample(PROMPTS[1], params, number=0)) as chunks:
+            async with aclosing(engine.sample(PROMPTS[1], params)) as chunks:
                 async for _ in chunks:
                     first.set()
                     if not cancel:
@@ -259,7 +259,7 @@ def test_it_sleeps_and_wakes(running):
 
 def test_it_does_not_sleep_while_it_answers(running):
     async def asked() -> None:
-        async with aclosing(running.engine.sample(PROMPTS[0], LONG, number=0)) as chunks:
+        async with aclosing(running.engine.sample(PROMPTS[0], LONG)) as chunks:
             await anext(chunks)
             with pytest.raises(
                 RuntimeError, match="need an idle engine before it sleeps, but sglang-0 has 1 requests"
@@ -314,7 +314,7 @@ def test_a_server_that_is_killed_is_found_at_once_and_can_be_started_again(runni
     engine = running.engine
 
     async def through() -> float:
-        async with aclosing(engine.sample(PROMPTS[0], LONG, number=0)) as chunks:
+        async with aclosing(engine.sample(PROMPTS[0], LONG)) as chunks:
             await anext(chunks)
             os.kill(engine._process.pid, signal.SIGKILL)
             started_s = time.monotonic()

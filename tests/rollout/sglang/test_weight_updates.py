@@ -112,7 +112,7 @@ def test_a_pause_keeps_requests_which_go_on_with_the_new_weights(running, tmp_pa
         chunks: list[TokenChunk] = []
 
         async def read() -> None:
-            async for chunk in running.engine.sample(PROMPTS[0], params, number=number):
+            async for chunk in running.engine.sample(PROMPTS[0], replace(params, sample_index=number)):
                 chunks.append(chunk)
 
         task = asyncio.create_task(read())
@@ -153,7 +153,7 @@ def test_requests_that_are_left_before_an_update_do_not_come_back_after_it(runni
 
     async def through() -> None:
         async with aclosing(
-            running.engine.sample(PROMPTS[1], SamplingParams(temperature=0, max_tokens=3000), number=0)
+            running.engine.sample(PROMPTS[1], SamplingParams(temperature=0, max_tokens=3000))
         ) as chunks:
             await anext(chunks)
         assert await updated(running, parts_of(tensors_of(model), tmp_path)) == print_of(tensors_of(model))

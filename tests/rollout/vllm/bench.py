@@ -54,7 +54,7 @@ class Bench:
         return self.loop.run_until_complete(asyncio.wait_for(awaitable, 300))
 
     def answer(self, prompt: list[int], params: SamplingParams = FREE, *, seed: int = 0) -> TokenChunk:
-        return self.run(whole(self.engine.sample(prompt, params, number=seed)))
+        return self.run(whole(self.engine.sample(prompt, replace(params, sample_index=seed))))
 
     def refresh(self, *, seed: int) -> dict[str, Tensor]:
         """Change the model and return its weights by name as in a folder, without a tied head."""

@@ -65,9 +65,7 @@ def test_temperature_0_takes_the_most_likely_token_with_its_own_logprob_beside_o
     async def both() -> list[TokenChunk]:
         greedy = SamplingParams(0, top_p=0.5, top_k=3, max_tokens=24)
         hot = SamplingParams(2.0, top_k=2, max_tokens=24)
-        return await asyncio.gather(
-            *(whole(bench.engine.sample(PROMPTS[1], p, number=0)) for p in (greedy, hot))
-        )
+        return await asyncio.gather(*(whole(bench.engine.sample(PROMPTS[1], p)) for p in (greedy, hot)))
 
     answer = bench.run(both())[0]
     assert_follows(bench, answer, PROMPTS[1])
@@ -99,7 +97,7 @@ def test_a_stop_text_ends_an_answer_with_the_token_that_completes_it(bench):
 def test_equal_seeds_give_equal_answers_and_others_differ_in_any_company(bench):
     async def many(seeds: list[int]) -> list[tuple[int, ...]]:
         answers = await asyncio.gather(
-            *(whole(bench.engine.sample(PROMPTS[3], FREE, number=seed)) for seed in seeds)
+            *(whole(bench.engine.sample(PROMPTS[3], replace(FREE, sample_index=seed))) for seed in seeds)
         )
         return [tuple(a.token_ids) for a in answers]
 
@@ -127,7 +125,7 @@ def test_leaving_an_answer_stops_it_in_the_server(bench):
     async def sampled_after_leaving() -> float:
         """Tokens that the server sampled of an answer of 250 that was left after the first."""
         before = await counted(bench.engine, "vllm:generation_tokens_total")
-        chunks = bench.engine.sample(PROMPTS[0], SamplingParams(max_tokens=250), number=0)
+        chunks = bench.engine.sample(PROMPTS[0], SamplingParams(max_tokens=250))
         await anext(chunks)
         await chunks.aclose()
         while await running(bench.engine):
@@ -167,7 +165,7 @@ def test_a_server_that_runs_is_joined_and_left_running(bench):
         engine.transports == bench.engine.transports == ("shm", "group", "disk", "direct", "ipc")
         and engine.num_ranks == 1
     )
-    assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0))), PROMPTS[0])
+    assert_follows(bench, bench.run(whole(engine.sample(PROMPTS[0], FREE))), PROMPTS[0])
     bench.run(engine.close())
     bench.run(bench.engine.check())
     wrong = VLLMServer(replace(bench.engine.spec, address=bench.engine.client.address, secret="wrong"))
@@ -182,7 +180,7 @@ def test_a_server_that_hangs_is_an_error_after_its_time(bench):
     os.killpg(pid, signal.SIGSTOP)
     try:
         with pytest.raises(EngineError, match="been silent for 1.5 s"):
-            bench.run(whole(engine.sample(PROMPTS[0], FREE, number=0)))
+            bench.run(whole(engine.sample(PROMPTS[0], FREE)))
         with pytest.raises(EngineError, match="does not answer to /health"):
             bench.run(engine.check())
     finally:

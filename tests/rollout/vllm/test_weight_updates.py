@@ -149,7 +149,7 @@ def test_a_request_that_is_paused_goes_on_with_the_weights_of_then(bench, tmp_pa
 
         async def collect() -> TokenChunk:
             async def noted() -> AsyncIterator[TokenChunk]:
-                async for chunk in bench.engine.sample(PROMPTS[0], long, number=9):
+                async for chunk in bench.engine.sample(PROMPTS[0], replace(long, sample_index=9)):
                     got.append(chunk)
                     yield chunk
 
@@ -232,7 +232,7 @@ def addition(parent: Path, seed: int) -> tuple[Path, PreTrainedModel]:
 async def killed(engine: VLLMServer) -> None:
     """A server that is killed in the middle of an answer fails it and the check at once."""
     # Several, so that some of them have not ended even where this process gets to read them late.
-    chunks = [engine.sample(PROMPTS[0], SamplingParams(max_tokens=250), number=number) for number in range(8)]
+    chunks = [engine.sample(PROMPTS[0], SamplingParams(max_tokens=250, sample_index=i)) for i in range(8)]
     others = [asyncio.create_task(whole(answer)) for answer in chunks[1:]]
     await anext(chunks[0])
     os.kill(engine._process.pid, signal.SIGKILL)
@@ -245,7 +245,7 @@ async def killed(engine: VLLMServer) -> None:
     with pytest.raises(EngineError):
         await engine.check()
     with pytest.raises(EngineError):
-        await whole(engine.sample(PROMPTS[0], FREE, number=0))
+        await whole(engine.sample(PROMPTS[0], FREE))
     assert time.monotonic() - start < 10
     # vLLM's other processes would stay, with all of their memory.
     assert_gone(engine._process.pid)

@@ -157,9 +157,7 @@ class InferencePool:
         except ValueError as error:
             raise RefusedError(str(error).replace("prompt 0", "the prompt", 1)) from None
         stop_ids = tuple(dict.fromkeys((*self._codec.stop_ids, *params.stop_ids)))
-        request = InflightRequest(
-            list(prompt_ids), replace(params, n=1, stop_ids=stop_ids), params.sample_index, self._codec
-        )
+        request = InflightRequest(list(prompt_ids), replace(params, n=1, stop_ids=stop_ids), self._codec)
         affinity = affinity or PrefixAffinity()
         while request.finish_reason is None:
             await self._run_on_one(request, affinity)

@@ -215,13 +215,11 @@ class Replica:
         self.snapshot, self.is_asleep = None, True
         await self.engine.sleep()
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         """Stream a completion as `InferenceServer.sample` does; an invalid chunk raises `EngineError`."""
         room, first_version = params.max_tokens, self.version or 0
         try:
-            stream = self.engine.sample(prompt_ids, params, number=number)
+            stream = self.engine.sample(prompt_ids, params)
             async with aclosing(stream) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     room -= len(chunk.token_ids)

@@ -13,8 +13,8 @@ from verl.utils.tokens import TextCodec
 
 # A request fails when more engines than this have failed at it.
 _MAX_MIGRATIONS = 8
-# Larger than the number of completions of a prompt.
-_NUMBER_STRIDE = 2**20
+# Larger than the sample index of any completion.
+_INDEX_STRIDE = 2**20
 
 
 @dataclass
@@ -23,8 +23,7 @@ class InflightRequest:
 
     Attributes:
         prompt_ids: token ids of the prompt.
-        params: how it is sampled; with the stop ids of the tokenizer.
-        number: of the completion among those of the prompt.
+        params: how it is sampled; with the stop ids of the tokenizer, and `n` 1.
         codec: of the policy.
         token_ids: sampled so far, with `logprobs` and the `versions` of the weights that sampled them.
         has_logprobs: all engines gave logprobs; otherwise those in `logprobs` are not valid.
@@ -35,7 +34,6 @@ class InflightRequest:
 
     prompt_ids: list[int]
     params: SamplingParams
-    number: int
     codec: TextCodec
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -48,7 +46,7 @@ class InflightRequest:
     _num_checked: int = 0
 
     def __str__(self) -> str:
-        return f"answer {self.number} to a prompt of {len(self.prompt_ids)} tokens"
+        return f"answer {self.params.sample_index} to a prompt of {len(self.prompt_ids)} tokens"
 
     async def sample_on(self, replica: Replica, newest_version: Callable[[], int]) -> None:
         """Sample the missing tokens on one replica.
@@ -61,14 +59,15 @@ class InflightRequest:
             EngineError: the completion did not become complete.
         """
         have = len(self.token_ids)
-        number, params = self.number, self.params
+        params = self.params
         if have:
             params = replace(params, max_tokens=params.max_tokens - have)
             # An engine whose random numbers restart with each request must not repeat those of the first
             # tokens.
-            number = number if replica.engine.position_seeded else number + _NUMBER_STRIDE * have
+            shift = 0 if replica.engine.position_seeded else _INDEX_STRIDE * have
+            params = replace(params, sample_index=params.sample_index + shift)
         row = [*self.prompt_ids, *self.token_ids]
-        async with aclosing(replica.sample(row, params, number=number)) as chunks:  # type: ignore[type-var]
+        async with aclosing(replica.sample(row, params)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 known = (chunk.version, replica.version, newest_version())
                 self.add(chunk, next(version for version in known if version is not None))

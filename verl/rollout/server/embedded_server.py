@@ -134,10 +134,8 @@ class EmbeddedServer(InferenceServer):
             self._process = None
 
     @override
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
-        async with aclosing(self._connection.tokens.sample(prompt_ids, params, number=number)) as chunks:  # type: ignore[type-var]
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
+        async with aclosing(self._connection.tokens.sample(prompt_ids, params)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 yield chunk
 

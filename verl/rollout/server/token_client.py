@@ -8,6 +8,7 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -26,8 +27,8 @@ class PendingAnswer:
         error: why no more tokens will arrive; None: none has occurred.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, number: int) -> None:
-        self.prompt_ids, self.params, self.number = prompt_ids, params, number
+    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self.prompt_ids, self.params = prompt_ids, params
         self.error: EngineError | RefusedError | None = None
         self._chunks: deque[TokenChunk] = deque()
         self._arrived = asyncio.Event()
@@ -53,8 +54,8 @@ class PendingAnswer:
 
     def follows(self, other: PendingAnswer) -> bool:
         """True if this is the next answer to the same prompt with the same parameters."""
-        is_next = self.number == other.number + 1
-        return is_next and self.params == other.params and self.prompt_ids == other.prompt_ids
+        next_params = replace(other.params, sample_index=other.params.sample_index + 1)
+        return self.params == next_params and self.prompt_ids == other.prompt_ids
 
 
 class TokenStreamClient:
@@ -86,12 +87,10 @@ class TokenStreamClient:
         self._has_messages = asyncio.Event()
         self._last_received_s = 0.0
 
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         """Sample one answer, see `InferenceServer.sample`."""
         loop, slot = asyncio.get_running_loop(), next(self._slots)
-        answer = PendingAnswer(prompt_ids, params, number)
+        answer = PendingAnswer(prompt_ids, params)
         if not self._pending:
             self._last_received_s = loop.time()
         self._pending[slot] = self._unsent[slot] = answer
@@ -234,5 +233,5 @@ def completion_body(answer: PendingAnswer, *, n: int) -> dict[str, Any]:
         "stop": list(params.stop),
         "stop_token_ids": list(params.stop_ids),
         "seed": params.seed,
-        "first_answer": answer.number,
+        "first_answer": params.sample_index,
     }

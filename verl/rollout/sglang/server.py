@@ -124,11 +124,9 @@ class SGLangServer(InferenceServer):
         self._open_client = self._process = self._folder = self._info = self._updater = None
 
     @override
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         assert self._info is not None, "open first"
-        seed = request_seed(params, number)
+        seed = request_seed(params)
         body = request_body(prompt_ids, params, seed=seed, vocab_size=self._vocab_size, info=self._info)
         if self._adapter_name is not None:
             body["lora_path"] = self._adapter_name

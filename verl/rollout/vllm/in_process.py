@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,9 @@ class VLLMEngine(ColocatedEngine):
         if not inputs:
             return []
         vllm_params = [
-            self._vllm_params(wanted, wanted.sample_index + i) for wanted in params for i in range(wanted.n)
+            self._vllm_params(replace(wanted, sample_index=wanted.sample_index + i))
+            for wanted in params
+            for i in range(wanted.n)
         ]
         outputs = iter(self._llm.generate(inputs, vllm_params, use_tqdm=False))
         return [[self._completion(next(outputs).outputs[0]) for _ in range(wanted.n)] for wanted in params]
@@ -147,7 +150,7 @@ class VLLMEngine(ColocatedEngine):
         """Run a step of an update on all ranks, see `verl.rollout.vllm.versions`."""
         self._llm.collective_rpc(worker_method(vllm.__version__, step), kwargs=arguments)
 
-    def _vllm_params(self, params: SamplingParams, number: int) -> vllm.SamplingParams:
+    def _vllm_params(self, params: SamplingParams) -> vllm.SamplingParams:
         """Parameters of one answer to a prompt."""
         truncation = {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
         return vllm.SamplingParams(
@@ -157,7 +160,7 @@ class VLLMEngine(ColocatedEngine):
             max_tokens=params.max_tokens,
             stop=list(params.stop),
             stop_token_ids=list(dict.fromkeys([*self._codec.stop_ids, *params.stop_ids])),
-            seed=request_seed(params, number),
+            seed=request_seed(params),
             logprobs=0,
             ignore_eos=True,
             detokenize=bool(params.stop),

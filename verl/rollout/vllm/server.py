@@ -125,9 +125,7 @@ class VLLMServer(InferenceServer):
         self._open_client = self._process = self._folder = None
 
     @override
-    async def sample(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, number: int
-    ) -> AsyncIterator[TokenChunk]:
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
         if len(prompt_ids) + params.max_tokens > self._context:
             # vLLM would accept the request and cut the answer at the end of its context.
             raise RefusedError(
@@ -138,7 +136,7 @@ class VLLMServer(InferenceServer):
         body = {
             "model": self._model,
             "prompt": list(prompt_ids),
-            "seed": request_seed(params, number),
+            "seed": request_seed(params),
             **request_body(params),
         }
         async with aclosing(self.client.stream(body)) as events:  # type: ignore[type-var]
