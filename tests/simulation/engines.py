@@ -1,259 +1,130 @@
-"""Engines that are only modelled, on virtual time: they do what engines are asked, and all that may go wrong
-with it, by a seed.
-"""
+"""Modelled engines on virtual time: they behave as real ones, with random faults from a seed."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
+from tests.simulation.faults import Faults
+from tests.simulation.modelled_policy import (
+    END,
+    VOCABULARY,
+    next_state,
+    problem_of,
+    sample_token,
+    state_of,
+)
 from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.weight_sync.types import TensorInfo, WeightChunk
 
 T = TypeVar("T")
-VOCABULARY, END = 1000, 1
-# Other tokens are from here on.
-_FIRST_TOKEN = 10
-_MASK = 2**64 - 1
-# As the fleet numbers the rest of an answer on an engine whose random numbers begin anew.
-_NUMBERS = 2**20
-_NUM_PARTS = 2
-
-# What may go wrong, and where.
-# kill: the process ends, and so does all that is asked of it; late: the same, but what it has sent comes in
-# for a while. hang: the process stops and says nothing any more; silence: one call or stream of it does.
-# slow: it takes many times as long, but not too long.
-# lost: it is done, but the answer never comes; unheard: it is not even done.
-# garbage: a chunk that no policy gives; torn: some of the weights are not those that were sent.
-# twice: a request is answered twice, once for nobody.
-_COMMANDS = ("pause", "resume", "begin_update", "load", "end_update", "check", "sleep", "wake")
-PLACES: Mapping[str, tuple[str, ...]] = {
-    "kill": ("open", "sample", "chunk", *_COMMANDS),
-    "late": ("chunk", *_COMMANDS),
-    "hang": ("open", "sample", "chunk", *_COMMANDS),
-    "silence": ("sample", "chunk", *_COMMANDS),
-    "slow": ("open", "sample", "chunk", "close", *_COMMANDS),
-    "lost": ("sample", "chunk", *_COMMANDS),
-    "unheard": _COMMANDS,
-    "garbage": ("chunk",),
-    "torn": ("load", "end_update"),
-    "twice": ("sample",),
-}
-HARMLESS = ("slow", "twice")
-
-
-class Faults:
-    """What goes wrong, and where: drawn anew at each place that an engine passes.
-
-    Args:
-        seed: of all that is drawn.
-        rates: of each kind of `PLACES`, the chance at each place.
-        most: faults after which all is well; the harmless ones do not count.
-
-    Attributes:
-        happened: how often, by kind and place.
-    """
-
-    def __init__(self, seed: int, rates: Mapping[str, float], *, most: int = 8) -> None:
-        self.random = random.Random(seed)
-        self.left = most
-        self.happened: Counter[str] = Counter()
-        self._by_place = {
-            place: [(kind, rate) for kind, rate in rates.items() if place in PLACES[kind]]
-            for place in {place for places in PLACES.values() for place in places}
-        }
-        self._chances = {place: sum(rate for _, rate in kinds) for place, kinds in self._by_place.items()}
-
-    @classmethod
-    def of(cls, seed: int, *, most: int = 8) -> Faults:
-        """Some kinds of faults, some of them often: what one run has much of, another one has not at all."""
-        rng = random.Random(seed)
-        kinds = [kind for kind in PLACES if rng.random() < 0.5]
-        return cls(seed, {kind: rng.choice((0.002, 0.01, 0.05)) for kind in kinds}, most=rng.randint(0, most))
-
-    @classmethod
-    def none(cls) -> Faults:
-        """All is well."""
-        return cls(0, {})
-
-    def at(self, place: str) -> str:
-        """What goes wrong here; nothing: ""."""
-        draw = self.random.random()
-        if draw >= self._chances[place]:
-            return ""
-        for kind, rate in self._by_place[place]:
-            draw -= rate
-            if draw < 0 and (kind in HARMLESS or self.left > 0):
-                self.left -= kind not in HARMLESS
-                self.happened[f"{kind} at {place}"] += 1
-                return kind
-        return ""
+_NUM_CHUNKS = 2
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long an engine takes for what, in seconds, and how much it does at once.
+    """Durations of an engine's work in seconds, and its capacity.
 
     Attributes:
-        start_s: from its start to its first answer.
+        start_s: from its start to its first reply.
         prefill_s: for a prompt.
         step_s: for a token.
-        part_tokens: that come together.
+        chunk_tokens: tokens that are sent together.
         command_s: for a command.
-        load_s: for a part of the weights; there are two.
+        load_s: for a chunk of the weights.
         slots: answers at a time; further ones wait.
-        end_in: tokens of an answer, on average, if there is room.
+        mean_tokens: mean length of an answer without a limit.
     """
 
     start_s: float = 20.0
     prefill_s: float = 0.05
     step_s: float = 0.02
-    part_tokens: int = 8
+    chunk_tokens: int = 8
     command_s: float = 0.01
     load_s: float = 0.5
     slots: int = 64
-    end_in: int = 20
+    mean_tokens: int = 20
 
 
 @dataclass
 class World:
-    """What the engines of a run have in common.
+    """State that the engines of a run share.
 
     Attributes:
         faults: that happen.
         pace: of all engines.
-        seeds_by_place: see `InferenceServer`.
-        tells_versions: engines say of each chunk which weights sampled it.
-        ends_apart: why an answer ended comes after its last tokens.
-        breaches: what engines were asked that they must never be asked, in words.
-        oldest: version below which none may sample any more, where it is known.
-        num_processes: that were started and have not ended.
+        position_seeded: as of `InferenceServer`.
+        reports_versions: engines send with each chunk the version that sampled it.
+        sends_end_apart: the finish reason comes in a chunk of its own, after the last tokens.
+        breaches: forbidden calls of engines, as messages.
+        oldest: no engine may sample with a lower version any more.
+        num_processes: started and not ended.
     """
 
     faults: Faults = field(default_factory=Faults.none)
     pace: Pace = field(default_factory=Pace)
     position_seeded: bool = True
-    tells_versions: bool = True
-    ends_apart: bool = False
+    reports_versions: bool = True
+    sends_end_apart: bool = False
     breaches: list[str] = field(default_factory=list)
     oldest: int = 0
     num_processes: int = 0
     _memory: str = ""
-    _writes: int = 0
+    _num_writes: int = 0
 
     def engine(self, spec: ServerSpec) -> SimulatedEngine:
-        """Makes an engine, as a fleet wants to have it done."""
+        """Create an engine, as a `MakeEngine` of a pool."""
         return SimulatedEngine(spec, self)
 
     def specs(self, count: int, *, timeout_s: float = 10.0) -> list[ServerSpec]:
-        """Engines to begin with."""
+        """Specs of the first engines."""
         return [
             ServerSpec(f"e{i}", "unused", timeout_s=timeout_s, start_timeout_s=60.0) for i in range(count)
         ]
 
     def write(self, version: int) -> WeightSnapshot:
         """Write a version of the policy, as `WeightPublisher` does; the memory of the one before is freed."""
-        self._writes += 1
-        self._memory = f"weights-{self._writes}"
-        parts = tuple(
-            WeightChunk(
-                (TensorInfo(f"w{i}", (1,), "float32"),), "shm", {"path": self._memory, "version": version}
-            )
-            for i in range(_NUM_PARTS)
+        self._num_writes += 1
+        self._memory = f"weights-{self._num_writes}"
+        location = {"path": self._memory, "version": version}
+        chunks = tuple(
+            WeightChunk((TensorInfo(f"w{i}", (1,), "float32"),), "shm", location) for i in range(_NUM_CHUNKS)
         )
-        return WeightSnapshot(version, parts, None, f"print-{version}", 4 * _NUM_PARTS, 0.0, Path("unused"))
+        return WeightSnapshot(version, chunks, None, f"print-{version}", 4 * _NUM_CHUNKS, 0.0, Path("unused"))
 
     def close(self) -> None:
-        """As `WeightPublisher` is closed."""
+        """Free the memory, as `WeightPublisher` does."""
         self._memory = ""
 
-    def must(self, holds: bool, what: str) -> None:
-        """Notes a breach where something does not hold."""
+    def must(self, holds: bool, message: str) -> None:
+        """Note a breach if a condition does not hold."""
         if not holds:
-            self.breaches.append(what)
+            self.breaches.append(message)
 
-    def is_memory(self, part: WeightChunk) -> bool:
-        """Whether the memory of a part is not given back."""
-        return part.location["path"] == self._memory
+    def has_memory(self, chunk: WeightChunk) -> bool:
+        """True if the memory of a chunk is not freed."""
+        return chunk.location["path"] == self._memory
 
-
-def state_of(row: Sequence[int]) -> int:
-    """What a policy knows of a row."""
-    state = 0
-    for token in row:
-        state = after(state, token)
-    return state
-
-
-def after(state: int, token: int) -> int:
-    """The same with one more token."""
-    return (state * 1_000_003 + token + 1) & _MASK
-
-
-def drawn(state: int, seed: int, number: int, version: int, end_in: int) -> tuple[int, float]:
-    """The token that a version of the policy samples after a row, and its logprob."""
-    mixed = (
-        state
-        ^ (seed * 0x9E3779B97F4A7C15)
-        ^ (number * 0xC2B2AE3D27D4EB4F)
-        ^ ((version + 7) * 0x165667B19E3779F9)
-    ) & _MASK
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-    mixed ^= mixed >> 31
-    token = END if mixed % end_in == 0 else _FIRST_TOKEN + (mixed >> 16) % (VOCABULARY - _FIRST_TOKEN)
-    return token, -((mixed >> 40) % 5000 + 1) / 1000
-
-
-def problem_of(
-    answer: Completion,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    *,
-    number: int,
-    world: World,
-    versions: tuple[int, int],
-) -> str:
-    """What is wrong with an answer, whatever engines and versions it went through; nothing: "".
-
-    Args:
-        answer: that came.
-        prompt: that was asked.
-        params: the same.
-        number: of the answer among those to the prompt.
-        world: in which.
-        versions: the oldest and the newest that may have sampled it.
-    """
-    ids, logprobs, of = list(answer.token_ids), list(answer.logprobs or ()), list(answer.versions or ())
-    if not ids or not len(ids) == len(logprobs) == len(of) or len(ids) > params.max_tokens:
-        return f"{len(ids)} tokens, {len(logprobs)} logprobs, {len(of)} versions, at most {params.max_tokens}"
-    if of != sorted(of) or answer.version != of[0] or of[0] < versions[0] or of[-1] > versions[1]:
-        return f"versions {of} of an answer of version {answer.version}, allowed are {versions}"
-    state, own = state_of(prompt), number
-    for i, (token, logprob, version) in enumerate(zip(ids, logprobs, of, strict=True)):
-        fits = drawn(state, params.seed, own, version, world.pace.end_in) == (token, logprob)
-        if not fits and not world.position_seeded:
-            own = number + _NUMBERS * i  # another engine goes on from here
-            fits = drawn(state, params.seed, own, version, world.pace.end_in) == (token, logprob)
-        if not fits:
-            return f"token {i} is {token} with {logprob}, not what version {version} samples after {ids[:i]}"
-        state = after(state, token)
-    if END in ids[:-1]:
-        return f"goes on after its end: {ids}"
-    expected = "stop" if ids[-1] == END else "length" if len(ids) == params.max_tokens else "no end yet"
-    return (
-        ""
-        if answer.finish_reason == expected
-        else f"ended by {answer.finish_reason} after {len(ids)} tokens: {expected}"
-    )
+    def problem_of(
+        self, answer: Completion, prompt: Sequence[int], params: SamplingParams, *, versions: tuple[int, int]
+    ) -> str:
+        """What is wrong with an answer, see `problem_of`."""
+        return problem_of(
+            answer,
+            prompt,
+            params,
+            versions=versions,
+            mean_tokens=self.pace.mean_tokens,
+            position_seeded=self.position_seeded,
+        )
 
 
 @dataclass(eq=False)
@@ -261,10 +132,10 @@ class _Wait:
     """A call or stream that waits for its process.
 
     Attributes:
-        future: true: its time has passed; false: it was cut short.
+        future: True: its time has passed; False: it was interrupted.
         limit_s: longest silence.
-        is_stream: it goes on with what there is when the process pauses.
-        timer: that ends it; none: something else does.
+        is_stream: a pause of the process interrupts it.
+        timer: ends it; None: another event does.
     """
 
     future: asyncio.Future[bool]
@@ -274,14 +145,14 @@ class _Wait:
 
 
 class _Server:
-    """The process of an engine: what dies, hangs and forgets as a whole.
+    """The process of an engine, which dies and hangs as a whole.
 
     Attributes:
-        cause: why it is dead; nothing: it is not.
-        weights: version that it has; below 0: torn ones; none: those it was started with.
-        loading: versions of the parts of an update that has begun.
+        cause: why it has ended; "": it is running.
+        weights: version that it has; below 0: torn weights; None: those that it was started with.
+        loading: versions of the chunks of an update that has begun; None: no update has.
         busy: answers that have a slot.
-        for_nobody: of these.
+        for_nobody: those of them that no client reads.
     """
 
     def __init__(self, name: str, world: World) -> None:
@@ -296,18 +167,18 @@ class _Server:
         self._waits: dict[_Wait, None] = {}
 
     async def wait(self, seconds: float, limit_s: float, *, is_stream: bool = False) -> bool:
-        """Whether that time has passed; a stream's may be cut short.
+        """Wait for a duration; False if a stream was interrupted before.
 
         Raises:
-            EngineError: the process has ended, or nothing came within the limit.
+            EngineError: the process has ended, or the limit has passed.
         """
         if self.cause:
             raise EngineError(self.cause)
         wait = _Wait(self._loop.create_future(), limit_s, is_stream)
         if self.is_hung or seconds > limit_s:
-            wait.timer = self._loop.call_later(limit_s, self._be_silent, wait)
+            wait.timer = self._loop.call_later(limit_s, self._time_out, wait)
         elif seconds < math.inf:
-            wait.timer = self._loop.call_later(seconds, self._pass, wait, True)
+            wait.timer = self._loop.call_later(seconds, self._finish, wait, True)
         self._waits[wait] = None
         try:
             return await wait.future
@@ -317,33 +188,33 @@ class _Server:
                 wait.timer.cancel()
 
     def wake(self) -> None:
-        """All that waits looks again: there may be a slot, or the process goes on."""
+        """Let all calls without a timer check again: a slot is free, or the process continues."""
         for wait in list(self._waits):
             if wait.timer is None:
-                self._pass(wait, True)
+                self._finish(wait, True)
 
     def pause(self) -> None:
-        """Streams go on with the tokens that they have."""
+        """Pause; streams send the tokens that they have."""
         self.is_paused = True
         for wait in list(self._waits):
             if wait.is_stream and not self.is_hung:
-                self._pass(wait, False)
+                self._finish(wait, False)
 
     def hang(self) -> None:
-        """Nothing comes from it any more."""
+        """Answer nothing any more."""
         self.is_hung = True
         for wait in self._waits:
-            self._set_timer(wait, min(wait.limit_s, 1e6), self._be_silent, wait)
+            self._set_timer(wait, min(wait.limit_s, 1e6), self._time_out, wait)
 
     def end(self, cause: str, *, is_late: bool = False) -> None:
-        """It is dead; what its streams have sent may be on the way for a while."""
+        """End; if late, tokens that were sent still arrive for a while."""
         if self.cause:
             return
         self.cause = cause
         self._world.num_processes -= 1
         for wait in list(self._waits):
             if is_late and wait.is_stream and not self.is_hung:
-                self._set_timer(wait, self._world.faults.random.uniform(0.0, 8.0), self._pass, wait, True)
+                self._set_timer(wait, self._world.faults.random.uniform(0.0, 8.0), self._finish, wait, True)
             elif not wait.future.done():
                 wait.future.set_exception(EngineError(cause))
 
@@ -352,19 +223,17 @@ class _Server:
             wait.timer.cancel()
         wait.timer = self._loop.call_later(seconds, call, *args)
 
-    def _pass(self, wait: _Wait, is_whole: bool) -> None:
+    def _finish(self, wait: _Wait, is_whole: bool) -> None:
         if not wait.future.done():
             wait.future.set_result(is_whole)
 
-    def _be_silent(self, wait: _Wait) -> None:
+    def _time_out(self, wait: _Wait) -> None:
         if not wait.future.done():
             wait.future.set_exception(EngineError(f"{self._name} said nothing for {wait.limit_s:g} s"))
 
 
 class SimulatedEngine(InferenceServer):
-    """An engine whose answers are `drawn`, whose time is the loop's, and to which the faults of its world
-    happen.
-    """
+    """An engine of the modelled policy, in the time of the event loop, with the faults of its world."""
 
     transports = ("shm",)
 
@@ -374,32 +243,32 @@ class SimulatedEngine(InferenceServer):
         self._world, self._pace, self._faults = world, world.pace, world.faults
         self._server: _Server | None = None
 
+    @override
     async def open(self) -> None:
-        """See `InferenceServer.open`."""
         name, limit_s, start_s = self.spec.name, self.spec.start_timeout_s, self._pace.start_s
-        await asyncio.sleep(0.1 * start_s)  # looks what is installed
+        await asyncio.sleep(0.1 * start_s)  # checks the installed version
         server = self._server = _Server(name, self._world)
-        fate = self._faults.at("open")
-        if fate == "kill":
+        fault = self._faults.draw("open")
+        if fault == "kill":
             await asyncio.sleep(start_s * self._faults.random.random())
             server.end(f"{name} ended while it started")
-        await server.wait(math.inf if fate == "hang" else self._time(fate, start_s, limit_s), limit_s)
+        await server.wait(math.inf if fault == "hang" else self._time(fault, start_s, limit_s), limit_s)
 
+    @override
     async def close(self) -> None:
-        """See `InferenceServer.close`."""
         server, self._server = self._server, None
         if server is not None:
-            if self._faults.at("close"):
+            if self._faults.draw("close"):
                 await asyncio.sleep(10.0)
             server.end(f"{self.spec.name} was closed")
 
+    @override
     async def check(self) -> None:
-        """See `InferenceServer.check`."""
         await self._command("check", self._pace.command_s, lambda server: None)
 
+    @override
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
-        """See `InferenceServer.sample`."""
-        server, fate = self._asked, self._meet("sample")
+        server, fault = self._running, self._draw_fault("sample")
         is_ready = (
             server.weights is not None
             and server.weights >= 0
@@ -413,34 +282,33 @@ class SimulatedEngine(InferenceServer):
             await server.wait(math.inf, math.inf)
         server.busy += 1
         try:
-            if fate == "twice":
-                self._answer_nobody(server)
-            state, have, wait_s = state_of(prompt_ids), 0, self._time(fate, self._pace.prefill_s)
+            if fault == "twice":
+                self._run_for_nobody(server)
+            state, have, wait_s = state_of(prompt_ids), 0, self._time(fault, self._pace.prefill_s)
             while True:
                 chunk, state, wait_s = await self._chunk(
                     server, params, state, params.max_tokens - have, wait_s
                 )
                 have += len(chunk.token_ids)
-                if chunk.finish_reason and self._world.ends_apart:
+                if chunk.finish_reason and self._world.sends_end_apart:
                     yield replace(chunk, finish_reason=None)
                     await server.wait(self._pace.step_s, self.spec.timeout_s)
                     chunk = TokenChunk((), (), chunk.finish_reason)
                 if chunk.token_ids or chunk.finish_reason:
                     yield chunk
-                if chunk.finish_reason or fate == "lost":
+                if chunk.finish_reason or fault == "lost":
                     break
         finally:
-            self._leave(server)
-        if fate == "lost":
+            self._free_slot(server)
+        if fault == "lost":
             raise EngineError(f"{self.spec.name}: the connection was reset by the peer")
 
+    @override
     async def pause(self) -> None:
-        """See `InferenceServer.pause`."""
         await self._command("pause", self._pace.command_s, _Server.pause)
 
+    @override
     async def resume(self) -> None:
-        """See `InferenceServer.resume`."""
-
         def go_on(server: _Server) -> None:
             self._world.must(
                 server.weights is None or server.weights >= 0,
@@ -451,9 +319,8 @@ class SimulatedEngine(InferenceServer):
 
         await self._command("resume", self._pace.command_s, go_on)
 
+    @override
     async def begin_update(self) -> None:
-        """See `InferenceServer.begin_update`."""
-
         def begin(server: _Server) -> None:
             self._world.must(
                 server.is_paused and not server.is_asleep,
@@ -463,129 +330,124 @@ class SimulatedEngine(InferenceServer):
 
         await self._command("begin_update", self._pace.command_s, begin)
 
-    async def load(self, part: WeightChunk) -> None:
-        """See `InferenceServer.load`."""
-
-        def look() -> None:
+    @override
+    async def load(self, chunk: WeightChunk) -> None:
+        def check_memory() -> None:
             self._world.must(
-                self._world.is_memory(part), f"{self.spec.name} read weights whose memory was given back"
+                self._world.has_memory(chunk), f"{self.spec.name} read weights whose memory was given back"
             )
 
-        def take(server: _Server, fate: str) -> None:
-            look()
+        def take(server: _Server, fault: str) -> None:
+            check_memory()
             if server.loading is None:
                 raise EngineError(f"{self.spec.name}: need begin_update before weights are loaded")
-            server.loading.append(-2 if fate == "torn" else part.location["version"])
-            server.weights = -1  # neither the old nor the new ones
+            server.loading.append(-2 if fault == "torn" else chunk.location["version"])
+            server.weights = -1  # neither the old nor the new weights
 
-        look()
+        check_memory()
         await self._command("load", self._pace.load_s, take)
 
+    @override
     async def end_update(self, version: int) -> str:
-        """See `InferenceServer.end_update`."""
-
-        def end(server: _Server, fate: str) -> str:
-            parts, server.loading = server.loading, None
-            if parts is None:
+        def end(server: _Server, fault: str) -> str:
+            versions, server.loading = server.loading, None
+            if versions is None:
                 raise EngineError(f"{self.spec.name}: need begin_update before end_update")
-            is_whole = parts == [version] * _NUM_PARTS and fate != "torn"
+            is_whole = versions == [version] * _NUM_CHUNKS and fault != "torn"
             server.weights = version if is_whole else -3
             return f"print-{version}" if is_whole else f"torn-{version}"
 
         return await self._command("end_update", self._pace.command_s, end)
 
+    @override
     async def sleep(self) -> None:
-        """See `InferenceServer.sleep`."""
-
-        def lie_down(server: _Server) -> None:
-            asked = server.busy - server.for_nobody
-            self._world.must(not asked, f"{self.spec.name} was sent to sleep with {asked} answers")
+        def go_to_sleep(server: _Server) -> None:
+            answers = server.busy - server.for_nobody
+            self._world.must(not answers, f"{self.spec.name} was sent to sleep with {answers} answers")
             server.is_asleep, server.weights = True, None
 
-        await self._command("sleep", self._pace.command_s, lie_down)
+        await self._command("sleep", self._pace.command_s, go_to_sleep)
 
+    @override
     async def wake(self) -> None:
-        """See `InferenceServer.wake`."""
-
-        def get_up(server: _Server) -> None:
+        def wake_up(server: _Server) -> None:
             server.is_asleep = False
 
-        await self._command("wake", self._pace.command_s, get_up)
+        await self._command("wake", self._pace.command_s, wake_up)
 
     @property
-    def _asked(self) -> _Server:
+    def _running(self) -> _Server:
         if self._server is None:
             raise EngineError(f"{self.spec.name} is closed")
         return self._server
 
-    def _meet(self, place: str) -> str:
-        """What goes wrong at a place; what happens to the process happens."""
-        fate = self._faults.at(place)
-        if fate in ("kill", "late"):
-            self._asked.end(f"{self.spec.name} was killed at {place}", is_late=fate == "late")
-        elif fate == "hang":
-            self._asked.hang()
-        return fate
+    def _draw_fault(self, place: str) -> str:
+        """Draw the fault at a place, and let it happen to the process."""
+        fault = self._faults.draw(place)
+        if fault in ("kill", "late"):
+            self._running.end(f"{self.spec.name} was killed at {place}", is_late=fault == "late")
+        elif fault == "hang":
+            self._running.hang()
+        return fault
 
-    def _time(self, fate: str, seconds: float, limit_s: float | None = None) -> float:
-        """How long something takes."""
-        if fate == "silence":
+    def _time(self, fault: str, seconds: float, limit_s: float | None = None) -> float:
+        """Duration of a call or stream with a fault."""
+        if fault == "silence":
             return math.inf
         longest_s = 0.9 * (limit_s or self.spec.timeout_s)
         return (
             min(longest_s, seconds * self._faults.random.choice((3.0, 30.0, 300.0)))
-            if fate == "slow"
+            if fault == "slow"
             else seconds
         )
 
     async def _command(self, place: str, seconds: float, do: Callable[..., T]) -> T:
-        """Does something in the process."""
-        server, fate = self._asked, self._meet(place)
-        await server.wait(self._time(fate, seconds), self.spec.timeout_s)
-        if fate == "unheard":
+        """Run a command in the process."""
+        server, fault = self._running, self._draw_fault(place)
+        await server.wait(self._time(fault, seconds), self.spec.timeout_s)
+        if fault == "unheard":
             raise EngineError(f"{self.spec.name} cannot be reached for {place}")
-        done = do(server, fate) if place in ("load", "end_update") else do(server)
-        if fate == "lost":
+        done = do(server, fault) if place in ("load", "end_update") else do(server)
+        if fault == "lost":
             raise EngineError(f"{self.spec.name} broke off its answer to {place}")
         return done
 
     async def _chunk(
         self, server: _Server, params: SamplingParams, state: int, room: int, first_s: float
     ) -> tuple[TokenChunk, int, float]:
-        """The next tokens, maybe none; the row after them; and the time for what is not done yet."""
+        """The next tokens, possibly none; the hash of the row after them; prefill seconds still to come."""
         while server.is_paused:
             await server.wait(math.inf, math.inf)
-        pace, fate, version = self._pace, self._meet("chunk"), server.weights
+        pace, fault, version = self._pace, self._draw_fault("chunk"), server.weights
         stale = f"{self.spec.name} sampled with version {version} after {self._world.oldest} was everywhere"
         self._world.must(version is None or version >= self._world.oldest or bool(server.cause), stale)
         ids: list[int] = []
         logprobs: list[float] = []
-        states, end_in = [state], pace.end_in
-        while len(ids) < min(pace.part_tokens, room) and not (ids and ids[-1] == END):
-            token, logprob = drawn(
-                states[-1], params.seed, params.sample_index, -9 if version is None else version, end_in
-            )
+        states, seeds = [state], (params.seed, params.sample_index)
+        while len(ids) < min(pace.chunk_tokens, room) and not (ids and ids[-1] == END):
+            sampled = -9 if version is None else version
+            token, logprob = sample_token(states[-1], *seeds, version=sampled, mean_tokens=pace.mean_tokens)
             ids.append(token)
             logprobs.append(logprob)
-            states.append(after(states[-1], token))
-        start_s, whole_s = server._loop.time(), self._time(fate, first_s + len(ids) * pace.step_s)
-        # One that is silent is so until the limit, whatever else happens.
+            states.append(next_state(states[-1], token))
+        start_s, whole_s = server._loop.time(), self._time(fault, first_s + len(ids) * pace.step_s)
+        # A silent stream stays silent until its time limit, even if the process pauses.
         if not await server.wait(whole_s, self.spec.timeout_s, is_stream=whole_s < math.inf):
             passed_s = server._loop.time() - start_s - first_s
             done = min(len(ids), max(0, int(passed_s / pace.step_s)))
             ids, logprobs = ids[:done], logprobs[:done]
-        if fate == "lost":
+        if fault == "lost":
             raise EngineError(f"{self.spec.name}: the connection was reset by the peer")
         reason: FinishReason | None = (
             "stop" if ids and ids[-1] == END else "length" if len(ids) == room else None
         )
-        chunk = TokenChunk(ids, logprobs, reason, version if self._world.tells_versions else None)
-        if fate == "garbage":
+        chunk = TokenChunk(ids, logprobs, reason, version if self._world.reports_versions else None)
+        if fault == "garbage":
             chunk = self._garbage(chunk, room)
         return chunk, states[len(ids)], 0.0 if ids else first_s
 
     def _garbage(self, chunk: TokenChunk, room: int) -> TokenChunk:
-        """What no policy can have given."""
+        """A chunk that no policy can have sampled."""
         ids, logprobs, version = (
             list(chunk.token_ids) or [50],
             list(chunk.logprobs or ()) or [-1.0],
@@ -605,17 +467,17 @@ class SimulatedEngine(InferenceServer):
         ]
         return self._faults.random.choice(kinds)
 
-    def _answer_nobody(self, server: _Server) -> None:
-        """The same request has a slot once more, for a while."""
+    def _run_for_nobody(self, server: _Server) -> None:
+        """Run a request a second time, for no client."""
         server.busy, server.for_nobody = server.busy + 1, server.for_nobody + 1
 
         def leave() -> None:
             server.for_nobody -= 1
-            self._leave(server)
+            self._free_slot(server)
 
-        server._loop.call_later(self._pace.step_s * self._pace.end_in, leave)
+        server._loop.call_later(self._pace.step_s * self._pace.mean_tokens, leave)
 
-    def _leave(self, server: _Server) -> None:
+    def _free_slot(self, server: _Server) -> None:
         server.busy -= 1
         if server.busy == self._pace.slots - 1:
             server.wake()

@@ -1,6 +1,4 @@
-"""Whole runs on virtual time: the pipeline, ledger and fleet that train a model, with modelled engines,
-rewards and training.
-"""
+"""Runs on virtual time: the real pipeline, ledger and pool, with modelled engines, rewards and training."""
 
 from __future__ import annotations
 
@@ -8,14 +6,15 @@ import asyncio
 import hashlib
 import io
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from tests.simulation.engines import END, VOCABULARY, Faults, Pace, World, problem_of
+from tests.simulation.engines import Pace, World
+from tests.simulation.faults import Faults
+from tests.simulation.modelled_policy import END, VOCABULARY
 from tests.tiny import tiny_codec
 from verl.agents.group_source import GroupSource
 from verl.agents.group_state import saved_groups
@@ -39,19 +38,18 @@ _BAD_DATA = -1
 
 @dataclass
 class Answers:
-    """Stands for the sampler of a trainer: prompts are numbers, and a reward is what the answer's tokens
-    give.
+    """Sampler and rewards of a modelled trainer: prompts are numbers, rewards depend on the sampled tokens.
 
     Attributes:
-        fleet: the engines.
+        pool: the engines.
         world: of the engines.
-        rng: of what goes wrong with rewards.
+        rng: for failures of rewards.
         samples: answers of a group.
         max_tokens: of an answer.
-        failing: share of the rewards that fail once, that fail always, and that take long.
+        failing: probability that a reward fails once, that it always fails, and that it takes long.
     """
 
-    fleet: InferencePool
+    pool: InferencePool
     world: World
     rng: random.Random
     samples: int
@@ -68,15 +66,14 @@ class Answers:
         return None
 
     async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
-        fleet, oldest = self.fleet, self.fleet.version
+        pool, oldest = self.pool, self.pool.version
         ids = [10 + prompt.index % 900, 11]
         # A prompt that is longer than the context of the policy is refused by every engine.
         asked = [*ids, *[12] * 400] if prompt.answer == _BAD_DATA else ids
-        answers = await sample_group(fleet, asked, params)
+        answers = await sample_group(pool, asked, params)
         for i, answer in enumerate(answers):
-            problem = problem_of(
-                answer, ids, params, number=i, world=self.world, versions=(oldest, fleet.version)
-            )
+            own = replace(params, sample_index=i)
+            problem = self.world.problem_of(answer, ids, own, versions=(oldest, pool.version))
             if problem:
                 self.problems.append(f"answer {i} to prompt {prompt.index}: {problem}")
         return [self._trajectory(prompt, ids, answer) for answer in answers]
@@ -108,7 +105,7 @@ class Answers:
 
 
 class ModelledRewards(GroupSource):
-    """The real source; rewards take virtual time."""
+    """The real group source; its rewards take virtual time."""
 
     async def _reward(self, group: Group) -> None:
         await self._sampler.reward(group.all_trajectories)
@@ -116,7 +113,7 @@ class ModelledRewards(GroupSource):
 
 @dataclass(frozen=True)
 class Case:
-    """What a seed makes of a run's settings."""
+    """Settings of a run, drawn from its seed."""
 
     config: PipelineConfig
     on_update: str
@@ -137,7 +134,7 @@ class Case:
 
     @classmethod
     def of(cls, rng: random.Random) -> Case:
-        """Small, and different in everything."""
+        """Random small settings."""
         batches = rng.choice(("arrival", "arrival", "streamed", "deterministic"))
         config = PipelineConfig(
             max_staleness=rng.choice((0, 1, 1, 2, 4)),
@@ -167,39 +164,37 @@ class Case:
             pace=Pace(
                 start_s=rng.choice((1.0, 20.0)),
                 step_s=rng.choice((0.005, 0.05, 0.5)),
-                part_tokens=rng.choice((4, 16)),
+                chunk_tokens=rng.choice((4, 16)),
                 load_s=rng.choice((0.05, 2.0)),
                 slots=rng.choice((3, 64)),
-                end_in=rng.choice((8, 60)),
+                mean_tokens=rng.choice((8, 60)),
             ),
         )
 
 
 class Run:
-    """A seed's run, with one restart from a checkpoint if it has one.
+    """The run of a seed; some runs restart once from a checkpoint.
 
     Attributes:
-        problems: what must not be; none, if all is well.
-        ended: why the run ended before its last step, as it may; nothing: it did not.
+        problems: errors that were found.
+        ended: why the run ended before its last step; "": it did not.
         batches: numbers of the groups of each step.
-        fates: of groups, counted.
     """
 
-    def __init__(self, seed: int, *, most_faults: int = 5) -> None:
+    def __init__(self, seed: int, *, max_faults: int = 5) -> None:
         self.seed, self.rng = seed, random.Random(seed)
         self.case = Case.of(self.rng)
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.ended = ""
         self.batches: list[list[int]] = []
-        self.fates: Counter[str] = Counter()
         self.world = World(
-            Faults.of(seed, most=most_faults), self.case.pace, position_seeded=self.rng.random() < 0.7
+            Faults.of(seed, limit=max_faults), self.case.pace, position_seeded=self.rng.random() < 0.7
         )
         self.drawn = 0
 
     async def main(self) -> None:
-        """The run, and the one that goes on from its checkpoint."""
+        """The run, and its continuation from a checkpoint."""
         asyncio.get_running_loop().set_exception_handler(
             lambda _, context: self.problems.append(f"unhandled: {context}")
         )
@@ -209,9 +204,9 @@ class Run:
             await self.process(state, self.case.stops_after, self.case.steps)
 
     async def process(self, state: dict[str, Any] | None, version: int, steps: int) -> dict[str, Any] | None:
-        """One process of the run, from a checkpoint if there is one; the next checkpoint."""
+        """One process of the run, from a checkpoint or from the start; returns the next checkpoint."""
         case, loop = self.case, asyncio.get_running_loop()
-        fleet = InferencePool(
+        pool = InferencePool(
             self.world.engine,
             CODEC,
             vocabulary=VOCABULARY,
@@ -223,7 +218,7 @@ class Run:
         )
         waits, ledger = WaitTracker(clock=loop.time), Ledger()
         answers = Answers(
-            fleet, self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
+            pool, self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
         )
         source = ModelledRewards(answers, case.samples, in_turn=False, waits=waits)  # type: ignore[arg-type]
         pipeline = Pipeline(
@@ -239,35 +234,35 @@ class Run:
         try:
             if state is not None:
                 pipeline.load_state(state, version, {i: self.prompt(i) for i in range(self.drawn)})
-            await fleet.open(self.world.specs(case.num_engines))
-            await self.publish(fleet, version)
+            await pool.open(self.world.specs(case.num_engines))
+            await self.publish(pool, version)
             for step in range(version + 1, steps + 1):
-                await self.step(pipeline, fleet, step)
+                await self.step(pipeline, pool, step)
             return self.saved(pipeline)
         except (RuntimeError, EngineError) as error:
             self.ended = f"{type(error).__name__}: {error}"
             return None
         finally:
             watch.cancel()
-            self.look_at(ledger)
+            self.check_ledger(ledger)
             pipeline.close()
-            await fleet.close()
+            await pool.close()
 
-    async def step(self, pipeline: Pipeline, fleet: InferencePool, step: int) -> None:
-        """One step of a trainer that takes its time."""
+    async def step(self, pipeline: Pipeline, pool: InferencePool, step: int) -> None:
+        """One training step, which takes virtual time."""
         batch = await (self.streamed(pipeline) if self.case.streamed else pipeline.next_batch())
-        self.look(batch, pipeline, step)
+        self.check_batch(batch, pipeline, step)
         await asyncio.sleep(self.case.train_s)
         await pipeline.drain_in_flight()
-        await self.publish(fleet, step)
-        if fleet.num_running > (known := self.case.samples * len(pipeline._in_flight)):
+        await self.publish(pool, step)
+        if pool.num_running > (known := self.case.samples * len(pipeline._in_flight)):
             self.problems.append(
-                f"{fleet.num_running} answers in engines after step {step}, of groups in work at most {known}"
+                f"{pool.num_running} answers in engines after step {step}, of groups in work at most {known}"
             )
         pipeline.advance(step)
 
     async def streamed(self, pipeline: Pipeline) -> TrainBatch:
-        """A batch that is learned from as it comes."""
+        """A batch whose groups are trained on as they complete."""
         numbers = []
         async for portion in pipeline.stream_groups():
             numbers += [group.number for group in portion]
@@ -279,22 +274,22 @@ class Run:
             )
         return batch
 
-    async def publish(self, fleet: InferencePool, version: int) -> None:
-        """A version to all engines."""
-        await fleet.begin_update(version)
+    async def publish(self, pool: InferencePool, version: int) -> None:
+        """Sync a new version to all engines."""
+        await pool.begin_update(version)
         await asyncio.sleep(self.rng.choice((0.0, 1.0)))
-        await fleet.sync_weights(self.world.write(version))
+        await pool.sync_weights(self.world.write(version))
         self.world.oldest = version
 
     async def watch(self, waits: WaitTracker) -> None:
         """Note stalls, as a run's watchdog: no wait may last longer than engines and rewards can take."""
         while True:
             await asyncio.sleep(50.0)
-            if told := stall_reason(waits.snapshot(), 5000.0):
-                self.problems.append(told)
+            if reason := stall_reason(waits.snapshot(), 5000.0):
+                self.problems.append(reason)
 
-    def look(self, batch: TrainBatch, pipeline: Pipeline, step: int) -> None:
-        """Notes what is wrong with a batch."""
+    def check_batch(self, batch: TrainBatch, pipeline: Pipeline, step: int) -> None:
+        """Note the problems of a batch."""
         case, numbers = self.case, [group.number for group in batch.groups]
         self.batches.append(numbers)
         if len(numbers) != case.prompts_per_step or len(set(numbers)) != len(numbers):
@@ -307,18 +302,19 @@ class Run:
             self.problems.append(
                 f"tokens {max(ages)} steps old in step {step}, the bound is {case.config.max_staleness}"
             )
-        told = staleness_metrics(Batch.from_trajectories(trajectories), pipeline.version)
-        if told and not (
-            told["staleness/max"] == max(ages) and abs(told["staleness/mean"] - sum(ages) / len(ages)) < 1e-9
+        metrics = staleness_metrics(Batch.from_trajectories(trajectories), pipeline.version)
+        if metrics and not (
+            metrics["staleness/max"] == max(ages)
+            and abs(metrics["staleness/mean"] - sum(ages) / len(ages)) < 1e-9
         ):
-            self.problems.append(f"staleness {told}, counted {max(ages)}")
+            self.problems.append(f"staleness {metrics}, counted {max(ages)}")
         for group in batch.groups:
             params = SamplingParams(
                 n=case.samples, max_tokens=case.max_tokens, seed=(group.attempt << 26) + group.number
             )
-            self.problems += [
-                told for i, t in enumerate(group.answers) if (told := self.wrong_with(t, params, i, step))
-            ]
+            for i, t in enumerate(group.answers):
+                problem = self.problem_of(t, replace(params, sample_index=i), step)
+                self.problems += [problem] if problem else []
             if len(group.answers) != case.samples or {t.prompt.index for t in group.answers} != {
                 group.prompt.index
             }:
@@ -333,30 +329,19 @@ class Run:
                     f"group {group.number} is of several versions, though each was to be of one"
                 )
 
-    def wrong_with(self, answer: Trajectory, params: SamplingParams, number: int, step: int) -> str:
-        """What is wrong with an answer that is learned from: it must be of the last try of its group."""
+    def problem_of(self, answer: Trajectory, params: SamplingParams, step: int) -> str:
+        """What is wrong with an answer of a batch, or ""; it must be of the last attempt of its group."""
         reason = "stop" if answer.response_ids[-1] == END else "length"
-        # A checkpoint keeps fp32; the modelled ones have three digits.
+        # A checkpoint keeps fp32; the modelled logprobs have three digits.
         logprobs = [round(value, 3) for value in answer.rollout_logprobs or ()]
         completion = Completion(
             answer.response_ids, logprobs, reason, answer.versions[0], versions=answer.versions
         )
-        return problem_of(
-            completion, answer.prompt_ids, params, number=number, world=self.world, versions=(0, step)
-        )
+        return self.world.problem_of(completion, answer.prompt_ids, params, versions=(0, step))
 
-    def look_at(self, ledger: Ledger) -> None:
-        """Notes what is wrong with the ledger at the end of a process."""
+    def check_ledger(self, ledger: Ledger) -> None:
+        """Note the problems of the ledger at the end of a process."""
         counts = ledger.counts()
-        self.fates.update(
-            {
-                "trained": counts.trained,
-                "sent again": counts.again,
-                **{f"dropped {reason}": count for reason, count in counts.dropped.items()},
-                **{f"failed {failure}": count for failure, count in counts.failed.items()},
-                **{f"retried {failure}": count for failure, count in counts.retries.items()},
-            }
-        )
         if counts.accounted != counts.dispatched:
             self.problems.append(f"the ledger does not add up: {counts}")
         if counts.dispatched != self.drawn:
@@ -366,7 +351,7 @@ class Run:
             self.problems.append(f"dropped for {unknown}: {counts.dropped}")
 
     def saved(self, pipeline: Pipeline) -> dict[str, Any]:
-        """A checkpoint, as it comes back from the disk."""
+        """A checkpoint, written and read again."""
         file = io.BytesIO()
         ledger, groups = pipeline.snapshot()
         torch.save({"ledger": ledger, "groups": saved_groups(groups)}, file)
@@ -374,7 +359,7 @@ class Run:
         return torch.load(file, weights_only=True)
 
     def draw(self, count: int) -> list[Prompt]:
-        """The next prompts; some that no engine can answer."""
+        """The next prompts; some are too long for every engine."""
         self.drawn += count
         return [self.prompt(i) for i in range(self.drawn - count, self.drawn)]
 
@@ -383,24 +368,30 @@ class Run:
         return Prompt("p", answer=_BAD_DATA if is_bad else None, index=index)
 
     def digest(self) -> str:
-        """Of all that happened, to compare two runs of a seed."""
-        told = (self.batches, self.ended, self.notes, sorted(self.world.faults.happened.items()), self.drawn)
-        return hashlib.sha256(repr(told).encode()).hexdigest()
+        """Hash of all events, to compare two runs of a seed."""
+        events = (
+            self.batches,
+            self.ended,
+            self.notes,
+            sorted(self.world.faults.happened.items()),
+            self.drawn,
+        )
+        return hashlib.sha256(repr(events).encode()).hexdigest()
 
 
-def done(seed: int, *, most_faults: int = 5) -> Run:
-    """A run to its end."""
-    made = Run(seed, most_faults=most_faults)
+def simulate(seed: int, *, max_faults: int = 5) -> Run:
+    """Run a seed to its end."""
+    made = Run(seed, max_faults=max_faults)
     run(made.main(), limit_s=LIMIT_S)
     return made
 
 
 def check(made: Run) -> None:
-    """Nothing was wrong; a run that ended early says why."""
-    told = (made.seed, made.case, dict(made.world.faults.happened), made.notes, made.ended)
-    assert made.problems == [], told
-    assert made.world.breaches == [], told
-    assert not any("task of the inference pool failed" in note for note in made.notes), told
+    """Assert that a run had no problems; one that ended early has a known reason."""
+    details = (made.seed, made.case, dict(made.world.faults.happened), made.notes, made.ended)
+    assert made.problems == [], details
+    assert made.world.breaches == [], details
+    assert not any("task of the inference pool failed" in note for note in made.notes), details
     if made.ended:
         known = (
             "groups failed one after the other",
@@ -409,18 +400,6 @@ def check(made: Run) -> None:
             "ended while it started",
             "said nothing",
         )
-        assert any(cause in made.ended for cause in known), told
+        assert any(cause in made.ended for cause in known), details
     else:
-        assert len(made.batches) == made.case.steps, told
-
-
-def summary(runs: Sequence[Run]) -> str:
-    """What the runs went through, for people."""
-    faults: Counter[str] = Counter()
-    for made in runs:
-        faults.update(made.world.faults.happened)
-    kinds = Counter(kind.partition(" ")[0] for kind, count in faults.items() for _ in range(count))
-    fates = sum((made.fates for made in runs), Counter())
-    ended = Counter(made.ended.partition(":")[2].strip()[:40] for made in runs if made.ended)
-    happened = f"{sum(faults.values())} faults at {len(faults)} places ({dict(kinds.most_common())})"
-    return f"{len(runs)} runs, {happened}; groups: {dict(fates)}; ended early: {dict(ended)}"
+        assert len(made.batches) == made.case.steps, details

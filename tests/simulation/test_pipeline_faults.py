@@ -1,6 +1,4 @@
-"""Ten thousand seeded runs in which everything happens that may: no wedge, no group lost or doubled, no token
-too old, a true ledger.
-"""
+"""Seeded runs with random faults: nothing hangs, no group is lost or doubled, no token is too old."""
 
 from __future__ import annotations
 
@@ -8,46 +6,46 @@ import os
 
 import pytest
 
-from tests.simulation.runs import check, done
+from tests.simulation.runs import check, simulate
 
-# Seeds of one test, and how many tests there are: some always, the others as a suite of their own.
+# Seeds of one test, tests that always run, and all tests.
 BLOCK, ALWAYS, ALL = 100, 4, 100
 # VERL_SIMULATOR_SEED replays one.
 REPLAYED = os.environ.get("VERL_SIMULATOR_SEED")
 
 
 def failures(seeds: range) -> list[str]:
-    """What went wrong, seed by seed."""
-    told = []
+    """Problems of the runs, one message per seed."""
+    messages = []
     for seed in seeds:
         try:
-            check(done(seed))
+            check(simulate(seed))
         except (AssertionError, RuntimeError) as error:
-            told.append(f"seed {seed}: {error}")
-    return told
+            messages.append(f"seed {seed}: {error}")
+    return messages
 
 
-def assert_well(block: int) -> None:
-    told = failures(range(block * BLOCK, (block + 1) * BLOCK))
-    assert not told, "\n\n".join([f"{len(told)} of {BLOCK}; VERL_SIMULATOR_SEED=N replays one", *told])
+def assert_no_failures(block: int) -> None:
+    found = failures(range(block * BLOCK, (block + 1) * BLOCK))
+    assert not found, "\n\n".join([f"{len(found)} of {BLOCK}; VERL_SIMULATOR_SEED=N replays one", *found])
 
 
 @pytest.mark.parametrize("block", range(ALWAYS))
 def test_whatever_happens_no_group_is_lost_doubled_or_too_old(block):
-    assert_well(block)
+    assert_no_failures(block)
 
 
 @pytest.mark.simulator
 @pytest.mark.parametrize("block", range(ALWAYS, ALL))
-def test_so_it_is_in_ten_thousand_runs(block):
-    assert_well(block)
+def test_ten_thousand_runs_have_no_problem(block):
+    assert_no_failures(block)
 
 
 @pytest.mark.skipif(REPLAYED is None, reason="no seed is chosen by VERL_SIMULATOR_SEED")
 def test_the_chosen_seed():
-    check(done(int(REPLAYED or 0)))
+    check(simulate(int(REPLAYED or 0)))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_seed_is_replayed_exactly(seed):
-    assert done(seed).digest() == done(seed).digest()
+    assert simulate(seed).digest() == simulate(seed).digest()
