@@ -23,8 +23,8 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
     warning = (
         f"sampler and trainer differ: KL {kl:.3g} nats per token, logprobs by "
         f"{metrics.get('sampler_gap', kl):.3g} on average and at most "
-        f"{metrics.get('sampler_gap_max', kl):.3g}; compare their weights, precision and sampling parameters, "
-        "or take a correction such as token_tis"
+        f"{metrics.get('sampler_gap_max', kl):.3g}; compare their weights, precision and sampling "
+        "parameters, or take a correction such as token_tis"
     )
     if config.mismatch_stop is not None and not kl <= config.mismatch_stop:
         raise RuntimeError(f"{warning}; the limit rollout.mismatch_stop is {config.mismatch_stop}")

@@ -1,6 +1,4 @@
-"""Event loops beside synchronous code: requests gathered within one turn, blocking calls in threads, and a loop
-that a thread enters for one coroutine at a time.
-"""
+"""Event loops beside synchronous code: gathered requests, blocking calls in threads, and a reusable loop."""
 
 from __future__ import annotations
 
@@ -96,7 +94,7 @@ def wait_for_thread(call: Callable[[], T], *, name: str) -> T:
 
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of coroutines that run at the same time; if one fails, the others are cancelled before it raises."""
+    """Results of concurrent coroutines; if one fails, the others are cancelled before it raises."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
