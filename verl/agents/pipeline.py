@@ -143,7 +143,7 @@ class Pipeline:
         return self.finish_batch()
 
     async def stream_groups(self, *, least: int = 1) -> AsyncIterator[list[Group]]:
-        """StreamedBatch of the next batch, each as soon as `least` groups, or all that are left, are complete."""
+        """Portions of the next batch, each as soon as `least` groups, or all that are left, are complete."""
         left = self.rules.prompts_per_step
         self._requeue_unfinished()
         while left > 0:
