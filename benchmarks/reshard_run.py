@@ -25,7 +25,7 @@ from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
 from verl.engines.fsdp import FSDPForwardEngine, sharded_engine
 from verl.engines.hf.pretrained import make_tiny_model
-from verl.engines.hf.weights import local_slices
+from verl.engines.hf.weights import shard_slices
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 
 _PORT = 29517
@@ -47,7 +47,7 @@ def by_whole_tensors(engine: FSDPForwardEngine, hybrid: HybridEngine) -> int:
     sources = engine.local_tensors()
     for name, tensor in engine.full_tensors():
         received += tensor.nbytes - sources[name].nbytes
-        hybrid._local_tensors[name].copy_(tensor[local_slices(parameters[name])])
+        hybrid._local_tensors[name].copy_(tensor[shard_slices(parameters[name])])
     return received
 
 

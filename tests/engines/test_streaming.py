@@ -28,7 +28,7 @@ from verl.engines.roles.columns import MODEL_COLUMNS, critic_reads, policy_reads
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
-from verl.engines.streaming import StreamedBatch, StreamedUpdate, joined, streaming_obstacle
+from verl.engines.streaming import StreamedBatch, StreamedUpdate, concat_portions, streaming_obstacle
 
 NEAR = ("loss", "grad_norm", "lr", "ratio", "entropy", "kl", "skipped_updates")
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ class Streamed:
 
     def finish(self):
         scales = {"policy": self.portions.policy_scale, "critic": self.portions.critic_scale}
-        rows = joined(self.portions.batches)
+        rows = concat_portions(self.portions.batches)
         metrics = write_advantages(rows, self.algorithm, self.kl_coef, version=0)
         self.portions.check(rows)
         for name, update in self.updates.items():
@@ -343,7 +343,7 @@ def test_rewards_of_turns_that_only_some_portions_have_are_kept():
     first, second = batch.select([0, 1]), batch.select([2, 3, 4])
     second.write("turn_rewards", second["mask"].float())
     second.write("values", second["values"])
-    together = joined([first, second])
+    together = concat_portions([first, second])
     assert together["turn_rewards"].tolist() == [[0.0] * 7, [0.0] * 7, *second["turn_rewards"].tolist()]
     assert together["values"].shape == (5, 7)
 
@@ -458,7 +458,7 @@ def test_of_each_function_is_known_whether_the_other_groups_matter(choice, name)
     for rows in (batch, *parts):
         write_advantages(rows, algorithm, 0.0)
     order = torch.cat([rows["number"] for rows in parts])
-    together, apart = batch.select(order), joined(parts)
+    together, apart = batch.select(order), concat_portions(parts)
     written = [name for name in ("advantages", "correction_weights") if name in batch]
     same = all(torch.allclose(together[name], apart[name], rtol=1e-4, atol=1e-6) for name in written)
     assert same == (streaming_obstacle(algorithm, config) is None)

@@ -1,4 +1,4 @@
-"""Minibatches of a step: their rows, the weights of tokens in the loss, the updates, and means of monitors."""
+"""Minibatches of a step: their rows, the loss weights of tokens, the updates, and means of monitors."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import PromptLoader
-from verl.engines.streaming import joined
+from verl.engines.streaming import concat_portions
 from verl.monitoring.ledger import LEDGER_FILE, Ledger
 
 # Stages whose waits are metrics: training waits for a batch, generation for room.
@@ -76,7 +76,7 @@ class BatchProducer:
         else:
             batch = self._collector.rollout_batch(self._streamed)
             batch.trajectories = [t for trajectories, _ in self._portions for t in trajectories]
-            batch.rows = joined([rows for _, rows in self._portions])
+            batch.rows = concat_portions([rows for _, rows in self._portions])
             self._streamed, self._portions = None, []
         self._collector.dispatched = self.pipeline.ledger.counts().dispatched
         batch.metrics |= staleness_metrics(batch.rows, self.pipeline.version) | self._metrics()

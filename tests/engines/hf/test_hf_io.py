@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: files of any number, merged LoRA weights, names that differ, what is refused."""
+"""Hugging Face folders in and out: several files, merged LoRA weights, other names, refused models."""
 
 from __future__ import annotations
 

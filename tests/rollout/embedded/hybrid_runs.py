@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.engines.sharded_runs import engine_on
 from tests.tiny import tiny_codec
-from verl.engines.hf.weights import local_shards, local_slices
+from verl.engines.hf.weights import local_shards, shard_slices
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.utils.sampling_types import SamplingParams
@@ -52,7 +52,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
             for name, parameter in hybrid.model.transformer.named_parameters()
             if not torch.equal(
                 hybrid._local_tensors[name],
-                whole[name].to(hybrid._local_tensors[name].dtype)[local_slices(parameter)],
+                whole[name].to(hybrid._local_tensors[name].dtype)[shard_slices(parameter)],
             )
         ]
         hybrid.sleep()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from verl.engines.hf.lora import base_name, initial_lora_weight, is_lora_parameter
 from verl.engines.hf.models import Backbone, ValueModel
 from verl.engines.hf.pretrained import VALUE_HEAD, load_language_model
-from verl.engines.hf.weights import full_tensors, local_slices, to_full, to_local
+from verl.engines.hf.weights import full_tensors, shard_slices, to_full, to_local
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 4 * 2**30
@@ -55,7 +55,7 @@ def load_sharded(model: Backbone, source: str) -> None:
     parameters = dict(model.transformer.named_parameters())
     for name in [name for name in parameters if is_lora_parameter(name)]:
         parameter = parameters.pop(name)
-        _fill(parameter, initial_lora_weight(name, parameter.shape)[local_slices(parameter)])
+        _fill(parameter, initial_lora_weight(name, parameter.shape)[shard_slices(parameter)])
     files = tensor_files(folder)
     prefix = model.transformer.base_model_prefix
     names = {name: name_in_files(base_name(name), files, prefix) for name in parameters}
@@ -66,7 +66,7 @@ def load_sharded(model: Backbone, source: str) -> None:
     if isinstance(model, ValueModel):
         saved = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
         for name, parameter in model.head.named_parameters():
-            _fill(parameter, saved.get(name, torch.zeros(parameter.shape))[local_slices(parameter)])
+            _fill(parameter, saved.get(name, torch.zeros(parameter.shape))[shard_slices(parameter)])
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -106,7 +106,7 @@ def _fill_from_files(
                         f"need {name} of shape {tuple(parameter.shape)}, got {shape} in {path}; "
                         "the folder's config.json is of another model"
                     )
-                _fill(parameter, saved[local_slices(parameter)])
+                _fill(parameter, saved[shard_slices(parameter)])
 
 
 def _fill_from_model(parameters: Mapping[str, Tensor], full: PreTrainedModel) -> None:
@@ -119,7 +119,7 @@ def _fill_from_model(parameters: Mapping[str, Tensor], full: PreTrainedModel) ->
                 f"need {name} of shape {tuple(parameter.shape)} in the model's files, got none; "
                 "they are of another model"
             )
-        _fill(parameter, saved[found].detach()[local_slices(parameter)])
+        _fill(parameter, saved[found].detach()[shard_slices(parameter)])
 
 
 def _fill(parameter: Tensor, values: Tensor) -> None:

@@ -79,8 +79,8 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     """A reward model in fp32 from a folder or hub name, without code from the folder.
 
     Args:
-        path: a model for sequence classification with one label and a head named `score`, or a causal language
-            model.
+        path: a model for sequence classification with one label and a head named `score`, or a causal
+            language model.
         new_head: give a model without a head a new one of zeros, to be trained; else refuse the model.
 
     Raises:

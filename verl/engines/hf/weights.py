@@ -14,7 +14,7 @@ from verl.engines.hf.lora import base_name, is_lora_parameter, lora_scaling
 from verl.weight_sync.layout import TensorShard
 
 
-def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+def shard_slices(parameter: Tensor) -> tuple[slice, ...]:
     """Part of the whole tensor that is on this rank.
 
     Where several mesh dimensions shard one dimension of the tensor, tensor parallelism comes first and FSDP
@@ -90,7 +90,7 @@ def local_shards(transformer: nn.Module) -> list[TensorShard]:
     """Shards of the whole tensors on this rank, by the names of `full_tensors` and `local_tensors`."""
     shards = []
     for name, parameter in transformer.named_parameters():
-        bounds = tuple((part.start, part.stop) for part in local_slices(parameter))
+        bounds = tuple((part.start, part.stop) for part in shard_slices(parameter))
         if not is_lora_parameter(name) and all(start < stop for start, stop in bounds):
             shards.append(TensorShard(base_name(name), bounds, base_name(name), (0,) * len(bounds)))
     return shards
@@ -111,7 +111,7 @@ def local_tensors(transformer: nn.Module) -> dict[str, Tensor]:
         local = to_local(parameter)
         owner = name.removesuffix(".base_layer.weight")
         if owner != name and owner in adapted:
-            local = local + lora_delta(adapted[owner])[local_slices(parameter)].to(local.device)
+            local = local + lora_delta(adapted[owner])[shard_slices(parameter)].to(local.device)
         tensors[base_name(name)] = local.detach()
     return tensors
 

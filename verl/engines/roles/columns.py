@@ -41,7 +41,7 @@ def read_columns(batch: Batch, names: Iterable[str], device: torch.device) -> di
 
 
 def concat_by_row_id(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns [b, T, ...] of several ranks as one, padded to the longest row, in the order of `row_ids` [b]."""
+    """Columns [b, T, ...] of several ranks as one, padded to the longest row, ordered by `row_ids` [b]."""
     parts = [part for part in parts if len(part["row_ids"])]
     order = torch.cat([part["row_ids"] for part in parts]).argsort()
 

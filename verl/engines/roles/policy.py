@@ -35,7 +35,7 @@ def sum_squared_probs(vocab_logprobs: Tensor, targets: Tensor) -> Tensor:
     return vocab_logprobs.mul(2).exp().sum(-1)
 
 
-# Columns [m] that the policy writes before the first update, from vocabulary logprobs [m, V] and sampled ids [m].
+# Columns that the policy writes before the first update, [m] from vocabulary logprobs [m, V] and ids [m].
 POLICY_COLUMNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "trainer_logprobs": target_logprobs,
     "sum_squared_probs": sum_squared_probs,

@@ -233,13 +233,12 @@ class PolicyWeightSender(RoleWorker):
         if name not in self._groups or self._plans is None:
             return {}, "no group with the engine"
         group, num_senders = self._groups[name]
-        homes, dtype = self.engine.local_tensors(), dtype_of(infos[0])
+        tensors, dtype = self.engine.local_tensors(), dtype_of(infos[0])
         shapes = {info.name: info.shape for info in infos}
         digests: dict[int, dict[str, int]] = {}
 
         def read(copy: Copy) -> Tensor:
-            home = homes[copy.sender_tensor]
-            values = home[local_slices(copy.bounds, copy.sender_offset)]
+            values = tensors[copy.sender_tensor][local_slices(copy.bounds, copy.sender_offset)]
             values = values.reshape(shape_of(copy.bounds)).to(dtype)
             own = digests.setdefault(copy.receiver - num_senders, {})
             own[shard_key(copy.name, copy.bounds, shape=shapes[copy.name])] = digest(values)
