@@ -1,6 +1,4 @@
-"""A policy on several ranks, each a process of its own, called as a worker group: what Ray does on a cluster,
-over pipes.
-"""
+"""A policy sharded over processes, called over pipes as a worker group."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ class ProcessGroup(WorkerGroup):
         self.layouts = {"ranks": layout_of_ranks((rank, True) for rank in range(len(pipes)))}
 
     def call(self, method: Any, *args: Any) -> Any:
-        """See `WorkerGroup.call`; a method that is none of the worker's is called with it."""
+        """Call all ranks; a function that is not a method of the worker gets the worker as an argument."""
         if not hasattr(ActorWorker, method.__name__):
             return CompletedFuture(self._all([(method, args)] * len(self._pipes)))
         mode = dispatch_mode(method)
@@ -56,7 +54,7 @@ class ProcessGroup(WorkerGroup):
 
 @contextmanager
 def policy_ranks(model: str, num_ranks: int, **parallel: Any) -> Iterator[ProcessGroup]:
-    """The policy of a folder, sharded over processes that live inside the block."""
+    """The policy of a folder, sharded over processes that run inside the block."""
     context = multiprocessing.get_context("spawn")
     port = free_port()
     pipes = [context.Pipe() for _ in range(num_ranks)]
@@ -96,9 +94,7 @@ def _rank(model: str, rank: int, num_ranks: int, port: int, pipe: Any, parallel:
 
 @torch.no_grad()
 def moved(worker: ActorWorker, seed: int) -> None:
-    """Moves every weight, by an amount that hangs on the seed and the place of the weight in the whole
-    tensor.
-    """
+    """Change every weight of a rank by `change_of`."""
     for name, tensor in worker.engine.local_tensors().items():
         (piece,) = [piece for piece in worker.engine.local_shards() if piece.name == name] or [None]
         if piece is not None:
@@ -108,11 +104,11 @@ def moved(worker: ActorWorker, seed: int) -> None:
 
 @torch.no_grad()
 def move(transformer: Any, seed: int) -> None:
-    """The same with a model that is whole."""
+    """Change every weight of an unsharded model by `change_of`."""
     for name, tensor in transformer.named_parameters():
         tensor.add_(change_of(name, tuple(tensor.shape), seed))
 
 
 def change_of(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """By how much `moved` moves a whole tensor."""
+    """Random change of a full tensor, by the seed and the name."""
     return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000 * len(name)))

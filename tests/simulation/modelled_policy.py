@@ -74,7 +74,8 @@ def problem_of(
     ids, logprobs = list(answer.token_ids), list(answer.logprobs or ())
     by_token = list(answer.versions or ())
     if not ids or not len(ids) == len(logprobs) == len(by_token) or len(ids) > params.max_tokens:
-        return f"{len(ids)} tokens, {len(logprobs)} logprobs, {len(by_token)} versions, at most {params.max_tokens}"
+        counts = f"{len(ids)} tokens, {len(logprobs)} logprobs, {len(by_token)} versions"
+        return f"{counts}, at most {params.max_tokens}"
     is_sorted = by_token == sorted(by_token) and answer.version == by_token[0]
     if not is_sorted or by_token[0] < versions[0] or by_token[-1] > versions[1]:
         return f"versions {by_token} of an answer of version {answer.version}, allowed are {versions}"

@@ -70,7 +70,7 @@ class Threads(InferenceServer):
     async def resume(self) -> None:
         return
 
-    def sample(self, prompt_ids: Any, params: Any, *, number: int) -> AsyncIterator[TokenChunk]:
+    def sample(self, prompt_ids: Any, params: Any) -> AsyncIterator[TokenChunk]:
         raise NotImplementedError
 
     async def join_group(

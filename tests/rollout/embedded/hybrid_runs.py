@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of the 3D-HybridEngine."""
+"""Programs of each rank in the tests of the 3D-HybridEngine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from verl.weight_sync.layout import ShardLayout, num_elements
 
 
 def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
-    """One switch and back: what differs from the gathered model, what travelled, what was needed, and
-    answers.
-    """
+    """Switch to the generation layout and back, twice; weights that differ, bytes, and answers."""
     engine = engine_on(case["source"], case)
-    with torch.no_grad():  # additions that add something
+    with torch.no_grad():  # LoRA adapters that change the weights
         for i, parameter in enumerate(engine.model.parameters()):
             parameter.add_(0.01 * (i % 7)) if case.get("lora") else None
     hybrid = HybridEngine(
@@ -74,7 +72,7 @@ def switch(case: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def lacking(source: ShardLayout, target: ShardLayout, rank: int) -> int:
-    """Elements that a rank needs and has not, counted one by one."""
+    """Elements that a rank needs and does not hold, counted one by one."""
     count = 0
     for name, shape in target.shapes.items():
         has, needs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Answers generated step by step: asked for and taken back between two tokens, they are those of one call."""
+"""Continuous batching step by step: requests submitted and aborted between tokens, as in one call."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ def expected(policy: PolicyModel) -> list[list[list[int]]]:
 
 
 def stepwise(
-    policy: PolicyModel, *, slots: int, between: Callable[[ContinuousBatch, int], None], asked: int
+    policy: PolicyModel, *, slots: int, between: Callable[[ContinuousBatch, int], None], num_first: int
 ) -> list[list[list[int]]]:
-    """The answers to the first prompts, those of the others too as they are asked for; `between` acts before
-    each step.
-    """
-    generation = ContinuousBatch(policy, tiny_codec(), slots=slots, first_slots=1)
+    """Answers to the first prompts, and to those that `between` adds before each step."""
+    batch = ContinuousBatch(policy, tiny_codec(), slots=slots, first_slots=1)
     answers: list[list[list[int]]] = [[[] for _ in range(p.n)] for p in PARAMS]
-    for i in range(asked):
-        generation.add(i, PROMPTS[i], PARAMS[i])
+    for i in range(num_first):
+        batch.add(i, PROMPTS[i], PARAMS[i])
     with policy.forward_mode():
         step = 0
-        while not generation.is_idle:
-            between(generation, step)
-            for row in generation.step():
+        while not batch.is_idle:
+            between(batch, step)
+            for row in batch.step():
                 answers[row.prompt_id][row.sample_index].append(row.tokens[-1])
             step += 1
     return answers
@@ -45,57 +43,57 @@ def stepwise(
 
 @pytest.mark.parametrize("slots", [2, 5, 64])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
-def test_prompts_that_come_one_by_one_get_the_answers_of_one_call_while_slots_grow(family, slots):
-    def ask(generation: ContinuousBatch, step: int) -> None:
+def test_prompts_added_one_by_one_get_the_answers_of_one_call(family, slots):
+    def ask(batch: ContinuousBatch, step: int) -> None:
         if 2 <= step < 2 + len(PROMPTS) - 1:
-            generation.add(step - 1, PROMPTS[step - 1], PARAMS[step - 1])
+            batch.add(step - 1, PROMPTS[step - 1], PARAMS[step - 1])
 
     policy = shared_policy(family)
-    assert stepwise(policy, slots=slots, between=ask, asked=1) == expected(policy)
+    assert stepwise(policy, slots=slots, between=ask, num_first=1) == expected(policy)
 
 
-def test_answers_that_are_taken_back_change_no_others():
-    def abort(generation: ContinuousBatch, step: int) -> None:
+def test_aborted_answers_change_no_others():
+    def abort(batch: ContinuousBatch, step: int) -> None:
         if step == 3:
-            generation.abort(1)
-            generation.abort(5)  # still waits
-            assert {row.prompt_id for row in generation.rows} <= {0, 2, 3, 4}
+            batch.abort(1)
+            batch.abort(5)  # still waits
+            assert {row.prompt_id for row in batch.rows} <= {0, 2, 3, 4}
 
     policy = shared_policy()
-    answers, whole = stepwise(policy, slots=5, between=abort, asked=6), expected(policy)
+    answers, whole = stepwise(policy, slots=5, between=abort, num_first=6), expected(policy)
     assert [answers[i] for i in (0, 2, 3, 4)] == [whole[i] for i in (0, 2, 3, 4)]
     assert answers[5] == [[], []] and all(len(a) <= 3 for a in answers[1])
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["waiting", "running"])
-def test_one_answer_to_a_prompt_can_be_taken_back(step):
-    def abort(generation: ContinuousBatch, at: int) -> None:
+def test_one_answer_to_a_prompt_can_be_aborted(step):
+    def abort(batch: ContinuousBatch, at: int) -> None:
         if at == step:
-            generation.abort(1, {0})
+            batch.abort(1, {0})
 
     policy = shared_policy()
-    answers, whole = stepwise(policy, slots=64, between=abort, asked=6), expected(policy)
+    answers, whole = stepwise(policy, slots=64, between=abort, num_first=6), expected(policy)
     assert answers[1][0] == whole[1][0][:step]
     answers[1][0] = whole[1][0]
     assert answers == whole
 
 
-def test_memory_of_an_idle_generation_can_be_given_back():
+def test_the_cache_of_an_idle_batch_can_be_freed():
     policy = shared_policy()
-    generation = ContinuousBatch(policy, tiny_codec(), slots=8, first_slots=2)
-    generation.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
+    batch = ContinuousBatch(policy, tiny_codec(), slots=8, first_slots=2)
+    batch.add(0, PROMPTS[0], SamplingParams(max_tokens=3, n=8))
     with policy.forward_mode():
-        while not generation.is_idle:
-            generation.step()
-            generation.free_cache()  # while something runs it stays
-    assert generation.cache.num_slots == 2 and generation.cache.is_empty
+        while not batch.is_idle:
+            batch.step()
+            batch.free_cache()  # does nothing while answers run
+    assert batch.cache.num_slots == 2 and batch.cache.is_empty
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3"])
-def test_caches_computed_anew_by_the_same_weights_change_nothing(family):
+def test_a_cache_recomputed_with_the_same_weights_changes_nothing(family):
     policy = shared_policy(family)
     answers = stepwise(
-        policy, slots=64, between=lambda generation, step: step and generation.recompute_cache(), asked=6
+        policy, slots=64, between=lambda batch, step: step and batch.recompute_cache(), num_first=6
     )
     assert answers == expected(policy)
 
@@ -108,7 +106,7 @@ async def tokens_of(request: GenerationRequest) -> dict[int, list[int]]:
     return found
 
 
-def test_a_thread_answers_many_requests_and_stops_between_two_tokens_for_each_reason():
+def test_a_thread_pauses_between_two_tokens_until_each_reason_is_resumed():
     policy = tiny_policy()
 
     async def asked() -> tuple[dict[int, list[int]], dict[int, list[int]]]:
@@ -119,7 +117,7 @@ def test_a_thread_answers_many_requests_and_stops_between_two_tokens_for_each_re
         await thread.resume("one", recompute=True)
         beats = thread.num_heartbeats
         assert await request.wait_tokens(1.2) == [] and thread.num_heartbeats > beats
-        # The weights are at rest: what is changed now, counts.
+        # The model is not in use: changes of the weights take effect.
         assert await thread.update_weights(lambda: "done") == "done"
         with pytest.raises(ZeroDivisionError):
             await thread.update_weights(lambda: 1 // 0)

@@ -1,6 +1,4 @@
-"""Tests of generation on the trainer's own weights: the same logprobs, the same storage, prompts computed
-once.
-"""
+"""Generation with the trainer's own weights: equal logprobs, shared storage, prompts computed once."""
 
 from __future__ import annotations
 
@@ -82,7 +80,7 @@ def test_answers_are_the_same_with_any_number_of_slots():
 
 
 def counted(policy: PolicyModel, generate: Callable[[], object]) -> tuple[list[int], int]:
-    """Tokens of each prefill, and decoded tokens, of a call."""
+    """Tokens of each prefill of a call, and the number of its decoded tokens."""
     prefills, decoded, hidden = [], 0, policy.hidden_states
 
     def counting(input_ids, position_ids, layout):
@@ -177,7 +175,7 @@ def test_logits_that_are_not_finite_stop_the_generation(temperature):
 
 
 def cycling_policy(vocabulary: int) -> PolicyModel:
-    """Answers token i with i + 1, and the last one with the first: the layers add nothing, the head is a
+    """Samples token i + 1 after token i, and the first after the last: the layers add nothing, the head is a
     permutation.
     """
     policy = tiny_policy(

@@ -1,6 +1,4 @@
-"""The switch between the training layout and the generation layout, on processes that really exchange
-weights.
-"""
+"""The switch between the layouts of training and generation, on processes that exchange weights."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 PROMPTS = random_prompts([3, 7, 1, 5])
 SMALL, LARGE = 2**11, 2**28
-# Training, and ranks that share a matrix in generation.
+# Layouts of training, and tensor-parallel sizes of generation.
 CASES = [
     {"parallel": {}, "tensor": 2, "overlap": True, "bucket": SMALL},
     {"parallel": {}, "tensor": 4, "overlap": True, "bucket": LARGE},
@@ -65,7 +63,7 @@ def test_every_rank_has_its_slices_bit_for_bit_and_got_only_what_it_lacked(resul
     for ours in results[number]:
         assert ours["wrong"] == [] and ours["asleep"] == 0
         assert [received for received, _ in ours["switches"]] == [ours["lacking"]] * 2
-        # No second copy of the model: what generates, and nothing beside it.
+        # No second copy of the model: the generation weights alone.
         assert all(held <= ours["target"] for _, held in ours["switches"])
 
 

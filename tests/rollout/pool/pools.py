@@ -1,4 +1,4 @@
-"""A tiny policy with its ranks, saved for servers to start from, and pools of real servers that follow it."""
+"""A tiny policy, saved for servers to start from, and pools of real servers that sync its weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 def saved(policy: PolicyModel, folder: Path) -> str:
-    """The folder of a policy and the character tokenizer."""
+    """Save a policy with the character tokenizer; return the folder."""
     policy.transformer.save_pretrained(folder)
     tiny_codec().tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = CPU) -> LocalGroup:
-    """The ranks of a policy: this process."""
+    """The policy as a worker group of one rank, this process."""
     config = RoleConfig(optimizer=OptimizerConfig(lr=1e-2), lora=LoraConfig(rank=lora_rank))
     engine = LocalEngine(policy, config, device=device, total_updates=100)
     options: dict[str, Any] = {"max_slots": 8, "temperature": 1.0, "epochs": 1, "chunk": 100}
@@ -47,7 +47,7 @@ def group_of(policy: PolicyModel, *, lora_rank: int = 0, device: torch.device = 
 
 
 def specs(model: str, folder: Path, count: int, **options: Any) -> list[ServerSpec]:
-    """Servers to start."""
+    """Specs of servers to start."""
     given = {"timeout_s": 20.0, **options}
     return [
         ServerSpec(f"engine-{i}", model, secret=f"secret-{i}", log=folder / f"engine-{i}.log", **given)
@@ -66,7 +66,7 @@ def pool_of(
     policy: PolicyModel | None = None,
     **options: Any,
 ) -> ThreadedInferencePool:
-    """A pool of servers that follow the policy of a group, or follow none."""
+    """A pool of servers that sync the weights of a group; without a group they keep their own."""
     sizes = {
         "chunk_bytes": options.pop("chunk_bytes", 20_000),
         "uses_p2p": options.get("transport") == "direct",
@@ -89,7 +89,7 @@ def pool_of(
 
 @torch.no_grad()
 def changed(policy: PolicyModel, seed: int) -> None:
-    """Moves every weight."""
+    """Change every weight by random numbers."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.transformer.parameters():
         parameter.add_((0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
@@ -98,7 +98,7 @@ def changed(policy: PolicyModel, seed: int) -> None:
 def own_logprobs(
     policy: PolicyModel, prompt: list[int], answer: list[int], temperature: float = 1.0
 ) -> list[float]:
-    """Of the answer's tokens by the model's own forward."""
+    """Logprobs of an answer's tokens, by the model's own forward pass."""
     with torch.no_grad():
         logprobs = (
             policy.transformer(torch.tensor([[*prompt, *answer]])).logits[0].div(temperature).log_softmax(-1)
@@ -109,19 +109,19 @@ def own_logprobs(
 def generate(
     engine: RolloutEngine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[list[Completion]]:
-    """Answers of an engine, which has the policy's weights by then."""
+    """Answers of an engine; syncs the weights first if necessary."""
     if engine.needs_weights:
         publish(engine, engine.version)
     return engine.run(sample_groups(engine, prompts, params))
 
 
 def publish(engine: RolloutEngine, version: int) -> None:
-    """Gives an engine the weights of a version."""
+    """Sync the weights of a version."""
     engine.run(engine.sync_weights(version))
 
 
 def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
-    """Whether it comes to hold in time."""
+    """Wait for a condition; False if it does not hold in time."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
@@ -131,7 +131,7 @@ def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
 
 
 def in_background(pool: ThreadedInferencePool, *args: Any) -> tuple[threading.Thread, list[Any]]:
-    """A call of `generate` that goes on, and where its result or error will be."""
+    """Call `generate` in a thread; also a list that will have its result or error."""
     out: list[Any] = []
 
     def run() -> None:
@@ -146,7 +146,7 @@ def in_background(pool: ThreadedInferencePool, *args: Any) -> tuple[threading.Th
 
 
 def started(pool: ThreadedInferencePool, least: int = 4) -> bool:
-    """Whether every engine comes to have requests."""
+    """Wait until every engine has requests; False if one does not get any in time."""
     return waited(
         lambda: (
             sum(replica.incarnation.num_running for replica in pool.replicas) >= least

@@ -1,6 +1,4 @@
-"""A fleet in one event loop: single prompts that are asked and taken back, room that goes to who waits, and
-weights that come meanwhile.
-"""
+"""A pool in one event loop: requests are sampled and cancelled, slots are shared, weights are updated."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ TWO = SamplingParams(n=2, max_tokens=4)
 
 
 class Gated(InferenceServer):
-    """Gives a token, 50 plus its place, whenever its gate is open; a prompt that begins with 9 it refuses,
-    one with 8 fails.
+    """Samples a token, 50 plus its position, while its gate is open.
+
+    A prompt that begins with 9 is refused, one that begins with 8 fails.
     """
 
     transports = ("shm",)
@@ -90,7 +89,7 @@ class Gated(InferenceServer):
 
 
 class Free(Gated):
-    """The same with weights of its own."""
+    """The same engine, which keeps its own weights."""
 
     syncs_weights = False
 
@@ -109,18 +108,18 @@ class Weights:
         return
 
 
-def with_fleet(test: Any, count: int = 2, make: Any = Free, **options: Any) -> None:
-    """Runs a test with an open fleet, closed afterwards."""
+def with_pool(test: Any, count: int = 2, make: Any = Free, **options: Any) -> None:
+    """Run a test with an open pool, and close the pool."""
 
     async def run() -> None:
-        fleet = InferencePool(
+        pool = InferencePool(
             make, tiny_codec(), **{"vocabulary": 100, "context": 100, "max_running": 4, **options}
         )
-        await fleet.open([ServerSpec(f"e{i}", "unused") for i in range(count)])
+        await pool.open([ServerSpec(f"e{i}", "unused") for i in range(count)])
         try:
-            await test(fleet)
+            await test(pool)
         finally:
-            await fleet.close()
+            await pool.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
@@ -139,115 +138,115 @@ def tokens(answers: list[Completion]) -> list[list[int]]:
 
 
 def test_the_answers_to_a_prompt_stay_on_one_engine_and_the_next_prompt_goes_to_the_other():
-    async def test(fleet: InferencePool) -> None:
-        both = [begun(sample_group(fleet, [5], TWO)), begun(sample_group(fleet, [5, 6], TWO))]
-        await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
-        assert fleet.num_running == fleet.num_free == 4
+    async def test(pool: InferencePool) -> None:
+        both = [begun(sample_group(pool, [5], TWO)), begun(sample_group(pool, [5, 6], TWO))]
+        await until(lambda: [replica.engine.began for replica in pool.replicas] == [2, 2])
+        assert pool.num_running == pool.num_free == 4
         assert [tokens(await one) for one in both] == [[[51, 52, 53, 54]] * 2, [[52, 53, 54, 55]] * 2]
-        assert fleet.num_running == 0 and fleet.num_free == 8
+        assert pool.num_running == 0 and pool.num_free == 8
 
-    with_fleet(test)
+    with_pool(test)
 
 
-def test_who_asked_and_leaves_ends_its_requests_in_the_engines_and_no_others():
-    async def test(fleet: InferencePool) -> None:
-        (engine,) = (replica.engine for replica in fleet.replicas)
+def test_a_cancelled_request_is_aborted_in_the_engines_and_no_other():
+    async def test(pool: InferencePool) -> None:
+        (engine,) = (replica.engine for replica in pool.replicas)
         engine.gate.clear()
-        first, second = begun(sample_group(fleet, [5], TWO)), begun(sample_group(fleet, [6], TWO))
-        waits = begun(sample_group(fleet, [7], TWO))
+        first, second = begun(sample_group(pool, [5], TWO)), begun(sample_group(pool, [6], TWO))
+        waits = begun(sample_group(pool, [7], TWO))
         await until(lambda: engine.began == 4)
         first.cancel()
-        await until(lambda: engine.left == 2 and engine.began == 6)  # those who waited have the places
+        await until(lambda: engine.left == 2 and engine.began == 6)  # the waiting requests have the slots
         engine.gate.set()
         assert len(await second) == len(await waits) == 2 and first.cancelled()
-        assert fleet.num_free == 4 and fleet.take_metrics()["engines/failures"] == 0
+        assert pool.num_free == 4 and pool.take_metrics()["engines/failures"] == 0
 
-    with_fleet(test, count=1)
+    with_pool(test, count=1)
 
 
-def test_a_place_that_nobody_takes_goes_to_the_next_who_waits():
-    async def test(fleet: InferencePool) -> None:
-        (engine,) = (replica.engine for replica in fleet.replicas)
+def test_a_slot_of_a_cancelled_request_goes_to_the_next_waiting_one():
+    async def test(pool: InferencePool) -> None:
+        (engine,) = (replica.engine for replica in pool.replicas)
         engine.gate.clear()
         one = SamplingParams(max_tokens=1)
-        has, woken, last = (begun(sample_group(fleet, [5], one)) for _ in range(3))
+        has, woken, last = (begun(sample_group(pool, [5], one)) for _ in range(3))
         await until(lambda: engine.began == 1)
         has.cancel()
-        await until(lambda: fleet.num_free == 1)
-        woken.cancel()  # the place is promised to it
+        await until(lambda: pool.num_free == 1)
+        woken.cancel()  # it was already woken for the slot
         await until(lambda: engine.began == 2)
         engine.gate.set()
         assert len(await last) == 1 and woken.cancelled()
 
-    with_fleet(test, count=1, max_running=1)
+    with_pool(test, count=1, max_running=1)
 
 
-def test_a_request_that_cannot_be_answered_is_refused_in_words_that_say_which():
-    async def test(fleet: InferencePool) -> None:
+def test_a_refusal_names_the_request():
+    async def test(pool: InferencePool) -> None:
         with pytest.raises(
             RefusedError,
             match=r"the prompt has 2 tokens and may get 99 more; need at least one, and at most 100",
         ):
-            await sample_group(fleet, [5, 6], SamplingParams(max_tokens=99))
+            await sample_group(pool, [5, 6], SamplingParams(max_tokens=99))
         with pytest.raises(
             RefusedError,
             match=r"engine e0 refuses answer \d to a prompt of 1 tokens, with up to 4 more.* not with me",
         ):
-            await sample_group(fleet, [9], TWO)
-        assert [replica.state for replica in fleet.replicas] == ["serving"] * 2 and fleet.num_running == 0
+            await sample_group(pool, [9], TWO)
+        assert [replica.state for replica in pool.replicas] == ["serving"] * 2 and pool.num_running == 0
 
-    with_fleet(test)
+    with_pool(test)
 
 
-def test_an_answer_that_fails_everywhere_says_so_and_the_others_go_on():
-    async def test(fleet: InferencePool) -> None:
-        other = begun(sample_group(fleet, [5], SamplingParams(max_tokens=40)))
+def test_a_request_that_fails_on_all_engines_raises_and_others_continue():
+    async def test(pool: InferencePool) -> None:
+        other = begun(sample_group(pool, [5], SamplingParams(max_tokens=40)))
         told = (
             r"answer 0 to a prompt of 2 tokens failed on 9 engines in turn, "
             r"with 0 of at most 4 tokens sampled; the last: e\d+ is unwell"
         )
         with pytest.raises(RuntimeError, match=told):
-            await sample_group(fleet, [8, 8], SamplingParams(max_tokens=4))
+            await sample_group(pool, [8, 8], SamplingParams(max_tokens=4))
         assert len((await other)[0].token_ids) == 40
 
-    with_fleet(test, count=12)
+    with_pool(test, count=12)
 
 
-def test_an_answer_waits_for_the_weights_of_a_version_that_is_announced():
-    async def test(fleet: InferencePool) -> None:
-        early = begun(sample_group(fleet, [5], TWO))
+def test_a_request_waits_for_the_weights_of_an_announced_version():
+    async def test(pool: InferencePool) -> None:
+        early = begun(sample_group(pool, [5], TWO))
         for version in (3, 4):
-            await fleet.begin_update(version)
-            late = begun(sample_group(fleet, [6], TWO))
+            await pool.begin_update(version)
+            late = begun(sample_group(pool, [6], TWO))
             await asyncio.sleep(0.01)
-            assert fleet.num_running == fleet.num_free == 0
-            await fleet.sync_weights(update(version))
+            assert pool.num_running == pool.num_free == 0
+            await pool.sync_weights(update(version))
             assert {v for answer in await late for v in answer.versions} == {version}
         assert {v for answer in await early for v in answer.versions} == {3}
 
-    with_fleet(test, make=Gated)
+    with_pool(test, make=Gated)
 
 
-async def asked_of_both(fleet: InferencePool, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
+async def begin_on_both(pool: InferencePool, first: int = 5) -> list[asyncio.Task[list[Completion]]]:
     """Two prompts in generation with version 1, one on each engine, whose gates are closed."""
-    await fleet.begin_update(1)
-    await fleet.sync_weights(update(1))
-    asked = [begun(sample_group(fleet, [first, i], TWO)) for i in range(2)]
-    await until(lambda: [replica.engine.began for replica in fleet.replicas] == [2, 2])
-    for replica in fleet.replicas:
+    await pool.begin_update(1)
+    await pool.sync_weights(update(1))
+    asked = [begun(sample_group(pool, [first, i], TWO)) for i in range(2)]
+    await until(lambda: [replica.engine.began for replica in pool.replicas] == [2, 2])
+    for replica in pool.replicas:
         replica.engine.gate.clear()
     return asked
 
 
-def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
-    async def test(fleet: InferencePool) -> None:
-        early, late = (replica.engine for replica in fleet.replicas)
-        asked = await asked_of_both(fleet)
+def test_interrupted_requests_wait_for_their_own_engine():
+    async def test(pool: InferencePool) -> None:
+        early, late = (replica.engine for replica in pool.replicas)
+        asked = await begin_on_both(pool)
         late.load_gate.clear()
-        await fleet.begin_update(2)
-        spreading = asyncio.ensure_future(fleet.sync_weights(update(2)))
+        await pool.begin_update(2)
+        spreading = asyncio.ensure_future(pool.sync_weights(update(2)))
         await until(lambda: late.left == 2 and early.began == 4)
-        new = begun(sample_group(fleet, [6], TWO))  # has been nowhere yet
+        new = begun(sample_group(pool, [6], TWO))  # has no engine yet
         await until(lambda: early.began == 6)
         late.load_gate.set()
         await until(lambda: late.began == 4)
@@ -259,12 +258,12 @@ def test_answers_that_were_cut_wait_for_the_engine_that_they_were_with():
             for answer in group
         )
         await spreading
-        assert early.began == 6 and fleet.take_metrics()["engines/moved_answers"] == 0
+        assert early.began == 6 and pool.take_metrics()["engines/moved_answers"] == 0
 
-    with_fleet(test, make=Gated, on_update="recompute", max_running=8)
+    with_pool(test, make=Gated, on_update="recompute", max_running=8)
 
 
-def test_an_answer_that_was_cut_after_its_last_token_is_over():
+def test_a_request_interrupted_after_its_last_token_is_complete():
     class Late(Gated):
         async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
             self.began += 1
@@ -272,71 +271,71 @@ def test_an_answer_that_was_cut_after_its_last_token_is_over():
             yield TokenChunk([50] * (params.max_tokens - i) + [1] * i, [-1.0] * params.max_tokens)
             await self.gate.wait()
 
-    async def test(fleet: InferencePool) -> None:
-        asked = await asked_of_both(fleet)
+    async def test(pool: InferencePool) -> None:
+        asked = await begin_on_both(pool)
         await asyncio.sleep(0.01)
-        await fleet.begin_update(2)
-        await fleet.sync_weights(update(2))
+        await pool.begin_update(2)
+        await pool.sync_weights(update(2))
         reasons = [[answer.finish_reason for answer in await one] for one in asked]
-        assert reasons == [["length", "stop"]] * 2 and fleet.take_metrics()["engines/recomputed_tokens"] == 0
+        assert reasons == [["length", "stop"]] * 2 and pool.take_metrics()["engines/recomputed_tokens"] == 0
 
-    with_fleet(test, make=Late, on_update="recompute")
+    with_pool(test, make=Late, on_update="recompute")
 
 
 @pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
-def test_answers_of_engines_that_sleep_go_on_when_they_wake(on_update):
-    async def test(fleet: InferencePool) -> None:
-        asked = await asked_of_both(fleet)
-        await fleet.sleep()
+def test_requests_of_sleeping_engines_continue_when_they_wake(on_update):
+    async def test(pool: InferencePool) -> None:
+        asked = await begin_on_both(pool)
+        await pool.sleep()
         assert (
-            fleet.num_running == fleet.num_free == 0
-            and [replica.state for replica in fleet.replicas] == ["stale"] * 2
+            pool.num_running == pool.num_free == 0
+            and [replica.state for replica in pool.replicas] == ["stale"] * 2
         )
-        for replica in fleet.replicas:
+        for replica in pool.replicas:
             replica.engine.gate.set()
-        await fleet.begin_update(2)
-        await fleet.sync_weights(update(2))
+        await pool.begin_update(2)
+        await pool.sync_weights(update(2))
         for one in asked:
             for answer in await one:
                 assert list(answer.token_ids) == [52, 53, 54, 55] and answer.versions[-1] == 2
                 assert (1 in answer.versions) <= (on_update != "abort")
-        assert fleet.take_metrics()["engines/failures"] == 0
+        assert pool.take_metrics()["engines/failures"] == 0
 
-    with_fleet(test, make=Gated, on_update=on_update)
+    with_pool(test, make=Gated, on_update=on_update)
 
 
-def test_an_engine_that_is_to_leave_samples_nothing_of_old_weights_where_requests_are_cut():
-    async def test(fleet: InferencePool) -> None:
-        leaving, stays = fleet.replicas
-        asked = await asked_of_both(fleet)
-        await fleet.remove("e0")
+def test_a_draining_engine_samples_nothing_with_old_weights_if_requests_are_interrupted():
+    async def test(pool: InferencePool) -> None:
+        leaving, stays = pool.replicas
+        asked = await begin_on_both(pool)
+        await pool.remove("e0")
         assert leaving.state == "draining"
-        await fleet.begin_update(2)
-        await fleet.sync_weights(update(2))
+        await pool.begin_update(2)
+        await pool.sync_weights(update(2))
         await until(lambda: stays.engine.began == 6)
         stays.engine.gate.set()
         assert all(answer.versions[-1] == 2 for group in await asyncio.gather(*asked) for answer in group)
         while leaving.state != "gone":
             await asyncio.sleep(0.01)
 
-    with_fleet(test, make=Gated, on_update="recompute")
+    with_pool(test, make=Gated, on_update="recompute")
 
 
-def test_closing_ends_the_answers_that_run_and_those_that_wait():
-    async def test(fleet: InferencePool) -> None:
-        for replica in fleet.replicas:
+def test_closing_ends_running_and_waiting_requests():
+    async def test(pool: InferencePool) -> None:
+        for replica in pool.replicas:
             replica.engine.gate.clear()
-        runs = [begun(sample_group(fleet, [5], TWO)) for _ in range(6)]
-        await until(lambda: fleet.num_running == 8)
-        await fleet.close()
-        for one in [*runs, begun(sample_group(fleet, [5], TWO))]:
+        runs = [begun(sample_group(pool, [5], TWO)) for _ in range(6)]
+        await until(lambda: pool.num_running == 8)
+        await pool.close()
+        for one in [*runs, begun(sample_group(pool, [5], TWO))]:
             with pytest.raises(RuntimeError, match="the engines were closed"):
                 await one
 
-    with_fleet(test)
+    with_pool(test)
 
 
-def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
+def test_an_evaluation_and_single_prompts_run_at_the_same_time():
     specs = [ServerSpec(f"e{i}", "unused") for i in range(2)]
     pool = ThreadedInferencePool(
         specs, Gated, tiny_codec(), Weights(), vocabulary=100, context=100, max_running=2
@@ -353,7 +352,7 @@ def test_an_evaluation_and_single_prompts_are_answered_at_the_same_time():
         pool.close()
 
 
-def test_a_pool_that_closes_ends_who_still_asks_it():
+def test_a_closed_pool_ends_its_requests():
     pool = ThreadedInferencePool(
         [ServerSpec("e0", "unused")], Gated, tiny_codec(), Weights(), vocabulary=100, context=100
     )
@@ -365,7 +364,7 @@ def test_a_pool_that_closes_ends_who_still_asks_it():
     assert "engines" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_room_is_found_without_a_look_at_all_engines():
+def test_a_free_slot_is_found_without_a_scan_of_all_engines():
     looks = []
 
     def free(replica: Replica) -> int:

@@ -1,6 +1,4 @@
-"""Weights from the ranks of a policy straight to servers: what arrives, and what becomes of the policy when a
-server dies while it does.
-"""
+"""Weights from policy ranks directly to servers: what arrives, and failures of a server during a transfer."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ SILENCE_S = 4.0
 
 
 class Doomed(EmbeddedServer):
-    """A server to which something happens in the midst of an update."""
+    """A server that gets a signal during an update."""
 
     fate: signal.Signals | None = None
 
@@ -40,7 +38,7 @@ class Doomed(EmbeddedServer):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Any]:
-    """Two tensor-parallel ranks, two servers, and the policy as it should be."""
+    """A pool of two servers, two tensor-parallel policy ranks, and the same policy in this process."""
     folder, policy = tmp_path_factory.mktemp("direct"), tiny_policy("llama", initializer_range=0.02)
     model = saved(policy, folder / "model")
     with policy_ranks(model, 2, tensor=2) as group:
@@ -55,7 +53,7 @@ def running(tmp_path_factory) -> Iterator[Any]:
 
 
 def published(running: Any, version: int) -> float:
-    """Seconds that it took to make a new version of the policy known."""
+    """Change and sync the policy; seconds that the sync took."""
     pool, group, policy = running
     group.call(moved, version)
     move(policy.transformer, version)
@@ -73,7 +71,7 @@ def assert_serves(running: Any, version: int) -> None:
         assert list(c.logprobs) == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids)), abs=1e-4)
 
 
-def test_servers_have_the_weights_of_policy_ranks_that_nobody_gathered(running):
+def test_servers_load_the_weights_that_policy_ranks_send(running):
     pool, _, policy = running
     for version in (1, 2):
         published(running, version)
@@ -85,14 +83,12 @@ def test_servers_have_the_weights_of_policy_ranks_that_nobody_gathered(running):
 
 
 @pytest.mark.parametrize("fate, version", [(signal.SIGKILL, 3), (signal.SIGSTOP, 4)], ids=["dies", "hangs"])
-def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_others(
-    running, fate, version
-):
+def test_a_server_that_fails_during_a_transfer_ends_neither_policy_nor_other_servers(running, fate, version):
     pool, _, _ = running
     Doomed.fate = fate
     assert published(running, version) < 60
     assert [replica.version for replica in pool.replicas] == [version, None]
-    # What comes back has no weights until the policy can be asked, which is before the next answers.
+    # A restarted server has no weights until the policy can send, which is before the next requests.
     assert waited(lambda: pool.replicas[1].state == "stale", 90), (
         pool.replicas[1].state,
         pool.replicas[1].cause,
@@ -103,7 +99,7 @@ def test_a_server_that_fails_in_the_midst_of_it_ends_neither_the_policy_nor_the_
     assert [replica.version for replica in pool.replicas] == [version] * 2
 
 
-def test_the_only_server_that_fails_while_it_answers_gets_the_weights_again(running):
+def test_the_only_server_gets_the_weights_again_when_it_fails_during_a_request(running):
     pool, _, policy = running
     pool.remove("engine-1")
     pid = pool.replicas[0].engine.pid

@@ -1,6 +1,4 @@
-"""A pool whose engines misbehave on command: what real servers do only by chance, in ten lines that honour
-the contract.
-"""
+"""Scripted engines that fail on command, as real servers do by chance."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ Sampler = Callable[["Scripted", list[int], SamplingParams], AsyncIterator[TokenC
 
 
 async def plain(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
-    """Tokens 50, 51, ... by their place in the row, as an engine whose answers hang on the place alone."""
+    """Tokens 50, 51, ..., which depend on their position alone."""
     for i in range(params.max_tokens):
         await asyncio.sleep(0)
         last = i + 1 == params.max_tokens
@@ -34,7 +32,7 @@ async def plain(engine: Scripted, prompt: list[int], params: SamplingParams) -> 
 
 
 class Scripted(InferenceServer):
-    """An engine that samples as `scripts` says for its name, once for each life; then as `plain`."""
+    """An engine that samples by the `scripts` of its name, one per start; then as `plain`."""
 
     transports = ("shm",)
     position_seeded = True
@@ -43,11 +41,11 @@ class Scripted(InferenceServer):
 
     def __init__(self, spec: ServerSpec) -> None:
         super().__init__(spec)
-        self.lives = 0
+        self.num_starts = 0
         self.is_open = False
 
     async def open(self) -> None:
-        self.lives += 1
+        self.num_starts += 1
         self.is_open = True
 
     async def close(self) -> None:
@@ -59,7 +57,7 @@ class Scripted(InferenceServer):
 
     async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
         scripts = self.scripts.get(self.spec.name, [])
-        script = scripts[self.lives - 1] if self.lives <= len(scripts) else plain
+        script = scripts[self.num_starts - 1] if self.num_starts <= len(scripts) else plain
         async for chunk in script(self, list(prompt_ids), params):
             yield chunk
 
@@ -80,7 +78,7 @@ class Scripted(InferenceServer):
 
 
 class Weights:
-    """Versions without any tensors."""
+    """Publisher of versions without tensors."""
 
     def write(self, version: int) -> WeightSnapshot:
         part = WeightChunk((TensorInfo("w", (1,), "float32"),), "shm", {"path": ""})
@@ -160,7 +158,7 @@ def test_an_engine_that_fails_or_gives_garbage_is_restarted_and_its_answers_are_
         for answer in answers(pool):
             assert list(answer.token_ids) == [52, 53, 54, 55, 56, 57] and list(answer.logprobs) == [-1.0] * 6
             assert answer.finish_reason == "length" and set(answer.versions) == {0}
-        assert waited(lambda: pool.replicas[0].state == "serving") and pool.replicas[0].engine.lives == 2
+        assert waited(lambda: pool.replicas[0].state == "serving") and pool.replicas[0].engine.num_starts == 2
         assert pool.take_metrics()["engines/failures"] == 1
     finally:
         pool.close()
@@ -173,10 +171,10 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
 
     class Other(Scripted):
         async def sample(self, prompt_ids: Any, params: SamplingParams) -> AsyncIterator[TokenChunk]:
-            if self.spec.name == "e0" and self.lives == 1:
+            if self.spec.name == "e0" and self.num_starts == 1:
                 async for chunk in super().sample(prompt_ids, params):
                     yield chunk
-            # One chunk with what an engine that does not know of the "x" before gives.
+            # One chunk of an engine that does not know of the "x" before.
             yield TokenChunk(
                 [second, *rest, *[40] * (params.max_tokens - 3)], [-2.0] * params.max_tokens, "length"
             )
@@ -190,7 +188,7 @@ def test_a_stop_text_that_begins_on_one_engine_ends_the_answer_on_the_next():
         pool.close()
 
 
-def test_streams_that_would_never_end_end_with_the_life_of_their_engine():
+def test_streams_that_never_end_are_ended_when_their_engine_fails():
     async def silent(
         engine: Scripted, prompt: list[int], params: SamplingParams
     ) -> AsyncIterator[TokenChunk]:
@@ -207,12 +205,12 @@ def test_streams_that_would_never_end_end_with_the_life_of_their_engine():
         pool.replicas[0].engine.is_open = False  # the next check fails
         thread.join(20)
         assert [list(answer.token_ids) for answer in out] == [[52, 53, 54, 55, 56, 57]] * 4
-        assert pool.replicas[0].engine.lives == 2 and waited(lambda: pool.replicas[0].num_free == 4)
+        assert pool.replicas[0].engine.num_starts == 2 and waited(lambda: pool.replicas[0].num_free == 4)
     finally:
         pool.close()
 
 
-def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
+def test_a_late_error_of_an_earlier_incarnation_is_ignored():
     pool = pool_of(1)
     try:
         answers(pool)
@@ -221,17 +219,17 @@ def test_what_comes_late_of_an_earlier_life_does_not_end_the_next():
         pool.loop.call_soon_threadsafe(
             pool.inference_pool._supervisor.fail, replica, before, EngineError("first")
         )
-        assert waited(lambda: replica.state == "serving" and replica.engine.lives == 2)
+        assert waited(lambda: replica.state == "serving" and replica.engine.num_starts == 2)
         pool.loop.call_soon_threadsafe(
             pool.inference_pool._supervisor.fail, replica, before, EngineError("late")
         )
         time.sleep(0.3)
-        assert replica.state == "serving" and replica.engine.lives == 2
+        assert replica.state == "serving" and replica.engine.num_starts == 2
     finally:
         pool.close()
 
 
-def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
+def test_an_engine_removed_during_its_restart_does_not_come_back(monkeypatch):
     monkeypatch.setattr("verl.rollout.pool.supervisor._FIRST_PAUSE_S", 0.5)
     pool = pool_of()
     try:
@@ -244,17 +242,17 @@ def test_an_engine_that_is_removed_while_it_restarts_stays_away(monkeypatch):
         pool.remove("e0")
         assert waited(lambda: replica.state == "gone")
         time.sleep(1)
-        assert replica.state == "gone" and replica.engine.lives == 1 and not replica.engine.is_open
+        assert replica.state == "gone" and replica.engine.num_starts == 1 and not replica.engine.is_open
         assert len(answers(pool)) == 4 and replica.num_served <= 4
     finally:
         pool.close()
 
 
-def test_an_engine_that_cannot_even_be_ended_well_comes_back():
+def test_an_engine_whose_close_fails_is_restarted():
     class Stubborn(Scripted):
         async def close(self) -> None:
             await super().close()
-            if self.lives == 1:
+            if self.num_starts == 1:
                 raise OSError("no such process")
 
     Scripted.scripts = {"e0": [ending(EngineError("died"), 1)]}
@@ -267,7 +265,7 @@ def test_an_engine_that_cannot_even_be_ended_well_comes_back():
         pool.close()
 
 
-def test_an_engine_that_fails_again_and_again_is_given_up_and_the_last_one_ends_the_run(monkeypatch):
+def test_an_engine_that_keeps_failing_is_given_up_and_the_last_one_ends_the_run(monkeypatch):
     monkeypatch.setattr("verl.rollout.pool.supervisor._LONGEST_PAUSE_S", 0.05)
     Scripted.scripts = {"e0": [ending(EngineError("never well"), 0)] * 20}
     notes: list[str] = []
@@ -280,7 +278,7 @@ def test_an_engine_that_fails_again_and_again_is_given_up_and_the_last_one_ends_
         pool.close()
 
 
-def test_a_publish_waits_for_an_engine_that_takes_the_version_before():
+def test_an_update_waits_for_an_engine_that_loads_the_version_before():
     gate = threading.Event()
 
     class Slow(Scripted):
@@ -318,7 +316,7 @@ def test_the_same_version_with_other_weights_is_sent_again():
 
 
 class Counted(deque):
-    """What waits, and how often something began to wait."""
+    """A queue that counts how often a request began to wait."""
 
     waits = 0
 
@@ -327,7 +325,7 @@ class Counted(deque):
         super().append(waiting)
 
 
-def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_change():
+def test_a_waiting_request_is_woken_for_a_free_slot_and_not_for_every_change():
     pool = pool_of(2, max_running=8)
     pool.inference_pool._router._waiting = Counted()
     try:
@@ -339,7 +337,7 @@ def test_an_answer_that_waits_for_a_place_is_woken_for_one_and_not_for_every_cha
 
 
 @pytest.mark.parametrize("on_update", ["keep", "recompute", "abort"])
-def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_update):
+def test_running_requests_are_kept_recomputed_or_aborted_at_an_update(on_update):
     aborted = []
 
     async def slow(engine: Scripted, prompt: list[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
@@ -379,7 +377,7 @@ def test_requests_that_run_at_an_update_go_on_or_begin_anew_as_is_asked(on_updat
         pool.close()
 
 
-def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
+def test_a_refused_request_raises_and_no_engine_is_restarted():
     Scripted.scripts = {
         "e0": [ending(RefusedError("too long for me"), 0)],
         "e1": [ending(RefusedError("too long for me"), 0)],
@@ -394,7 +392,7 @@ def test_a_refused_request_is_the_users_mistake_and_no_engine_pays_for_it():
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
-def test_servers_that_share_devices_sleep_while_the_policy_learns_and_wake_for_the_next_weights(sleeps):
+def test_servers_that_share_devices_sleep_during_training_and_wake_for_the_next_weights(sleeps):
     calls: list[str] = []
 
     class Sleepy(Scripted):

@@ -1,6 +1,4 @@
-"""A pool of real servers: what it answers, and what becomes of its requests when servers die, hang, join,
-leave or get torn weights.
-"""
+"""A pool of real servers: its answers, and its requests when servers die, hang, join and leave."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def doomed(policy, model, tmp_path, notes):
-    """Two servers for a test that breaks them."""
+    """A pool of two servers, for tests that break them."""
     made = pool_of(group_of(policy), model, tmp_path, 2, notes=notes, timeout_s=3.0)
     yield made
     made.close()
@@ -91,7 +89,7 @@ def check_all_answered(policy, groups, params, version: int) -> None:
     )
 
 
-def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy):
+def test_a_pool_answers_as_one_engine_and_uses_both_servers(pool, policy):
     params = [SamplingParams(max_tokens=12, n=2, seed=i) for i in range(6)]
     before = [replica.num_served for replica in pool.replicas]
     groups = generate(pool, PROMPTS, params)
@@ -103,7 +101,7 @@ def test_a_pool_answers_as_one_engine_and_both_servers_have_a_part(pool, policy)
     ]
 
 
-def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
+def test_answers_after_an_update_are_of_the_new_weights(pool, policy):
     generate(pool, PROMPTS[:1], [SamplingParams(max_tokens=2)])
     changed(policy, seed=1)
     publish(pool, pool.version + 1)
@@ -120,7 +118,7 @@ def test_after_a_publish_answers_are_those_of_the_new_weights(pool, policy):
     )
 
 
-def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weights(pool, policy):
+def test_running_requests_continue_with_the_new_weights(pool, policy):
     thread, out = in_background(
         pool, PROMPTS[:2], [SamplingParams(max_tokens=240, seed=i, temperature=2.0) for i in range(2)]
     )
@@ -134,7 +132,7 @@ def test_requests_that_run_during_a_publish_are_kept_and_go_on_with_the_new_weig
     assert any(old + 1 in c.versions for (c,) in out[0])
 
 
-def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool, policy):
+def test_running_requests_start_again_if_updates_abort_them(pool, policy):
     pool.inference_pool.on_update = "abort"
     try:
         params = [SamplingParams(max_tokens=230, seed=i, temperature=2.0) for i in range(2)]
@@ -146,7 +144,7 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
     finally:
         pool.inference_pool.on_update = "keep"
     for prompt, (c,) in zip(PROMPTS, out[0], strict=False):
-        # An answer that was over before stays what it was.
+        # An answer that was complete before the update stays as it was.
         assert set(c.versions) in ({pool.version}, {pool.version - 1})
         if set(c.versions) == {pool.version}:
             assert c.logprobs == pytest.approx(own_logprobs(policy, prompt, list(c.token_ids), 2.0), abs=1e-4)
@@ -156,7 +154,7 @@ def test_requests_that_run_during_a_publish_begin_anew_where_that_is_asked(pool,
 
 
 class Watched(EmbeddedServer):
-    """Counts the tokens that come, and does not compute caches anew by itself."""
+    """Counts the tokens that arrive, and keeps old caches after an update."""
 
     tokens = 0
 
@@ -169,7 +167,7 @@ class Watched(EmbeddedServer):
 
 @pytest.mark.parametrize("on_update", ["keep", "recompute"])
 def test_each_token_of_an_answer_over_several_versions_is_of_the_policy_of_its_version(on_update, tmp_path):
-    # Deep, so that an answer takes many times as long as a publish.
+    # Deep, so that an answer takes many times as long as an update.
     policy = tiny_policy("llama", initializer_range=0.05, num_hidden_layers=24)
     pool = pool_of(
         group_of(policy),
@@ -249,7 +247,7 @@ def test_a_killed_server_and_a_hung_one_lose_nothing_while_a_third_joins(
     assert not psutil.pid_exists(hung) and not psutil.pid_exists(killed)
 
 
-def test_answers_that_moved_are_those_that_one_engine_would_have_given(doomed, policy):
+def test_migrated_answers_equal_those_of_one_engine(doomed, policy):
     params = [SamplingParams(max_tokens=150, n=2, seed=i, temperature=1.5) for i in range(6)]
     expected = generate(doomed, PROMPTS, params)
     thread, out = in_background(doomed, PROMPTS, params)
@@ -280,7 +278,7 @@ class AlwaysTorn(Torn):
     losses = 1000
 
 
-def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes):
+def test_a_damaged_update_is_noticed_repaired_and_reported(policy, model, tmp_path, notes):
     pool = pool_of(group_of(policy), model, tmp_path, 2, make=Torn, notes=notes)
     try:
         changed(policy, seed=3)
@@ -294,7 +292,7 @@ def test_a_torn_update_is_seen_repaired_and_told(policy, model, tmp_path, notes)
         pool.close()
 
 
-def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_path, notes):
+def test_an_engine_without_the_weights_never_serves(policy, model, tmp_path, notes):
     pool = pool_of(group_of(policy), model, tmp_path, 2, make=AlwaysTorn, notes=notes)
     try:
         publish(pool, 1)
@@ -305,7 +303,7 @@ def test_an_engine_that_never_has_the_weights_never_serves(policy, model, tmp_pa
         pool.close()
 
 
-def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
+def test_a_removed_engine_finishes_its_requests_first(policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 2)
     try:
         publish(pool, 0)
@@ -324,7 +322,7 @@ def test_an_engine_that_leaves_ends_its_answers_first(policy, model, tmp_path):
 
 
 @pytest.mark.parametrize("via", ["group", "disk", "direct"])
-def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, model, tmp_path):
+def test_weights_reach_engines_without_shared_memory(via, policy, model, tmp_path):
     pool = pool_of(group_of(policy), model, tmp_path, 1, transport=via)
     try:
         for version in (1, 2):
@@ -337,7 +335,7 @@ def test_weights_reach_engines_that_see_no_memory_of_this_machine(via, policy, m
         pool.close()
 
 
-def test_low_rank_additions_travel_alone(model, tmp_path):
+def test_a_lora_adapter_is_sent_alone(model, tmp_path):
     policy = tiny_policy("llama", initializer_range=0.02)
     group = group_of(policy, lora_rank=4)
     pool = pool_of(group, model, tmp_path, 1)
@@ -364,7 +362,7 @@ def changed_additions(policy, seed: int) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_servers_that_cannot_start_end_the_pool_with_their_words(policy, tmp_path):
+def test_servers_that_cannot_start_end_the_pool_with_their_log(policy, tmp_path):
     with pytest.raises((EngineError, ValueError), match="no-such-model"):
         pool_of(group_of(policy), str(tmp_path / "no-such-model"), tmp_path, 1)
 
