@@ -43,8 +43,7 @@ def clip_cov(
         share: of the sampled tokens, above 0 and at most 1.
         cov_low: lower bound of the covariance, unit of the advantages times nats.
         cov_high: upper bound, above the lower one.
-        clip_low: how far the ratio may fall below 1, in [0, 1].
-        clip_high: how far the ratio may rise above 1, at least 0.
+        clip_low, clip_high: distances of the clip from 1; clip_low in [0, 1], clip_high at least 0.
 
     Returns:
         loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where
