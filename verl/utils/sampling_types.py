@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one prompt is answered.
+    """Parameters with which one prompt is answered.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely token.

@@ -57,7 +57,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
             self._max_tasks = 2 * len(self._tasks) + _MIN_FINISHED
         return task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
         """Call the function immediately, in this thread."""
         future: asyncio.Future[T] = self.create_future()
         try:
