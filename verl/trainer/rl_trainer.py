@@ -111,19 +111,24 @@ class Trainer(BaseTrainer):
         )
         try:
             self.roles = Roles(self.groups, self.algorithm, config, clock=self.clock, waits=self.waits)
-            self.rollout = self._build_rollout(rollout, start)
+            self.rollout = (
+                build_rollout(
+                    self.groups,
+                    start,
+                    self.codec,
+                    config,
+                    note=self.notes.append,
+                    clock=self.clock,
+                    waits=self.waits,
+                )
+                if rollout is None
+                else wrap_user_rollout(
+                    rollout, self.algorithm, self.codec, clock=self.clock, waits=self.waits
+                )
+            )
         except BaseException:
             self.groups.close()
             raise
-
-    def _build_rollout(
-        self, given: RolloutEngine | BatchGenerator | BaseRolloutWorker | None, start: str
-    ) -> RolloutEngine:
-        clock, waits = self.clock, self.waits
-        if given is not None:
-            return wrap_user_rollout(given, self.algorithm, self.codec, clock=clock, waits=waits)
-        note = self.notes.append
-        return build_rollout(self.groups, start, self.codec, self.config, note=note, clock=clock, waits=waits)
 
     @override
     def step(self, batch: RolloutBatch | None = None) -> Metrics:

@@ -81,30 +81,42 @@ def build_rollout(
         ValueError: no such engine, or options that it does not have.
         EngineError: no server starts.
     """
-    rollout, policy = config.rollout, groups.policy
-    if not rollout.servers and not rollout.addresses:
-        if rollout.engine not in ("embedded", *IN_PROCESS):
-            known = ", ".join(dict.fromkeys(("embedded", *IN_PROCESS, *SERVERS)))
-            raise ValueError(
-                f"need rollout.engine as one of {known}, or package.module:Class with servers, got "
-                f"{rollout.engine!r}"
-            )
-        return BatchingEngine(PolicyGenerator(policy), clock=clock, waits=waits)
-    make, source = server_class(rollout.engine), str(model_folder(source))
-    if (
-        config.policy.lora.rank
-        and rollout.engine in ("vllm", "sglang")
-        and not rollout.engine_options.values.get("enable_lora")
-    ):
+    name = config.rollout.engine
+    if config.rollout.has_servers:
+        return _build_pool(groups, str(model_folder(source)), codec, config, note=note)
+    if name not in ("embedded", *IN_PROCESS):
+        known = ", ".join(dict.fromkeys(("embedded", *IN_PROCESS, *SERVERS)))
         raise ValueError(
-            "need rollout.engine_options.enable_lora true, and max_lora_rank of at least "
-            f"{config.policy.lora.rank}, for servers of "
-            f"{rollout.engine} that follow policy.lora"
+            f"need rollout.engine as one of {known}, or package.module:Class with servers, got {name!r}"
+        )
+    return BatchingEngine(PolicyGenerator(groups.policy), clock=clock, waits=waits)
+
+
+def _build_pool(
+    groups: RoleGroups,
+    source: str,
+    codec: TextCodec,
+    config: TrainerConfig,
+    *,
+    note: Callable[[str], None],
+) -> RolloutEngine:
+    rollout, lora_rank = config.rollout, config.policy.lora.rank
+    make = server_class(rollout.engine)
+    enables_lora = rollout.engine_options.values.get("enable_lora")
+    if lora_rank and rollout.engine in ("vllm", "sglang") and not enables_lora:
+        raise ValueError(
+            f"need rollout.engine_options.enable_lora true, and max_lora_rank of at least {lora_rank}, for "
+            f"servers of {rollout.engine} that follow policy.lora"
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
-    text = groups.model_config.get_text_config()
-    ways = {"uses_p2p": rollout.weights_via == "direct", "uses_cuda_ipc": rollout.weights_via == "ipc"}
-    weights = WeightPublisher(policy, dtype, Path(config.output_dir) / "weights", **ways)
+    text, folder = groups.model_config.get_text_config(), Path(config.output_dir)
+    weights = WeightPublisher(
+        groups.policy,
+        dtype,
+        folder / "weights",
+        uses_p2p=rollout.weights_via == "direct",
+        uses_cuda_ipc=rollout.weights_via == "ipc",
+    )
     pool = ThreadedInferencePool(
         server_specs(config, source, dtype),
         make,
@@ -120,7 +132,7 @@ def build_rollout(
     try:
         return AdminAPI(
             pool,
-            Path(config.output_dir),
+            folder,
             new_spec=lambda name, address: server_spec(config, source, dtype, name=name, address=address),
         )
     except BaseException:
@@ -139,7 +151,7 @@ def initial_checkpoint(config: TrainerConfig, source: Source, codec: TextCodec) 
 
     Later a LoRA adapter may be put into it.
     """
-    if isinstance(source, str) or not (config.rollout.servers or config.rollout.addresses):
+    if isinstance(source, str) or not config.rollout.has_servers:
         return source if isinstance(source, str) else ""
     folder = Path(config.output_dir) / "start" / "engines"
     codec.tokenizer.save_pretrained(folder)

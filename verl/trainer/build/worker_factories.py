@@ -67,7 +67,7 @@ def build_actor(
         epochs=config.algorithm.epochs,
         chunk=config.policy.logits_chunk_tokens,
         generator=generator,
-        hybrid=_hybrid(config, engine) if generator is None and not _has_servers(config) else None,
+        hybrid=_hybrid(config, engine) if generator is None and not config.rollout.has_servers else None,
     )
 
 
@@ -78,10 +78,6 @@ def apply_strategy_mapping(config: TrainerConfig, parallel: ParallelConfig | Non
     if parallel is None or not repartition.enabled or training in ("auto", parallel.engine.name):
         return parallel
     return parallel.model_copy(update={"engine": Choice(name=training)})
-
-
-def _has_servers(config: TrainerConfig) -> bool:
-    return bool(config.rollout.servers or config.rollout.addresses)
 
 
 def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
@@ -110,7 +106,7 @@ def _hybrid(config: TrainerConfig, engine: TrainEngine) -> HybridEngine | None:
 def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> ColocatedEngine | None:
     """The chosen engine in the processes of the policy with a separate copy of the weights, if any."""
     rollout = config.rollout
-    if rollout.engine not in IN_PROCESS or _has_servers(config):
+    if rollout.engine not in IN_PROCESS or config.rollout.has_servers:
         return None
     module, _, name = IN_PROCESS[rollout.engine].partition(":")
     folder = source if isinstance(source, str) else source.config.name_or_path
@@ -168,7 +164,7 @@ def build_reward_model(
     assert parallel is not None, "in this process the reward function loads it itself"
     options = reward_model_options(config)
     role = RoleConfig(precision=options.get("precision", "fp32"))
-    return RewardWorker(shard_engine(config, "reward", role, source, parallel, updates=None))
+    return RewardWorker(shard_engine(config, source, parallel, kind="reward", role=role, updates=None))
 
 
 def reward_model_options(config: TrainerConfig) -> dict[str, Any]:
@@ -219,7 +215,7 @@ def build_train_engine(
     """The engine of a model that learns."""
     device, updates = pick_device(config.device), total_updates(config)
     if parallel is not None:
-        engine = shard_engine(config, kind, role, source, parallel, updates=updates)
+        engine = shard_engine(config, source, parallel, kind=kind, role=role, updates=updates)
         assert isinstance(engine, TrainEngine), f"{parallel.engine.name} was to give a TrainEngine"
         return engine
     return LocalEngine(_model(source, kind, role).to(device), role, device=device, total_updates=updates)
@@ -231,7 +227,7 @@ def build_forward_engine(
     """Engine of a language model that does not learn, with the precision and packing of the policy."""
     device = pick_device(config.device)
     if parallel is not None:
-        return shard_engine(config, "policy", config.policy, source, parallel, updates=None)
+        return shard_engine(config, source, parallel, kind="policy", role=config.policy, updates=None)
     return LocalForwardEngine(
         _model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device
     )
@@ -239,11 +235,11 @@ def build_forward_engine(
 
 def shard_engine(
     config: TrainerConfig,
-    kind: str,
-    role: RoleConfig,
     source: Source,
     parallel: ParallelConfig,
     *,
+    kind: str,
+    role: RoleConfig,
     updates: int | None,
 ) -> ForwardEngine:
     """Engine of a model that is sharded over the ranks of its pool, by the chosen library."""
