@@ -1,5 +1,4 @@
-"""A training engine from outside of verl: DeepSpeed ZeRO-3 behind the verbs of `TrainEngine`; see
-docs/deepspeed.md.
+"""A training engine from outside of verl: DeepSpeed ZeRO-3 as a `TrainEngine`; see docs/deepspeed.md.
 
 `placement.policy={engine: {name: "examples.deepspeed_engine:deepspeed_engine"}}` takes it; options go to
 DeepSpeed's section `zero_optimization` as they are.
@@ -45,20 +44,18 @@ from verl.weight_sync.layout import Bounds, TensorShard, shape_of
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# DeepSpeed puts its own in this place, for the whole process; here it has it while its model computes, and
-# DTensors have PyTorch's.
+# DeepSpeed replaces this function in the whole process. Here its own is in place only while its model
+# computes, since DTensors need PyTorch's.
 _LINEAR = nn.functional.linear
-# A parameter stays whole as long as this is among the modules that use it; DeepSpeed numbers those from 0.
-_KEPT = -1
+# A parameter stays gathered while this id is among the modules that use it; DeepSpeed's ids begin at 0.
+_KEPT_GATHERED = -1
 
 
 class Policy(PolicyModel):
-    """A policy whose head is used without DeepSpeed's hooks: how often it is, chunk by chunk, differs between
-    ranks.
-    """
+    """A policy whose head runs without DeepSpeed's hooks, since ranks call it different numbers of times."""
 
+    @override
     def logits(self, states: Tensor) -> Tensor:
-        """See `PolicyModel.logits`."""
         logits = self.transformer.get_output_embeddings().forward(states).float()
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
@@ -72,10 +69,10 @@ def deepspeed_engine(
     device: torch.device,
     total_updates: int | None,
 ) -> DeepSpeedForwardEngine:
-    """The engine of a model that ZeRO-3 spreads over all ranks; its arguments are those of
-    `verl.engines.fsdp.sharded_engine`.
+    """Engine of a model that ZeRO-3 partitions over all ranks.
 
-    Each rank reads the whole model into the memory of its host once, and keeps its share.
+    The arguments are those of `verl.engines.fsdp.sharded_engine`. Each rank reads the whole model into the
+    memory of its host once, and keeps its partition.
 
     Raises:
         ValueError: sizes or precisions that this example does not have.
@@ -90,7 +87,8 @@ def deepspeed_engine(
         raise ValueError(f"need ZeRO stage 3 for this engine, got {parallel.engine.options['stage']}")
     if role.precision == "fp16" or role.lora.rank:
         raise ValueError(
-            f"need precision fp32 or bf16 and no LoRA for this engine, got {role.precision} and rank {role.lora.rank}"
+            f"need precision fp32 or bf16 and no LoRA for this engine, got {role.precision} and "
+            f"rank {role.lora.rank}"
         )
     transformer = (
         load_reward_model(source, new_head=False) if kind == "reward" else load_language_model(source)
@@ -111,7 +109,7 @@ def deepspeed_engine(
 
 
 class DeepSpeedForwardEngine(LocalForwardEngine):
-    """A model that is only read, its parameters divided over the ranks (ZeRO-3)."""
+    """A model that runs forward passes only; its parameters are partitioned over the ranks (ZeRO-3)."""
 
     def __init__(
         self,
@@ -130,31 +128,32 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         self._shapes = {
             name: tuple(parameter.shape) for name, parameter in model.transformer.named_parameters()
         }
-        self._begin(device)
+        self._begin()
 
-    def _begin(self, device: torch.device) -> None:
-        self._deepspeed = self._divided(None)
+    def _begin(self) -> None:
+        self._deepspeed = self._initialize(None)
 
-    def _divided(self, optimizer: torch.optim.Optimizer | None) -> Any:
-        """The model in the hands of DeepSpeed, which puts this rank's share of it on its device."""
+    def _initialize(self, optimizer: torch.optim.Optimizer | None) -> Any:
+        """DeepSpeed's engine of the model, whose parameters are partitioned over the ranks from now on."""
         host = {"device": "cpu", "pin_memory": self._meshes.data.device_type == "cuda"}
         offload = {"offload_param": host, "offload_optimizer": host} if self._parallel.offload else {}
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # Said to it alone: rows come as our plans deal them.
+            # DeepSpeed requires a value; the rows of a micro-batch follow from verl's plans.
+            "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": self._config.optimizer.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {"stage": 3, **offload, **self._parallel.engine.options},
         }
         if self._config.precision == "bf16":
-            # No modules named: weights are gathered and gradients summed in fp32, so that whole weights are
-            # those that train.
+            # No modules named: weights are gathered and gradients summed in fp32, so that gathered weights
+            # are the trained ones.
             config["torch_autocast"] = {
                 "enabled": True,
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],
             }
-        # What DeepSpeed's own launcher would set: a rank of a Ray pool sees its device alone.
+        # DeepSpeed's launcher would set it; a rank of a Ray pool sees only its own device.
         os.environ.setdefault("LOCAL_RANK", str(self.model.device.index or 0))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         engine = deepspeed.initialize(
@@ -163,27 +162,27 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         self._linear, nn.functional.linear = nn.functional.linear, _LINEAR
         return engine
 
-    def gather_over_data(self, thing: Any) -> list[Any]:
-        """See `ForwardEngine.gather_over_data`."""
+    @override
+    def gather_over_data(self, item: Any) -> list[Any]:
         gathered: list[Any] = [None] * dist.get_world_size(self._meshes.data_group)
-        dist.all_gather_object(gathered, thing, group=self._meshes.data_group)
+        dist.all_gather_object(gathered, item, group=self._meshes.data_group)
         return gathered
 
     @contextmanager
+    @override
     def unsharded_weights(self) -> Iterator[None]:
-        """See `ForwardEngine.unsharded_weights`."""
-        with _kept_whole(list(self.model.parameters())):
+        with keep_gathered(list(self.model.parameters())):
             yield
 
     def export(self, folder: Path) -> None:
-        """See `ForwardEngine.export`; every rank has the model whole meanwhile."""
+        """Write the model in Hugging Face format; every rank gathers the whole model for it."""
         with self.unsharded_weights():
             if dist.get_rank() == 0:
                 save_model(self.model, folder)
             dist.barrier(self._meshes.data_group)
 
+    @override
     def full_tensors(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """See `ForwardEngine.full_tensors`."""
         for name, parameter in self.model.transformer.named_parameters():
             if wanted is None or name in wanted:
                 with deepspeed.zero.GatheredParameters([parameter]):
@@ -191,41 +190,41 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
                 yield name, whole
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See `ForwardEngine.shapes`; the parameters themselves are empty between their uses."""
+        """Shapes of the whole tensors, noted at the start: parameters are empty between their uses."""
         return dict(self._shapes)
 
+    @override
     def local_shards(self) -> list[TensorShard]:
-        """See `ForwardEngine.pieces`."""
-        return [piece for piece, _ in self._boxes()]
+        return [shard for shard, _ in self._partition_shards()]
 
     def local_tensors(self) -> dict[str, Tensor]:
-        """See `ForwardEngine.homes`; views of what is on this rank."""
-        return {piece.local_name: home for piece, home in self._boxes()}
+        """Views of this rank's partitions, by the local names of `local_shards`."""
+        return {shard.local_name: tensor for shard, tensor in self._partition_shards()}
 
     def _parameters(self) -> dict[str, Any]:
-        """Those of the Hugging Face model, with what DeepSpeed adds to them: `ds_tensor` is the share of this
-        rank.
-        """
+        """Parameters of the Hugging Face model; their `ds_tensor` is the partition of this rank."""
         return dict(self.model.transformer.named_parameters())
 
-    def _boxes(self) -> Iterator[tuple[TensorShard, Tensor]]:
-        """A share is a range of a tensor's elements, which is a few boxes: a part of a row, whole rows, a
-        part of a row.
+    def _partition_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
+        """Shards of this rank and their tensors.
+
+        A partition is a range of a tensor's elements. As shards it is a part of a row, whole rows, and a part
+        of a row.
         """
         for name, parameter in self._parameters().items():
-            start, stop = _own_range(parameter)
-            place = 0
-            for bounds in _boxes_of(self._shapes[name], start, stop):
+            start, stop = partition_range(parameter)
+            offset = 0
+            for bounds in boxes_of_range(self._shapes[name], start, stop):
                 size = shape_of(bounds)
-                home = parameter.ds_tensor.detach()[place : place + math.prod(size)].view(size)
-                yield TensorShard(name, bounds, f"{name} from {start + place}", (0,) * len(bounds)), home
-                place += math.prod(size)
+                tensor = parameter.ds_tensor.detach()[offset : offset + math.prod(size)].view(size)
+                yield TensorShard(name, bounds, f"{name} from {start + offset}", (0,) * len(bounds)), tensor
+                offset += math.prod(size)
 
     @override
     def forward(self, call: Callable[..., T], *args: Any) -> T:
         head = self.model.transformer.get_output_embeddings() if isinstance(self.model, PolicyModel) else None
         with self.model.forward_mode(), ExitStack() as kept:
-            kept.enter_context(_kept_whole(list(head.parameters()) if head else []))
+            kept.enter_context(keep_gathered(list(head.parameters()) if head else []))
             kept.callback(setattr, nn.functional, "linear", _LINEAR)
             nn.functional.linear = self._linear
             result = self._deepspeed(partial(call, *args))
@@ -239,18 +238,17 @@ class DeepSpeedForwardEngine(LocalForwardEngine):
         if torch.is_grad_enabled():
             self.backward(loss)
 
-    @override
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed divides by the number of ranks; a loss is a sum over all rows of an update, so are its
-        # gradients.
+        """Add the gradient of a micro-batch's loss."""
+        # DeepSpeed averages gradients over ranks; here a loss is a sum over all rows of an update.
         with self._until_backward:
             self._deepspeed.backward(loss * dist.get_world_size())
 
 
 class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
-    """A model that is trained, its parameters, gradients and optimizer divided over the ranks (ZeRO-3)."""
+    """A model that is trained, with parameters, gradients and optimizer partitioned over ranks (ZeRO-3)."""
 
-    # The gradients are DeepSpeed's, out of reach of the factor that portions need at the end.
+    # DeepSpeed keeps the gradients, so they can't be scaled after the last portion.
     can_accumulate = False
 
     def __init__(
@@ -264,25 +262,26 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
         total_updates: int,
     ) -> None:
         self._total_updates = total_updates
-        # A group for each model: two that are saved at once would answer each other.
+        # A group for each model: in one group two models that are saved at once would mix their messages.
         self._saving = dist.new_group(backend="gloo")
         DeepSpeedForwardEngine.__init__(self, model, config, parallel, meshes, device=device)
 
-    def _begin(self, device: torch.device) -> None:
+    def _begin(self) -> None:
         self.prepare_training(self._total_updates)
 
     @override
     def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """AdamW as on one device; DeepSpeed gives it the shares in place of the parameters."""
+        """AdamW as on one device; DeepSpeed replaces its parameters by this rank's partitions."""
         optimizer = build_adamw(self.model, config, fused=False)
-        self._deepspeed = self._divided(optimizer)
+        self._deepspeed = self._initialize(optimizer)
         return optimizer
 
     @override
     def step(self) -> float:
-        # Of this engine: DeepSpeed's has a number where a gradient has none, and would step.
+        # Not DeepSpeed's norm, which is finite even if a gradient is not: it would step.
         squares = sum(
-            _own_part(p, safe_get_local_grad(p)).double().square().sum() for p in self.model.parameters()
+            without_padding(p, safe_get_local_grad(p)).double().square().sum()
+            for p in self.model.parameters()
         )
         assert isinstance(squares, Tensor)
         dist.all_reduce(squares)
@@ -299,18 +298,17 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
 
     @override
     def bad_rows(self, batch: Batch, rows: Sequence[int], objective: Objective) -> list[int]:
-        return batch.row_ids[
-            list(rows)
-        ].tolist()  # A forward pass of each row alone would need the other ranks.
+        # A forward pass of each row alone would need the other ranks.
+        return batch.row_ids[list(rows)].tolist()
 
     def save(self, folder: Path) -> Callable[[], None]:
-        """See `TrainEngine.save`; each rank writes its share."""
+        """Begin to write a checkpoint; each rank writes its partition."""
         if dist.get_rank() == 0:
             self.model.transformer.config.save_pretrained(folder)
         return begin_save(folder, self._state(), self.progress(), group=self._saving)
 
+    @override
     def load(self, folder: Path) -> None:
-        """See `TrainEngine.load`."""
         try:
             progress = json.loads((folder / "progress.json").read_text())
             if progress["kind"] != self.model_kind:
@@ -325,21 +323,23 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
                 f"cannot go on from {folder}: {error}; start with `checkpoint.resume=never`"
             ) from error
         for name, parameter in self.model.named_parameters():
-            self._take(parameter, *(state[key].to_local() for key in _keys(name) if key in state))
+            self._set_parameter(
+                parameter, *(state[key].to_local() for key in checkpoint_keys(name) if key in state)
+            )
         self.restore_progress(progress)
 
     @torch.no_grad()
-    def _take(self, parameter: Any, weights: Tensor, *moments: Tensor) -> None:
+    def _set_parameter(self, parameter: Any, weights: Tensor, *moments: Tensor) -> None:
         for key, moment in zip(_MOMENTS, moments, strict=False):
-            safe_set_local_optimizer_state(parameter, _padded(parameter, moment), key)
-        safe_set_local_fp32_param(parameter, _padded(parameter, weights))
-        parameter.ds_tensor.copy_(_padded(parameter, weights))
+            safe_set_local_optimizer_state(parameter, with_padding(parameter, moment), key)
+        safe_set_local_fp32_param(parameter, with_padding(parameter, weights))
+        parameter.ds_tensor.copy_(with_padding(parameter, weights))
         if parameter.ds_persist:
             parameter.partition()
             parameter.all_gather()
 
     def _state(self) -> dict[str, DTensor]:
-        """What training changes: each tensor as a line of elements, of which every rank has a range."""
+        """Tensors that training changes, each flattened to one dimension, of which every rank has a range."""
         state = {}
         named: dict[str, Any] = dict(self.model.named_parameters())
         for name, parameter in named.items():
@@ -347,11 +347,10 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
             parts += [
                 safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS if self._optimizer.state
             ]
-            for key, part in zip(_keys(name), parts, strict=False):
+            for key, part in zip(checkpoint_keys(name), parts, strict=False):
                 size = torch.Size([parameter.ds_numel])
-                own = _own_part(
-                    parameter, part
-                ).clone()  # A view that begins elsewhere cannot be saved as a DTensor on the CPU.
+                # Cloned: a view with an offset cannot be saved as a DTensor on the CPU.
+                own = without_padding(parameter, part).clone()
                 state[key] = DTensor.from_local(
                     own, self._meshes.data, [Shard(0)], run_check=False, shape=size, stride=(1,)
                 )
@@ -359,44 +358,45 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
 
 
 @contextmanager
-def _kept_whole(parameters: Sequence[Any]) -> Iterator[None]:
-    """Inside, parameters are whole on every rank, whichever modules use them and however often."""
+def keep_gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Context in which parameters stay gathered on every rank, whichever modules use them."""
     with deepspeed.zero.GatheredParameters(parameters):
         for parameter in parameters:
-            parameter.ds_active_sub_modules.add(_KEPT)
+            parameter.ds_active_sub_modules.add(_KEPT_GATHERED)
         try:
             yield
         finally:
             for parameter in parameters:
-                parameter.ds_active_sub_modules.discard(_KEPT)
+                parameter.ds_active_sub_modules.discard(_KEPT_GATHERED)
 
 
-def _keys(name: str) -> list[str]:
-    """Names in a checkpoint."""
+def checkpoint_keys(name: str) -> list[str]:
+    """Names of a parameter and its moments in a checkpoint."""
     return [f"model.{name}", *(f"optimizer.{name}.{key}" for key in _MOMENTS)]
 
 
-def _own_range(parameter: Any) -> tuple[int, int]:
-    """Which elements of a parameter are on this rank: shares are equal, the last ones may be filled up."""
-    share, count = parameter.ds_tensor.numel(), parameter.ds_numel
-    start = min(count, dist.get_rank() * share)
-    return start, min(count, start + share)
+def partition_range(parameter: Any) -> tuple[int, int]:
+    """Range of a parameter's elements on this rank; partitions are of equal size, the last ones padded."""
+    size, count = parameter.ds_tensor.numel(), parameter.ds_numel
+    start = min(count, dist.get_rank() * size)
+    return start, min(count, start + size)
 
 
-def _own_part(parameter: Any, part: Tensor) -> Tensor:
-    """A share without what it is filled up with."""
-    start, stop = _own_range(parameter)
+def without_padding(parameter: Any, part: Tensor) -> Tensor:
+    """A partition without its padding."""
+    start, stop = partition_range(parameter)
     return part.detach().flatten()[: stop - start]
 
 
-def _padded(parameter: Any, part: Tensor) -> Tensor:
+def with_padding(parameter: Any, part: Tensor) -> Tensor:
+    """A partition with its padding, on the device of the parameter's own."""
     return nn.functional.pad(
         part.to(parameter.ds_tensor.device), (0, parameter.ds_tensor.numel() - part.numel())
     )
 
 
-def _boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bounds]:
-    """Bounds of the elements from `start` to `stop` of a tensor in its order in memory, in this order."""
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bounds]:
+    """Boxes of the elements from `start` to `stop` of a tensor, in their order in memory."""
     row = math.prod(shape[1:])
     while start < stop:
         first, offset = divmod(start, row)
@@ -407,6 +407,6 @@ def _boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bounds]
         else:
             end = min(stop, (first + 1) * row)
             yield from (
-                ((first, first + 1), *rest) for rest in _boxes_of(shape[1:], offset, end - first * row)
+                ((first, first + 1), *rest) for rest in boxes_of_range(shape[1:], offset, end - first * row)
             )
             start = end

@@ -1,6 +1,4 @@
-"""What each rank runs in the tests of the example of a DeepSpeed engine: the updates of one process, on its
-rows.
-"""
+"""Programs of the ranks in the tests of the DeepSpeed example: the updates of one process, on own rows."""
 
 from __future__ import annotations
 
@@ -56,20 +54,18 @@ def run_case(source: str, case: dict[str, Any]) -> dict[str, Any]:
     written = worker.write(own, plan)
     rows = {int(row): written.ragged(written.names[0]).row(i) for i, row in enumerate(own.row_ids)}
     weights = dict(engine.full_tensors())
-    homes = engine.local_tensors()
-    for piece in engine.local_shards():
-        part = local_view(homes[piece.local_name], piece.bounds, piece.offset)
+    tensors = engine.local_tensors()
+    for shard in engine.local_shards():
+        part = local_view(tensors[shard.local_name], shard.bounds, shard.offset)
         torch.testing.assert_close(
-            part, weights[piece.name][tuple(slice(*bound) for bound in piece.bounds)], rtol=0, atol=0
+            part, weights[shard.name][tuple(slice(*bound) for bound in shard.bounds)], rtol=0, atol=0
         )
-    held = sum(home.numel() for home in homes.values())
+    held = sum(tensor.numel() for tensor in tensors.values())
     return {"history": history, "written": rows, "weights": weights, "shapes": engine.shapes(), "held": held}
 
 
 def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> dict[str, Any]:
-    """A step, answers, a step whose loss is not finite on one rank, a checkpoint, an export, a step, answers
-    of a layout of their own.
-    """
+    """Steps with answers between them, one skipped; a checkpoint, an export, answers of a resharded copy."""
     engine, rank = engine_on(source, {}), dist.get_rank()
     actor = ActorWorker(
         engine, algorithm_of({}), tiny_codec(), max_slots=8, temperature=1.0, epochs=1, chunk=100
@@ -100,7 +96,7 @@ def generate_and_go_on(source: str, folder: str, prompts: list[list[int]]) -> di
 
 
 def reference(source: str, rank: int) -> dict[int, torch.Tensor]:
-    """Logprobs of the rows of a rank by a model that is only read."""
+    """Logprobs of the rows of a rank by a model that is not trained."""
     frozen, batch = engine_on(source, {}, total_updates=None), rows_to_learn(with_padding=True)
     own, plan = split_by_plan((batch, balance(batch.num_tokens, num_ranks=2, micro_batch_tokens=8)), 2)[rank]
     written = ReferenceWorker(frozen, temperature=1.0, chunk=3).write(own, plan)

@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of the sharded engine: the same updates as one process, on its rows."""
+"""Programs of the ranks in the tests of the sharded engine: the updates of one process, on own rows."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ def steps(
 def streamed_step(
     worker: Any, num_ranks: int, case: dict[str, Any], rank: int, batch: Batch
 ) -> dict[str, float]:
-    """One update from rows that come in three portions; between two of them the model is read, and made whole
-    as it is to generate.
-    """
+    """One update from three portions; between them a forward pass, and weights unsharded as to generate."""
     portions = StreamedBatch(algorithm_of(case), num_groups=3)
     for rows in PORTIONS:
         portion = batch.select(rows)
@@ -129,9 +127,7 @@ def streamed_step(
 
 
 def stream_case(case: dict[str, Any], engine: Any, updates: int) -> dict[str, Any]:
-    """Steps in portions; then bad ones, in which row 0 of the second portion has no finite loss, until the
-    engine gives up.
-    """
+    """Steps in portions, then ones with a loss that is not finite in the second portion, until it raises."""
     worker, rank, num_data = (
         worker_on(engine, case),
         engine.dispatch_ranks["train"].data_rank,

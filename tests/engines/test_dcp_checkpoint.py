@@ -1,4 +1,4 @@
-"""Checkpoints of models on one device: what comes back, into which storage, and what is refused."""
+"""Checkpoints of models on one device: restored values and storage, and refused folders."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_of_a_lora_run_only_the_adapter_is_saved_and_it_comes_back(tmp_path):
 
 
 class Payload:
-    """What runs when a careless reader unpickles it."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return Path.write_text, (Path("/tmp/verl-was-here"), "")

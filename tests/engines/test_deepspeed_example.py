@@ -1,4 +1,4 @@
-"""An engine from outside, the example on DeepSpeed ZeRO-3, learns what one process learns."""
+"""The example of an engine on DeepSpeed ZeRO-3 learns what one process learns."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def generated_alone(source: str, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def assert_same_answers(ours: list[Any], theirs: list[Any]) -> None:
-    """To the prompts that a rank was given, the first ones."""
+    """Compare the answers of a rank, which has the first prompts."""
     assert ours
     for answers, expected in zip(ours, theirs, strict=False):
         for (ids, logprobs), (expected_ids, expected_logprobs) in zip(answers, expected, strict=True):

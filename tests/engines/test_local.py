@@ -1,6 +1,4 @@
-"""The local engine: exact accumulation, its schedule and decay, precision, and what it does with numbers that
-are none.
-"""
+"""The local engine: exact accumulation, weight decay, precision, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -127,7 +125,7 @@ def objective_of(engine, loss):
 
 
 def gradient_is_nan(logprobs):
-    """0, with a gradient of infinity times 0."""
+    """A loss of 0 with a gradient of infinity times 0."""
     return (logprobs - logprobs.detach()).abs().sqrt().sum()
 
 

@@ -1,6 +1,4 @@
-"""A step in portions is the step over all of its rows: weights, metrics, skipped updates and names of rows;
-what cannot be is refused.
-"""
+"""A step in portions equals the step over all rows in weights, metrics and skips, or is refused."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ CASES = {
 
 
 def rows_of_six_prompts() -> Batch:
-    """Two rows for each, with columns of every writer; one prompt has nothing to learn in one of its answers,
-    as has another.
-    """
+    """Two rows of each prompt, with all columns; two prompts have an answer without an advantage."""
     batch = Batch.concat([rows_to_learn(), rows_to_learn()])
     batch.write("group_ids", GROUPS)
     batch.write("rewards", torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5, 0.25, 0.0, 3.0, 0.0, 1.0, -1.0, 0.5]))
@@ -75,7 +71,7 @@ def rows_of_six_prompts() -> Batch:
 
 
 def roles(config, *, epochs=1, **settings):
-    """What learns under the algorithm: the policy, and who judges its tokens if somebody does."""
+    """The trained roles of the algorithm: the policy, and a critic or process reward model if any."""
     # The bias of the keys has no gradient but rounding errors; with the usual eps Adam would take them for a
     # direction.
     optimizer = {"lr": 1e-2, "eps": 1e-4, "max_grad_norm": 0.5}
@@ -279,7 +275,7 @@ def test_a_gradient_that_is_not_finite_names_all_rows_of_the_step():
 
 
 def root_of_nothing(engine, inputs):
-    """0, with a gradient of infinity times 0."""
+    """A loss of 0 with a gradient of infinity times 0."""
     logprobs = engine.model.token_logprobs(inputs, temperature=1.0, chunk=100)[0]
     return (logprobs - logprobs.detach()).abs().sqrt().sum()
 
@@ -465,7 +461,7 @@ def test_of_each_function_is_known_whether_the_other_groups_matter(choice, name)
 
 
 def rows_of_all_columns() -> Batch:
-    """What any function may read; one prompt teaches nothing."""
+    """Columns that any function may read; one prompt has equal rewards."""
     batch, generator = rows_of_six_prompts(), torch.Generator().manual_seed(3)
     rewards = torch.where(GROUPS == 2, 0.5, batch["rewards"])
     for name in ("trainer_logprobs", "prm_logprobs", "sum_squared_probs"):

@@ -24,11 +24,11 @@ class DyingEngine(FSDPEngine):
     calls = 0
 
     def homes(self) -> dict[str, Tensor]:
-        homes = super().local_tensors()
+        tensors = super().local_tensors()
         self.calls += 1
         if self.when.exists() and dist.get_rank() == 2 and self.calls == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return homes
+        return tensors
 
 
 def engine(source: str, kind: Any, role: Any, parallel: ParallelConfig, **given: Any) -> ForwardEngine:

@@ -3,8 +3,8 @@
 A portion is made of whole groups. Its rows get loss weights as if they were the whole step. What the other
 rows add to the denominators is one factor of the loss, and so of its gradient. It is known when the last
 portion has arrived, and applied before gradients are clipped. Weights stay until then, so what is written
-before an update (`values`, `trainer_logprobs`) is what it would be for all rows. Algorithms that need all rows
-at once are refused.
+before an update (`values`, `trainer_logprobs`) is what it would be for all rows. Algorithms that need all
+rows at once are refused.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ def gradient(model: Backbone) -> Tensor:
 
 
 def loss_gradient(policy: PolicyModel, inputs: ModelInput, **options: Any) -> Tensor:
-    """Of a loss over logprobs and, where they have a gradient, entropies; backward runs outside `forward_mode`, as
-    in training.
+    """Gradient of a loss over logprobs, and entropies that have a gradient.
+
+    Backward runs outside `forward_mode`, as in training.
     """
     logprobs, entropies = logprobs_and_entropies(policy, inputs, **options)
     (logprobs * WEIGHTS + entropies * WEIGHTS.flip(0)).sum().backward()
