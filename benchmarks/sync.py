@@ -101,11 +101,11 @@ def servers(size: str, folder: Path, place: Path, rounds: int) -> None:
     ]
     for way, transport, count, rank in ways:
         with pool(folder, place, transport, count, lora_rank=rank) as made:
-            made.publish(1)
+            made.run(made.sync_weights(1))
             made.take_metrics()
             taken = []
             for version in range(rounds):
-                made.publish(2 + version)
+                made.run(made.sync_weights(2 + version))
                 taken.append(made.take_metrics())
         write, load = (
             statistics.median(t[f"time/sync_{part}_s"] for t in taken) for part in ("write", "load")
