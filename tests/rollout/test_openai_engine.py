@@ -211,7 +211,10 @@ def test_failures_that_may_pass_are_retried_ever_more_slowly(folder):
 
 def test_after_the_last_retry_the_failure_is_told_without_the_key(folder, monkeypatch):
     monkeypatch.setenv("FAR_KEY", "sk-hidden")
-    repeat = lambda i, request: web.Response(status=503, text=f"bad key {request.headers['Authorization']}")  # noqa: E731
+
+    def repeat(_: int, request: web.Request) -> web.Response:
+        return web.Response(status=503, text=f"bad key {request.headers['Authorization']}")
+
     with pytest.raises(
         EngineError, match=r"status 503: .*\*\*\*.* \(attempt 3; 2 retries within 3 s\)"
     ) as error:

@@ -201,11 +201,11 @@ def test_sleep_and_wake_leave_it_usable_after_an_update(bench, tmp_path):
     assert_follows(bench, bench.answer(PROMPTS[2]), PROMPTS[2])
 
 
-def test_additions_are_loaded_and_replaced_and_a_killed_server_is_an_error(tmp_path):
+def test_a_lora_adapter_replaces_the_one_before_and_a_killed_server_is_an_error(tmp_path):
     with serving("llama", tmp_path / "llama", options={"enable_lora": True, "max_lora_rank": 8}) as bench:
         answers = []
         for seed in (1, 2):
-            folder, adapted = addition(tmp_path, seed)
+            folder, adapted = lora_adapter(tmp_path, seed)
             printed = bench.run(bench.engine.load_lora_adapter(folder, seed))
             assert printed == print_of(load_file(folder / "adapter_model.safetensors"))
             answers.append(bench.answer(PROMPTS[1]))
@@ -215,8 +215,8 @@ def test_additions_are_loaded_and_replaced_and_a_killed_server_is_an_error(tmp_p
         bench.run(killed(bench.engine))
 
 
-def addition(parent: Path, seed: int) -> tuple[Path, PreTrainedModel]:
-    """Low-rank additions to the tiny llama in a folder, and the model with them."""
+def lora_adapter(parent: Path, seed: int) -> tuple[Path, PreTrainedModel]:
+    """A LoRA adapter of the tiny llama in a folder, and the model with it."""
     torch.manual_seed(seed)
     model = get_peft_model(
         tiny_transformer("llama", **SIZES),
@@ -225,8 +225,8 @@ def addition(parent: Path, seed: int) -> tuple[Path, PreTrainedModel]:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(parent / f"additions-{seed}")
-    return parent / f"additions-{seed}", model.eval()
+    model.save_pretrained(parent / f"adapter-{seed}")
+    return parent / f"adapter-{seed}", model.eval()
 
 
 async def killed(engine: VLLMServer) -> None:

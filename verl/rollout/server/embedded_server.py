@@ -101,21 +101,13 @@ class EmbeddedServer(InferenceServer):
     @override
     async def open(self) -> None:
         deadline = time.monotonic() + self.spec.start_timeout_s
-        try:
-            if self.spec.address is not None:
-                await self._connect(self.spec.address, deadline)
-                return
-            for start in range(_MAX_STARTS):
-                try:
-                    await self._connect(self._launch(), deadline)
-                    return
-                except EngineError as error:
-                    if start == _MAX_STARTS - 1 or "cannot listen at" not in str(error):
-                        raise
-                    await self.close()
-        except BaseException:
-            await self.close()
-            raise
+        for start in range(_MAX_STARTS):
+            try:
+                return await self._connect(self.spec.address or self._launch(), deadline)
+            except BaseException as error:
+                await self.close()
+                if start == _MAX_STARTS - 1 or "cannot listen at" not in str(error):
+                    raise
 
     @override
     async def check(self) -> None:

@@ -120,13 +120,9 @@ class SGLangClient:
             async with await self._read(post) as response:
                 if response.status != 200:
                     raise self.status_error(response.status, await response.text())
-                buffer = b""
-                # Lines are split here, since aiohttp limits their length where it reads lines.
-                while content := await self._read(response.content.readany()):
-                    *lines, buffer = (buffer + content).split(b"\n")
-                    for line in lines:
-                        if line.startswith(_EVENT_PREFIX):
-                            yield json.loads(line[len(_EVENT_PREFIX) - 1 :])
+                async for line in self._lines(response.content):
+                    if line.startswith(_EVENT_PREFIX):
+                        yield json.loads(line[len(_EVENT_PREFIX) - 1 :])
         except (aiohttp.ClientError, OSError) as error:
             raise self.error(f"broke an answer off: {type(error).__name__}: {error}") from error
 
@@ -146,6 +142,14 @@ class SGLangClient:
         except EngineError as error:
             return error
         return EngineError(hide_secret(f"{self._name} {message}", self._secret))
+
+    async def _lines(self, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+        """Lines of a response, of any length: aiohttp limits it where it reads lines."""
+        buffer = b""
+        while received := await self._read(content.readany()):
+            *lines, buffer = (buffer + received).split(b"\n")
+            for line in lines:
+                yield line
 
     async def _read(self, reading: Awaitable[T]) -> T:
         """Read from the server within the limit on its silence."""
