@@ -18,8 +18,8 @@ from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.local import LocalEngine
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
-from verl.engines.roles.base import Learner
-from verl.engines.roles.columns import policy_logprobs
+from verl.engines.roles.role_columns import policy_logprobs
+from verl.engines.roles.role_worker import Learner
 from verl.engines.roles.teacher import TeacherWorker
 from verl.trainer.rl_trainer import Trainer
 

@@ -17,7 +17,7 @@ from verl.config.placement import ParallelConfig
 from verl.controller.dispatch import split_by_plan
 from verl.data.packing import balance
 from verl.engines.minibatches import write_loss_weights
-from verl.engines.roles.reference import ReferenceWorker
+from verl.engines.roles.reference_policy import ReferenceWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.weight_sync.reshard_exchange import local_view

@@ -22,10 +22,10 @@ from verl.data.packing import BatchPlan, balance
 from verl.engines.base import NotFiniteError, TrainEngine
 from verl.engines.hf.pretrained import value_model
 from verl.engines.local import LocalEngine
-from verl.engines.roles.columns import MODEL_COLUMNS, critic_reads, policy_reads
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
+from verl.engines.roles.role_columns import MODEL_COLUMNS, critic_reads, policy_reads
 from verl.engines.streaming import StreamedBatch, StreamedUpdate, concat_portions, streaming_obstacle
 
 NEAR = ("loss", "grad_norm", "lr", "ratio", "entropy", "kl", "skipped_updates")

@@ -28,7 +28,7 @@ from verl.data.batch import Batch
 from verl.data.columns import COLUMNS, written_by
 from verl.data.packing import BatchPlan
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
-from verl.engines.roles.base import Learner
+from verl.engines.roles.role_worker import Learner
 
 # Rewards of two groups of two rows: at first one group has equal rewards; then both differ, one of them more.
 _REWARDS = ((1.0, 0.0, 3.0, 3.0), (1.0, 0.0, 7.0, 2.0))

@@ -19,7 +19,7 @@ from verl.engines.hf.models import Precision, RewardModel
 from verl.engines.hf.pretrained import load_reward_model
 from verl.engines.local import LocalForwardEngine
 from verl.engines.minibatches import plan_rows
-from verl.engines.roles.base import RoleWorker
+from verl.engines.roles.role_worker import RoleWorker
 from verl.utils.device import pick_device
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec

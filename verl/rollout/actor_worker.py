@@ -16,8 +16,8 @@ from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
 from verl.controller.worker_group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
-from verl.engines.roles.base import MAX_OVER_RANKS
 from verl.engines.roles.policy import PolicyWorker
+from verl.engines.roles.role_worker import MAX_OVER_RANKS
 from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine

@@ -13,8 +13,8 @@ from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
-from verl.engines.roles.base import Learner
-from verl.engines.roles.columns import MODEL_COLUMNS, critic_reads, policy_reads
+from verl.engines.roles.role_columns import MODEL_COLUMNS, critic_reads, policy_reads
+from verl.engines.roles.role_worker import Learner
 from verl.engines.streaming import StreamedBatch, StreamedUpdate, streaming_obstacle
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker

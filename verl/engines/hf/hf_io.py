@@ -101,12 +101,16 @@ def _fill_from_files(
         with safe_open(path, framework="pt") as file:
             for name in (name for name, found in names.items() if files[found] == path):
                 saved, parameter = file.get_slice(names[name]), parameters[name]
-                if (shape := tuple(saved.get_shape())) != tuple(parameter.shape):
-                    raise ValueError(
-                        f"need {name} of shape {tuple(parameter.shape)}, got {shape} in {path}; "
-                        "the folder's config.json is of another model"
-                    )
+                _check_shape(name, parameter, tuple(saved.get_shape()), path)
                 _fill(parameter, saved[shard_slices(parameter)])
+
+
+def _check_shape(name: str, parameter: Tensor, shape: tuple[int, ...], path: Path) -> None:
+    if shape != tuple(parameter.shape):
+        raise ValueError(
+            f"need {name} of shape {tuple(parameter.shape)}, got {shape} in {path}; "
+            "the folder's config.json is of another model"
+        )
 
 
 def _fill_from_model(parameters: Mapping[str, Tensor], full: PreTrainedModel) -> None:

@@ -12,8 +12,8 @@ from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
 from verl.engines.hf.models import ValueModel
 from verl.engines.minibatches import plan_rows
-from verl.engines.roles.base import Learner
-from verl.engines.roles.columns import critic_reads, pad_response, read_columns, response_columns
+from verl.engines.roles.role_columns import critic_reads, pad_response, read_columns, response_columns
+from verl.engines.roles.role_worker import Learner
 
 
 class CriticWorker(Learner):

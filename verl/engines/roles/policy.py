@@ -15,8 +15,7 @@ from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
 from verl.engines.hf.models import PolicyModel, Reduce, entropies, target_logprobs
 from verl.engines.minibatches import MicroBatches, mean_over_updates, plan_rows, run_updates
-from verl.engines.roles.base import Learner
-from verl.engines.roles.columns import (
+from verl.engines.roles.role_columns import (
     concat_by_row_id,
     pad_response,
     policy_logprobs,
@@ -25,6 +24,7 @@ from verl.engines.roles.columns import (
     response_columns,
     stacked_columns,
 )
+from verl.engines.roles.role_worker import Learner
 
 # Metrics of the first update alone, see `PolicyWorker.update`.
 _OF_FIRST_UPDATE = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")

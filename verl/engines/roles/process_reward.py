@@ -11,14 +11,14 @@ from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
 from verl.engines.hf.models import PolicyModel
-from verl.engines.roles.base import Learner
-from verl.engines.roles.columns import (
+from verl.engines.roles.role_columns import (
     critic_reads,
     pad_response,
     policy_logprobs,
     read_columns,
     response_columns,
 )
+from verl.engines.roles.role_worker import Learner
 
 
 class ProcessRewardWorker(Learner):

@@ -11,8 +11,8 @@ from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine
 from verl.engines.hf.models import PolicyModel, target_logprobs
 from verl.engines.minibatches import plan_rows
-from verl.engines.roles.base import ColumnWorker
-from verl.engines.roles.columns import response_columns, stacked_columns
+from verl.engines.roles.role_columns import response_columns, stacked_columns
+from verl.engines.roles.role_worker import ColumnWorker
 
 
 class TeacherWorker(ColumnWorker):

@@ -13,7 +13,7 @@ from torch import Tensor
 from verl.controller.dispatch import ONE_TO_ALL, SAME_ON_ALL, register
 from verl.engines.hf.lora import has_lora
 from verl.engines.hf.weights import lora_adapter_files
-from verl.engines.roles.base import RoleWorker
+from verl.engines.roles.role_worker import RoleWorker
 from verl.utils.device import synchronize
 from verl.utils.network import address_towards, free_port
 from verl.weight_sync.cuda_ipc import export_handle

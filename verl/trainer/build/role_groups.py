@@ -18,8 +18,8 @@ from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.columns import written_by
 from verl.data.packing import BatchPlan
-from verl.engines.roles.base import ColumnWorker, Learner, RoleWorker
 from verl.engines.roles.policy import PolicyWorker
+from verl.engines.roles.role_worker import ColumnWorker, Learner, RoleWorker
 from verl.rewards.model import Judge, on_group
 from verl.trainer.base import Metrics
 from verl.trainer.build import worker_factories

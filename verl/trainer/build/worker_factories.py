@@ -21,10 +21,10 @@ from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
-from verl.engines.roles.base import Learner
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
-from verl.engines.roles.reference import ReferenceWorker
+from verl.engines.roles.reference_policy import ReferenceWorker
+from verl.engines.roles.role_worker import Learner
 from verl.engines.roles.teacher import TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker

@@ -6,8 +6,8 @@ from verl.controller.dispatch import PLANNED, register
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine
-from verl.engines.roles.base import ColumnWorker
-from verl.engines.roles.columns import policy_logprobs, response_columns
+from verl.engines.roles.role_columns import policy_logprobs, response_columns
+from verl.engines.roles.role_worker import ColumnWorker
 
 
 class ReferenceWorker(ColumnWorker):

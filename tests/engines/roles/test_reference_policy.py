@@ -6,7 +6,7 @@ import torch
 
 from tests.engines.roles.workers import ONE_BY_ONE, WHOLE, policy
 from tests.training import local_engine, rows_to_learn
-from verl.engines.roles.reference import ReferenceWorker
+from verl.engines.roles.reference_policy import ReferenceWorker
 
 
 def test_the_reference_writes_what_the_policy_wrote_at_the_start():
