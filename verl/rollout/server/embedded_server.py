@@ -127,7 +127,8 @@ class EmbeddedServer(InferenceServer):
 
     @override
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[TokenChunk]:
-        async with aclosing(self._connection.tokens.sample(prompt_ids, params)) as chunks:  # type: ignore[type-var]
+        stream = self._connection.tokens.sample(prompt_ids, params)
+        async with aclosing(stream) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 yield chunk
 
