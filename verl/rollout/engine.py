@@ -159,8 +159,8 @@ class InferenceServer(ABC):
 
         Args:
             prompt_ids: not empty.
-            params: how to sample; `stop_ids` contain those of the tokenizer, and `n` is 1. Where the engine can
-                be deterministic, equal weights, prompts, seeds and sample indices give equal completions.
+            params: how to sample; `stop_ids` contain those of the tokenizer, and `n` is 1. Where the engine
+                can be deterministic, equal weights, prompts, seeds and sample indices give equal completions.
 
         Raises:
             EngineError: also if nothing came for `spec.timeout_s`.

@@ -87,7 +87,7 @@ class AdminAPI(RolloutEngine):
             self.pool.close()
 
     def _announce(self) -> None:
-        """Write the address and the secret at the first request, when the folder is known to be this run's."""
+        """Write address and secret at the first request, when the folder is known to be this run's."""
         if self._is_announced:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
