@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.data.buffer import HEADER_BYTES, SharedMemoryBuffer
+from verl.data.buffer import SharedMemoryBuffer
+from verl.data.shared_segment import HEADER_BYTES
 
 FORK = multiprocessing.get_context("fork")
 SPAWN = multiprocessing.get_context("spawn")

@@ -291,6 +291,13 @@ def uses_a_helper(prompt, response):
     return uses_a_list(prompt, response)
 
 
+def has_an_attribute(prompt, response):
+    has_an_attribute.calls += 1
+
+
+has_an_attribute.calls = 0
+
+
 def has_a_list_as_default(prompt, response, known=[]):  # noqa: B006
     known.append(response)
 
@@ -308,6 +315,7 @@ def test_a_function_that_shares_nothing_with_the_program_goes_to_a_process():
         (uses_an_empty_list, "EMPTY (list)"),
         (sets_a_global, "count, which it sets"),
         (uses_a_helper, "seen (list)"),
+        (has_an_attribute, "its attribute calls"),
         (has_a_list_as_default, "default 0 (list)"),
         (lambda prompt, response: lock.locked(), "lock (lock)"),
         (LIMITS.get, "an object of type builtin_function_or_method"),

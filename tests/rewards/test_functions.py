@@ -456,7 +456,8 @@ def test_settings_name_functions_with_weights_and_options(tmp_path, monkeypatch)
 def test_a_function_is_loaded_from_a_file(tmp_path):
     file = tmp_path / "rewards.py"
     file.write_text(
-        "import dataclasses\n\n@dataclasses.dataclass\nclass A:\n    x: int\n\ndef f(trajectory):\n    return 2.0\n"
+        "import dataclasses\n\n@dataclasses.dataclass\nclass A:\n    x: int\n\n"
+        "def f(trajectory):\n    return 2.0\n"
     )
     assert scored(rows("x"), load_function(f"{file}:f"))[0].scores == {"f": 2.0}
     assert load_function(f"{file}:f") is load_function(f"{file}:f")

@@ -93,7 +93,8 @@ def test_a_folder_without_a_trained_head_is_refused_with_the_remedy(tmp_path):
     make_tiny_model(tmp_path, hidden=32, layers=1)
     with pytest.raises(
         ValueError,
-        match=r"have no head \(score.weight\), so its scores would be random; train one with `verl reward-model",
+        match=r"have no head \(score.weight\), so its scores would be random; "
+        "train one with `verl reward-model",
     ):
         model(["a"], ["b"], path=str(tmp_path))
 

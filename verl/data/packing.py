@@ -1,4 +1,4 @@
-"""Which rows go to which minibatch, rank and micro-batch, decided on lengths alone; nothing here moves data."""
+"""Distribution of rows over minibatches, ranks and micro-batches, from their lengths; moves no data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 class BatchPlan:
     """Row indices as minibatches[minibatch][rank][micro_batch], every row once.
 
-    In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives.
-    Empty ones come last, and only where a rank has fewer rows than that: with fewer rows than ranks, or rows
-    so long that hardly two fit together.
+    In a minibatch every rank has the same number of micro-batches, so that ranks meet in their collectives. A
+    rank with fewer rows than that has empty ones at the end. This happens with fewer rows than ranks, or with
+    rows so long that hardly two fit into a micro-batch.
     """
 
     minibatches: list[list[list[list[int]]]]
 
     def rows_of(self, rank: int) -> list[int]:
-        """Rows of a rank, in the order in which it takes them."""
+        """Rows of a rank, in the order in which it processes them."""
         return [row for minibatch in self.minibatches for micro in minibatch[rank] for row in micro]
 
     def of_rank(self, rank: int) -> BatchPlan:
-        """The plan of one rank for its rows alone, numbered from 0 as in `rows_of`."""
+        """Plan of one rank for its own rows, numbered from 0 as in `rows_of`."""
         numbers = iter(range(len(self.rows_of(rank))))
         return BatchPlan(
             [
@@ -35,7 +35,7 @@ class BatchPlan:
         )
 
     def rows_of_minibatch(self, minibatch: int) -> list[int]:
-        """Rows of one update, of all ranks."""
+        """Rows of one minibatch, of all ranks."""
         return [
             row for micro_batches in self.minibatches[minibatch] for micro in micro_batches for row in micro
         ]
@@ -51,55 +51,46 @@ def balance(
     cost: Tensor | None = None,
     group_ids: Tensor | None = None,
 ) -> BatchPlan:
-    """The plan that gives ranks equal work and as few micro-batches as first-fit decreasing finds.
+    """Plan that gives ranks equal work, in as few micro-batches as first-fit decreasing finds.
 
-    Minibatches are consecutive rows, their sizes (or their numbers of groups) differ by at most one: the
-    order stays the caller's. Within one, the costliest
-    row that is left goes to the rank with the least cost so far, so that the costs of two ranks never differ
-    by more than the costliest row (longest processing time first, https://doi.org/10.1137/0117039). Where
-    that would leave a rank with fewer rows than micro-batches, it goes to the rank with the fewest rows
-    instead, of these to the one with the least cost.
+    A minibatch is a run of consecutive rows; the sizes of minibatches, or their numbers of groups, differ by
+    at most one. Within a minibatch, the costliest row that is left goes to the rank with the least cost so
+    far. So the costs of two ranks never differ by more than the costliest row (longest processing time first,
+    https://doi.org/10.1137/0117039). Where this would leave a rank with fewer rows than micro-batches, a row
+    goes to the rank with the fewest rows instead, and among these to the one with the least cost.
 
     Args:
         num_tokens: [B] int, tokens of each row.
         num_ranks: ranks that share each minibatch.
-        micro_batch_tokens: most tokens of a micro-batch; a row that is longer gets one of its own.
+        micro_batch_tokens: most tokens of a micro-batch; a longer row gets a micro-batch of its own.
         micro_batch_rows: most rows of a micro-batch; None: only the tokens count.
-        num_minibatches: optimizer updates that the rows are for.
-        cost: [B], work that each row is, in any unit; None: its tokens. `compute_cost` adds the work of
-            attention.
-        group_ids: [B], equal for consecutive rows that must not be split over minibatches; None: any two rows
-            may be.
+        num_minibatches: optimizer updates that are made of the rows.
+        cost: [B], work of each row, in any unit; None: its tokens. `compute_cost` adds the work of attention.
+        group_ids: [B], equal for consecutive rows that stay in one minibatch; None: rows are on their own.
 
     Raises:
-        ValueError: a shape, count or cost that cannot be, or fewer rows than minibatches.
+        ValueError: a wrong shape, count or cost, or fewer rows than minibatches.
     """
-    if num_tokens.ndim != 1 or num_tokens.is_floating_point() or (num_tokens < 0).any():
-        raise ValueError(
-            f"need the tokens of each row as [B] integers from 0, got {num_tokens.dtype} of shape {tuple(num_tokens.shape)}"
-        )
-    if num_ranks < 1 or micro_batch_tokens < 1 or (micro_batch_rows is not None and micro_batch_rows < 1):
-        given = f"num_ranks={num_ranks}, micro_batch_tokens={micro_batch_tokens}, micro_batch_rows={micro_batch_rows}"
-        raise ValueError(f"need at least 1 of each, got {given}")
+    _check_counts(
+        num_ranks=num_ranks, micro_batch_tokens=micro_batch_tokens, micro_batch_rows=micro_batch_rows
+    )
+    work = num_tokens.double() if cost is None else cost.double()
+    _check_rows(num_tokens, work)
     units = _units(len(num_tokens), group_ids)
     if not 1 <= num_minibatches <= len(units):
-        what = "row" if group_ids is None else "group"
+        kind = "row" if group_ids is None else "group"
         raise ValueError(
-            f"need a {what} for each minibatch, got {len(units)} {what}s for {num_minibatches}; lower algorithm.minibatches"
+            f"need a {kind} for each minibatch, got {len(units)} {kind}s for {num_minibatches}; lower "
+            "algorithm.minibatches"
         )
-    work = num_tokens.double() if cost is None else cost.double()
-    if work.shape != num_tokens.shape or not work.isfinite().all() or (work < 0).any():
-        raise ValueError(f"need a finite cost from 0 for each of {len(num_tokens)} rows, got {cost}")
     lengths, costs = num_tokens.tolist(), work.tolist()
+    max_rows = micro_batch_rows or len(lengths)
     minibatches = []
     for chosen in torch.arange(len(units)).tensor_split(num_minibatches):
         rows = [row for unit in chosen.tolist() for row in units[unit]]
         for equal_counts in (False, True):
             shares = _deal(rows, costs, num_ranks, equal_counts=equal_counts)
-            packed = [
-                _pack(share, lengths, micro_batch_tokens, micro_batch_rows or len(lengths))
-                for share in shares
-            ]
+            packed = [_pack(share, lengths, micro_batch_tokens, max_rows) for share in shares]
             most = max(len(micro_batches) for micro_batches in packed)
             if min(len(share) for share in shares) >= most:
                 break
@@ -107,8 +98,24 @@ def balance(
     return BatchPlan(minibatches)
 
 
+def _check_rows(num_tokens: Tensor, cost: Tensor) -> None:
+    if num_tokens.ndim != 1 or num_tokens.is_floating_point() or (num_tokens < 0).any():
+        raise ValueError(
+            f"need the tokens of each row as [B] integers from 0, got {num_tokens.dtype} of shape "
+            f"{tuple(num_tokens.shape)}"
+        )
+    if cost.shape != num_tokens.shape or not cost.isfinite().all() or (cost < 0).any():
+        raise ValueError(f"need a finite cost from 0 for each of {len(num_tokens)} rows, got {cost}")
+
+
+def _check_counts(**counts: int | None) -> None:
+    if any(count is not None and count < 1 for count in counts.values()):
+        given = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise ValueError(f"need at least 1 of each, got {given}")
+
+
 def _units(num_rows: int, group_ids: Tensor | None) -> list[list[int]]:
-    """Rows that stay together, in order."""
+    """Rows that stay in one minibatch, in order."""
     if group_ids is None:
         return [[row] for row in range(num_rows)]
     starts = [0, *((group_ids[1:] != group_ids[:-1]).nonzero().squeeze(1) + 1).tolist()] if num_rows else []
@@ -116,7 +123,7 @@ def _units(num_rows: int, group_ids: Tensor | None) -> list[list[int]]:
 
 
 def compute_cost(num_tokens: Tensor, hidden_dim: int) -> Tensor:
-    """Work of a row in a decoder, n (1 + n / (12 h)), in units of one token's matrix products.
+    """Work of a row in a decoder, n (1 + n / (12 h)), in units of the matrix products of one token.
 
     A layer takes 24 h^2 operations per token in matrix products and 4 n h in full attention, half of that
     under a causal mask (https://arxiv.org/abs/2104.04473, appendix).
@@ -133,9 +140,9 @@ def compute_cost(num_tokens: Tensor, hidden_dim: int) -> Tensor:
 
 
 def _deal(rows: list[int], costs: list[float], num_ranks: int, *, equal_counts: bool) -> list[list[int]]:
-    """Rows of each rank, the costliest dealt first, to the least cost so far or to the fewest rows so far."""
+    """Rows of each rank; each, the costliest first, goes to the rank with the least cost or fewest rows."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    # Whose turn it is: (what counts first, what breaks a tie, rank).
+    # The rank that is next comes first: (its cost or rows, the other of the two to break a tie, rank).
     turns: list[tuple[float, float, int]] = [(0, 0, rank) for rank in range(num_ranks)]
     for row in sorted(rows, key=lambda row: (-costs[row], row)):
         first, second, rank = turns[0]
@@ -165,9 +172,7 @@ def _pack(rows: list[int], lengths: list[int], max_tokens: int, max_rows: int) -
 
 
 def _split_up_to(count: int, micro_batches: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """The same rows in `count` micro-batches: the fullest of several rows is halved until there are so many,
-    or empty ones follow.
-    """
+    """The same rows in `count` micro-batches: the fullest is halved again and again, or empty ones follow."""
     split = list(micro_batches)
     while len(split) < count:
         several = [i for i, rows in enumerate(split) if len(rows) > 1]

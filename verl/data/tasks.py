@@ -1,6 +1,4 @@
-"""Small tasks of our own whose floor and optimum are known exactly, as ordinary data sets of prompts and
-answers.
-"""
+"""Built-in tasks, small data sets of prompts and answers whose lowest and best reward are known exactly."""
 
 from __future__ import annotations
 
@@ -21,9 +19,9 @@ class Task:
 
     Attributes:
         name: in `TASKS`, and after `task:` in the settings.
-        meaning: what is asked, in one sentence.
+        meaning: the question in one sentence.
         question: prompt and answer of a number in [0, num_questions); a different prompt for each.
-        num_questions: how many there are.
+        num_questions: number of questions.
         num_train: prompts of the training split, drawn without repetition from those not held out.
         reward: name of the reward function that suits it.
         max_tokens: longest answer in characters and an end token.
@@ -40,45 +38,38 @@ class Task:
     num_test: int = 512
 
     def rows(self, split: Literal["train", "test"], seed: int = 0) -> list[dict[str, Any]]:
-        """Rows {prompt, answer}: `num_test` held-out ones whatever the seed, or `num_train` others that the
-        seed draws.
-        """
-        held_out = _draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
-        drawn = (
-            held_out
-            if split == "test"
-            else _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(held_out))
-        )
-        return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in drawn]
+        """Rows {prompt, answer} of a split; the seed draws the training rows alone."""
+        numbers = _draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
+        if split == "train":
+            numbers = _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(numbers))
+        return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in numbers]
 
 
 def write_jsonl(
     task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0, pairs: bool = False
 ) -> int:
-    """Writes a split as a JSONL file, one row per line, and returns the number of rows; with `pairs` as
-    {prompt, chosen, rejected}.
+    """Write a split as a JSONL file, one row per line, and return the number of rows.
+
+    With `pairs` a row is {prompt, chosen, rejected}, else {prompt, answer}.
     """
     rows = task.rows(split, seed)
     if pairs:
         rows = [
-            {
-                "prompt": r["prompt"],
-                "chosen": r["answer"],
-                "rejected": near_miss(r["answer"], key=r["prompt"]),
-            }
-            for r in rows
+            {"prompt": prompt, "chosen": answer, "rejected": near_miss(answer, key=prompt)}
+            for prompt, answer in (row.values() for row in rows)
         ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
 def near_miss(answer: str, *, key: str) -> str:
-    """A wrong answer that looks like the right one: one or two characters changed, two swapped, or one
-    missing.
+    """A wrong answer close to the right one: one or two characters changed, two swapped, or one missing.
+
+    Digits become other digits, and letters other letters.
 
     Args:
-        answer: the right one, with a digit or a letter from a to h in it.
-        key: fixes which of all; digits become other digits, and letters other letters.
+        answer: the right answer, with a digit or a letter from a to h in it.
+        key: seeds the choice among the wrong answers.
 
     Returns:
         A text that is not empty and never the right answer.
@@ -91,10 +82,8 @@ def near_miss(answer: str, *, key: str) -> str:
 
 
 def _draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
-    """The first `count` different numbers below `stop`, none of them taken, in the random order that the key
-    fixes.
-    """
-    # Of the random module only random() under a given seed is promised to stay the same in later Pythons.
+    """`count` different numbers below `stop`, none of them taken, in a random order that the key seeds."""
+    # Of this module, Python promises only that random() under a given seed stays the same in later versions.
     uniform = random.Random(key).random
     numbers: dict[int, None] = {}
     while len(numbers) < count:
@@ -153,9 +142,7 @@ def _changed_twice(answer: str, uniform: Callable[[], float]) -> str:
 
 
 def _swapped(answer: str, uniform: Callable[[], float]) -> str:
-    """Two neighbours among the digits and letters in each other's place; the answer itself if they are alike
-    or it has no two.
-    """
+    """Two neighbouring digits or letters swapped; no change if they are alike or there is but one."""
     places = [i for i, character in enumerate(answer) if character.isalnum()]
     if len(places) < 2:
         return answer
@@ -186,11 +173,11 @@ TASKS: dict[str, Task] = {
         ),
         Task("sort-6", "Write 6 digits in ascending order.", _sort, 10**6, 8192, "exact", max_tokens=7),
         Task("add-2", "Add two numbers of two digits.", _add, 90 * 90, 7500, "exact", max_tokens=4),
-        # The sizes of verl's digit completion: modulus 9, first number to 9, 1 to 9 numbers wanted; 810
-        # prompts in all. Wanting none is left out, since no answer could earn a reward there.
+        # The sizes of verl's digit completion: modulus 9, first number up to 9, 1 to 9 numbers wanted, so 810
+        # prompts in all. Prompts that want no number are left out: no answer to them could earn a reward.
         Task(
             "digits",
-            "Continue an arithmetic sequence modulo a number: `first,second:modulus,count` asks for so many more.",
+            "Continue an arithmetic sequence modulo a number: `first,second:modulus,count`.",
             _continue_sequence,
             810,
             610,

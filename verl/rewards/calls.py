@@ -144,8 +144,8 @@ class _Station:
         self.stuck = [worker for worker in self.stuck if worker.is_alive]
         if len(self.stuck) > self.max_stuck:
             raise RuntimeError(
-                f"need at most {self.max_stuck} reward calls that never return, got {len(self.stuck)}, the last one "
-                f"of {name!r}; give the function a time limit of its own, below {self.timeout_s:g} s"
+                f"need at most {self.max_stuck} reward calls that never return, got {len(self.stuck)}, the "
+                f"last one of {name!r}; give the function a time limit of its own, below {self.timeout_s:g} s"
             )
 
 
@@ -228,7 +228,7 @@ class _Lane:
         self._replace_worker(suspects, RewardFailure("reward_crash", cause))
 
     def _replace_worker(self, suspects: Sequence[RewardCall], failure: RewardFailure) -> None:
-        """Kills the worker, fails the call that held it, and queues its other calls anew.
+        """Kills the worker, fails the call that held it, and queues its other calls again.
 
         Of coroutines that share a worker, the one whose code ran is to blame. Where no code of a call ran, as
         in a task that a coroutine has started, all suspects are.
@@ -260,7 +260,7 @@ class CallPool:
         num_workers: plain calls at the same time; None for one per CPU, from 2 to 8.
         max_concurrent: coroutines at the same time.
         max_stuck: threads of the trainer still stuck in a call over its limit, beyond which `run` raises.
-        note: is told of a function that cannot run in a worker process.
+        note: called with a sentence about a function that cannot run in a worker process.
     """
 
     def __init__(
@@ -276,6 +276,8 @@ class CallPool:
         self._lock = threading.Lock()
         num_workers = num_workers or min(max(os.cpu_count() or 1, 2), 8)
 
+        blocked = ", and an async function held the event loop; await inside it, or make it a plain function"
+
         def station(worker: type[ProcessWorker] | type[ThreadWorker], *, is_async: bool) -> _Station:
             return _Station(
                 partial(worker, is_async=is_async, timeout_s=timeout_s),
@@ -285,11 +287,7 @@ class CallPool:
                 # The event loop ends late coroutines itself. If it has not by twice the limit, then for at
                 # least the limit some coroutine has not let it.
                 patience_s=2 * timeout_s if is_async else timeout_s,
-                timeout_hint=(
-                    ", and an async function held the event loop; await inside it, or make it a plain function"
-                    if is_async
-                    else ""
-                ),
+                timeout_hint=blocked if is_async else "",
                 max_stuck=max_stuck,
             )
 

@@ -1,4 +1,4 @@
-"""The reward of an answer: built-in functions, those of the settings and of the caller, and their weighted sum."""
+"""Reward of an answer: the weighted sum of built-in functions and those of the user."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RewardFunctions:
         timeout_s: limit of one call in seconds, from when the function is entered.
         max_failed_share: share of the trajectories of one `score` without a reward above which it raises, in
             [0, 1].
-        note: is told of each function that cannot run in a worker process, and why.
+        note: called with a sentence about each function that cannot run in a worker process.
 
     Raises:
         ValueError: no functions.
@@ -56,8 +56,8 @@ class RewardFunctions:
     ) -> None:
         if not functions:
             raise ValueError(
-                f"need at least one reward function, got none; name one in rewards.functions ({', '.join(REWARDS)}) "
-                "or pass reward_fn"
+                f"need at least one reward function, got none; name one in rewards.functions "
+                f"({', '.join(REWARDS)}) or pass reward_fn"
             )
         self._functions: dict[str, RewardFunction] = {}
         for function in functions:
@@ -111,15 +111,16 @@ class RewardFunctions:
         failed = [t for t in trajectories if t.reward is None]
         if len(failed) <= self._max_failed_share * len(trajectories):
             return
-        counts = Counter(t.outcome for t in failed).most_common()
+        outcomes = Counter(t.outcome for t in failed).most_common()
+        counts = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
         raise RuntimeError(
             f"need a reward for at least {1 - self._max_failed_share:.0%} of the answers, {len(failed)} of "
-            f"{len(trajectories)} have none ({', '.join(f'{outcome} {count}' for outcome, count in counts)}); first: "
-            f"{failed[0].detail}; correct the function, or raise rewards.timeout_s or rewards.max_failed_share"
+            f"{len(trajectories)} have none ({counts}); first: {failed[0].detail}; correct the function, or "
+            "raise rewards.timeout_s or rewards.max_failed_share"
         )
 
     def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError if no prompt has a column that a function needs; see `RewardFunction.check_data`."""
+        """Raises ValueError if no prompt has a column that a function needs."""
         for function in self._functions.values():
             function.check_data(prompts)
 
@@ -164,13 +165,13 @@ def build_rewards(
     placed: Mapping[str, Callable[..., Any]] | None = None,
     note: Callable[[str], None] = _LOG.warning,
 ) -> RewardFunctions:
-    """The functions of the settings, and those that are given as Python objects, which have weight 1.
+    """Functions of the settings, and those that are given as Python objects, which have weight 1.
 
     Args:
         config: names, options and limits.
         reward_fn: further functions.
         placed: functions in place of those of the same name, whose models run elsewhere.
-        note: is told of each function that cannot run in a worker process, and why.
+        note: called with a sentence about each function that cannot run in a worker process.
 
     Raises:
         ValueError: there is none, a name is unknown, or a function fits no form (see `RewardFunction`).
@@ -181,15 +182,17 @@ def build_rewards(
     for choice in config.functions:
         is_built_in = choice.name in REWARDS
         function = placed.get(choice.name) or load_function(choice.name)
+        module, _, attribute = choice.name.rpartition(":")
+        place = _place(function, config)
         functions.append(
             RewardFunction(
                 function,
                 name=choice.name if is_built_in else None,
                 weight=choice.weight,
                 options=choice.options,
-                imported_from=None if is_built_in else _module_and_name(choice.name),
-                # A model that the trainer holds is there alone.
-                place="thread" if is_built_in and not _is_pure(function) else _place(function, config),
+                imported_from=(module, attribute) if module else None,
+                # A built-in model is loaded in the trainer alone.
+                place=place or "thread" if is_built_in else place,
             )
         )
         if choice.name in PREPARATIONS and choice.name not in placed:
@@ -201,7 +204,7 @@ def build_rewards(
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """A reward function by its name in `REWARDS`, as "package.module:function", or as "path/file.py:function".
+    """Reward function by its name in `REWARDS`, as "package.module:function", or as "file.py:function".
 
     Raises:
         ValueError: there is no such name, module, file or function.
@@ -209,36 +212,29 @@ def load_function(name: str) -> Callable[..., Any]:
     known = REWARDS.get(name, name)
     if not isinstance(known, str):
         return known
-    if ":" not in known:
+    module, colon, attribute = known.rpartition(":")
+    if not colon:
         names = f"{', '.join(REWARDS)}; the nearest is {nearest_key(name, list(REWARDS))}"
         raise ValueError(
             f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", '
             f"got {name!r}"
         )
     try:
-        function = import_function(*_module_and_name(known))
+        return import_function(module, attribute)
     except MissingFunctionError:
         raise
     except Exception as error:
         raise ValueError(
-            f"need a module that can be imported for reward function {name!r}, got {type(error).__name__}: {error}; "
-            'correct it, put its folder on the path, or give "path/file.py:function"'
+            f"need a module that can be imported for reward function {name!r}, got {type(error).__name__}: "
+            f'{error}; correct it, put its folder on the path, or give "path/file.py:function"'
         ) from error
-    return function
-
-
-def _module_and_name(name: str) -> tuple[str, str]:
-    module, _, attribute = name.rpartition(":")
-    return module, attribute
-
-
-def _is_pure(function: Callable[..., Any]) -> bool:
-    """True for functions of our own that hold nothing and cannot hang."""
-    return any(function is own for own in REWARDS.values())
 
 
 def _place(function: Callable[..., Any], config: RewardsConfig) -> Place | None:
-    return "inline" if _is_pure(function) else "thread" if config.isolation == "thread" else None
+    """Place of a function, if it is not up to its state: built-in ones hold nothing and cannot hang."""
+    if any(function is built_in for built_in in REWARDS.values()):
+        return "inline"
+    return "thread" if config.isolation == "thread" else None
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Where a reward function runs, and how it gets there: in the trainer, on a thread, or in worker processes."""
+"""Place where a reward function runs, in the trainer or in worker processes, and its way there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import cloudpickle
 
 from verl.rewards.worker import Definition
 
-# "inline": in the thread that asks for the reward, without a limit, for functions of our own that cannot hang.
+# "inline": in the thread that asks for the reward, without a limit; for own functions that cannot hang.
 Place = Literal["inline", "thread", "process"]
 
 _keys = itertools.count(1)
@@ -48,14 +48,14 @@ _CONSTANTS = (
 
 @dataclass(eq=False)
 class Callee:
-    """A reward function and where it runs.
+    """A reward function and the place where it runs.
 
     Attributes:
         function: the function in the trainer's process.
         is_async: it returns coroutines.
         place: see `Place`.
         definition: what a worker process loads it from; None unless it runs in one.
-        note: why it runs in the trainer although a process was asked for; else "".
+        note: reason why it runs in the trainer although a process was asked for; else "".
         key: of the function among all.
     """
 
@@ -78,13 +78,13 @@ class Callee:
 def isolated(
     function: Callable[..., Any], *, is_async: bool, imported_from: tuple[str, str] | None = None
 ) -> Callee:
-    """The function for a worker process, or for a thread where a process would change what it does.
+    """Prepare a function for worker processes, or for a thread where a process would change what it does.
 
     Args:
         function: any callable.
         is_async: it returns coroutines.
-        imported_from: module or file and name, for a function that nobody but the run holds; else the rest of
-            the program might see what the function changes, and one that holds such objects stays here.
+        imported_from: module or file, and name in it, of a function that only the run holds. The rest of the
+            program may hold any other, and see what it changes; if it has state, it stays in the trainer.
     """
     callee = Callee(function, is_async)
     if imported_from is not None:
@@ -106,7 +106,7 @@ def isolated(
 
 
 def shared_objects(function: Any, *, _seen: frozenset[int] = frozenset()) -> Iterator[str]:
-    """Objects that a function could change or be changed by: in words, from its closure, defaults and globals.
+    """Names and types of the objects in a closure, defaults and globals that a function could change.
 
     A list, dict or set whose name is in capitals, and which is not empty, counts as a constant. Functions of
     the same module are looked into, those of others are not.
@@ -116,6 +116,7 @@ def shared_objects(function: Any, *, _seen: frozenset[int] = frozenset()) -> Ite
         held = {f"argument {i}": value for i, value in enumerate(function.args)} | function.keywords
     elif inspect.isfunction(function):
         yield from (f"{name}, which it sets" for name in _rebound_names(function.__code__))
+        yield from (f"its attribute {name}" for name in vars(function) if name != "__wrapped__")
         held = _held(function)
     elif _is_constant(function, ""):
         return

@@ -1,4 +1,4 @@
-"""A reward model as a reward function: loads it with its own tokenizer, and scores texts by it."""
+"""A reward model as a reward function: it is loaded with its own tokenizer, and scores texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from verl.utils.device import pick_device
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
-# Takes the last place of a row, which a model does not read; any token would do.
+# The last token of a row, which a model does not read; any token would do.
 _UNREAD = 0
 
 
@@ -38,10 +38,10 @@ def model(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> list[float]:
-    """What a trained reward model says of answers: its head at the last token, which is the end token.
+    """Scores of a trained reward model: its head at the last token of each answer, the end token.
 
-    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. It is loaded once, by `prepare` or at the
-    first call.
+    InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5. The model is loaded once, by `prepare` or at
+    the first call.
 
     Args:
         prompts: B texts or lists of chat messages.
@@ -49,16 +49,16 @@ def model(
         path: folder or hub name of the reward model, with its tokenizer.
         system_prompt: put in front of chats without one, as in the training of the reward model.
         precision: arithmetic of the forward pass.
-        device: auto, cpu or cuda; auto is a GPU where there is one.
+        device: auto, cpu or cuda; auto is a GPU if there is one.
         micro_batch_tokens: most tokens of a forward pass.
 
     Returns:
-        B numbers.
+        One number per completion.
 
     Raises:
         ValueError: no path, or no trained reward model there, or a completion without a text.
     """
-    return _scores(_judge(path, system_prompt, precision, device), prompts, completions, micro_batch_tokens)
+    return _scores(_scorer(path, system_prompt, precision, device), prompts, completions, micro_batch_tokens)
 
 
 def prepare(
@@ -69,27 +69,26 @@ def prepare(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     micro_batch_tokens: int = 16_384,
 ) -> None:
-    """Loads the reward model for later calls of `model`, whose options these are.
+    """Load the reward model for later calls of `model` with the same options.
 
     Raises:
         ValueError: as `model`.
     """
-    _judge(path, system_prompt, precision, device)
+    _scorer(path, system_prompt, precision, device)
 
 
 def rows_to_score(
     prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None
 ) -> Batch:
-    """A row for each answer: closed with the end token, and followed by one token that the model does not
-    read.
+    """Rows of answers, each closed with the end token and followed by one token that the model does not read.
 
     Args:
         prompts: B prompts.
         answers: B texts.
         codec: tokenizer of the reward model.
-        pad_id: of its configuration. Transformers reads a score at the last token that is not this one; where
-            it is the end token too, as in some models of others, the answer is left open, so that the score
-            is the same.
+        pad_id: padding token of the model's configuration. Transformers reads the score at the last token
+            that is not padding. Where the end token is the padding token, as in some published models, the
+            answer is left open, so that the score is the same.
     """
     trajectories = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -104,16 +103,16 @@ def rows_to_score(
 
 
 def last_scores(scores: Tensor, lengths: Tensor) -> Tensor:
-    """[B] at the last place of each row of [B, T], for lengths [B]."""
+    """Score [B] at the last position of each row of scores [B, T], for lengths [B]."""
     return scores.gather(1, lengths.to(scores.device)[:, None] - 1).squeeze(1)
 
 
 class RewardWorker(RoleWorker):
-    """A reward model on one rank."""
+    """One rank of a reward model."""
 
     @register(PLANNED)
     def score(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`scores` [B] of rows of `rows_to_score`."""
+        """Scores [B] of a batch of `rows_to_score`, as the column `scores`."""
         reward_model = self.engine.model
         assert isinstance(reward_model, RewardModel)
         scores = self.engine.infer(batch, plan_rows(plan), reward_model.token_scores)
@@ -121,8 +120,8 @@ class RewardWorker(RoleWorker):
 
 
 @dataclass
-class Judge:
-    """The ranks of a reward model, and its tokenizer; one call at a time."""
+class RewardScorer:
+    """Reward model on a group of ranks, with its tokenizer; scores one batch at a time."""
 
     group: WorkerGroup
     codec: TextCodec
@@ -130,8 +129,8 @@ class Judge:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, group: WorkerGroup, path: str, system_prompt: str | None) -> Judge:
-        """The judge whose model and tokenizer are in a folder."""
+    def of(cls, group: WorkerGroup, path: str, system_prompt: str | None) -> RewardScorer:
+        """Scorer of a started group, with the tokenizer from the folder of its model."""
         config = group.call(RoleWorker.model_config).result()
         return cls(
             group, TextCodec.load(path, system_prompt=system_prompt), config.get_text_config().pad_token_id
@@ -140,7 +139,7 @@ class Judge:
     def scores(
         self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int
     ) -> list[float]:
-        """What it says of each answer."""
+        """Score of each answer."""
         rows = rows_to_score(prompts, answers, codec=self.codec, pad_id=self.pad_id)
         plan = balance(
             rows.num_tokens,
@@ -152,8 +151,8 @@ class Judge:
         return numbers
 
 
-def on_group(judge: Judge) -> Callable[..., list[float]]:
-    """The reward function `model` for a model that runs on ranks of its own."""
+def reward_function_on(scorer: RewardScorer) -> Callable[..., list[float]]:
+    """Reward function `model` for a reward model that runs on ranks of its own."""
 
     def model(
         prompts: Sequence[Any],
@@ -164,17 +163,17 @@ def on_group(judge: Judge) -> Callable[..., list[float]]:
         precision: Precision = "fp32",
         micro_batch_tokens: int = 16_384,
     ) -> list[float]:
-        return _scores(judge, prompts, completions, micro_batch_tokens)
+        return _scores(scorer, prompts, completions, micro_batch_tokens)
 
     return model
 
 
 def _scores(
-    judge: Judge, prompts: Sequence[Any], completions: Sequence[Any], micro_batch_tokens: int
+    scorer: RewardScorer, prompts: Sequence[Any], completions: Sequence[Any], micro_batch_tokens: int
 ) -> list[float]:
     if not prompts:
         return []
-    return judge.scores(
+    return scorer.scores(
         [Prompt(prompt) for prompt in prompts],
         [_text(c) for c in completions],
         micro_batch_tokens=micro_batch_tokens,
@@ -184,22 +183,23 @@ def _scores(
 _LOADING = threading.Lock()
 
 
-def _judge(path: str | None, system_prompt: str | None, precision: Precision, device: str) -> Judge:
+def _scorer(path: str | None, system_prompt: str | None, precision: Precision, device: str) -> RewardScorer:
     if not path:
         raise ValueError(
-            "need the folder of a reward model: {name: model, path: FOLDER}; train one with `verl reward-model`"
+            "need the folder of a reward model: {name: model, path: FOLDER}; train one with "
+            "`verl reward-model`"
         )
     with _LOADING:  # Two calls at once must not load it twice.
         return _loaded(path, system_prompt, precision, device)
 
 
 @cache
-def _loaded(path: str, system_prompt: str | None, precision: Precision, device: str) -> Judge:
+def _loaded(path: str, system_prompt: str | None, precision: Precision, device: str) -> RewardScorer:
     transformer = load_reward_model(path, new_head=False).requires_grad_(False)
     reward_model = RewardModel(transformer, precision).to(pick_device(device))
     reward_model.check_forward()
     engine = LocalForwardEngine(reward_model, RoleConfig(precision=precision), device=reward_model.device)
-    return Judge.of(LocalPool().start("reward", RewardWorker, engine), path, system_prompt)
+    return RewardScorer.of(LocalPool().start("reward", RewardWorker, engine), path, system_prompt)
 
 
 def _text(completion: Any) -> str:

@@ -1,4 +1,4 @@
-"""One reward function: the forms that its signature may have, its calls, and the values that it may return."""
+"""A reward function: the forms of its signature, its calls, and the values that it may return."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _NOT_FIRST = {"response", "completion", "answer", "ground_truth", "data_source"}
 _NOT_SECOND = {"prompt", "answer", "ground_truth"}
 _NOT_ALONE = _NOT_FIRST | {"prompt"}
 _MISSING: Final = object()
+_wrong_type = partial(RewardFailure, "reward_wrong_type")
 # Finite numbers by name, `reward` among them; `turn_rewards` alone is a list of numbers.
 Score = dict[str, Any]
 
@@ -105,7 +106,7 @@ class RewardFunction:
         return [self._call(name, arguments, trajectory) for trajectory in trajectories]
 
     def scores(self, calls: Sequence[RewardCall], num_rows: int) -> list[Score | RewardFailure | None]:
-        """Score of each row from the settled calls, its failure, or None where the function does not apply."""
+        """Score of each row from settled calls; its failure, or None where the function does not apply."""
         if self.form != "batched":
             return [score_of(call.result) for call in calls]
         values = row_values(calls[0].result, num_rows)
@@ -186,7 +187,11 @@ class RewardFunction:
         self._check_present(values, prompts)
         inputs: dict[str, Any] = {
             "prompts": [p.content for p in prompts],
-            "completions": [_completion(t) for t in trajectories],
+            # In the format of the prompt, as TRL hands them to its reward functions.
+            "completions": [
+                t.text if isinstance(t.prompt.content, str) else [{"role": "assistant", "content": t.text}]
+                for t in trajectories
+            ],
             "completion_ids": [list(t.response_ids) for t in trajectories],
         }
         named = inputs if self._takes_columns else {name: inputs[name] for name in self._own}
@@ -251,7 +256,7 @@ def row_values(values: Any, num_rows: int) -> list[Any] | RewardFailure:
 
 
 def named_scores(scored: Mapping[str, Score]) -> Score:
-    """The values by function, and their further scores by their own name, or as function/name if that is taken."""
+    """Values by function, and further scores by their own name, or as function/name if that is taken."""
     named = {name: score["reward"] for name, score in scored.items()}
     for name, score in scored.items():
         for key, value in score.items():
@@ -297,7 +302,7 @@ def _leading(parameters: Sequence[inspect.Parameter]) -> list[inspect.Parameter]
 
 
 def _column(prompt: Prompt, name: str) -> Any:
-    """Value for a parameter of that name; an answer of None is missing, so that nothing is compared with it."""
+    """Value for a parameter; an answer of None counts as missing, so that nothing is compared with it."""
     if name == "answer" or (name == "ground_truth" and name not in prompt.columns):
         return _MISSING if prompt.answer is None else prompt.answer
     if name == "source" and name not in prompt.columns:
@@ -307,17 +312,6 @@ def _column(prompt: Prompt, name: str) -> Any:
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not _MISSING}
-
-
-def _completion(trajectory: Trajectory) -> str | list[dict[str, str]]:
-    """The answer in its prompt's format, as TRL hands it to its reward functions."""
-    if isinstance(trajectory.prompt.content, str):
-        return trajectory.text
-    return [{"role": "assistant", "content": trajectory.text}]
-
-
-def _wrong_type(detail: str) -> RewardFailure:
-    return RewardFailure("reward_wrong_type", detail)
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,4 @@
-"""What the length of an answer adds to its reward, compared with its siblings; the overlong penalty needs
-none and is in `functions`.
-"""
+"""Rewards for the length of an answer: compared with its siblings, or near the longest answer allowed."""
 
 from __future__ import annotations
 
@@ -16,11 +14,10 @@ from verl.data.columns import readable_by
 
 
 def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight lambda for right answers and weight min(0, lambda) for wrong ones, lambda = 1/2 - (n - n_min) /
-    (n_max - n_min).
+    """Length reward of Kimi k1.5: weight lambda for right answers, weight min(0, lambda) for wrong ones.
 
-    Kimi k1.5, https://arxiv.org/abs/2501.12599, section 2.3.3. Answers of one length all get 0. An answer is
-    right if its reward is above 0.
+    lambda = 1/2 - (n - n_min) / (n_max - n_min), https://arxiv.org/abs/2501.12599, section 2.3.3. Answers of
+    one length all get 0. An answer is right if its reward is above 0.
 
     Args:
         rewards: [n] float, of the siblings of one group.
@@ -28,7 +25,7 @@ def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> 
         weight: factor, unit of the rewards.
 
     Returns:
-        [n], what to add to each reward, in [-weight / 2, weight / 2].
+        [n], to be added to the rewards, in [-weight / 2, weight / 2].
 
     Raises:
         ValueError: weight is negative.
@@ -43,11 +40,10 @@ def kimi_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 1.0) -> 
 
 
 def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1) -> Tensor:
-    """-weight sigmoid((n - mean) / std) for right answers, with mean and deviation over the right answers of
-    the group; 0 for wrong ones.
+    """Penalty -weight sigmoid((n - mean) / std) of right answers, 0 for wrong ones.
 
-    Training language models to reason efficiently, https://arxiv.org/abs/2502.04463, section 3. An answer is
-    right if its reward is above 0.
+    Training language models to reason efficiently, https://arxiv.org/abs/2502.04463, section 3. Mean and
+    deviation are over the right answers of the group. An answer is right if its reward is above 0.
 
     Args:
         rewards: [n] float, of the siblings of one group.
@@ -55,7 +51,7 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
         weight: most that can be lost, unit of the rewards.
 
     Returns:
-        [n], what to add to each reward, in [-weight, 0].
+        [n], to be added to the rewards, in [-weight, 0].
 
     Raises:
         ValueError: weight is negative.
@@ -72,16 +68,15 @@ def relative_length(rewards: Tensor, num_tokens: Tensor, *, weight: float = 0.1)
 
 
 def overlong_penalty(length: int, *, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
-    """What an answer's length adds to its reward: 0 up to max - buffer, from there linearly to -penalty at
-    max and beyond.
+    """Soft overlong punishment of DAPO: 0 up to max - buffer, from there linearly down to -penalty at max.
 
-    Soft overlong punishment, DAPO, https://arxiv.org/abs/2503.14476, section 3.4, equation 13.
+    https://arxiv.org/abs/2503.14476, section 3.4, equation 13.
 
     Args:
-        length: of the answer, in tokens.
-        max_tokens: longest answer, in tokens.
-        buffer_tokens: last part of it in which the reward falls, in tokens; 0: no punishment.
-        penalty: lost at the full length, unit of the reward.
+        length: tokens of the answer.
+        max_tokens: tokens of the longest answer.
+        buffer_tokens: last tokens of the longest answer, over which the reward falls; 0: no punishment.
+        penalty: reward lost at the full length and beyond, unit of the reward.
 
     Returns:
         A number in [-penalty, 0].
@@ -91,15 +86,17 @@ def overlong_penalty(length: int, *, max_tokens: int, buffer_tokens: int, penalt
     """
     if not 0 <= buffer_tokens <= max_tokens:
         raise ValueError(
-            f"need 0 <= buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens} and max_tokens={max_tokens}"
+            f"need 0 <= buffer_tokens <= max_tokens, got buffer_tokens={buffer_tokens} and "
+            f"max_tokens={max_tokens}"
         )
     over = length - (max_tokens - buffer_tokens)
     return -penalty * min(over / buffer_tokens, 1.0) if buffer_tokens and over > 0 else 0.0
 
 
 def bound_length_penalty(choice: Choice) -> BoundFunction | None:
-    """The chosen function, called once on a small group so that a wrong option is found at the start; None
-    for "off".
+    """The chosen function with its options bound; None for "off".
+
+    It is called once on a small group, so that a wrong option is found at the start.
 
     Raises:
         ValueError: an unknown function or option, one out of its bounds, or a function that cannot be called
@@ -108,7 +105,8 @@ def bound_length_penalty(choice: Choice) -> BoundFunction | None:
     if choice.name == "off":
         if choice.options:
             raise ValueError(
-                f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one of {_NAMES}"
+                f"algorithm.length_penalty off takes no options, got {', '.join(choice.options)}; name one "
+                f"of {', '.join(LENGTH_PENALTIES)}"
             )
         return None
     columns = readable_by("length_penalty")
@@ -122,9 +120,8 @@ def _check_weight(weight: float) -> None:
         raise ValueError(f"need weight >= 0, got {weight}; a negative one would reward length")
 
 
-# Each takes the rewards and lengths of one group; "off" stands for none.
+# Name -> function of the rewards and lengths of one group; "off" stands for no function.
 LENGTH_PENALTIES: dict[str, Callable[..., Tensor]] = {
     "kimi_length": kimi_length,
     "relative_length": relative_length,
 }
-_NAMES = ", ".join(LENGTH_PENALTIES)

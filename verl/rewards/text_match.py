@@ -19,10 +19,11 @@ def exact(trajectory: Trajectory) -> dict[str, float]:
 
 
 def position_share(trajectory: Trajectory) -> dict[str, float]:
-    """Share of positions that hold the reference's character, of the longer of answer and reference, both
-    stripped.
+    """Share of the positions of the longer of answer and reference that hold the same character in both.
 
-    An answer no longer than the reference is so measured over the reference's length, and a longer one loses.
+    So an answer that is longer than the reference loses.
+
+    Both are stripped of surrounding white space.
 
     Returns:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
@@ -36,10 +37,12 @@ def position_share(trajectory: Trajectory) -> dict[str, float]:
 
 
 def prefix_share(trajectory: Trajectory) -> dict[str, float]:
-    """Share of the reference's characters that the answer holds before its first error, both stripped.
+    """Share of the reference's characters that the answer holds before its first error.
 
-    Dense: one more right character earns more. What follows a complete reference costs nothing; where answers
-    must also stop, add `exact` with a weight.
+    A dense reward: each further right character earns more. Text behind a complete reference costs nothing;
+    where answers must also stop, add `exact` with a weight.
+
+    Both are stripped of surrounding white space.
 
     Returns:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
@@ -57,7 +60,8 @@ def _reference(trajectory: Trajectory) -> str:
     prompt = trajectory.prompt
     if prompt.answer is None:
         raise ValueError(
-            f"need a reference answer, prompt {prompt.index} has none; name the column that holds it in data.answer_key"
+            f"need a reference answer, prompt {prompt.index} has none; name the column that holds it in "
+            "data.answer_key"
         )
     return str(prompt.answer).strip()
 

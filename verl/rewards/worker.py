@@ -102,7 +102,7 @@ class PipeLink(TrainerLink):
 
 
 def unpickled(body: bytes) -> Any:
-    """What the trainer or its own worker process has pickled; for nothing that comes from elsewhere."""
+    """Object that the trainer or its own worker process has pickled; never use it for data from outside."""
     return pickle.loads(body)
 
 

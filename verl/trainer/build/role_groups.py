@@ -20,7 +20,7 @@ from verl.data.columns import written_by
 from verl.data.packing import BatchPlan
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.role_worker import ColumnWorker, Learner, RoleWorker
-from verl.rewards.model import Judge, on_group
+from verl.rewards.model import RewardScorer, reward_function_on
 from verl.trainer.base import Metrics
 from verl.trainer.build import worker_factories
 from verl.trainer.build.placement import Placement
@@ -173,7 +173,9 @@ class RoleGroups:
         if group is None:
             return {}
         options = worker_factories.reward_model_options(self._config)
-        return {"model": on_group(Judge.of(group, options["path"], options.get("system_prompt")))}
+        return {
+            "model": reward_function_on(RewardScorer.of(group, options["path"], options.get("system_prompt")))
+        }
 
     def _start(
         self, role: str, factory: WorkerFactory, source: worker_factories.Source | None
