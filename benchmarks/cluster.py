@@ -19,8 +19,8 @@ from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
-from verl.rollout.engine import ServerSpec
 from verl.rollout.group_sampling import sample_group
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Prompt, SamplingParams

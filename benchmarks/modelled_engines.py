@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from typing_extensions import override
 
-from verl.rollout.engine import InferenceServer, ServerSpec, TokenChunk
+from verl.rollout.inference_server import InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.inference_pool import OnUpdate
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.types import WeightChunk

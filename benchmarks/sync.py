@@ -27,7 +27,7 @@ from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model, make_tiny_model
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server.embedded_server import EmbeddedServer

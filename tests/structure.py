@@ -186,14 +186,15 @@ def repeated_classes(s: Sources) -> Figure:
 
 def repeated_files(s: Sources) -> Figure:
     """File names that occur more than once, except between packages of one kind."""
+    # A section of settings has the name of what it configures; `base` is the base classes of a package.
     folders: dict[str, set[str]] = {}
     for path in s.texts:
-        if not path.endswith("__init__.py"):
+        if not path.endswith("__init__.py") and not path.startswith("config/"):
             folders.setdefault(Path(path).name, set()).add(Path(path).parent.as_posix())
     twice = {
         name: places
         for name, places in folders.items()
-        if len(places) > 1 and not any(places <= kind for kind in _SAME_KIND)
+        if len(places) > 1 and name != "base.py" and not any(places <= kind for kind in _SAME_KIND)
     }
     return _none("file names twice", [f"{name}: {', '.join(sorted(where))}" for name, where in twice.items()])
 

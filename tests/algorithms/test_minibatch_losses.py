@@ -16,7 +16,7 @@ from tests.oracles.gradients import assert_agrees, central_differences, summed
 from verl.algorithms.aggregations import seq_mean_token_mean
 from verl.algorithms.losses import POLICY_LOSSES, ppo_clip
 from verl.algorithms.minibatch_losses import clip_cov, kl_cov, online_dpo
-from verl.algorithms.preference import dpo
+from verl.algorithms.preference_losses import dpo
 from verl.algorithms.registry import bind
 from verl.config.fields import Choice
 

@@ -6,7 +6,7 @@ import inspect
 
 from verl.algorithms.dry_run import SIZES, example_columns
 from verl.algorithms.objective import STEP_COLUMNS
-from verl.config.checks.columns import COLUMN_READERS
+from verl.config.checks.column_readers import COLUMN_READERS
 from verl.data.batch import TRAJECTORY_COLUMNS
 from verl.data.columns import COLUMNS, LOGPROB, readable_by, with_required, written_by
 from verl.engines.roles.policy import POLICY_COLUMNS

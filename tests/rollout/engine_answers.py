@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import (
+from verl.rollout.inference_server import (
     InferenceServer,
     TokenChunk,
 )

@@ -16,7 +16,7 @@ from aiohttp import web
 from tests.rollout.engine_answers import PROMPT, answer, own_answer, policy, run
 from tests.rollout.servers import KEY, running, tiny_model
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import (
+from verl.rollout.inference_server import (
     EngineError,
     RefusedError,
     ServerSpec,

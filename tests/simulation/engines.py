@@ -20,7 +20,7 @@ from tests.simulation.modelled_policy import (
     sample_token,
     state_of,
 )
-from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
+from verl.rollout.inference_server import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.weight_sync.types import TensorInfo, WeightChunk

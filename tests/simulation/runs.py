@@ -24,8 +24,8 @@ from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker, stall_reason
-from verl.rollout.engine import EngineError
 from verl.rollout.group_sampling import sample_group
+from verl.rollout.inference_server import EngineError
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, Prompt, SamplingParams
 from verl.utils.virtual_time import run

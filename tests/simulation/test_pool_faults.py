@@ -13,8 +13,8 @@ from tests.simulation.engines import Pace, World
 from tests.simulation.faults import PLACES, Faults
 from tests.simulation.modelled_policy import VOCABULARY
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, ServerSpec
 from verl.rollout.group_sampling import sample_group
+from verl.rollout.inference_server import EngineError, ServerSpec
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.virtual_time import run

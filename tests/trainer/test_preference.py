@@ -216,7 +216,10 @@ def test_the_error_of_a_loss_that_is_not_finite_names_its_row(letters, tmp_path)
         ("loss=dop", "need one of dpo, ipo, simpo"),
         ("loss.beta=-1", "dpo: need beta > 0, got -1"),
         ("loss.betta=1", "got 'betta'; did you mean 'beta'"),
-        ("loss=verl.algorithms.preference:bradley_terry", "reads 'chosen_rewards', which is no column"),
+        (
+            "loss=verl.algorithms.preference_losses:bradley_terry",
+            "reads 'chosen_rewards', which is no column",
+        ),
         ("reference=/nowhere", "cannot load a causal language model from '/nowhere'"),
         ("data.train=null", "need data.train: rows {prompt, chosen, rejected}"),
         ("data.test=missing.jsonl", "missing.jsonl"),

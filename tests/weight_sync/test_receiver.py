@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.rollout.pool.pools import changed, group_of
 from tests.tiny import tiny_policy
-from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
+from verl.rollout.inference_server import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.weight_sync.fingerprint import fingerprint_of_ranks

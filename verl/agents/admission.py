@@ -51,8 +51,8 @@ class Admission:
         """Numbers of complete groups for a batch that still needs `left`, the first complete ones first.
 
         A complete group is passed over if a group in flight needs its place: of the groups that may be
-        trained on up to version v + k, no more may be left than k batches hold (and `oversample`). So the batch
-        waits for slow groups instead of dropping them.
+        trained on up to version v + k, no more may be left than k batches hold (and `oversample`). So the
+        batch waits for slow groups instead of dropping them.
         """
         ready = sorted(
             (group for group in groups if group.arrival is not None), key=lambda group: group.arrival or 0

@@ -11,7 +11,7 @@ from verl.agents.groups import Group, GroupError
 from verl.data.batch import Trajectory
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
-from verl.rollout.engine import EngineError, RefusedError
+from verl.rollout.inference_server import EngineError, RefusedError
 from verl.utils.event_loops import Gatherer, call_in_thread, gather_all, wait_for_thread
 
 # Groups beside training that are rewarded at the same time.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.functional import check_same_shape
-from verl.algorithms.preference import outcome_cross_entropy
+from verl.algorithms.preference_losses import outcome_cross_entropy
 
 
 def value_clip(

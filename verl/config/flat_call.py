@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from verl.config.algorithm import KLAdaptive
-from verl.config.checks.columns import may_read, reads
+from verl.config.checks.column_readers import may_read, reads
 from verl.config.introspection import fields_by_key, is_section
 from verl.config.layers import (
     Stage,

@@ -83,7 +83,7 @@ class PreferenceConfig(PairsConfig):
     """A run that trains the policy on preferences directly."""
 
     loss: Choice = setting(
-        Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference`.", source="DPO, 2305.18290"
+        Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference_losses`.", source="DPO, 2305.18290"
     )
     reference: str | None = setting(
         None, "Model of the reference policy; none: the policy as it was at the start."
@@ -95,7 +95,7 @@ class RewardModelConfig(PairsConfig):
 
     loss: Choice = setting(
         Choice(name="bradley_terry"),
-        "Loss of a pair, `verl.algorithms.preference`.",
+        "Loss of a pair, `verl.algorithms.preference_losses`.",
         source="InstructGPT, 2203.02155",
     )
 

@@ -249,7 +249,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         return f"{self.model.transformer.config.model_type} {type(self.model).__name__.removeprefix('FSDP')}"
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors."""
+        """State of a checkpoint besides tensors."""
         return {
             "kind": self.model_kind,
             "updates": self._schedule.last_epoch,

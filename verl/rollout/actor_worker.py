@@ -1,6 +1,4 @@
-"""The policy as a worker that also answers prompts, and the engine that lets a group of such workers answer
-them.
-"""
+"""The policy as a worker that also generates, and the generator over a group of such workers."""
 
 from __future__ import annotations
 
@@ -21,12 +19,18 @@ from verl.engines.roles.role_worker import MAX_OVER_RANKS
 from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
-from verl.rollout.engine import ColocatedEngine
-from verl.utils.sampling_types import BatchGenerator, Completion, FinishReason, SamplingParams
+from verl.rollout.inference_server import ColocatedEngine
+from verl.utils.sampling_types import (
+    BatchGenerator,
+    Completion,
+    FinishReason,
+    SamplingParams,
+    check_lengths,
+)
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.fingerprint import digest, fingerprint
 
-# Of the answers to one prompt: why each ended, and its text.
+# Finish reason and text of each answer to one prompt.
 Answers = list[tuple[FinishReason, str]]
 
 
@@ -41,8 +45,8 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         temperature: see `PolicyWorker`.
         epochs: see `PolicyWorker`.
         chunk: see `PolicyWorker`.
-        generator: an engine with weights of its own; none: the policy itself generates.
-        hybrid: the policy in a layout to generate in; none: in that of training.
+        generator: an engine with a separate copy of the weights; None: the policy itself generates.
+        hybrid: the policy in a generation layout; None: it generates in the training layout.
     """
 
     def __init__(
@@ -65,24 +69,23 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         self._embedded = EmbeddedEngine(
             self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots
         )
-        self._apart = generator
+        self._colocated = generator
         self._has_weights = False
 
     @register(THREE_D_ALL_MICRO_DP)
     def generate(
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> tuple[list[Answers], Batch]:
-        """Answers this rank's prompts; `version` is that of the weights.
+        """Answer this rank's prompts with the weights of `version`.
 
         Returns:
-            For each prompt why each of its answers ended and its text, and the tokens of all of them as a
-            batch, answer by
-            answer: `response_ids` and `rollout_logprobs`.
+            Finish reasons and texts of the answers to each prompt, and a batch with a row per answer:
+            `response_ids` and `rollout_logprobs`.
         """
         groups = (
-            self._by_policy(prompts, params, version)
-            if self._apart is None
-            else self._by(self._apart, prompts, params, version)
+            self._generate_by_policy(prompts, params, version)
+            if self._colocated is None
+            else self._generate_by(self._colocated, prompts, params, version)
         )
         completions = [completion for group in groups for completion in group]
         tokens = Batch(
@@ -97,22 +100,23 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         ]
         return texts, tokens
 
-    def _by_policy(
+    def _generate_by_policy(
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> list[list[Completion]]:
         self._embedded.version = version
         with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.loaded(version):
             return self._embedded.generate(prompts, params) if prompts else []
 
-    def _by(
+    def _generate_by(
         self,
         generator: ColocatedEngine,
         prompts: list[Sequence[int]],
         params: list[SamplingParams],
         version: int,
     ) -> list[list[Completion]]:
-        """With an engine that takes the weights over when they have changed; tensor ranks leave the answers
-        to their first.
+        """Answers of a colocated engine, which first loads weights that have changed.
+
+        Of the ranks of a tensor-parallel group the first one returns the answers.
         """
         if not self._has_weights or generator.version != version:
             digests: dict[str, int] = {}
@@ -120,7 +124,8 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
             got = generator.load(self._noted_weights(digests), version)
             if got != fingerprint(digests):
                 raise RuntimeError(
-                    f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; see the log"
+                    f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; "
+                    "see the log"
                 )
             self._has_weights = True
         if not self.dispatch_ranks["generate"].collects:
@@ -134,32 +139,30 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
 
     @register(SAME_ON_ALL)
     def end(self) -> None:
-        """Ends an engine with weights of its own."""
-        if self._apart is not None:
-            self._apart.close()
+        """End the colocated engine."""
+        if self._colocated is not None:
+            self._colocated.close()
 
     @register(SAME_ON_ALL)
     def sleep(self) -> None:
-        """Gives back the device memory of weights that only generate."""
-        if self._apart is not None and self._has_weights:
-            self._apart.sleep()
+        """Release the device memory of weights that only generate."""
+        if self._colocated is not None and self._has_weights:
+            self._colocated.sleep()
             self._has_weights = False
         if self._hybrid is not None:
             self._hybrid.sleep()
 
     @register(MAX_OVER_RANKS)
     def take_switches(self) -> dict[str, float]:
-        """What the switches to the generation layout took since this was last asked, on the rank to which
-        they cost most.
-        """
+        """Cost of the switches to the generation layout since the last call, the largest of all ranks."""
         return {} if self._hybrid is None else self._hybrid.take_metrics()
 
 
 class PolicyGenerator(BatchGenerator):
-    """Lets the ranks of the policy answer, each its share of the prompts: no copy of the weights, no sync.
+    """Generation by the ranks of the policy, each for its share of the prompts; weights are not copied.
 
-    Where the ranks are other processes, the tokens stay with them: the completions know their lengths, and
-    fetch what is read.
+    Tokens stay with ranks that are other processes: a completion has their number, and fetches them when they
+    are read.
     """
 
     def __init__(self, actor: WorkerGroup) -> None:
@@ -169,28 +172,20 @@ class PolicyGenerator(BatchGenerator):
     def sleep(self) -> None:
         self._actor.call(ActorWorker.sleep).result()
 
+    @override
     def close(self) -> None:
-        """See `BatchGenerator.close`; ranks that have failed are gone."""
-        with suppress(WorkerError):
+        with suppress(WorkerError):  # ranks that have failed are gone
             self._actor.call(ActorWorker.end).result()
 
     @override
     def take_metrics(self) -> dict[str, float]:
         return self._actor.call(ActorWorker.take_switches).result()
 
+    @override
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `BatchGenerator.generate`.
-
-        Raises:
-            ValueError: an empty prompt, or prompt and answer longer than the model's context.
-            RuntimeError: the model's logits are not finite.
-        """
-        if len(prompts) != len(params):
-            raise ValueError(
-                f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters"
-            )
+        check_lengths(prompts, params)
         groups, tokens = self._actor.call(
             ActorWorker.generate, list(prompts), list(params), self.version
         ).result()

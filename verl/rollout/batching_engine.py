@@ -26,7 +26,7 @@ class _Request(NamedTuple):
     affinity: PrefixAffinity | None
 
     def continues(self, other: _Request, count: int) -> bool:
-        """True if this is the answer behind `count` answers to the same prompt, the first of which is `other`."""
+        """True if this is the answer behind `count` answers of a group that begins with `other`."""
         expected = replace(other.params, sample_index=other.params.sample_index + count)
         return (
             self.affinity is not None
@@ -39,14 +39,14 @@ class _Request(NamedTuple):
 class BatchingEngine(OwnLoop, RolloutEngine):
     """Answers requests by a generator that takes turns with training, such as the policy's own ranks.
 
-    What is asked in one turn of the event loop is generated in one call, and the answers of a group as answers
-    to one prompt, which is computed once. An answer depends on its seed and number alone, so batches don't
+    Requests of one turn of the event loop are generated in one call. The answers of a group are answers to
+    one prompt, which is computed once. An answer depends on its seed and number alone, so batches don't
     change it.
 
     Args:
         generator: generates batches.
-        in_thread: call it in a thread, since code of a user may block or run an event loop of its own; else in
-            the thread of the trainer, where an interrupt ends it.
+        in_thread: call it in a thread, since code of a user may block or run its own event loop; else in the
+            thread of the trainer, where an interrupt ends it.
         clock: takes the seconds of `generate`.
         waits: takes the waits for `generate`.
     """

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from verl.utils.event_loops import gather_all
-from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams
+from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams, check_lengths
 
 
 class Sampler(Protocol):
@@ -38,9 +38,6 @@ async def sample_groups(
     Raises:
         ValueError: another number of parameters than prompts.
     """
-    if len(prompts) != len(params):
-        raise ValueError(
-            f"need sampling parameters for each prompt, got {len(prompts)} prompts and {len(params)} parameters"
-        )
+    check_lengths(prompts, params)
     groups = zip(prompts, params, strict=True)
     return await gather_all([sample_group(engine, prompt, wanted) for prompt, wanted in groups])

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from verl.rollout.engine import EngineError
+from verl.rollout.inference_server import EngineError
 
 T = TypeVar("T")
 _READ_BUFFER_BYTES = 2**24

@@ -14,7 +14,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.rollout.engine import (
+from verl.rollout.http_client import HTTPClient, HTTPStatusError
+from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
     RefusedError,
@@ -22,7 +23,6 @@ from verl.rollout.engine import (
     TokenChunk,
     request_seed,
 )
-from verl.rollout.http_client import HTTPClient, HTTPStatusError
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 

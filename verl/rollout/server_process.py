@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from verl.controller.worker_process import tail
-from verl.rollout.engine import EngineError
+from verl.rollout.inference_server import EngineError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05

@@ -1,4 +1,4 @@
-"""Users' own text workers behind the contract of generation."""
+"""Rollout workers of users, texts in and texts out, as batch generators."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from verl.utils.tokens import TextCodec
 
 
 class TextWorkerGenerator(BatchGenerator):
-    """Lets a `BaseRolloutWorker` answer: its texts are tokenized once, and have no logprobs.
+    """Generation by a `BaseRolloutWorker`: its texts are tokenized once, and have no logprobs.
 
-    The worker gets the prompt as the model would read it (chat template applied), `n` times, and is told the
-    largest `max_tokens` only; temperature and the like are its own business.
+    The worker gets each prompt `n` times as the model would read it (chat template applied), and the largest
+    `max_tokens`. It chooses temperature and other sampling parameters itself.
     """
 
     def __init__(self, worker: BaseRolloutWorker, codec: TextCodec) -> None:
@@ -26,10 +26,10 @@ class TextWorkerGenerator(BatchGenerator):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        """See `BatchGenerator.generate`.
+        """Answer every prompt, as `BatchGenerator.generate`.
 
         Raises:
-            ValueError: the worker gave something else than a list with one text per prompt.
+            ValueError: the worker returned something else than a list with one text per prompt.
         """
         asked = [
             self._codec.decode_prompt(list(p))
@@ -42,17 +42,13 @@ class TextWorkerGenerator(BatchGenerator):
         if inspect.iscoroutine(texts):
             texts = asyncio.run(texts)
         # A text is a sequence of texts, too.
-        if (
-            isinstance(texts, str)
-            or not isinstance(texts, Sequence)
-            or not all(isinstance(text, str) for text in texts)
-        ):
-            raise ValueError(
-                f"{type(self._worker).__name__}.generate must return a list of texts, got {reprlib.repr(texts)}"
-            )
+        is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+        name = f"{type(self._worker).__name__}.generate"
+        if not is_list or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} must return a list of texts, got {reprlib.repr(texts)}")
         if len(texts) != len(asked):
             raise ValueError(
-                f"{type(self._worker).__name__}.generate must return one text per prompt, got {len(texts)} for {len(asked)} prompts"
+                f"{name} must return one text per prompt, got {len(texts)} for {len(asked)} prompts"
             )
         answers = iter(texts)
         return [[self._completion(next(answers), p.max_tokens) for _ in range(p.n)] for p in params]

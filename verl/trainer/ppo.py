@@ -31,6 +31,7 @@ class PPOTrainer:
         model_name: str,
         optimizer: str = "adamw",
         lr: float = 1e-6,
+        *,
         kl_coef: float = 0.1,
         clip_range: float = 0.2,
         **options: Any,

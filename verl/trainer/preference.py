@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.algorithms.preference import PAIR_LOSSES
+from verl.algorithms.preference_losses import PAIR_LOSSES
 from verl.algorithms.registry import bind
 from verl.config.run import PreferenceConfig
 from verl.data.batch import Batch, ModelInput

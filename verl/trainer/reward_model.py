@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.algorithms.preference import REWARD_LOSSES, calibration
+from verl.algorithms.preference_losses import REWARD_LOSSES, calibration
 from verl.algorithms.registry import bind
 from verl.config.run import RewardModelConfig
 from verl.data.batch import Batch, ModelInput

@@ -175,6 +175,19 @@ class BatchGenerator(ABC):
         return
 
 
+def check_lengths(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+    """Check that there are sampling parameters for each prompt.
+
+    Raises:
+        ValueError: another number of parameters than prompts.
+    """
+    if len(prompts) != len(params):
+        raise ValueError(
+            f"need sampling parameters for each prompt, got {len(prompts)} prompts and "
+            f"{len(params)} parameters"
+        )
+
+
 def check_requests(
     prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], *, context: int
 ) -> None:
@@ -189,11 +202,7 @@ def check_requests(
         ValueError: an empty prompt, prompt and answer longer than the context, or another number of
             parameters.
     """
-    if len(prompts) != len(params):
-        raise ValueError(
-            f"need sampling parameters for each prompt, got {len(prompts)} prompts and "
-            f"{len(params)} parameters"
-        )
+    check_lengths(prompts, params)
     for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if not prompt or len(prompt) + wanted.max_tokens > context:
             raise ValueError(

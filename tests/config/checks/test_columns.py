@@ -7,7 +7,7 @@ import inspect
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.correction import CORRECTIONS
 from verl.algorithms.losses import POLICY_LOSSES
-from verl.config.checks.columns import COLUMN_READERS
+from verl.config.checks.column_readers import COLUMN_READERS
 
 
 def test_the_readers_of_a_column_are_those_whose_signature_names_it():

@@ -18,8 +18,8 @@ from verl.controller.worker_group import LocalGroup, LocalPool
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalEngine
 from verl.rollout.actor_worker import ActorWorker
-from verl.rollout.engine import ServerSpec
 from verl.rollout.group_sampling import sample_groups
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.pool.supervisor import MakeEngine
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher

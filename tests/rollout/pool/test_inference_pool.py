@@ -12,8 +12,8 @@ import pytest
 
 from tests.rollout.pool.pools import generate, publish
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.group_sampling import sample_group
+from verl.rollout.inference_server import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.pool.inference_pool import InferencePool
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.router import PrefixAffinity, Router

@@ -14,7 +14,7 @@ import pytest
 
 from tests.rollout.pool.pools import generate, publish, waited
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
+from verl.rollout.inference_server import EngineError, InferenceServer, RefusedError, ServerSpec, TokenChunk
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.utils.sampling_types import SamplingParams

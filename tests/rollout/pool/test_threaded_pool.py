@@ -27,7 +27,7 @@ from tests.rollout.pool.pools import (
     waited,
 )
 from tests.tiny import random_prompts, tiny_policy
-from verl.rollout.engine import EngineError, ServerSpec, TokenChunk
+from verl.rollout.inference_server import EngineError, ServerSpec, TokenChunk
 from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.types import WeightChunk

@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.rollout.engine_answers import PROMPT, answer, ids, logprobs, own_answer, policy, run
 from tests.rollout.servers import SECRET, next_logprobs, running, tiny_model
 from verl.engines.hf.pretrained import load_language_model
-from verl.rollout.engine import (
+from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
     RefusedError,

@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestServer
 from tests.tiny import random_prompts, shared_policy, tiny_codec
 from verl.rollout.embedded.async_generator import AsyncGenerator, Token
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.rollout.engine import EngineError, RefusedError, TokenChunk
+from verl.rollout.inference_server import EngineError, RefusedError, TokenChunk
 from verl.rollout.server.openai_request import APIError, ParsedRequest, RequestParser
 from verl.rollout.server.token_client import TokenStreamClient
 from verl.rollout.server.token_messages import Failure, pack_message, unpack_message

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_transformer
-from verl.rollout.engine import EngineError, ServerSpec, TokenChunk
+from verl.rollout.inference_server import EngineError, ServerSpec, TokenChunk
 from verl.rollout.pool.broadcast import Broadcaster
 from verl.rollout.sglang.server import SGLangServer
 from verl.utils.sampling_types import SamplingParams

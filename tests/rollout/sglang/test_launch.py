@@ -10,7 +10,7 @@ import pytest
 from tests.rollout.sglang.bench import (
     spec_of,
 )
-from verl.rollout.engine import EngineError, ServerSpec
+from verl.rollout.inference_server import EngineError, ServerSpec
 from verl.rollout.sglang.options import as_flags
 from verl.rollout.sglang.server import SGLangServer
 

@@ -29,8 +29,8 @@ from tests.rollout.sglang.bench import (
     whole,
 )
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, RefusedError, TokenChunk
 from verl.rollout.http_client import hide_secret
+from verl.rollout.inference_server import EngineError, RefusedError, TokenChunk
 from verl.rollout.sglang.requests import request_body
 from verl.rollout.sglang.server import SGLangServer
 from verl.rollout.sglang.stream import SGLangStream

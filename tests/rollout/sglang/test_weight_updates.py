@@ -36,7 +36,7 @@ from tests.rollout.sglang.bench import (
     updated,
 )
 from tests.tiny import tiny_transformer
-from verl.rollout.engine import EngineError, TokenChunk
+from verl.rollout.inference_server import EngineError, TokenChunk
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.sglang.server import SGLangServer

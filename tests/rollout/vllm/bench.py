@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.tiny import random_prompts, tiny_codec, tiny_transformer
-from verl.rollout.engine import ServerSpec, TokenChunk
+from verl.rollout.inference_server import ServerSpec, TokenChunk
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.fingerprint import digest, fingerprint

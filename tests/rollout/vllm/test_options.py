@@ -9,7 +9,7 @@ import pytest
 from tests.rollout.vllm.bench import (
     saved,
 )
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.vllm.options import as_flags
 from verl.rollout.vllm.server import VLLMServer
 

@@ -22,7 +22,7 @@ from tests.rollout.pool.pools import (
 )
 from tests.rollout.vllm.bench import counted
 from tests.tiny import random_prompts, tiny_policy
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.sampling_types import SamplingParams
 

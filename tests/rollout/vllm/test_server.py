@@ -25,7 +25,7 @@ from tests.rollout.vllm.bench import (
     whole,
 )
 from tests.tiny import tiny_codec
-from verl.rollout.engine import EngineError, RefusedError, TokenChunk
+from verl.rollout.inference_server import EngineError, RefusedError, TokenChunk
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.sampling_types import SamplingParams
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from verl.rollout.engine import TokenChunk
+from verl.rollout.inference_server import TokenChunk
 from verl.rollout.vllm.stream import parse_event
 
 PROMPT = [5, 6]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import tiny_transformer
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.vllm.launch import server_flags
 from verl.rollout.vllm.server import VLLMServer
 from verl.rollout.vllm.versions import (

@@ -36,7 +36,7 @@ from tests.rollout.vllm.bench import (
     whole,
 )
 from tests.tiny import tiny_transformer
-from verl.rollout.engine import EngineError, TokenChunk
+from verl.rollout.inference_server import EngineError, TokenChunk
 from verl.rollout.vllm.server import VLLMServer
 from verl.utils.network import free_port
 from verl.utils.sampling_types import SamplingParams

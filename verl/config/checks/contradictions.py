@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from verl.config.checks.columns import may_read, reads
+from verl.config.checks.column_readers import may_read, reads
 from verl.config.fields import Choice
 from verl.config.run import TrainerConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.checks.columns import may_read, reads
+from verl.config.checks.column_readers import may_read, reads
 from verl.config.run import PairsConfig, PreferenceConfig, RunConfig, SFTConfig, TrainerConfig
 
 

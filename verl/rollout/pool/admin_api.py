@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from aiohttp import web
 from typing_extensions import override
 
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.utils.sampling_types import Completion, PrefixAffinity, RolloutEngine, SamplingParams
 

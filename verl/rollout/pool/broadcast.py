@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from verl.rollout.engine import EngineError, InferenceServer
+from verl.rollout.inference_server import EngineError, InferenceServer
 from verl.utils.network import address_towards, free_port
 from verl.weight_sync.process_group import broadcast, open_group, send
 from verl.weight_sync.shard_tracking import slices_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from verl.rollout.engine import EngineError, RefusedError, ServerSpec
+from verl.rollout.inference_server import EngineError, RefusedError, ServerSpec
 from verl.rollout.pool.background_tasks import BackgroundTasks
 from verl.rollout.pool.replica import Replica, RequestInterrupted
 from verl.rollout.pool.request import InflightRequest

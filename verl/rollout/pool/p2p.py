@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.controller.worker_group import WorkerGroup
 from verl.engines.roles.weight_sender import PolicyWeightSender, Rendezvous, TransferPlans
-from verl.rollout.engine import EngineError, InferenceServer
+from verl.rollout.inference_server import EngineError, InferenceServer
 from verl.rollout.pool.broadcast import run_both
 from verl.utils.network import address_towards
 from verl.weight_sync.layout import full_bounds

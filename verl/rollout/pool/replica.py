@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, TypeVar
 
-from verl.rollout.engine import EngineError, InferenceServer, RefusedError, TokenChunk
+from verl.rollout.inference_server import EngineError, InferenceServer, RefusedError, TokenChunk
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.rollout.pool.weight_transfer import WeightTransfer
 from verl.utils.sampling_types import SamplingParams

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from verl.rollout.engine import EngineError, TokenChunk
+from verl.rollout.inference_server import EngineError, TokenChunk
 from verl.rollout.pool.replica import Replica
 from verl.utils.sampling_types import Completion, FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from verl.rollout.engine import EngineError, InferenceServer, ServerSpec
+from verl.rollout.inference_server import EngineError, InferenceServer, ServerSpec
 from verl.rollout.pool.background_tasks import BackgroundTasks
 from verl.rollout.pool.replica import Incarnation, Replica
 

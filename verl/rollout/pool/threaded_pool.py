@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.pool.inference_pool import InferencePool, OnUpdate
 from verl.rollout.pool.replica import Replica
 from verl.rollout.pool.supervisor import MakeEngine

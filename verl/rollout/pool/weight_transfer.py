@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from verl.rollout.engine import EngineError, InferenceServer
+from verl.rollout.inference_server import EngineError, InferenceServer
 from verl.rollout.pool.broadcast import Broadcaster
 from verl.rollout.pool.weight_publisher import WeightSnapshot
 from verl.weight_sync.fingerprint import fingerprint_of_ranks

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 import verl
 from verl.engines.hf.models import Precision
-from verl.rollout.engine import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.http_client import HTTPClient
+from verl.rollout.inference_server import EngineError, InferenceServer, ServerSpec, TokenChunk
 from verl.rollout.openai_engine import parse_options
 from verl.rollout.server.token_client import TokenStreamClient
 from verl.rollout.server.token_messages import MAX_MESSAGE_BYTES, PATH

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from verl.rollout.engine import EngineError, RefusedError, TokenChunk
+from verl.rollout.inference_server import EngineError, RefusedError, TokenChunk
 from verl.rollout.server.token_messages import dump_json, unpack_message
 from verl.utils.sampling_types import SamplingParams
 

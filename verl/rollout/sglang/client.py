@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from verl.rollout.engine import EngineError, RefusedError
 from verl.rollout.http_client import SilenceError, SilenceTimeout, hide_secret
+from verl.rollout.inference_server import EngineError, RefusedError
 from verl.rollout.sglang.launch import SGLangProcess
 
 T = TypeVar("T")

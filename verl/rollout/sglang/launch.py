@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import verl
-from verl.rollout.engine import EngineError, ServerSpec
 from verl.rollout.http_client import hide_secret
+from verl.rollout.inference_server import EngineError, ServerSpec
 from verl.rollout.server_process import ServerProcess
 from verl.rollout.sglang.options import as_flags
 from verl.rollout.sglang.worker import LOADER

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl.rollout.engine import RefusedError
+from verl.rollout.inference_server import RefusedError
 from verl.rollout.sglang.worker import LOADER
 from verl.utils.sampling_types import SamplingParams
 

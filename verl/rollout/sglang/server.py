@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from typing_extensions import override
 
-from verl.rollout.engine import (
+from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
     RefusedError,

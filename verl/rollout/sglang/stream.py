@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from verl.rollout.engine import TokenChunk
+from verl.rollout.inference_server import TokenChunk
 from verl.utils.sampling_types import FinishReason
 
 # With logits that are not finite, SGLang ends an answer as if by a stop text, whose next id is not in the

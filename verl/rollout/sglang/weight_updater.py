@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from verl.rollout.engine import EngineError
+from verl.rollout.inference_server import EngineError
 from verl.rollout.sglang.client import SGLangClient
 from verl.rollout.sglang.worker import LOADER, connect_store, report_file, report_key
 from verl.weight_sync.types import WeightChunk

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from verl.rollout.engine import EngineError, RefusedError
 from verl.rollout.http_client import SilenceError, SilenceTimeout, error_message
+from verl.rollout.inference_server import EngineError, RefusedError
 from verl.rollout.server_process import ServerProcess
 
 T = TypeVar("T")

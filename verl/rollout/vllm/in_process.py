@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from verl.rollout.engine import ColocatedEngine, request_seed
+from verl.rollout.inference_server import ColocatedEngine, request_seed
 from verl.rollout.vllm.options import FINISH_REASONS, has_accelerator, missing_weights, run_options
 from verl.rollout.vllm.versions import (
     BEGIN_UPDATE,

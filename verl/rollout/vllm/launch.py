@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import verl
-from verl.rollout.engine import ServerSpec
+from verl.rollout.inference_server import ServerSpec
 from verl.rollout.server_process import ServerProcess
 from verl.rollout.vllm.auth import OWNED_VARIABLE, SECRET_VARIABLE
 from verl.rollout.vllm.options import as_flags, has_accelerator, run_options

@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.rollout.engine import (
+from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
     RefusedError,

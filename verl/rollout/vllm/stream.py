@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from verl.rollout.engine import TokenChunk
+from verl.rollout.inference_server import TokenChunk
 from verl.rollout.vllm.options import FINISH_REASONS
 
 

@@ -45,7 +45,7 @@ _EMBEDDING = "embed_tokens.weight"
 
 @dataclass
 class GroupInfo(WeightTransferInitInfo):
-    """Process group to join, see `verl.rollout.engine.InferenceServer.join_group`."""
+    """Process group to join, see `verl.rollout.inference_server.InferenceServer.join_group`."""
 
     address: str
     port: int

@@ -15,7 +15,7 @@ from verl.rollout.batching_engine import BatchingEngine
 from verl.rollout.pool.admin_api import AdminAPI
 from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
-from verl.rollout.registry import SERVERS, server_class, server_spec, server_specs
+from verl.rollout.server_registry import SERVERS, server_class, server_spec, server_specs
 from verl.rollout.text_worker import TextWorkerGenerator
 from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.worker_factories import IN_PROCESS, Source, saved

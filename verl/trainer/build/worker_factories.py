@@ -29,7 +29,7 @@ from verl.engines.roles.teacher import TeacherWorker
 from verl.rewards.model import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_size, has_equal_layout
-from verl.rollout.engine import ColocatedEngine
+from verl.rollout.inference_server import ColocatedEngine
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
 

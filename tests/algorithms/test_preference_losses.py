@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.oracles import preference as oracle
 from tests.oracles.columns import random_columns
-from verl.algorithms.preference import (
+from verl.algorithms.preference_losses import (
     PAIR_LOSSES,
     REWARD_LOSSES,
     bradley_terry,

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from verl.config.rollout import RolloutConfig
 from verl.config.run import TrainerConfig
-from verl.rollout.engine import InferenceServer, ServerSpec
+from verl.rollout.inference_server import InferenceServer, ServerSpec
 from verl.weight_sync.types import Transport
 
 # Imported where one is chosen.

@@ -126,7 +126,7 @@ class InferenceServer(ABC):
 
     @property
     def transport(self) -> Transport:
-        """How weights travel to it: as the spec says, else the first of `transports` that reaches it.
+        """Transport of the weights: that of the spec, else the first of `transports` that reaches it.
 
         Raises:
             ValueError: it does not take weights in this way.
