@@ -42,17 +42,7 @@ FLOORS = {
 }
 MAX_NESTING, MAX_SETTINGS = 3, 220
 # Measures that some packages still miss, with the value that must not grow.
-BASELINE: dict[str, float] = {
-    "private_functions": 26,
-    "wide_lines": 290,
-    "question_docstrings": 220,
-    "see_docstrings": 3,
-    "class_members": 44,
-    "repeated_files": 11,
-    "positional_parameters": 10,
-    "function_lines": 69,
-    "file_lines": 605,
-}
+BASELINE: dict[str, float] = {"repeated_files": 2, "wide_lines": 1}
 IMPORTS = (ast.Import, ast.ImportFrom)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 
