@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl.rewards.shaping import LENGTH_PENALTIES, kimi_length, relative_length
+from verl.rewards.shaping import LENGTH_PENALTIES, kimi_length, overlong_penalty, relative_length
 
 GROUPS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(1, 50)), min_size=1, max_size=8)
 
@@ -84,3 +84,14 @@ def test_the_order_of_siblings_does_not_matter_and_longer_is_never_better(functi
 def test_a_negative_weight_is_refused(function):
     with pytest.raises(ValueError, match="need weight >= 0, got -1"):
         function(torch.ones(2), torch.tensor([1, 2]), weight=-1)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(0, 0.0), (80, 0.0), (90, -0.25), (100, -0.5), (120, -0.5)])
+def test_the_overlong_penalty_falls_linearly_over_the_buffer(tokens, expected):
+    assert overlong_penalty(tokens, max_tokens=100, buffer_tokens=20, penalty=0.5) == pytest.approx(expected)
+
+
+def test_an_overlong_buffer_of_nothing_punishes_nothing_and_one_too_long_is_refused():
+    assert overlong_penalty(100, max_tokens=100, buffer_tokens=0, penalty=1.0) == 0.0
+    with pytest.raises(ValueError, match="buffer_tokens=101"):
+        overlong_penalty(100, max_tokens=100, buffer_tokens=101, penalty=1.0)

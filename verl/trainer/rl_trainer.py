@@ -270,6 +270,8 @@ class Trainer(BaseTrainer):
     def close(self) -> None:
         with ExitStack() as ends:
             ends.callback(self.groups.close)
+            if "rewards" in vars(self) and self.rewards:  # they were read
+                ends.callback(self.rewards.close)
             if self._owns_rollout:
                 ends.callback(self.rollout.close)
             if self._producer:
