@@ -63,14 +63,18 @@ class RunLoop:
             while trainer.version < config.steps:
                 history.append(self._logged_step(tracker))
                 if self._is_due(config.checkpoint.every_steps) or trainer.version == config.steps:
-                    with trainer.waits.track("update", "a checkpoint"):
-                        store.begin(trainer.version, trainer.models.saves, trainer.state())
+                    self._begin_checkpoint()
                 if done := store.poll():
                     tracker.event(f"checkpoint: {done}")
         finally:  # also of a run that fails: the checkpoint that is being written is completed
             if done := store.finish():
                 tracker.event(f"checkpoint: {done}")
         return history
+
+    def _begin_checkpoint(self) -> None:
+        trainer = self._trainer
+        with trainer.waits.track("update", "a checkpoint"):
+            self._store.begin(trainer.version, trainer.models.saves, trainer.state())
 
     def _logged_step(self, tracker: Tracker) -> Metrics:
         trainer, config, start = self._trainer, self._config, time.perf_counter()

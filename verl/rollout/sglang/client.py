@@ -120,9 +120,8 @@ class SGLangClient:
             async with await self._read(post) as response:
                 if response.status != 200:
                     raise self.status_error(response.status, await response.text())
-                async for line in self._lines(response.content):
-                    if line.startswith(_EVENT_PREFIX):
-                        yield json.loads(line[len(_EVENT_PREFIX) - 1 :])
+                async for event in self._events(response.content):
+                    yield event
         except (aiohttp.ClientError, OSError) as error:
             raise self.error(f"broke an answer off: {type(error).__name__}: {error}") from error
 
@@ -143,13 +142,14 @@ class SGLangClient:
             return error
         return EngineError(hide_secret(f"{self._name} {message}", self._secret))
 
-    async def _lines(self, content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-        """Lines of a response, of any length: aiohttp limits it where it reads lines."""
+    async def _events(self, content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+        """Events of a response, in lines of any length: aiohttp limits the length where it reads lines."""
         buffer = b""
         while received := await self._read(content.readany()):
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
-                yield line
+                if line.startswith(_EVENT_PREFIX):
+                    yield json.loads(line[len(_EVENT_PREFIX) - 1 :])
 
     async def _read(self, reading: Awaitable[T]) -> T:
         """Read from the server within the limit on its silence."""
