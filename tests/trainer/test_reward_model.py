@@ -23,7 +23,7 @@ from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.attention import use_attention
 from verl.engines.hf.models import RewardModel
 from verl.engines.hf.pretrained import as_reward_model, load_reward_model
-from verl.rewards.model import last_scores, rows_to_score
+from verl.rewards.model_scoring import last_scores, rows_to_score
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.sft import SFTTrainer
 from verl.utils.sampling_types import Prompt

@@ -25,11 +25,11 @@ REWARDS: dict[str, Callable[..., Any] | str] = {
     "exact": exact,
     "position_share": position_share,
     "prefix_share": prefix_share,
-    "model": "verl.rewards.model:model",
+    "model": "verl.rewards.model_scoring:model",
 }
 # Name -> function that gets a built-in one ready, called with its options before the first step, without a
 # time limit.
-PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model:prepare"}
+PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model_scoring:prepare"}
 
 
 class RewardFunctions:

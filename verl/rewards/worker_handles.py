@@ -26,9 +26,7 @@ from typing import Any
 import cloudpickle
 from typing_extensions import override
 
-from verl.rewards.failures import RewardFailure
-from verl.rewards.isolation import Callee
-from verl.rewards.worker import (
+from verl.rewards.call_worker import (
     RUNNING,
     EventKind,
     Request,
@@ -37,6 +35,8 @@ from verl.rewards.worker import (
     serve_plain,
     unpickled,
 )
+from verl.rewards.failures import RewardFailure
+from verl.rewards.isolation import Callee
 
 Event = tuple[EventKind, int, Any]
 # Not `python -m`: the module would then be there twice, and the trainer's own path may hold verl.
@@ -44,7 +44,7 @@ _PROGRAM = """
 import json, sys
 path, *arguments = json.loads(sys.argv.pop())
 sys.path[:] = path
-from verl.rewards.worker import main
+from verl.rewards.call_worker import main
 main(*arguments)
 """
 # For a process to be gone after its connection has closed.

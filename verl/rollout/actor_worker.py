@@ -124,8 +124,8 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
             got = generator.load(self._noted_weights(digests), version)
             if got != fingerprint(digests):
                 raise RuntimeError(
-                    f"the engine has weights {got} of version {version}, it was given {fingerprint(digests)}; "
-                    "see the log"
+                    f"the engine has weights {got} of version {version}, it was given "
+                    f"{fingerprint(digests)}; see the log"
                 )
             self._has_weights = True
         if not self.dispatch_ranks["generate"].collects:

@@ -17,7 +17,7 @@ from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
 from verl.engines.hf.models import RewardModel
 from verl.engines.hf.pretrained import as_reward_model, load_reward_model
-from verl.rewards.model import last_scores, rows_to_score
+from verl.rewards.model_scoring import last_scores, rows_to_score
 from verl.trainer.base import Metrics
 from verl.trainer.pairwise_trainer import PairwiseTrainer, check_pair_loss, prompts_and_answers
 from verl.utils.sampling_types import Prompt

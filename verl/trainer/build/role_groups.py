@@ -20,7 +20,7 @@ from verl.data.columns import written_by
 from verl.data.packing import BatchPlan
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.role_worker import ColumnWorker, Learner, RoleWorker
-from verl.rewards.model import RewardScorer, reward_function_on
+from verl.rewards.model_scoring import RewardScorer, reward_function_on
 from verl.trainer.base import Metrics
 from verl.trainer.build import worker_factories
 from verl.trainer.build.placement import Placement

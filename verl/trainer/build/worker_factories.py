@@ -26,7 +26,7 @@ from verl.engines.roles.process_reward import ProcessRewardWorker
 from verl.engines.roles.reference_policy import ReferenceWorker
 from verl.engines.roles.role_worker import Learner
 from verl.engines.roles.teacher import TeacherWorker
-from verl.rewards.model import RewardWorker
+from verl.rewards.model_scoring import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_size, has_equal_layout
 from verl.rollout.inference_server import ColocatedEngine

@@ -16,7 +16,7 @@ from verl.data.batch import Trajectory
 from verl.engines.hf.models import RewardModel
 from verl.engines.hf.pretrained import as_reward_model, load_language_model, make_tiny_model, save_model
 from verl.rewards.functions import build_rewards
-from verl.rewards.model import model
+from verl.rewards.model_scoring import model
 from verl.utils.sampling_types import Prompt
 
 PROMPTS = ["abc=", "abc=", "h=", [{"role": "user", "content": "ab"}]]
