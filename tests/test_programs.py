@@ -35,3 +35,9 @@ def test_the_loop_of_the_case_study_prints_a_reward_for_each_step(tmp_path):
     # A tenth of the printable characters are digits, and the policy has hardly moved.
     assert all(0.03 < float(reward[1]) < 0.3 for reward in rewards)
     assert last == f"{verl.__version__} DataCollector"
+
+
+def test_the_installed_command_runs():
+    command = Path(sys.executable).parent / "verl"
+    result = subprocess.run([command, "--version"], check=True, capture_output=True, text=True)
+    assert verl.__version__ in result.stdout
