@@ -296,9 +296,9 @@ async def test_what_the_trainer_and_the_generator_wait_for_has_names():
     told = {
         stage.stage: stage.waits[0].what for stage in bench.pipeline._waits.snapshot().stages if stage.waits
     }
-    assert (
-        told["training"]
-        == "groups for the batch of version 0: it has 0, 2 are in flight, the oldest is group 0, answered since version 0"
+    assert told["training"] == (
+        "groups for the batch of version 0: it has 0, 2 are in flight, "
+        "the oldest is group 0, answered since version 0"
     )
     for number in (0, 1):
         await bench.source.answer(number, 1.0, 0.0)

@@ -218,7 +218,8 @@ def test_a_run_does_not_go_on_with_other_settings_and_says_which(letters, tmp_pa
     fitted("grpo", letters, tmp_path, "steps=1")
     with pytest.raises(
         ValueError,
-        match=r"other settings \(policy.optimizer.lr was 0.001, is 0.002; algorithm.kl.coef was 0.04, is 0.1\)",
+        match=r"other settings \(policy.optimizer.lr was 0.001, is 0.002; "
+        r"algorithm.kl.coef was 0.04, is 0.1\)",
     ):
         fitted("grpo", letters, tmp_path, "policy.optimizer.lr=0.002", "algorithm.kl.coef=0.1")
     assert [line["step"] for line in logged(tmp_path / "run")] == [1]
