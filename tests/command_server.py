@@ -33,6 +33,7 @@ PRELOADED = (
     "verl.monitoring.reports",
     "verl.planner.reshard_report",
     "verl.rollout.server.app",
+    "torch.utils.tensorboard",
 )
 STREAMS = (0, 1, 2)
 _MAX_REQUEST_BYTES = 1 << 20
