@@ -3,7 +3,8 @@
 The server imports PyTorch, Transformers and verl once. Each command is a fork of it, with the working folder,
 environment, arguments and standard streams of its caller; so it runs as a fresh process does, less its
 imports. `commands` puts programs `verl` and `python` into a folder: they send what they are called with to
-the server over a Unix socket and end with its exit code.
+the server over a Unix socket and end with its exit code. It needs Linux: elsewhere libraries may not survive
+a fork.
 
 Run as a program, this file is such a command, or with `serve` the server.
 """
@@ -36,7 +37,6 @@ PRELOADED = (
     "torch.utils.tensorboard",
 )
 STREAMS = (0, 1, 2)
-_MAX_REQUEST_BYTES = 1 << 20
 _POLL_S, _START_S = 0.02, 120
 
 
@@ -66,10 +66,9 @@ def call(address: str, name: str, arguments: list[str]) -> int:
     request = {"name": name, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        message = json.dumps(request).encode()
-        socket.send_fds(connection, [b"%9d" % len(message)], STREAMS)
-        connection.sendall(message)
-        return int(connection.recv(9))
+        socket.send_fds(connection, [b"\n"], STREAMS)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        return int(connection.makefile().readline())
 
 
 def serve(address: str) -> int:
@@ -96,11 +95,9 @@ def serve(address: str) -> int:
 
 def supervise(connection: socket.socket) -> int:
     """Run the command of a connection in a process of its own, and send its exit code."""
-    size, streams, _, _ = socket.recv_fds(connection, 9, len(STREAMS))
-    message = b""
-    while len(message) < int(size):
-        message += connection.recv(_MAX_REQUEST_BYTES)
-    request = json.loads(message)
+    _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
+    with connection.makefile() as lines:
+        request = json.loads(lines.readline())
     command = os.fork()
     if command == 0:
         connection.close()
@@ -111,9 +108,10 @@ def supervise(connection: socket.socket) -> int:
     while (ended := os.waitpid(command, os.WNOHANG))[0] == 0:
         if select.select([connection], [], [], _POLL_S)[0]:  # the caller was killed
             os.kill(command, signal.SIGTERM)
+            os.waitpid(command, 0)
             os._exit(1)
     code = os.waitstatus_to_exitcode(ended[1])
-    connection.sendall(b"%9d" % (code if code >= 0 else 128 - code))
+    connection.sendall(b"%d\n" % (code if code >= 0 else 128 - code))
     os._exit(0)
 
 
