@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from verl.controller.worker_process import tail
@@ -97,3 +97,21 @@ def group_exists(group: int) -> bool:
 
 def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def cause_of(error: EngineError, check: Callable[[], None] | None) -> EngineError:
+    """The end of the process as the cause of an error, if it ends within a second, else the error.
+
+    A process that dies closes its sockets before its end can be seen, so a request may fail first.
+
+    Args:
+        error: of a request.
+        check: raises EngineError if the process has ended; None: the process is not ours.
+    """
+    for _ in range(20 if check is not None else 0):
+        try:
+            check()
+        except EngineError as ended:
+            return ended
+        await asyncio.sleep(0.05)
+    return error

@@ -23,7 +23,7 @@ from verl.rollout.inference_server import EngineError, InferenceServer, ServerSp
 from verl.rollout.openai_engine import parse_options
 from verl.rollout.server.token_client import TokenStreamClient
 from verl.rollout.server.token_messages import MAX_MESSAGE_BYTES, PATH
-from verl.rollout.server_process import ServerProcess
+from verl.rollout.server_process import ServerProcess, cause_of
 from verl.utils.network import LOOPBACK, free_port
 from verl.utils.sampling_types import SamplingParams
 from verl.weight_sync.process_group import shared_memory_id
@@ -113,7 +113,10 @@ class EmbeddedServer(InferenceServer):
     async def check(self) -> None:
         if self._process is not None:
             self._process.check()
-        await self._connection.http.json("GET", "/health", timeout_s=self.spec.timeout_s)
+        try:
+            await self._connection.http.json("GET", "/health", timeout_s=self.spec.timeout_s)
+        except EngineError as error:
+            raise await cause_of(error, self._process and self._process.check) from error
 
     @override
     async def close(self) -> None:

@@ -22,6 +22,7 @@ from verl.rollout.inference_server import (
     TokenChunk,
     request_seed,
 )
+from verl.rollout.server_process import cause_of
 from verl.rollout.sglang.client import SGLangClient
 from verl.rollout.sglang.launch import SGLangProcess
 from verl.rollout.sglang.options import read_model_sizes
@@ -112,6 +113,8 @@ class SGLangServer(InferenceServer):
             await self.client.request("GET", "/server_info")
         except (RefusedError, ValueError) as error:
             raise EngineError(f"{self.spec.name} does not describe itself: {error}") from error
+        except EngineError as error:
+            raise await cause_of(error, self._process and self._process.check) from error
 
     @override
     async def close(self) -> None:

@@ -24,7 +24,7 @@ from verl.rollout.inference_server import (
     TokenChunk,
     request_seed,
 )
-from verl.rollout.server_process import ServerProcess
+from verl.rollout.server_process import ServerProcess, cause_of
 from verl.rollout.vllm.client import VLLMClient
 from verl.rollout.vllm.launch import MODEL_NAME, launch_server, server_version
 from verl.rollout.vllm.options import as_flags, missing_weights, request_body
@@ -112,7 +112,10 @@ class VLLMServer(InferenceServer):
     @override
     async def check(self) -> None:
         self.client.check_process()
-        await self.client.request("GET", "/health")
+        try:
+            await self.client.request("GET", "/health")
+        except EngineError as error:
+            raise await cause_of(error, self._process and self._process.check) from error
 
     @override
     async def close(self) -> None:
