@@ -116,7 +116,7 @@ class EmbeddedServer(InferenceServer):
         try:
             await self._connection.http.json("GET", "/health", timeout_s=self.spec.timeout_s)
         except EngineError as error:
-            raise await cause_of(error, self._process and self._process.check) from error
+            raise await cause_of(error, self._process.check if self._process else None) from error
 
     @override
     async def close(self) -> None:

@@ -114,7 +114,7 @@ class SGLangServer(InferenceServer):
         except (RefusedError, ValueError) as error:
             raise EngineError(f"{self.spec.name} does not describe itself: {error}") from error
         except EngineError as error:
-            raise await cause_of(error, self._process and self._process.check) from error
+            raise await cause_of(error, self._process.check if self._process else None) from error
 
     @override
     async def close(self) -> None:

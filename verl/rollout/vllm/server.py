@@ -115,7 +115,7 @@ class VLLMServer(InferenceServer):
         try:
             await self.client.request("GET", "/health")
         except EngineError as error:
-            raise await cause_of(error, self._process and self._process.check) from error
+            raise await cause_of(error, self._process.check if self._process else None) from error
 
     @override
     async def close(self) -> None:
