@@ -108,7 +108,9 @@ async def cause_of(error: EngineError, check: Callable[[], None] | None) -> Engi
         error: of a request.
         check: raises EngineError if the process has ended; None: the process is not ours.
     """
-    for _ in range(20 if check is not None else 0):
+    if check is None:
+        return error
+    for _ in range(20):
         try:
             check()
         except EngineError as ended:
