@@ -99,10 +99,8 @@ def curve(recipe: str) -> str:
                 f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |"
             )
     link = "[What was run](../benchmarks.md#every-recipe)"
-    return (
-        "\n".join(lines)
-        + f"\n\nThe accuracy of the sampled answers over the run, `{recipe}` in blue before `grpo` in grey. {link}."
-    )
+    caption = f"The accuracy of the sampled answers over the run, `{recipe}` in blue, `grpo` in grey. {link}."
+    return "\n".join(lines) + f"\n\n{caption}"
 
 
 def curves() -> str:
