@@ -29,10 +29,9 @@ def clip_cov(
     """PPO's clipped loss without gradient for a random share of the tokens of high covariance.
 
     The covariance of such a token lies between the two bounds. Clip-Cov, https://arxiv.org/abs/2505.22617,
-    equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens of the minibatch; the
-    bounds and the wide PPO clip are those of the authors' recipes. At least one token is chosen if there is
-    an eligible one, as in the authors' code (the paper rounds down); unlike there, a token that PPO clips may
-    be chosen, as in the paper.
+    equations 10 and 11, cov = (A - mean A)(log p - mean log p) over the sampled tokens of the minibatch.
+    Bounds and the wide PPO clip are those of the authors' recipes. At least one eligible token is chosen, as
+    in their code (the paper rounds down); as in the paper, a token that PPO clips may be chosen.
 
     Args:
         logprobs: [B, T] float with gradient, nats.
@@ -43,7 +42,8 @@ def clip_cov(
         share: of the sampled tokens, above 0 and at most 1.
         cov_low: lower bound of the covariance, unit of the advantages times nats.
         cov_high: upper bound, above the lower one.
-        clip_low, clip_high: distances of the clip from 1; clip_low in [0, 1], clip_high at least 0.
+        clip_low: distance of the lower clip from 1, in [0, 1].
+        clip_high: distance of the upper clip from 1, at least 0.
 
     Returns:
         loss [B, T], masked positions included, and detached monitors [B, T]: `ratio`; `clip_share`, 1 where
