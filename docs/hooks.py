@@ -1,6 +1,4 @@
-"""What the documentation takes from the code and the benchmarks: settings, the reference of every module,
-learning curves.
-"""
+"""Generated parts of the documentation: settings, the reference of every module, learning curves."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def modules(package: str) -> list[str]:
 
 
 def pages() -> dict[str, str]:
-    """Page -> its Markdown."""
+    """Markdown of each generated page, by its path."""
     reference = {f"reference/{package}.md": (f"verl.{package}", modules(package)) for package in PACKAGES}
     texts = {
         page: "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])
@@ -54,30 +52,28 @@ def pages() -> dict[str, str]:
 
 
 def on_config(config: MkDocsConfig, **_: Any) -> MkDocsConfig:
-    """Puts the reference at the end of the navigation."""
+    """Add the reference at the end of the navigation."""
     assert config.nav is not None
     config.nav.append({"Reference": list(pages())})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Adds the pages."""
+    """Add the generated pages."""
     for page, text in pages().items():
         files.append(File.generated(config, page, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Puts the learning curve of a recipe where a page says `<!-- curve: RECIPE -->`, and those of all for
-    `<!-- curves: all -->`.
-    """
+    """Replace `<!-- curve: RECIPE -->` by a learning curve, and `<!-- curves: all -->` by a table of all."""
     markdown = re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- curves: all -->$", lambda _: curves(), markdown, flags=re.MULTILINE)
 
 
 @cache
 def runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(recipe, task) -> its measured runs."""
+    """Measured runs, by recipe and task."""
     measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in json.loads(CURVES.read_text())["runs"]:
         measured.setdefault((row["recipe"], row["task"]), []).append(row)
@@ -85,7 +81,7 @@ def runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def curve(recipe: str) -> str:
-    """A drawing per task and a table of what was measured, as Markdown."""
+    """Table of the results of a recipe with a curve for each task, as Markdown."""
     tasks = sorted({task for _, task in runs()})
     lines = [
         "| task | accuracy before | after, mean (min to max) of the seeds | |",
@@ -98,13 +94,13 @@ def curve(recipe: str) -> str:
             lines.append(
                 f"| `{task}` | {statistics.fmean(before):.3f} | {figures} | {drawing(recipe, task)} |"
             )
-    link = "[What was run](../benchmarks.md#every-recipe)"
-    caption = f"The accuracy of the sampled answers over the run, `{recipe}` in blue, `grpo` in grey. {link}."
-    return "\n".join(lines) + f"\n\n{caption}"
+    link = "[Method](../benchmarks.md#every-recipe)"
+    legend = f"Accuracy of the sampled answers over the run, `{recipe}` in blue, `grpo` in grey. {link}."
+    return "\n".join([*lines, "", legend])
 
 
 def curves() -> str:
-    """A table of all recipes with their curves, the best of the first task first, as Markdown."""
+    """Table of all recipes with their curves, the best of the first task first, as Markdown."""
     tasks = sorted({task for _, task in runs()})
     lines = [
         "| recipe | " + " | ".join(f"`{task}` | " for task in tasks) + "|",
@@ -124,7 +120,7 @@ def curves() -> str:
 
 
 def drawing(recipe: str, task: str) -> str:
-    """An inline SVG of the mean curve before GRPO's, both from 0 to 1."""
+    """Inline SVG of the mean curve of a recipe over that of GRPO, both from 0 to 1."""
     paths = []
     for name, color in (("grpo", "#aaa"), (recipe, "#3f6ad8")):
         curves = [row["accuracies"] for row in runs().get((name, task), [])]

@@ -2,11 +2,10 @@
 
 The server imports PyTorch, Transformers and verl once. Each command is a fork of it, with the working folder,
 environment, arguments and standard streams of its caller; so it runs as a fresh process does, less its
-imports. `commands` puts programs `verl` and `python` into a folder: they send what they are called with to
-the server over a Unix socket and end with its exit code. It needs Linux: elsewhere libraries may not survive
-a fork.
+imports. `commands` writes programs `verl` and `python` into a folder: they send their arguments to the server
+over a Unix socket and end with the exit code of the fork. Linux only: elsewhere a fork is not safe.
 
-Run as a program, this file is such a command, or with `serve` the server.
+As a program, this file is the server (`serve`) or a command (`call`).
 """
 
 from __future__ import annotations
@@ -72,10 +71,10 @@ def call(address: str, name: str, arguments: list[str]) -> int:
 
 
 def serve(address: str) -> int:
-    """Fork for every command; returns in the forked processes alone, with the exit code of the command."""
+    """Fork for every command; return only in the forks, with the exit code of the command."""
     for module in PRELOADED:
         importlib.import_module(module)
-    # Only the thread that forks is there afterwards: a lock that another one holds would never be released.
+    # A fork has only the thread that forks: a lock held by another thread would never be released.
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as server:
@@ -94,7 +93,7 @@ def serve(address: str) -> int:
 
 
 def supervise(connection: socket.socket) -> int:
-    """Run the command of a connection in a process of its own, and send its exit code."""
+    """Run the command of a connection in another fork, and send its exit code."""
     _, streams, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
     with connection.makefile() as lines:
         request = json.loads(lines.readline())
