@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import time
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -140,6 +141,74 @@ def test_a_step_that_was_interrupted_is_made_again_with_its_groups(letters, tmp_
     assert (counts.trained, counts.waiting, counts.dispatched) == (12, 4, 16) and metrics[-1][
         "staleness/max"
     ] == 1
+
+
+def failing_once(owner: Any, method: str, error: BaseException, *, call: int) -> None:
+    """Lets one call of a method raise, the first being number 0."""
+    inner, numbers = getattr(owner, method), iter(range(10**6))
+
+    def fails_once(*given: Any) -> Any:
+        if next(numbers) == call:
+            raise error
+        return inner(*given)
+
+    setattr(owner, method, fails_once)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("down"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    ("owner", "method", "call"),
+    [
+        ("rollout.generator", "generate", 0),
+        ("codec", "encode_prompt", 1),
+        ("collector._sampler", "finish", 2),
+    ],
+)
+def test_a_step_that_fails_in_turn_is_made_again_with_its_groups(
+    owner, method, call, error, letters, tmp_path
+):
+    trainer = toy_trainer("grpo", letters, tmp_path)
+    failing_once(attrgetter(owner)(trainer), method, error, call=call)
+    with pytest.raises(type(error)):
+        trainer.step()
+    trainer.step()
+    counts = trainer.producer.pipeline.ledger.counts()
+    assert (counts.trained, counts.dispatched) == (4, 4)
+
+
+def test_after_too_many_failures_in_a_row_the_next_step_has_other_prompts(letters, tmp_path):
+    is_down = [True]
+
+    def judge(prompt, response):
+        if is_down:
+            raise ConnectionError("the judge is down")
+        return len(set(response))
+
+    settings = ("rewards.functions=[]", "rewards.max_failed_share=1", "pipeline.max_failures_in_a_row=4")
+    trainer = toy_trainer("grpo", letters, tmp_path, *settings, reward_fn=judge)
+    with pytest.raises(RuntimeError, match="4 groups failed one after the other"):
+        trainer.step()
+    is_down.clear()
+    trainer.step()
+    counts = trainer.producer.pipeline.ledger.counts()
+    assert (counts.trained, counts.dispatched, counts.accounted) == (4, 8, 8)
+
+
+def test_rows_of_the_users_own_are_learned_from_after_a_streamed_step_that_failed(letters, tmp_path):
+    source = toy_trainer("grpo", letters, tmp_path / "source")
+    settings = (*SERVED, "pipeline.batches=streamed", "algorithm.epochs=1", "algorithm.minibatches=1")
+    trainer = toy_trainer("grpo", letters, tmp_path, *settings, rollout=source.rollout.generator)
+    data = trainer.collect_data(trainer.loader.take(4))
+    failing_once(trainer.producer, "next_batch", RuntimeError("no reward"), call=0)
+    with pytest.raises(RuntimeError, match="no reward"):
+        trainer.step()
+    assert trainer.update_policy(data)["reward"] == data.metrics["reward"]
+
+
+def test_a_trainer_may_be_closed_twice(letters, tmp_path):
+    trainer, _ = stepped(letters, tmp_path, steps=1)
+    trainer.close()
+    trainer.close()
 
 
 def test_an_update_that_fails_leaves_its_groups_to_the_next_step(letters, tmp_path):

@@ -296,11 +296,15 @@ class Pipeline:
     def _take_in(self) -> None:
         """Decide on the groups that came back, and start what follows from it."""
         came_back, self._came_back = self._came_back, {}
+        for number in came_back:  # all of them first: the next step resumes those behind an error
+            del self._in_flight[number]
+        interrupted = {number for number, future in came_back.items() if _is_interrupted(future)}
         retried = []
         for number in sorted(came_back):
             group, future = self._groups[number], came_back[number]
-            del self._in_flight[number]
-            if future.cancelled():  # by an interrupt
+            if number in interrupted:
+                if not self._source.in_turn:
+                    raise RuntimeError(f"group {number} was cancelled, but not by the pipeline")
                 self._to_resume.append(group)
                 continue
             decision = self._retries.decide(group, future)
@@ -312,6 +316,7 @@ class Pipeline:
             if decision == "gone":
                 del self._groups[number]
                 self._next.dropped.append(group)
+                self._retries.check_failures()
                 continue
             versions = [version for t in group.answers for version in t.versions] or [group.oldest]
             group.oldest, group.arrival = min(versions), self._num_arrived
@@ -390,6 +395,11 @@ class _IdleWait:
         elif not is_idle and self._tracked is not None:
             self._tracked.close()
             self._tracked = None
+
+
+def _is_interrupted(future: asyncio.Future[None]) -> bool:
+    """True for a task that an interrupt ended: inside of it, or by the cancellation of all tasks."""
+    return future.cancelled() or isinstance(future.exception(), (KeyboardInterrupt, SystemExit))
 
 
 def staleness_metrics(rows: Batch, version: int) -> dict[str, float]:

@@ -45,6 +45,7 @@ class RetryPolicy:
         self._max_resamples = max_resamples
         self._num_replaced = self._num_rounds = self._failures_in_a_row = 0
         self._replaced_in_round = False
+        self._last_cause = ""
 
     def begin_step(self) -> None:
         """Reset the counts of replaced groups."""
@@ -60,7 +61,6 @@ class RetryPolicy:
         """Decision on a group whose future is done.
 
         Raises:
-            RuntimeError: too many groups failed in a row.
             Exception: an error that is not of the group.
         """
         error = future.exception()
@@ -90,6 +90,18 @@ class RetryPolicy:
             group.has_no_signal = True
         return "complete"
 
+    def check_failures(self) -> None:
+        """Check the number of groups that failed one after the other.
+
+        Raises:
+            RuntimeError: it is too large.
+        """
+        if self._failures_in_a_row >= self._config.max_failures_in_a_row:
+            raise RuntimeError(
+                f"{self._failures_in_a_row} groups failed one after the other, the last with "
+                f"{self._last_cause}; mend the cause, or raise pipeline.max_failures_in_a_row"
+            )
+
     def _too_few(self, group: Group, outcome: str, detail: str) -> Decision:
         """Answer a group with too few rewards again, or give its place to another prompt."""
         failure: FailureClass = "environment" if outcome.startswith("environment") else "reward"
@@ -98,8 +110,7 @@ class RetryPolicy:
             group.attempt += 1
             return self._retry_or_fail(group, failure, cause)
         self._ledger.drop(group.number, "too_few")
-        self._count_failure(cause)
-        return "gone"
+        return self._gone(cause)
 
     def _retry_or_fail(self, group: Group, failure: FailureClass, cause: str) -> Decision:
         if self._has_try(group, failure):
@@ -107,8 +118,7 @@ class RetryPolicy:
             group.answers, group.baseline = [], None
             return "retry"
         self._ledger.fail(group.number, failure, cause)
-        self._count_failure(f"{failure}: {cause}")
-        return "gone"
+        return self._gone(f"{failure}: {cause}")
 
     def _has_try(self, group: Group, failure: FailureClass) -> bool:
         return group.tries.get(failure, 0) < self._config.retries[failure]
@@ -118,10 +128,7 @@ class RetryPolicy:
         group.pause_s = _FIRST_PAUSE_S * _PAUSE_GROWTH ** (group.tries[failure] - 1)
         self._ledger.retry(group.number, failure, cause)
 
-    def _count_failure(self, cause: str) -> None:
+    def _gone(self, cause: str) -> Decision:
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= self._config.max_failures_in_a_row:
-            raise RuntimeError(
-                f"{self._failures_in_a_row} groups failed one after the other, the last with {cause}; mend "
-                "the cause, or raise pipeline.max_failures_in_a_row"
-            )
+        self._last_cause = cause
+        return "gone"

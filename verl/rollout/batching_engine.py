@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -108,4 +109,10 @@ class BatchingEngine(OwnLoop, RolloutEngine):
                 answers = wait_for_thread(lambda: self.generator.generate(prompts, params), name="generation")
             else:
                 answers = self.generator.generate(prompts, params)
+        counts, wanted = [len(group) for group in answers], [p.n for p in params]
+        if counts != wanted:
+            raise ValueError(
+                f"{type(self.generator).__name__}.generate must return {reprlib.repr(wanted)} completions for "
+                f"{len(wanted)} prompts, got {reprlib.repr(counts)}"
+            )
         return [completion for group in answers for completion in group]

@@ -47,6 +47,7 @@ class BatchProducer:
             max_resamples=algorithm.max_resamples if algorithm.dynamic_sampling else 0,
         )
         self._counted: Counter[str] = Counter()
+        self._is_closed = False
         # Of a streamed batch: what was yielded of it.
         self._streamed: TrainBatch | None = None
         self._portions: list[tuple[list[Trajectory], Batch]] = []
@@ -104,7 +105,10 @@ class BatchProducer:
         self._counted = self._counts()
 
     def close(self) -> None:
-        """Abort all groups in flight."""
+        """Abort all groups in flight; may be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._collector.engine.run(_call(self.pipeline.close))
 
     def _portion(self, groups: list[Group]) -> Iterator[Batch]:

@@ -133,8 +133,10 @@ class Trainer(BaseTrainer):
     @override
     def step(self, batch: RolloutBatch | None = None) -> Metrics:
         """Prompts in, a better policy out; learns from `batch` instead of prompts, if it is given."""
-        if batch is None:  # in turn with training, or ahead of it; portions only where groups are streamed
-            self.roles.accumulate(self.producer.portions(), self.kl.coef, self.version)
+        # In turn with training, or ahead of it; portions only where groups are streamed.
+        portions = self.producer.portions() if batch is None else ()
+        self.roles.accumulate(portions, self.kl.coef, self.version)
+        if batch is None:
             batch = self.producer.next_batch()
         rows, self.last = batch.rows, batch.trajectories
         self.rollout.sleep()  # device memory that generation shares with training

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, Future, wait
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
+from verl.utils.thread_interrupt import InterruptibleBlock
+
 A = TypeVar("A")
 R = TypeVar("R")
 T = TypeVar("T")
 # Between two checks of a wait: an exception that is sent to a thread arrives only between two waits.
 _POLL_S = 1.0
+# An interrupted call in a thread gets this long to end: a nested wait ends at its next poll.
+_PATIENCE_S = 2 * _POLL_S
 
 
 class Gatherer(Generic[A, R]):
@@ -39,13 +45,17 @@ class Gatherer(Generic[A, R]):
         return await future
 
     def _answer(self) -> None:
-        gathered = [(request, future) for request, future in self._waiting if not future.done()]
-        self._waiting = []
+        waiting, self._waiting = self._waiting, []
+        gathered = [(request, future) for request, future in waiting if not future.done()]
         try:
             answers = self._call([request for request, _ in gathered]) if gathered else ()
-        except Exception as error:
+            if len(answers) != len(gathered):
+                raise ValueError(f"need an answer to each of {len(gathered)} requests, got {len(answers)}")
+        except (Exception, asyncio.CancelledError) as error:
+            # A task that the call waits for was cancelled, not those that wait for the call.
+            failure = error if isinstance(error, Exception) else RuntimeError("the call was cancelled")
             for _, future in gathered:
-                future.set_exception(error)
+                future.set_exception(failure)
         except BaseException:  # an interrupt ends the loop: nobody may wait for these any more
             for _, future in gathered:
                 future.cancel()
@@ -62,18 +72,21 @@ class OwnLoop:
         self._loop = asyncio.new_event_loop()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interrupt cancels it.
+        """Run a coroutine to its end; an interrupt cancels it, and all tasks that it has started.
 
         Where an event loop is running already, as in a notebook, it runs in a thread of its own.
         """
         if _is_loop_running():
-            return wait_for_thread(lambda: self.run(work), name="event loop")
+            # However long it takes to end: this loop can't be entered before.
+            return wait_for_thread(lambda: self.run(work), name="event loop", patience_s=math.inf)
         task = self._loop.create_task(work)
         try:
             return self._loop.run_until_complete(task)
         except BaseException:  # also an interrupt, which leaves the task as it is
-            task.cancel()
-            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            left = [task, *(asyncio.all_tasks(self._loop) - {task})]
+            for each in left:
+                each.cancel()
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             raise
 
     def close_loop(self) -> None:
@@ -88,9 +101,29 @@ def wait_for(future: Future[T], *, check: Callable[[], None] = lambda: None) -> 
     return future.result()
 
 
-def wait_for_thread(call: Callable[[], T], *, name: str) -> T:
-    """Result of a call in a daemon thread, outside of the event loop of this one."""
-    return wait_for(_DaemonThread(name).submit(call))
+def wait_for_thread(call: Callable[[], T], *, name: str, patience_s: float = _PATIENCE_S) -> T:
+    """Result of a call in a daemon thread, outside of the event loop of this one.
+
+    An interrupt of the wait also interrupts the call, which then gets up to `patience_s` to end.
+    """
+    block, has_begun, has_ended = InterruptibleBlock(), threading.Event(), threading.Event()
+
+    def run() -> T:
+        try:
+            with block:
+                has_begun.set()
+                return call()
+        finally:
+            has_ended.set()
+
+    try:
+        return wait_for(_DaemonThread(name).submit(run))
+    except BaseException:  # also an interrupt
+        until_s = time.monotonic() + patience_s
+        # If it has not begun soon, then the interrupt was before its thread.
+        while has_begun.wait(_POLL_S) and not has_ended.wait(_POLL_S / 10) and time.monotonic() < until_s:
+            block.interrupt()
+        raise
 
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
