@@ -112,7 +112,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         counts, wanted = [len(group) for group in answers], [p.n for p in params]
         if counts != wanted:
             raise ValueError(
-                f"{type(self.generator).__name__}.generate must return {reprlib.repr(wanted)} completions for "
-                f"{len(wanted)} prompts, got {reprlib.repr(counts)}"
+                f"{type(self.generator).__name__}.generate must return {reprlib.repr(wanted)} completions "
+                f"for {len(wanted)} prompts, got {reprlib.repr(counts)}"
             )
         return [completion for group in answers for completion in group]

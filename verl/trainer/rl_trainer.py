@@ -133,10 +133,8 @@ class Trainer(BaseTrainer):
     @override
     def step(self, batch: RolloutBatch | None = None) -> Metrics:
         """Prompts in, a better policy out; learns from `batch` instead of prompts, if it is given."""
-        # In turn with training, or ahead of it; portions only where groups are streamed.
-        portions = self.producer.portions() if batch is None else ()
-        self.roles.accumulate(portions, self.kl.coef, self.version)
-        if batch is None:
+        if batch is None:  # in turn with training, or ahead of it; portions only where groups are streamed
+            self.roles.accumulate(self.producer.portions(), self.kl.coef, self.version)
             batch = self.producer.next_batch()
         rows, self.last = batch.rows, batch.trajectories
         self.rollout.sleep()  # device memory that generation shares with training
@@ -160,6 +158,7 @@ class Trainer(BaseTrainer):
 
     def update_policy(self, data: RolloutBatch) -> Metrics:
         """Learn from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
+        self.roles.accumulate((), self.kl.coef, self.version)  # portions of an interrupted step are given up
         return self.step(data)
 
     def sync_weights(self) -> None:
