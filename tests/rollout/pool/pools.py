@@ -126,7 +126,7 @@ def waited(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.002)
     return True
 
 
