@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
@@ -23,7 +24,8 @@ class DyingEngine(FSDPEngine):
     # Two when the generation layout is made, then one for each switch.
     calls = 0
 
-    def homes(self) -> dict[str, Tensor]:
+    @override
+    def local_tensors(self) -> dict[str, Tensor]:
         tensors = super().local_tensors()
         self.calls += 1
         if self.when.exists() and dist.get_rank() == 2 and self.calls == 5:
