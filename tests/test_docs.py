@@ -114,6 +114,12 @@ def test_every_fence_is_understood(page):
     ] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_of_a_clone(page):
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_the_first_commands_of_the_readme_start_and_check_the_project():
     first = next(block for block in blocks(PAGES[0].read_text(encoding="utf-8")) if block.language == "bash")
     assert [line.split("#")[0].strip() for line in first.code.splitlines()] == [

@@ -203,7 +203,7 @@ MISTAKES = {
     "file": (["train", "missing.yaml"], ["got missing.yaml: No such file"]),
     "key": (
         ["train", "grpo", "policy.optimizer.learning_rate=1"],
-        ["unknown setting", "the nearest is policy.optimizer.lr"],
+        ["unknown setting", "here it is policy.optimizer.lr"],
     ),
     "type": (["train", "grpo", "steps=many"], ["steps (override): need an integer >= 1", '"many"']),
     "bound": (["train", "grpo", "steps=0"], ["need an integer >= 1", "got 0"]),

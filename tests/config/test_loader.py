@@ -101,7 +101,7 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
     assert message.startswith("3 problems in the settings:")
     assert 'steps (run.yaml:2): need an integer >= 1, got "many"' in message
     assert (
-        "unknown setting policy.optimizer.learning_rate (run.yaml:5); the nearest is policy.optimizer.lr\n"
+        "unknown setting policy.optimizer.learning_rate (run.yaml:5); here it is policy.optimizer.lr\n"
         in message + "\n"
     )
     assert "policy.optimizer.lr (run.yaml:6): need a number > 0, got -1" in message
@@ -110,7 +110,7 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lr=1", "unknown setting lr (override); the nearest is policy.optimizer.lr"),
+        ("lr=1", "unknown setting lr (override); here it is policy.optimizer.lr"),
         ("device=tpu", 'device (override): need one of auto, cpu, cuda, got "tpu"'),
         ("steps=true", "steps (override): need an integer >= 1, got true"),
         ('seed="5"', 'seed (override): need an integer >= 0, got "5"'),
@@ -193,3 +193,50 @@ def test_a_fine_tuning_run_has_settings_of_its_own_and_the_shared_rules(write):
 def test_loading_settings_imports_no_torch():
     program = "import sys, verl.config; verl.config.load_config('ppo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.system_prompt=Put the answer after #### and stop.", "system_prompt", None),
+        ("data.system_prompt=Answer: yes or no", "system_prompt", None),
+        ("data.system_prompt=42", "system_prompt", None),
+        ("data.system_prompt=[INST] *", "system_prompt", None),
+        ('data.system_prompt="two\\nlines"', "system_prompt", "two\nlines"),
+        ("data.system_prompt=null", "system_prompt", "null"),
+        ("data.prompt_key=&question", "prompt_key", None),
+    ],
+)
+def test_a_text_on_the_command_line_arrives_as_it_was_typed(override, key, value):
+    expected = override.partition("=")[2] if value is None else {"null": None}.get(value, value)
+    assert getattr(load_config("grpo", [override]).data, key) == expected
+
+
+@pytest.mark.parametrize("override", ["steps=3 #small", "rewards.functions=[exact] # one"])
+def test_a_value_with_a_comment_is_refused(override):
+    assert "need quotes around a value with ' #'" in problems("grpo", override)
+
+
+def test_a_text_of_a_file_that_a_hash_would_cut_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: grpo\nsteps: 3 #few\noutput_dir: run #2\n")
+    assert "run.yaml:3: need quotes around a text with ' #'" in problems(path)
+    path.write_text("recipe: grpo\noutput_dir: 'run #2' # a comment\n")
+    assert load_config(path).output_dir == "run #2"
+
+
+def test_home_and_variables_of_paths_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: grpo\noutput_dir: ~/run\npolicy: {path: '${SCRATCH}/model'}\n")
+    config = load_config(path, ["checkpoint.resume=$SCRATCH/run/step-1"])
+    assert config.output_dir == "/home/ada/run" and config.policy.path == "/scratch/model"
+    assert config.checkpoint.resume == "/scratch/run/step-1"
+    assert "need the environment variable $NOWHERE" in problems("grpo", "output_dir=$NOWHERE/run")
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**64)])
+def test_an_integer_beyond_64_bits_is_refused(number):
+    assert f"seed (override): need an integer below 2^63, got {number}" in problems("grpo", f"seed={number}")

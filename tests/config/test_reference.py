@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from verl.config import ConfigError, load_config
-from verl.config.reference import describe_settings, settings_markdown
+from verl.config.reference import describe_settings, find_settings, settings_markdown
 
 
 def test_every_setting_is_described_with_value_default_and_source():
@@ -32,6 +32,24 @@ def test_a_prefix_selects_one_setting_or_a_section():
     assert {doc.key.split(".")[0] for doc in describe_settings(prefix="sampling")} == {"sampling"}
     with pytest.raises(ConfigError, match=r"unknown setting optimizer; the nearest is policy\.optimizer"):
         describe_settings(prefix="optimizer")
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    {
+        "sampling.top_p": "sampling.top_p",
+        "Learning Rate": "policy.optimizer.lr",
+        "save_freq": "checkpoint.every_steps",
+        "rows_per_step": "rows_per_step",
+    }.items(),
+)
+def test_a_setting_is_found_by_key_by_word_and_by_the_name_of_another_trainer(word, found):
+    assert find_settings(word)[0].key == found
+
+
+def test_a_word_that_no_setting_has_is_refused():
+    with pytest.raises(ConfigError, match="no setting has 'abracadabra' in its key or meaning"):
+        find_settings("abracadabra")
 
 
 def test_the_reference_page_has_a_row_per_setting():

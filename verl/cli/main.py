@@ -11,7 +11,7 @@ from pathlib import Path
 
 from verl.cli.parser import build_parser
 from verl.config.loader import load_config, load_run, to_yaml
-from verl.config.reference import describe_settings
+from verl.config.reference import find_settings
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
 
 _PAIR_AND_SFT_RUNS: dict[str, type[RunConfig]] = {
@@ -88,7 +88,7 @@ def show_config(args: argparse.Namespace) -> None:
     if not args.key and config:
         print(to_yaml(config), end="")
         return
-    for doc in describe_settings(config, args.key):
+    for doc in find_settings(args.key, config):
         print(f"{doc.key} = {doc.value}")
         facts = [f"type: {doc.type}", f"default: {doc.default}"]
         facts += [

@@ -171,7 +171,9 @@ def add_plan_commands(commands: Any) -> None:
 def add_config_command(commands: Any) -> None:
     """The command that shows settings."""
     config = add_command(commands, "config", "show the settings, each with its default, unit and source")
-    config.add_argument("key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl")
+    config.add_argument(
+        "key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl, or any word"
+    )
     config.add_argument("--recipe", default=None, help=f"show the values of {_RECIPE}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -25,6 +27,22 @@ def setting(default: Any, meaning: str, *, unit: str = "", source: str = "", **b
         "bounds": " and ".join(f"{_SIGNS[sign]} {bound}" for sign, bound in bounds.items()),
     }
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+def expand_path(text: str) -> str:
+    """A path with `~` and environment variables replaced, which no shell does in a file of settings.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ValueError(f"need the environment variable {unset[0]} for {text!r}, which is not set; set it")
+    return expanded
+
+
+# Folder or file: `~` and `$NAME` are replaced.
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):

@@ -7,6 +7,7 @@ from typing import Any
 
 from verl.config.algorithm import KLAdaptive
 from verl.config.checks.column_readers import may_read, reads
+from verl.config.checks.foreign_names import name_here
 from verl.config.introspection import fields_by_key, is_section
 from verl.config.layers import (
     Stage,
@@ -105,6 +106,17 @@ DERIVED_KEYWORDS: dict[str, DeriveSettings] = {
 }
 
 
+def keyword_advice(name: str) -> str:
+    """The way out of an unknown keyword: its name here, an override, or the nearest keyword."""
+    here = name_here(name, list(fields_by_key()))
+    keyword = next((k for k, key in KEYWORD_SETTINGS.items() if here and key == here[0]), None)
+    if keyword:
+        return f"here it is {keyword}"
+    if here:
+        return f"here it is {here[1]}, in overrides"
+    return f"the nearest is {nearest_key(name, [*KEYWORD_SETTINGS, *DERIVED_KEYWORDS])}"
+
+
 def make_trainer_config(
     algo: str = "ppo", *, overrides: Sequence[str] = (), **keywords: Any
 ) -> TrainerConfig:
@@ -126,8 +138,7 @@ def make_trainer_config(
     if unknown := [name for name in keywords if name not in known]:
         raise ConfigError(
             *(
-                f"unknown keyword {name}; the nearest is {nearest_key(name, known)}; "
-                f"there are {', '.join(known)}"
+                f"unknown keyword {name}; {keyword_advice(name)}; there are {', '.join(known)}"
                 for name in unknown
             )
         )

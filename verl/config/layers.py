@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
 from verl.config.fields import Choice, Section
-from verl.config.introspection import is_subclass, union_members
+from verl.config.introspection import fields_by_key, is_subclass, union_members
 from verl.config.placement import PlacementConfig
-from verl.config.run import RunConfig
-from verl.config.yaml_text import ConfigError, parse_yaml
+from verl.config.run import RunConfig, TrainerConfig
+from verl.config.yaml_text import ConfigError, parse_override, parse_yaml
 
 _RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -163,8 +164,15 @@ def source_layers(source: Source) -> list[Layer]:
     return _layers_of_tree(as_json(tree or {}), origins)
 
 
-def override_layers(overrides: Sequence[str], *, stage: Stage) -> list[Layer]:
-    """A layer for each `dotted.key=value`, with the value in YAML.
+def override_layers(
+    overrides: Sequence[str], *, stage: Stage, kind: type[RunConfig] = TrainerConfig
+) -> list[Layer]:
+    """A layer for each `dotted.key=value`, with the value in YAML; texts arrive as they were typed.
+
+    Args:
+        overrides: in the order in which they apply.
+        stage: author of the overrides.
+        kind: class of the run, whose settings say what is a text.
 
     Raises:
         ConfigError: one of them has another form; the message names all that have.
@@ -178,7 +186,13 @@ def override_layers(overrides: Sequence[str], *, stage: Stage) -> list[Layer]:
             problems.append(f'need overrides like key=value, got "{override}"')
             continue
         try:
-            value, _ = parse_yaml(text, f'override "{override}"')
+            field = fields_by_key(kind).get(key.strip())
+            members = union_members(field.annotation) if field else []
+            is_list = any(get_origin(member) is tuple for member in members)
+            is_text = str in members and all(
+                member in (str, NoneType) or get_origin(member) is tuple for member in members
+            )
+            value = parse_override(text, f'override "{override}"', is_text=is_text, is_list=is_list)
             layers.append(key_layer(key.strip(), value, origin="override", stage=stage))
         except ConfigError as error:
             problems.append(str(error))

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from verl.config.checks.contradictions import CONTRADICTIONS
+from verl.config.checks.foreign_names import advice_for
 from verl.config.checks.inactive import INACTIVE_SETTINGS, InactiveSettings
 from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.layers import (
@@ -19,16 +20,22 @@ from verl.config.layers import (
     as_json,
     in_brackets,
     merge,
-    nearest_key,
     override_layers,
     shorten,
     source_layers,
     value_at,
 )
-from verl.config.run import RunConfig, SFTConfig, TrainerConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError, dump_yaml
 
 Run = TypeVar("Run", bound=RunConfig)
+# Kind of run -> its command.
+COMMANDS: dict[type[RunConfig], str] = {
+    TrainerConfig: "verl train",
+    SFTConfig: "verl sft",
+    PreferenceConfig: "verl preference",
+    RewardModelConfig: "verl reward-model",
+}
 
 
 def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainerConfig:
@@ -54,7 +61,7 @@ def load_config(source: Source, overrides: Sequence[str] = ()) -> TrainerConfig:
 def load_run(kind: type[Run], source: Source | None = None, overrides: Sequence[str] = ()) -> Run:
     """The configuration of any kind of run, as `load_config`; no source: the defaults of that kind."""
     layers = source_layers({} if source is None else source)
-    return build_config(kind, [*layers, *override_layers(overrides, stage=Stage.OVERRIDE)])
+    return build_config(kind, [*layers, *override_layers(overrides, stage=Stage.OVERRIDE, kind=kind)])
 
 
 def load_sft_config(source: Source | None = None, overrides: Sequence[str] = ()) -> SFTConfig:
@@ -90,15 +97,28 @@ def build_config(kind: type[Run], layers: Sequence[Layer], *, check_relations: b
         tree = merge(tree, layer.tree, kind)
         origins |= layer.origins
         stages |= dict.fromkeys(layer.origins, layer.stage)
+    if problems := list(_too_large(tree, origins)):
+        raise ConfigError(*problems)
     try:
         # From JSON, since strict mode then takes lists for tuples, but neither "5" nor true for a number.
         config = kind.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         fields = fields_by_key(kind)
-        raise ConfigError(*(_explain(dict(e), tree, origins, fields) for e in error.errors())) from None
+        problems = [p for e in error.errors() for p in _explain(dict(e), tree, origins, fields)]
+        raise ConfigError(*problems) from None
     if check_relations and (problems := list(relation_problems(config, origins, stages))):
         raise ConfigError(*problems)
     return config
+
+
+def _too_large(tree: Any, origins: Mapping[str, str], key: str = "") -> Iterator[str]:
+    """Messages on integers beyond 64 bits, which PyTorch cannot hold."""
+    if isinstance(tree, Mapping | list):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for name, value in items:
+            yield from _too_large(value, origins, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, int) and abs(tree) >= 2**63:
+        yield f"{key}{in_brackets(origins.get(key, ''))}: need an integer below 2^63, got {tree}"
 
 
 def relation_problems(
@@ -129,8 +149,8 @@ def _inactive_keys(rule: InactiveSettings, stages: Mapping[str, Stage]) -> Itera
 
 def _explain(
     error: Mapping[str, Any], tree: dict[str, Any], origins: dict[str, str], fields: Mapping[str, FieldInfo]
-) -> str:
-    """The message of one error of pydantic, with the user's key, its line, and what is needed instead."""
+) -> list[str]:
+    """Messages of one error of pydantic, with the user's key, its line, and what is needed instead."""
     key, value = "", tree
     for part in map(str, error["loc"]):
         inner = f"{key}.{part}".lstrip(".")
@@ -141,16 +161,33 @@ def _explain(
     upwards = [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]
     where = in_brackets(next((origins[upper] for upper in upwards if upper in origins), ""))
     if error["type"] == "extra_forbidden":
-        if key in fields:
-            nested = " under ".join(reversed(key.split(".")))
-            return f"need nested keys, got {key} in one{where}; put {nested}"
-        return f"unknown setting {key}{where}; the nearest is {nearest_key(key, list(fields))}"
+        return [_unknown(name, origins.get(name, where), fields) for name in _leaves(key, value)]
     if error["type"] == "value_error":
-        return f"{key}{where}: {error['ctx']['error']}"
+        return [f"{key}{where}: {error['ctx']['error']}"]
     place = next(upper for upper in upwards if upper in fields)
     field = fields[place]
     bounds = notes(field)["bounds"]
     need = "`key: value` settings" if is_section(field) else type_in_words(field.annotation)
     if "ge" in error.get("ctx", {}) and not bounds:
         need = f"a number >= {error['ctx']['ge']:g}"  # of one form of several, which `notes` does not know
-    return f"{place}{where}: need {f'{need} {bounds}'.strip()}, got {shorten(value_at(tree, place))}"
+    return [f"{place}{where}: need {f'{need} {bounds}'.strip()}, got {shorten(value_at(tree, place))}"]
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """Keys at and below `key` that hold a value rather than further keys."""
+    if not isinstance(value, Mapping) or not value:
+        yield key
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
+
+
+def _unknown(key: str, origin: str, fields: Mapping[str, FieldInfo]) -> str:
+    """Message of a key that is no setting of this kind of run."""
+    where = in_brackets(origin.strip(" ()"))
+    if key in fields:
+        nested = " under ".join(reversed(key.split(".")))
+        return f"need nested keys, got {key} in one{where}; put {nested}"
+    other = next((command for kind, command in COMMANDS.items() if key in fields_by_key(kind)), None)
+    advice = f"it is one of `{other}`" if other else advice_for(key, list(fields))
+    return f"unknown setting {key}{where}; {advice}"

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from verl.config.checks.foreign_names import advice_for, name_here
 from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
-from verl.config.layers import as_json, nearest_key, value_at
+from verl.config.layers import as_json, value_at
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError
 
@@ -38,6 +39,32 @@ _OTHER_RUNS: dict[type[RunConfig], str] = {
 }
 
 
+def find_settings(word: str, config: RunConfig | None = None) -> list[SettingDoc]:
+    """Documentation of the settings at or below a key, else of those with a word in key or meaning.
+
+    Upper and lower case are the same, and another trainer's name of a setting finds it.
+
+    Args:
+        word: a key, the start of one, or any word.
+        config: source of the values; none: the defaults of all kinds of runs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kinds = [config] if config else [None, *(kind() for kind in _OTHER_RUNS)]
+    docs = {doc.key: doc for kind in kinds for doc in describe_settings(kind)}
+    wanted, here = word.lower(), name_here(word, list(docs))
+    at_key = [doc for key, doc in docs.items() if f"{key}.".startswith(f"{word}.")]
+    found = (
+        at_key
+        or [doc for doc in docs.values() if here and doc.key == here[0]]
+        or [doc for doc in docs.values() if wanted in f"{doc.key} {doc.meaning}".lower()]
+    )
+    if not found:
+        raise ConfigError(f"no setting has {word!r} in its key or meaning; {advice_for(word, list(docs))}")
+    return found
+
+
 def describe_settings(config: RunConfig | None = None, prefix: str = "") -> list[SettingDoc]:
     """Documentation of each setting at or below a dotted prefix.
 
@@ -51,7 +78,7 @@ def describe_settings(config: RunConfig | None = None, prefix: str = "") -> list
     kind = TrainerConfig if config is None else type(config)
     fields, defaults = fields_by_key(kind), as_json(kind())
     if prefix and prefix not in fields:
-        raise ConfigError(f"unknown setting {prefix}; the nearest is {nearest_key(prefix, list(fields))}")
+        raise ConfigError(f"unknown setting {prefix}; {advice_for(prefix, list(fields))}")
     values = defaults if config is None else as_json(config)
     docs = []
     for key, field in fields.items():

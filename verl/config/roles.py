@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from verl.config.fields import Section, setting
+from verl.config.fields import PathText, Section, setting
 
 
 class OptimizerConfig(Section):
@@ -53,7 +53,7 @@ class LoraConfig(Section):
 class RoleConfig(Section):
     """A trained model: weights, memory, optimizer."""
 
-    path: str | None = setting(None, "Folder or hub name of a Hugging Face causal language model.")
+    path: PathText | None = setting(None, "Folder or hub name of a Hugging Face causal language model.")
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "Arithmetic of forward and backward; weights and optimizer stay fp32."
     )
@@ -104,7 +104,7 @@ class CriticConfig(RoleConfig):
 class TeacherConfig(Section):
     """The model to distil the policy from; it is loaded only if a chosen function reads its columns."""
 
-    path: str | None = setting(
+    path: PathText | None = setting(
         None, "Folder or hub name of a causal language model with the policy's vocabulary."
     )
     top_k: int = setting(16, "Most likely tokens whose logprobs a loss may read.", unit="tokens", ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from verl.config.fields import Options, Section, setting
+from verl.config.fields import Options, PathText, Section, setting
 
 
 class SamplingConfig(Section):
@@ -47,7 +47,7 @@ class RolloutConfig(Section):
     engine_options: Options = setting(
         Options(), "Options of the engine, passed on unchanged, such as tensor_parallel_size."
     )
-    python: str | None = setting(
+    python: PathText | None = setting(
         None,
         "Python interpreter of the engine's environment, for servers that the run starts; none: this one.",
     )

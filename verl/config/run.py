@@ -6,7 +6,7 @@ from typing import Literal
 
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.data import DataConfig, PairsDataConfig, RewardsConfig
-from verl.config.fields import Choice, Section, setting
+from verl.config.fields import Choice, PathText, Section, setting
 from verl.config.pipeline import PipelineConfig
 from verl.config.placement import HybridConfig, PlacementConfig
 from verl.config.roles import CriticConfig, RoleConfig, TeacherConfig
@@ -30,7 +30,7 @@ class CheckpointConfig(Section):
 
     every_steps: int = setting(0, "Steps between checkpoints; 0: only at the end.", unit="steps", ge=0)
     keep: int = setting(2, "Newest checkpoints kept.", unit="checkpoints", ge=1)
-    resume: str = setting(
+    resume: PathText = setting(
         "auto", "auto: from the newest complete checkpoint in output_dir; never; or a checkpoint's folder."
     )
 
@@ -52,7 +52,9 @@ class RunConfig(Section):
     """Settings that every kind of run has."""
 
     seed: int = setting(0, "Seed of the data order, the sampling and new weights.", ge=0)
-    output_dir: str = setting("outputs/run", "Folder of metrics, samples, checkpoints and the trained model.")
+    output_dir: PathText = setting(
+        "outputs/run", "Folder of metrics, samples, checkpoints and the trained model."
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
     steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
     policy: RoleConfig = setting(RoleConfig(), "The model that is trained to answer.")
@@ -85,7 +87,7 @@ class PreferenceConfig(PairsConfig):
     loss: Choice = setting(
         Choice(name="dpo"), "Loss of a pair, `verl.algorithms.preference_losses`.", source="DPO, 2305.18290"
     )
-    reference: str | None = setting(
+    reference: PathText | None = setting(
         None, "Model of the reference policy; none: the policy as it was at the start."
     )
 
@@ -113,7 +115,7 @@ class TrainerConfig(RunConfig):
     )
     algorithm: AlgorithmConfig = setting(AlgorithmConfig(), "The training algorithm.")
     critic: CriticConfig = setting(CriticConfig(), "The model that judges tokens.")
-    reference: str | None = setting(
+    reference: PathText | None = setting(
         None, "Model of the reference policy; none: the policy as it was at the start."
     )
     teacher: TeacherConfig = setting(TeacherConfig(), "The model to distil from.")

@@ -26,6 +26,7 @@ _FLOAT = re.compile(
     r"[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$"
     r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
+_MEANT_AS_TEXT = re.compile(r"[ \t]+#\S")
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,6 +72,11 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, str]]:
             if key in origins:
                 raise ConfigError(f"{name}:{line}: {key} is given twice, first in {origins[key]}; remove one")
             origins[key] = f"{name}:{line}"
+        if cut := next(_cut_texts(node, text), None):
+            raise ConfigError(
+                f"{name}:{cut.start_mark.line + 1}: need quotes around a text with ' #', which begins a "
+                f"comment, got only {cut.value!r}; quote the text, or put a space behind the #"
+            )
         return (None if node is None else loader.construct_document(node)), origins
     except yaml.MarkedYAMLError as error:
         place = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
@@ -81,6 +87,49 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, str]]:
         raise ConfigError(f"{name}: need valid YAML, got an error: {error}") from None
     finally:
         loader.dispose()
+
+
+def parse_override(text: str, name: str, *, is_text: bool, is_list: bool) -> Any:
+    """The value of an override: a text as it was typed, everything else as YAML.
+
+    Args:
+        text: behind the equals sign. A quoted text is read as YAML.
+        name: of the override, for messages.
+        is_text: the setting takes texts.
+        is_list: the setting takes lists.
+
+    Raises:
+        ConfigError: it is not valid YAML, or a part of it would be taken for a comment.
+    """
+    typed = text.strip()
+    is_yaml = typed in ("", "null", "~") or typed[0] in "'\"" or (is_list and typed[0] == "[")
+    if is_text and not is_yaml:
+        return typed
+    loader = _Loader(typed)
+    try:
+        node = loader.get_single_node()
+        rest = typed[node.end_mark.index :].strip() if node else ""
+    except yaml.YAMLError:
+        rest = ""  # `parse_yaml` says what is wrong
+    finally:
+        loader.dispose()
+    if rest:
+        raise ConfigError(f"{name}: need quotes around a value with ' #', else {rest!r} is lost as a comment")
+    return parse_yaml(typed, name)[0]
+
+
+def _cut_texts(node: Any, text: str) -> Iterator[Any]:
+    """Plain texts that a '#' without a space behind it cuts short: meant as a text rather than a comment."""
+    if isinstance(node, yaml.ScalarNode):
+        is_text = node.style is None and node.tag == "tag:yaml.org,2002:str"
+        if is_text and _MEANT_AS_TEXT.match(text, node.end_mark.index):
+            yield node
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _cut_texts(item, text)
+    elif isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _cut_texts(value, text)
 
 
 def _key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
