@@ -105,7 +105,7 @@ def test_columns_may_have_other_names(tmp_path: Path):
     source = jsonl(tmp_path, {"question": "1+1=", "solution": 2, "prompt": "unused"})
     config = DataConfig(prompt_key="question", answer_key="solution")
     assert load_prompts(source, config, split="train")[0] == [
-        Prompt("1+1=", 2, "sums", 0, {"prompt": "unused"})
+        Prompt("1+1=", 2, "sums", 0, {"question": "1+1=", "solution": 2, "prompt": "unused"})
     ]
 
 
@@ -128,7 +128,7 @@ MALFORMED = {
     '{"prompt": "a"': "invalid JSON",
     '{"prompt": NaN}': "NaN is not a JSON number",
     '["prompt"]': "JSON object per line, got list",
-    '{"question": "a"}': "column 'prompt', there are 'question'",
+    '{"quest": "a"}': "column 'prompt', there are 'quest'",
     '{"prompt": " "}': "prompt that is not empty",
     '{"prompt": []}': "prompt that is not empty",
     '{"prompt": null}': "text or a list of chat messages, got nothing",

@@ -6,27 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl.config.data import DataConfig
-from verl.data.row_cells import (
-    Content,
-    MalformedRow,
-    check_encodable,
-    checked_content,
-    checked_message,
-    describe,
-    required_column,
-)
+from verl.data.layouts import ParsedRow, conversation_of, prompt_of
+from verl.data.row_cells import MalformedRow, check_encodable, describe
 from verl.data.sources import Split, read_rows
 from verl.utils.sampling_types import Prompt
 
-# Prompt and answer of a row, and the columns that they come from.
-ParsedRow = tuple[Content, Any, set[str]]
 _MAX_PROBLEMS = 5
 
 
@@ -70,12 +61,7 @@ def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list
         ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is
             stop.
     """
-    used = {config.prompt_key, config.answer_key}
-
-    def parse(row: dict[str, Any]) -> ParsedRow:
-        return *_prompt_and_answer(row, config), used
-
-    return load_rows(source, config, split, parse)
+    return load_rows(source, config, split, partial(prompt_of, config=config))
 
 
 def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
@@ -85,19 +71,24 @@ def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[lis
     but the last are the prompt. Arguments and errors are those of `load_prompts`. A row whose answer is not a
     text, or is empty, is malformed.
     """
-    used = {config.prompt_key, config.answer_key}
 
     def parse(row: dict[str, Any]) -> ParsedRow:
-        if config.prompt_key in row or "messages" not in row:
-            content, answer = _prompt_and_answer(row, config)
-            columns = used
+        chat = conversation_of(row, config)
+        if chat is None:
+            parsed = prompt_of(row, config)
         else:
-            content, answer = _conversation(row["messages"])
-            columns = {"messages"}
-        if not isinstance(answer, str) or not answer:
-            raise MalformedRow(f"need an answer that is a text and not empty, got {describe(answer)}")
-        check_encodable(answer)
-        return content, answer, columns
+            *before, last = chat.messages
+            if last["role"] != "assistant":
+                raise MalformedRow(
+                    f"need messages that end with the assistant's, got one of role {last['role']!r}"
+                )
+            if not before:
+                raise MalformedRow("need messages with a question and an answer, got an answer alone")
+            parsed = ParsedRow(before, last["content"], set(chat.used_columns), chat.tools)
+        if not isinstance(parsed.answer, str) or not parsed.answer:
+            raise MalformedRow(f"need an answer that is a text and not empty, got {describe(parsed.answer)}")
+        check_encodable(parsed.answer)
+        return parsed
 
     return load_rows(source, config, split, parse)
 
@@ -204,10 +195,9 @@ class PromptLoader:
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(
-                json.dumps([prompt.content, prompt.answer, prompt.source], default=_stable_text).encode()
-                + b"\n"
-            )
+            tools = [prompt.tools] if prompt.tools else []
+            facts = [prompt.content, prompt.answer, prompt.source, *tools]
+            digest.update(json.dumps(facts, default=_stable_text).encode() + b"\n")
         return {
             "num_prompts": len(self.prompts),
             "fingerprint": digest.hexdigest()[:16],
@@ -276,31 +266,11 @@ def _reject_constant(name: str) -> None:
 
 
 def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_source: str) -> Prompt:
-    content, answer, used = parsed
-    if isinstance(answer, float) and answer != answer:
+    if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
         raise MalformedRow("need an answer, got NaN")
-    columns = dict(row)
-    for name in used:
-        columns.pop(name, None)
-    return Prompt(content, answer, str(columns.pop("data_source", default_source)), number, columns)
-
-
-def _prompt_and_answer(row: dict[str, Any], config: DataConfig) -> tuple[Content, Any]:
-    content = checked_content(required_column(row, config.prompt_key), config.prompt_key)
-    reward_model = row.get("reward_model")
-    if config.answer_key not in row and isinstance(reward_model, dict):
-        return content, reward_model.get("ground_truth")
-    return content, row.get(config.answer_key)
-
-
-def _conversation(value: Any) -> tuple[Content, Any]:
-    """The messages before the assistant's last one, and that one's content."""
-    if not isinstance(value, list) or len(value) < 2:
-        raise MalformedRow(f"need messages with a question and an answer, got {describe(value)}")
-    last = checked_message(value[-1])
-    if last["role"] != "assistant":
-        raise MalformedRow(f"need messages that end with the assistant's, got one of role {last['role']!r}")
-    return checked_content(value[:-1], "messages"), last["content"]
+    columns = {name: value for name, value in row.items() if name not in parsed.used}
+    source = str(columns.pop("data_source", default_source))
+    return Prompt(parsed.content, parsed.answer, source, number, columns, parsed.tools)
 
 
 def _stable_text(value: Any) -> str:

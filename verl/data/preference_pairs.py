@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from verl.config.data import PairsDataConfig
-from verl.data.dataset import LoadReport, ParsedRow, load_rows
+from verl.data.dataset import LoadReport, load_rows
+from verl.data.layouts import ParsedRow
 from verl.data.row_cells import (
     Content,
     MalformedRow,
@@ -51,10 +52,10 @@ def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[l
 
     def parse_task(row: dict[str, Any]) -> ParsedRow:
         pair = Pair(row["answer"], near_miss(row["answer"], key=row["prompt"]))
-        return row["prompt"], pair, {"prompt", "answer"}
+        return ParsedRow(row["prompt"], pair, {"prompt", "answer"})
 
     def parse(row: dict[str, Any]) -> ParsedRow:
-        return *_parsed(row, config), {config.prompt_key, config.chosen_key, config.rejected_key}
+        return ParsedRow(*_parsed(row, config), {config.prompt_key, config.chosen_key, config.rejected_key})
 
     return load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
 

@@ -222,6 +222,7 @@ class Prompt:
         source: name of the data set that it is from, for metrics by source.
         index: its number in the data set.
         columns: all other columns of its row, handed to the reward functions by name.
+        tools: offered in this prompt, as JSON schemas of functions; empty: those of the settings.
     """
 
     content: str | list[dict[str, Any]]
@@ -229,3 +230,4 @@ class Prompt:
     source: str = ""
     index: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
