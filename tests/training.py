@@ -40,7 +40,6 @@ _TOY = {
 _NEEDS = {"gdpo": ["rewards.functions=[position_share, exact]"]}
 _RUN = [
     "device=cpu",
-    "steps=3",
     "sampling.max_tokens=9",
     "policy.optimizer.lr=1e-3",
     "policy.optimizer.warmup_steps=0",
@@ -60,7 +59,7 @@ def toy_config(recipe: str, model: Path, folder: Path, *overrides: str) -> Train
     needs = [f"teacher.path={model}"] if recipe == "distillation" else _NEEDS.get(recipe, [])
     sizes = _TOY.get(recipe) or _toy_sizes(recipe)
     return load_config(
-        {"recipe": recipe, "rewards": {"functions": ["position_share"]}},
+        {"recipe": recipe, "steps": 3, "rewards": {"functions": ["position_share"]}},
         [*sizes, *_RUN, *paths, *needs, *overrides],
     )
 

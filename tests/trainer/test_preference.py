@@ -55,9 +55,10 @@ def preference(model: Path, folder: Path, *overrides: str) -> PreferenceTrainer:
         "tracking.sinks=[jsonl]",
         f"data.train={data}",
     ]
-    toy = ["pairs_per_step=6", "steps=3", "policy.optimizer.lr=3e-3", "policy.optimizer.max_grad_norm=1e9"]
+    toy = ["pairs_per_step=6", "policy.optimizer.lr=3e-3", "policy.optimizer.max_grad_norm=1e9"]
     return PreferenceTrainer(
-        load_run(PreferenceConfig, None, [*paths, *toy, *overrides]), console=Console(file=io.StringIO())
+        load_run(PreferenceConfig, {"steps": 3}, [*paths, *toy, *overrides]),
+        console=Console(file=io.StringIO()),
     )
 
 

@@ -21,10 +21,12 @@ EXAMPLES = [Prompt("abc=", "abc"), Prompt("a=", "bbbbbb"), Prompt("hhhhhhh=", "h
 
 def sft(model, folder, *overrides):
     paths = [f"policy.path={model}", f"output_dir={folder / 'run'}", "device=cpu", "tracking.sinks=[jsonl]"]
-    toy = ["rows_per_step=4", "steps=3", "policy.optimizer.lr=0.01", "policy.optimizer.max_grad_norm=1e9"]
+    toy = ["rows_per_step=4", "policy.optimizer.lr=0.01", "policy.optimizer.max_grad_norm=1e9"]
     if not any(override.startswith("data.train=") for override in overrides):
         paths.append(f"data.train={write_prompts(folder / 'rows.jsonl')}")
-    return SFTTrainer(load_sft_config(None, [*paths, *toy, *overrides]), console=Console(file=io.StringIO()))
+    return SFTTrainer(
+        load_sft_config({"steps": 3}, [*paths, *toy, *overrides]), console=Console(file=io.StringIO())
+    )
 
 
 def by_hand(model, trainer, examples):

@@ -27,7 +27,7 @@ from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.export import export_checkpoint
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer
-from verl.trainer.rl_trainer import Trainer
+from verl.trainer.rl_trainer import Trainer, rewards_with_task
 from verl.trainer.sft import SFTTrainer
 from verl.utils.tokens import CHARACTERS
 
@@ -50,10 +50,10 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
     with closing(TRAINERS[type(config)](config, console=console)) as trainer:
         if dry_run:
             report = trainer.load_train_data()
-            console.out(to_yaml(config), end="", highlight=False)
+            console.out(to_yaml(trainer.config), end="", highlight=False)
             console.out(
-                f"everything fits: {report.num_rows} rows from {report.source}, {config.steps} steps; "
-                "nothing was trained",
+                f"everything fits: {report.num_rows} rows from {report.source}, "
+                f"{trainer.config.steps} steps; nothing was trained",
                 highlight=False,
             )
             return
@@ -70,7 +70,15 @@ def evaluate(config: TrainerConfig) -> None:
     """`verl eval`: print sampled answers and metrics."""
     console = Console()
     # The default algorithm needs neither critic nor reference, so only the policy is loaded.
-    config = config.model_copy(update={"algorithm": AlgorithmConfig()})
+    # data.train is not read, but a task named there gives the reward.
+    config = config.model_copy(
+        update={
+            "algorithm": AlgorithmConfig(),
+            "epochs": None,
+            "rewards": rewards_with_task(config),
+            "data": config.data.model_copy(update={"train": None}),
+        }
+    )
     with closing(Trainer(config, console=console)) as trainer:
         groups = answer_all(trainer.collector, trainer.test_prompts, config)
     console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))

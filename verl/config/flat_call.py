@@ -87,6 +87,11 @@ def kl_of_coef(value: Any, config: TrainerConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"need kl_coef as (start, end), got {shorten(as_json(value))}; give two numbers"
             )
+        if config.epochs is not None:
+            raise ConfigError(
+                "need a number of steps for kl_coef (start, end), got epochs, whose steps are not known yet; "
+                "give {start, end, steps}"
+            )
         value = {"start": value[0], "end": value[1], "steps": config.steps}
     if config.algorithm.kl.where != "off":
         return {"algorithm.kl.coef": value}

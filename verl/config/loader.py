@@ -121,6 +121,18 @@ def _too_large(tree: Any, origins: Mapping[str, str], key: str = "") -> Iterator
         yield f"{key}{in_brackets(origins.get(key, ''))}: need an integer below 2^63, got {tree}"
 
 
+def with_steps(config: Run, steps: int) -> Run:
+    """The configuration of a run by epochs, with the number of steps that its data gives.
+
+    Raises:
+        ConfigError: settings that contradict this number.
+    """
+    changed = config.model_copy(update={"steps": steps})
+    if problems := list(relation_problems(changed.model_copy(update={"epochs": None}), {}, {})):
+        raise ConfigError(*problems)
+    return changed
+
+
 def relation_problems(
     config: RunConfig, origins: Mapping[str, str], stages: Mapping[str, Stage]
 ) -> Iterator[str]:

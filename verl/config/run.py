@@ -57,6 +57,12 @@ class RunConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one.")
     steps: int = setting(100, "Steps of the run.", unit="steps", ge=1)
+    epochs: float | None = setting(
+        None,
+        "Passes over the rows of data.train; if it is set, it decides `steps`, rounded up.",
+        unit="epochs",
+        gt=0,
+    )
     policy: RoleConfig = setting(RoleConfig(), "The model that is trained to answer.")
     data: DataConfig = setting(DataConfig(), "Files and columns of the prompts.")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), "Checkpoints to resume from.")

@@ -32,6 +32,7 @@ class LoadReport:
         problems: place and cause of the first malformed rows.
         num_too_long: prompts dropped for their length.
         longest: tokens of the longest prompt before any was dropped; 0 if tokens were not counted.
+        notes: human-readable lines on what else was left out, cut or counted.
     """
 
     source: str
@@ -40,6 +41,7 @@ class LoadReport:
     problems: tuple[str, ...] = ()
     num_too_long: int = 0
     longest: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
@@ -159,6 +161,11 @@ class PromptLoader:
             taken += [self.prompts[i] for i in upcoming]
             self.position += len(upcoming)
         return taken
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the prompts so far, such as 1.5 in the middle of the second."""
+        return self.epoch + self.position / len(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and position, and everything that the order depends on; JSON values only."""

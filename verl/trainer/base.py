@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from verl.config.loader import with_steps
 from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig
 from verl.controller.worker_group import Timeline
@@ -33,7 +35,16 @@ from verl.utils.tokens import TextCodec
 
 Metrics = dict[str, float]
 # Settings that may differ between a run and its continuation; with other changes it would be another run.
-_MAY_CHANGE = ("steps", "output_dir", "evaluation", "eval_every_steps", "checkpoint", "tracking", "placement")
+_MAY_CHANGE = (
+    "steps",
+    "epochs",
+    "output_dir",
+    "evaluation",
+    "eval_every_steps",
+    "checkpoint",
+    "tracking",
+    "placement",
+)
 
 
 class ModelSet(Protocol):
@@ -66,13 +77,16 @@ class BaseTrainer(ABC):
         console: for output; none: standard output.
 
     Attributes:
+        config: of the run; its `steps` are those of its epochs once `data.train` has been read.
         models: of the run.
+        context: tokens that the policy reads at most, prompt and answer together.
         codec: the tokenizer of the policy.
         device: of this process.
         timeline: spans of all calls.
         notes: human-readable lines that the next step logs.
         waits: current waits, for metrics and the watchdog.
         run_folder: of the run, while `fit` runs.
+        rows_per_step: rows of `data.train` in a step, at most all of them where they are not repeated.
         version: of the policy: steps that it has learned.
         eval_every: steps between evaluations; 0: never.
         eval_at_start: evaluate before the first step.
@@ -81,6 +95,8 @@ class BaseTrainer(ABC):
     """
 
     models: ModelSet
+    context: int
+    rows_per_step: int
     codec: TextCodec
 
     def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
@@ -95,6 +111,7 @@ class BaseTrainer(ABC):
         self.waits = WaitTracker()
         self.run_folder: Path | None = None
         self.loader: PromptLoader | None = None
+        self._train_rows: tuple[list[Prompt], LoadReport] | None = None
         self.eval_every, self.eval_at_start = 0, False
         self.stall_limit_s = STALL_LIMIT_S
         self.reserved_answer_tokens = 0
@@ -105,13 +122,64 @@ class BaseTrainer(ABC):
         """One optimizer-visible step; advances `version`."""
 
     @abstractmethod
-    def load_train_data(self) -> LoadReport:
-        """Make `loader`."""
+    def read_data(self) -> None:
+        """Read `data.train`, and what is evaluated of `data.test`; ends with `use_train_rows`.
 
-    @property
-    def model_config(self) -> PretrainedConfig:
-        """Configuration of the policy."""
-        return self.models.model_config
+        It needs the tokenizer and `context`, but no model.
+        """
+
+    def read_data_early(self, model_config: PretrainedConfig) -> Any:
+        """Read the data before a model is loaded, if the settings name some; returns `config`.
+
+        So bad data fails at once, and the steps of a run by epochs are known to the learning rate schedule.
+        """
+        self.context = model_config.get_text_config().max_position_embeddings
+        if self.config.data.train is not None or self.config.epochs is not None:
+            self.read_data()
+        return self.config
+
+    def use_train_rows(
+        self,
+        rows: list[Prompt],
+        report: LoadReport,
+        *,
+        per_step: int,
+        setting: str,
+        repeats: bool = False,
+    ) -> None:
+        """Take the rows of `data.train`, which decide the steps of a run by epochs.
+
+        Args:
+            rows: all that are usable.
+            report: of their source.
+            per_step: rows of a step.
+            setting: its name.
+            repeats: a step of more rows than there are takes some of them again; else it takes all once.
+        """
+        self._train_rows = rows, report
+        self.rows_per_step = per_step if repeats else min(per_step, len(rows))
+        passes, epochs = self.rows_per_step / len(rows), self.config.epochs
+        if per_step > len(rows):
+            taken = f"takes each about {passes:.3g} times" if repeats else "takes all of them"
+            self.notes.append(
+                f"data.train has {len(rows)} usable rows, fewer than {setting} {per_step}: a step {taken}"
+            )
+        if epochs is not None:
+            # Rounded first: 0.1 is a little more than a tenth.
+            self.config = with_steps(self.config, max(1, math.ceil(round(epochs / passes, 6))))
+            self.notes.append(
+                f"epochs {epochs:g} of {len(rows)} rows, {self.rows_per_step} in a step: "
+                f"{self.config.steps} steps"
+            )
+
+    def load_train_data(self) -> LoadReport:
+        """Make `loader` of the rows of `data.train`, which are read now unless they were before."""
+        if self._train_rows is None:
+            self.read_data()
+        assert self._train_rows is not None, "need use_train_rows at the end of read_data"
+        rows, report = self._train_rows
+        self.loader = PromptLoader(rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        return report
 
     @abstractmethod
     def fit(self) -> list[Metrics]:
@@ -198,7 +266,7 @@ class BaseTrainer(ABC):
         limit = self.config.data.max_prompt_tokens
         lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
         kept, dropped = drop_long_prompts(prompts, lengths, limit)
-        longest, context = max(n for n in lengths if n <= limit), self._context
+        longest, context = max(n for n in lengths if n <= limit), self.context
         if self.reserved_answer_tokens and longest + self.reserved_answer_tokens > context:
             raise ValueError(
                 f"need prompt and answer within the policy's context of {context} tokens, got prompts of up "
@@ -217,14 +285,9 @@ class BaseTrainer(ABC):
             longest = len(self.codec.encode_prompt(row)) + max(
                 len(self.codec.encode_answer(answer)) for answer in answers_of(row)
             )
-            if longest > self._context:
+            if longest > self.context:
                 raise ValueError(
-                    f"need prompt and answer within the model's context of {self._context} tokens, got "
+                    f"need prompt and answer within the model's context of {self.context} tokens, got "
                     f"{longest} in row {row.index} of {row.source}; leave it out, or lower "
                     "data.max_prompt_tokens"
                 )
-
-    @property
-    def _context(self) -> int:
-        context: int = self.model_config.get_text_config().max_position_embeddings
-        return context

@@ -17,7 +17,7 @@ from verl.algorithms.registry import BoundFunction
 from verl.config.roles import RoleConfig
 from verl.config.run import PairsConfig
 from verl.data.batch import Batch, ModelInput, Ragged
-from verl.data.dataset import LoadReport, PromptLoader
+from verl.data.dataset import LoadReport
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
@@ -50,13 +50,13 @@ class PairwiseTrainer(SingleModelTrainer):
     ) -> None:
         super().__init__(config, actor_model, codec=codec, console=console)
         has_test = config.data.test is not None
-        self.eval_every = (config.eval_every_steps or config.steps) if has_test else 0
+        self.eval_every = (config.eval_every_steps or self.config.steps) if has_test else 0
         self.eval_at_start = has_test
 
     @override
     def step(self) -> Metrics:
         assert self.loader is not None
-        return self.learn(self.loader.take(self.config.pairs_per_step))
+        return self.learn(self.loader.take(self.rows_per_step))
 
     def learn(self, pairs: list[Prompt]) -> Metrics:
         """One update on prompts whose answers are pairs."""
@@ -108,9 +108,15 @@ class PairwiseTrainer(SingleModelTrainer):
         return {}
 
     @override
-    def load_train_data(self) -> LoadReport:
+    def read_data(self) -> None:
         pairs, report = self.read_pairs(self.config.data.train, "train")
-        self.loader = PromptLoader(pairs, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        if self.config.data.test is not None:
+            self.test_pairs  # noqa: B018  # a mistake in them is found before a model is loaded
+        self.use_train_rows(pairs, report, per_step=self.config.pairs_per_step, setting="pairs_per_step")
+
+    @override
+    def load_train_data(self) -> LoadReport:
+        report = super().load_train_data()
         if self.eval_every:
             _ = self.test_rows  # read now, so that a mistake in them is found before the first step
             self.clock.take()  # the reference's time for them belongs to no step
@@ -134,9 +140,14 @@ class PairwiseTrainer(SingleModelTrainer):
         return pairs, report
 
     @cached_property
+    def test_pairs(self) -> list[Prompt]:
+        """The held-out pairs."""
+        return self.read_pairs(self.config.data.test, "test")[0]
+
+    @cached_property
     def test_rows(self) -> Batch:
         """The held-out pairs, with all columns that training does not change."""
-        rows = self.encode(self.read_pairs(self.config.data.test, "test")[0])
+        rows = self.encode(self.test_pairs)
         self.write_columns(rows, plan_pairs(rows, self.config.policy))
         return rows
 

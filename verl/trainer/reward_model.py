@@ -43,6 +43,7 @@ class RewardModelTrainer(PairwiseTrainer):
     """
 
     config: RewardModelConfig
+    kind = "reward model"
 
     def __init__(
         self,
@@ -64,12 +65,7 @@ class RewardModelTrainer(PairwiseTrainer):
         return self.policy_engine.model
 
     @override
-    def build_model(self, actor_model: PreTrainedModel | str | None) -> RewardModel:
-        source = self.config.policy.path if actor_model is None else actor_model
-        if source is None:
-            raise ValueError(
-                "need policy.path: the folder or hub name of a causal language model or a reward model"
-            )
+    def build_model(self, source: PreTrainedModel | str) -> RewardModel:
         model = (
             load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
         )

@@ -13,12 +13,13 @@ from typing_extensions import override
 
 from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.config.data import WeightedChoice
+from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.data.columns import written_by
-from verl.data.dataset import LoadReport, PromptLoader
+from verl.data.dataset import LoadReport
 from verl.data.tasks import TASKS
+from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_limit import StepLimitMetric
@@ -43,6 +44,15 @@ from verl.utils.sampling_types import BatchGenerator, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
 
 RewardFn = Callable[..., Any]
+
+
+def rewards_with_task(config: TrainerConfig) -> RewardsConfig:
+    """The reward functions of the settings; where they name none, that of the built-in task of the data."""
+    source = config.data.train or config.data.test or ""
+    task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
+    if config.rewards.functions or task is None:
+        return config.rewards
+    return config.rewards.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
 
 
 class Trainer(BaseTrainer):
@@ -82,13 +92,12 @@ class Trainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         if use_vllm:
-            config = config.model_copy(
-                update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})}
-            )
+            rollout_config = config.rollout.model_copy(update={"engine": "vllm"})
+            config = config.model_copy(update={"rollout": rollout_config})
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
-        is_local = config.placement.name == "local"
-        super().__init__(config, device=config.device if is_local else "cpu", console=console)
+        device = config.device if config.placement.name == "local" else "cpu"
+        super().__init__(config, device=device, console=console)
         self.eval_every = config.evaluation.every_steps
         self.eval_at_start = self.eval_every > 0 and config.evaluation.at_start
         self.stall_limit_s = config.pipeline.stall_limit_s
@@ -104,6 +113,7 @@ class Trainer(BaseTrainer):
         self.codec = codec or TextCodec.load(
             path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt
         )
+        config = self.read_data_early(model_config_of(source))
         # Before a LoRA adapter is put into a loaded model.
         start = initial_checkpoint(config, source, self.codec)
         self.models = self.groups = RoleGroups(
@@ -166,7 +176,7 @@ class Trainer(BaseTrainer):
         if self._producer:
             self._producer.drain_in_flight()
         self.version += 1
-        with self.waits.track("publishing", self._describe_sync):
+        with self.waits.track("publishing", lambda: describe_sync(self.rollout, self.version)):
             self.rollout.run(self.rollout.sync_weights(self.version))
         if self._producer:
             self._producer.advance(self.version)
@@ -198,31 +208,38 @@ class Trainer(BaseTrainer):
     @cached_property
     def rewards(self) -> RewardFunctions | None:
         """Reward functions: given, configured, or the task's own; None if nothing needs a reward."""
-        config, source = self.config.rewards, self.config.data.train or self.config.data.test or ""
-        task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
-        is_given = self._reward_fn is not None or bool(config.functions)
-        if not is_given and task:
-            config = config.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
+        is_given = self._reward_fn is not None
+        config = self.config.rewards if is_given else rewards_with_task(self.config)
+        is_given = is_given or bool(config.functions)
         a = self.config.algorithm
         is_shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
         is_read = bool(self.algorithm.reads & {*written_by("rewards"), "token_rewards"})
-        if not (is_given or task or is_read or is_shaped or a.dynamic_sampling or a.likelihood_coef):
+        if not (is_given or is_read or is_shaped or a.dynamic_sampling or a.likelihood_coef):
             return None
         placed = self.groups.placed_rewards
         return build_rewards(config, self._reward_fn, placed=placed, note=self.notes.append)
 
     @override
-    def load_train_data(self) -> LoadReport:
-        # Also reads test prompts and reward functions: mistakes are found before the first step.
+    def read_data(self) -> None:
         prompts, report = self.read_prompts(self.config.data.train, "train")
-        if self._producer:  # of other prompts
-            self._producer.close()
-            self._producer = None
-        self.loader = PromptLoader(prompts, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        self.use_train_rows(
+            prompts,
+            report,
+            per_step=self.config.prompts_per_step,
+            setting="prompts_per_step",
+            repeats=True,
+        )
         if self.eval_every:
             self.test_prompts  # noqa: B018
-        if self.rewards:
-            self.rewards.check_data(prompts)
+
+    @override
+    def load_train_data(self) -> LoadReport:
+        report = super().load_train_data()
+        if self._producer:  # of another loader
+            self._producer.close()
+            self._producer = None
+        if self.rewards and self.loader:  # a mistake in them is found before the first step
+            self.rewards.check_data(self.loader.prompts)
         return report
 
     @cached_property
@@ -255,7 +272,7 @@ class Trainer(BaseTrainer):
     @override
     def step_limit(self, seconds: float) -> Metrics:
         if self._step_limit is None:
-            self._step_limit = StepLimitMetric(self.config, self.model_config, self.device)
+            self._step_limit = StepLimitMetric(self.config, self.models.model_config, self.device)
         return self._step_limit(self.last, seconds)
 
     @override
@@ -278,9 +295,10 @@ class Trainer(BaseTrainer):
             if self._producer:
                 ends.callback(self._producer.close)
 
-    def _describe_sync(self) -> str:
-        """The engines that do not have the newest weights."""
-        pool = pool_of(self.rollout)
-        replicas = pool.replicas if pool else []
-        behind = [r.name for r in replicas if r.state in ("stale", "serving") and r.version != self.version]
-        return f"version {self.version} in {', '.join(behind) or 'the policy generator'}"
+
+def describe_sync(rollout: RolloutEngine, version: int) -> str:
+    """The engines that do not have the weights of a version."""
+    pool = pool_of(rollout)
+    replicas = pool.replicas if pool else []
+    behind = [r.name for r in replicas if r.state in ("stale", "serving") and r.version != version]
+    return f"version {version} in {', '.join(behind) or 'the policy generator'}"

@@ -47,6 +47,7 @@ class RunLoop:
             )
             (folder / "config.yaml").write_text(to_yaml(config))
             tracker.event(_summary(report))
+            self._print_notes(tracker)
             if resumed:
                 tracker.event(f"resumed from {resumed}, after step {trainer.version}")
             with closing(tracker):
@@ -81,10 +82,11 @@ class RunLoop:
         try:
             metrics = trainer.step()
         finally:
-            while trainer.notes:
-                tracker.event(trainer.notes.pop(0))
+            self._print_notes(tracker)
         trainer.waits.mark_progress("update")
         seconds = time.perf_counter() - start
+        if trainer.loader:
+            metrics["epoch"] = trainer.loader.epochs
         metrics |= {"seconds": seconds, "tokens_per_s": metrics.get("tokens", 0.0) / seconds}
         metrics |= trainer.clock.take() | trainer.step_limit(seconds)
         metrics |= {f"memory/{name}_bytes": value for name, value in trainer.models.memory().items()}
@@ -95,6 +97,10 @@ class RunLoop:
         if self._is_due(config.tracking.samples_every_steps) and (rows := trainer.samples()):
             tracker.samples(trainer.version, rows)
         return metrics
+
+    def _print_notes(self, tracker: Tracker) -> None:
+        while self._trainer.notes:
+            tracker.event(self._trainer.notes.pop(0))
 
     def _evaluation(self) -> Metrics:
         trainer, start = self._trainer, time.perf_counter()
@@ -144,7 +150,7 @@ def _summary(report: LoadReport) -> str:
         parts.append(f"{report.num_too_long} longer than data.max_prompt_tokens dropped")
     if report.num_malformed:
         parts.append(f"{report.num_malformed} malformed skipped, first: {report.problems[0]}")
-    return ", ".join(parts)
+    return "\n".join([", ".join(parts), *report.notes])
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from typing_extensions import override
 from verl.algorithms.aggregations import token_mean
 from verl.config.run import SFTConfig
 from verl.data.batch import Batch, ModelInput, Ragged
-from verl.data.dataset import LoadReport, PromptLoader, load_examples
+from verl.data.dataset import load_examples
 from verl.data.packing import balance
 from verl.engines.hf.models import PolicyModel
 from verl.trainer.base import Metrics
@@ -30,7 +30,7 @@ class SFTTrainer(SingleModelTrainer):
     @override
     def step(self) -> Metrics:
         assert self.loader is not None
-        return self.learn(self.loader.take(self.config.rows_per_step))
+        return self.learn(self.loader.take(self.rows_per_step))
 
     def learn(self, examples: list[Prompt]) -> Metrics:
         """One update on examples with answers; returns loss (nats per token), entropy and sizes."""
@@ -58,7 +58,7 @@ class SFTTrainer(SingleModelTrainer):
         }
 
     @override
-    def load_train_data(self) -> LoadReport:
+    def read_data(self) -> None:
         source = self.config.data.train
         if source is None:
             raise ValueError(
@@ -67,8 +67,7 @@ class SFTTrainer(SingleModelTrainer):
             )
         examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
         self.check_answers(examples, lambda example: [str(example.answer)])
-        self.loader = PromptLoader(examples, seed=self.config.seed, shuffle=self.config.data.shuffle)
-        return report
+        self.use_train_rows(examples, report, per_step=self.config.rows_per_step, setting="rows_per_step")
 
     @override
     def samples(self) -> list[dict[str, Any]]:

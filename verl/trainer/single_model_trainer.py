@@ -13,7 +13,7 @@ from typing_extensions import override
 from verl.config.run import RunConfig
 from verl.data.batch import Trajectory
 from verl.engines.hf.models import Backbone, PolicyModel
-from verl.engines.hf.pretrained import check_model, load_language_model
+from verl.engines.hf.pretrained import check_model, load_language_model, model_config_of
 from verl.engines.local import LocalEngine
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.checkpoint_store import Save
@@ -62,8 +62,11 @@ class SingleModelTrainer(BaseTrainer):
         console: destination of human-readable output; none: standard output.
 
     Attributes:
+        kind: of the model that training starts from, for messages.
         policy_engine: the model with its optimizer.
     """
+
+    kind = "causal language model"
 
     def __init__(
         self,
@@ -74,16 +77,20 @@ class SingleModelTrainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         super().__init__(config, device=config.device, console=console)
-        model = self.build_model(actor_model)
-        path = config.policy.path or str(model.transformer.config.name_or_path)
+        source = policy_source(config, actor_model, self.kind)
+        model_config = model_config_of(source)
+        path = config.policy.path or str(model_config.name_or_path)
         self.codec = codec or TextCodec.load(path, system_prompt=config.data.system_prompt)
+        self.read_data_early(model_config)
+        model = self.build_model(source)
         model.to(self.device).check_forward()
-        self.policy_engine = LocalEngine(model, config.policy, device=self.device, total_updates=config.steps)
+        self.policy_engine = LocalEngine(
+            model, config.policy, device=self.device, total_updates=self.config.steps
+        )
         self.models = SingleModel(self.policy_engine)
 
-    def build_model(self, actor_model: PreTrainedModel | str | None) -> Backbone:
-        """The model to train, in fp32, from `actor_model` or `config.policy.path`."""
-        source = policy_source(self.config, actor_model)
+    def build_model(self, source: PreTrainedModel | str) -> Backbone:
+        """The model to train, in fp32; a loaded one is trained in place."""
         return PolicyModel(
             load_language_model(source) if isinstance(source, str) else source.float(),
             self.config.policy.precision,
@@ -107,8 +114,15 @@ class SingleModelTrainer(BaseTrainer):
         return RunLoop(self).run()
 
 
-def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> PreTrainedModel | str:
+def policy_source(
+    config: RunConfig, given: PreTrainedModel | str | None, kind: str = "causal language model"
+) -> PreTrainedModel | str:
     """The policy as a loaded model, folder or hub name: `given`, else `policy.path`.
+
+    Args:
+        config: of the run.
+        given: if the caller has a model.
+        kind: of the model, for messages.
 
     Raises:
         ValueError: both are None, or there is no model.
@@ -116,9 +130,8 @@ def policy_source(config: RunConfig, given: PreTrainedModel | str | None) -> Pre
     source = given if given is not None else config.policy.path
     if source is None:
         raise ValueError(
-            "need policy.path: the folder or hub name of a causal language model "
-            "(verl make-model makes a small one)"
+            f"need policy.path: the folder or hub name of a {kind} (verl make-model makes a small one)"
         )
     if isinstance(source, str):
-        check_model(source)
+        check_model(source, kind)
     return source

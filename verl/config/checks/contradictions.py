@@ -153,7 +153,10 @@ _LOSSES = (
         "a fifth of it is usual (DAPO, 2503.14476)",
     ),
     Contradiction(
-        lambda c: c.critic.warmup_steps >= c.steps and may_read(c, "values", "prm_logprobs"),
+        # The steps of a run by epochs are known when its data is read.
+        lambda c: (
+            c.epochs is None and c.critic.warmup_steps >= c.steps and may_read(c, "values", "prm_logprobs")
+        ),
         "critic.warmup_steps below steps",
         "{c.critic.warmup_steps} and {c.steps}: the policy would never learn",
         "lower it",

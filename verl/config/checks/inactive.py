@@ -213,6 +213,16 @@ _ROLLOUT = (
     ),
 )
 
+_LENGTH = (
+    InactiveSettings(
+        ("steps",),
+        "epochs",
+        lambda c: c.epochs is not None,
+        "epochs is set and decides the number of steps; set epochs to null",
+        RunConfig,
+    ),
+)
+
 _REPORTING = (
     InactiveSettings(
         ("evaluation.at_start",),
@@ -271,6 +281,7 @@ INACTIVE_SETTINGS: tuple[InactiveSettings, ...] = (
     *_MODELS,
     *_PLACEMENT,
     *_ROLLOUT,
+    *_LENGTH,
     *_REPORTING,
     *_OTHER_RUNS,
 )

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -53,18 +54,30 @@ def load_language_model(path: str) -> PreTrainedModel:
         ) from error
 
 
-def check_model(path: str) -> None:
-    """Read the configuration of a causal language model, to fail before anything is loaded.
+def check_model(path: str, kind: str = "causal language model") -> PretrainedConfig:
+    """The configuration of a model, read to fail before its weights are loaded.
+
+    Args:
+        path: folder or hub name.
+        kind: of the model, for the message.
 
     Raises:
         ValueError: there is no such model.
     """
     try:
-        AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load a causal language model from {path!r}: {load_failure(path, error)}"
-        ) from error
+        raise ValueError(f"cannot load a {kind} from {path!r}: {load_failure(path, error)}") from error
+    return config
+
+
+def model_config_of(source: str | PreTrainedModel) -> PretrainedConfig:
+    """The configuration of a folder, hub name or loaded model.
+
+    Raises:
+        ValueError: as `check_model`.
+    """
+    return check_model(source) if isinstance(source, str) else source.config
 
 
 def load_failure(path: str, error: Exception) -> str:
