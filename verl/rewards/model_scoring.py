@@ -92,7 +92,7 @@ def rows_to_score(
     """
     trajectories = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = codec.encode_answer(answer)
+        ids = codec.encode_answer(answer, prompt)
         while ids and ids[-1] == pad_id:
             ids.pop()
         row = [*ids, _UNREAD]

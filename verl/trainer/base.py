@@ -283,7 +283,7 @@ class BaseTrainer(ABC):
         """
         for row in rows:
             longest = len(self.codec.encode_prompt(row)) + max(
-                len(self.codec.encode_answer(answer)) for answer in answers_of(row)
+                len(self.codec.encode_answer(answer, row)) for answer in answers_of(row)
             )
             if longest > self.context:
                 raise ValueError(

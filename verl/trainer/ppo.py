@@ -92,7 +92,7 @@ class PPOTrainer:
                 f"need a finite reward in each record, got {reward} in record {index}; leave such records out"
             )
         prompt, codec = as_prompt(record["prompt"], index), self.trainer.codec
-        ids = codec.encode_answer(record["response"])
+        ids = codec.encode_answer(record["response"], prompt)
         return Trajectory(
             prompt,
             codec.encode_prompt(prompt),

@@ -110,9 +110,7 @@ class Trainer(BaseTrainer):
         self._owns_rollout = rollout is None
         source = policy_source(config, actor_model)
         path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
-        self.codec = codec or TextCodec.load(
-            path, stop_ids=config.sampling.stop_ids, system_prompt=config.data.system_prompt
-        )
+        self.codec = codec or TextCodec.for_run(path, config.data, stop_ids=config.sampling.stop_ids)
         config = self.read_data_early(model_config_of(source))
         # Before a LoRA adapter is put into a loaded model.
         start = initial_checkpoint(config, source, self.codec)

@@ -80,7 +80,7 @@ class SingleModelTrainer(BaseTrainer):
         source = policy_source(config, actor_model, self.kind)
         model_config = model_config_of(source)
         path = config.policy.path or str(model_config.name_or_path)
-        self.codec = codec or TextCodec.load(path, system_prompt=config.data.system_prompt)
+        self.codec = codec or TextCodec.for_run(path, config.data)
         self.read_data_early(model_config)
         model = self.build_model(source)
         model.to(self.device).check_forward()
@@ -98,7 +98,7 @@ class SingleModelTrainer(BaseTrainer):
 
     def trajectory_of(self, prompt: Prompt, answer: str, *, group: int) -> Trajectory:
         """A trajectory with an answer of the data set, which ends with the end token."""
-        response_ids = self.codec.encode_answer(answer)
+        response_ids = self.codec.encode_answer(answer, prompt)
         return Trajectory(
             prompt=prompt,
             prompt_ids=self.codec.encode_prompt(prompt),

@@ -222,7 +222,7 @@ class Prompt:
         source: name of the data set that it is from, for metrics by source.
         index: its number in the data set.
         columns: all other columns of its row, handed to the reward functions by name.
-        tools: offered in this prompt, as JSON schemas of functions; empty: those of the settings.
+        tools: schemas of the tools offered in this prompt; empty: those of `data.tools`.
     """
 
     content: str | list[dict[str, Any]]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from verl.config.data import DataConfig
+from verl.utils.chat_template import Chat, ChatTemplate, read_template
+from verl.utils.conversations import EncodedConversation, answer_text, encode_conversation
 from verl.utils.sampling_types import Prompt
+from verl.utils.tool_schemas import load_tools
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
 _CHAT_TEMPLATE = (
@@ -23,9 +27,21 @@ class TextCodec:
 
     Sampled ids are decoded only for rewards and logs; nothing that was sampled is ever tokenized again.
 
+    Args:
+        tokenizer: of the model.
+        stop_ids: further ids that end an answer.
+        system_prompt: put before chats that have no system message.
+        template_kwargs: further variables of the chat template.
+        tools: schemas of the tools offered in chats that bring none.
+
     Attributes:
         tokenizer: of the model.
-        stop_ids: ids that end an answer: the tokenizer's end token and those of the generation config.
+        stop_ids: ids that end an answer: the tokenizer's end token, the token with which the chat template
+            closes an answer, and those given.
+        template: the chat template.
+
+    Raises:
+        ValueError: a variable that the template does not read.
     """
 
     def __init__(
@@ -34,40 +50,83 @@ class TextCodec:
         *,
         stop_ids: Sequence[int] = (),
         system_prompt: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.template.check_kwargs(template_kwargs or {})
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self.stop_ids = tuple(dict.fromkeys([*own, *stop_ids]))
+        closing = self.token_ids_of([self.template.end])
+        self.stop_ids = tuple(dict.fromkeys([*own, *closing, *stop_ids]))
         self._system_prompt = system_prompt
+        self._template_kwargs, self._tools = dict(template_kwargs or {}), tuple(tools)
 
     @classmethod
-    def load(cls, path: str, *, stop_ids: Sequence[int] = (), system_prompt: str | None = None) -> TextCodec:
+    def load(
+        cls,
+        path: str,
+        *,
+        stop_ids: Sequence[int] = (),
+        system_prompt: str | None = None,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> TextCodec:
         """The codec of a saved model, with the end ids of its generation config.
+
+        Args:
+            path: folder or hub name.
+            stop_ids: further ids that end an answer.
+            system_prompt: put before chats that have no system message.
+            chat_template: takes the place of the tokenizer's own.
+            template_kwargs: further variables of the chat template.
+            tools: schemas of the tools offered in chats that bring none.
 
         Raises:
             ValueError: the folder has no tokenizer.
         """
-        try:
-            # A tokenizer without a class of its own is fully described by its file. AutoTokenizer may pick a
-            # class by the model's family, which splits texts differently (Qwen2's drops the spaces of a
-            # character tokenizer).
-            is_generic = get_tokenizer_config(path).get("tokenizer_class") in (
-                "TokenizersBackend",
-                "PreTrainedTokenizerFast",
-            )
-            tokenizer = (PreTrainedTokenizerFast if is_generic else AutoTokenizer).from_pretrained(path)
-        except (OSError, ValueError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = lines[0] if lines else type(error).__name__
-            raise ValueError(
-                f"need a tokenizer beside the model, found none in {path!r}: {reason}"
-            ) from error
+        tokenizer = load_tokenizer(path)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
         try:
             configured = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:  # without generation_config.json, answers end at the tokenizer's end token
             configured = None
         ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
-        return cls(tokenizer, stop_ids=[*ends, *stop_ids], system_prompt=system_prompt)
+        return cls(
+            tokenizer,
+            stop_ids=[*ends, *stop_ids],
+            system_prompt=system_prompt,
+            template_kwargs=template_kwargs,
+            tools=tools,
+        )
+
+    @classmethod
+    def for_run(cls, path: str, data: DataConfig, *, stop_ids: Sequence[int] = ()) -> TextCodec:
+        """The codec of a saved model with the settings of a run's data.
+
+        Args:
+            path: folder or hub name.
+            data: system prompt, chat template with its variables, and tools.
+            stop_ids: further ids that end an answer.
+
+        Raises:
+            ValueError: the folder has no tokenizer, or a setting is wrong.
+        """
+        return cls.load(
+            path,
+            stop_ids=stop_ids,
+            system_prompt=data.system_prompt,
+            chat_template=None if data.chat_template is None else read_template(data.chat_template),
+            template_kwargs=data.chat_template_kwargs.values,
+            tools=() if data.tools is None else load_tools(data.tools),
+        )
+
+    def token_ids_of(self, texts: Sequence[str]) -> list[int]:
+        """Ids of those texts that are each one special or added token, such as `<|im_end|>`."""
+        added = self.tokenizer.get_added_vocab()
+        return [added[text] for text in texts if text in added]
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The chat messages of a prompt, after the system prompt unless they contain one."""
@@ -75,38 +134,74 @@ class TextCodec:
             raise ValueError(
                 "a text prompt has no messages; give the prompt as [{'role': 'user', 'content': ...}]"
             )
-        has_own = any(m["role"] == "system" for m in prompt.content)
+        has_own = any(m["role"] in ("system", "developer") for m in prompt.content)
         if has_own or not self._system_prompt:
             return list(prompt.content)
         return [{"role": "system", "content": self._system_prompt}, *prompt.content]
 
+    def chat(self, prompt: Prompt) -> Chat:
+        """A prompt of messages as the chat template takes it, with tools and variables of its row or the run.
+
+        Raises:
+            ValueError: it is a text, has content other than text, or names variables that the template does
+                not read.
+        """
+        own = prompt.columns.get("chat_template_kwargs") or {}
+        return self.template.chat(
+            self.messages(prompt), tools=prompt.tools or self._tools, kwargs={**self._template_kwargs, **own}
+        )
+
     def prompt_text(self, prompt: Prompt) -> str:
         """The text that the model reads: a text as it is, messages by the chat template.
 
+        The answer continues a last message that is the assistant's.
+
         Raises:
-            ValueError: the prompt is messages, but the tokenizer has no chat template.
+            ValueError: the prompt is messages, and there is no chat template or it does not take them.
         """
-        if isinstance(prompt.content, str):
-            return prompt.content
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the prompt is a list of chat messages, but the tokenizer has no chat template; "
-                "use text prompts or an instruct model"
-            )
-        text = self.tokenizer.apply_chat_template(
-            self.messages(prompt), tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
+        return prompt.content if isinstance(prompt.content, str) else self.template.open(self.chat(prompt))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; raises ValueError if there are none."""
+        """Token ids of a prompt; raises ValueError, which names it, if there are none."""
+        place = f"prompt {prompt.index} of {prompt.source or 'the data'}"
+        try:
+            text = self.prompt_text(prompt)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         # A chat template contains its special tokens; for a plain text the tokenizer adds those in front.
-        ids = self.encode(self.prompt_text(prompt), special_tokens=isinstance(prompt.content, str))
+        ids = self.encode(text, special_tokens=isinstance(prompt.content, str))
         if not ids:
-            raise ValueError(
-                f"prompt {prompt.index} of {prompt.source or 'the data'} has no tokens: {prompt.content!r}"
-            )
+            raise ValueError(f"{place} has no tokens: {prompt.content!r}")
         return ids
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        learned: Collection[int] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> EncodedConversation:
+        """Token ids of a whole conversation, and which of them are learned.
+
+        The system prompt of the run is put in front, as part of the first message.
+
+        Args:
+            messages: at least one; the ids are those of the whole text that the chat template writes.
+            tools: offered in it; none: those of the run.
+            learned: indices of the assistant messages to learn; None: all.
+            template_kwargs: further variables of the template, over those of the run.
+
+        Raises:
+            ValueError: the template does not take the messages, or the tokens of one cannot be told.
+        """
+        given = self.messages(Prompt([dict(m) for m in messages]))
+        shift = len(given) - len(messages)
+        kwargs = {**self._template_kwargs, **(template_kwargs or {})}
+        chat = self.template.chat(given, tools=tools or self._tools, kwargs=kwargs)
+        shifted = None if learned is None else [i + shift for i in learned]
+        ids, mask, starts = encode_conversation(self.tokenizer, chat, learned=shifted)
+        return EncodedConversation(ids, mask, [0, *starts[1 + shift :]])
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a text."""
@@ -114,6 +209,14 @@ class TextCodec:
         # Some tokenizers append their end token to a text, which would end the prompt before the answer.
         while special_tokens and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()
+        start = self.tokenizer.bos_token
+        if (
+            special_tokens
+            and start
+            and text.startswith(start)
+            and ids[:2] == [self.tokenizer.bos_token_id] * 2
+        ):
+            ids.pop(0)  # the text brings the start token that the tokenizer adds
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -132,11 +235,47 @@ class TextCodec:
         cuts = [text.find(s) for s in stop if s in text]
         return text[: min(cuts)] if cuts else text
 
-    def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer given as text, with the end token; for fine-tuning and text-only engines."""
+    def encode_answer(self, text: str, prompt: Prompt | None = None) -> list[int]:
+        """Token ids of an answer given as text, with the end token; for fine-tuning and text-only engines.
+
+        Args:
+            text: the answer.
+            prompt: that it answers. To messages, the answer is what the chat template writes, with the token
+                that closes it there; to a text, the tokenizer's end token follows. None: as it stands, with
+                the end token of the chat template if it has one.
+        """
+        closing = self.token_ids_of([self.template.end]) if prompt is None or not is_text(prompt) else []
+        if prompt is not None and not is_text(prompt):
+            text = answer_text(self.template, self.chat(prompt), text)
         ids = self.encode(text)
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        ends = [i for i in [*closing, self.tokenizer.eos_token_id] if i is not None]
+        return ids if not ends or ids[-1:] == ends[:1] else [*ids, ends[0]]
+
+
+def is_text(prompt: Prompt) -> bool:
+    """True for a prompt that is a text, not messages."""
+    return isinstance(prompt.content, str)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved model.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    try:
+        # A tokenizer without a class of its own is fully described by its file. AutoTokenizer may pick a
+        # class by the model's family, which splits texts differently (Qwen2's drops the spaces of a
+        # character tokenizer).
+        is_generic = get_tokenizer_config(path).get("tokenizer_class") in (
+            "TokenizersBackend",
+            "PreTrainedTokenizerFast",
+        )
+        return (PreTrainedTokenizerFast if is_generic else AutoTokenizer).from_pretrained(path)
+    except (OSError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {reason}") from error
 
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:

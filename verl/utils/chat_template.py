@@ -1,0 +1,366 @@
+"""Chat messages to the text that a model reads, as Transformers' `apply_chat_template` writes it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Message = dict[str, Any]
+# Stands for the content of a message where its place in the text is looked for.
+MARK = "qzxcontentxzq"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+# What the run itself, Transformers or Jinja gives to a template.
+# fmt: off
+_OWN_VARIABLES = frozenset([
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize",
+    "chat_template", "conversation", "return_dict", "return_tensors", "return_assistant_tokens_mask",
+    "padding", "truncation", "max_length", "tokenizer_kwargs", "raise_exception", "strftime_now", "range",
+    "dict", "namespace", "cycler", "joiner", "lipsum",
+])
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a chat template takes it.
+
+    Attributes:
+        messages: with texts as contents.
+        tools: schemas of the tools offered.
+        kwargs: further variables of the template.
+    """
+
+    messages: list[Message]
+    tools: tuple[dict[str, Any], ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_messages(self, messages: list[Message]) -> Chat:
+        """The same tools and variables around other messages."""
+        return replace(self, messages=messages)
+
+    def with_content(self, index: int, content: str | None) -> Chat:
+        """The same conversation, with another content of one message."""
+        changed = {**self.messages[index], "content": content}
+        return self.with_messages([*self.messages[:index], changed, *self.messages[index + 1 :]])
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: with a chat template, or several by name; `tool_use` then serves chats with tools.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Chat:
+        """A conversation in the form that the template takes.
+
+        Parts of text are joined, arguments of tool calls become objects, and `developer` becomes `system`
+        where the template does not write it.
+
+        Raises:
+            ValueError: a message with content other than text.
+        """
+        self.check_kwargs(kwargs or {})
+        chat = Chat([self._plain(m, i) for i, m in enumerate(messages)], tuple(tools), kwargs or {})
+        if any(m["role"] == "developer" for m in chat.messages) and self._missing(chat):
+            renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in chat.messages]
+            chat = chat.with_messages(renamed)
+        if any(m.get("tool_calls") for m in chat.messages) and self._missing(chat):
+            # Some templates take a call for one only if the message has no text.
+            bare = [
+                {**m, "content": None} if m.get("tool_calls") and not m["content"] else m
+                for m in chat.messages
+            ]
+            chat = chat if self._missing(chat.with_messages(bare)) else chat.with_messages(bare)
+        return chat
+
+    def render(self, chat: Chat, *, opens_answer: bool = False) -> str:
+        """The text of a conversation, and of the beginning of the next answer.
+
+        Raises:
+            ValueError: there is no template, or it does not take the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template; "
+                "use text prompts or an instruct model, or give one as data.chat_template"
+            )
+        return self._apply(chat, add_generation_prompt=opens_answer)
+
+    def try_render(self, chat: Chat, *, opens_answer: bool = False) -> str | None:
+        """As `render`; None if the template does not take the messages."""
+        try:
+            return self.render(chat, opens_answer=opens_answer)
+        except ValueError:
+            return None
+
+    def open(self, chat: Chat, *, continues: bool | None = None) -> str:
+        """The text that the model reads before it answers.
+
+        Args:
+            chat: the conversation so far.
+            continues: the answer continues the last message, as Transformers' `continue_final_message`; None:
+                if that is the assistant's.
+
+        Raises:
+            ValueError: the template does not take the messages, or leaves some of them out.
+        """
+        if continues is None:
+            continues = bool(chat.messages) and chat.messages[-1]["role"] == "assistant"
+        text = self._continued(chat) if continues else self.render(chat, opens_answer=True)
+        self.check_complete(chat, text)
+        return text
+
+    def marked_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
+        """First and last character of what the template marks by `{% generation %}`; None without marks."""
+        source = self._tokenizer.get_chat_template(tools=list(chat.tools) or None)
+        if not _GENERATION.search(source):
+            return None
+        _, spans = render_jinja_template(
+            conversations=[chat.messages],
+            tools=list(chat.tools) or None,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **chat.kwargs},
+        )
+        return [(int(start), int(end)) for start, end in spans[0]]
+
+    def check_complete(self, chat: Chat, text: str) -> None:
+        """Check that a text has all that a conversation says, up to blanks; earlier answers may be shortened.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if missing := missing_part(chat, text):
+            raise ValueError(
+                f"the chat template leaves out {missing}; leave it out of the data, or give a template that "
+                "writes it as data.chat_template"
+            )
+        if chat.tools and text and self._ignores_tools(chat):
+            raise ValueError(
+                f"the chat template does not write tools, but {len(chat.tools)} are given; leave data.tools "
+                "and the tools of the row out, or give a template that writes them as data.chat_template"
+            )
+
+    @property
+    def end(self) -> str:
+        """The special or added token that closes the last answer, as `<|im_end|>`; "" if there is none."""
+        return self._probed_ends[0]
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Tokens that close answers; some templates close one that is not the last with another token."""
+        return tuple(dict.fromkeys(end for end in self._probed_ends if end))
+
+    @cached_property
+    def _probed_ends(self) -> tuple[str, str]:
+        """The first special or added token behind an answer that is the last message, and one that is not."""
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
+        last, middle = (
+            self.try_render(Chat(probe)) or "" for probe in ([question, answer], [question, answer, question])
+        )
+        return self._first_token(last.rpartition(MARK)[2]), self._first_token(middle.rpartition(MARK)[2])
+
+    @cached_property
+    def variables(self) -> tuple[str, ...]:
+        """Names that the template reads, without those that the run gives."""
+        known: set[str] = set()
+        for source in template_sources(self._tokenizer.chat_template):
+            known |= meta.find_undeclared_variables(parse_template(source, "the chat template"))
+        own = _OWN_VARIABLES | self._tokenizer.special_tokens_map.keys()
+        return tuple(sorted(known - own))
+
+    def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Check the names of further variables.
+
+        Raises:
+            ValueError: one that the template does not read.
+        """
+        for name in kwargs:
+            if name in self.variables:
+                continue
+            if name in _OWN_VARIABLES:
+                raise ValueError(f"chat_template_kwargs cannot set {name}, which the run sets; leave it out")
+            near = difflib.get_close_matches(name, self.variables, n=1)
+            known = f"did you mean {near[0]}?" if near else f"it reads {', '.join(self.variables) or 'none'}"
+            raise ValueError(
+                f"chat_template_kwargs has {name}, which the chat template does not read; {known}"
+            )
+
+    def _apply(self, chat: Chat, **options: Any) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat.messages,
+                tools=list(chat.tools) or None,
+                tokenize=False,
+                **chat.kwargs,
+                **options,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        return str(text)
+
+    def _continued(self, chat: Chat) -> str:
+        """The text of a conversation whose last message is not closed."""
+        *before, last = chat.messages
+        opening = last["content"] or ""
+        if last.get("tool_calls"):
+            raise ValueError(
+                "the last message calls tools, so that the model cannot continue it; need the results of the "
+                "tools after it, or an answer as text"
+            )
+        header = self.try_render(chat.with_messages(before), opens_answer=True)
+        if not opening.strip() and header is not None:
+            return header
+        try:
+            text = self._apply(chat, continue_final_message=True)
+        except ValueError:
+            if header is None:
+                raise
+            return header + opening  # the template would rewrite the opening
+        # A template may write a tag of its own where the opening brings it, such as an empty <think>.
+        tag = re.match(r"<[^<>\s]+>", opening.lstrip())
+        if header is not None and tag and text[len(header) :].lstrip().count(tag[0]) > opening.count(tag[0]):
+            return header + opening
+        return text
+
+    def _first_token(self, text: str) -> str:
+        """The first special or added token in a text; "" if there is none."""
+        tokens = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        found = re.search("|".join(map(re.escape, tokens)), text) if tokens and text else None
+        return found[0] if found else ""
+
+    def _missing(self, chat: Chat) -> bool:
+        """True if the template does not take a conversation, or leaves a part of it out."""
+        text = self.try_render(chat)
+        return text is None or bool(missing_part(chat, text))
+
+    def _ignores_tools(self, chat: Chat) -> bool:
+        with_tools, without = (self.try_render(c) for c in (chat, replace(chat, tools=())))
+        return with_tools is not None and with_tools == without
+
+    def _plain(self, message: Mapping[str, Any], index: int) -> Message:
+        """A message with its text in one piece and its tool calls as objects."""
+        plain = dict(message)
+        plain["content"] = joined_text(message.get("content"), f"message {index + 1}")
+        if plain.get("role") == "assistant" and self.end:
+            plain["content"] = plain["content"].removesuffix(self.end)  # the template writes it
+        if plain.get("tool_calls"):
+            plain["tool_calls"] = [parsed_call(call) for call in plain["tool_calls"]]
+        return plain
+
+
+def joined_text(content: Any, place: str) -> str:
+    """The text of a message, its typed parts joined; nothing is an empty text.
+
+    Raises:
+        ValueError: a part that is not text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    for part in content:
+        if not isinstance(part, str) and (
+            part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str)
+        ):
+            raise ValueError(
+                f"{place} has a part of type {part.get('type')!r}, but the model reads text alone; leave "
+                "the row out, or give its text"
+            )
+    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object, where OpenAI's format has the text of one."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": parsed_call(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        return dict(call)
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
+
+
+def missing_part(chat: Chat, text: str) -> str:
+    """A part of a conversation that a text does not have, for a message; "" if it has all of them.
+
+    Blanks do not count. Tool results may be written in another form, and thoughts of answers left out.
+    """
+    squeezed = squeeze(text)
+    for i, message in enumerate(chat.messages):
+        place = f"message {i + 1} ({message['role']})"
+        asks = message["role"] in ("system", "developer", "user")
+        if asks and squeeze(message["content"] or "") not in squeezed:
+            return place
+        for call in message.get("tool_calls") or ():
+            name = str((call.get("function") or call).get("name", ""))
+            if squeeze(name) not in squeezed:
+                return f"the call of {name} in {place}"
+    return ""
+
+
+def squeeze(text: str) -> str:
+    """A text without blanks."""
+    return "".join(text.split())
+
+
+def template_sources(template: str | Mapping[str, str] | None) -> list[str]:
+    """Sources of the templates of a tokenizer, which may have several by name."""
+    if not template:
+        return []
+    return [template] if isinstance(template, str) else list(template.values())
+
+
+def parse_template(source: str, name: str) -> Any:
+    """Syntax tree of a chat template.
+
+    Raises:
+        ValueError: it is not valid Jinja; says in which line.
+    """
+    try:
+        # Transformers' own tag; what is between is text like any other.
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{name} is not valid Jinja: {error.message}, in line {error.lineno}") from error
+
+
+def read_template(value: str) -> str:
+    """A chat template from its file, or the text itself.
+
+    Raises:
+        ValueError: no such file, or a template that is not valid.
+    """
+    is_text = "{%" in value or "{{" in value
+    if not is_text:
+        try:
+            source = Path(value).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"need data.chat_template as a file with a Jinja template or its text, got {value!r}: {error}"
+            ) from error
+    else:
+        source = value
+    parse_template(source, "data.chat_template" if is_text else f"data.chat_template, {value},")
+    return source
