@@ -60,10 +60,13 @@ class ChatTemplate:
 
     Args:
         tokenizer: with a chat template, or several by name; `tool_use` then serves chats with tools.
+
+    Attributes:
+        tokenizer: as above.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def chat(
         self,
@@ -100,7 +103,7 @@ class ChatTemplate:
         Raises:
             ValueError: there is no template, or it does not take the messages.
         """
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise ValueError(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; "
                 "use text prompts or an instruct model, or give one as data.chat_template"
@@ -133,7 +136,7 @@ class ChatTemplate:
 
     def marked_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
         """First and last character of what the template marks by `{% generation %}`; None without marks."""
-        source = self._tokenizer.get_chat_template(tools=list(chat.tools) or None)
+        source = self.tokenizer.get_chat_template(tools=list(chat.tools) or None)
         if not _GENERATION.search(source):
             return None
         _, spans = render_jinja_template(
@@ -141,7 +144,7 @@ class ChatTemplate:
             tools=list(chat.tools) or None,
             chat_template=source,
             return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **chat.kwargs},
+            **{**self.tokenizer.special_tokens_map, **chat.kwargs},
         )
         return [(int(start), int(end)) for start, end in spans[0]]
 
@@ -185,9 +188,9 @@ class ChatTemplate:
     def variables(self) -> tuple[str, ...]:
         """Names that the template reads, without those that the run gives."""
         known: set[str] = set()
-        for source in template_sources(self._tokenizer.chat_template):
+        for source in template_sources(self.tokenizer.chat_template):
             known |= meta.find_undeclared_variables(parse_template(source, "the chat template"))
-        own = _OWN_VARIABLES | self._tokenizer.special_tokens_map.keys()
+        own = _OWN_VARIABLES | self.tokenizer.special_tokens_map.keys()
         return tuple(sorted(known - own))
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
@@ -209,7 +212,7 @@ class ChatTemplate:
 
     def _apply(self, chat: Chat, **options: Any) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 chat.messages,
                 tools=list(chat.tools) or None,
                 tokenize=False,
@@ -246,7 +249,7 @@ class ChatTemplate:
 
     def _first_token(self, text: str) -> str:
         """The first special or added token in a text; "" if there is none."""
-        tokens = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         found = re.search("|".join(map(re.escape, tokens)), text) if tokens and text else None
         return found[0] if found else ""
 

@@ -6,8 +6,6 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from verl.utils.chat_template import MARK, Chat, ChatTemplate, squeeze
 
 Span = tuple[int, int]
@@ -149,7 +147,7 @@ def answer_text(template: ChatTemplate, chat: Chat, answer: str) -> str:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, learned: Collection[int] | None = None
+    template: ChatTemplate, chat: Chat, *, learned: Collection[int] | None = None
 ) -> EncodedConversation:
     """Tokens of a conversation, those of the whole text, and which of them are learned.
 
@@ -158,7 +156,7 @@ def encode_conversation(
     end token follows the last one.
 
     Args:
-        tokenizer: with a chat template.
+        template: of the tokenizer.
         chat: at least one message.
         learned: indices of the assistant messages to learn; None: all.
 
@@ -166,7 +164,7 @@ def encode_conversation(
         ValueError: the template does not take the messages, leaves a part of them out, or writes them so that
             the tokens of one cannot be told.
     """
-    template = ChatTemplate(tokenizer)
+    tokenizer = template.tokenizer
     rendered = RenderedConversation(template, chat)
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     wanted = answers if learned is None else sorted(learned)

@@ -200,7 +200,7 @@ class TextCodec:
         kwargs = {**self._template_kwargs, **(template_kwargs or {})}
         chat = self.template.chat(given, tools=tools or self._tools, kwargs=kwargs)
         shifted = None if learned is None else [i + shift for i in learned]
-        ids, mask, starts = encode_conversation(self.tokenizer, chat, learned=shifted)
+        ids, mask, starts = encode_conversation(self.template, chat, learned=shifted)
         return EncodedConversation(ids, mask, [0, *starts[1 + shift :]])
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
