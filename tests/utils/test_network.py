@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 
 import pytest
 
-from verl.utils.network import LOOPBACK, address_towards, free_port
+from verl.utils.network import LOOPBACK, address_towards, free_port, proxy_exceptions, socket_folder
 
 
 @pytest.mark.parametrize("url", [None, "http://127.0.0.1:8000", "http://localhost:8000"])
@@ -19,3 +21,24 @@ def test_a_free_port_can_be_bound():
     with socket.socket() as listener:
         listener.bind((LOOPBACK, port))
         assert listener.getsockname() == (LOOPBACK, port)
+
+
+def test_proxy_exceptions_keep_what_is_set(monkeypatch):
+    monkeypatch.setenv("no_proxy", "example.org, 10.0.0.1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    text = "example.org,10.0.0.1,127.0.0.1,localhost,::1"
+    assert proxy_exceptions() == {"no_proxy": text, "NO_PROXY": text}
+
+
+def test_a_temporary_folder_with_a_long_path_holds_no_sockets(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/scratch/job-7")
+    assert socket_folder() == "/scratch/job-7"
+    monkeypatch.setattr(tempfile, "tempdir", "/scratch/" + 60 * "a")
+    assert socket_folder() == "/tmp"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="got TMPDIR /scratch/a.*; set TMPDIR to a shorter one"):
+        socket_folder()
+    monkeypatch.setenv("RAY_TMPDIR", "/ray/" + 60 * "b")
+    with pytest.raises(ValueError, match="set RAY_TMPDIR to a shorter one"):
+        socket_folder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from verl.cli.parser import build_parser
 from verl.config.loader import load_config, load_run, to_yaml
 from verl.config.reference import find_settings
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
+from verl.utils.network import proxy_exceptions
 
 _PAIR_AND_SFT_RUNS: dict[str, type[RunConfig]] = {
     "sft": SFTConfig,
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after an interrupt.
     """
     args = build_parser().parse_args(argv)
+    os.environ |= proxy_exceptions()
     # As with `python -m`: "my_module:function" in the settings is found in the folder where the command runs.
     sys.path.insert(0, "")
     try:

@@ -10,6 +10,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from verl.controller.worker_group import Pool, WorkerError
+from verl.utils.network import proxy_exceptions, socket_folder
 
 
 class RayCluster:
@@ -69,8 +70,13 @@ def connect(address: str, *, num_devices: int) -> RayCluster:
                     "start it with `ray start`"
                 ) from error
     _require_token()
+    os.environ |= proxy_exceptions()
     cores = os.cpu_count() or 1
-    ray.init(address="local", num_cpus=max(cores, num_devices), include_dashboard=False, **quiet)
+    # Ray's own choice may be too long for its sockets.
+    folder = f"{socket_folder()}/ray"
+    ray.init(
+        address="local", num_cpus=max(cores, num_devices), include_dashboard=False, _temp_dir=folder, **quiet
+    )
     return RayCluster()
 
 

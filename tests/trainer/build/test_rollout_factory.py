@@ -5,6 +5,7 @@ what it refuses.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -109,9 +110,10 @@ def check_followed(trainer):
 
 def engines_of_a_run_are_listed_added_and_removed(trainer, folder):
     def verl(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "verl.cli.main", *args], capture_output=True, text=True, timeout=60
-        )
+        # The secret of the run must not go to a proxy; at port 9 there is none that could answer.
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+        command = [sys.executable, "-m", "verl.cli.main", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
     listed = verl("engines", "list", str(folder))
     assert (

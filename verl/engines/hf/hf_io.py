@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from verl.engines.hf.lora import base_name, initial_lora_weight, is_lora_parameter
 from verl.engines.hf.models import Backbone, ValueModel
-from verl.engines.hf.pretrained import VALUE_HEAD, load_language_model
+from verl.engines.hf.pretrained import VALUE_HEAD, check_exists, load_language_model
 from verl.engines.hf.weights import full_tensors, shard_slices, to_full, to_local
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,6 +31,7 @@ def model_folder(source: str) -> Path:
     Raises:
         ValueError: there is no such folder and no such model on the hub.
     """
+    check_exists(source, "a model")
     if Path(source).is_dir():
         return Path(source)
     try:

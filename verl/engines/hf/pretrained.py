@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from verl.engines.hf.models import Backbone, Precision, ValueModel
+from verl.utils.hub import why_missing
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
 VALUE_HEAD = "value_head.safetensors"
@@ -45,12 +46,13 @@ def load_language_model(path: str) -> PreTrainedModel:
     Raises:
         ValueError: there is no such model.
     """
+    check_exists(path, "a causal language model")
     try:
         with without_progress_bars():
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load a causal language model from {path!r}: {load_failure(path, error)}"
+            f"cannot load a causal language model from {path!r}: {load_failure(error)}"
         ) from error
 
 
@@ -64,10 +66,11 @@ def check_model(path: str, kind: str = "causal language model") -> PretrainedCon
     Raises:
         ValueError: there is no such model.
     """
+    check_exists(path, f"a {kind}")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a {kind} from {path!r}: {load_failure(path, error)}") from error
+        raise ValueError(f"cannot load a {kind} from {path!r}: {load_failure(error)}") from error
     return config
 
 
@@ -80,11 +83,14 @@ def model_config_of(source: str | PreTrainedModel) -> PretrainedConfig:
     return check_model(source) if isinstance(source, str) else source.config
 
 
-def load_failure(path: str, error: Exception) -> str:
+def check_exists(path: str, kind: str) -> None:
+    """Raise ValueError if there is no such folder and no such model on the hub; `kind` is for the message."""
+    if reason := why_missing(path):
+        raise ValueError(f"cannot load {kind} from {path!r}: {reason}")
+
+
+def load_failure(error: Exception) -> str:
     """The reason why Transformers could not load a model, in one line."""
-    # Hub names have at most one slash; another path that does not exist was meant as a folder.
-    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        return "there is no such folder"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -99,6 +105,7 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     Raises:
         ValueError: there is no such model, or it has no such head.
     """
+    check_exists(path, "a reward model")
     verbosity = transformers_logging.get_verbosity()
     # Transformers would warn about a missing head, which is handled below.
     transformers_logging.set_verbosity_error()
@@ -112,7 +119,7 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a reward model from {path!r}: {load_failure(path, error)}") from error
+        raise ValueError(f"cannot load a reward model from {path!r}: {load_failure(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing, mismatched = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]

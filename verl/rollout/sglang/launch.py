@@ -61,8 +61,7 @@ _RESERVED_TOKENS = 8
 _LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 _CPU_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 _SECRET_FILE = "secret.yaml"
-# Lines of a log: of an exception, and of a wrong option by SGLang's parser or its checks of values.
-_CAUSE = re.compile(r"\w*(Error|Exception): ")
+# Lines of a log about a wrong option, by SGLang's parser or its checks of values.
 _OPTION_ERROR = re.compile(r": error: |^(Value|Assertion)Error: ")
 
 
@@ -93,7 +92,6 @@ class SGLangProcess:
         # Readable by the user alone, since SGLang prints its settings with the secret.
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         spec.log.touch(mode=0o600)
-        self._log_start = spec.log.stat().st_size
         self._process = ServerProcess(
             spec.name,
             [spec.python or sys.executable, "-m", "sglang.launch_server", *flags],
@@ -107,13 +105,11 @@ class SGLangProcess:
         return self._process.pid
 
     def check(self) -> None:
-        """Raise EngineError if the process has ended, with the end of its log and the last exception."""
+        """Raise EngineError if the process has ended, with cause and end of its log."""
         try:
             self._process.check()
         except EngineError as error:
-            # The log ends with what happened to the process; the cause comes before.
-            causes = [line for line in self._log_lines() if _CAUSE.match(line)]
-            raise self._error("\n  ".join([str(error), *causes[-1:]])) from None
+            raise self._error(str(error)) from None
 
     def check_startup(self) -> None:
         """Check a process that starts.
@@ -125,7 +121,7 @@ class SGLangProcess:
         try:
             self.check()
         except EngineError as error:
-            if refusals := [line for line in self._log_lines() if _OPTION_ERROR.search(line)]:
+            if refusals := [line for line in self._process.log_lines() if _OPTION_ERROR.search(line)]:
                 message = f"SGLang refuses its options: {refusals[-1]}\n  {error}"
                 raise ValueError(hide_secret(message, self._spec.secret)) from None
             raise
@@ -142,11 +138,6 @@ class SGLangProcess:
     async def end(self) -> None:
         """End the server with all its processes."""
         await self._process.end()
-
-    def _log_lines(self) -> list[str]:
-        with self._spec.log.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode(errors="replace").splitlines()
 
     def _error(self, message: str) -> EngineError:
         return EngineError(hide_secret(message, self._spec.secret))

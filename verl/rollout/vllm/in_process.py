@@ -26,12 +26,15 @@ from verl.rollout.vllm.versions import (
     installed_version,
     worker_method,
 )
+from verl.utils.network import socket_folder
 from verl.utils.sampling_types import Completion, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 from verl.weight_sync.fingerprint import fingerprint
 from verl.weight_sync.shared_memory import make_file, map_file, num_bytes_of
 from verl.weight_sync.types import TensorInfo
 
+# Its processes find each other by sockets in this folder.
+os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder())
 if not has_accelerator():
     # vLLM reads these when it is imported. In processes of its own it would take ten times as long to start,
     # without any gain on a CPU.
