@@ -217,6 +217,11 @@ def test_a_value_with_a_comment_is_refused(override):
     assert "need quotes around a value with ' #'" in problems("grpo", override)
 
 
+def test_a_text_in_a_list_that_yaml_cannot_read_is_refused_with_the_way_out():
+    assert "put quotes around the texts of a list" in problems("grpo", "sampling.stop=[*.jsonl]")
+    assert load_config("grpo", ["sampling.stop=['*.jsonl']"]).sampling.stop == ("*.jsonl",)
+
+
 def test_a_text_of_a_file_that_a_hash_would_cut_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("recipe: grpo\nsteps: 3 #few\noutput_dir: run #2\n")

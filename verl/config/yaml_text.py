@@ -115,7 +115,11 @@ def parse_override(text: str, name: str, *, is_text: bool, is_list: bool) -> Any
         loader.dispose()
     if rest:
         raise ConfigError(f"{name}: need quotes around a value with ' #', else {rest!r} is lost as a comment")
-    return parse_yaml(typed, name)[0]
+    try:
+        return parse_yaml(typed, name)[0]
+    except ConfigError as error:
+        hint = "; put quotes around the texts of a list, such as ['*.jsonl']" if is_list else ""
+        raise ConfigError(f"{error}{hint}") from None
 
 
 def _cut_texts(node: Any, text: str) -> Iterator[Any]:

@@ -52,6 +52,9 @@ FOREIGN_NAMES: dict[str, str] = {
     "total_training_steps": "steps",
     "max_steps": "steps",
     "num_train_steps": "steps",
+    "total_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "num_episodes": "epochs",
     # Sampling
     "max_response_length": "sampling.max_tokens",
     "response_length": "sampling.max_tokens",
