@@ -39,7 +39,7 @@ from verl.engines.device_meshes import DeviceMeshes, make_device_meshes
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
 from verl.engines.hf.pretrained import load_language_model, load_reward_model, save_model, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
-from verl.engines.optimizer import build_adamw
+from verl.engines.optimizer import build_optimizer
 from verl.weight_sync.layout import Bounds, TensorShard, shape_of
 
 T = TypeVar("T")
@@ -271,8 +271,8 @@ class DeepSpeedEngine(DeepSpeedForwardEngine, LocalEngine):
 
     @override
     def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """AdamW as on one device; DeepSpeed replaces its parameters by this rank's partitions."""
-        optimizer = build_adamw(self.model, config, fused=False)
+        """The optimizer as on one device; DeepSpeed replaces its parameters by this rank's partitions."""
+        optimizer = build_optimizer(self.model, config, fused=False, sharded_by=lambda p: None)
         self._deepspeed = self._initialize(optimizer)
         return optimizer
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tests.engines.roles.workers import ONE_BY_ONE, WHOLE, policy
-from tests.training import gradient, learn, local_engine, rows_to_learn, weights
-from verl.data.packing import BatchPlan
+from tests.training import gradient, learn, local_engine, one_update, rows_to_learn, weights
+from verl.config.fields import Choice
+from verl.config.rollout import RolloutConfig
+from verl.data.packing import BatchPlan, balance
 from verl.engines.local import LocalEngine
+from verl.monitoring.mismatch_limits import check_mismatch
 
 
 class CountingEngine(LocalEngine):
@@ -24,6 +27,46 @@ def test_epochs_times_minibatches_updates_are_made_each_epoch_over_all_rows():
     engine.__class__ = CountingEngine
     learn(policy(engine, epochs=2), rows_to_learn(), BatchPlan([[[[0, 1], [2]]], [[[3]]], [[[4], [5]]]]))
     assert engine.updates == 2 * [[[0, 1], [2]], [[3]], [[4], [5]]]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        *(
+            {"aggregation": Choice(name=name)}
+            for name in ("token_mean", "seq_mean_token_mean", "prompt_mean")
+        ),
+        {"policy_loss": Choice(name="kl_cov", share=0.2)},
+    ],
+    ids=lambda choices: next(iter(choices.values())).name,
+)
+def test_uneven_minibatches_are_updates_of_their_own_rows_alone(choices):
+    batch = rows_to_learn()
+    plan = balance(batch.num_tokens, num_ranks=1, micro_batch_tokens=9, num_minibatches=4)
+    parts = [sorted(plan.rows_of_minibatch(i)) for i in range(4)]
+    assert [len(rows) for rows in parts] == [2, 2, 1, 1]
+    sgd = {"name": "sgd", "lr": 0.01}
+    together, alone = (policy(local_engine(optimizer=sgd), **choices) for _ in range(2))
+    learn(together, rows_to_learn(), plan)
+    for rows in parts:
+        learn(alone, batch.select(rows), one_update(list(range(len(rows)))))
+    torch.testing.assert_close(weights(together.engine), weights(alone.engine), rtol=1e-5, atol=1e-7)
+
+
+def test_metrics_of_the_rows_that_are_left_are_named_so():
+    batch, rest = rows_to_learn(), [1, 3, 4]
+    advantages = batch["advantages"]
+    advantages[[0, 2, 5]] = 0
+    batch.write("advantages", advantages)
+    every = learn(policy(), batch, WHOLE)
+    short = learn(policy(skip_zero_advantages=True), batch, WHOLE)
+    of_rest = learn(policy(), batch.select(rest), one_update([0, 1, 2]))
+    of_update = {"loss", "grad_norm", "lr", "skipped_updates"}
+    means = {f"learned/{name}" for name in {*every} - of_update}
+    assert {*short} == of_update | means | {"skipped_rows_share"}
+    for name in ("entropy", "ratio", "clip_share", "sampler_gap_max"):
+        assert short[f"learned/{name}"] == pytest.approx(of_rest[name], rel=1e-5)
+    assert check_mismatch(short, RolloutConfig()) and check_mismatch(every, RolloutConfig())
 
 
 def test_skipped_rows_change_neither_gradient_nor_denominator():

@@ -99,7 +99,7 @@ class AlgorithmConfig(Section):
     )
     epochs: int = setting(1, "Passes over the trajectories of a step.", unit="passes", ge=1)
     minibatches: int = setting(
-        1, "Optimizer updates per pass; the trajectories are split evenly.", unit="updates", ge=1
+        1, "Optimizer updates per pass; their sizes differ by at most one trajectory.", unit="updates", ge=1
     )
     dynamic_sampling: bool = setting(
         False,

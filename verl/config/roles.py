@@ -6,18 +6,30 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from verl.config.fields import PathText, Section, setting
+from verl.config.fields import Options, PathText, Section, setting
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    name: str = setting(
+        "adamw",
+        "adamw; muon, for the matrices of the layers, with AdamW for all other weights; another class of "
+        'torch.optim, such as sgd or adafactor; or "package.module:Class".',
+    )
+    options: Options = setting(
+        Options(), "Further arguments of the class, such as momentum; of muon, those of torch.optim.Muon."
+    )
     lr: float = setting(1e-6, "Peak learning rate.", source="GRPO, 2402.03300, 4.2", gt=0)
     betas: tuple[float, float] = setting(
         (0.9, 0.999), "Decay of the first and second moment.", source="Adam, 1412.6980"
     )
     eps: float = setting(1e-8, "Added to the root of the second moment.", source="Adam, 1412.6980", gt=0)
-    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors are not decayed.", ge=0)
+    weight_decay: float = setting(
+        0.0,
+        "Weight decay of matrices, decoupled in AdamW and Muon; vectors are not decayed.",
+        ge=0,
+    )
     max_grad_norm: float = setting(
         1.0, "Global gradient norm above which gradients are scaled down.", source="verl", gt=0
     )

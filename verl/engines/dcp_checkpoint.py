@@ -172,6 +172,13 @@ def load_trained(
         raise ValueError(
             f"the checkpoint in {folder} is of another model ({progress['kind']}, need {kind}); {REMEDY}"
         )
+    # One kernel for all weights reads the counts of steps on the device.
+    counted_on_device = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     # The storage into which every saved tensor is read.
     state: dict[str, Tensor] = {}
     for name, parameter in trained_parameters(model).items():
@@ -184,7 +191,9 @@ def load_trained(
         own = optimizer.state[parameter]
         for key in keys:
             if key not in own:
-                own[key] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                is_on_device = key != "step" or id(parameter) in counted_on_device
+                device = parameter.device if is_on_device else torch.device("cpu")
+                own[key] = _state_like(parameter, saved[prefix + key], device)
         state |= {prefix + key: own[key] for key in keys}
     sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     unfit = sorted({*sizes} ^ {*saved})
@@ -195,6 +204,13 @@ def load_trained(
         )
     _fill(state, folder, is_alone=is_alone)
     return progress
+
+
+def _state_like(parameter: Tensor, entry: TensorStorageMetadata, device: torch.device) -> Tensor:
+    """Storage for a saved state of a parameter: sharded as it is, or a number or factors on a device."""
+    if tuple(entry.size) == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype)
+    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def read_saved(folder: Path) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
 from verl.engines.hf.pretrained import value_model
 from verl.engines.hf.weights import to_local
 from verl.engines.local import LocalEngine, LocalForwardEngine
-from verl.engines.optimizer import build_adamw
+from verl.engines.optimizer import build_optimizer
 from verl.engines.tensor_parallel import check_parallel_sizes, is_head_norm, parallelize
 from verl.utils.device import PRECISIONS
 
@@ -210,13 +210,7 @@ class FSDPEngine(FSDPForwardEngine, LocalEngine):
             return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
         # The parameters of a group are updated by one kernel, which wants them on one mesh.
-        optimizer = build_adamw(self.model, config, fused=False)
-        groups = [
-            {**group, "params": [p for p in group["params"] if mesh_of(p) == mesh]}
-            for group in optimizer.param_groups
-            for mesh in dict.fromkeys(mesh_of(p) for p in group["params"])
-        ]
-        return torch.optim.AdamW(groups)
+        return build_optimizer(self.model, config, fused=False, sharded_by=mesh_of)
 
     @override
     def dummy_forward_backward(self) -> None:

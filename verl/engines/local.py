@@ -30,7 +30,7 @@ from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.lora import add_lora, has_lora, reset_lora
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, save_model
-from verl.engines.optimizer import LossScale, build_adamw, lr_factor
+from verl.engines.optimizer import LossScale, build_optimizer, lr_factor
 
 T = TypeVar("T")
 
@@ -123,8 +123,8 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         self._bad_updates = 0
 
     def build_optimizer(self, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters."""
-        return build_adamw(self.model, config)
+        """The chosen optimizer over the trained parameters."""
+        return build_optimizer(self.model, config)
 
     @override
     def update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from verl.engines.base import MAX_SUFFIX, Objective, TrainEngine
 MicroBatches = Sequence[Sequence[int]]
 # Monitor that counts the sampled tokens of a minibatch on all ranks.
 _TOKENS = "sampled_tokens"
+# Metrics of a whole update, which no row has by itself.
+_OF_UPDATE = ("loss", "grad_norm", "lr", "skipped_updates")
 
 
 def plan_rows(plan: BatchPlan) -> list[list[int]]:
@@ -114,11 +116,15 @@ def count_tokens(objective: Objective) -> Objective:
 def per_token_means(update: dict[str, float]) -> dict[str, float]:
     """Metrics of an update of a `count_tokens` objective, with sums of monitors as means over tokens."""
     count = max(1, update.pop(_TOKENS, 0))
-    no_sums = ("loss", "grad_norm", "lr", "skipped_updates")
     return {
-        name: value if name in no_sums or name.endswith(MAX_SUFFIX) else value / count
+        name: value if name in _OF_UPDATE or name.endswith(MAX_SUFFIX) else value / count
         for name, value in update.items()
     }
+
+
+def named_as_learned(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an update without its skipped rows: `learned/NAME` for all that are means over rows."""
+    return {name if name in _OF_UPDATE else f"learned/{name}": value for name, value in metrics.items()}
 
 
 def mean_over_updates(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -11,12 +11,14 @@ def check_mismatch(metrics: Mapping[str, float], config: RolloutConfig) -> list[
     """Warnings about the difference between sampler and trainer in a step.
 
     Args:
-        metrics: of the step; `kl_sampler`, `sampler_gap` and `sampler_gap_max` are read, in nats per token.
+        metrics: of the step; `kl_sampler`, `sampler_gap` and `sampler_gap_max` are read, in nats per token,
+            of the learned rows alone (`learned/NAME`) where others are skipped.
         config: has the limits `mismatch_warn` and `mismatch_stop`.
 
     Raises:
         RuntimeError: the KL is above `rollout.mismatch_stop`.
     """
+    metrics = {name.removeprefix("learned/"): value for name, value in metrics.items()}
     if "kl_sampler" not in metrics:
         return []
     kl = metrics["kl_sampler"]

@@ -15,9 +15,10 @@ from transformers import PretrainedConfig
 
 from verl.config.loader import with_steps
 from verl.config.pipeline import STALL_LIMIT_S
-from verl.config.run import RunConfig
+from verl.config.run import RunConfig, TrainerConfig
 from verl.controller.worker_group import Timeline
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
+from verl.engines.optimizer import check_optimizer
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency
@@ -100,6 +101,11 @@ class BaseTrainer(ABC):
     codec: TextCodec
 
     def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
+        roles = {"policy": config.policy}
+        if isinstance(config, TrainerConfig):
+            roles["critic"] = config.critic
+        for role, settings in roles.items():
+            check_optimizer(settings.optimizer, setting=f"{role}.optimizer")
         seed_everything(config.seed)
         self.config, self.seed = config, config.seed
         self.device = pick_device(device)

@@ -19,7 +19,7 @@ class PPOTrainer:
 
     Args:
         model_name: folder or hub name of the policy.
-        optimizer: adamw, the only one.
+        optimizer: name of the optimizer of policy and critic, as `policy.optimizer.name`.
         lr: learning rate of the policy.
         kl_coef: weight of the KL to the starting policy, in the reward.
         clip_range: of the probability ratio.
@@ -36,9 +36,12 @@ class PPOTrainer:
         clip_range: float = 0.2,
         **options: Any,
     ) -> None:
-        if optimizer != "adamw":
-            raise ValueError(f"need optimizer adamw, got {optimizer!r}")
-        overrides = ["algorithm.correction=recompute", *options.pop("overrides", ())]
+        overrides = [
+            "algorithm.correction=recompute",
+            f"policy.optimizer.name={optimizer}",
+            f"critic.optimizer.name={optimizer}",
+            *options.pop("overrides", ()),
+        ]
         config = make_trainer_config(
             "ppo",
             model_name=model_name,

@@ -13,7 +13,16 @@ from verl.config.run import TrainerConfig
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("ppo", ["algorithm.minibatches=3"], "divisible by algorithm.minibatches, got 256 * 1 and 3"),
+        (
+            "ppo",
+            ["algorithm.minibatches=257"],
+            "need an answer for each of the updates of algorithm.minibatches 257, got prompts_per_step 256",
+        ),
+        (
+            "online_dpo",
+            ["prompts_per_step=8", "algorithm.minibatches=9"],
+            "set algorithm.minibatches to at most 8",
+        ),
         ("ppo", ["sampling.top_p=0.9"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.top_k=5"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.min_p=0.1"], "set algorithm.correction=recompute"),

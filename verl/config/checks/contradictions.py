@@ -108,18 +108,22 @@ _GROUPS = (
         "set samples_per_prompt above 1, or use algorithm.overlong_buffer_tokens",
     ),
     Contradiction(
-        lambda c: c.prompts_per_step * c.samples_per_prompt % c.algorithm.minibatches != 0,
-        "prompts_per_step * samples_per_prompt divisible by algorithm.minibatches",
-        "{c.prompts_per_step} * {c.samples_per_prompt} and {c.algorithm.minibatches}",
-        "change one of the three",
+        lambda c: c.prompts_per_step * c.samples_per_prompt < c.algorithm.minibatches,
+        "an answer for each of the updates of algorithm.minibatches {c.algorithm.minibatches}",
+        "prompts_per_step {c.prompts_per_step} with samples_per_prompt {c.samples_per_prompt}",
+        "lower algorithm.minibatches, or raise one of the two",
     ),
     Contradiction(
         lambda c: (
-            c.algorithm.policy_loss.name == "online_dpo" and c.prompts_per_step % c.algorithm.minibatches != 0
+            c.prompts_per_step < c.algorithm.minibatches <= c.prompts_per_step * c.samples_per_prompt
+            and {c.algorithm.policy_loss.name, c.algorithm.aggregation.name} & {"online_dpo", "prompt_mean"}
+            != set()
         ),
-        "whole groups in each update for algorithm.policy_loss online_dpo",
-        "prompts_per_step {c.prompts_per_step} and algorithm.minibatches {c.algorithm.minibatches}",
-        "make the first divisible by the second",
+        "a whole group for each of the updates of algorithm.minibatches {c.algorithm.minibatches}, as "
+        "algorithm.policy_loss {c.algorithm.policy_loss.name} with aggregation "
+        "{c.algorithm.aggregation.name} needs them",
+        "prompts_per_step {c.prompts_per_step}",
+        "set algorithm.minibatches to at most {c.prompts_per_step}",
     ),
     Contradiction(
         lambda c: c.pipeline.survivors.options.get("least", 1) > c.samples_per_prompt,

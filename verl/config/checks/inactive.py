@@ -116,6 +116,20 @@ _MODELS = (
     ),
 )
 
+_OPTIMIZERS = tuple(
+    InactiveSettings(
+        (f"{role}.optimizer.betas", f"{role}.optimizer.eps"),
+        f"{role}.optimizer.name",
+        condition,
+        f"only adamw and muon have these settings; set {role}.optimizer.options",
+        kind,
+    )
+    for role, condition, kind in (
+        ("policy", lambda c: c.policy.optimizer.name.lower() not in ("adamw", "muon"), RunConfig),
+        ("critic", lambda c: c.critic.optimizer.name.lower() not in ("adamw", "muon"), TrainerConfig),
+    )
+)
+
 _PLACEMENT = (
     InactiveSettings(
         (
@@ -279,6 +293,7 @@ _OTHER_RUNS = (
 INACTIVE_SETTINGS: tuple[InactiveSettings, ...] = (
     *_ALGORITHM,
     *_MODELS,
+    *_OPTIMIZERS,
     *_PLACEMENT,
     *_ROLLOUT,
     *_LENGTH,

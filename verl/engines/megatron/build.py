@@ -151,6 +151,8 @@ def _check_options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str
         "replicas": parallel.replicas > 1,
         "offload": parallel.offload,
         "lora.rank": role.lora.rank > 0,
+        f"optimizer.name {role.optimizer.name}": role.optimizer.name.lower() != "adamw",
+        "optimizer.options": bool(role.optimizer.options.values),
     }
     if found := [name for name, is_set in unsupported.items() if is_set]:
         raise ValueError(f"engine megatron has no {', '.join(found)}; leave them out, or use engine fsdp")

@@ -14,7 +14,13 @@ from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
 from verl.engines.base import Objective, TrainEngine
 from verl.engines.hf.models import PolicyModel, Reduce, entropies, target_logprobs
-from verl.engines.minibatches import MicroBatches, mean_over_updates, plan_rows, run_updates
+from verl.engines.minibatches import (
+    MicroBatches,
+    mean_over_updates,
+    named_as_learned,
+    plan_rows,
+    run_updates,
+)
 from verl.engines.roles.role_columns import (
     concat_by_row_id,
     pad_response,
@@ -125,7 +131,7 @@ class PolicyWorker(Learner):
         # These are estimated on tokens that the measured policy has sampled; after the first update it has
         # moved away from the policy that sampled them.
         first = {name: updates[0][name] for name in _OF_FIRST_UPDATE if name in updates[0]}
-        return mean_over_updates(updates) | first
+        return self._named(mean_over_updates(updates) | first)
 
     @register(PLANNED_METRICS)
     @override
@@ -136,6 +142,11 @@ class PolicyWorker(Learner):
                 "rows of one"
             )
         super().accumulate(batch, plan, kl_coef, first_row)
+
+    @override
+    def _named(self, metrics: dict[str, float]) -> dict[str, float]:
+        # Entropy and clip share of the rows that are left are not those of the policy's answers.
+        return named_as_learned(metrics) if self._algorithm.skip_zero_advantages else metrics
 
     def _reduce_vocab(self, inputs: ModelInput, reduce: Reduce, *columns: Tensor) -> tuple[Tensor, ...]:
         return self.model.reduce_vocab(

@@ -101,7 +101,7 @@ class Learner(ColumnWorker):
             Metrics, means over sampled tokens and over updates, the same on all ranks.
         """
         updates = run_updates(self.engine, batch, plan, self.objective(kl_coef), epochs=self._epochs)
-        return self._prefixed(mean_over_updates(updates))
+        return self._named(mean_over_updates(updates))
 
     @register(PLANNED_METRICS)
     def accumulate(self, batch: Batch, plan: BatchPlan, kl_coef: float, first_row: int) -> None:
@@ -128,7 +128,7 @@ class Learner(ColumnWorker):
     @register(SAME_ON_ALL)
     def finish(self, scale: float) -> dict[str, float]:
         """Make the update of the accumulated portions, with their loss times `scale`; metrics of `update`."""
-        return self._prefixed(per_token_means(self.engine.finish(scale)))
+        return self._named(per_token_means(self.engine.finish(scale)))
 
     @register(SAME_ON_ALL)
     def discard(self) -> None:
@@ -140,7 +140,8 @@ class Learner(ColumnWorker):
         """True if the engine takes an update in portions."""
         return self.engine.can_accumulate
 
-    def _prefixed(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _named(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics of the role's updates under their names in the run."""
         return {f"{self._prefix}{name}": value for name, value in metrics.items()}
 
     @register(SAME_ON_ALL)
