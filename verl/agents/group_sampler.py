@@ -9,7 +9,7 @@ import torch
 
 from verl.agents.groups import has_no_signal
 from verl.algorithms.registry import BoundFunction
-from verl.config.run import TrainerConfig
+from verl.config.run import PreferenceConfig, SFTConfig, TrainerConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import RewardFunctions
 from verl.rewards.shaping import overlong_penalty
@@ -147,7 +147,7 @@ class GroupSampler:
         )
 
 
-def sampling_params(config: TrainerConfig, samples: int) -> SamplingParams:
+def sampling_params(config: TrainerConfig | SFTConfig | PreferenceConfig, samples: int) -> SamplingParams:
     """Sampling parameters of the settings for `samples` answers to a prompt, with seed 0."""
     s = config.sampling
     return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, s.stop_ids)

@@ -39,7 +39,29 @@ class DataConfig(Section):
     shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
 
 
-class PairsDataConfig(DataConfig):
+class AnswersDataConfig(DataConfig):
+    """Files and columns of data whose answers are learned."""
+
+    max_sequence_tokens: int | None = setting(
+        None,
+        "Longest prompt with answer; none: the model's context. Conversations lose whole turns at their end, "
+        "and what is still longer is dropped and counted.",
+        unit="tokens",
+        ge=1,
+    )
+
+
+class SFTDataConfig(AnswersDataConfig):
+    """Files and columns of the examples of fine-tuning."""
+
+    train_on: Literal["all", "last"] = setting(
+        "all",
+        "Answers of the assistant in a conversation that are learned; a message's own weight (0, 1) or train "
+        "(true, false) overrides it.",
+    )
+
+
+class PairsDataConfig(AnswersDataConfig):
     """Files and columns of the pairs of answers."""
 
     chosen_key: str = setting("chosen", "Column with the better answer of a pair.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.data import DataConfig, PairsDataConfig, RewardsConfig
+from verl.config.data import DataConfig, PairsDataConfig, RewardsConfig, SFTDataConfig
 from verl.config.fields import Choice, PathText, Section, setting
 from verl.config.pipeline import PipelineConfig
 from verl.config.placement import HybridConfig, PlacementConfig
@@ -72,7 +72,10 @@ class RunConfig(Section):
 class SFTConfig(RunConfig):
     """A run of supervised fine-tuning."""
 
+    data: SFTDataConfig = setting(SFTDataConfig(), "Files and columns of the examples.")
     rows_per_step: int = setting(64, "Examples of a step.", unit="examples", ge=1)
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Evaluation on held-out examples.")
+    sampling: SamplingConfig = setting(SamplingConfig(), "Sampling parameters of the answers in samples.")
 
 
 class PairsConfig(RunConfig):
@@ -83,8 +86,9 @@ class PairsConfig(RunConfig):
         64, "Pairs of a step.", unit="pairs", source="DPO, 2305.18290, appendix B", ge=1
     )
     eval_every_steps: int = setting(
-        0, "Steps between evaluations on data.test; 0: only before the first and after the last step.", ge=0
+        0, "Steps between evaluations on data.test, as evaluation.every_steps.", unit="steps", ge=0
     )
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), "Evaluation on held-out pairs.")
 
 
 class PreferenceConfig(PairsConfig):
@@ -96,6 +100,7 @@ class PreferenceConfig(PairsConfig):
     reference: PathText | None = setting(
         None, "Model of the reference policy; none: the policy as it was at the start."
     )
+    sampling: SamplingConfig = setting(SamplingConfig(), "Sampling parameters of the answers in samples.")
 
 
 class RewardModelConfig(PairsConfig):

@@ -1,4 +1,4 @@
-"""Prompts and examples made of the rows of a data set, and the loader that draws prompts."""
+"""Prompts made of the rows of a data set, and the loader that draws prompts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from verl.config.data import DataConfig
-from verl.data.layouts import ParsedRow, conversation_of, prompt_of
-from verl.data.row_cells import MalformedRow, check_encodable, describe
+from verl.data.layouts import ParsedRow, prompt_of
+from verl.data.row_cells import MalformedRow, describe
 from verl.data.sources import Split, read_rows
 from verl.utils.sampling_types import Prompt
 
@@ -64,35 +64,6 @@ def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list
             stop.
     """
     return load_rows(source, config, split, partial(prompt_of, config=config))
-
-
-def load_examples(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
-    """Examples for supervised fine-tuning: prompts whose `answer` is the text to learn, and a report.
-
-    A row has a prompt and an answer as for `load_prompts`, or `messages` that end with the assistant's: all
-    but the last are the prompt. Arguments and errors are those of `load_prompts`. A row whose answer is not a
-    text, or is empty, is malformed.
-    """
-
-    def parse(row: dict[str, Any]) -> ParsedRow:
-        chat = conversation_of(row, config)
-        if chat is None:
-            parsed = prompt_of(row, config)
-        else:
-            *before, last = chat.messages
-            if last["role"] != "assistant":
-                raise MalformedRow(
-                    f"need messages that end with the assistant's, got one of role {last['role']!r}"
-                )
-            if not before:
-                raise MalformedRow("need messages with a question and an answer, got an answer alone")
-            parsed = ParsedRow(before, last["content"], set(chat.used_columns), chat.tools)
-        if not isinstance(parsed.answer, str) or not parsed.answer:
-            raise MalformedRow(f"need an answer that is a text and not empty, got {describe(parsed.answer)}")
-        check_encodable(parsed.answer)
-        return parsed
-
-    return load_rows(source, config, split, parse)
 
 
 def drop_long_prompts(

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from verl.config.data import PairsDataConfig
 from verl.data.dataset import LoadReport, load_rows
-from verl.data.layouts import ParsedRow
+from verl.data.layouts import Messages, ParsedRow, prompt_of
 from verl.data.row_cells import (
     Content,
     MalformedRow,
     check_encodable,
     checked_content,
-    checked_message,
+    checked_messages,
+    checked_tools,
     describe,
-    required_column,
+    is_messages_text,
 )
 from verl.data.sources import Split
 from verl.data.tasks import near_miss
 from verl.utils.sampling_types import Prompt
 
-Messages = list[dict[str, Any]]
-
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, as texts."""
+    """Two answers to one prompt: each a text, or the messages after the prompt, up to an assistant's."""
 
-    chosen: str
-    rejected: str
+    chosen: str | Messages
+    rejected: str | Messages
 
 
 def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
     """Prompts whose `answer` is a `Pair`, in the order of the source, and a report of what was left out.
 
     A row has a prompt, a text or chat messages, and two answers, texts or chat messages that end with the
-    assistant's. The settings name their columns; all others go to `Prompt.columns`. Answers may also be whole
-    chats that differ in their last message alone. The messages before it are the prompt then; a prompt column
-    may be missing, and else must be among them. A task gives its right answers, and near misses as the worse
-    ones (`verl.data.tasks.near_miss`).
+    assistant's. The settings name their columns; all others but `tools` go to `Prompt.columns`. Answers may
+    also be whole chats. The messages in which these are alike are the prompt then, and an answer may have
+    several turns; a prompt column may be missing, and else must be among them. A task gives its right
+    answers, and near misses as the worse ones (`verl.data.tasks.near_miss`).
+
+    A pair of equal answers has nothing to learn: it is dropped and counted.
 
     Args:
         source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of
@@ -55,30 +58,38 @@ def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[l
         return ParsedRow(row["prompt"], pair, {"prompt", "answer"})
 
     def parse(row: dict[str, Any]) -> ParsedRow:
-        return ParsedRow(*_parsed(row, config), {config.prompt_key, config.chosen_key, config.rejected_key})
+        content, pair = _parsed(row, config)
+        used = {config.prompt_key, config.chosen_key, config.rejected_key, "tools"}
+        return ParsedRow(content, pair, used, checked_tools(row.get("tools")))
 
-    return load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
+    pairs, report = load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
+    different = [pair for pair in pairs if pair.answer.chosen != pair.answer.rejected]
+    if not different:
+        raise ValueError(
+            f"need two different answers in a row, got {len(pairs)} pairs of equal ones in {source}"
+        )
+    if num_equal := len(pairs) - len(different):
+        note = f"{num_equal} pairs of equal answers dropped, they have nothing to learn"
+        report = replace(report, notes=(*report.notes, note))
+    return different, report
 
 
 def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair]:
     """Prompt and pair of answers of a row."""
-    values = [required_column(row, key) for key in (config.chosen_key, config.rejected_key)]
-    (before, chosen), (other, rejected) = (
-        _answer(v, key) for v, key in zip(values, (config.chosen_key, config.rejected_key), strict=True)
-    )
-    if before != other:
-        raise MalformedRow(
-            f"need two answers to one prompt: chats of {config.chosen_key} and {config.rejected_key} that "
-            "differ in the last message alone"
-        )
-    if chosen == rejected:
-        raise MalformedRow(f"need two different answers, got twice {describe(chosen)}")
+    keys = (config.chosen_key, config.rejected_key)
+    if missing := [key for key in keys if key not in row]:
+        raise MalformedRow(f"need a column {missing[0]!r}, there are {', '.join(map(repr, row))}")
+    values = [_answer(row[key], key) for key in keys]
+    before, (chosen, rejected) = _split_common(values, keys)
     if config.prompt_key not in row and before:
-        return checked_content(before, config.chosen_key), Pair(chosen, rejected)
-    prompt = checked_content(required_column(row, config.prompt_key), config.prompt_key)
+        return before, Pair(chosen, rejected)
+    if config.prompt_key in row:
+        prompt = checked_content(row[config.prompt_key], config.prompt_key)
+    else:
+        prompt = prompt_of({k: v for k, v in row.items() if k not in keys}, config).content
     if not before and isinstance(prompt, str) and any(isinstance(value, list) for value in values):
         raise MalformedRow("need a prompt of chat messages where the answers are chat messages, got a text")
-    if before and prompt != before and prompt not in [message["content"] for message in before]:
+    if before and not _begins_with(before, prompt):
         raise MalformedRow(
             f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} "
             "begin otherwise"
@@ -86,17 +97,52 @@ def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair
     return before or prompt, Pair(chosen, rejected)
 
 
-def _answer(value: Any, key: str) -> tuple[Messages, str]:
-    """The messages before an answer, and the answer."""
-    before: Messages = []
-    if isinstance(value, list) and value:
-        *before, last = (checked_message(message) for message in value)
-        if last["role"] != "assistant":
+def _answer(value: Any, key: str) -> str | Messages:
+    """An answer: a text, or messages that end with the assistant's."""
+    if (isinstance(value, list) and value) or (isinstance(value, str) and is_messages_text(value)):
+        messages = checked_messages(value, key)
+        if messages[-1]["role"] != "assistant":
             raise MalformedRow(
-                f"need messages in {key} that end with the assistant's, got one of role {last['role']!r}"
+                f"need messages in {key} that end with the assistant's, got one of role "
+                f"{messages[-1]['role']!r}"
             )
-        value = last["content"]
+        return messages
     if not isinstance(value, str) or not value:
         raise MalformedRow(f"need an answer in {key} that is a text and not empty, got {describe(value)}")
     check_encodable(value)
-    return before, value
+    return value
+
+
+def _split_common(
+    values: Sequence[str | Messages], keys: Sequence[str]
+) -> tuple[Messages, list[str | Messages]]:
+    """The messages in which two answers are alike, and what follows them in each."""
+    chats = [[{"role": "assistant", "content": v}] if isinstance(v, str) else v for v in values]
+    alike = 0
+    while alike < min(map(len, chats)) - 1 and chats[0][alike] == chats[1][alike]:
+        alike += 1
+    tails = [chat[alike:] for chat in chats]
+    if any(tail[0]["role"] != "assistant" for tail in tails):
+        raise MalformedRow(
+            f"need two answers to one prompt: chats of {keys[0]} and {keys[1]} that are alike up to an "
+            "answer of the assistant, got different messages of role "
+            f"{' and '.join(repr(tail[0]['role']) for tail in tails)}"
+        )
+    for tail, key in zip(tails, keys, strict=True):
+        if any(m["role"] == "assistant" and not (m["content"] or m.get("tool_calls")) for m in tail):
+            raise MalformedRow(f"need an answer in {key} that is a text and not empty, got an empty message")
+    return chats[0][:alike], [_plain(tail) for tail in tails]
+
+
+def _plain(tail: Messages) -> str | Messages:
+    """The text of an answer that is one message with nothing but text."""
+    is_text = len(tail) == 1 and tail[0].keys() == {"role", "content"} and isinstance(tail[0]["content"], str)
+    return tail[0]["content"] if is_text else tail
+
+
+def _begins_with(messages: Messages, prompt: Content) -> bool:
+    """True if messages begin with a prompt of messages, or contain a prompt that is a text."""
+    if isinstance(prompt, list):
+        return messages[: len(prompt)] == prompt
+    texts = [message["content"] for message in messages]
+    return any(isinstance(text, str) and text.strip() == prompt.strip() for text in texts)

@@ -14,6 +14,7 @@ from verl.config.roles import RoleConfig
 from verl.controller.dispatch import PLANNED, register
 from verl.controller.worker_group import LocalPool, WorkerGroup
 from verl.data.batch import Batch, Trajectory
+from verl.data.examples import Answer, answer_row
 from verl.data.packing import BatchPlan, balance
 from verl.engines.hf.models import Precision, RewardModel
 from verl.engines.hf.pretrained import load_reward_model
@@ -78,13 +79,13 @@ def prepare(
 
 
 def rows_to_score(
-    prompts: Sequence[Prompt], answers: Sequence[str], *, codec: TextCodec, pad_id: int | None
+    prompts: Sequence[Prompt], answers: Sequence[Answer], *, codec: TextCodec, pad_id: int | None
 ) -> Batch:
     """Rows of answers, each closed with the end token and followed by one token that the model does not read.
 
     Args:
         prompts: B prompts.
-        answers: B texts.
+        answers: B texts, or messages after the prompt.
         codec: tokenizer of the reward model.
         pad_id: padding token of the model's configuration. Transformers reads the score at the last token
             that is not padding. Where the end token is the padding token, as in some published models, the
@@ -92,12 +93,13 @@ def rows_to_score(
     """
     trajectories = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = codec.encode_answer(answer, prompt)
+        encoded = answer_row(codec, prompt, answer)
+        ids = encoded.response_ids
         while ids and ids[-1] == pad_id:
             ids.pop()
         row = [*ids, _UNREAD]
         trajectories.append(
-            Trajectory(prompt, codec.encode_prompt(prompt), row, [True] * len(row), None, [0] * len(row), i)
+            Trajectory(prompt, encoded.prompt_ids, row, [True] * len(row), None, [0] * len(row), i)
         )
     return Batch.from_trajectories(trajectories)
 

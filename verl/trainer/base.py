@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -280,20 +280,3 @@ class BaseTrainer(ABC):
                 "sampling.max_tokens or data.max_prompt_tokens"
             )
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
-
-    def check_answers(self, rows: Sequence[Prompt], answers_of: Callable[[Prompt], Sequence[str]]) -> None:
-        """Check that prompt and reference answer fit into the context of the model.
-
-        Raises:
-            ValueError: the first row for which they do not.
-        """
-        for row in rows:
-            longest = len(self.codec.encode_prompt(row)) + max(
-                len(self.codec.encode_answer(answer, row)) for answer in answers_of(row)
-            )
-            if longest > self.context:
-                raise ValueError(
-                    f"need prompt and answer within the model's context of {self.context} tokens, got "
-                    f"{longest} in row {row.index} of {row.source}; leave it out, or lower "
-                    "data.max_prompt_tokens"
-                )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import Tensor
@@ -18,6 +18,7 @@ from verl.config.roles import RoleConfig
 from verl.config.run import PairsConfig
 from verl.data.batch import Batch, ModelInput, Ragged
 from verl.data.dataset import LoadReport
+from verl.data.examples import Answer, RowLimits, answer_row, fit_rows
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
@@ -49,9 +50,8 @@ class PairwiseTrainer(SingleModelTrainer):
         console: Console | None = None,
     ) -> None:
         super().__init__(config, actor_model, codec=codec, console=console)
-        has_test = config.data.test is not None
-        self.eval_every = (config.eval_every_steps or self.config.steps) if has_test else 0
-        self.eval_at_start = has_test
+        evaluation = config.evaluation
+        self.plan_evaluation(evaluation.every_steps or config.eval_every_steps, evaluation)
 
     @override
     def step(self) -> Metrics:
@@ -89,7 +89,7 @@ class PairwiseTrainer(SingleModelTrainer):
 
     def answer_tokens(self, rows: Batch) -> Tensor:
         """[B] int64, number of tokens of the answers, end token included."""
-        return rows.response_lengths
+        return rows["mask"].sum(1)
 
     def write_columns(self, rows: Batch, plan: list[list[int]]) -> None:
         """Add columns that the loss reads and the update does not change; none here."""
@@ -102,7 +102,7 @@ class PairwiseTrainer(SingleModelTrainer):
 
         Args:
             columns: columns [P] of the pairs in the micro-batch.
-            entropy: [M] of its response tokens.
+            entropy: [m] of its learned tokens.
             step: all rows of the step, for the denominators.
         """
         return {}
@@ -122,27 +122,29 @@ class PairwiseTrainer(SingleModelTrainer):
             self.clock.take()  # the reference's time for them belongs to no step
         return report
 
-    def read_pairs(
-        self, source: str | None, split: Literal["train", "test"]
-    ) -> tuple[list[Prompt], LoadReport]:
-        """Pairs of a data set whose prompts are short enough.
+    def read_pairs(self, source: Any, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+        """Pairs of a data set within the limits of `data`.
 
         Raises:
-            ValueError: there is no source, nothing usable in it, or an answer ends beyond the context.
+            ValueError: there is no source, or nothing usable in it.
         """
         if source is None:
             raise ValueError(
                 f"need data.{split}: rows {{prompt, chosen, rejected}}, as a file, a saved data set's "
                 "folder, or task:NAME such as task:add-2"
             )
-        pairs, report = self.short_enough(*load_pairs(source, self.config.data, split=split))
-        self.check_answers(pairs, lambda pair: pair.answer)
-        return pairs, report
+        return fit_rows(
+            *load_pairs(source, self.config.data, split=split),
+            RowLimits.of(self.config.data, self.context),
+            lambda pair: [answer_row(self.codec, pair, answer) for answer in pair.answer],
+            skips=self.config.data.on_malformed == "skip",
+        )
 
     @cached_property
     def test_pairs(self) -> list[Prompt]:
         """The held-out pairs."""
-        return self.read_pairs(self.config.data.test, "test")[0]
+        pairs, _ = self.read_pairs(self.config.data.test, "test")
+        return pairs[: self.config.evaluation.prompts]
 
     @cached_property
     def test_rows(self) -> Batch:
@@ -178,6 +180,8 @@ class PairwiseTrainer(SingleModelTrainer):
             # no pair, but its values show whether it is the cause.
             return values.sum(), {}
         padded = Ragged(values, inputs.response_lengths.to(values.device)).padded()
+        if entropy is not None:
+            entropy = entropy[rows.ragged("mask").values.to(entropy.device)]
         columns = split_sides(self.row_columns(rows, padded))
         losses, monitors = self.loss(columns)
         num_pairs = step.num_rows // 2
@@ -185,10 +189,10 @@ class PairwiseTrainer(SingleModelTrainer):
         return losses.sum() / num_pairs, means | self.monitors(columns, entropy, step)
 
 
-def prompts_and_answers(pairs: list[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """The prompt and the text of each row, two rows per pair."""
+def prompts_and_answers(pairs: list[Prompt]) -> tuple[list[Prompt], list[Answer]]:
+    """The prompt and the answer of each row, two rows per pair."""
     prompts: list[Prompt] = []
-    answers: list[str] = []
+    answers: list[Answer] = []
     for prompt in pairs:
         assert isinstance(prompt.answer, Pair)
         prompts += [prompt, prompt]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -14,9 +16,11 @@ from verl.algorithms.registry import bind
 from verl.config.run import PreferenceConfig
 from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
+from verl.data.examples import question_of
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_engine
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, check_pair_loss, prompts_and_answers
+from verl.trainer.single_model_trainer import sampled_rows
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -77,7 +81,7 @@ class PreferenceTrainer(PairwiseTrainer):
         assert isinstance(model, PolicyModel)
         with self.clock.phase("ref_logprobs"):
             logprobs = self.reference.infer(rows, plan, lambda inputs: self.logprobs(model, inputs)[0])
-        rows.write("ref_logprobs", logprobs.sum(1))
+        rows.write("ref_logprobs", (logprobs * rows["mask"]).sum(1))
 
     @override
     def token_values(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +92,9 @@ class PreferenceTrainer(PairwiseTrainer):
 
     @override
     def row_columns(self, rows: Batch, values: Tensor) -> dict[str, Tensor]:
-        columns = {"logprobs": values.sum(1), "tokens": self.answer_tokens(rows).to(values.device)}
+        # Messages between the turns of an answer are no part of it.
+        logprobs = (values * rows["mask"].to(values.device)).sum(1)
+        columns = {"logprobs": logprobs, "tokens": self.answer_tokens(rows).to(values.device)}
         return columns | ({"ref_logprobs": rows["ref_logprobs"].to(values.device)} if self.reference else {})
 
     @override
@@ -103,6 +109,16 @@ class PreferenceTrainer(PairwiseTrainer):
             for side, n in zip(SIDES, tokens, strict=True)
         }
         return {"entropy": entropy.detach().sum() / sum(tokens), **sides}
+
+    @override
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers of the policy to the prompts of held-out pairs; none without `data.test`."""
+        if self.config.data.test is None:
+            return []
+        questions = [question_of(replace(pair, answer=pair.answer.chosen)) for pair in self.test_pairs]
+        model = self.policy_engine.model
+        assert isinstance(model, PolicyModel)
+        return sampled_rows(model, self.codec, questions, self.config)
 
     def logprobs(self, model: PolicyModel, inputs: ModelInput) -> tuple[Tensor, Tensor]:
         """[M] logprobs and [M] entropies of the response tokens at temperature 1."""

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Literal
 
+import torch
+from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.aggregations import token_mean
 from verl.config.run import SFTConfig
 from verl.data.batch import Batch, ModelInput, Ragged
-from verl.data.dataset import load_examples
+from verl.data.dataset import LoadReport
+from verl.data.examples import RowLimits, answer_row, cut_at_turn, fit_rows, load_examples, question_of
 from verl.data.packing import balance
-from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.models import PolicyModel, target_logprobs
 from verl.trainer.base import Metrics
-from verl.trainer.single_model_trainer import SingleModelTrainer
+from verl.trainer.single_model_trainer import SingleModelTrainer, sampled_rows
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec
 
 
 class SFTTrainer(SingleModelTrainer):
     """Trains a model to repeat reference answers.
 
-    Rows are `{prompt, answer}` or chats `{messages}` that end with the assistant's answer. The end token is
-    added to the answer, and the mean negative log-likelihood of the answer's tokens is minimized.
+    Rows are conversations, of which the assistant's answers are learned, or texts with an answer, see
+    `load_examples`. The mean negative log-likelihood of the learned tokens of a step is minimized; the token
+    that ends an answer is one of them.
     """
 
     config: SFTConfig
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        actor_model: PreTrainedModel | str | None = None,
+        *,
+        codec: TextCodec | None = None,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__(config, actor_model, codec=codec, console=console)
+        self.plan_evaluation(config.evaluation.every_steps, config.evaluation)
+
+    @property
+    def model(self) -> PolicyModel:
+        """The model of the engine."""
+        assert isinstance(self.policy_engine.model, PolicyModel)
+        return self.policy_engine.model
 
     @override
     def step(self) -> Metrics:
@@ -34,11 +60,90 @@ class SFTTrainer(SingleModelTrainer):
 
     def learn(self, examples: list[Prompt]) -> Metrics:
         """One update on examples with answers; returns loss (nats per token), entropy and sizes."""
-        rows = Batch.from_trajectories(
-            [self.trajectory_of(example, str(example.answer), group=i) for i, example in enumerate(examples)]
-        )
+        rows = self.encode(examples)
         # Of the whole step, before it is split: micro-batches then do not change the gradient.
         rows.write("weights", token_mean(rows["mask"]))
+        with self.clock.phase("update_policy"):
+            metrics = self.policy_engine.update(rows, self._plan(rows), self._objective)
+        self.version += 1
+        learned_tokens = float(rows["mask"].sum())
+        if "entropy" in metrics:  # the engine leaves all metrics out if it skipped the update
+            metrics["entropy"] /= learned_tokens
+        return metrics | {
+            "response_tokens": learned_tokens / rows.num_rows,
+            "tokens": float(rows.num_tokens.sum()),
+        }
+
+    def encode(self, examples: Sequence[Prompt]) -> Batch:
+        """A row for each example."""
+        return Batch.from_trajectories(
+            [self.trajectory_of(example, example.answer, group=i) for i, example in enumerate(examples)]
+        )
+
+    @override
+    def read_data(self) -> None:
+        examples, report = self.read_examples(self.config.data.train, "train")
+        if self.config.data.test is not None:
+            self.test_examples  # noqa: B018  # a mistake in them is found before a model is loaded
+        self.use_train_rows(examples, report, per_step=self.config.rows_per_step, setting="rows_per_step")
+
+    def read_examples(self, source: Any, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+        """Examples of a data set within the limits of `data`.
+
+        Raises:
+            ValueError: there is no source, or nothing usable in it.
+        """
+        if source is None:
+            raise ValueError(
+                f"need data.{split}: conversations {{messages}} or rows {{prompt, answer}}, as a file, a "
+                "saved data set's folder, or task:NAME"
+            )
+        data = self.config.data
+        return fit_rows(
+            *load_examples(source, data, split=split),
+            RowLimits.of(data, self.context),
+            lambda example: [answer_row(self.codec, example, example.answer)],
+            cut=partial(cut_at_turn, self.codec),
+            skips=data.on_malformed == "skip",
+        )
+
+    @cached_property
+    def test_examples(self) -> list[Prompt]:
+        """The held-out examples that are evaluated."""
+        examples, _ = self.read_examples(self.config.data.test, "test")
+        return examples[: self.config.evaluation.prompts]
+
+    @cached_property
+    def test_rows(self) -> Batch:
+        """Their rows."""
+        return self.encode(self.test_examples)
+
+    @override
+    def evaluate(self) -> Metrics:
+        """Mean loss over the learned tokens of the held-out examples, in nats.
+
+        Also its exponential, the perplexity, and the share of the tokens that were the most likely ones.
+        """
+        rows, mask = self.test_rows, self.test_rows["mask"]
+        with self.clock.phase("evaluate"):
+            values = self.policy_engine.infer(rows, self._plan(rows), self._logprobs_and_hits)
+        logprobs, hits = ((values * mask[:, :, None]).double().sum((0, 1)) / mask.sum()).tolist()
+        return {
+            "eval/loss": -logprobs,
+            "eval/perplexity": math.exp(min(-logprobs, 700.0)),  # beyond it the exponential overflows
+            "eval/token_accuracy": hits,
+        }
+
+    @override
+    def samples(self) -> list[dict[str, Any]]:
+        """Answers of the model to the prompts of held-out examples; none without `data.test`."""
+        if self.config.data.test is None:
+            return []
+        questions = [question_of(example) for example in self.test_examples]
+        return sampled_rows(self.model, self.codec, questions, self.config)
+
+    def _plan(self, rows: Batch) -> list[list[int]]:
+        """Row numbers of micro-batches."""
         role = self.config.policy
         plan = balance(
             rows.num_tokens,
@@ -46,39 +151,24 @@ class SFTTrainer(SingleModelTrainer):
             micro_batch_tokens=role.micro_batch_tokens,
             micro_batch_rows=role.micro_batch_rows,
         )
-        with self.clock.phase("update_policy"):
-            metrics = self.policy_engine.update(rows, plan.minibatches[0][0], self._objective)
-        self.version += 1
-        answer_tokens = float(rows.response_lengths.sum())
-        if "entropy" in metrics:  # the engine leaves all metrics out if it skipped the update
-            metrics["entropy"] /= answer_tokens
-        return metrics | {
-            "response_tokens": answer_tokens / rows.num_rows,
-            "tokens": float(rows.num_tokens.sum()),
-        }
-
-    @override
-    def read_data(self) -> None:
-        source = self.config.data.train
-        if source is None:
-            raise ValueError(
-                "need data.train: rows {prompt, answer} or {messages}, as a file, a saved data set's folder, "
-                "or task:NAME"
-            )
-        examples, report = self.short_enough(*load_examples(source, self.config.data, split="train"))
-        self.check_answers(examples, lambda example: [str(example.answer)])
-        self.use_train_rows(examples, report, per_step=self.config.rows_per_step, setting="rows_per_step")
-
-    @override
-    def samples(self) -> list[dict[str, Any]]:
-        return []  # fine-tuning samples nothing
+        return plan.minibatches[0][0]
 
     def _objective(self, rows: Batch, inputs: ModelInput) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted negative log-likelihood of a micro-batch, and its summed entropy."""
-        model = self.policy_engine.model
-        assert isinstance(model, PolicyModel)
-        logprobs, entropy = model.token_logprobs(
+        logprobs, entropy = self.model.token_logprobs(
             inputs, temperature=1.0, chunk=self.config.policy.logits_chunk_tokens
         )
         padded = Ragged(logprobs, inputs.response_lengths.to(logprobs.device)).padded()
-        return -(padded * rows["weights"].to(padded.device)).sum(), {"entropy": entropy.detach().sum()}
+        learned = rows.ragged("mask").values.to(entropy.device)
+        loss = -(padded * rows["weights"].to(padded.device)).sum()
+        return loss, {"entropy": entropy.detach()[learned].sum()}
+
+    def _logprobs_and_hits(self, inputs: ModelInput) -> Tensor:
+        """[M, 2], logprob of each response token, and 1 if it is the most likely one."""
+
+        def outputs(vocab_logprobs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            hits = (vocab_logprobs.argmax(-1) == targets).float()
+            return (torch.stack([target_logprobs(vocab_logprobs, targets), hits], 1),)
+
+        chunk = self.config.policy.logits_chunk_tokens
+        return self.model.reduce_vocab(inputs, outputs, temperature=1.0, chunk=chunk)[0]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from verl.config.run import RunConfig
+from verl.agents.group_sampler import sampling_params
+from verl.config.run import EvaluationConfig, PreferenceConfig, RunConfig, SFTConfig
 from verl.data.batch import Trajectory
+from verl.data.examples import Answer, answer_row
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import check_model, load_language_model, model_config_of
 from verl.engines.local import LocalEngine
+from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.checkpoint_store import Save
+from verl.trainer.evaluation import sample_row
 from verl.trainer.run_loop import RunLoop
 from verl.utils.device import memory_bytes
 from verl.utils.sampling_types import Prompt
@@ -96,22 +101,60 @@ class SingleModelTrainer(BaseTrainer):
             self.config.policy.precision,
         )
 
-    def trajectory_of(self, prompt: Prompt, answer: str, *, group: int) -> Trajectory:
-        """A trajectory with an answer of the data set, which ends with the end token."""
-        response_ids = self.codec.encode_answer(answer, prompt)
-        return Trajectory(
-            prompt=prompt,
-            prompt_ids=self.codec.encode_prompt(prompt),
-            response_ids=response_ids,
-            response_mask=[True] * len(response_ids),
-            rollout_logprobs=None,
-            versions=[0] * len(response_ids),
-            group=group,
-        )
+    def trajectory_of(self, prompt: Prompt, answer: Answer, *, group: int) -> Trajectory:
+        """A trajectory with an answer of the data set, whose mask is its learned tokens."""
+        prompt_ids, response_ids, mask = answer_row(self.codec, prompt, answer)
+        return Trajectory(prompt, prompt_ids, response_ids, mask, None, [0] * len(response_ids), group)
+
+    def plan_evaluation(self, every_steps: int | None, config: EvaluationConfig) -> None:
+        """Evaluate on `data.test`, if there is one: every so many steps, and at the start and the end."""
+        if self.config.data.test is None or every_steps is None:
+            return
+        self.eval_every = every_steps or self.config.steps
+        self.eval_at_start = config.at_start
+        if not every_steps:
+            self.notes.append(
+                "data.test is evaluated before the first and after the last step; evaluation.every_steps=N "
+                "evaluates in between"
+            )
 
     @override
     def fit(self) -> list[Metrics]:
         return RunLoop(self).run()
+
+
+def sampled_rows(
+    model: PolicyModel, codec: TextCodec, prompts: Sequence[Prompt], config: SFTConfig | PreferenceConfig
+) -> list[dict[str, Any]]:
+    """Rows for the table of samples: an answer to each of the first prompts that leave room for one.
+
+    The seeds are always the same.
+    """
+    context = model.transformer.config.get_text_config().max_position_embeddings
+    asked = [(prompt, codec.encode_prompt(prompt)) for prompt in prompts[: config.tracking.num_samples]]
+    asked = [(prompt, ids) for prompt, ids in asked if len(ids) < context]
+    sampling = replace(sampling_params(config, 1), temperature=config.evaluation.temperature)
+    params = [
+        replace(sampling, seed=i, max_tokens=min(sampling.max_tokens, context - len(ids)))
+        for i, (_, ids) in enumerate(asked)
+    ]
+    answers = EmbeddedEngine(model, codec).generate([ids for _, ids in asked], params)
+    return [
+        sample_row(
+            Trajectory(
+                prompt,
+                ids,
+                answer.token_ids,
+                [True] * len(answer.token_ids),
+                answer.logprobs,
+                [answer.version] * len(answer.token_ids),
+                group=i,
+                truncated=answer.finish_reason == "length",
+                text=codec.decode_answer(answer.token_ids, sampling.stop),
+            )
+        )
+        for i, ((prompt, ids), (answer,)) in enumerate(zip(asked, answers, strict=True))
+    ]
 
 
 def policy_source(

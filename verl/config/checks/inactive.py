@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.checks.column_readers import may_read, reads
-from verl.config.run import PairsConfig, PreferenceConfig, RunConfig, SFTConfig, TrainerConfig
+from verl.config.run import (
+    PairsConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SFTConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -274,19 +281,51 @@ _OTHER_RUNS = (
         "this loss has no reference; take dpo or ipo",
         PreferenceConfig,
     ),
-    InactiveSettings(
-        ("data.test", "tracking.samples_every_steps", "tracking.num_samples"),
-        "data.test",
-        lambda c: True,
-        "fine-tuning samples and evaluates nothing; use verl eval",
-        SFTConfig,
+    *(
+        InactiveSettings(
+            ("evaluation", "tracking.samples_every_steps", "tracking.num_samples", "sampling"),
+            "data.test",
+            lambda c: c.data.test is None,
+            "there are no held-out rows to evaluate and to answer; set data.test",
+            kind,
+        )
+        for kind in (SFTConfig, PairsConfig)
+    ),
+    *(
+        InactiveSettings(
+            ("sampling.temperature", "evaluation.samples"),
+            "data.test",
+            lambda c: True,
+            "samples are one answer to each prompt, at evaluation.temperature",
+            kind,
+        )
+        for kind in (SFTConfig, PreferenceConfig)
     ),
     InactiveSettings(
-        ("tracking.samples_every_steps", "tracking.num_samples", "data.answer_key"),
+        ("eval_every_steps",),
+        "evaluation.every_steps",
+        lambda c: bool(c.evaluation.every_steps),
+        "evaluation.every_steps decides",
+        PairsConfig,
+    ),
+    InactiveSettings(
+        ("data.answer_key",),
         "data.train",
         lambda c: True,
-        "a run on pairs samples no answers; its columns are data.chosen_key and data.rejected_key",
+        "the columns of a run on pairs are data.chosen_key and data.rejected_key",
         PairsConfig,
+    ),
+    InactiveSettings(
+        (
+            "tracking.samples_every_steps",
+            "tracking.num_samples",
+            "evaluation.samples",
+            "evaluation.temperature",
+        ),
+        "data.train",
+        lambda c: True,
+        "a reward model answers nothing",
+        RewardModelConfig,
     ),
 )
 
