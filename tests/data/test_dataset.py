@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verl.config.data import DataConfig
-from verl.data.dataset import PromptLoader, drop_long_prompts, load_examples, load_prompts
+from verl.data.dataset import PromptLoader, drop_long_prompts, load_prompts
 from verl.data.tasks import TASKS
 from verl.utils.sampling_types import Prompt
 
@@ -211,36 +211,6 @@ def test_a_source_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path, 
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_prompts(source if source.startswith("task:") else str(tmp_path / source), SKIP, split="test")
-
-
-def test_examples_are_prompts_with_the_text_to_learn(tmp_path: Path):
-    source = jsonl(
-        tmp_path, ROWS[0], {"messages": [QUESTION, ANSWER], "level": 1}, {"prompt": [QUESTION], "answer": "2"}
-    )
-    examples, _ = load_examples(source, DataConfig(), split="train")
-    assert examples == [
-        EXPECTED[0],
-        Prompt([QUESTION], "2", "sums", 1, {"level": 1}),
-        Prompt([QUESTION], "2", "sums", 2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a"}, "answer that is a text and not empty, got nothing"),
-        ({"prompt": "a", "answer": 4}, "answer that is a text and not empty, got int 4"),
-        ({"messages": [ANSWER]}, "messages with a question and an answer"),
-        ({"messages": [ANSWER, QUESTION]}, "end with the assistant's, got one of role 'user'"),
-        (
-            {"messages": [QUESTION, {**ANSWER, "content": ""}]},
-            "answer that is a text and not empty, got str ''",
-        ),
-    ],
-)
-def test_an_example_without_a_text_to_learn_is_malformed(tmp_path: Path, row: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        load_examples(jsonl(tmp_path, row), DataConfig(), split="train")
 
 
 def test_prompts_over_the_limit_are_dropped_and_counted():

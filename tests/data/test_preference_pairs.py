@@ -71,6 +71,32 @@ def test_columns_of_pairs_may_have_other_names(tmp_path: Path):
     ]
 
 
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+
+
+def test_answers_may_have_several_turns_and_calls_of_tools(tmp_path: Path):
+    tool = {"type": "function", "function": {"name": "add"}}
+    result = {"role": "tool", "content": "2"}
+    row = {"chosen": [ASKED, CALL, result, RIGHT], "rejected": [ASKED, WRONG], "tools": [tool]}
+    pairs, _ = load_pairs(jsonl(tmp_path, row), PairsDataConfig(), split="train")
+    assert pairs == [Prompt([ASKED], Pair([CALL, result, RIGHT], "3"), "pairs", 0, tools=(tool,))]
+
+
+def test_pairs_of_other_layouts_have_the_prompt_of_their_layout(tmp_path: Path):
+    rows = [
+        {"question": "1+1=", "chosen": "2", "rejected": "3"},
+        {"instruction": "add", "input": "1+1", "chosen": "2", "rejected": "3"},
+        {"prompt": " 1+1? ", "chosen": json.dumps([ASKED, RIGHT]), "rejected": json.dumps([ASKED, WRONG])},
+    ]
+    pairs, _ = load_pairs(jsonl(tmp_path, *rows), PairsDataConfig(), split="train")
+    contents = ["1+1=", [{"role": "user", "content": "add\n1+1"}], [ASKED]]
+    assert [(p.content, p.answer) for p in pairs] == [(c, ("2", "3")) for c in contents]
+
+
 MALFORMED = {
     "no rejected": ({"prompt": "a", "chosen": "b"}, "need a column 'rejected', there are 'prompt', 'chosen'"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "need a column 'prompt'"),
@@ -86,15 +112,14 @@ MALFORMED = {
         {"chosen": [], "rejected": [WRONG]},
         "need an answer in chosen that is a text and not empty, got list",
     ),
-    "alike": (
-        {"prompt": "a", "chosen": "b", "rejected": "b"},
-        "need two different answers, got twice str 'b'",
-    ),
     "no answer": (
         {"chosen": [ASKED], "rejected": [ASKED, WRONG]},
         "messages in chosen that end with the assistant's, got one of role 'user'",
     ),
-    "apart": ({"chosen": [ASKED, RIGHT], "rejected": [*BEFORE, WRONG]}, "differ in the last message alone"),
+    "apart": (
+        {"chosen": [ASKED, RIGHT], "rejected": [*BEFORE, WRONG]},
+        "different messages of role .user. and .user.",
+    ),
     "another prompt": (
         {"prompt": "2+2?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
         "but the chats of chosen and rejected begin",

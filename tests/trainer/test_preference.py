@@ -157,6 +157,55 @@ def test_a_reference_is_there_if_and_only_if_the_loss_reads_it(letters, tmp_path
     )
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<bos>' + m['role'][0] + '=' + m['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos>a=' }}{% endif %}"
+)
+
+
+def test_answers_of_several_turns_count_by_their_own_tokens_alone(letters, tmp_path):
+    def said(role, content):
+        return {"role": role, "content": content}
+
+    asked = said("user", "abc")
+    chosen = [asked, said("assistant", "cab"), said("user", "d"), said("assistant", "ee")]
+    rejected = [asked, said("assistant", "f")]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+    (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
+    trainer = preference(letters, tmp_path, f"data.chat_template={tmp_path / 'template.jinja'}", "loss=simpo")
+    own = AutoModelForCausalLM.from_pretrained(letters)
+    sums = []
+    for chat, learned in ((chosen, (4, 3)), (rejected, (2,))):
+        parts = [(f"<bos>{m['role'][0]}=", f"{m['content']}<eos>", m["role"] == "assistant") for m in chat]
+        ids, labels = [], []
+        for head, body, is_learned in parts:
+            head, body = trainer.codec.encode(head), trainer.codec.encode(body)
+            ids += [*head, *body]
+            labels += [-100] * len(head) + (body if is_learned else [-100] * len(body))
+        loss = own(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        sums.append(-loss)
+        assert sum(label != -100 for label in labels) == sum(learned)
+    trainer.load_train_data()
+    metrics = trainer.learn(trainer.loader.prompts)
+    assert metrics["chosen_logprobs"] == pytest.approx(sums[0], rel=1e-5)
+    assert metrics["rejected_logprobs"] == pytest.approx(sums[1], rel=1e-5)
+    assert metrics["response_tokens"] == (7 + 2) / 2 and 0 < metrics["entropy"] <= math.log(16)
+
+
+def test_equal_pairs_are_dropped_and_said_and_samples_are_of_held_out_prompts(letters, tmp_path):
+    rows = [{"prompt": "ab=", "chosen": "ab", "rejected": other} for other in ("ab", "ba")]
+    data = tmp_path / "some.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"data.train={data}", f"data.test={data}", "sampling.max_tokens=3"]
+    trainer = preference(letters, tmp_path, *given)
+    note = "1 pairs of equal answers dropped, they have nothing to learn"
+    assert trainer.load_train_data().notes[0] == note
+    assert [(row["prompt"], row["reference"]) for row in trainer.samples()] == [("ab=", "ab")]
+    data.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match="need two different answers in a row, got 1 pairs of equal ones"):
+        preference(letters, tmp_path, *given)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_the_loss_falls_and_the_margin_rises_on_held_out_pairs_too(loss, letters, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", 40)
@@ -233,12 +282,16 @@ def test_a_mistake_is_found_before_anything_is_written(override, message, letter
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pair_beyond_the_context_is_refused(letters, tmp_path):
-    (tmp_path / "long.jsonl").write_text(
-        json.dumps({"prompt": "ab=", "chosen": "a", "rejected": "b" * 1021}) + "\n"
+def test_a_pair_beyond_the_limit_is_dropped_and_counted(letters, tmp_path):
+    rows = [{"prompt": "ab=", "chosen": "a", "rejected": "b" * length} for length in (2, 7)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data.train={tmp_path / 'long.jsonl'}"
+    trainer = preference(letters, tmp_path, data, "data.max_sequence_tokens=10")
+    assert (
+        "1 rows longer than 10 tokens, data.max_sequence_tokens, dropped" in trainer.load_train_data().notes
     )
-    with pytest.raises(ValueError, match="context of 1024 tokens, got 1025 in row 0 of long"):
-        preference(letters, tmp_path, f"data.train={tmp_path / 'long.jsonl'}").fit()
+    with pytest.raises(ValueError, match="data.max_sequence_tokens within the model's context of 1024"):
+        preference(letters, tmp_path, data, "data.max_sequence_tokens=2000")
 
 
 def test_a_reference_of_another_vocabulary_is_refused(letters, tmp_path):

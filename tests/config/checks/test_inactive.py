@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.config.problems import problems
-from verl.config import ConfigError, load_config, load_sft_config, to_yaml
+from verl.config import ConfigError, load_config, load_run, load_sft_config, to_yaml
 from verl.config.checks.inactive import INACTIVE_SETTINGS
 from verl.config.introspection import fields_by_key
+from verl.config.run import PreferenceConfig, RewardModelConfig, SFTConfig
 
 
 def test_values_without_effect_do_not_stop_a_written_configuration_from_being_read(write):
@@ -52,10 +53,27 @@ def test_a_reference_may_be_set_where_a_function_of_the_users_may_read_it():
     assert load_config("dapo", ["reference=other", "algorithm.policy_loss=mine:loss"]).reference == "other"
 
 
-def test_fine_tuning_refuses_what_only_reinforcement_learning_reads():
-    for key, value in (("data.test", "x.jsonl"), ("tracking.num_samples", 3)):
-        with pytest.raises(ConfigError, match=f"{key} .override. would be ignored: fine-tuning"):
+def test_without_held_out_rows_fine_tuning_evaluates_and_samples_nothing():
+    for key, value in (("evaluation.every_steps", 5), ("tracking.num_samples", 3), ("sampling.top_k", 3)):
+        with pytest.raises(ConfigError, match=f"{key} .override. would be ignored: there are no held-out"):
             load_sft_config(None, [f"{key}={value}"])
+        assert load_sft_config(None, [f"{key}={value}", "data.test=x.jsonl"]).data.test == "x.jsonl"
+
+
+def test_settings_of_answers_have_no_effect_on_what_gives_none():
+    test = "data.test=x.jsonl"
+    for kind, key in (
+        (SFTConfig, "evaluation.samples=2"),
+        (PreferenceConfig, "sampling.temperature=0.5"),
+        (RewardModelConfig, "evaluation.temperature=0"),
+        (RewardModelConfig, "tracking.num_samples=3"),
+    ):
+        with pytest.raises(ConfigError, match="would be ignored"):
+            load_run(kind, None, [test, key])
+    with pytest.raises(
+        ConfigError, match="eval_every_steps .* would be ignored: evaluation.every_steps decides"
+    ):
+        load_run(RewardModelConfig, None, [test, "eval_every_steps=2", "evaluation.every_steps=3"])
 
 
 def test_the_rules_name_settings_that_exist():

@@ -23,6 +23,13 @@ FOREIGN_NAMES: dict[str, str] = {
     "max_prompt_length": "data.max_prompt_tokens",
     "prompt_max_len": "data.max_prompt_tokens",
     "max_prompt_len": "data.max_prompt_tokens",
+    "max_seq_length": "data.max_sequence_tokens",
+    "max_length": "data.max_sequence_tokens",
+    "max_len": "data.max_sequence_tokens",
+    "cutoff_len": "data.max_sequence_tokens",
+    "sequence_len": "data.max_sequence_tokens",
+    "assistant_only_loss": "data.train_on",
+    "train_on_inputs": "data.train_on; prompts are never learned",
     # Sizes of a step
     "train_batch_size": "prompts_per_step, in prompts",
     "rollout_batch_size": "prompts_per_step, in prompts",
@@ -51,6 +58,9 @@ FOREIGN_NAMES: dict[str, str] = {
     # Length of a run
     "total_training_steps": "steps",
     "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "total_epochs": "epochs",
     "num_train_steps": "steps",
     "total_epochs": "epochs",
     "num_train_epochs": "epochs",

@@ -289,7 +289,14 @@ _OTHER_RUNS = (
             "there are no held-out rows to evaluate and to answer; set data.test",
             kind,
         )
-        for kind in (SFTConfig, PairsConfig)
+        for kind in (SFTConfig, PreferenceConfig)
+    ),
+    InactiveSettings(
+        ("evaluation",),
+        "data.test",
+        lambda c: c.data.test is None,
+        "there are no held-out pairs to evaluate; set data.test",
+        RewardModelConfig,
     ),
     *(
         InactiveSettings(
