@@ -221,6 +221,8 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool
     for name in sorted({name for t in rewarded for name in t.scores}):
         key = name if name == "accuracy" else f"score/{name}"
         metrics[key] = _mean([t.scores[name] for t in rewarded if name in t.scores])
+    for name in sorted({name for t in rewarded for name in t.logged}):
+        metrics[f"logged/{name}"] = _mean([t.logged[name] for t in rewarded if name in t.logged])
     failures = Counter(t.outcome for t in answers if t.outcome != "ok")
     return metrics | {f"outcome/{outcome}": float(count) for outcome, count in failures.items()}
 

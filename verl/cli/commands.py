@@ -43,14 +43,18 @@ TRAINERS: dict[type[RunConfig], Callable[..., BaseTrainer]] = {
 def fit(config: RunConfig, *, dry_run: bool) -> None:
     """`verl train`, `sft`, `preference` and `reward-model`.
 
-    A dry run builds the trainer, reads the data, prints the settings, and stops.
+    A dry run builds the trainer, reads the data, calls each reward function once, prints the settings, and
+    stops.
     """
     check_sinks(config.tracking.sinks)
     console = Console()
     with closing(TRAINERS[type(config)](config, console=console)) as trainer:
         if dry_run:
             report = trainer.load_train_data()
+            tried = try_rewards(trainer)
             console.out(to_yaml(trainer.config), end="", highlight=False)
+            for line in tried:
+                console.out(line, highlight=False)
             console.out(
                 f"everything fits: {report.num_rows} rows from {report.source}, "
                 f"{trainer.config.steps} steps; nothing was trained",
@@ -64,6 +68,13 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
                 highlight=False,
             )
         console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+
+
+def try_rewards(trainer: BaseTrainer) -> list[str]:
+    """Sentences about one call of each reward function on the first prompt; none without rewards."""
+    if not (isinstance(trainer, Trainer) and trainer.rewards and trainer.loader):
+        return []
+    return trainer.rewards.try_out(trainer.loader.prompts[0], trainer.codec)
 
 
 def evaluate(config: TrainerConfig) -> None:
@@ -80,6 +91,8 @@ def evaluate(config: TrainerConfig) -> None:
         }
     )
     with closing(Trainer(config, console=console)) as trainer:
+        if trainer.rewards:
+            trainer.rewards.check_data(trainer.test_prompts)
         groups = answer_all(trainer.collector, trainer.test_prompts, config)
     console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))
     print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})

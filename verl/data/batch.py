@@ -34,6 +34,8 @@ class Trajectory:
         parts: weight and value of each reward function, in the order of the settings; (0, 0) for one that
             does not apply.
         greedy_reward: of the most likely answer to the same prompt, if an advantage reads it.
+        extras: what reward functions log for the table of samples: numbers and texts by name.
+        logged: metrics that reward functions log for the rows of their call.
         outcome: "ok", or why there is no reward, e.g. "reward_timeout".
         detail: human-readable cause of another outcome than "ok".
     """
@@ -52,6 +54,8 @@ class Trajectory:
     turn_rewards: list[float] = field(default_factory=list)
     parts: list[tuple[float, float]] = field(default_factory=list)
     greedy_reward: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
     outcome: str = "ok"
     detail: str = ""
 

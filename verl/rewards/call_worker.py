@@ -25,7 +25,8 @@ import cloudpickle
 from typing_extensions import override
 
 from verl.rewards.failures import RewardFailure, attempt, attempt_async
-from verl.rewards.loading import import_function
+from verl.rewards.reward_log import logging_call
+from verl.utils.user_code import import_function
 
 # Sent to the trainer with the number of a call: its function is loaded and begins; it cannot be loaded here;
 # its value or failure.
@@ -98,7 +99,7 @@ class PipeLink(TrainerLink):
                 raise UnloadableError(f"{type(error).__name__}: {error}") from error
             self._functions[key] = function
         positional, named = unpickled(arguments)
-        return partial(self._functions[key], *positional, **named)
+        return logging_call(self._functions[key], positional, named)
 
 
 def unpickled(body: bytes) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from verl.monitoring import interpreter_watchdog
 from verl.rewards.failures import RewardFailure
 from verl.rewards.isolation import Callee, Place
+from verl.rewards.reward_log import logging_call
 from verl.rewards.worker_handles import CallWorker, Event, ProcessWorker, ThreadWorker, WorkerLostError
 
 # Time for a worker to start, to import the function and to read the arguments, before that of the call.
@@ -65,7 +66,7 @@ class RewardCall:
     def run_inline(self) -> None:
         """Settles it in the calling thread, before anybody waits for it."""
         try:
-            self.result = self.callee.function(*self.args, **self.kwargs)
+            self.result = logging_call(self.callee.function, self.args, self.kwargs)()
         except Exception as error:  # kept on the trajectory, as its outcome
             self.result = RewardFailure.from_exception(error)
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-_OWN_FOLDER = str(Path(__file__).parent) + os.sep
-_MAX_DETAIL_CHARS = 300
+from verl.utils.user_code import exception_text
 
 
 @dataclass(frozen=True)
@@ -27,14 +23,8 @@ class RewardFailure:
 
     @classmethod
     def from_exception(cls, error: BaseException) -> RewardFailure:
-        """The last line of the traceback, and the last line reached in the user's own file."""
-        cause = " ".join("".join(traceback.format_exception_only(error)).split())[:_MAX_DETAIL_CHARS]
-        frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        outside = [(file, line) for file, line in frames if not file.startswith(_OWN_FOLDER)]
-        # A line inside a library says little to the author of the function that called the library.
-        lines = [line for file, line in outside if file == outside[0][0]]
-        place = f" ({outside[0][0]}:{lines[-1]})" if outside else ""
-        return cls("reward_error", cause + place)
+        """The error in words, with the last line reached in the user's own file."""
+        return cls("reward_error", exception_text(error))
 
     @classmethod
     def timeout(cls, limit_s: float, hint: str = "") -> RewardFailure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from verl.config.data import RewardsConfig
@@ -14,10 +14,13 @@ from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.calls import CallPool
 from verl.rewards.failures import RewardFailure
 from verl.rewards.isolation import Place
-from verl.rewards.loading import MissingFunctionError, import_function
-from verl.rewards.reward_function import RewardFunction, Score, named_scores
+from verl.rewards.parameters import CallContext
+from verl.rewards.reward_function import RewardFunction
+from verl.rewards.reward_values import Score, named_scores
 from verl.rewards.text_match import exact, position_share, prefix_share
+from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec
 
 _LOG = logging.getLogger(__name__)
 # Name -> function, or "module:function" where its module is heavy.
@@ -32,6 +35,11 @@ REWARDS: dict[str, Callable[..., Any] | str] = {
 PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model_scoring:prepare"}
 
 
+_NO_CONTEXT = CallContext()
+# Built-in functions that compare with the reference answer.
+_NEED_ANSWERS = ("exact", "position_share", "prefix_share")
+
+
 class RewardFunctions:
     """Weighted sum of several functions; an answer that one of them fails on has no reward, and says why.
 
@@ -40,6 +48,7 @@ class RewardFunctions:
         timeout_s: limit of one call in seconds, from when the function is entered.
         max_failed_share: share of the trajectories of one `score` without a reward above which it raises, in
             [0, 1].
+        context: facts of the run that functions may ask for.
         note: called with a sentence about each function that cannot run in a worker process.
 
     Raises:
@@ -52,6 +61,7 @@ class RewardFunctions:
         *,
         timeout_s: float,
         max_failed_share: float,
+        context: CallContext = _NO_CONTEXT,
         note: Callable[[str], None] = _LOG.warning,
     ) -> None:
         if not functions:
@@ -65,7 +75,7 @@ class RewardFunctions:
             self._functions[name] = function
             if function.callee.note:
                 note(f"reward function {name}: {function.callee.note}")
-        self._max_failed_share = max_failed_share
+        self._max_failed_share, self._context = max_failed_share, context
         self._pool = CallPool(timeout_s=timeout_s, note=note)
 
     @property
@@ -98,13 +108,36 @@ class RewardFunctions:
         rows = [t for t in trajectories if t.outcome == "ok" and t.reward is None]
         if not rows:
             return
-        calls = {name: function.calls(rows, name) for name, function in self._functions.items()}
-        self._pool.run([call for of_function in calls.values() for call in of_function])
-        results = {
-            name: function.scores(calls[name], len(rows)) for name, function in self._functions.items()
-        }
+        results = self._results(rows)
         for i, trajectory in enumerate(rows):
             self._write(trajectory, {name: of_function[i] for name, of_function in results.items()})
+
+    def try_out(self, prompt: Prompt, codec: TextCodec) -> list[str]:
+        """Call each function once, with the reference answer of a prompt as its answer, or an empty one.
+
+        Returns:
+            A sentence with the value of each function.
+
+        Raises:
+            ValueError: a function fails.
+        """
+        answer = prompt.answer if isinstance(prompt.answer, str) else ""
+        ids = codec.encode_answer(answer)
+        row = Trajectory(
+            prompt, codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), 0, text=answer
+        )
+        said = "its reference answer" if answer else "an empty answer"
+        lines, failures = [], []
+        for name, (result,) in self._results([row]).items():
+            if isinstance(result, RewardFailure):
+                failures.append(
+                    f"reward function {name!r} fails for {said} to row {prompt.index}: {result.detail}"
+                )
+            value = f"{result.reward:g}" if isinstance(result, Score) else "not applicable"
+            lines.append(f"reward function {name}: {value} for {said} to row {prompt.index}")
+        if failures:
+            raise ValueError("\n".join(failures))
+        return lines
 
     def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
         """Raises RuntimeError if more than `max_failed_share` of the trajectories have no reward."""
@@ -120,7 +153,11 @@ class RewardFunctions:
         )
 
     def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError if no prompt has a column that a function needs."""
+        """Check the data before the first step, without a call of a user's function.
+
+        Raises:
+            ValueError: a function needs a column, or a reference answer, that a prompt does not have.
+        """
         for function in self._functions.values():
             function.check_data(prompts)
 
@@ -128,15 +165,21 @@ class RewardFunctions:
         """Ends the processes and threads that calls run in; the next call starts new ones."""
         self._pool.close()
 
+    def _results(self, rows: Sequence[Trajectory]) -> dict[str, list[Score | RewardFailure | None]]:
+        """Result of each function for each row."""
+        calls = {name: f.calls(rows, name, self._context) for name, f in self._functions.items()}
+        self._pool.run([call for of_function in calls.values() for call in of_function])
+        return {name: f.scores(calls[name], len(rows)) for name, f in self._functions.items()}
+
     def _write(self, trajectory: Trajectory, results: Mapping[str, Score | RewardFailure | None]) -> None:
         """Writes the results of all functions for one trajectory."""
-        scored = {name: result for name, result in results.items() if isinstance(result, dict)}
+        scored = {name: result for name, result in results.items() if isinstance(result, Score)}
         failures = {name: result for name, result in results.items() if isinstance(result, RewardFailure)}
-        turns = {name: score.pop("turn_rewards") for name, score in scored.items() if "turn_rewards" in score}
+        turns = {n: score.turn_rewards for n, score in scored.items() if score.turn_rewards is not None}
         failures |= _wrong_turns(trajectory, turns)
         for name, values in turns.items():
-            scored[name]["reward"] += sum(values)
-        reward = sum(self._functions[name].weight * score["reward"] for name, score in scored.items())
+            scored[name].reward += sum(values)
+        reward = sum(self._functions[name].weight * score.reward for name, score in scored.items())
         if not scored and not failures:
             cause = "no function applies to this prompt"
             failures = {", ".join(results): RewardFailure("reward_not_applicable", cause)}
@@ -144,6 +187,9 @@ class RewardFunctions:
             cause = f"the weighted sum is {reward}"
             failures = {", ".join(results): RewardFailure("reward_not_finite", cause)}
         trajectory.scores.update(named_scores(scored))
+        for score in scored.values():
+            trajectory.extras.update(score.extras)
+            trajectory.logged.update(score.logged)
         # In the order of the functions, whichever apply: the parts of siblings are compared one by one.
         weights = {name: function.weight for name, function in self._functions.items()}
         weighted = [
@@ -151,7 +197,7 @@ class RewardFunctions:
         ]
         trajectory.turn_rewards = [sum(of_turn) for of_turn in zip(*weighted, strict=True)]
         trajectory.parts = [
-            (weights[name], scored[name]["reward"]) if name in scored else (0.0, 0.0) for name in weights
+            (weights[name], scored[name].reward) if name in scored else (0.0, 0.0) for name in weights
         ]
         trajectory.reward = None if failures else reward
         for name, failure in list(failures.items())[:1]:
@@ -163,6 +209,8 @@ def build_rewards(
     reward_fn: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
     *,
     placed: Mapping[str, Callable[..., Any]] | None = None,
+    context: CallContext = _NO_CONTEXT,
+    columns: Collection[str] = (),
     note: Callable[[str], None] = _LOG.warning,
 ) -> RewardFunctions:
     """Functions of the settings, and those that are given as Python objects, which have weight 1.
@@ -171,6 +219,8 @@ def build_rewards(
         config: names, options and limits.
         reward_fn: further functions.
         placed: functions in place of those of the same name, whose models run elsewhere.
+        context: facts of the run that functions may ask for.
+        columns: names of the columns of the data, for messages.
         note: called with a sentence about each function that cannot run in a worker process.
 
     Raises:
@@ -193,13 +243,19 @@ def build_rewards(
                 imported_from=(module, attribute) if module else None,
                 # A built-in model is loaded in the trainer alone.
                 place=place or "thread" if is_built_in else place,
+                check=_reference_of if choice.name in _NEED_ANSWERS else None,
+                columns=columns,
             )
         )
         if choice.name in PREPARATIONS and choice.name not in placed:
             load_function(PREPARATIONS[choice.name])(**choice.options)
-    functions += [RewardFunction(function, place=_place(function, config)) for function in given]
+    functions += [RewardFunction(f, place=_place(f, config), columns=columns) for f in given]
     return RewardFunctions(
-        functions, timeout_s=config.timeout_s, max_failed_share=config.max_failed_share, note=note
+        functions,
+        timeout_s=config.timeout_s,
+        max_failed_share=config.max_failed_share,
+        context=context,
+        note=note,
     )
 
 
@@ -212,22 +268,23 @@ def load_function(name: str) -> Callable[..., Any]:
     known = REWARDS.get(name, name)
     if not isinstance(known, str):
         return known
-    module, colon, attribute = known.rpartition(":")
-    if not colon:
+    if ":" not in known:
         names = f"{', '.join(REWARDS)}; the nearest is {nearest_key(name, list(REWARDS))}"
         raise ValueError(
             f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", '
             f"got {name!r}"
         )
-    try:
-        return import_function(module, attribute)
-    except MissingFunctionError:
-        raise
-    except Exception as error:
+    return user_code.load_function(known, user="reward function")
+
+
+def _reference_of(prompt: Prompt) -> Any:
+    """The reference answer of a prompt; ValueError if it has none."""
+    if prompt.answer is None:
         raise ValueError(
-            f"need a module that can be imported for reward function {name!r}, got {type(error).__name__}: "
-            f'{error}; correct it, put its folder on the path, or give "path/file.py:function"'
-        ) from error
+            f"need a reference answer in every row, row {prompt.index} of {prompt.source} has none; name the "
+            "column that holds it in data.answer_key, or leave those rows out"
+        )
+    return prompt.answer
 
 
 def _place(function: Callable[..., Any], config: RewardsConfig) -> Place | None:

@@ -37,6 +37,7 @@ from verl.rewards.call_worker import (
 )
 from verl.rewards.failures import RewardFailure
 from verl.rewards.isolation import Callee
+from verl.rewards.reward_log import logging_call
 
 Event = tuple[EventKind, int, Any]
 # Not `python -m`: the module would then be there twice, and the trainer's own path may hold verl.
@@ -206,7 +207,7 @@ class ThreadWorker(CallWorker):
 
     @override
     def submit(self, number: int, callee: Callee, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        bound = partial(callee.function, *args, **kwargs)
+        bound = logging_call(callee.function, args, kwargs)
         self._link.requests.put((number, lambda: bound))
 
     @override

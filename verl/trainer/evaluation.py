@@ -66,7 +66,7 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
 
 
 def sample_row(trajectory: Trajectory) -> dict[str, Any]:
-    """One answer as a row: prompt, response, reference answer, reward, scores and sizes."""
+    """One answer as a row: prompt, response, reference answer, reward, scores, sizes, and logged values."""
     t = trajectory
     content = t.prompt.content
     logprobs = t.rollout_logprobs or []
@@ -81,4 +81,5 @@ def sample_row(trajectory: Trajectory) -> dict[str, Any]:
         "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
         "group": t.group,
         "outcome": t.outcome,
+        **({"extras": t.extras} if t.extras else {}),
     }

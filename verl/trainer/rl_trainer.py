@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +24,8 @@ from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_limit import StepLimitMetric
 from verl.rewards.functions import RewardFunctions, build_rewards
+from verl.rewards.parameters import CallContext
+from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.batch_producer import BatchProducer
@@ -214,8 +216,15 @@ class Trainer(BaseTrainer):
         is_read = bool(self.algorithm.reads & {*written_by("rewards"), "token_rewards"})
         if not (is_given or is_read or is_shaped or a.dynamic_sampling or a.likelihood_coef):
             return None
-        placed = self.groups.placed_rewards
-        return build_rewards(config, self._reward_fn, placed=placed, note=self.notes.append)
+        prompts = self.loader.prompts if self.loader else []
+        return build_rewards(
+            config,
+            self._reward_fn,
+            placed=self.groups.placed_rewards,
+            context=CallContext(self.codec.prompt_text, partial(_progress, self)),
+            columns={name for prompt in prompts for name in prompt.columns},
+            note=self.notes.append,
+        )
 
     @override
     def read_data(self) -> None:
@@ -238,6 +247,7 @@ class Trainer(BaseTrainer):
             self._producer = None
         if self.rewards and self.loader:  # a mistake in them is found before the first step
             self.rewards.check_data(self.loader.prompts)
+            self.rewards.check_data(self.test_prompts if self.eval_every else [])
         return report
 
     @cached_property
@@ -300,3 +310,10 @@ def describe_sync(rollout: RolloutEngine, version: int) -> str:
     replicas = pool.replicas if pool else []
     behind = [r.name for r in replicas if r.state in ("stale", "serving") and r.version != version]
     return f"version {version} in {', '.join(behind) or 'the policy generator'}"
+
+
+def _progress(trainer: Trainer) -> TrainerState:
+    """Progress of a run, as its reward functions see it."""
+    loader = trainer.loader
+    epoch = loader.epoch + loader.position / len(loader) if loader else 0.0
+    return TrainerState(trainer.version, trainer.config.steps, epoch)
