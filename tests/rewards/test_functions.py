@@ -2,13 +2,17 @@ import math
 import time
 
 import pytest
+import torch
 
 from tests.rewards.answers import by_trajectory, length, rewards_of, rows, scored, slow_length
+from verl.agents.collector import collection_metrics
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import RewardFunctions, build_rewards, load_function
 from verl.rewards.reward_function import RewardFunction
+from verl.trainer.evaluation import sample_row
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec, character_tokenizer
 
 
 def raising(prompt, response):
@@ -36,7 +40,9 @@ def test_the_reward_is_the_weighted_sum():
 
 def test_a_mapping_adds_named_scores_and_no_score_hides_another():
     (row,) = scored(
-        rows("ab"), lambda p, r: {"reward": 1, "accuracy": True}, lambda p, r: {"reward": 2, "accuracy": 0.0}
+        rows("ab"),
+        lambda response: {"reward": 1, "accuracy": True},
+        lambda response: {"reward": 2, "accuracy": 0.0},
     )
     assert row.reward == 3.0
     assert row.scores == {"lambda": 1.0, "lambda_2": 2.0, "accuracy": 1.0, "lambda_2/accuracy": 0.0}
@@ -93,11 +99,78 @@ def test_a_function_is_loaded_from_a_file(tmp_path):
         ("no_such_folder/rewards.py:f", "FileNotFoundError"),
         ("math:no_such_function", "'no_such_function' in 'math', there is none"),
         ("math:pi", "there is float"),
+        ("json:JSONDecoder", "need a function or a class with __call__, got 'JSONDecoder'"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(name, message):
     with pytest.raises(ValueError, match=message):
         build_rewards(RewardsConfig(functions=[name]))
+
+
+def test_a_class_in_a_file_is_made_once_and_a_method_of_an_object_is_named_with_dots(tmp_path):
+    file = tmp_path / "judges.py"
+    file.write_text(
+        "class Judge:\n    def __init__(self, value=2.0):\n        self.value = value\n"
+        "    def __call__(self, response):\n        return self.value\n"
+        "    def half(self, response):\n        return self.value / 2\n\njudge = Judge(6.0)\n"
+    )
+    config = RewardsConfig(functions=[f"{file}:Judge", f"{file}:judge.half", f"{file}:judge"])
+    rewards = build_rewards(config)
+    (row,) = trajectories = rows("x")
+    rewards.score(trajectories)
+    rewards.close()
+    assert row.scores == {"Judge": 2.0, "half": 3.0, "Judge_2": 6.0}
+
+
+def test_built_in_functions_that_compare_need_an_answer_in_every_row_before_the_first_step():
+    rewards = build_rewards(RewardsConfig(functions=["exact"]))
+    rewards.check_data([Prompt("a", answer="1")])
+    with pytest.raises(
+        ValueError, match=r"'exact': need a reference answer in every row, row 1 of set has none"
+    ):
+        rewards.check_data([Prompt("a", answer="1"), Prompt("b", source="set", index=1)])
+
+
+def test_a_dry_run_calls_each_function_once_and_says_the_value_or_the_failure():
+    codec = TextCodec(character_tokenizer())
+    rewards = rewards_of(length, lambda completions, **_: [None])
+    assert rewards.try_out(Prompt("q", answer="abc", index=4), codec) == [
+        "reward function length: 3 for its reference answer to row 4",
+        "reward function lambda: not applicable for its reference answer to row 4",
+    ]
+    with pytest.raises(ValueError, match=r"'raising' fails for an empty answer to row 0: ZeroDivisionError"):
+        rewards_of(length, raising).try_out(Prompt("q", answer=["a"]), codec)
+
+
+def test_what_a_function_logs_goes_to_the_samples_and_the_metrics():
+    def graded(completions, log_extra, log_metric, **kwargs):
+        log_extra("length", [len(c) for c in completions])
+        log_extra("object", [object] * len(completions))
+        log_metric("longest", max(map(len, completions)))
+        return [1.0, 2.0]
+
+    async def graded_later(completions, log_metric=None, **kwargs):
+        log_metric("rows", torch.tensor(len(completions)))
+        return [0.0, 0.0]
+
+    first, second = scored(rows("ab", "a"), graded, graded_later)
+    assert (first.extras["length"], second.extras["length"]) == (2, 1)
+    assert second.extras["object"] == "<class 'object'>"
+    assert first.logged == second.logged == {"longest": 2.0, "rows": 2.0}
+    metrics = collection_metrics([[first, second]])
+    assert (metrics["logged/longest"], metrics["score/graded"]) == (2.0, 1.5)
+    assert sample_row(first)["extras"] == first.extras
+
+
+def test_a_logged_column_needs_one_value_per_row():
+    def wrong(completions, log_extra):
+        log_extra("length", [1])
+        return [0.0] * len(completions)
+
+    first, _ = scored(rows("ab", "a"), wrong)
+    assert (
+        first.outcome == "reward_error" and "need one value per row in log_extra, got 1 for 2" in first.detail
+    )
 
 
 def test_no_reward_function_at_all_is_an_error_with_the_remedy():
@@ -116,7 +189,7 @@ def test_functions_are_scored_again_after_closing():
 
 @pytest.mark.parametrize(("place", "limit_s"), [("inline", 0.02), ("thread", 0.1), (None, 0.2)])
 def test_five_hundred_trivial_calls_cost_milliseconds(place, limit_s):
-    functions = rewards_of(RewardFunction(lambda p, r: 1.0, place=place))
+    functions = rewards_of(RewardFunction(lambda response: 1.0, place=place))
     functions.score(rows("x"))
     seconds = []
     for _ in range(20):
@@ -159,7 +232,9 @@ def test_rewards_of_turns_are_part_of_the_reward_and_weighted_like_it():
 )
 def test_turn_rewards_that_are_not_a_number_for_each_turn_are_a_failure(values, outcome):
     functions = RewardFunctions(
-        [RewardFunction(lambda t: {"reward": 1.0, "turn_rewards": values})], timeout_s=5, max_failed_share=1
+        [RewardFunction(lambda trajectory: {"reward": 1.0, "turn_rewards": values})],
+        timeout_s=5,
+        max_failed_share=1,
     )
     trajectory = two_turns()
     functions.score([trajectory])

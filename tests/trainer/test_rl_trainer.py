@@ -446,6 +446,7 @@ def test_a_reward_that_needs_a_column_that_no_prompt_has_is_refused_before_the_f
         return level
 
     with pytest.raises(
-        ValueError, match="reward function 'by_level': the data needs the columns level, it has answer"
+        ValueError,
+        match="'by_level': need a column of the data for the parameter level, got the columns answer;",
     ):
         toy_trainer("grpo", letters, tmp_path, reward_fn=by_level)

@@ -53,13 +53,13 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             report = trainer.load_train_data()
             tried = try_rewards(trainer)
             console.out(to_yaml(trainer.config), end="", highlight=False)
-            for line in tried:
-                console.out(line, highlight=False)
             console.out(
                 f"everything fits: {report.num_rows} rows from {report.source}, "
                 f"{trainer.config.steps} steps; nothing was trained",
                 highlight=False,
             )
+            for line in tried:
+                console.out(line, highlight=False)
             return
         if not trainer.fit():
             console.out(

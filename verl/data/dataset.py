@@ -247,7 +247,7 @@ def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_sour
     if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
         raise MalformedRow("need an answer, got NaN")
     columns = {name: value for name, value in row.items() if name not in parsed.used}
-    source = str(columns.pop("data_source", default_source))
+    source = str(row.get("data_source", default_source))
     return Prompt(parsed.content, parsed.answer, source, number, columns, parsed.tools)
 
 

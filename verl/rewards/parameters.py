@@ -100,6 +100,7 @@ DATA_VALUES: dict[str, Callable[[Prompt], Any]] = {
     "task": lambda prompt: prompt.source,
     "extra_info": lambda prompt: {},
     "info": lambda prompt: {},
+    "tools": lambda prompt: list(prompt.tools),
 }
 # In a function over all answers: the column that a plural stands for.
 PLURALS = {
@@ -111,7 +112,7 @@ PLURALS = {
 KNOWN_NAMES: Final = (
     "for each answer: prompt, response, completion, solution_str, trajectory, state; over all answers: "
     "prompts, completions, responses, completion_ids, queries, solution_strs; in both: answer, ground_truth, "
-    "label, data_source, source, task, extra_info, info, trainer_state, and every column of the data"
+    "label, data_source, source, task, extra_info, info, tools, trainer_state, and every column of the data"
 )
 
 
@@ -199,7 +200,7 @@ class Signature:
         own = {*self._own, *_RUN_NAMES, "prompts" if self.is_batched else "prompt"}
         names = [name for name in self._required if name not in own]
         lacking = {n: [p for p in prompts if self._data_value(n, p) is MISSING] for n in names}
-        absent = [name for name, without in lacking.items() if len(without) == len(prompts)]
+        absent = [name for name, without in lacking.items() if without and len(without) == len(prompts)]
         if absent:
             raise ValueError(f"reward function {self._name!r}: {self._no_value(absent, prompts)}")
         for name, without in lacking.items():
@@ -275,19 +276,23 @@ class Signature:
     def _no_answer(self, parameters: Sequence[Parameter], columns: Collection[str]) -> str:
         return (
             f"reward function {self._name!r}: need a parameter that takes the answer of the policy, such as "
-            f"`response` (its text), got {self._name}({', '.join(map(str, parameters))}); parameters are "
-            f"known by name: {KNOWN_NAMES}{_listed(columns)}"
+            f"`response` (its text), got {self._name}({', '.join(map(str, parameters))}); rename its "
+            f"parameters, which are known by name alone ({KNOWN_NAMES}{_listed(columns)})"
         )
 
     def _no_value(self, missing: Sequence[str], prompts: Sequence[Prompt]) -> str:
-        columns = {name for prompt in prompts for name in prompt.columns}
-        columns |= {"answer"} if any(p.answer is not None for p in prompts) else set()
         return (
-            f"no value for the parameter {', '.join(missing)}: the data needs a column of that name, it has "
-            f"{', '.join(sorted(columns)) or 'none'}; rename the parameter (known are, {KNOWN_NAMES}), or "
-            "give it as an option"
+            f"need a column of the data for the parameter {', '.join(missing)}, got the columns "
+            f"{', '.join(columns_of(prompts)) or 'none'}; rename it, give it as an option, or take a known "
+            f"name ({KNOWN_NAMES})"
         )
 
 
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of the columns of some prompts, `answer` among them if there are reference answers."""
+    names = {name for prompt in prompts for name in prompt.columns}
+    return sorted(names | ({"answer"} if any(p.answer is not None for p in prompts) else set()))
+
+
 def _listed(columns: Collection[str]) -> str:
-    return f" ({', '.join(sorted(columns))})" if columns else ""
+    return f": {', '.join(sorted(columns))}" if columns else ""

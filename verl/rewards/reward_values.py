@@ -125,8 +125,11 @@ def _rows_of_openrlhf(values: Mapping[str, Any], num_rows: int) -> list[Any] | R
     logs = values.get("extra_logs") or {}
     lists = {name: each for name, each in values.items() if name not in ("rewards", "extra_logs")}
     lists = {"reward": values["rewards"], **lists, **(logs if isinstance(logs, Mapping) else {"logs": logs})}
-    columns = {name: row_values(each, num_rows) for name, each in lists.items()}
-    for name, column in columns.items():
+    rows: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+    for name, each in lists.items():
+        column = row_values(each, num_rows)
         if isinstance(column, RewardFailure):
             return RewardFailure(column.outcome, f"{name}: {column.detail}")
-    return [{name: column[row] for name, column in columns.items()} for row in range(num_rows)]  # type: ignore[index]
+        for row, value in zip(rows, column, strict=True):
+            row[name] = value
+    return rows

@@ -24,7 +24,7 @@ from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_limit import StepLimitMetric
 from verl.rewards.functions import RewardFunctions, build_rewards
-from verl.rewards.parameters import CallContext
+from verl.rewards.parameters import CallContext, columns_of
 from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import BaseTrainer, Metrics
@@ -222,7 +222,7 @@ class Trainer(BaseTrainer):
             self._reward_fn,
             placed=self.groups.placed_rewards,
             context=CallContext(self.codec.prompt_text, partial(_progress, self)),
-            columns={name for prompt in prompts for name in prompt.columns},
+            columns=columns_of(prompts),
             note=self.notes.append,
         )
 

@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,11 +58,13 @@ def import_function(place: str, attribute: str) -> Callable[..., Any]:
         Exception: whatever the import raises.
     """
     module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    found = reduce(lambda owner, name: getattr(owner, name, _MISSING), attribute.split("."), module)
+    found: Any = module
+    for name in attribute.split("."):
+        found = getattr(found, name, _MISSING)
     if isinstance(found, type):
         return _object_of(found, place)
     if callable(found):
-        return found  # type: ignore[no-any-return]
+        return found
     there = "none" if found is _MISSING else type(found).__name__
     near = difflib.get_close_matches(attribute, [name for name in vars(module) if name[:2] != "__"], n=1)
     hint = f"; did you mean {near[0]!r}?" if near and found is _MISSING else ""
