@@ -25,10 +25,12 @@ from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
 from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.export import export_checkpoint
+from verl.trainer.export.hub_upload import HubUpload
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.rl_trainer import Trainer, rewards_with_task
 from verl.trainer.sft import SFTTrainer
+from verl.utils.device import PRECISIONS
 from verl.utils.tokens import CHARACTERS
 
 # Settings of a run -> its trainer.
@@ -106,8 +108,38 @@ def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """`verl export`."""
-    export_checkpoint(Path(args.checkpoint), Path(args.folder))
-    Console().out(f"model: {args.folder}", highlight=False)
+    console, folder = Console(), Path(args.folder)
+    upload = HubUpload(args.push_to_hub, folder, args.private) if args.push_to_hub else None
+    if upload is None and (args.private or args.dry_run):
+        raise ValueError("need --push-to-hub USER/NAME beside --private or --dry-run, which change an upload")
+    if upload:
+        upload.check_name() if args.dry_run else upload.check()
+    taken = export_checkpoint(
+        Path(args.checkpoint),
+        folder,
+        role=args.role,
+        dtype=PRECISIONS[args.dtype],
+        max_file_bytes=args.max_shard_size,
+    )
+    console.out(f"model: {folder} ({args.role} of {taken})", highlight=False)
+    if upload and args.dry_run:
+        console.out(describe_upload(upload), highlight=False)
+    elif upload:
+        console.out(f"uploaded: {upload.send()}", highlight=False)
+
+
+def describe_upload(upload: HubUpload) -> str:
+    """Lines on the repository and the files that an upload would send."""
+    files = upload.files()
+    visibility = "private" if upload.is_private else "public"
+    lines = [f"{size:>15,} bytes  {name}" for name, size in files.items()]
+    return "\n".join(
+        (
+            f"would send {len(files)} files of {sum(files.values()):,} bytes to the model repository "
+            f"{upload.repo} ({visibility} if it is new); nothing was sent",
+            *lines,
+        )
+    )
 
 
 def engines(args: argparse.Namespace) -> None:

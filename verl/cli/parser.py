@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from verl import __version__
@@ -72,9 +73,37 @@ def add_training_commands(commands: Any) -> None:
     evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=_RECIPE)
     add_overrides(evaluate)
 
-    export = add_command(commands, "export", "write the policy of a checkpoint as a Hugging Face model")
-    export.add_argument("checkpoint", help="a folder step-... of a run")
+    add_export_command(commands)
+
+
+def add_export_command(commands: Any) -> None:
+    """The command that writes and publishes a model."""
+    export = add_command(commands, "export", "write a model of a checkpoint as a Hugging Face model")
+    export.add_argument("checkpoint", help="a folder step-..., or that of a run: its newest one")
     export.add_argument("folder", help="where to")
+    export.add_argument("--role", choices=("policy", "critic"), default="policy", help="(policy)")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights (fp32)")
+    export.add_argument(
+        "--max-shard-size", type=parse_bytes, default="4GiB", metavar="SIZE", help="of a weights file (4GiB)"
+    )
+    export.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="upload the model, too")
+    export.add_argument("--private", action="store_true", help="a new repository is visible to you alone")
+    export.add_argument(
+        "--dry-run", action="store_true", help="write the model, and say what an upload would send"
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 500MB, 2GiB or 1000000.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no size above 0.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2].upper() not in units or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"need a size such as 500MB or 2GiB, got {text!r}")
+    return max(1, round(float(found[1]) * units[found[2].upper()]))
 
 
 def add_engine_commands(commands: Any) -> None:

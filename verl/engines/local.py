@@ -26,10 +26,10 @@ from verl.engines.base import (
     scatter_response_values,
 )
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
-from verl.engines.hf.hf_io import export_model
-from verl.engines.hf.lora import add_lora, has_lora, reset_lora
+from verl.engines.hf.hf_io import write_model
+from verl.engines.hf.lora import add_lora, reset_lora
 from verl.engines.hf.models import Backbone, PolicyModel
-from verl.engines.hf.pretrained import load_language_model, save_model
+from verl.engines.hf.pretrained import load_language_model
 from verl.engines.optimizer import LossScale, build_optimizer, lr_factor
 
 T = TypeVar("T")
@@ -65,10 +65,7 @@ class LocalForwardEngine(ForwardEngine):
 
     @override
     def export(self, folder: Path) -> None:
-        if has_lora(self.model.transformer):
-            export_model(self.model, folder)
-        else:
-            save_model(self.model, folder)
+        write_model(self.model, folder)
 
     def forward(self, call: Callable[..., T], *args: Any) -> T:
         """The result of a call that uses the weights, in the precision of the model."""

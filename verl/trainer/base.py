@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,6 +23,8 @@ from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency
 from verl.trainer.checkpoint_store import Save
+from verl.trainer.export.base_files import BaseFiles
+from verl.trainer.export.model_card import CardFacts, write_card
 from verl.utils.device import (
     keep_freed_memory,
     pick_device,
@@ -82,12 +84,14 @@ class BaseTrainer(ABC):
         models: of the run.
         context: tokens that the policy reads at most, prompt and answer together.
         codec: the tokenizer of the policy.
+        base: files of the model that the policy started from.
         device: of this process.
         timeline: spans of all calls.
         notes: human-readable lines that the next step logs.
         waits: current waits, for metrics and the watchdog.
         run_folder: of the run, while `fit` runs.
         rows_per_step: rows of `data.train` in a step, at most all of them where they are not repeated.
+        model_kind: class of the trained model in `verl.engines.hf.models`.
         version: of the policy: steps that it has learned.
         eval_every: steps between evaluations; 0: never.
         eval_at_start: evaluate before the first step.
@@ -99,6 +103,7 @@ class BaseTrainer(ABC):
     context: int
     rows_per_step: int
     codec: TextCodec
+    base: BaseFiles
 
     def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
         roles = {"policy": config.policy}
@@ -116,6 +121,7 @@ class BaseTrainer(ABC):
         self.notes: list[str] = []
         self.waits = WaitTracker()
         self.run_folder: Path | None = None
+        self.model_kind = "PolicyModel"
         self.loader: PromptLoader | None = None
         self._train_rows: tuple[list[Prompt], LoadReport] | None = None
         self.eval_every, self.eval_at_start = 0, False
@@ -202,10 +208,19 @@ class BaseTrainer(ABC):
         """
 
     def save_model(self, folder: Path) -> None:
-        """Write the policy and its tokenizer in Hugging Face format."""
+        """Write the policy in Hugging Face format, with tokenizer, generation config and model card."""
         folder.mkdir(parents=True, exist_ok=True)
         self.models.export(folder)
-        self.codec.tokenizer.save_pretrained(folder)
+        self.base.write(folder, self.codec)
+        facts = CardFacts(
+            kind=self.model_kind,
+            settings=self.config.model_dump(mode="json"),
+            base=self.base,
+            step=self.version,
+            run_folder=self.run_folder,
+            num_rows=len(self.loader.prompts) if self.loader else None,
+        )
+        write_card(folder, facts)
 
     def evaluate(self) -> Metrics:
         """Metrics on held-out data; none if the run has none."""
@@ -239,6 +254,8 @@ class BaseTrainer(ABC):
             "loader": self.loader.state_dict(),
             "rng": rng_state(),
             "config": self.fixed_settings(),
+            "base": asdict(self.base),
+            "num_rows": len(self.loader.prompts),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

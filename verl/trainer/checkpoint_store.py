@@ -133,15 +133,21 @@ class CheckpointStore:
             ) from error
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """True for the folder of a complete checkpoint."""
+    return (folder / _STATE).exists()
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """The `state` that `CheckpointStore.begin` wrote.
 
     Raises:
         ValueError: the folder is not a complete checkpoint.
     """
-    if not (folder / _STATE).exists():
+    if not is_checkpoint(folder):
         raise ValueError(
-            f"{folder} is not a checkpoint: it has no {_STATE}; give a folder named step-... of an output_dir"
+            f"{folder} is not a checkpoint: it has no {_STATE}; give the output_dir of a run, or one of its "
+            "folders checkpoints/step-..."
         )
     return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
 

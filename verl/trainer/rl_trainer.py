@@ -37,6 +37,7 @@ from verl.trainer.build.rollout_factory import (
     wrap_user_rollout,
 )
 from verl.trainer.evaluation import evaluate, sample_row
+from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run_loop import RunLoop
@@ -111,8 +112,10 @@ class Trainer(BaseTrainer):
         self._step_limit: StepLimitMetric | None = None
         self._owns_rollout = rollout is None
         source = policy_source(config, actor_model)
-        path = config.policy.path or (source if isinstance(source, str) else str(source.config.name_or_path))
-        self.codec = codec or TextCodec.for_run(path, config.data, stop_ids=config.sampling.stop_ids)
+        self.base = BaseFiles.of(source, config.policy.path)
+        self.codec = codec or TextCodec.for_run(
+            self.base.name, config.data, stop_ids=config.sampling.stop_ids
+        )
         config = self.read_data_early(model_config_of(source))
         # Before a LoRA adapter is put into a loaded model.
         start = initial_checkpoint(config, source, self.codec)

@@ -22,6 +22,7 @@ from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.trainer.base import BaseTrainer, Metrics
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import sample_row
+from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.run_loop import RunLoop
 from verl.utils.device import memory_bytes
 from verl.utils.sampling_types import Prompt
@@ -83,11 +84,11 @@ class SingleModelTrainer(BaseTrainer):
     ) -> None:
         super().__init__(config, device=config.device, console=console)
         source = policy_source(config, actor_model, self.kind)
-        model_config = model_config_of(source)
-        path = config.policy.path or str(model_config.name_or_path)
-        self.codec = codec or TextCodec.for_run(path, config.data)
-        self.read_data_early(model_config)
+        self.base = BaseFiles.of(source, config.policy.path)
+        self.codec = codec or TextCodec.for_run(self.base.name, config.data)
+        self.read_data_early(model_config_of(source))
         model = self.build_model(source)
+        self.model_kind = type(model).__name__
         model.to(self.device).check_forward()
         self.policy_engine = LocalEngine(
             model, config.policy, device=self.device, total_updates=self.config.steps

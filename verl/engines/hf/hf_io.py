@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,17 +13,23 @@ import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.engines.hf.lora import base_name, initial_lora_weight, is_lora_parameter
+from verl.engines.hf.lora import base_name, has_lora, initial_lora_weight, is_lora_parameter
 from verl.engines.hf.models import Backbone, ValueModel
-from verl.engines.hf.pretrained import VALUE_HEAD, check_exists, load_language_model
+from verl.engines.hf.pretrained import (
+    MAX_FILE_BYTES,
+    VALUE_HEAD,
+    check_exists,
+    load_language_model,
+    save_model,
+)
 from verl.engines.hf.weights import full_tensors, shard_slices, to_full, to_local
+from verl.utils.files import write_safetensors
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_FILE_BYTES = 4 * 2**30
 
 
 def model_folder(source: str) -> Path:
@@ -132,21 +139,34 @@ def _fill(parameter: Tensor, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def export_model(model: Backbone, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def export_model(
+    model: Backbone,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
     """Write a model in Hugging Face format with LoRA weights merged; on all ranks together if it is sharded.
 
     One tensor at a time is gathered, and rank 0 writes it; see `SafetensorsWriter`.
+
+    Args:
+        model: sharded or not.
+        folder: made if absent.
+        dtype: of the written weights.
+        max_file_bytes: size of a file.
     """
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(model.transformer.config)
         config.architectures = [type(model.transformer).__name__.removeprefix("FSDP")]
+        config.dtype = dtype
         config.save_pretrained(folder)
     writer = SafetensorsWriter(folder, max_file_bytes=max_file_bytes)
-    for name, tensor in full_tensors(model.transformer):
+    for name, tensor in chain(full_tensors(model.transformer), saved_buffers(model.transformer)):
         if is_writer:
-            writer.add(name, tensor.cpu())
+            writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
     # Gathering is a collective: the ranks that don't write take part, too.
     head = model.head.named_parameters() if isinstance(model, ValueModel) else ()
     head_tensors = {name: to_full(parameter).cpu() for name, parameter in head}
@@ -154,7 +174,33 @@ def export_model(model: Backbone, folder: Path, *, max_file_bytes: int = MAX_FIL
         return
     writer.finish()
     if head_tensors:
-        save_file(head_tensors, folder / VALUE_HEAD)
+        write_safetensors(head_tensors, folder / VALUE_HEAD)
+
+
+def saved_buffers(transformer: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the buffers that belong to the weights, such as the routing biases of experts."""
+    parameters = {name for name, _ in transformer.named_parameters(remove_duplicate=False)}
+    for name, tensor in transformer.state_dict().items():
+        if name not in parameters:
+            yield base_name(name), to_full(tensor)
+
+
+def write_model(
+    model: Backbone,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a model that is whole in the memory of this process, with LoRA weights merged.
+
+    Without LoRA, Transformers writes it, with the names of tensors that the family has in its files; the
+    model is then cast to `dtype` in place.
+    """
+    if has_lora(model.transformer):
+        export_model(model, folder, dtype=dtype, max_file_bytes=max_file_bytes)
+    else:
+        save_model(model.to(dtype), folder, max_file_bytes=max_file_bytes)
 
 
 class SafetensorsWriter:
@@ -199,6 +245,6 @@ class SafetensorsWriter:
         (self._folder / _INDEX).write_text(json.dumps(index, indent=1))
 
     def _write_file(self) -> None:
-        save_file(self._pending, self._folder / f".part-{self._num_files}", metadata={"format": "pt"})
+        write_safetensors(self._pending, self._folder / f".part-{self._num_files}", metadata={"format": "pt"})
         self._num_files += 1
         self._pending = {}

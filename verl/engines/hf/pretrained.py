@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -22,10 +22,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from verl.engines.hf.models import Backbone, Precision, ValueModel
+from verl.utils.files import apply_umask, write_safetensors
 from verl.utils.hub import why_missing
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
-VALUE_HEAD = "value_head.safetensors"
+VALUE_HEAD, GENERATION_CONFIG = "value_head.safetensors", "generation_config.json"
+# Size of a weights file above which a model is written into several.
+MAX_FILE_BYTES = 4 * 2**30
 
 
 @contextmanager
@@ -173,15 +176,32 @@ def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:
     return ValueModel(transformer, precision)
 
 
-def save_model(model: Backbone, folder: Path) -> None:
+def save_model(model: Backbone, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
     """Write the weights in Hugging Face format, and the head of a value model into a file beside them."""
-    with without_progress_bars():
-        model.transformer.save_pretrained(folder)
+    save_transformer(model.transformer, folder, max_file_bytes=max_file_bytes)
     if isinstance(model, ValueModel):
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()},
-            folder / VALUE_HEAD,
-        )
+        head = {name: t.detach().cpu().contiguous() for name, t in model.head.state_dict().items()}
+        write_safetensors(head, folder / VALUE_HEAD)
+
+
+def save_transformer(
+    transformer: PreTrainedModel, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Write a model of Transformers that is whole in the memory of this process, without a tokenizer."""
+    generation = transformer.generation_config if transformer.can_generate() else None
+    if generation is not None:
+        # Transformers refuses to save some generation configs that it loads, such as one with a temperature
+        # and without sampling; that must not cost the weights.
+        transformer.generation_config = GenerationConfig()
+    try:
+        with without_progress_bars():
+            transformer.save_pretrained(folder, max_shard_size=max_file_bytes)
+    finally:
+        if generation is not None:
+            transformer.generation_config = generation
+    if generation is not None:
+        (folder / GENERATION_CONFIG).write_text(generation.to_json_string())
+    apply_umask(*folder.glob("*.safetensors"))
 
 
 def make_tiny_model(
@@ -223,5 +243,5 @@ def make_tiny_model(
     )
     with torch.random.fork_rng(devices=[]), without_progress_bars():
         torch.manual_seed(seed)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
+        save_transformer(Qwen2ForCausalLM(config), folder)
     tokenizer.save_pretrained(folder)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from verl.engines.dcp_checkpoint import PROGRESS, REMEDY
+from verl.utils.files import write_safetensors
 from verl.weight_sync.layout import Bounds, TensorShard, difference, intersection, num_elements, shape_of
 
 # Tensors that are saved for each part of a weight: the weight in fp32, and AdamW's states.
@@ -126,7 +126,7 @@ def begin_save(
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps({**progress, "num_files": dist.get_world_size()}))
     thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-    saved = thread.submit(save_file, copied, _file(folder, rank))
+    saved = thread.submit(write_safetensors, copied, _file(folder, rank))
     thread.shutdown(wait=False)
     return lambda: saved.result() and None
 

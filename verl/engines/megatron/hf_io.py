@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from verl.engines.hf.hf_io import SafetensorsWriter, name_in_files, tensor_files
 from verl.engines.hf.pretrained import VALUE_HEAD
 from verl.engines.megatron.model_spec import MegatronModelSpec
+from verl.utils.files import write_safetensors
 from verl.weight_sync.layout import (
     Bounds,
     TensorShard,
@@ -163,6 +164,7 @@ def export_folder(
             model = AutoModelForCausalLM.from_config(spec.config)
         config = copy.deepcopy(spec.config)
         config.architectures = [type(model if spec.kind == "policy" else model.base_model).__name__]
+        config.dtype = torch.float32
         config.save_pretrained(folder)
     writer = SafetensorsWriter(folder)
     for name, tensor in tensors:
@@ -176,4 +178,4 @@ def export_folder(
         return
     writer.finish()
     if head_tensors:
-        save_file(head_tensors, folder / VALUE_HEAD)
+        write_safetensors(head_tensors, folder / VALUE_HEAD)

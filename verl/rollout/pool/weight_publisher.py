@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from verl.controller.worker_group import WorkerGroup
 from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.pool.p2p import P2PSender
+from verl.utils.files import write_safetensors
 from verl.weight_sync.fingerprint import digest, fingerprint, fingerprint_of_ranks
 from verl.weight_sync.layout import Bounds
 from verl.weight_sync.shard_tracking import ShardRanges, shard_key
@@ -109,7 +109,7 @@ class WeightSnapshot:
                 partial = self.disk_folder / "partial"
                 shutil.copytree(model, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
                 tensors = {info.name: tensor for chunk in self.chunks for info, tensor in tensors_of(chunk)}
-                save_file(tensors, partial / "model.safetensors")
+                write_safetensors(tensors, partial / "model.safetensors")
                 partial.rename(folder)
         infos = tuple(info for chunk in self.chunks for info in chunk.tensors)
         return WeightChunk(infos, "disk", {"folder": str(folder)})

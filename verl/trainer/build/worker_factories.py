@@ -19,7 +19,7 @@ from verl.config.run import TrainerConfig
 from verl.data.columns import COLUMNS
 from verl.engines.base import ForwardEngine, TrainEngine
 from verl.engines.hf.models import Backbone, PolicyModel
-from verl.engines.hf.pretrained import load_language_model, value_model
+from verl.engines.hf.pretrained import load_language_model, save_transformer, value_model
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
@@ -195,7 +195,7 @@ def total_updates(config: TrainerConfig) -> int:
 
 def saved(model: PreTrainedModel, folder: Path) -> str:
     """Write a loaded model for ranks of other processes; returns its folder."""
-    model.save_pretrained(folder)
+    save_transformer(model, folder)
     return str(folder)
 
 

@@ -1,0 +1,82 @@
+"""Files that a written model takes over from the model that the run started from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from verl.engines.hf.pretrained import GENERATION_CONFIG
+from verl.trainer.export.public_values import is_folder
+from verl.utils.tokens import TextCodec
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The base model of a run, as far as the written model repeats it.
+
+    Attributes:
+        name: folder or hub name; empty for a loaded model without one.
+        generation_config: content of its generation_config.json, whose end tokens may stand nowhere else;
+            None: it has none.
+    """
+
+    name: str
+    generation_config: str | None = None
+
+    @classmethod
+    def of(cls, source: PreTrainedModel | str, path: str | None) -> BaseFiles:
+        """The files of a folder, a hub name, or a loaded model.
+
+        Args:
+            source: of the weights.
+            path: folder or hub name of the other files; None: as `source` says.
+        """
+        name = path or (source if isinstance(source, str) else str(source.config.name_or_path))
+        if isinstance(source, str) or not source.can_generate():
+            return cls(name, _read(name, GENERATION_CONFIG))
+        return cls(name, source.generation_config.to_json_string())
+
+    def write(self, folder: Path, codec: TextCodec) -> None:
+        """Write tokenizer, chat template and generation config beside the weights in a folder.
+
+        A written generation config is replaced: with the base's one a reader ends answers as the run did.
+        """
+        codec.tokenizer.save_pretrained(folder)
+        if self.generation_config is not None:
+            (folder / GENERATION_CONFIG).write_text(self.generation_config)
+        elif self.name:
+            (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Metadata of its model card, such as `license`; empty without one."""
+        text = _read(self.name, "README.md")
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
+
+    @property
+    def hub_name(self) -> str | None:
+        """Name on the hub, of the model itself or of the one that its card names as its base."""
+        if is_hub_name(self.name):
+            return self.name
+        named = self.card.get("base_model")
+        return named if isinstance(named, str) and is_hub_name(named) else None
+
+
+def is_hub_name(name: str) -> bool:
+    """True if a name is no folder and may be one of the hub."""
+    return name.count("/") == 1 and name[0] not in "/.~" and not is_folder(name)
+
+
+def _read(name: str, file: str) -> str | None:
+    """Content of a file of a model that was loaded from a folder, or from the hub's cache."""
+    if not name:
+        return None
+    if Path(name).is_dir():
+        path: Any = Path(name) / file
+        return path.read_text() if path.exists() else None
+    path = try_to_load_from_cache(name, file)
+    return Path(path).read_text() if isinstance(path, str) else None
