@@ -38,6 +38,7 @@ class TextCodec:
         tokenizer: of the model.
         stop_ids: ids that end an answer: the tokenizer's end token, the token with which the chat template
             closes an answer, and those given.
+        closing_ids: the token with which the chat template closes an answer, if it is one.
         template: the chat template.
 
     Raises:
@@ -57,8 +58,8 @@ class TextCodec:
         self.template = ChatTemplate(tokenizer)
         self.template.check_kwargs(template_kwargs or {})
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        closing = self.token_ids_of([self.template.end])
-        self.stop_ids = tuple(dict.fromkeys([*own, *closing, *stop_ids]))
+        self.closing_ids = self.token_ids_of([self.template.end])
+        self.stop_ids = tuple(dict.fromkeys([*own, *self.closing_ids, *stop_ids]))
         self._system_prompt = system_prompt
         self._template_kwargs, self._tools = dict(template_kwargs or {}), tuple(tools)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,21 @@ class BaseFiles:
     def write(self, folder: Path, codec: TextCodec) -> None:
         """Write tokenizer, chat template and generation config beside the weights in a folder.
 
-        A written generation config is replaced: with the base's one a reader ends answers as the run did.
+        The generation config is the base's, and where it lacks the token with which the chat template closes
+        an answer, this token is added: a reader ends answers as the run did.
         """
         codec.tokenizer.save_pretrained(folder)
-        if self.generation_config is not None:
-            (folder / GENERATION_CONFIG).write_text(self.generation_config)
-        elif self.name:
-            (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+        path, text = folder / GENERATION_CONFIG, self.generation_config
+        if text is None and not self.name and path.exists():
+            text = path.read_text()  # a loaded model that came from nowhere: written with the weights
+        config = json.loads(text or "{}")
+        ends = config.get("eos_token_id", codec.tokenizer.eos_token_id)
+        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if missing := [token for token in codec.closing_ids if token not in known]:
+            text = json.dumps({**config, "eos_token_id": [*known, *missing]}, indent=2) + "\n"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
 
     @property
     def card(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from verl.config.data import DataConfig
 from verl.config.roles import LoraConfig
 from verl.engines.dcp_checkpoint import read_saved
 from verl.engines.hf.hf_io import MAX_FILE_BYTES, saved_buffers, write_model
@@ -60,7 +61,7 @@ def export_checkpoint(
     model = load_checkpoint_model(checkpoint, role, state["config"])
     path = state["config"]["policy"]["path"]
     # Loaded before anything is written: without the tokenizer no half export is left.
-    codec = TextCodec.load(path) if path else None
+    codec = TextCodec.for_run(path, data_settings(state["config"])) if path else None
     base = BaseFiles(**state["base"]) if "base" in state else BaseFiles.of(path or "", path or "")
     write_model(model, folder, dtype=dtype, max_file_bytes=max_file_bytes)
     if codec:
@@ -75,6 +76,12 @@ def export_checkpoint(
     )
     write_card(folder, facts, with_picture=True)
     return checkpoint
+
+
+def data_settings(settings: Mapping[str, Any]) -> DataConfig:
+    """Settings of a run's data on which its tokenizer and chat template depend."""
+    read = ("chat_template", "chat_template_kwargs", "system_prompt")
+    return DataConfig(**{name: value for name, value in settings["data"].items() if name in read})
 
 
 def find_checkpoint(folder: Path) -> Path:
