@@ -119,6 +119,7 @@ def run(name: str, algo: str, seed: int) -> Curve:
     overrides = (
         f"data.train=task:{name}",
         f"data.test=task:{name}",
+        "evaluation.every_steps=null",
         "tracking.sinks=[]",
         *task.overrides,
         *task.algos[algo],

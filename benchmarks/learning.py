@@ -139,6 +139,7 @@ def overrides(name: str, recipe: str, seed: int, folder: Path) -> list[str]:
         f"output_dir={folder / recipe}",
         f"data.train=task:{name}",
         f"data.test=task:{name}",
+        "evaluation.every_steps=null",  # it is done here, before and after
     ]
     teacher = [f"teacher.path={folder / 'grpo' / 'model'}"] if recipe == "distillation" else []
     minibatches = [

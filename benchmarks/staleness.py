@@ -103,6 +103,7 @@ def warm_start(seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
     data = ["data.train=task:add-2", "data.test=task:add-2", "tracking.sinks=[]"]
+    data.append("evaluation.every_steps=null")
     warm_up(
         folder,
         quickstart_config(folder, seed=seed, algo="grpo", overrides=data),

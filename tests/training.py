@@ -50,12 +50,9 @@ _RUN = [
 def toy_config(recipe: str, model: Path, folder: Path, *overrides: str) -> TrainerConfig:
     """A recipe at toy size on the model, over 12 prompts to copy; `folder` takes the prompts and the run."""
     prompts = write_prompts(folder / "prompts.jsonl")
-    paths = [
-        f"policy.path={model}",
-        f"data.train={prompts}",
-        f"data.test={prompts}",
-        f"output_dir={folder / 'run'}",
-    ]
+    paths = [f"policy.path={model}", f"data.train={prompts}", f"output_dir={folder / 'run'}"]
+    if any(override.startswith("evaluation.") for override in overrides):
+        paths.append(f"data.test={prompts}")
     needs = [f"teacher.path={model}"] if recipe == "distillation" else _NEEDS.get(recipe, [])
     sizes = _TOY.get(recipe) or _toy_sizes(recipe)
     return load_config(

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from verl.agents.collector import DataCollector
     from verl.config.flat_call import make_trainer_config
     from verl.trainer.rl_trainer import Trainer
+    from verl.trainer.run.callbacks import Callback
 
 # Imported at first use (PEP 562): reading the version or the settings never loads torch.
 _LAZY = {
+    "Callback": "verl.trainer.run.callbacks",
     "DataCollector": "verl.agents.collector",
     "Trainer": "verl.trainer.rl_trainer",
     "make_trainer_config": "verl.config.flat_call",
 }
 
-__all__ = ["DataCollector", "Trainer", "__version__", "make_trainer_config"]
+__all__ = ["Callback", "DataCollector", "Trainer", "__version__", "make_trainer_config"]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,8 @@ def toy(model, tmp_path, monkeypatch):
 def test_train_runs_to_the_end_and_says_where_the_model_is(toy, capsys):
     assert main(["train", "grpo", *toy]) == 0
     assert "trained model: outputs/run/model" in capsys.readouterr().out
-    assert [line["step"] for line in logged(Path("outputs/run"))] == [1, 2]
+    # Its data.test is evaluated before the first and after the last step.
+    assert [line["step"] for line in logged(Path("outputs/run"))] == [0, 1, 2]
     assert AutoModelForCausalLM.from_pretrained("outputs/run/model").config.hidden_size == 32
     assert main(["train", "outputs/run/config.yaml"]) == 0
     assert "outputs/run is already at step 2; raise steps" in capsys.readouterr().out

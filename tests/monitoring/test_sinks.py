@@ -142,7 +142,7 @@ def test_an_unknown_sink_is_an_error_that_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_sink_whose_package_is_missing_says_how_to_get_it(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"need the package {name} .* pip install verl\[{name}\]"):
+    with pytest.raises(ValueError, match=rf"need the package {name} .* pip install {name}, or"):
         tracker(tmp_path, name)
 
 

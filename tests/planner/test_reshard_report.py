@@ -12,7 +12,8 @@ import pytest
 
 import verl
 from verl.cli.main import main
-from verl.planner.reshard_report import format_bytes, format_seconds
+from verl.monitoring.formatting import format_bytes
+from verl.planner.reshard_report import format_seconds
 
 TINY = {
     "model_type": "llama",

@@ -80,7 +80,10 @@ def test_a_run_leaves_its_settings_metrics_samples_checkpoints_and_model(letters
     assert {"reward", "loss", "seconds", "tokens_per_s", "limit_share", "time/generate_s"} <= logged(run)[
         0
     ].keys()
-    assert [path.name for path in (run / "samples").iterdir()] == ["step-000002.jsonl"]
+    # Of the first, the last, and every second step.
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        f"step-00000{step}.jsonl" for step in (1, 2, 3)
+    ]
     assert len((run / "samples" / "step-000002.jsonl").read_text().splitlines()) == 3
     assert checkpoints(tmp_path) == ["step-00000002", "step-00000003"]
 
@@ -274,8 +277,8 @@ def test_a_mistake_is_found_before_anything_is_written(override, message, letter
 
 
 def test_held_out_prompts_are_read_before_the_first_step(letters, tmp_path):
-    with pytest.raises(ValueError, match="need data.test"):
-        fitted("grpo", letters, tmp_path, "evaluation.every_steps=1", "data.test=null")
+    with pytest.raises(ValueError, match="missing.jsonl"):
+        fitted("grpo", letters, tmp_path, "evaluation.every_steps=1", "data.test=missing.jsonl")
     assert not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -36,11 +36,13 @@ class RolloutBatch:
         trajectories: answers with a reward, groups together.
         rows: the same as a batch.
         metrics: means over all answers that were generated.
+        failed: answers without a reward.
     """
 
     trajectories: list[Trajectory]
     rows: Batch
     metrics: dict[str, float]
+    failed: list[Trajectory] = field(default_factory=list)
 
 
 class DataCollector:
@@ -142,7 +144,8 @@ class DataCollector:
         answered = [group.answers for group in batch.all_groups if group.answers]
         metrics = collection_metrics(answered, by_parts=self._sampler.by_parts)
         metrics["resample_draws"] = float(batch.num_refills)
-        return RolloutBatch(kept, Batch.from_trajectories(kept), metrics)
+        failed = [t for group in answered for t in group if t.outcome != "ok"]
+        return RolloutBatch(kept, Batch.from_trajectories(kept), metrics, failed)
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
         """One group of rewarded trajectories per prompt.

@@ -20,6 +20,7 @@ from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTC
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.display import samples_table
+from verl.monitoring.formatting import format_bytes
 from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
@@ -29,6 +30,7 @@ from verl.trainer.export.hub_upload import HubUpload
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer
 from verl.trainer.rl_trainer import Trainer, rewards_with_task
+from verl.trainer.run.run_sizes import bytes_on_disk
 from verl.trainer.sft import SFTTrainer
 from verl.utils.device import PRECISIONS
 from verl.utils.tokens import CHARACTERS
@@ -50,7 +52,8 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
     """
     check_sinks(config.tracking.sinks)
     console = Console()
-    with closing(TRAINERS[type(config)](config, console=console)) as trainer:
+    progress_console = Console(stderr=True) if dry_run else console  # the settings stay a file of their own
+    with closing(TRAINERS[type(config)](config, console=progress_console)) as trainer:
         if dry_run:
             report = trainer.load_train_data()
             tried = try_rewards(trainer)
@@ -69,7 +72,8 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
                 "raise steps, or take another output_dir",
                 highlight=False,
             )
-        console.out(f"trained model: {Path(config.output_dir) / 'model'}", highlight=False)
+        model = Path(config.output_dir) / "model"
+        console.out(f"trained model: {model} ({format_bytes(bytes_on_disk(model))})", highlight=False)
 
 
 def try_rewards(trainer: BaseTrainer) -> list[str]:
@@ -93,10 +97,14 @@ def evaluate(config: TrainerConfig) -> None:
         }
     )
     with closing(Trainer(config, console=console)) as trainer:
+        prompts = trainer.test_prompts
         if trainer.rewards:
-            trainer.rewards.check_data(trainer.test_prompts)
-        groups = answer_all(trainer.collector, trainer.test_prompts, config)
-    console.print(samples_table([sample_row(group[0]) for group in groups[: config.tracking.num_samples]]))
+            trainer.rewards.check_data(prompts)
+        text = f"evaluating {len(prompts)} prompts, {config.evaluation.samples} answers each"
+        with trainer.progress.phase(text):
+            groups = answer_all(trainer.collector, prompts, config)
+    rows = [sample_row(group[0], trainer.codec) for group in groups[: config.tracking.num_samples]]
+    console.print(samples_table(rows))
     print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from verl.trainer.base import Metrics
 from verl.trainer.evaluation import answer_all, sample_row, summarize
 from verl.trainer.rl_trainer import Trainer
 from verl.trainer.sft import SFTTrainer
+from verl.utils.tokens import TextCodec
 
 # A policy learns from rewards only if some of its sampled answers are correct: the sampled accuracy counts,
 # not that of the most likely answer.
@@ -58,9 +61,9 @@ def run_quickstart(
     say(
         console,
         f"verl quickstart: a model of 0.16M parameters learns two-digit addition by {algo.upper()}. "
-        "On two CPU cores: 1 to 3 minutes.",
+        "On two CPU cores: 1 to 3 minutes.\n\n"
+        "1. A random model, taught by examples until about one sampled answer in four is right.",
     )
-    say(console, "\n1. A random model, taught by examples until about one sampled answer in four is right.")
     make_tiny_model(folder / "start", hidden=64, layers=3, seed=seed, characters="0123456789+=")
     warm_up(folder, config, console)
 
@@ -76,9 +79,9 @@ def run_quickstart(
     after = answer_all(trainer.collector, trainer.test_prompts, config)
 
     accuracy = {"accuracy_before": accuracy_of(before), "accuracy_after": accuracy_of(after)}
-    picture = folder / "accuracy.png"
+    picture, curve = folder / "accuracy.png", [metrics["accuracy"] for metrics in history]
     title = f"add-2 by {algo.upper()}, seed {seed}"
-    show_learned(console, after, [metrics["accuracy"] for metrics in history], picture, title=title)
+    show_learned(console, after, curve, picture, codec=trainer.codec, title=title)
     seconds = time.perf_counter() - start
     say(
         console,
@@ -87,11 +90,8 @@ def run_quickstart(
         f"{accuracy['accuracy_after']:.3f} after ({seconds:.0f} s in all)",
     )
     model = Path(config.output_dir) / "model"
-    say(
-        console,
-        f"trained model, Hugging Face format: {model}\ncurve: {picture}\n"
-        f"metrics: {Path(config.output_dir) / 'metrics.jsonl'}",
-    )
+    metrics_file = Path(config.output_dir) / "metrics.jsonl"
+    say(console, f"trained model, Hugging Face format: {model}\ncurve: {picture}\nmetrics: {metrics_file}")
     say(console, next_steps(folder, model))
     return {**accuracy, "seconds": seconds}
 
@@ -102,11 +102,12 @@ def show_learned(
     curve: Sequence[float],
     picture: Path,
     *,
+    codec: TextCodec,
     title: str,
 ) -> None:
     """Print some answers and the accuracy of each step, and write the curve as a picture."""
     say(console, "\n3. What it learned\n")
-    console.print(samples_table([sample_row(group[0]) for group in groups[:8]]))
+    console.print(samples_table([sample_row(group[0], codec) for group in groups[:8]]))
     say(console, terminal_curve(curve, title="accuracy of the sampled answers, by step"))
     steps = [i + 1.0 for i in range(len(curve))]
     save_curve(picture, steps, curve, title=title, ylabel="accuracy")
@@ -116,7 +117,10 @@ def quickstart_config(folder: Path, *, seed: int, algo: str, overrides: Sequence
     """The recipe `quickstart`, or its form with a critic, with overrides on top."""
     config = load_config("quickstart", [f"seed={seed}", *(_PPO if algo == "ppo" else ()), *overrides])
     policy = config.policy.model_copy(update={"path": str(folder / "warm")})
-    return config.model_copy(update={"policy": policy, "output_dir": str(folder / "run")})
+    changes = {"policy": policy, "output_dir": str(folder / "run")}
+    # Its own evaluations, before and after, also show answers.
+    changes["evaluation"] = config.evaluation.model_copy(update={"every_steps": None})
+    return config.model_copy(update=changes)
 
 
 def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: float = _WARM_ACCURACY) -> int:
@@ -142,10 +146,13 @@ def warm_up(folder: Path, config: TrainerConfig, console: Console, *, enough: fl
     ]
     settings = load_sft_config(None, [*overrides, *optimizer])
     policy = settings.policy.model_copy(update={"path": str(folder / "start")})
-    tuner = SFTTrainer(settings.model_copy(update={"policy": policy}))
+    quiet = Console(quiet=True)  # what they do is said here
+    tuner = SFTTrainer(settings.model_copy(update={"policy": policy}), console=quiet)
     tuner.load_train_data()
     # Both trainers hold the same model, so this one generates with the weights that are being fine-tuned.
-    evaluator = Trainer(config, actor_model=tuner.policy_engine.model.transformer, codec=tuner.codec)
+    evaluator = Trainer(
+        config, actor_model=tuner.policy_engine.model.transformer, codec=tuner.codec, console=quiet
+    )
     while tuner.version < _WARM_MAX_STEPS:
         loss = tuner.step().get("loss", float("nan"))  # absent if the engine skipped the update
         if tuner.version % _WARM_CHECK_STEPS:
@@ -168,13 +175,25 @@ def accuracy_of(groups: Sequence[Sequence[Trajectory]]) -> float:
 
 def next_steps(folder: Path, model: Path) -> str:
     """Three commands to try next."""
+    verl = command_name()
+    policy, warm = (shlex.quote(f"policy.path={path}") for path in (model, folder / "warm"))
+    output = shlex.quote(f"output_dir={folder / 'dapo'}")
     return (
         "\nNext, try:\n"
-        f"  verl eval quickstart policy.path={model} evaluation.samples=4 sampling.max_tokens=4\n"
-        f"  verl train quickstart policy.path={folder / 'warm'} output_dir={folder / 'dapo'} "
-        "algorithm.dynamic_sampling=true\n"
-        "  verl config algorithm"
+        f"  {verl} eval quickstart {policy} evaluation.samples=4 sampling.max_tokens=4\n"
+        f"  {verl} train quickstart {warm} {output} algorithm.dynamic_sampling=true\n"
+        f"  {verl} config algorithm"
     )
+
+
+def command_name() -> str:
+    """The program to type: `verl`, or its path where a shell finds none or another one."""
+    started = Path(sys.argv[0])
+    own = started if started.name == "verl" and started.exists() else Path(sys.prefix) / "bin" / "verl"
+    found = shutil.which("verl")
+    if found and own.exists() and Path(found).resolve() == own.resolve():
+        return "verl"
+    return shlex.quote(str(own)) if own.exists() else f"{shlex.quote(sys.executable)} -m verl.cli.main"
 
 
 def say(console: Console, text: str) -> None:

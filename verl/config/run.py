@@ -16,7 +16,12 @@ from verl.config.rollout import RolloutConfig, SamplingConfig
 class EvaluationConfig(Section):
     """Evaluation of the current policy on held-out prompts."""
 
-    every_steps: int = setting(0, "Steps between evaluations; 0: never.", unit="steps", ge=0)
+    every_steps: int | None = setting(
+        0,
+        "Steps between evaluations on data.test; 0: only before the first and after the last; none: never.",
+        unit="steps",
+        ge=0,
+    )
     at_start: bool = setting(True, "Also evaluate before the first step.")
     prompts: int | None = setting(
         None, "Prompts used, from the first one on; none: all.", unit="prompts", ge=1
@@ -42,8 +47,15 @@ class TrackingConfig(Section):
         ("console", "jsonl", "tensorboard"), "console, jsonl, tensorboard, wandb, mlflow."
     )
     project: str = setting("verl", "Project name for W&B and MLflow.")
+    name: str | None = setting(
+        None, "Name of the run for W&B, MLflow and TensorBoard; none: the name of output_dir."
+    )
+    group: str | None = setting(None, "Group of runs for W&B, MLflow and TensorBoard, such as all its seeds.")
     samples_every_steps: int = setting(
-        10, "Steps between tables of sampled answers on disk; 0: never.", unit="steps", ge=0
+        10,
+        "Steps between tables of sampled answers on disk, besides the first and last step; 0: never.",
+        unit="steps",
+        ge=0,
     )
     num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
 

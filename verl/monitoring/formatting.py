@@ -42,6 +42,14 @@ def format_countdown(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Human-readable bytes, with three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def printable(text: str, *, keep_newlines: bool = False) -> str:
     """The text with control characters replaced by spaces, so that it cannot steer the terminal."""
     return "".join(c if c.isprintable() or (keep_newlines and c == "\n") else " " for c in text)

@@ -30,6 +30,11 @@ class Run:
     first_step: int
     console: Console
 
+    @property
+    def name(self) -> str:
+        """The name under which services list the run."""
+        return self.config.name or self.output_dir.name
+
 
 class Sink:
     """A destination of metrics."""
@@ -126,6 +131,9 @@ class TensorBoardSink(Sink):
         self._writer = module.SummaryWriter(
             run.output_dir / "tensorboard", purge_step=run.first_step, flush_secs=10
         )
+        if run.config.name or run.config.group:
+            names = f"name: {run.name}  \ngroup: {run.config.group or '-'}"  # Markdown
+            self._writer.add_text("run", names, max(run.first_step - 1, 0))
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -142,12 +150,13 @@ class WandbSink(Sink):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        wandb = load_optional("wandb", install="verl[wandb]")
+        wandb = load_optional("wandb", install="wandb")
         path = run.output_dir / "wandb_run_id"
         run_id = _previous_id(path, run.first_step) or uuid4().hex
         self._run = wandb.init(
             project=run.config.project,
-            name=run.output_dir.name,
+            name=run.name,
+            group=run.config.group,
             dir=str(run.output_dir),
             id=run_id,
             resume="allow",
@@ -168,11 +177,13 @@ class MlflowSink(Sink):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self._mlflow = load_optional("mlflow", install="verl[mlflow]")
+        self._mlflow = load_optional("mlflow", install="mlflow")
         path = run.output_dir / "mlflow_run_id"
         self._mlflow.set_experiment(run.config.project)
         self._run = self._mlflow.start_run(
-            run_id=_previous_id(path, run.first_step), run_name=run.output_dir.name
+            run_id=_previous_id(path, run.first_step),
+            run_name=run.name,
+            tags={"group": run.config.group} if run.config.group else None,
         )
         path.write_text(self._run.info.run_id)
 
@@ -209,7 +220,7 @@ def check_sinks(names: Sequence[str]) -> None:
                 f"need tracking.sinks of {', '.join(SINKS)}, got {name!r}; did you mean {near!r}?"
             )
         if name in ("wandb", "mlflow"):
-            load_optional(name, install=f"verl[{name}]")
+            load_optional(name, install=name)
 
 
 def start_sink(name: str, run: Run) -> Sink:

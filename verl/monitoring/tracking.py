@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from verl.config.run import TrackingConfig
+from verl.monitoring.progress import print_line
 from verl.monitoring.sinks import Run, check_sinks, start_sink
 from verl.utils.jsonl import json_line
 
@@ -91,18 +92,23 @@ class Tracker:
             with self._catch_failures(name):
                 sink.log(step, values)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Write answers of a step, one per line, to `samples/step-000010.jsonl`."""
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> Path:
+        """Write answers of a step, one per line, to `samples/step-000010.jsonl`; returns the path."""
+        path = self._run.output_dir / "samples" / f"step-{step:06d}.jsonl"
         with self._catch_failures("samples"):
-            folder = self._run.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"step-{step:06d}.jsonl").write_bytes(b"".join(json_line(row) for row in rows))
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"".join(json_line(row) for row in rows))
+        return path
+
+    @property
+    def shows_events(self) -> bool:
+        """True if the console is a sink."""
+        return "console" in self._run.config.sinks
 
     def event(self, text: str) -> None:
         """Print a line between the steps, such as the path of a checkpoint, if the console is a sink."""
-        if "console" in self._run.config.sinks:
-            with self._catch_failures("console"):
-                self._run.console.out(text, highlight=False)
+        if self.shows_events:
+            print_line(self._run.console, text)
 
     def close(self) -> None:
         """Close all sinks and report the number of failed writes; a second call does nothing."""
@@ -126,6 +132,4 @@ class Tracker:
                 self._warn(f"{name} failed and is skipped where it fails: {type(error).__name__}: {error}")
 
     def _warn(self, text: str) -> None:
-        # The console may be what failed; then the warning cannot be shown.
-        with contextlib.suppress(OSError, ValueError, SystemExit):
-            self._run.console.out(text, style="yellow", highlight=False)
+        print_line(self._run.console, text, style="yellow")

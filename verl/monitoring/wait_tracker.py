@@ -119,9 +119,13 @@ class WaitTracker:
 
     Args:
         clock: returns seconds; `loop.time` for coroutines on virtual time.
+
+    Attributes:
+        listener: called with stage and description when a wait begins, in the thread that waits.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.listener: Callable[[str, Description], None] | None = None
         self._clock = clock
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
@@ -144,6 +148,8 @@ class WaitTracker:
             found = self._stages.setdefault(stage, _Stage(wait.since_s))
             found.count(wait.since_s)
             found.active[id(wait)] = wait
+        if self.listener:
+            self.listener(stage, what)
         has_succeeded = False
         try:
             yield

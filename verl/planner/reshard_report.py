@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from verl.monitoring.formatting import format_bytes
 from verl.planner.architectures import Architecture, named_architecture
 from verl.planner.model_layouts import generation_layout, training_layout
 from verl.planner.traffic import ReshardCost, Traffic, gather_costs, plan_cost, received_share, traffic
@@ -196,14 +197,6 @@ def _ranks_per_node(args: argparse.Namespace, num_ranks: int) -> int:
     if args.nodes < 1 or num_ranks % args.nodes:
         raise ValueError(f"need --nodes that divide the {num_ranks} ranks of training, got {args.nodes}")
     return num_ranks // int(args.nodes)
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Human-readable bytes, with three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def format_seconds(time_s: float) -> str:

@@ -103,7 +103,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         params = [replace(group[0].params, n=len(group)) for group in groups]
         with (
             self._clock.phase("generate"),
-            self._waits.track("generation", f"answers to {len(groups)} prompts"),
+            self._waits.track("generation", f"{len(requests)} answers to {len(groups)} prompts"),
         ):
             if self._in_thread:
                 answers = wait_for_thread(lambda: self.generator.generate(prompts, params), name="generation")

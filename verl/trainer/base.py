@@ -17,14 +17,17 @@ from verl.config.loader import with_steps
 from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig, TrainerConfig
 from verl.controller.worker_group import Timeline
+from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.engines.optimizer import check_optimizer
+from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.export.model_card import CardFacts, write_card
+from verl.trainer.run.callbacks import Callback
 from verl.utils.device import (
     keep_freed_memory,
     pick_device,
@@ -78,6 +81,7 @@ class BaseTrainer(ABC):
         config: of the run.
         device: auto, cpu or cuda, for computation in this process.
         console: for output; none: standard output.
+        callbacks: called at fixed points of the run, see `Callback`.
 
     Attributes:
         config: of the run; its `steps` are those of its epochs once `data.train` has been read.
@@ -89,12 +93,16 @@ class BaseTrainer(ABC):
         timeline: spans of all calls.
         notes: human-readable lines that the next step logs.
         waits: current waits, for metrics and the watchdog.
+        progress: says which part of the run is in progress.
         run_folder: of the run, while `fit` runs.
         rows_per_step: rows of `data.train` in a step, at most all of them where they are not repeated.
         model_kind: class of the trained model in `verl.engines.hf.models`.
         version: of the policy: steps that it has learned.
         eval_every: steps between evaluations; 0: never.
         eval_at_start: evaluate before the first step.
+        held_out: size of the held-out data, for readers.
+        last, failed: answers of the last step with and without a reward; none where nothing is sampled.
+        compares_groups: the advantage compares the answers to one prompt.
         stall_limit_s: seconds without progress after which the run is ended.
         reserved_answer_tokens: tokens of the context that are reserved for the answer to a prompt.
     """
@@ -105,7 +113,14 @@ class BaseTrainer(ABC):
     codec: TextCodec
     base: BaseFiles
 
-    def __init__(self, config: RunConfig, *, device: str, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        device: str,
+        console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         roles = {"policy": config.policy}
         if isinstance(config, TrainerConfig):
             roles["critic"] = config.critic
@@ -120,14 +135,20 @@ class BaseTrainer(ABC):
         self.timeline = Timeline()
         self.notes: list[str] = []
         self.waits = WaitTracker()
+        self.callbacks = [*callbacks]
         self.run_folder: Path | None = None
         self.model_kind = "PolicyModel"
         self.loader: PromptLoader | None = None
         self._train_rows: tuple[list[Prompt], LoadReport] | None = None
-        self.eval_every, self.eval_at_start = 0, False
+        self.eval_every, self.eval_at_start, self.held_out = 0, False, "held-out data"
+        self.compares_groups = False
+        self.last: list[Trajectory] = []
+        self.failed: list[Trajectory] = []
         self.stall_limit_s = STALL_LIMIT_S
         self.reserved_answer_tokens = 0
         self.console = console
+        is_shown = "console" in config.tracking.sinks
+        self.progress = Progress(self.waits, (console or Console()) if is_shown else None)
 
     @abstractmethod
     def step(self) -> Metrics:
@@ -248,21 +269,20 @@ class BaseTrainer(ABC):
 
     def state(self) -> dict[str, Any]:
         """State of a checkpoint besides the models: plain numbers, texts and tensors."""
-        assert self.loader is not None
         return {
             "version": self.version,
-            "loader": self.loader.state_dict(),
+            "loader": self.loader.state_dict() if self.loader else None,
             "rng": rng_state(),
             "config": self.fixed_settings(),
             "base": asdict(self.base),
-            "num_rows": len(self.loader.prompts),
+            "num_rows": len(self.loader.prompts) if self.loader else 0,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`."""
-        assert self.loader is not None
         self.version = state["version"]
-        self.loader.load_state_dict(state["loader"])
+        if self.loader and state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])
         set_rng_state(state["rng"])
 
     def fixed_settings(self) -> dict[str, Any]:

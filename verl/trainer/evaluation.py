@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,21 @@ from verl.agents.group_sampler import sampling_params
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec
 
 # Seeds of training count prompts from 0; those of evaluation start far beyond them.
 _FIRST_SEED = 1 << 62
+
+
+def evaluation_schedule(config: TrainerConfig) -> tuple[int, bool]:
+    """Steps between evaluations (0: none at all), and True if one comes before the first step.
+
+    Without `every_steps` there is one before the first and one after the last step.
+    """
+    every_steps, at_start = config.evaluation.every_steps, config.evaluation.at_start
+    if config.data.test is None or every_steps is None:
+        return 0, False
+    return every_steps or sys.maxsize, at_start
 
 
 def answer_all(
@@ -65,21 +78,36 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     return metrics
 
 
-def sample_row(trajectory: Trajectory) -> dict[str, Any]:
-    """One answer as a row: prompt, response, reference answer, reward, scores, sizes, and logged values."""
+def sample_row(trajectory: Trajectory, codec: TextCodec) -> dict[str, Any]:
+    """One answer as a row for readers.
+
+    Returns:
+        prompt: the text of the prompt, or of its last message.
+        prompt_text, response_text: prompt and answer as the model reads and writes them, with special tokens.
+        response: the text that the reward functions get.
+        prompt_tokens, tokens: lengths of prompt and answer.
+        columns: the other columns of the row in the data.
+        extras: values that the reward functions logged.
+        reference, reward, scores, truncated, mean_logprob, group, outcome, detail: see `Trajectory`.
+    """
     t = trajectory
     content = t.prompt.content
     logprobs = t.rollout_logprobs or []
     return {
         "prompt": content if isinstance(content, str) else content[-1].get("content", ""),
+        "prompt_text": codec.decode_all(t.prompt_ids),
         "response": t.text,
+        "response_text": codec.decode_all(list(t.response_ids)),
         "reference": t.prompt.answer,
         "reward": t.reward,
         "scores": t.scores,
         "truncated": t.truncated,
+        "prompt_tokens": len(t.prompt_ids),
         "tokens": len(t.response_ids),
         "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
         "group": t.group,
         "outcome": t.outcome,
+        "detail": t.detail,
+        "columns": t.prompt.columns,
         **({"extras": t.extras} if t.extras else {}),
     }

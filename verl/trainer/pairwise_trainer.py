@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from verl.data.examples import Answer, RowLimits, answer_row, fit_rows
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
+from verl.trainer.run.callbacks import Callback
 from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -48,8 +49,9 @@ class PairwiseTrainer(SingleModelTrainer):
         *,
         codec: TextCodec | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, actor_model, codec=codec, console=console)
+        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
         evaluation = config.evaluation
         self.plan_evaluation(evaluation.every_steps or config.eval_every_steps, evaluation)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from verl.data.examples import question_of
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_engine
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, check_pair_loss, prompts_and_answers
+from verl.trainer.run.callbacks import Callback
 from verl.trainer.single_model_trainer import sampled_rows
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -36,6 +37,7 @@ class PreferenceTrainer(PairwiseTrainer):
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
         codec: tokenizer of the policy; none: the one saved with the model.
         console: destination of human-readable output; none: standard output.
+        callbacks: called at fixed points of the run.
 
     Attributes:
         reference: the reference policy; None if the loss does not read its logprobs.
@@ -53,9 +55,10 @@ class PreferenceTrainer(PairwiseTrainer):
         *,
         codec: TextCodec | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.loss = check_pair_loss(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
-        super().__init__(config, actor_model, codec=codec, console=console)
+        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
         self.reference: LocalForwardEngine | None = None
         if any("_ref_" in name for name in self.loss.columns):
             policy = self.policy_engine.model

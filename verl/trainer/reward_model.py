@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from verl.engines.hf.pretrained import as_reward_model, load_reward_model
 from verl.rewards.model_scoring import last_scores, rows_to_score
 from verl.trainer.base import Metrics
 from verl.trainer.pairwise_trainer import PairwiseTrainer, check_pair_loss, prompts_and_answers
+from verl.trainer.run.callbacks import Callback
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -37,6 +38,7 @@ class RewardModelTrainer(PairwiseTrainer):
         actor_model: the first model as a loaded one, a folder or a hub name; none: from `config.policy.path`.
         codec: tokenizer of the model; none: the one saved with it.
         console: destination of human-readable output; none: standard output.
+        callbacks: called at fixed points of the run.
 
     Raises:
         ValueError: settings contradict each other, or a model or file cannot be read.
@@ -52,9 +54,10 @@ class RewardModelTrainer(PairwiseTrainer):
         *,
         codec: TextCodec | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.loss = check_pair_loss(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
-        super().__init__(config, actor_model, codec=codec, console=console)
+        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
         # Transformers finds the last token of a padded answer by it; without one it scores single rows only.
         self.reward_model.set_default_pad_id(self.codec.tokenizer.pad_token_id)
 

@@ -15,7 +15,6 @@ from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
-from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
 from verl.data.tasks import TASKS
@@ -27,7 +26,7 @@ from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.parameters import CallContext, columns_of
 from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
-from verl.trainer.base import BaseTrainer, Metrics
+from verl.trainer.base import Metrics
 from verl.trainer.batch_producer import BatchProducer
 from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.rollout_factory import (
@@ -36,11 +35,12 @@ from verl.trainer.build.rollout_factory import (
     pool_of,
     wrap_user_rollout,
 )
-from verl.trainer.evaluation import evaluate, sample_row
+from verl.trainer.evaluation import evaluate, evaluation_schedule, sample_row
 from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
-from verl.trainer.run_loop import RunLoop
+from verl.trainer.run.callbacks import Callback
+from verl.trainer.run.run_loop import RunnableTrainer
 from verl.trainer.single_model_trainer import policy_source
 from verl.utils.rollout import BaseRolloutWorker
 from verl.utils.sampling_types import BatchGenerator, Prompt, RolloutEngine
@@ -58,11 +58,11 @@ def rewards_with_task(config: TrainerConfig) -> RewardsConfig:
     return config.rewards.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
 
 
-class Trainer(BaseTrainer):
+class Trainer(RunnableTrainer):
     """Trains a policy on rewards, with the algorithm that the configuration composes.
 
     Either `fit()` runs everything, or the loop is yours: `data = trainer.collect_data(prompts)`, then
-    `metrics = trainer.update_policy(data)`.
+    `metrics = trainer.update_policy(data)`; `with trainer.run() as run:` around it writes the files of a run.
 
     Args:
         config: of the run, from `make_trainer_config` or `load_config`.
@@ -75,6 +75,7 @@ class Trainer(BaseTrainer):
         rollout: an engine, a batch generator or a worker of your own instead.
         codec: tokenizer of the policy; none: the one saved with it.
         console: for output; none: standard output.
+        callbacks: called at fixed points of the run, see `verl.Callback`.
 
     Raises:
         ValueError: settings that do not fit together, or models or files that cannot be read.
@@ -93,6 +94,7 @@ class Trainer(BaseTrainer):
         rollout: RolloutEngine | BatchGenerator | BaseRolloutWorker | None = None,
         codec: TextCodec | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if use_vllm:
             rollout_config = config.rollout.model_copy(update={"engine": "vllm"})
@@ -100,13 +102,12 @@ class Trainer(BaseTrainer):
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         device = config.device if config.placement.name == "local" else "cpu"
-        super().__init__(config, device=device, console=console)
-        self.eval_every = config.evaluation.every_steps
-        self.eval_at_start = self.eval_every > 0 and config.evaluation.at_start
+        super().__init__(config, device=device, console=console, callbacks=callbacks)
+        self.eval_every, self.eval_at_start = evaluation_schedule(config)
+        self.compares_groups = "group_ids" in self.algorithm.reads and "values" not in self.algorithm.reads
         self.stall_limit_s = config.pipeline.stall_limit_s
         self.reserved_answer_tokens = config.sampling.max_tokens
         self.kl = KLController(config)
-        self.last: list[Trajectory] = []
         self._reward_fn = reward_fn
         self._producer: BatchProducer | None = None
         self._step_limit: StepLimitMetric | None = None
@@ -117,31 +118,32 @@ class Trainer(BaseTrainer):
             self.base.name, config.data, stop_ids=config.sampling.stop_ids
         )
         config = self.read_data_early(model_config_of(source))
-        # Before a LoRA adapter is put into a loaded model.
-        start = initial_checkpoint(config, source, self.codec)
-        self.models = self.groups = RoleGroups(
-            config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline
-        )
-        try:
-            self.roles = Roles(self.groups, self.algorithm, config, clock=self.clock, waits=self.waits)
-            self.rollout = (
-                build_rollout(
-                    self.groups,
-                    start,
-                    self.codec,
-                    config,
-                    note=self.notes.append,
-                    clock=self.clock,
-                    waits=self.waits,
-                )
-                if rollout is None
-                else wrap_user_rollout(
-                    rollout, self.algorithm, self.codec, clock=self.clock, waits=self.waits
-                )
+        with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
+            # Before a LoRA adapter is put into a loaded model.
+            start = initial_checkpoint(config, source, self.codec)
+            self.models = self.groups = RoleGroups(
+                config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline
             )
-        except BaseException:
-            self.groups.close()
-            raise
+            try:
+                self.roles = Roles(self.groups, self.algorithm, config, clock=self.clock, waits=self.waits)
+                self.rollout = (
+                    build_rollout(
+                        self.groups,
+                        start,
+                        self.codec,
+                        config,
+                        note=self.notes.append,
+                        clock=self.clock,
+                        waits=self.waits,
+                    )
+                    if rollout is None
+                    else wrap_user_rollout(
+                        rollout, self.algorithm, self.codec, clock=self.clock, waits=self.waits
+                    )
+                )
+            except BaseException:
+                self.groups.close()
+                raise
 
     @override
     def step(self, batch: RolloutBatch | None = None) -> Metrics:
@@ -149,7 +151,7 @@ class Trainer(BaseTrainer):
         if batch is None:  # in turn with training, or ahead of it; portions only where groups are streamed
             self.roles.accumulate(self.producer.portions(), self.kl.coef, self.version)
             batch = self.producer.next_batch()
-        rows, self.last = batch.rows, batch.trajectories
+        rows, self.last, self.failed = batch.rows, batch.trajectories, batch.failed
         self.rollout.sleep()  # device memory that generation shares with training
         self.roles.write_columns(rows)  # old and reference logprobs, values, teacher: only what is read
         learned = write_advantages(rows, self.algorithm, self.kl.coef, version=self.version, seed=self.seed)
@@ -158,10 +160,6 @@ class Trainer(BaseTrainer):
         learned |= self.kl.update(learned, version=self.version, num_trajectories=rows.num_rows)
         self.notes += check_mismatch(learned, self.config.rollout)
         return batch.metrics | learned | self.rollout.take_metrics()
-
-    @override
-    def fit(self) -> list[Metrics]:
-        return RunLoop(self).run()
 
     def collect_data(
         self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None
@@ -240,7 +238,8 @@ class Trainer(BaseTrainer):
             repeats=True,
         )
         if self.eval_every:
-            self.test_prompts  # noqa: B018
+            count, samples = len(self.test_prompts), self.config.evaluation.samples
+            self.held_out = f"{count} prompts of {self.config.data.test}, {samples} answers each"
 
     @override
     def load_train_data(self) -> LoadReport:
@@ -264,12 +263,16 @@ class Trainer(BaseTrainer):
 
     @override
     def samples(self) -> list[dict[str, Any]]:
-        return [sample_row(t) for t in self.last[: self.config.tracking.num_samples]]
+        count = self.config.tracking.num_samples
+        failed = self.failed[: (count + 3) // 4]  # their causes are worth reading, too
+        return [sample_row(t, self.codec) for t in [*self.last[: count - len(failed)], *failed]]
 
     @override
     def state(self) -> dict[str, Any]:
-        collection = self.producer.state()
-        own = {"loader": collection.pop("loader"), "collection": collection}
+        own: dict[str, Any] = {"collection": None}
+        if self.loader:  # none in a loop over prompts of the user's own
+            collection = self.producer.state()
+            own = {"loader": collection.pop("loader"), "collection": collection}
         return super().state() | own | {"dispatched": self.collector.dispatched, "kl_coef": self.kl.coef}
 
     @override
@@ -278,7 +281,8 @@ class Trainer(BaseTrainer):
         self.collector.dispatched = state["dispatched"]
         self.kl.coef = state["kl_coef"]
         self.rollout.run(self.rollout.sync_weights(self.version))
-        self.producer.load_state(state["collection"], self.version)
+        if self.loader and state["collection"] is not None:
+            self.producer.load_state(state["collection"], self.version)
 
     @override
     def step_limit(self, seconds: float) -> Metrics:

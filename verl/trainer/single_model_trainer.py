@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
-from typing_extensions import override
 
 from verl.agents.group_sampler import sampling_params
 from verl.config.run import EvaluationConfig, PreferenceConfig, RunConfig, SFTConfig
@@ -19,11 +18,12 @@ from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import check_model, load_language_model, model_config_of
 from verl.engines.local import LocalEngine
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.trainer.base import BaseTrainer, Metrics
+from verl.trainer.base import Metrics
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import sample_row
 from verl.trainer.export.base_files import BaseFiles
-from verl.trainer.run_loop import RunLoop
+from verl.trainer.run.callbacks import Callback
+from verl.trainer.run.run_loop import RunnableTrainer
 from verl.utils.device import memory_bytes
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -58,7 +58,7 @@ class SingleModel:
         return memory_bytes(self.engine.model.device)
 
 
-class SingleModelTrainer(BaseTrainer):
+class SingleModelTrainer(RunnableTrainer):
     """A model on a device, and a loop over `step()`.
 
     Args:
@@ -66,6 +66,7 @@ class SingleModelTrainer(BaseTrainer):
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
         codec: tokenizer of the policy; none: the one saved with the model.
         console: destination of human-readable output; none: standard output.
+        callbacks: called at fixed points of the run.
 
     Attributes:
         kind: of the model that training starts from, for messages.
@@ -81,13 +82,15 @@ class SingleModelTrainer(BaseTrainer):
         *,
         codec: TextCodec | None = None,
         console: Console | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, device=config.device, console=console)
+        super().__init__(config, device=config.device, console=console, callbacks=callbacks)
         source = policy_source(config, actor_model, self.kind)
         self.base = BaseFiles.of(source, config.policy.path)
         self.codec = codec or TextCodec.for_run(self.base.name, config.data)
         self.read_data_early(model_config_of(source))
-        model = self.build_model(source)
+        with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
+            model = self.build_model(source)
         self.model_kind = type(model).__name__
         model.to(self.device).check_forward()
         self.policy_engine = LocalEngine(
@@ -119,10 +122,6 @@ class SingleModelTrainer(BaseTrainer):
                 "evaluates in between"
             )
 
-    @override
-    def fit(self) -> list[Metrics]:
-        return RunLoop(self).run()
-
 
 def sampled_rows(
     model: PolicyModel, codec: TextCodec, prompts: Sequence[Prompt], config: SFTConfig | PreferenceConfig
@@ -152,7 +151,8 @@ def sampled_rows(
                 group=i,
                 truncated=answer.finish_reason == "length",
                 text=codec.decode_answer(answer.token_ids, sampling.stop),
-            )
+            ),
+            codec,
         )
         for i, ((prompt, ids), (answer,)) in enumerate(zip(asked, answers, strict=True))
     ]

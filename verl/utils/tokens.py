@@ -224,6 +224,10 @@ class TextCodec:
         """The text of sampled ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of ids with all special tokens, as the model reads it."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
     def decode_prompt(self, prompt_ids: Sequence[int]) -> str:
         """The text of a prompt for a server: with special tokens, except the start token that it adds."""
         start = self.tokenizer.bos_token_id

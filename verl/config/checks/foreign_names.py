@@ -62,8 +62,6 @@ FOREIGN_NAMES: dict[str, str] = {
     "num_epochs": "epochs",
     "total_epochs": "epochs",
     "num_train_steps": "steps",
-    "total_epochs": "epochs",
-    "num_train_epochs": "epochs",
     "num_episodes": "epochs",
     # Sampling
     "max_response_length": "sampling.max_tokens",

@@ -246,16 +246,16 @@ _LENGTH = (
 
 _REPORTING = (
     InactiveSettings(
-        ("evaluation.at_start",),
-        "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0,
-        "evaluation.every_steps is 0; set how often to evaluate",
+        ("evaluation",),
+        "data.test",
+        lambda c: c.data.test is None,
+        "nothing is evaluated without data.test; name the held-out prompts",
     ),
     InactiveSettings(
-        ("evaluation.prompts", "evaluation.samples", "evaluation.temperature"),
+        ("evaluation.at_start",),
         "evaluation.every_steps",
-        lambda c: c.evaluation.every_steps == 0 and c.data.test is None,
-        "nothing is evaluated; set evaluation.every_steps and data.test",
+        lambda c: c.evaluation.every_steps is None,
+        "evaluation.every_steps is null, so a run never evaluates; set it to 0 or more",
     ),
     InactiveSettings(
         ("tracking.num_samples",),
@@ -269,6 +269,13 @@ _REPORTING = (
         "tracking.sinks",
         lambda c: not {"wandb", "mlflow"} & set(c.tracking.sinks),
         "no sink of tracking.sinks has projects; add wandb or mlflow",
+        RunConfig,
+    ),
+    InactiveSettings(
+        ("tracking.name", "tracking.group"),
+        "tracking.sinks",
+        lambda c: not {"wandb", "mlflow", "tensorboard"} & set(c.tracking.sinks),
+        "no sink of tracking.sinks has names of runs; add wandb, mlflow or tensorboard",
         RunConfig,
     ),
 )

@@ -30,7 +30,7 @@ def add_lora(transformer: PreTrainedModel, config: LoraConfig) -> None:
     try:
         peft = importlib.import_module(_PEFT)
     except ImportError as error:
-        raise ValueError("need PEFT for lora.rank above 0: pip install 'verl[lora]'") from error
+        raise ValueError("need PEFT for lora.rank above 0: pip install peft") from error
     targets = list(config.targets)
     linears = (name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
     names = {name.rpartition(".")[2] for name in linears}

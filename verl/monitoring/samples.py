@@ -1,0 +1,39 @@
+"""Sampled answers as a few lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl.monitoring.formatting import format_number
+
+_MAX_CHARS = 600
+# Lines of a sample: title and key in its row.
+_PARTS = (("prompt", "prompt_text"), ("answer", "response_text"), ("reference", "reference"))
+
+
+def sample_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each answer in a few lines: prompt and answer with their special tokens, reference and reward.
+
+    Args:
+        rows: of `verl.trainer.evaluation.sample_row`.
+    """
+    lines = []
+    for row in rows:
+        shown = [(title, _one_line(str(row[key]))) for title, key in _PARTS if row.get(key) is not None]
+        reward = row.get("reward")
+        worth = format_number(reward) if isinstance(reward, (int, float)) else f"none: {_failure(row)}"
+        lines += [f"  {title:9}  {text}" for title, text in (*shown, ("reward", worth))] + [""]
+    return lines
+
+
+def _failure(row: Mapping[str, Any]) -> str:
+    return _one_line(f"{row.get('outcome', '')} {row.get('detail', '')}".strip())
+
+
+def _one_line(text: str) -> str:
+    """The text with visible line ends and without control characters, cut in its middle."""
+    text = text.replace("\n", "\\n")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = _MAX_CHARS // 2
+    return text if len(text) <= _MAX_CHARS else f"{text[:half]} ... {text[-half:]}"
