@@ -126,8 +126,11 @@ def test_keys_that_a_message_lacks_are_not_there_after_reading_a_table(tmp_path:
 
 MALFORMED = {
     '{"prompt": "a"': "invalid JSON",
-    '{"prompt": NaN}': "NaN is not a JSON number",
-    '["prompt"]': "JSON object per line, got list",
+    '{"prompt": "a", "prompt": "b"}': "each key of an object once, got 'prompt' 2 times",
+    '{"prompt": "a", "extra": {"x": 1, "x": 1}}': "each key of an object once, got 'x' 2 times",
+    "{\"prompt\": \"[{'role': 'user'}]\"}": "Python's spelling of them",
+    '{"prompt": NaN}': "NaN, which is not a JSON number",
+    '["prompt"]': "rows that are JSON objects, got list",
     '{"quest": "a"}': "column 'prompt', there are 'quest'",
     '{"prompt": " "}': "prompt that is not empty",
     '{"prompt": []}': "prompt that is not empty",
@@ -172,9 +175,8 @@ def test_a_row_of_a_table_is_named_by_its_number(tmp_path: Path):
     pq.write_table(table, tmp_path / "a.parquet")
     prompts, report = load_prompts(str(tmp_path / "a.parquet"), SKIP, split="train")
     assert [(p.content, p.answer) for p in prompts] == [("a", 1.0)]
-    assert report.problems[0].startswith("row 1: need an answer, got NaN") and report.problems[1].startswith(
-        "row 2: "
-    )
+    assert "a.parquet, row 1: need an answer, got NaN" in report.problems[0]
+    assert "a.parquet, row 2: " in report.problems[1]
 
 
 def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
@@ -186,7 +188,7 @@ def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
     ("source", "message"),
     [
         ("missing.jsonl", "existing file or folder"),
-        ("table.csv", "ends with .jsonl, .json, .parquet, .arrow"),
+        ("table.xls", "ends with .jsonl, .json, .parquet, .arrow, .csv, .tsv"),
         ("task:ad-2", r"no task 'ad-2'; did you mean task:add-2\? there are copy-8"),
         ("empty.jsonl", "at least one usable row, .* has none among 0"),
         (
@@ -195,13 +197,13 @@ def test_rows_keep_their_numbers_when_others_are_skipped(tmp_path: Path):
         ),
         ("broken.parquet", "cannot read .*broken.parquet: "),
         ("broken.arrow", "cannot read .*broken.arrow: "),
-        ("folder", "cannot read .*folder: "),
+        ("folder", "cannot read .*folder: .*got no data files"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_an_error_that_says_why(tmp_path: Path, source: str, message: str):
     (tmp_path / "folder").mkdir()
     files = {
-        "table.csv": "a,b",
+        "table.xls": "a,b",
         "empty.jsonl": "\n",
         "useless.jsonl": "{}",
         "broken.parquet": "PAR1",

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
-from verl.config.fields import Choice, Options, Section, setting
+from verl.config.fields import Choice, Options, PathText, Section, setting
 
 
 class DataConfig(Section):
     """Files and columns of the prompts."""
 
-    train: str | None = setting(None, "JSONL, Parquet or Arrow file, saved `datasets` folder, or task:NAME.")
-    test: str | None = setting(
+    train: PathText | tuple[PathText, ...] | None = setting(
+        None,
+        "JSON, JSONL, CSV, TSV, Parquet or Arrow file, folder or glob of such files, saved `datasets` "
+        "folder, or task:NAME; or a list of them.",
+    )
+    test: PathText | tuple[PathText, ...] | None = setting(
         None, "The same for evaluation; task:NAME stands for the held-out prompts of that task."
     )
-    prompt_key: str = setting("prompt", "Column with the prompt: text or chat messages.")
+    prompt_key: str = setting(
+        "prompt",
+        "Column with the prompt: text or chat messages. Rows without a column prompt may have another public "
+        "layout; any other name is taken literally.",
+    )
     answer_key: str = setting(
         "answer", "Column with the reference answer: the rewards read it, and fine-tuning learns it."
     )

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl.config.data import DataConfig
-from verl.data.layouts import ParsedRow, prompt_of
-from verl.data.row_cells import MalformedRow, describe
-from verl.data.sources import Split, read_rows
+from verl.data.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
+from verl.data.row_cells import STRICT_JSON, MalformedRow, describe
+from verl.data.sources import Split, name_of, read_rows, sources_of
 from verl.utils.sampling_types import Prompt
 
 _MAX_PROBLEMS = 5
+# Columns whose names say that a model reads them, where they are not part of the prompt.
+_UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", *CHAT_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LoadReport:
     """Counts of the rows that were read and left out.
 
     Attributes:
-        source: as in the settings.
+        source: as in the settings; several are joined by commas.
         num_rows: rows read, malformed ones included.
         num_malformed: malformed rows, which were skipped.
         problems: place and cause of the first malformed rows.
@@ -44,17 +46,20 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
 
-def load_prompts(source: str, config: DataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
+def load_prompts(
+    source: str | Sequence[str], config: DataConfig, *, split: Split
+) -> tuple[list[Prompt], LoadReport]:
     """Prompts of a source, in its order, and a report of what was left out.
 
-    The settings name the columns of prompt and answer. The column `data_source` is the prompt's source, and
-    all others go to `Prompt.columns`. Without an answer column, the answer is `reward_model["ground_truth"]`,
-    so that Parquet files in verl's layout are read as they are. The index of a prompt is the number of its
-    row, from 0; blank lines are not counted.
+    The settings name the columns of prompt and answer; without a prompt column a row may have any layout of
+    `verl.data.layouts`. The column `data_source` is the prompt's source, and all others go to
+    `Prompt.columns`. Without an answer column, the answer is `reward_model["ground_truth"]`, so that Parquet
+    files in verl's layout are read as they are. The index of a prompt is the number of its row among all
+    sources, from 0; blank lines are not counted.
 
     Args:
-        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of
-            `datasets.save_to_disk`, or task:NAME.
+        source: file, folder or glob of files, folder of `datasets.save_to_disk`, or task:NAME, see
+            `verl.data.sources.read_rows`; or several of them, read one after the other.
         config: names of the columns, and what to do with malformed rows. The system prompt is added later,
             when the prompt becomes tokens.
         split: part of a task or of a saved DatasetDict; a file is taken whole.
@@ -193,7 +198,10 @@ class PromptLoader:
 
 
 def load_rows(
-    source: str, config: DataConfig, split: Split, parse: Callable[[dict[str, Any]], ParsedRow]
+    source: str | Sequence[str],
+    config: DataConfig,
+    split: Split,
+    parse: Callable[[dict[str, Any]], ParsedRow],
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts that `parse` makes of the rows of a source, and a report of what was left out.
 
@@ -202,17 +210,21 @@ def load_rows(
     Raises:
         ValueError: as `load_prompts`.
     """
-    default_source = source.removeprefix("task:") if source.startswith("task:") else Path(source).stem
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for number, (place, raw) in enumerate(read_rows(source, split)):
-        try:
-            row = _as_row(raw)
-            prompts.append(_prompt(row, number, parsed=parse(row), default_source=default_source))
-        except MalformedRow as problem:
-            problems.append(f"{place}: {problem}")
-    report = LoadReport(source, len(prompts) + len(problems), len(problems), tuple(problems[:_MAX_PROBLEMS]))
-    listed = "".join(f"\n  {source}, {problem}" for problem in report.problems)
+    number = 0
+    for one in sources_of(source):
+        name = name_of(one)
+        for place, raw in read_rows(one, split):
+            try:
+                row = _as_row(raw)
+                prompts.append(_prompt(row, number, parsed=parse(row), default_source=name))
+            except MalformedRow as problem:
+                problems.append(f"{place}: {problem}")
+            number += 1
+    label = ", ".join(sources_of(source)) or "an empty list"
+    report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]))
+    listed = "".join(f"\n  {problem}" for problem in report.problems)
     if problems and config.on_malformed == "stop":
         more = f"\n  and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise ValueError(
@@ -222,25 +234,33 @@ def load_rows(
         )
     if not prompts:
         raise ValueError(
-            f"need at least one usable row, {source} has none among {report.num_rows}"
-            f"{':' if listed else ''}{listed}"
+            f"need at least one usable row, {label} has none among {number}{':' if listed else ''}{listed}"
         )
-    return prompts, report
+    return prompts, replace(report, notes=_notes(prompts))
 
 
 def _as_row(raw: Any) -> dict[str, Any]:
+    if isinstance(raw, MalformedRow):
+        raise raw
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode("utf-8-sig"), parse_constant=_reject_constant)
+            raw = STRICT_JSON.decode(raw.decode("utf-8-sig"))
+        except MalformedRow:
+            raise
         except (ValueError, RecursionError) as error:
             raise MalformedRow(f"need one JSON object per line, got invalid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise MalformedRow(f"need one JSON object per line, got {describe(raw)}")
+        raise MalformedRow(f"need rows that are JSON objects, got {describe(raw)}")
     return raw
 
 
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Sentence on columns that look like a part of the prompt, and are none."""
+    counts = Counter(name for p in prompts for name in _UNSEEN & p.columns.keys() if p.columns[name])
+    if not counts:
+        return ()
+    listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.items()))
+    return (f"the model does not see the columns {listed}",)
 
 
 def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_source: str) -> Prompt:

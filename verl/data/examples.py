@@ -50,7 +50,9 @@ class AnswerRow(NamedTuple):
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def load_examples(source: str, config: SFTDataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
+def load_examples(
+    source: str | Sequence[str], config: SFTDataConfig, *, split: Split
+) -> tuple[list[Prompt], LoadReport]:
     """Examples for supervised fine-tuning, and a report of what was left out.
 
     A row is a conversation in any layout of `conversation_of`, or a prompt that is a text with an answer.

@@ -19,7 +19,7 @@ from verl.data.row_cells import (
     describe,
     is_messages_text,
 )
-from verl.data.sources import Split
+from verl.data.sources import Split, sources_of
 from verl.data.tasks import near_miss
 from verl.utils.sampling_types import Prompt
 
@@ -31,7 +31,9 @@ class Pair(NamedTuple):
     rejected: str | Messages
 
 
-def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[list[Prompt], LoadReport]:
+def load_pairs(
+    source: str | Sequence[str], config: PairsDataConfig, *, split: Split
+) -> tuple[list[Prompt], LoadReport]:
     """Prompts whose `answer` is a `Pair`, in the order of the source, and a report of what was left out.
 
     A row has a prompt, a text or chat messages, and two answers, texts or chat messages that end with the
@@ -62,11 +64,16 @@ def load_pairs(source: str, config: PairsDataConfig, *, split: Split) -> tuple[l
         used = {config.prompt_key, config.chosen_key, config.rejected_key, "tools"}
         return ParsedRow(content, pair, used, checked_tools(row.get("tools")))
 
-    pairs, report = load_rows(source, config, split, parse_task if source.startswith("task:") else parse)
+    has_tasks = any(one.startswith("task:") for one in sources_of(source))
+
+    def parse_any(row: dict[str, Any]) -> ParsedRow:
+        return parse_task(row) if has_tasks and row.keys() == {"prompt", "answer"} else parse(row)
+
+    pairs, report = load_rows(source, config, split, parse_any)
     different = [pair for pair in pairs if pair.answer.chosen != pair.answer.rejected]
     if not different:
         raise ValueError(
-            f"need two different answers in a row, got {len(pairs)} pairs of equal ones in {source}"
+            f"need two different answers in a row, got {len(pairs)} pairs of equal ones in {report.source}"
         )
     if num_equal := len(pairs) - len(different):
         note = f"{num_equal} pairs of equal answers dropped, they have nothing to learn"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Content = str | list[dict[str, Any]]
@@ -26,6 +27,28 @@ _CALL_ROLES = ("function_call", "tool_call")
 
 class MalformedRow(ValueError):
     """A row that cannot be used; says why."""
+
+
+def check_once(names: Iterable[str], kind: str) -> None:
+    """Raises `MalformedRow` for a name that is given twice: one of its two values would be lost."""
+    counts = Counter(names)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise MalformedRow(f"need each {kind} once, got {twice[0]!r} {counts[twice[0]]} times")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        check_once((name for name, _ in pairs), "key of an object")
+    return made
+
+
+def _reject_constant(name: str) -> None:
+    raise MalformedRow(f"need JSON, got {name}, which is not a JSON number")
+
+
+# Decoder of JSON that raises `MalformedRow` for a key given twice and for NaN.
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_reject_constant)
 
 
 def required_column(row: Mapping[str, Any], key: str) -> Any:
@@ -139,7 +162,9 @@ def parsed_json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return STRICT_JSON.decode(value)
+    except MalformedRow:
+        raise
     except (ValueError, RecursionError) as error:
         raise MalformedRow(f"need {name} as JSON, got {describe(value)}: {error}") from error
 

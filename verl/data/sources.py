@@ -1,27 +1,54 @@
-"""Rows of prompt sources: files, folders that `datasets` saved, and built-in tasks."""
+"""Rows of prompt sources: files, folders of shards, folders that `datasets` saved, and built-in tasks."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from verl.data.file_readers import READERS, SPLITS, PlacedRow, form_of, numbered, read_file, without_filler
 from verl.data.tasks import TASKS
 
 Split = Literal["train", "test"]
-# Where a row is, in words, and the row: its columns, or a line that is still to be parsed.
-PlacedRow = tuple[str, Any]
+_FORMS = f"a file that ends with {', '.join(READERS)} (or .gz behind it)"
+# Files that describe a data set.
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "config.json"}
+
+
+def sources_of(source: str | Sequence[str]) -> tuple[str, ...]:
+    """Sources of a setting, which is one or several."""
+    return (source,) if isinstance(source, str) else tuple(source)
+
+
+def name_of(source: str) -> str:
+    """Name of a source for metrics: of the task, the file without its suffixes, or the folder."""
+    if source.startswith("task:"):
+        return source.removeprefix("task:")
+    path = Path(source)
+    if glob.has_magic(path.name) and not path.exists():
+        return next((p.name for p in path.parents if p.name and not glob.has_magic(p.name)), "files")
+    return Path(path.stem).stem if path.suffix == ".gz" else path.stem
+
+
+def reward_of_tasks(sources: Sequence[str]) -> str | None:
+    """Reward that suits built-in tasks; None for none, if they differ in it, or if a source is no task."""
+    tasks = [TASKS.get(one.removeprefix("task:")) if one.startswith("task:") else None for one in sources]
+    rewards = {task.reward if task else None for task in tasks}
+    return rewards.pop() if len(rewards) == 1 else None
 
 
 def read_rows(source: str, split: Split) -> Iterator[PlacedRow]:
-    """Rows of a source, in its order, each with the line (from 1) or row (from 0) that it comes from.
+    """Rows of a source, in its order, each with its file and the line (from 1) or row (from 0) in it.
 
     Args:
-        source: .jsonl or .json (one object per line), .parquet or .arrow file, folder of
-            `datasets.save_to_disk`, or task:NAME.
-        split: part of a task or of a saved DatasetDict; a file is taken whole.
+        source: file of one of `READERS`, plain or with gzip; folder or glob of such files, which are read in
+            the order of their names, numbers by value; folder of `datasets.save_to_disk`; or task:NAME.
+        split: part of a task, of a saved DatasetDict, or of a folder whose files are named by their split; a
+            file and a glob are taken whole.
 
     Raises:
         ValueError: the source cannot be read.
@@ -29,21 +56,13 @@ def read_rows(source: str, split: Split) -> Iterator[PlacedRow]:
     if source.startswith("task:"):
         yield from _read_task(source.removeprefix("task:"), split)
         return
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(
-            f"need an existing file or folder, or task:NAME, got {source!r}, which does not exist in "
-            f"{Path.cwd()}"
-        )
-    if not path.is_dir() and path.suffix not in READERS:
-        raise ValueError(
-            f"need a file that ends with {', '.join(READERS)}, a folder saved by `datasets`, or task:NAME, "
-            f"got {source!r}"
-        )
-    try:
-        yield from _read_saved(path, split) if path.is_dir() else READERS[path.suffix](path)
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"cannot read {source}: {error}") from error
+    for path in _files(source, split):
+        try:
+            rows = _read_saved(path, split) if path.is_dir() else read_file(path, split)
+            for place, row in rows:
+                yield f"{path}, {place}", row
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _read_task(name: str, split: Split) -> Iterator[PlacedRow]:
@@ -51,29 +70,7 @@ def _read_task(name: str, split: Split) -> Iterator[PlacedRow]:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
         hint = f"did you mean task:{near[0]}? " if near else ""
         raise ValueError(f"there is no task {name!r}; {hint}there are {', '.join(TASKS)}")
-    return _numbered(TASKS[name].rows(split))
-
-
-def _read_lines(path: Path) -> Iterator[PlacedRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", line
-
-
-def _read_parquet(path: Path) -> Iterator[PlacedRow]:
-    with importlib.import_module("pyarrow.parquet").ParquetFile(path) as file:
-        yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
-
-
-def _read_arrow(path: Path) -> Iterator[PlacedRow]:
-    pyarrow = importlib.import_module("pyarrow")
-    with pyarrow.memory_map(str(path)) as file:
-        # Arrow has two layouts under one suffix: `datasets` writes the stream; the file begins with a name.
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file).read_all()
-        yield from _numbered(row for batch in table.to_batches() for row in batch.to_pylist())
+    return numbered(TASKS[name].rows(split))
 
 
 def _read_saved(path: Path, split: Split) -> Iterator[PlacedRow]:
@@ -84,17 +81,87 @@ def _read_saved(path: Path, split: Split) -> Iterator[PlacedRow]:
                 f"it has no split {split!r}; it has {', '.join(saved)}; give the folder of one of them"
             )
         saved = saved[split]
-    return _numbered(saved)
+    return numbered(map(without_filler, saved))
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[PlacedRow]:
-    return ((f"row {number}", row) for number, row in enumerate(rows))
+def _files(source: str, split: Split) -> list[Path]:
+    """Files of a source in their order, or the folder that `datasets` saved."""
+    path = Path(source)
+    if path.is_dir():
+        return _files_of_folder(path, split)
+    if not path.exists() and glob.has_magic(source):
+        found = sorted((Path(p) for p in glob.glob(source, recursive=True)), key=_natural)
+        files = [p for p in found if p.is_file()]
+        if not files:
+            raise ValueError(f"need files for data.{split}, got {source!r}, which none in {Path.cwd()} fits")
+    elif path.exists():
+        files = [path]
+    else:
+        raise ValueError(_missing(source, split))
+    for file in files:
+        if form_of(file) not in READERS:
+            raise ValueError(
+                f"need {_FORMS}, a folder or a glob of such files, a folder saved by `datasets`, or "
+                f"task:NAME for data.{split}, got {str(file)!r}"
+            )
+    return files
 
 
-# Suffix -> reader of such a file.
-READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
-    ".jsonl": _read_lines,
-    ".json": _read_lines,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
+def _files_of_folder(folder: Path, split: Split) -> list[Path]:
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return [folder]
+    files = _data_files(folder)
+    if not files:
+        parts = [part for part in folder.iterdir() if part.is_dir() and _data_files(part)]
+        chosen = [part for part in parts if part.name == split] or parts
+        if len(chosen) != 1 or chosen[0].name in set(SPLITS) - {split}:
+            found = f"folders {', '.join(sorted(p.name for p in parts))}" if parts else "no data files"
+            raise ValueError(
+                f"cannot read {folder}: need {_FORMS} in it, or `datasets.save_to_disk`, for data.{split}, "
+                f"got {found}; give the path of one of its folders or files"
+            )
+        return _files_of_folder(chosen[0], split)
+    by_split = {
+        name: [f for f in files if name in re.split(r"[-_.]", f.name.lower())[:-1]] for name in SPLITS
+    }
+    named = {name: of_split for name, of_split in by_split.items() if of_split}
+    taken = named.get(split, []) if named else files
+    forms = sorted({form_of(file) for file in taken})
+    if len(forms) != 1 or (named and sum(map(len, named.values())) != len(files)):
+        found = ", ".join(f.name for f in files[:6])
+        raise ValueError(
+            f"cannot read {folder}: need files of one form for data.{split}, all or none of them named by "
+            f"their split, got {found}; give a glob, such as {str(folder / '*')!r}{forms[0] if forms else ''}"
+        )
+    return taken
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted((p for p in files if form_of(p) in READERS and p.name not in _NOT_DATA), key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sort key of a path: numbers in it by their value."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _missing(source: str, split: Split) -> str:
+    """Message on a source that is not there."""
+    path, here = Path(source), Path.cwd()
+    need = f"need an existing file or folder, or task:NAME, for data.{split}, got {source!r}"
+    if "://" in source:
+        return f"{need}, which is an address; download it and give the path of the file"
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if near := difflib.get_close_matches(path.name, names, n=1):
+        return f"{need}, which does not exist in {here}; the nearest name is {str(path.parent / near[0])!r}"
+    if "," in source:
+        return f"{need}, which does not exist in {here}; write several sources as data.{split}='[A, B]'"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and form_of(path) not in READERS:
+        store = f"import datasets; datasets.load_dataset('{source}').save_to_disk('FOLDER')"
+        return (
+            f"{need}, which does not exist in {here}; store a data set of the Hugging Face hub first: "
+            f'python -c "{store}", then data.{split}=FOLDER'
+        )
+    return f"{need}, which does not exist in {here}"

@@ -17,7 +17,7 @@ from verl.rewards.isolation import Place
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.rewards.text_match import exact, position_share, prefix_share
+from verl.rewards.text_match import check_reference, exact, position_share, prefix_share
 from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -243,7 +243,7 @@ def build_rewards(
                 imported_from=(module, attribute) if module else None,
                 # A built-in model is loaded in the trainer alone.
                 place=place or "thread" if is_built_in else place,
-                check=_reference_of if choice.name in _NEED_ANSWERS else None,
+                check=check_reference if choice.name in _NEED_ANSWERS else None,
                 columns=columns,
             )
         )
@@ -275,16 +275,6 @@ def load_function(name: str) -> Callable[..., Any]:
             f"got {name!r}"
         )
     return user_code.load_function(known, user="reward function")
-
-
-def _reference_of(prompt: Prompt) -> Any:
-    """The reference answer of a prompt; ValueError if it has none."""
-    if prompt.answer is None:
-        raise ValueError(
-            f"need a reference answer in every row, row {prompt.index} of {prompt.source} has none; name the "
-            "column that holds it in data.answer_key, or leave those rows out"
-        )
-    return prompt.answer
 
 
 def _place(function: Callable[..., Any], config: RewardsConfig) -> Place | None:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
 from verl.data.batch import Trajectory
+from verl.utils.sampling_types import Prompt
+
+_LISTS = (list, tuple, set, frozenset)
+# Keys of the accepted answers in the `ground_truth` of search and question-answering sets.
+_LIST_KEYS = ("target", "ground_truth")
+_REMEDY = (
+    "write the reference as a text, or give a reward function of your own, which gets the value as it is"
+)
 
 
 def exact(trajectory: Trajectory) -> dict[str, float]:
     """1 if the answer is the reference, both stripped of surrounding white space, else 0.
 
+    A reference that is no text is compared by its plain spellings, see `spellings`.
+
     Returns:
         `reward` and `accuracy`, both that number.
 
     Raises:
-        ValueError: the prompt has no reference answer.
+        ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    right = float(trajectory.text.strip() == _reference(trajectory))
+    right = float(trajectory.text.strip() in _references(trajectory))
     return {"reward": right, "accuracy": right}
 
 
 def position_share(trajectory: Trajectory) -> dict[str, float]:
     """Share of the positions of the longer of answer and reference that hold the same character in both.
 
-    So an answer that is longer than the reference loses.
+    So an answer that is longer than the reference loses. Of several spellings of the reference the one with
+    the largest share counts.
 
     Both are stripped of surrounding white space.
 
@@ -29,18 +48,17 @@ def position_share(trajectory: Trajectory) -> dict[str, float]:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
 
     Raises:
-        ValueError: the prompt has no reference answer.
+        ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    text, reference = trajectory.text.strip(), _reference(trajectory)
-    num_right = sum(a == b for a, b in zip(text, reference, strict=False))
-    return {"reward": _share(num_right, max(len(text), len(reference))), "accuracy": float(text == reference)}
+    return _best_share(trajectory, _equal_positions)
 
 
 def prefix_share(trajectory: Trajectory) -> dict[str, float]:
     """Share of the reference's characters that the answer holds before its first error.
 
     A dense reward: each further right character earns more. Text behind a complete reference costs nothing;
-    where answers must also stop, add `exact` with a weight.
+    where answers must also stop, add `exact` with a weight. Of several spellings of the reference the one
+    with the largest share counts.
 
     Both are stripped of surrounding white space.
 
@@ -48,22 +66,118 @@ def prefix_share(trajectory: Trajectory) -> dict[str, float]:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
 
     Raises:
-        ValueError: the prompt has no reference answer.
+        ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    text, reference = trajectory.text.strip(), _reference(trajectory)
+    return _best_share(trajectory, _equal_prefix)
+
+
+def spellings(reference: Any) -> tuple[str, ...]:
+    """Texts that stand for a reference answer, stripped of surrounding white space.
+
+    A text stands for itself. Numbers: 42.0, which a column of whole numbers becomes when a row is empty, is
+    "42" or "42.0"; Decimal("1.50") is "1.50" or "1.5"; a fraction is "3/4". True is "true" or "True". A date
+    is "2024-05-01", a time of day behind it follows after "T" or a space. A list has the spellings of all its
+    elements, and a dict with the one key `target` or `ground_truth` those of its value.
+
+    Raises:
+        ValueError: any other value (None, NaN, an empty list, a list in a list, another dict, bytes).
+    """
+    value = reference.tolist() if isinstance(reference, np.ndarray | np.generic) else reference
+    if isinstance(value, dict):
+        # A table has nulls for the keys that other rows have.
+        given = {key: item for key, item in value.items() if item is not None}
+        if len(given) == 1 and next(iter(given)) in _LIST_KEYS:
+            return spellings(next(iter(given.values())))
+    elif isinstance(value, _LISTS):
+        if value and not any(isinstance(item, (*_LISTS, dict, np.ndarray)) for item in value):
+            return tuple(dict.fromkeys(text for item in value for text in spellings(item)))
+    elif texts := _texts(value):
+        return tuple(dict.fromkeys(text.strip() for text in texts))
+    shown = repr(value)
+    kind = "none" if value is None else f"{type(reference).__name__} {shown[:60]}"
+    raise ValueError(f"need a reference answer with a plain spelling, got {kind}")
+
+
+def check_reference(prompt: Prompt) -> None:
+    """Check that a prompt has a reference answer that these rewards can compare.
+
+    Raises:
+        ValueError: it has none, or one without a plain spelling.
+    """
+    try:
+        spellings(prompt.answer)
+    except ValueError as error:
+        raise ValueError(
+            f"row {prompt.index} of {prompt.source or 'the data'}, {_column_of(prompt)}: {error}; name the "
+            f"column that holds it in data.answer_key, leave the row out, {_REMEDY}"
+        ) from error
+
+
+def _column_of(prompt: Prompt) -> str:
+    """Column of the reference answer, in words."""
+    layout = prompt.columns.get("reward_model")
+    if isinstance(layout, dict) and layout.get("ground_truth") is prompt.answer:
+        return "column 'reward_model.ground_truth'"
+    same = [name for name, value in prompt.columns.items() if value is prompt.answer is not None]
+    return f"column {same[0]!r}" if same else "column 'answer' (or the one of data.answer_key)"
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Plain spellings of one value; none if it has none."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, bool):
+        return (str(value).lower(), str(value))
+    if isinstance(value, int | Fraction):
+        return (str(value),)
+    if isinstance(value, float):
+        return _float_texts(value)
+    if isinstance(value, Decimal):
+        return (format(value, "f"), format(value.normalize(), "f")) if value.is_finite() else ()
+    if isinstance(value, datetime.datetime):
+        date = (value.date().isoformat(),) if value.time() == datetime.time() and not value.tzinfo else ()
+        return (*date, value.isoformat(), value.isoformat(sep=" "))
+    return (value.isoformat(),) if isinstance(value, datetime.date | datetime.time) else ()
+
+
+def _float_texts(value: float) -> tuple[str, ...]:
+    if not np.isfinite(value):
+        return ()
+    if value.is_integer():
+        return (str(int(value)), repr(value))
+    # A column of fp32 holds 0.1 as 0.10000000149011612, which nobody wrote.
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return (repr(value), str(single)) if float(single) == value else (repr(value),)
+
+
+def _references(trajectory: Trajectory) -> tuple[str, ...]:
+    prompt = trajectory.prompt
+    if isinstance(prompt.answer, str):
+        return (prompt.answer.strip(),)
+    try:
+        return spellings(prompt.answer)
+    except ValueError as error:
+        raise ValueError(
+            f"prompt {prompt.index}: {error}; name the column that holds it in data.answer_key, or {_REMEDY}"
+        ) from error
+
+
+def _best_share(trajectory: Trajectory, share: Callable[[str, str], float]) -> dict[str, float]:
+    text, references = trajectory.text.strip(), _references(trajectory)
+    best = max(share(text, reference) for reference in references)
+    return {"reward": best, "accuracy": float(text in references)}
+
+
+def _equal_positions(text: str, reference: str) -> float:
+    num_right = sum(a == b for a, b in zip(text, reference, strict=False))
+    return _share(num_right, max(len(text), len(reference)))
+
+
+def _equal_prefix(text: str, reference: str) -> float:
     pairs = enumerate(zip(text, reference, strict=False))
     num_right = next((i for i, (a, b) in pairs if a != b), min(len(text), len(reference)))
-    return {"reward": _share(num_right, len(reference)), "accuracy": float(text == reference)}
-
-
-def _reference(trajectory: Trajectory) -> str:
-    prompt = trajectory.prompt
-    if prompt.answer is None:
-        raise ValueError(
-            f"need a reference answer, prompt {prompt.index} has none; name the column that holds it in "
-            "data.answer_key"
-        )
-    return str(prompt.answer).strip()
+    return _share(num_right, len(reference))
 
 
 def _share(part: int, whole: int) -> float:

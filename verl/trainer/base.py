@@ -290,7 +290,7 @@ class BaseTrainer(ABC):
         return {k: v for k, v in self.config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
 
     def read_prompts(
-        self, source: str | None, split: Literal["train", "test"]
+        self, source: str | Sequence[str] | None, split: Literal["train", "test"]
     ) -> tuple[list[Prompt], LoadReport]:
         """Prompts of a data set that are short enough.
 
@@ -299,8 +299,8 @@ class BaseTrainer(ABC):
         """
         if source is None:
             raise ValueError(
-                f"need data.{split}: a JSONL, Parquet or Arrow file, a saved data set's folder, or task:NAME "
-                "such as task:add-2"
+                f"need data.{split}: a file of rows (JSON, CSV, Parquet or Arrow), a folder of them, or "
+                "task:NAME such as task:add-2"
             )
         return self.short_enough(*load_prompts(source, self.config.data, split=split))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from torch import Tensor
@@ -124,7 +124,9 @@ class PairwiseTrainer(SingleModelTrainer):
             self.clock.take()  # the reference's time for them belongs to no step
         return report
 
-    def read_pairs(self, source: Any, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
+    def read_pairs(
+        self, source: str | Sequence[str] | None, split: Literal["train", "test"]
+    ) -> tuple[list[Prompt], LoadReport]:
         """Pairs of a data set within the limits of `data`.
 
         Raises:

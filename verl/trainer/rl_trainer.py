@@ -17,7 +17,7 @@ from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
-from verl.data.tasks import TASKS
+from verl.data.sources import reward_of_tasks, sources_of
 from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
@@ -51,11 +51,10 @@ RewardFn = Callable[..., Any]
 
 def rewards_with_task(config: TrainerConfig) -> RewardsConfig:
     """The reward functions of the settings; where they name none, that of the built-in task of the data."""
-    source = config.data.train or config.data.test or ""
-    task = TASKS.get(source.removeprefix("task:")) if source.startswith("task:") else None
-    if config.rewards.functions or task is None:
+    reward = reward_of_tasks(sources_of(config.data.train or config.data.test or ()))
+    if config.rewards.functions or reward is None:
         return config.rewards
-    return config.rewards.model_copy(update={"functions": (WeightedChoice(name=task.reward),)})
+    return config.rewards.model_copy(update={"functions": (WeightedChoice(name=reward),)})
 
 
 class Trainer(RunnableTrainer):
