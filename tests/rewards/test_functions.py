@@ -126,7 +126,7 @@ def test_built_in_functions_that_compare_need_an_answer_in_every_row_before_the_
     rewards = build_rewards(RewardsConfig(functions=["exact"]))
     rewards.check_data([Prompt("a", answer="1")])
     with pytest.raises(
-        ValueError, match=r"'exact': need a reference answer in every row, row 1 of set has none"
+        ValueError, match="'exact': row 1 of set, column 'answer' .*: need a reference answer .* got none"
     ):
         rewards.check_data([Prompt("a", answer="1"), Prompt("b", source="set", index=1)])
 
