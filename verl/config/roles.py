@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -53,13 +53,45 @@ class LoraConfig(Section):
     """LoRA adapters, trained instead of the weights of the model."""
 
     rank: int = setting(0, "Rank of the adapters; 0: train all weights.", source="LoRA, 2106.09685", ge=0)
+    path: str | None = setting(
+        None,
+        "Folder or hub name of a PEFT adapter to train on, with its own rank, alpha and targets.",
+    )
     alpha: float = setting(
         32.0, "The output of an adapter is scaled by alpha / rank.", source="LoRA, 2106.09685", gt=0
     )
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "Names of the linear layers that get an adapter.",
+        "Names of the linear layers that get an adapter; all-linear: all but the output layer.",
     )
+    modules_to_save: tuple[str, ...] = setting(
+        (), "Names of layers that are trained whole beside the adapters, such as lm_head.", source="PEFT"
+    )
+    dropout: float = setting(
+        0.0, "Share of an adapter's inputs that updates set to 0; other passes use all.", ge=0, lt=1
+    )
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) instead.", source="rsLoRA, 2312.03732")
+    use_dora: bool = setting(
+        False, "Train the norm of each row of a matrix, too (DoRA).", source="DoRA, 2402.09353"
+    )
+    quantize: Literal["none", "4bit"] = setting(
+        "none",
+        "4bit: the frozen weights are in 4 bits (NF4), by bitsandbytes on a GPU.",
+        source="QLoRA, 2305.14314",
+    )
+
+    @field_validator("targets", "modules_to_save", mode="before")
+    @classmethod
+    def _accept_one_name(cls, names: Any) -> Any:
+        """A single name may be given without brackets."""
+        if isinstance(names, str):
+            return (names,)
+        return tuple(names) if isinstance(names, list) else names
+
+    @property
+    def is_on(self) -> bool:
+        """True if adapters are trained."""
+        return self.rank > 0 or self.path is not None
 
 
 class RoleConfig(Section):

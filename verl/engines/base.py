@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
-from verl.engines.hf.lora import disable_lora
+from verl.engines.hf.adapters import export_adapter
+from verl.engines.hf.lora import NO_ADAPTER, REFERENCE, has_lora, use_adapter
 from verl.engines.hf.models import Backbone
-from verl.engines.hf.weights import full_shapes, full_tensors, local_shards, local_tensors
+from verl.engines.hf.weights import full_shapes, full_tensors, local_shards, local_tensors, merged_config
 from verl.utils.sampling_types import Prompt
 from verl.weight_sync.layout import TensorShard
 from verl.weight_sync.meshes import Mesh
@@ -92,8 +93,8 @@ class ForwardEngine(ABC):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The Hugging Face configuration of the model."""
-        return self.model.transformer.config
+        """The Hugging Face configuration of the model as it is exported."""
+        return merged_config(self.model.transformer)
 
     @abstractmethod
     def infer(self, batch: Batch, micro_batches: Sequence[Sequence[int]], outputs: Outputs) -> Tensor:
@@ -106,6 +107,15 @@ class ForwardEngine(ABC):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format, LoRA weights merged; on all ranks together."""
+
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Write the LoRA adapter alone in PEFT's layout; on all ranks together.
+
+        Args:
+            folder: destination.
+            base: folder or hub name of the model that the adapter belongs to.
+        """
+        export_adapter(self.model, folder, base=base)
 
     def gather_over_data(self, item: Any) -> list[Any]:
         """Items (plain data) of all data ranks, in the order of the ranks; a collective."""
@@ -135,13 +145,43 @@ class ForwardEngine(ABC):
         """
         return full_tensors(self.model.transformer, wanted)
 
+    @contextmanager
+    def other_adapter(self, name: str) -> Iterator[None]:
+        """Context in which the model computes with another of its LoRA adapters; "": without any.
+
+        Raises:
+            ValueError: the model has no adapter of that name.
+        """
+        model = self.model
+        if not has_lora(model.transformer, name or None):
+            raise ValueError(
+                f"need a LoRA adapter {name or 'to switch off'}, got a model without; set policy.lora.rank "
+                "above 0"
+            )
+        own, model.adapter = model.adapter, name
+        use_adapter(model.transformer, name)
+        try:
+            yield
+        finally:
+            model.adapter = own
+            use_adapter(model.transformer, own or NO_ADAPTER)
+
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Context in which the model computes without its LoRA adapter, as the model before training.
+        """Context in which the model computes without its LoRA adapter, as the model that it was put on.
 
         Raises:
             ValueError: the model has no adapter.
         """
-        return disable_lora(self.model.transformer)
+        return self.other_adapter(NO_ADAPTER)
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Context in which the policy computes as its reference: by a frozen adapter, or without any.
+
+        Raises:
+            ValueError: the model has no adapter.
+        """
+        has_own = has_lora(self.model.transformer, REFERENCE)
+        return self.other_adapter(REFERENCE if has_own else NO_ADAPTER)
 
 
 class TrainEngine(ForwardEngine):

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from typing_extensions import override
 
+from verl.engines.hf.models import Backbone
+
 REMEDY = "start with `checkpoint.resume=never` or another output_dir"
 _METADATA, PROGRESS = ".metadata", "progress.json"
 # What the metadata of a checkpoint is made of; anything else in its pickle could run code.
@@ -87,7 +89,9 @@ def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are not frozen, by name."""
+    """Parameters that are not frozen, by name; of a model with several adapters those of its own."""
+    if isinstance(model, Backbone):
+        return model.trained_parameters()
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -29,14 +29,19 @@ from verl.engines.base import Objective, dummy_batch
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.device_meshes import DeviceMeshes, make_device_meshes
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
-from verl.engines.hf.lora import add_lora
+from verl.engines.hf.lora import POLICY, add_lora
 from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights, parameters_on_meta
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel
 from verl.engines.hf.pretrained import value_model
 from verl.engines.hf.weights import to_local
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.optimizer import build_optimizer
-from verl.engines.tensor_parallel import check_parallel_sizes, is_head_norm, parallelize
+from verl.engines.tensor_parallel import (
+    check_parallel_adapter,
+    check_parallel_sizes,
+    is_head_norm,
+    parallelize,
+)
 from verl.utils.device import PRECISIONS
 
 T = TypeVar("T")
@@ -77,8 +82,10 @@ def sharded_engine(
     family = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     transformer = empty_transformer(folder, family)
     check_parallel_sizes(transformer, parallel, packing=role.packing)
-    if total_updates is not None and role.lora.rank:
+    has_adapter = total_updates is not None and role.lora.is_on
+    if has_adapter:
         add_lora(transformer, role.lora)
+        check_parallel_adapter(transformer, parallel)
     if kind == "value":
         with parameters_on_meta():
             model: Backbone = value_model(transformer, role.precision)
@@ -87,7 +94,9 @@ def sharded_engine(
     if total_updates is None:
         model.requires_grad_(False)
     shard_model(model, role, parallel, meshes, device=device)
-    load_sharded(model, str(folder))
+    load_sharded(model, str(folder), role.lora if has_adapter else None)
+    if has_adapter:
+        model.adapter = POLICY
     model(model.check_forward)
     fsdp_modules(model)[0].reshard()
     # Only now, since the check compares whole sequences.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from verl.config.roles import OptimizerConfig, RoleConfig
+from verl.config.roles import LoraConfig, OptimizerConfig, RoleConfig
 from verl.data.batch import Batch, ModelInput
 from verl.engines.base import (
     ForwardEngine,
@@ -25,9 +25,10 @@ from verl.engines.base import (
     UpdateTotals,
     scatter_response_values,
 )
-from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
+from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_parameters, trained_state
+from verl.engines.hf.adapters import add_adapter, reference_on_base
 from verl.engines.hf.hf_io import write_model
-from verl.engines.hf.lora import add_lora, reset_lora
+from verl.engines.hf.lora import NO_ADAPTER, POLICY, REFERENCE, lora_dropout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model
 from verl.engines.optimizer import LossScale, build_optimizer, lr_factor
@@ -91,17 +92,24 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         config: precision, micro-batches, optimizer.
         device: the device of the model.
         total_updates: updates of the whole run, for the schedule of the learning rate.
+        adapter: name of its LoRA adapter among those of the transformer.
     """
 
     can_accumulate = True
     _accumulated: UpdateTotals | None = None
 
     def __init__(
-        self, model: Backbone, config: RoleConfig, *, device: torch.device, total_updates: int
+        self,
+        model: Backbone,
+        config: RoleConfig,
+        *,
+        device: torch.device,
+        total_updates: int,
+        adapter: str = POLICY,
     ) -> None:
-        if config.lora.rank:
-            add_lora(model.transformer, config.lora)
-            reset_lora(model.transformer)
+        if config.lora.is_on:
+            add_adapter(model.transformer, config.lora, name=adapter)
+            model.adapter = adapter
         super().__init__(model, config, device=device)
         self.prepare_training(total_updates)
 
@@ -112,6 +120,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
             self.model.enable_gradient_checkpointing()
             # Transformers recomputes only in training mode; dropout is off in any case.
             self.model.train()
+        self.trained = list(trained_parameters(self.model).values())
         self._optimizer = self.build_optimizer(config.optimizer)
         self._schedule = LambdaLR(
             self._optimizer, lambda update: lr_factor(update, config.optimizer, total_updates)
@@ -143,11 +152,13 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
                 self.dummy_forward_backward()
                 continue
             micro_batch = batch.select(rows)
-            loss, monitors = self.forward(objective, micro_batch, self.model_inputs(micro_batch))
-            if not torch.isfinite(loss):
-                totals.bad_rows += self.bad_rows(batch, rows, objective)
-            # Also of a loss that is not finite: other ranks may wait for this backward pass.
-            self.backward(self._scale.scaled(loss))
+            # Around the backward pass, too, which may compute activations again.
+            with lora_dropout(self.model.transformer, self._config.lora.dropout):
+                loss, monitors = self.forward(objective, micro_batch, self.model_inputs(micro_batch))
+                if not torch.isfinite(loss):
+                    totals.bad_rows += self.bad_rows(batch, rows, objective)
+                # Also of a loss that is not finite: other ranks may wait for this backward pass.
+                self.backward(self._scale.scaled(loss))
             totals.add(loss, monitors)
 
     @override
@@ -179,7 +190,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     @torch.no_grad()
     def scale_gradients(self, scale: float) -> None:
         """Multiply every gradient, in place."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         if not gradients:
             raise RuntimeError(
                 f"need gradients beside the parameters to rescale, found none in {type(self).__name__}; "
@@ -190,7 +201,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     def step(self) -> float:
         """Clip the gradients and step if they are finite; return their norm before clipping."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         self._scale.unscale(gradients)
         norm = self.clip_gradients(self._config.optimizer.max_grad_norm)
         if math.isfinite(norm):
@@ -201,7 +212,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to a norm of at most `max_norm`; return their norm before."""
-        parameters = list(self.model.parameters())
+        parameters = self.trained
         total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total)
         if norm > max_norm:
@@ -272,15 +283,21 @@ def frozen_engine(
 ) -> LocalForwardEngine:
     """Engine of a frozen language model beside a policy, on its device and in its precision.
 
+    With LoRA it is the model below the policy's adapter, if it is the policy at the start or another adapter
+    of the same model.
+
     Args:
         policy: the policy whose tokens it reads.
-        path: folder or hub name; None: a copy of the policy as it is now.
-        config: decides if rows are packed.
+        path: folder or hub name; None: the policy as it is now.
+        config: of the policy.
         setting: name of the setting of the path, for messages.
 
     Raises:
         ValueError: it cannot be loaded, has another vocabulary, or its family is not supported.
     """
+    shares_base, adapter = reference_on_base(config, path)
+    if shares_base:
+        return _frozen_adapter(policy, adapter, config)
     transformer = load_language_model(path) if path else copy.deepcopy(policy.transformer)
     sizes = [other.config.get_text_config().vocab_size for other in (policy.transformer, transformer)]
     if sizes[0] != sizes[1]:
@@ -291,3 +308,15 @@ def frozen_engine(
     model = PolicyModel(transformer.requires_grad_(False), policy.precision).to(policy.device)
     model.check_forward()
     return LocalForwardEngine(model, config, device=policy.device)
+
+
+def _frozen_adapter(policy: PolicyModel, adapter: str | None, config: RoleConfig) -> LocalForwardEngine:
+    """Engine of the model below a policy's adapter, with another adapter if one is given."""
+    transformer, was_training = policy.transformer, policy.training
+    if adapter is not None:
+        add_adapter(transformer, LoraConfig(path=adapter), name=REFERENCE, trained=False)
+    model = PolicyModel(transformer, policy.precision)
+    model.adapter = NO_ADAPTER if adapter is None else REFERENCE
+    engine = LocalForwardEngine(model, config, device=policy.device)
+    transformer.train(was_training)
+    return engine

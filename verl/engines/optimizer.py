@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from verl.algorithms.registry import find_function
 from verl.config.roles import OptimizerConfig
+from verl.engines.dcp_checkpoint import trained_parameters
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     name.lower(): found
@@ -71,10 +72,9 @@ def build_optimizer(
             f"need an optimizer that updates each weight by itself for sharded weights, got {config.name}; "
             "take adamw or sgd, or placement=local"
         )
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     outer = {id(p) for p in _outer_parameters(model)}
     return _make(
-        [p for _, p in named],
+        list(trained_parameters(model).values()),
         config,
         hidden=lambda p: p.ndim == 2 and id(p) not in outer,
         fused=fused,

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from verl.config.placement import ParallelConfig
+from verl.engines.hf.lora import adapter_of
 
 # Families that fit this plan; others have experts, latent attention, or norms over all heads.
 TENSOR_PARALLEL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
@@ -64,6 +65,22 @@ def check_parallel_sizes(transformer: PreTrainedModel, parallel: ParallelConfig,
     if unfit := [f"{size} {name}" for name, size in sizes.items() if size % tensor]:
         raise ValueError(
             f"need sizes of the model that tensor={tensor} divides, got {', '.join(unfit)}; take a divisor"
+        )
+
+
+def check_parallel_adapter(transformer: PreTrainedModel, parallel: ParallelConfig) -> None:
+    """Refuse adapters that tensor parallelism does not split: all but LoRA on the linear layers of a block.
+
+    Raises:
+        ValueError: names the first parameter.
+    """
+    if parallel.tensor == 1:
+        return
+    names = [name for name, _ in transformer.named_parameters() if adapter_of(name)]
+    if unfit := [name for name in names if "_proj.lora_A." not in name and "_proj.lora_B." not in name]:
+        raise ValueError(
+            f"need plain LoRA adapters on the projections of a layer for tensor={parallel.tensor}, got "
+            f"{unfit[0]}; leave lora.use_dora, lora.modules_to_save and other targets out, or set tensor=1"
         )
 
 

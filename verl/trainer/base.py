@@ -24,6 +24,7 @@ from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency
+from verl.trainer.build.policy_start import PolicyStart
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.export.model_card import CardFacts, write_card
@@ -70,6 +71,9 @@ class ModelSet(Protocol):
     def export(self, folder: Path) -> None:
         """Write the policy in Hugging Face format, without its tokenizer."""
 
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Write the policy's LoRA adapter alone in PEFT's layout, to be put on the model `base`."""
+
     def memory(self) -> Metrics:
         """Bytes in use, their peak, and bytes of the device; of the fullest, if there are several."""
 
@@ -98,6 +102,7 @@ class BaseTrainer(ABC):
         rows_per_step: rows of `data.train` in a step, at most all of them where they are not repeated.
         model_kind: class of the trained model in `verl.engines.hf.models`.
         version: of the policy: steps that it has learned.
+        start: weights that the policy starts from.
         eval_every: steps between evaluations; 0: never.
         eval_at_start: evaluate before the first step.
         held_out: size of the held-out data, for readers.
@@ -112,6 +117,7 @@ class BaseTrainer(ABC):
     rows_per_step: int
     codec: TextCodec
     base: BaseFiles
+    start: PolicyStart
 
     def __init__(
         self,
@@ -228,8 +234,14 @@ class BaseTrainer(ABC):
             StalledError: no progress within the limit.
         """
 
-    def save_model(self, folder: Path) -> None:
-        """Write the policy in Hugging Face format, with tokenizer, generation config and model card."""
+    def save_model(self, folder: Path, *, adapter: Path | None = None) -> None:
+        """Write the policy in Hugging Face format, with tokenizer, generation config and model card.
+
+        Args:
+            folder: of the whole model, with a LoRA adapter merged.
+            adapter: folder of the LoRA adapter alone in PEFT's layout, if one is trained and its base can be
+                named.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.models.export(folder)
         self.base.write(folder, self.codec)
@@ -242,6 +254,9 @@ class BaseTrainer(ABC):
             num_rows=len(self.loader.prompts) if self.loader else None,
         )
         write_card(folder, facts)
+        if adapter is not None and self.start.adapter_base is not None:
+            self.models.export_adapter(adapter, self.start.adapter_base)
+            self.base.write(adapter, self.codec)
 
     def evaluate(self) -> Metrics:
         """Metrics on held-out data; none if the run has none."""

@@ -69,6 +69,8 @@ class RewardModelTrainer(PairwiseTrainer):
 
     @override
     def build_model(self, source: PreTrainedModel | str) -> RewardModel:
+        if self.config.policy.lora.quantize != "none":
+            raise ValueError("need policy.lora.quantize=none for a reward model, got 4bit; leave it out")
         model = (
             load_reward_model(source, new_head=True) if isinstance(source, str) else as_reward_model(source)
         )

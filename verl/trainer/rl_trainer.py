@@ -28,6 +28,7 @@ from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import Metrics
 from verl.trainer.batch_producer import BatchProducer
+from verl.trainer.build.policy_start import policy_start
 from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.rollout_factory import (
     build_rollout,
@@ -35,13 +36,12 @@ from verl.trainer.build.rollout_factory import (
     pool_of,
     wrap_user_rollout,
 )
+from verl.trainer.build.worker_factories import plain_source
 from verl.trainer.evaluation import evaluate, evaluation_schedule, sample_row
-from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run.callbacks import Callback
 from verl.trainer.run.run_loop import RunnableTrainer
-from verl.trainer.single_model_trainer import policy_source
 from verl.utils.rollout import BaseRolloutWorker
 from verl.utils.sampling_types import BatchGenerator, Prompt, RolloutEngine
 from verl.utils.tokens import TextCodec
@@ -111,12 +111,13 @@ class Trainer(RunnableTrainer):
         self._producer: BatchProducer | None = None
         self._step_limit: StepLimitMetric | None = None
         self._owns_rollout = rollout is None
-        source = policy_source(config, actor_model)
-        self.base = BaseFiles.of(source, config.policy.path)
+        self.start = policy_start(config, actor_model, note=self.notes.append)
+        self.base = self.start.files
         self.codec = codec or TextCodec.for_run(
-            self.base.name, config.data, stop_ids=config.sampling.stop_ids
+            self.start.tokenizer, config.data, stop_ids=config.sampling.stop_ids
         )
-        config = self.read_data_early(model_config_of(source))
+        config = self.read_data_early(model_config_of(self.start.source))
+        source = plain_source(config, self.start.source)
         with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
             # Before a LoRA adapter is put into a loaded model.
             start = initial_checkpoint(config, source, self.codec)

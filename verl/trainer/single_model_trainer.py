@@ -15,13 +15,13 @@ from verl.config.run import EvaluationConfig, PreferenceConfig, RunConfig, SFTCo
 from verl.data.batch import Trajectory
 from verl.data.examples import Answer, answer_row
 from verl.engines.hf.models import Backbone, PolicyModel
-from verl.engines.hf.pretrained import check_model, load_language_model, model_config_of
+from verl.engines.hf.pretrained import load_language_model, model_config_of, quantization
 from verl.engines.local import LocalEngine
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.trainer.base import Metrics
+from verl.trainer.build.policy_start import policy_start
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import sample_row
-from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.run.callbacks import Callback
 from verl.trainer.run.run_loop import RunnableTrainer
 from verl.utils.device import memory_bytes
@@ -52,6 +52,10 @@ class SingleModel:
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format, without its tokenizer."""
         self.engine.export(folder)
+
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Write the LoRA adapter alone in PEFT's layout."""
+        self.engine.export_adapter(folder, base)
 
     def memory(self) -> Metrics:
         """Bytes in use, their peak, and bytes of the device."""
@@ -85,9 +89,9 @@ class SingleModelTrainer(RunnableTrainer):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, device=config.device, console=console, callbacks=callbacks)
-        source = policy_source(config, actor_model, self.kind)
-        self.base = BaseFiles.of(source, config.policy.path)
-        self.codec = codec or TextCodec.for_run(self.base.name, config.data)
+        self.start = policy_start(config, actor_model, self.kind, note=self.notes.append)
+        self.base, source = self.start.files, self.start.source
+        self.codec = codec or TextCodec.for_run(self.start.tokenizer, config.data)
         self.read_data_early(model_config_of(source))
         with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
             model = self.build_model(source)
@@ -100,10 +104,11 @@ class SingleModelTrainer(RunnableTrainer):
 
     def build_model(self, source: PreTrainedModel | str) -> Backbone:
         """The model to train, in fp32; a loaded one is trained in place."""
-        return PolicyModel(
-            load_language_model(source) if isinstance(source, str) else source.float(),
-            self.config.policy.precision,
-        )
+        policy = self.config.policy
+        if isinstance(source, str):
+            options = quantization(policy.lora, policy.precision, self.device)
+            return PolicyModel(load_language_model(source, **options), policy.precision)
+        return PolicyModel(source.float(), policy.precision)
 
     def trajectory_of(self, prompt: Prompt, answer: Answer, *, group: int) -> Trajectory:
         """A trajectory with an answer of the data set, whose mask is its learned tokens."""
@@ -156,26 +161,3 @@ def sampled_rows(
         )
         for i, ((prompt, ids), (answer,)) in enumerate(zip(asked, answers, strict=True))
     ]
-
-
-def policy_source(
-    config: RunConfig, given: PreTrainedModel | str | None, kind: str = "causal language model"
-) -> PreTrainedModel | str:
-    """The policy as a loaded model, folder or hub name: `given`, else `policy.path`.
-
-    Args:
-        config: of the run.
-        given: if the caller has a model.
-        kind: of the model, for messages.
-
-    Raises:
-        ValueError: both are None, or there is no model.
-    """
-    source = given if given is not None else config.policy.path
-    if source is None:
-        raise ValueError(
-            f"need policy.path: the folder or hub name of a {kind} (verl make-model makes a small one)"
-        )
-    if isinstance(source, str):
-        check_model(source, kind)
-    return source

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from verl.config.data import DataConfig
+from verl.utils.adapter_folder import generation_config_source, tokenizer_source
 from verl.utils.chat_template import Chat, ChatTemplate, read_template
 from verl.utils.conversations import EncodedConversation, answer_text, encode_conversation
 from verl.utils.sampling_types import Prompt
@@ -76,6 +77,8 @@ class TextCodec:
     ) -> TextCodec:
         """The codec of a saved model, with the end ids of its generation config.
 
+        What a folder with an adapter alone lacks comes from the adapter's base model.
+
         Args:
             path: folder or hub name.
             stop_ids: further ids that end an answer.
@@ -87,11 +90,11 @@ class TextCodec:
         Raises:
             ValueError: the folder has no tokenizer.
         """
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(tokenizer_source(path))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         try:
-            configured = GenerationConfig.from_pretrained(path).eos_token_id
+            configured = GenerationConfig.from_pretrained(generation_config_source(path)).eos_token_id
         except OSError:  # without generation_config.json, answers end at the tokenizer's end token
             configured = None
         ends = configured if isinstance(configured, list) else [] if configured is None else [configured]

@@ -224,9 +224,7 @@ _SERVERS = (
         "name them in rollout.addresses",
     ),
     Contradiction(
-        lambda c: (
-            c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.rank > 0)
-        ),
+        lambda c: c.rollout.servers_sleep and (c.rollout.engine in ("served", "http") or c.policy.lora.is_on),
         "servers of vllm or sglang that receive all weights for rollout.servers_sleep",
         "rollout.engine {c.rollout.engine} and policy.lora.rank {c.policy.lora.rank}: a sleeping server "
         "forgets the weights that a LoRA adapter belongs to",
@@ -249,4 +247,23 @@ _SERVERS = (
     ),
 )
 
-CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_PLACEMENT, *_SERVERS)
+_LORA = (
+    Contradiction(
+        lambda c: (
+            c.policy.lora.quantize != "none"
+            and (c.placement.name != "local" or c.rollout.has_servers or c.rollout.engine != "embedded")
+        ),
+        "one process that trains and generates for policy.lora.quantize {c.policy.lora.quantize}",
+        "placement {c.placement.name} and rollout.engine {c.rollout.engine}: weights in 4 bits are neither "
+        "sharded nor sent to other engines",
+        "set placement=local and rollout.engine=embedded, or policy.lora.quantize=none",
+    ),
+    Contradiction(
+        lambda c: c.critic.lora.quantize != "none" and c.placement.name != "local",
+        "one process for critic.lora.quantize {c.critic.lora.quantize}",
+        "placement {c.placement.name}: weights in 4 bits are not sharded",
+        "set placement=local, or critic.lora.quantize=none",
+    ),
+)
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_PLACEMENT, *_SERVERS, *_LORA)

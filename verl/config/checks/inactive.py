@@ -94,18 +94,19 @@ _ALGORITHM = (
     ),
 )
 
+_OF_ADAPTERS = ("alpha", "targets", "modules_to_save", "dropout", "use_rslora", "use_dora", "quantize")
 _MODELS = (
     InactiveSettings(
-        ("policy.lora.alpha", "policy.lora.targets"),
+        tuple(f"policy.lora.{name}" for name in _OF_ADAPTERS),
         "policy.lora.rank",
-        lambda c: c.policy.lora.rank == 0,
+        lambda c: not c.policy.lora.is_on,
         "policy.lora.rank is 0, all weights are trained; set it above 0",
         RunConfig,
     ),
     InactiveSettings(
-        ("critic.lora.alpha", "critic.lora.targets"),
+        tuple(f"critic.lora.{name}" for name in _OF_ADAPTERS),
         "critic.lora.rank",
-        lambda c: c.critic.lora.rank == 0,
+        lambda c: not c.critic.lora.is_on,
         "critic.lora.rank is 0, all weights are trained; set it above 0",
     ),
     InactiveSettings(

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.engines.hf.lora import base_name, has_lora, initial_lora_weight, is_lora_parameter
+from verl.config.roles import LoraConfig
+from verl.engines.hf.adapters import adapter_at, check_complete, find_saved, read_adapter
+from verl.engines.hf.lora import POLICY, adapter_of, base_name, has_lora, initial_lora_weight, row_norms
 from verl.engines.hf.models import Backbone, ValueModel
 from verl.engines.hf.pretrained import (
     MAX_FILE_BYTES,
@@ -26,7 +28,7 @@ from verl.engines.hf.pretrained import (
     load_language_model,
     save_model,
 )
-from verl.engines.hf.weights import full_tensors, shard_slices, to_full, to_local
+from verl.engines.hf.weights import full_tensors, merged_config, shard_slices, to_full, to_local
 from verl.utils.files import write_safetensors
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,20 +52,24 @@ def model_folder(source: str) -> Path:
 
 
 @torch.no_grad()
-def load_sharded(model: Backbone, source: str) -> None:
+def load_sharded(model: Backbone, source: str, lora: LoraConfig | None = None) -> None:
     """Fill the parameters of a model from a Hugging Face folder; each rank reads its own slices only.
 
-    LoRA weights get their initial values. Some families (with experts) name the tensors in their files
-    differently than the parameters of the model: each rank then loads the whole model and slices it.
+    Some families (with experts) name the tensors in their files differently than the parameters of the model:
+    each rank then loads the whole model and slices it.
+
+    Args:
+        model: sharded, with its storage.
+        source: folder or hub name.
+        lora: of its LoRA adapter; None: it has none, or one that starts anew.
 
     Raises:
         ValueError: tensors are missing or have other shapes.
     """
     folder = model_folder(source)
     parameters = dict(model.transformer.named_parameters())
-    for name in [name for name in parameters if is_lora_parameter(name)]:
-        parameter = parameters.pop(name)
-        _fill(parameter, initial_lora_weight(name, parameter.shape)[shard_slices(parameter)])
+    for name in [name for name in parameters if ".lora_" in name]:
+        del parameters[name]
     files = tensor_files(folder)
     prefix = model.transformer.base_model_prefix
     names = {name: name_in_files(base_name(name), files, prefix) for name in parameters}
@@ -71,10 +77,40 @@ def load_sharded(model: Backbone, source: str) -> None:
         _fill_from_files(parameters, files, {name: found for name, found in names.items() if found})
     else:
         _fill_from_model(parameters, load_language_model(str(folder)))
+    if has_lora(model.transformer):
+        _load_lora(model.transformer, lora.path if lora else None)
     if isinstance(model, ValueModel):
         saved = load_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {}
         for name, parameter in model.head.named_parameters():
             _fill(parameter, saved.get(name, torch.zeros(parameter.shape))[shard_slices(parameter)])
+
+
+def _load_lora(transformer: PreTrainedModel, source: str | None) -> None:
+    """Fill the adapter of a sharded model from a PEFT folder, or with its initial values; a collective."""
+    parameters = dict(transformer.named_parameters())
+    own = [name for name in parameters if adapter_of(name) == POLICY]
+    if source is None:
+        for name in (name for name in own if ".modules_to_save." not in name):
+            values = _initial(name, parameters)
+            _fill(parameters[name], values[shard_slices(parameters[name])])
+        return
+    adapter = adapter_at(source)
+    tensors, prefix = read_adapter(adapter), transformer.base_model_prefix
+    names = {name: find_saved(name, tensors, prefix) for name in own}
+    placed = {name: tensors[found] for name, found in names.items() if found}
+    unfit = [name for name, saved in placed.items() if saved.shape != parameters[name].shape]
+    left_over = sorted(tensors.keys() - {*names.values()})
+    check_complete(adapter, [name for name in own if name not in placed], left_over, unfit)
+    for name, saved in placed.items():
+        _fill(parameters[name], saved[shard_slices(parameters[name])])
+
+
+def _initial(name: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Initial value of a parameter of an adapter; of a magnitude it takes a collective."""
+    layer, is_magnitude, _ = name.partition(".lora_magnitude_vector.")
+    if is_magnitude:
+        return row_norms(to_full(parameters[f"{layer}.base_layer.weight"]))
+    return initial_lora_weight(name, parameters[name].shape)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -159,7 +195,7 @@ def export_model(
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(model.transformer.config)
+        config = copy.deepcopy(merged_config(model.transformer))
         config.architectures = [type(model.transformer).__name__.removeprefix("FSDP")]
         config.dtype = dtype
         config.save_pretrained(folder)

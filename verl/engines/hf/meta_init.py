@@ -51,9 +51,12 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def keep_tied_weights(transformer: PreTrainedModel) -> Iterator[None]:
-    """Context that replaces parameters one by one; a head tied to the embedding is tied again at its end."""
-    head = transformer.get_output_embeddings()
-    is_tied = isinstance(head, nn.Linear) and head.weight is transformer.get_input_embeddings().weight
+    """Context that replaces parameters one by one; those that layers share are shared again at its end."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in transformer.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, name))
     yield
-    if is_tied:
-        transformer.get_output_embeddings().weight = transformer.get_input_embeddings().weight
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module.register_parameter(name, first.get_parameter(first_name))

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import DecodeLayout, RowLayout, use_attention
+from verl.engines.hf.lora import adapter_of, policy_name, use_adapter
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.utils.device import autocast
 
@@ -30,6 +31,8 @@ class Backbone(nn.Module):
     Attributes:
         transformer: the Hugging Face model. Its weights are fp32 and shared by all users of this object.
         precision: arithmetic of the forward pass.
+        adapter: the LoRA adapter of the transformer that this model computes with, "": none of them; None: it
+            has none.
         sequence: the ranks that share the packed sequence in training; None: it is whole on this rank.
         compute_device: device of the computation, if the weights are stored on another one.
     """
@@ -38,6 +41,7 @@ class Backbone(nn.Module):
     _compared = "states"
     sequence: SequenceGroup | None = None
     compute_device: torch.device | None = None
+    adapter: str | None = None
 
     def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
         super().__init__()
@@ -50,6 +54,15 @@ class Backbone(nn.Module):
         for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
             if name in transformer.config.to_dict():
                 setattr(transformer.config, name, 0.0)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of this model that are not frozen, by name; its adapter is named as that of a policy."""
+        own = (self.adapter, "")
+        return {
+            policy_name(name): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and adapter_of(name) in own
+        }
 
     def forward(self, call: Callable[[], T]) -> T:
         """The result of `call`; every use of the weights goes through here, so that FSDP's hooks run."""
@@ -64,8 +77,11 @@ class Backbone(nn.Module):
     def forward_mode(self) -> Iterator[None]:
         """Context in which the model attends by rows and computes in its precision.
 
-        Weights are cast to the precision once per context, so generation enters it once for all tokens.
+        Weights are cast to the precision once per context, so generation enters it once for all tokens. The
+        adapter stays in use afterwards: a backward pass may compute activations again.
         """
+        if self.adapter is not None:
+            use_adapter(self.transformer, self.adapter)
         with use_attention(self.transformer), autocast(self.device, self.precision):
             yield
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,7 +25,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from verl.config.roles import LoraConfig
+from verl.engines.hf.adapters import merge_adapter, read_adapter
+from verl.engines.hf.lora import import_peft
 from verl.engines.hf.models import Backbone, Precision, ValueModel
+from verl.engines.hf.peft_config import adapter_options
+from verl.utils.adapter_folder import AdapterFolder, find_adapter
+from verl.utils.device import PRECISIONS
 from verl.utils.files import apply_umask, write_safetensors
 from verl.utils.hub import why_missing
 from verl.utils.tokens import CHARACTERS, character_tokenizer
@@ -43,20 +53,29 @@ def without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_language_model(path: str) -> PreTrainedModel:
+def load_language_model(path: str, **options: Any) -> PreTrainedModel:
     """A causal language model in fp32 from a folder or hub name, without code from the folder.
+
+    A PEFT adapter is merged into its base model.
+
+    Args:
+        path: folder or hub name.
+        options: of Transformers' `from_pretrained`.
 
     Raises:
         ValueError: there is no such model.
     """
     check_exists(path, "a causal language model")
+    adapter = find_adapter(path)
+    base = path if adapter is None else _checked_base(adapter)
     try:
         with without_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load a causal language model from {path!r}: {load_failure(error)}"
+            f"cannot load a causal language model from {_described(path, base)}: {load_failure(error)}"
         ) from error
+    return model if adapter is None else merge_adapter(model, adapter)
 
 
 def check_model(path: str, kind: str = "causal language model") -> PretrainedConfig:
@@ -70,10 +89,13 @@ def check_model(path: str, kind: str = "causal language model") -> PretrainedCon
         ValueError: there is no such model.
     """
     check_exists(path, f"a {kind}")
+    adapter = find_adapter(path)
+    base = path if adapter is None else _checked_base(adapter)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a {kind} from {path!r}: {load_failure(error)}") from error
+        described = _described(path, base)
+        raise ValueError(f"cannot load a {kind} from {described}: {load_failure(error)}") from error
     return config
 
 
@@ -92,6 +114,24 @@ def check_exists(path: str, kind: str) -> None:
         raise ValueError(f"cannot load {kind} from {path!r}: {reason}")
 
 
+def _checked_base(adapter: AdapterFolder) -> str:
+    """The base model of an adapter that can be merged into it."""
+    adapter_options(adapter, import_peft())
+    base = adapter.base
+    if reason := why_missing(base):
+        raise ValueError(f"cannot load {_described(adapter.source, base)}: {reason}")
+    if find_adapter(base):
+        raise ValueError(
+            f"need a whole model as base of the adapter in {adapter.source}, got another adapter, {base!r}; "
+            "merge that one into its base first"
+        )
+    return base
+
+
+def _described(path: str, base: str) -> str:
+    return repr(path) if path == base else f"{base!r}, the base of the adapter in {path!r}"
+
+
 def load_failure(error: Exception) -> str:
     """The reason why Transformers could not load a model, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -101,30 +141,38 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
     """A reward model in fp32 from a folder or hub name, without code from the folder.
 
     Args:
-        path: a model for sequence classification with one label and a head named `score`, or a causal
-            language model.
+        path: a model for sequence classification with one label and a head named `score`, a causal language
+            model, or a PEFT adapter on one of them, which is merged.
         new_head: give a model without a head a new one of zeros, to be trained; else refuse the model.
 
     Raises:
         ValueError: there is no such model, or it has no such head.
     """
     check_exists(path, "a reward model")
+    adapter = find_adapter(path)
+    base = path if adapter is None else _checked_base(adapter)
     verbosity = transformers_logging.get_verbosity()
     # Transformers would warn about a missing head, which is handled below.
     transformers_logging.set_verbosity_error()
     try:
         with without_progress_bars():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path,
+                base,
                 dtype=torch.float32,
                 num_labels=1,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a reward model from {path!r}: {load_failure(error)}") from error
+        raise ValueError(
+            f"cannot load a reward model from {_described(path, base)}: {load_failure(error)}"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if adapter is not None:
+        has_head = "score.weight" in read_adapter(adapter)
+        model = merge_adapter(model, adapter)
+        loading["missing_keys"] = [] if has_head else loading["missing_keys"]
     missing, mismatched = set(loading["missing_keys"]), [key for key, *_ in loading["mismatched_keys"]]
     has_linear_head = isinstance(dict(model.named_modules()).get("score"), nn.Linear)
     if missing - {"score.weight"} or mismatched or not has_linear_head:
@@ -167,6 +215,54 @@ def as_reward_model(source: PreTrainedModel) -> PreTrainedModel:
     model.base_model.load_state_dict(source.base_model.state_dict())
     nn.init.zeros_(model.score.weight)
     return model
+
+
+def check_quantization(lora: LoraConfig, *, is_adapter: bool = False) -> None:
+    """Refuse weights in 4 bits where they cannot be made, before anything is loaded.
+
+    Args:
+        lora: the settings.
+        is_adapter: the model is an adapter to merge.
+
+    Raises:
+        ValueError: no GPU, no bitsandbytes, or a model that is merged first.
+    """
+    if lora.quantize == "none":
+        return
+    lacks = {
+        "an NVIDIA GPU": not torch.cuda.is_available(),
+        "bitsandbytes (pip install bitsandbytes)": importlib.util.find_spec("bitsandbytes") is None,
+        "the folder of a whole model instead of an adapter": is_adapter,
+    }
+    if missing := [what for what, is_lacking in lacks.items() if is_lacking]:
+        raise ValueError(
+            f"need {', '.join(missing)} for lora.quantize={lora.quantize}; set it to none to train LoRA "
+            "adapters on the whole weights"
+        )
+
+
+def quantization(lora: LoraConfig, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """Options of Transformers for weights in 4 bits; none for `quantize` none.
+
+    QLoRA, https://arxiv.org/abs/2305.14314, section 3: NF4 with quantized constants.
+    """
+    check_quantization(lora)
+    if lora.quantize == "none":
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=PRECISIONS[precision],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def load_value_head(model: ValueModel, source: str) -> None:
+    """Read the head of a critic from its folder, if it has one there."""
+    path = Path(source) / VALUE_HEAD
+    if path.exists():
+        model.head.load_state_dict(load_file(path))
 
 
 def value_model(source: PreTrainedModel, precision: Precision) -> ValueModel:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PretrainedConfig, PreTrainedModel
 
-from verl.engines.hf.lora import base_name, is_lora_parameter, lora_scaling
+from verl.engines.hf.lora import (
+    POLICY,
+    adapter_of,
+    base_name,
+    dequantized,
+    has_lora,
+    lora_scaling,
+    row_norms,
+)
 from verl.weight_sync.layout import TensorShard
 
 
@@ -57,42 +68,87 @@ def to_full(tensor: Tensor) -> Tensor:
     return full.detach().contiguous()
 
 
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor of the model as it is without adapters, with the policy's adapter merged.
+
+    Attributes:
+        parameter: its storage, without the adapter.
+        layer: whose adapter is merged; None: there is none.
+    """
+
+    parameter: Tensor
+    layer: nn.Module | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self.parameter.shape)
+
+    def full(self) -> Tensor:
+        """The whole tensor; a collective if it is sharded."""
+        full = to_full(dequantized(self.parameter))
+        return full if self.layer is None else merged(full, self.layer)
+
+    def local(self) -> Tensor:
+        """The part on this rank; of a layer with an adapter a new tensor, which takes a collective."""
+        if self.layer is None:
+            return to_local(self.parameter).detach()
+        slices = shard_slices(self.parameter)
+        if _magnitude(self.layer) is not None:
+            return self.full()[slices].to(to_local(self.parameter).device)
+        local = to_local(dequantized(self.parameter))
+        return (local + lora_delta(self.layer)[slices].to(local.device)).detach()
+
+
+def plain_tensors(transformer: nn.Module) -> dict[str, PlainTensor]:
+    """The tensors of the model without adapters, by their names in a Hugging Face folder.
+
+    A tensor that several layers share is there once, unless an adapter changes it in one of them.
+    """
+    adapted, tensors = lora_modules(transformer), {}
+    saved = {base_name(n) for n, _ in transformer.named_parameters() if f".modules_to_save.{POLICY}." in n}
+    seen: set[tuple[int, int]] = set()
+    for name, parameter in transformer.named_parameters(remove_duplicate=False):
+        owner, plain = adapter_of(name), base_name(name)
+        is_saved = f".modules_to_save.{POLICY}." in name
+        if (owner and not is_saved) or (".original_module." in name and plain in saved):
+            continue
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        key = (id(parameter), id(layer))
+        if key not in seen:
+            seen.add(key)
+            tensors[plain] = PlainTensor(parameter, layer)
+    return tensors
+
+
 def full_shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that `full_tensors` yields, by name."""
-    return {
-        base_name(name): tuple(parameter.shape)
-        for name, parameter in transformer.named_parameters()
-        if not is_lora_parameter(name)
-    }
+    return {name: tensor.shape for name, tensor in plain_tensors(transformer).items()}
 
 
+@torch.no_grad()
 def full_tensors(
     transformer: nn.Module, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of a model, with the LoRA weights merged; a collective for each.
+    """Names and whole tensors of a model, with the policy's adapter merged; a collective for each.
 
     Args:
         transformer: sharded or not.
         wanted: names of the tensors to yield, the same on all ranks; None: all.
     """
-    adapted = lora_modules(transformer)
-    for name, parameter in transformer.named_parameters():
-        if is_lora_parameter(name) or (wanted is not None and base_name(name) not in wanted):
-            continue
-        full = to_full(parameter)
-        owner = name.removesuffix(".base_layer.weight")
-        if owner != name and owner in adapted:
-            full = full + lora_delta(adapted[owner])
-        yield base_name(name), full
+    for name, tensor in plain_tensors(transformer).items():
+        if wanted is None or name in wanted:
+            yield name, tensor.full()
 
 
 def local_shards(transformer: nn.Module) -> list[TensorShard]:
     """Shards of the whole tensors on this rank, by the names of `full_tensors` and `local_tensors`."""
     shards = []
-    for name, parameter in transformer.named_parameters():
-        bounds = tuple((part.start, part.stop) for part in shard_slices(parameter))
-        if not is_lora_parameter(name) and all(start < stop for start, stop in bounds):
-            shards.append(TensorShard(base_name(name), bounds, base_name(name), (0,) * len(bounds)))
+    for name, tensor in plain_tensors(transformer).items():
+        bounds = tuple((part.start, part.stop) for part in shard_slices(tensor.parameter))
+        if all(start < stop for start, stop in bounds):
+            shards.append(TensorShard(name, bounds, name, (0,) * len(bounds)))
     return shards
 
 
@@ -103,33 +159,82 @@ def local_tensors(transformer: nn.Module) -> dict[str, Tensor]:
     They are the storage of the parameters. Only a matrix with a LoRA adapter is a new tensor, with the
     adapter merged, which takes a collective.
     """
-    adapted = lora_modules(transformer)
-    tensors = {}
-    for name, parameter in transformer.named_parameters():
-        if is_lora_parameter(name):
-            continue
-        local = to_local(parameter)
-        owner = name.removesuffix(".base_layer.weight")
-        if owner != name and owner in adapted:
-            local = local + lora_delta(adapted[owner])[shard_slices(parameter)].to(local.device)
-        tensors[base_name(name)] = local.detach()
-    return tensors
+    return {name: tensor.local() for name, tensor in plain_tensors(transformer).items()}
+
+
+def unties_embeddings(transformer: PreTrainedModel) -> bool:
+    """True if an adapter changes one of two embeddings that share their weights in the model's files."""
+    config = transformer.config.get_text_config()
+    if not config.tie_word_embeddings or not has_lora(transformer, POLICY):
+        return False
+    ends = [transformer.get_input_embeddings(), transformer.get_output_embeddings()]
+    names = {name for name, module in transformer.named_modules() if any(module is end for end in ends)}
+    return len({f"{name}.weight" for name in names} & plain_tensors(transformer).keys()) > 1
+
+
+def merged_config(transformer: PreTrainedModel) -> PretrainedConfig:
+    """Configuration of the model with its adapter merged: its embeddings may be tied no longer."""
+    if not unties_embeddings(transformer):
+        return transformer.config
+    config = copy.deepcopy(transformer.config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
 
 
 def lora_modules(transformer: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers that have a LoRA adapter, by name."""
-    names = {name for name, _ in transformer.named_parameters()}
-    return {
-        name: module
-        for name, module in transformer.named_modules()
-        if f"{name}.lora_A.default.weight" in names
-    }
+    """Layers that the policy's adapter changes, by name."""
+    own = (name for name, _ in transformer.named_parameters() if adapter_of(name) == POLICY)
+    names = {name.partition(".lora_")[0] for name in own if ".lora_" in name}
+    return {name: module for name, module in transformer.named_modules() if name in names}
+
+
+def lora_pair(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """A [rank, inputs] and B [outputs, rank] of the policy's adapter of a layer, whole."""
+    if f"lora_A.{POLICY}.weight" in dict(module.named_parameters()):
+        return to_full(module.get_parameter(f"lora_A.{POLICY}.weight")), to_full(
+            module.get_parameter(f"lora_B.{POLICY}.weight")
+        )
+    # Of an embedding: A [rank, vocabulary], B [hidden, rank].
+    a, b = (to_full(module.get_parameter(f"lora_embedding_{part}.{POLICY}")) for part in "AB")
+    return b.T, a.T
 
 
 def lora_delta(module: nn.Module) -> Tensor:
     """The matrix that the LoRA adapter of a layer adds to its weight, B A alpha / rank, whole."""
-    a, b = (to_full(module.get_parameter(f"lora_{part}.default.weight")) for part in "AB")
+    a, b = lora_pair(module)
     return lora_scaling(module) * (b @ a)
+
+
+def merged(weight: Tensor, module: nn.Module) -> Tensor:
+    """The weight of a layer with its adapter merged.
+
+    With DoRA the rows of W + B A alpha / rank get the trained norms; 2402.09353, equation 5.
+    """
+    total = weight + lora_delta(module)
+    magnitude = _magnitude(module)
+    if magnitude is None:
+        return total
+    return total * (to_full(magnitude) / row_norms(total))[:, None]
+
+
+def _magnitude(module: nn.Module) -> Tensor | None:
+    """The norms that DoRA trains; None: the adapter has none."""
+    return dict(module.named_parameters()).get(f"lora_magnitude_vector.{POLICY}.weight")
+
+
+def is_plain_lora(transformer: nn.Module) -> bool:
+    """True if the policy's adapter is one pair of matrices of one rank and scale for linear layers.
+
+    Then servers can load the adapter alone.
+    """
+    names = [name for name, _ in transformer.named_parameters() if adapter_of(name) == POLICY]
+    is_pair = all(".lora_A." in name or ".lora_B." in name for name in names)
+    kinds = {
+        (module.get_parameter(f"lora_A.{POLICY}.weight").shape[0], lora_scaling(module))
+        for module in lora_modules(transformer).values()
+        if is_pair
+    }
+    return bool(names) and is_pair and len(kinds) == 1
 
 
 @torch.no_grad()
@@ -137,14 +242,12 @@ def lora_adapter_files(transformer: nn.Module) -> dict[str, bytes]:
     """The two files of a PEFT folder with the LoRA adapter, name -> content; a collective for each tensor."""
     adapted = lora_modules(transformer)
     tensors = {
-        f"base_model.model.{name}.lora_{part}.weight": to_full(
-            module.get_parameter(f"lora_{part}.default.weight")
-        ).cpu()
+        f"base_model.model.{name}.lora_{part}.weight": matrix.cpu()
         for name, module in adapted.items()
-        for part in "AB"
+        for part, matrix in zip("AB", lora_pair(module), strict=True)
     }
     first = next(iter(adapted.values()))
-    rank = first.get_parameter("lora_A.default.weight").shape[0]
+    rank = lora_pair(first)[0].shape[0]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

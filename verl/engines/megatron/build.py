@@ -150,7 +150,7 @@ def _check_options(role: RoleConfig, parallel: ParallelConfig) -> tuple[dict[str
     unsupported = {
         "replicas": parallel.replicas > 1,
         "offload": parallel.offload,
-        "lora.rank": role.lora.rank > 0,
+        "lora.rank": role.lora.is_on,
         f"optimizer.name {role.optimizer.name}": role.optimizer.name.lower() != "adamw",
         "optimizer.options": bool(role.optimizer.options.values),
     }

@@ -88,8 +88,8 @@ class PolicyWorker(Learner):
 
     @register(PLANNED)
     def write_reference(self, batch: Batch, plan: BatchPlan) -> Batch:
-        """`ref_logprobs` of the policy without its LoRA adapter, which is the policy before training."""
-        with self.engine.disable_adapter():
+        """`ref_logprobs` of the policy with its reference adapter, or without any: as before training."""
+        with self.engine.as_reference():
             logprobs = policy_logprobs(
                 self.engine, batch, plan, temperature=self._temperature, chunk=self._chunk
             )

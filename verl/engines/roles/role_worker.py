@@ -61,6 +61,11 @@ class RoleWorker(Worker):
         """Write the model in Hugging Face format."""
         self.engine.export(folder)
 
+    @register(SAME_ON_ALL)
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Write the LoRA adapter alone in PEFT's layout, to be put on the model `base`."""
+        self.engine.export_adapter(folder, base)
+
 
 class ColumnWorker(RoleWorker):
     """A role that writes columns of the batch before the update."""

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from verl.controller.dispatch import ONE_TO_ALL, SAME_ON_ALL, register
-from verl.engines.hf.lora import has_lora
-from verl.engines.hf.weights import lora_adapter_files
+from verl.engines.hf.weights import is_plain_lora, lora_adapter_files, unties_embeddings
 from verl.engines.roles.role_worker import RoleWorker
 from verl.utils.device import synchronize
 from verl.utils.network import address_towards, free_port
@@ -115,8 +114,13 @@ class PolicyWeightSender(RoleWorker):
 
     @register(SAME_ON_ALL)
     def trains_lora_only(self) -> bool:
-        """True if LoRA adapters are trained, and nothing else."""
-        return has_lora(self.engine.model.transformer)
+        """True if a LoRA adapter is trained that servers can load alone; else they get merged weights."""
+        return is_plain_lora(self.engine.model.transformer)
+
+    @register(SAME_ON_ALL)
+    def unties_embeddings(self) -> bool:
+        """True if an adapter changes one of two embeddings that the model's files hold as one."""
+        return unties_embeddings(self.engine.model.transformer)
 
     @register(SAME_ON_ALL)
     def lora_adapter(self) -> dict[str, bytes]:

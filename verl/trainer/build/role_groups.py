@@ -18,6 +18,7 @@ from verl.controller.worker_group import Timeline, WorkerFactory, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.columns import written_by
 from verl.data.packing import BatchPlan
+from verl.engines.hf.adapters import reference_on_base
 from verl.engines.roles.policy import PolicyWorker
 from verl.engines.roles.role_worker import ColumnWorker, Learner, RoleWorker
 from verl.rewards.model_scoring import RewardScorer, reward_function_on
@@ -87,10 +88,18 @@ class RoleGroups:
             "teacher": worker_factories.build_teacher,
             "reward": worker_factories.build_reward_model,
         }
-        groups = {}
+        if "reference" in wanted and config.reference is None and config.policy.lora.path:
+            sources["reference"] = worker_factories.with_adapter(source, config.policy.lora.path)
+        groups: dict[str, WorkerGroup] = {}
+        # Copies of a loaded policy are made before it becomes one that learns; a critic that is an adapter on
+        # the policy's weights is made after it.
+        shares_base = worker_factories.critic_shares_base(config, critic_source)
+        order = [role for role in sources if role in wanted]
+        order.sort(key=lambda role: role == "critic" and shares_base)
         try:
-            # Copies of a loaded policy are made before it becomes one that learns.
-            for role in (role for role in sources if role in wanted):
+            for role in order:
+                if role == "critic" and shares_base:
+                    factories[role] = partial(worker_factories.build_critic_adapter, groups["policy"])
                 groups[role] = self._start(role, factories[role], sources[role])
             self.policy = groups["policy"]
             self.reference, self.critic, self.teacher = (
@@ -139,6 +148,10 @@ class RoleGroups:
         """Write the policy in Hugging Face format, without its tokenizer."""
         self.policy.call(RoleWorker.export, folder).result()
 
+    def export_adapter(self, folder: Path, base: str) -> None:
+        """Write the policy's LoRA adapter alone in PEFT's layout."""
+        self.policy.call(RoleWorker.export_adapter, folder, base).result()
+
     def memory(self) -> Metrics:
         """Bytes in use, at most and in all, of the fullest device of the policy."""
         return self.policy.call(RoleWorker.memory).result()
@@ -153,8 +166,9 @@ class RoleGroups:
 
     def _wanted(self) -> set[str]:
         reads, config = self._algorithm.reads, self._config
-        # Switched off, the low-rank additions of a policy leave the model that it started from.
-        is_own_reference = config.policy.lora.rank > 0 and config.reference is None
+        # Without its adapter, or with another one, a policy on one device is its own reference.
+        shares_base, adapter = reference_on_base(config.policy, config.reference)
+        is_own_reference = shares_base and (adapter is None or not self._places_rewards)
         exists = {
             "policy": True,
             "reference": "ref_logprobs" in reads and not is_own_reference,
@@ -182,8 +196,8 @@ class RoleGroups:
     ) -> WorkerGroup:
         parallel = self._placement.parallel(role)
         assert source is not None
-        if parallel is not None and not isinstance(source, str):
-            source = worker_factories.saved(source, Path(self._config.output_dir) / "start" / role)
+        if parallel is not None:
+            source = worker_factories.plain_folder(source, Path(self._config.output_dir) / "start" / role)
         return self._placement.start(role, factory, self._config, source, parallel)
 
     def _check_vocabularies(self) -> None:

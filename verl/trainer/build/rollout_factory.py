@@ -8,6 +8,7 @@ from pathlib import Path
 from verl.algorithms.objective import Algorithm
 from verl.config.run import TrainerConfig
 from verl.engines.hf.hf_io import model_folder
+from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.actor_worker import PolicyGenerator
@@ -82,6 +83,8 @@ def build_rollout(
         EngineError: no server starts.
     """
     name = config.rollout.engine
+    if config.policy.lora.is_on and (config.rollout.has_servers or name in IN_PROCESS):
+        _check_tied(groups, name)
     if config.rollout.has_servers:
         return _build_pool(groups, str(model_folder(source)), codec, config, note=note)
     if name not in ("embedded", *IN_PROCESS):
@@ -100,12 +103,13 @@ def _build_pool(
     *,
     note: Callable[[str], None],
 ) -> RolloutEngine:
-    rollout, lora_rank = config.rollout, config.policy.lora.rank
+    rollout, lora = config.rollout, config.policy.lora
     make = server_class(rollout.engine)
     enables_lora = rollout.engine_options.values.get("enable_lora")
-    if lora_rank and rollout.engine in ("vllm", "sglang") and not enables_lora:
+    sends_adapter = lora.is_on and groups.policy.call(PolicyWeightSender.trains_lora_only).result()
+    if sends_adapter and rollout.engine in ("vllm", "sglang") and not enables_lora:
         raise ValueError(
-            f"need rollout.engine_options.enable_lora true, and max_lora_rank of at least {lora_rank}, for "
+            f"need rollout.engine_options.enable_lora true, and max_lora_rank of at least the adapter's, for "
             f"servers of {rollout.engine} that follow policy.lora"
         )
     dtype = str(PRECISIONS[config.policy.precision]).removeprefix("torch.")
@@ -138,6 +142,20 @@ def _build_pool(
     except BaseException:
         pool.close()
         raise
+
+
+def _check_tied(groups: RoleGroups, engine: str) -> None:
+    """Refuse adapters that untie the embeddings of a model, which the engines load as tied.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if groups.policy.call(PolicyWeightSender.unties_embeddings).result():
+        raise ValueError(
+            f"need equal input and output embeddings for rollout.engine {engine}, which loads them as one, "
+            "but an adapter changes one of the two; leave lm_head and embed_tokens out of "
+            "policy.lora.targets and modules_to_save, or generate with rollout.engine=embedded"
+        )
 
 
 def pool_of(rollout: RolloutEngine) -> ThreadedInferencePool | None:

@@ -8,28 +8,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from verl.algorithms.objective import Algorithm
 from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
-from verl.config.roles import RoleConfig
+from verl.config.roles import LoraConfig, RoleConfig
 from verl.config.run import TrainerConfig
+from verl.controller.worker_group import LocalGroup, WorkerGroup
 from verl.data.columns import COLUMNS
 from verl.engines.base import ForwardEngine, TrainEngine
-from verl.engines.hf.models import Backbone, PolicyModel
-from verl.engines.hf.pretrained import load_language_model, save_transformer, value_model
+from verl.engines.hf.adapters import (
+    adapter_at,
+    add_adapter,
+    is_same_model,
+    merge_adapter,
+    reference_on_base,
+)
+from verl.engines.hf.lora import CRITIC, POLICY, REFERENCE, has_lora
+from verl.engines.hf.models import Backbone, PolicyModel, ValueModel
+from verl.engines.hf.pretrained import (
+    VALUE_HEAD,
+    load_language_model,
+    load_value_head,
+    quantization,
+    save_transformer,
+    value_model,
+)
 from verl.engines.local import LocalEngine, LocalForwardEngine
 from verl.engines.roles.critic import CriticWorker
 from verl.engines.roles.process_reward import ProcessRewardWorker
 from verl.engines.roles.reference_policy import ReferenceWorker
-from verl.engines.roles.role_worker import Learner
+from verl.engines.roles.role_worker import Learner, RoleWorker
 from verl.engines.roles.teacher import TeacherWorker
 from verl.rewards.model_scoring import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_size, has_equal_layout
 from verl.rollout.inference_server import ColocatedEngine
+from verl.utils.adapter_folder import find_adapter, tokenizer_source
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.tokens import TextCodec
 
@@ -57,6 +75,11 @@ def build_actor(
         parallel: how they are spread over the ranks of the pool; None: this process alone.
     """
     engine = build_train_engine(config, config.policy, source, apply_strategy_mapping(config, parallel))
+    shares_base, adapter = reference_on_base(config.policy, config.reference)
+    reads_reference = "ref_logprobs" in Algorithm.bind(config.algorithm).reads
+    if parallel is None and adapter and shares_base and reads_reference:
+        lora = LoraConfig(path=adapter)
+        add_adapter(engine.model.transformer, lora, name=REFERENCE, trained=False)
     generator = _generator(config, source, codec)
     return ActorWorker(
         engine,
@@ -124,14 +147,48 @@ def _generator(config: TrainerConfig, source: Source, codec: TextCodec) -> Coloc
     return engine
 
 
+def critic_shares_base(config: TrainerConfig, critic_source: Source | None) -> bool:
+    """True if the critic is a second LoRA adapter on the frozen weights of the policy, in one process."""
+    policy, critic = config.policy, config.critic
+    is_same = critic.path is None or (policy.path is not None and is_same_model(critic.path, policy.path))
+    has_own_head = critic.path is not None and (Path(critic.path) / VALUE_HEAD).exists()
+    return (
+        config.placement.name == "local"
+        and policy.lora.is_on
+        and critic.lora.is_on
+        and critic_source is None
+        and is_same
+        and not has_own_head
+        # One stack of layers has one way to compute.
+        and policy.gradient_checkpointing == critic.gradient_checkpointing
+        and policy.lora.quantize == critic.lora.quantize
+    )
+
+
+def build_critic_adapter(
+    policy: WorkerGroup, config: TrainerConfig, source: Source, parallel: ParallelConfig | None
+) -> Learner:
+    """The critic as a second adapter on the transformer of the policy, which has been started."""
+    assert parallel is None and isinstance(policy, LocalGroup) and isinstance(policy.worker, RoleWorker)
+    return _critic(config, policy.worker.engine.model.transformer, None, adapter=CRITIC)
+
+
 def build_critic(config: TrainerConfig, source: Source, parallel: ParallelConfig | None) -> Learner:
     """The critic: a value model, or a process reward model if the algorithm reads one.
 
     It gets a copy of a loaded model.
     """
+    return _critic(config, _own(source), parallel)
+
+
+def _critic(
+    config: TrainerConfig, source: Source, parallel: ParallelConfig | None, *, adapter: str = POLICY
+) -> Learner:
     algorithm, role = Algorithm.bind(config.algorithm), config.critic
     is_prm = "prm_logprobs" in algorithm.reads
-    engine = build_train_engine(config, role, _own(source), parallel, kind="policy" if is_prm else "value")
+    engine = build_train_engine(
+        config, role, source, parallel, kind="policy" if is_prm else "value", adapter=adapter
+    )
     if not is_prm:
         return CriticWorker(engine, algorithm, vf_coef=role.vf_coef, epochs=config.algorithm.epochs)
     temperature, chunk = config.sampling.temperature, role.logits_chunk_tokens
@@ -199,6 +256,31 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
+def plain_folder(source: Source, folder: Path) -> str:
+    """Folder or hub name of a model for ranks of other processes; one that is not whole there is written."""
+    if isinstance(source, str) and find_adapter(source) is None:
+        return source
+    model = load_language_model(source) if isinstance(source, str) else source
+    written = saved(model, folder)
+    if isinstance(source, str):
+        AutoTokenizer.from_pretrained(tokenizer_source(source)).save_pretrained(folder)
+    return written
+
+
+def plain_source(config: TrainerConfig, source: Source) -> Source:
+    """The policy as other processes can load it: an adapter is merged into its base and written."""
+    is_alone = config.placement.name == "local" and config.rollout.engine == "embedded"
+    if not isinstance(source, str) or (is_alone and not config.rollout.has_servers):
+        return source
+    return plain_folder(source, Path(config.output_dir) / "start" / "policy")
+
+
+def with_adapter(source: Source, adapter: str) -> PreTrainedModel:
+    """A model with an adapter merged; of a loaded model a copy."""
+    model = load_language_model(source) if isinstance(source, str) else copy.deepcopy(source)
+    return merge_adapter(model, adapter_at(adapter))
+
+
 def _own(source: Source) -> Source:
     # Two optimizers on one storage would undo each other's steps, and a reference would follow the policy.
     return source if isinstance(source, str) else copy.deepcopy(source)
@@ -211,14 +293,16 @@ def build_train_engine(
     parallel: ParallelConfig | None,
     *,
     kind: Kind = "policy",
+    adapter: str = POLICY,
 ) -> TrainEngine:
-    """The engine of a model that learns."""
+    """The engine of a model that learns, with a LoRA adapter of that name if it has one."""
     device, updates = pick_device(config.device), total_updates(config)
     if parallel is not None:
         engine = shard_engine(config, source, parallel, kind=kind, role=role, updates=updates)
         assert isinstance(engine, TrainEngine), f"{parallel.engine.name} was to give a TrainEngine"
         return engine
-    return LocalEngine(_model(source, kind, role).to(device), role, device=device, total_updates=updates)
+    model = _model(source, kind, role, device, learns=True).to(device)
+    return LocalEngine(model, role, device=device, total_updates=updates, adapter=adapter)
 
 
 def build_forward_engine(
@@ -228,9 +312,8 @@ def build_forward_engine(
     device = pick_device(config.device)
     if parallel is not None:
         return shard_engine(config, source, parallel, kind="policy", role=config.policy, updates=None)
-    return LocalForwardEngine(
-        _model(source, "policy", config.policy).requires_grad_(False), config.policy, device=device
-    )
+    model = _model(source, "policy", config.policy, device).requires_grad_(False)
+    return LocalForwardEngine(model, config.policy, device=device)
 
 
 def shard_engine(
@@ -269,13 +352,19 @@ def engine_maker(name: str) -> Callable[..., ForwardEngine]:
     return found
 
 
-def _model(source: Source, kind: Kind, role: RoleConfig) -> Backbone:
-    transformer = load_language_model(source) if isinstance(source, str) else source.float()
-    model = (
-        value_model(transformer, role.precision)
-        if kind == "value"
-        else PolicyModel(transformer, role.precision)
-    )
+def _model(
+    source: Source, kind: Kind, role: RoleConfig, device: torch.device, *, learns: bool = False
+) -> Backbone:
+    options = quantization(role.lora, role.precision, device) if learns else {}
+    if isinstance(source, str):
+        transformer = load_language_model(source, **options)
+    else:
+        # One that is shared with the policy may be quantized, and is fp32 elsewhere already.
+        transformer = source if has_lora(source) else source.float()
+    make: Callable[..., Backbone] = PolicyModel if kind == "policy" else value_model
+    model = make(transformer, role.precision)
+    if isinstance(model, ValueModel) and isinstance(source, str):
+        load_value_head(model, source)
     model.check_forward()
     return model
 

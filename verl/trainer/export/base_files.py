@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from verl.engines.hf.pretrained import GENERATION_CONFIG
 from verl.trainer.export.public_values import is_folder
+from verl.utils.adapter_folder import generation_config_source
 from verl.utils.tokens import TextCodec
 
 
@@ -38,7 +39,7 @@ class BaseFiles:
         """
         name = path or (source if isinstance(source, str) else str(source.config.name_or_path))
         if isinstance(source, str) or not source.can_generate():
-            return cls(name, _read(name, GENERATION_CONFIG))
+            return cls(name, _read(generation_config_source(name), GENERATION_CONFIG) if name else None)
         return cls(name, source.generation_config.to_json_string())
 
     def write(self, folder: Path, codec: TextCodec) -> None:

@@ -14,13 +14,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from verl.config.data import DataConfig
 from verl.config.roles import LoraConfig
 from verl.engines.dcp_checkpoint import read_saved
+from verl.engines.hf.adapters import adapter_at, export_adapter
 from verl.engines.hf.hf_io import MAX_FILE_BYTES, saved_buffers, write_model
-from verl.engines.hf.lora import add_lora
+from verl.engines.hf.lora import POLICY, add_lora
 from verl.engines.hf.models import Backbone, PolicyModel, RewardModel, ValueModel
 from verl.engines.hf.pretrained import load_language_model, load_reward_model, value_model
 from verl.trainer.checkpoint_store import CheckpointStore, is_checkpoint, load_state
 from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.export.model_card import CardFacts, write_card
+from verl.utils.adapter_folder import find_adapter
 from verl.utils.tokens import TextCodec
 
 ExportRole = Literal["policy", "critic"]
@@ -44,7 +46,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: a folder `step-...` of a run, or the folder of a run, whose newest checkpoint is taken.
-        folder: destination.
+        folder: destination; a LoRA adapter alone is written into its folder `adapter`, too.
         role: policy, or critic, whose head is written as `value_head.safetensors`.
         dtype: of the written weights.
         max_file_bytes: size of a weights file; a larger model is written into several, with an index.
@@ -59,13 +61,17 @@ def export_checkpoint(
     checkpoint = find_checkpoint(checkpoint)
     state = load_state(checkpoint)
     model = load_checkpoint_model(checkpoint, role, state["config"])
-    path = state["config"]["policy"]["path"]
+    path = base_path(state["config"]["policy"])
     # Loaded before anything is written: without the tokenizer no half export is left.
     codec = TextCodec.for_run(path, data_settings(state["config"])) if path else None
     base = BaseFiles(**state["base"]) if "base" in state else BaseFiles.of(path or "", path or "")
     write_model(model, folder, dtype=dtype, max_file_bytes=max_file_bytes)
-    if codec:
-        base.write(folder, codec)
+    folders = [folder]
+    if model.adapter and role == "policy" and path and find_adapter(path) is None:
+        folders.append(folder / "adapter")
+        export_adapter(model, folders[-1], base=path)
+    for written in folders if codec else ():
+        base.write(written, codec)
     facts = CardFacts(
         kind=type(model).__name__,
         settings=state["config"],
@@ -76,6 +82,13 @@ def export_checkpoint(
     )
     write_card(folder, facts, with_picture=True)
     return checkpoint
+
+
+def base_path(policy: Mapping[str, Any]) -> str | None:
+    """Folder or hub name of the model that a policy started from, from its section of the settings."""
+    path: str | None = policy["path"]
+    adapter = policy["lora"].get("path")
+    return path if path is not None or adapter is None else adapter_at(adapter).base
 
 
 def data_settings(settings: Mapping[str, Any]) -> DataConfig:
@@ -126,7 +139,7 @@ def load_checkpoint_model(checkpoint: Path, role: ExportRole, settings: Mapping[
             raise ValueError(
                 f"need weights that are finite, but {name} of {saved} is not; export an older checkpoint"
             )
-    base = settings["policy"]["path"]
+    base = base_path(settings["policy"])
     if role == "critic":
         base = settings["critic"]["path"] or base
     model = model_for_checkpoint(saved, settings[role], base)
@@ -153,9 +166,9 @@ def model_for_checkpoint(saved: Path, settings: Mapping[str, Any], base: str | N
     Raises:
         ValueError: the checkpoint has trained weights alone, and the base model is unknown.
     """
-    lora = LoraConfig(**{**settings["lora"], "targets": tuple(settings["lora"]["targets"])})
+    lora = LoraConfig.model_validate(settings["lora"])
     kind = json.loads((saved / "progress.json").read_text())["kind"].rpartition(" ")[2]
-    if not lora.rank:
+    if not lora.is_on:
         config = AutoConfig.from_pretrained(saved)
         model = as_kind(kind, _FAMILIES[kind].from_config(config, dtype=torch.float32))
         if not any(saved_buffers(model.transformer)):
@@ -169,8 +182,9 @@ def model_for_checkpoint(saved: Path, settings: Mapping[str, Any], base: str | N
     is_reward_model = kind == "RewardModel"
     transformer = load_reward_model(base, new_head=True) if is_reward_model else load_language_model(base)
     model = value_model(transformer, "fp32") if kind == "ValueModel" else as_kind(kind, transformer)
-    if lora.rank:
+    if lora.is_on:
         add_lora(model.transformer, lora)
+        model.adapter = POLICY
     return model
 
 

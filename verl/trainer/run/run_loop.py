@@ -176,7 +176,7 @@ class TrainerRun:
         for line in self._findings.summary():
             tracker.event(line)
         with trainer.progress.phase(f"writing the model to {self._folder / 'model'}"):
-            trainer.save_model(self._folder / "model")
+            trainer.save_model(self._folder / "model", adapter=self._folder / "adapter")
         self._notify("on_end", lambda callback: callback.on_end(trainer))
 
     def settle(self) -> None:
