@@ -26,7 +26,6 @@ from verl.monitoring.wait_tracker import WaitTracker
 from verl.monitoring.watchdog import Dependency
 from verl.trainer.build.policy_start import PolicyStart
 from verl.trainer.checkpoint_store import Save
-from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.export.model_card import CardFacts, write_card
 from verl.trainer.run.callbacks import Callback
 from verl.utils.device import (
@@ -92,7 +91,6 @@ class BaseTrainer(ABC):
         models: of the run.
         context: tokens that the policy reads at most, prompt and answer together.
         codec: the tokenizer of the policy.
-        base: files of the model that the policy started from.
         device: of this process.
         timeline: spans of all calls.
         notes: human-readable lines that the next step logs.
@@ -102,7 +100,7 @@ class BaseTrainer(ABC):
         rows_per_step: rows of `data.train` in a step, at most all of them where they are not repeated.
         model_kind: class of the trained model in `verl.engines.hf.models`.
         version: of the policy: steps that it has learned.
-        start: weights that the policy starts from.
+        start: weights that the policy starts from, and the files beside them.
         eval_every: steps between evaluations; 0: never.
         eval_at_start: evaluate before the first step.
         held_out: size of the held-out data, for readers.
@@ -116,7 +114,6 @@ class BaseTrainer(ABC):
     context: int
     rows_per_step: int
     codec: TextCodec
-    base: BaseFiles
     start: PolicyStart
 
     def __init__(
@@ -244,11 +241,11 @@ class BaseTrainer(ABC):
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.models.export(folder)
-        self.base.write(folder, self.codec)
+        self.start.files.write(folder, self.codec)
         facts = CardFacts(
             kind=self.model_kind,
             settings=self.config.model_dump(mode="json"),
-            base=self.base,
+            base=self.start.files,
             step=self.version,
             run_folder=self.run_folder,
             num_rows=len(self.loader.prompts) if self.loader else None,
@@ -256,7 +253,7 @@ class BaseTrainer(ABC):
         write_card(folder, facts)
         if adapter is not None and self.start.adapter_base is not None:
             self.models.export_adapter(adapter, self.start.adapter_base)
-            self.base.write(adapter, self.codec)
+            self.start.files.write(adapter, self.codec)
 
     def evaluate(self) -> Metrics:
         """Metrics on held-out data; none if the run has none."""
@@ -289,7 +286,7 @@ class BaseTrainer(ABC):
             "loader": self.loader.state_dict() if self.loader else None,
             "rng": rng_state(),
             "config": self.fixed_settings(),
-            "base": asdict(self.base),
+            "base": asdict(self.start.files),
             "num_rows": len(self.loader.prompts) if self.loader else 0,
         }
 

@@ -112,10 +112,8 @@ class Trainer(RunnableTrainer):
         self._step_limit: StepLimitMetric | None = None
         self._owns_rollout = rollout is None
         self.start = policy_start(config, actor_model, note=self.notes.append)
-        self.base = self.start.files
-        self.codec = codec or TextCodec.for_run(
-            self.start.tokenizer, config.data, stop_ids=config.sampling.stop_ids
-        )
+        tokenizer, stop_ids = self.start.tokenizer, config.sampling.stop_ids
+        self.codec = codec or TextCodec.for_run(tokenizer, config.data, stop_ids=stop_ids)
         config = self.read_data_early(model_config_of(self.start.source))
         source = plain_source(config, self.start.source)
         with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):

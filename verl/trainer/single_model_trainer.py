@@ -90,7 +90,7 @@ class SingleModelTrainer(RunnableTrainer):
     ) -> None:
         super().__init__(config, device=config.device, console=console, callbacks=callbacks)
         self.start = policy_start(config, actor_model, self.kind, note=self.notes.append)
-        self.base, source = self.start.files, self.start.source
+        source = self.start.source
         self.codec = codec or TextCodec.for_run(self.start.tokenizer, config.data)
         self.read_data_early(model_config_of(source))
         with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):

@@ -1,11 +1,23 @@
-"""Names of models on the Hugging Face hub, looked up once, without a long wait where there is no network."""
+"""Models by their folders and names on the Hugging Face hub: looked up, and PEFT adapters recognized.
+
+Without a network there is no long wait.
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from transformers.utils.peft_utils import find_adapter_config_file
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 # Transformers itself would try again for half a minute.
 _TIMEOUT_S = 5.0
@@ -24,7 +36,7 @@ def why_missing(source: str) -> str | None:
         return "there is no such folder"
     here = f"there is no such folder in {Path.cwd()}"
     try:
-        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        if any(isinstance(try_to_load_from_cache(source, name), str) for name in _CONFIGS):
             return None
         HfApi().model_info(source, timeout=_TIMEOUT_S)
     except HFValidationError:
@@ -41,3 +53,99 @@ def why_missing(source: str) -> str | None:
         reason = str(error) or type(error).__name__
         return f"{here}, and the hub {constants.ENDPOINT} cannot be reached: {reason}"
     return None
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes it.
+
+    Attributes:
+        source: folder or hub name, as it was given.
+        folder: on this disk.
+        settings: content of adapter_config.json.
+    """
+
+    source: str
+    folder: Path
+    settings: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """Folder or hub name of the model that the adapter belongs to.
+
+        A relative folder is looked for in the working directory, then in the folder of the adapter.
+
+        Raises:
+            ValueError: the adapter names none, or no such folder exists.
+        """
+        named = self.settings.get("base_model_name_or_path")
+        remedy = f"give the model as policy.path and {self.source} as policy.lora.path"
+        if not named:
+            raise ValueError(
+                f"need base_model_name_or_path in {self.folder / ADAPTER_CONFIG}, the model that the adapter "
+                f"belongs to, got none; {remedy}"
+            )
+        for place in (Path(named), self.folder / named):
+            if place.is_dir() and place.resolve() != self.folder.resolve():
+                return str(place)
+        # Hub names have at most one slash, and do not begin as a path does.
+        if named.startswith(("/", ".", "~")) or named.count("/") > 1:
+            raise ValueError(
+                f"need the base model of the adapter in {self.folder}, but base_model_name_or_path {named!r} "
+                f"in its {ADAPTER_CONFIG} is no folder here; {remedy}"
+            )
+        return str(named)
+
+
+def find_adapter(source: str) -> AdapterFolder | None:
+    """The adapter at a folder or hub name; None: there is something else.
+
+    Raises:
+        ValueError: the folder has a whole model, too, or its adapter_config.json cannot be read.
+    """
+    found = str(Path(source) / ADAPTER_CONFIG) if Path(source).is_dir() else _on_hub(source)
+    if found is None or not Path(found).exists():
+        return None
+    path = Path(found)
+    wholes = [*path.parent.glob("model*.safetensors"), *path.parent.glob("pytorch_model*.bin")]
+    if wholes:
+        raise ValueError(
+            f"need a model or a PEFT adapter in {source}, got both, {wholes[0].name} and {ADAPTER_CONFIG}; "
+            "move one of them to a folder of its own"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"need JSON in {path}, got {error}; write the adapter anew") from error
+    return AdapterFolder(source, path.parent, settings)
+
+
+@cache
+def _on_hub(source: str) -> str | None:
+    """adapter_config.json of a hub name, downloaded; None: there is none."""
+    found: str | None = None if why_missing(source) else find_adapter_config_file(source)
+    if found:
+        snapshot_download(source, allow_patterns=["adapter_*", "tokenizer*", "generation_config.json"])
+    return found
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a folder has the files of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def tokenizer_source(source: str) -> str:
+    """Folder or hub name of the tokenizer of a model: of an adapter without one, its base model's."""
+    return _with_files(source, _TOKENIZER_FILES)
+
+
+def generation_config_source(source: str) -> str:
+    """Folder or hub name of generation_config.json: of an adapter without one, its base model's."""
+    return _with_files(source, ("generation_config.json",))
+
+
+def _with_files(source: str, names: tuple[str, ...]) -> str:
+    adapter = find_adapter(source)
+    if adapter is None or any((adapter.folder / name).exists() for name in names):
+        return source
+    return adapter.base

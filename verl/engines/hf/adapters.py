@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from verl.engines.hf.lora import POLICY, adapter_of, add_lora, base_name, import
 from verl.engines.hf.models import Backbone, RewardModel
 from verl.engines.hf.peft_config import adapter_options
 from verl.engines.hf.weights import to_full
-from verl.utils.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder, find_adapter
+from verl.utils.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder, find_adapter
 
 _PREFIX = "base_model.model."
 _SCORE = "score.weight"
@@ -167,7 +167,8 @@ def _resize_vocabulary(transformer: PreTrainedModel, tensors: Mapping[str, Tenso
     name = next(name for name, module in transformer.named_modules() if module is embedding)
     saved = tensors.get(f"{name}.weight")
     if saved is not None and saved.shape[0] != embedding.get_parameter("weight").shape[0]:
-        transformer.resize_token_embeddings(saved.shape[0], mean_resizing=False)
+        resize: Callable[..., nn.Module] = transformer.resize_token_embeddings
+        resize(saved.shape[0], mean_resizing=False)
 
 
 def _untie(transformer: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from verl.config.roles import LoraConfig
 from verl.engines.hf.peft_config import continued_options
-from verl.utils.adapter_folder import find_adapter
+from verl.utils.hub import find_adapter
 
 # Names of adapters. "" is the model without any.
 POLICY, CRITIC, REFERENCE, NO_ADAPTER = "default", "critic", "reference", ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from verl.config.roles import LoraConfig
-from verl.utils.adapter_folder import AdapterFolder
+from verl.utils.hub import AdapterFolder
 
 _SHAPE = (
     "r",

@@ -30,10 +30,9 @@ from verl.engines.hf.adapters import merge_adapter, read_adapter
 from verl.engines.hf.lora import import_peft
 from verl.engines.hf.models import Backbone, Precision, ValueModel
 from verl.engines.hf.peft_config import adapter_options
-from verl.utils.adapter_folder import AdapterFolder, find_adapter
 from verl.utils.device import PRECISIONS
 from verl.utils.files import apply_umask, write_safetensors
-from verl.utils.hub import why_missing
+from verl.utils.hub import AdapterFolder, find_adapter, why_missing
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
 VALUE_HEAD, GENERATION_CONFIG = "value_head.safetensors", "generation_config.json"

@@ -15,7 +15,7 @@ from verl.engines.hf.lora import import_peft
 from verl.engines.hf.peft_config import continued_options
 from verl.engines.hf.pretrained import check_model, check_quantization
 from verl.trainer.export.base_files import BaseFiles
-from verl.utils.adapter_folder import AdapterFolder, find_adapter, has_tokenizer
+from verl.utils.hub import AdapterFolder, find_adapter, has_tokenizer
 
 
 @dataclass(frozen=True)

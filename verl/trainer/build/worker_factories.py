@@ -47,8 +47,8 @@ from verl.rewards.model_scoring import RewardWorker
 from verl.rollout.actor_worker import ActorWorker
 from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_size, has_equal_layout
 from verl.rollout.inference_server import ColocatedEngine
-from verl.utils.adapter_folder import find_adapter, tokenizer_source
 from verl.utils.device import PRECISIONS, pick_device
+from verl.utils.hub import find_adapter, tokenizer_source
 from verl.utils.tokens import TextCodec
 
 # A folder or hub name; or, in this process, a loaded model.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from verl.engines.hf.pretrained import GENERATION_CONFIG
 from verl.trainer.export.public_values import is_folder
-from verl.utils.adapter_folder import generation_config_source
+from verl.utils.hub import generation_config_source
 from verl.utils.tokens import TextCodec
 
 

@@ -22,7 +22,7 @@ from verl.engines.hf.pretrained import load_language_model, load_reward_model, v
 from verl.trainer.checkpoint_store import CheckpointStore, is_checkpoint, load_state
 from verl.trainer.export.base_files import BaseFiles
 from verl.trainer.export.model_card import CardFacts, write_card
-from verl.utils.adapter_folder import find_adapter
+from verl.utils.hub import find_adapter
 from verl.utils.tokens import TextCodec
 
 ExportRole = Literal["policy", "critic"]
@@ -70,8 +70,9 @@ def export_checkpoint(
     if model.adapter and role == "policy" and path and find_adapter(path) is None:
         folders.append(folder / "adapter")
         export_adapter(model, folders[-1], base=path)
-    for written in folders if codec else ():
-        base.write(written, codec)
+    for written in folders:
+        if codec:
+            base.write(written, codec)
     facts = CardFacts(
         kind=type(model).__name__,
         settings=state["config"],
