@@ -171,7 +171,7 @@ def _resize_vocabulary(transformer: PreTrainedModel, tensors: Mapping[str, Tenso
         resize(saved.shape[0], mean_resizing=False)
 
 
-def _untie(transformer: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+def _untie(transformer: Any, tensors: Mapping[str, Tensor]) -> None:
     """Separate tied embeddings, if an adapter changes one of them."""
     embedding, head = transformer.get_input_embeddings(), transformer.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
