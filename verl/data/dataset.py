@@ -20,7 +20,8 @@ from verl.utils.sampling_types import Prompt
 
 _MAX_PROBLEMS = 5
 # Columns whose names say that a model reads them, where they are not part of the prompt.
-_UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", *CHAT_COLUMNS}
+_UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", "system_prompt"}
+_UNSEEN |= {"input", "context", *CHAT_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -227,10 +228,11 @@ def load_rows(
     listed = "".join(f"\n  {problem}" for problem in report.problems)
     if problems and config.on_malformed == "stop":
         more = f"\n  and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        # With no usable row, to leave out the others would leave nothing.
+        skip = ", or leave them out with data.on_malformed=skip" if prompts else ""
         raise ValueError(
-            f"{len(problems)} of {report.num_rows} rows cannot be used:{listed}{more}\n"
-            "correct them, name other columns (data.prompt_key, data.answer_key), or leave them out with "
-            "data.on_malformed=skip"
+            f"{len(problems)} of {number} rows cannot be used:{listed}{more}\ncorrect them, name other "
+            f"columns (data.prompt_key, data.answer_key){skip}"
         )
     if not prompts:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from verl.config.data import DataConfig
@@ -25,8 +25,6 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 _PROMPT_COLUMNS = (*CHAT_COLUMNS, "instruction", "question")
 # Columns of the answer, in rows without a column `data.answer_key`.
 _ANSWER_COLUMNS = ("completion", "response", "output")
-# Columns that a reward function or a record of a run gets by other names.
-_OWN_NAMES = {"prompt", "answer", "tools", *CHAT_COLUMNS}
 
 
 class ParsedRow(NamedTuple):
@@ -35,7 +33,7 @@ class ParsedRow(NamedTuple):
     Attributes:
         content: text or messages of the prompt.
         answer: reference answer, None if there is none.
-        used: columns that are not handed on under their own names.
+        used: columns that are not handed on to reward functions under their own names.
         tools: offered in this prompt.
     """
 
@@ -74,14 +72,14 @@ def conversation_of(row: Mapping[str, Any], config: DataConfig) -> Conversation 
         MalformedRow: no layout fits, or two that contradict each other.
     """
     name = _prompt_column(row, config)
-    if name == config.prompt_key and _answer_of(row, config) is None and name in row:
-        name = _chat_beside(row, name)
-    if name == "instruction" != config.prompt_key:
-        return _alpaca(row)
-    if name in CHAT_COLUMNS:
-        return _chat(row, name)
-    content = checked_content(required_column(row, name), name)
     answer = _answer_of(row, config)
+    if name == "prompt" == config.prompt_key and answer is None and name in row:
+        name = _chat_beside(row, name)
+    if chat := _whole_chat(row, name, config):
+        if answer is None or chat.messages[-1]["role"] == "assistant":
+            return chat
+        return replace(chat, messages=[*chat.messages, *_answer_messages(answer)])
+    content = checked_content(required_column(row, name), name)
     if isinstance(content, str):
         if isinstance(answer, list):
             raise MalformedRow(f"need an answer that is a text to the text in {name!r}, got messages")
@@ -105,20 +103,26 @@ def prompt_of(row: Mapping[str, Any], config: DataConfig) -> ParsedRow:
         MalformedRow: no layout fits, or two that contradict each other.
     """
     name, answer = _prompt_column(row, config), _answer_of(row, config)
-    is_alpaca = name == "instruction" != config.prompt_key
-    if is_alpaca or name in CHAT_COLUMNS:
-        chat = _alpaca(row) if is_alpaca else _chat(row, name)
+    if chat := _whole_chat(row, name, config):
         messages, last = _before_answer(chat.messages)
-        content = checked_content(messages, name)
-        answer = last if answer is None else answer
-        return ParsedRow(content, answer, set(chat.used_columns) & _OWN_NAMES, chat.tools)
+        used = set(chat.used_columns) - {"instruction", *_ANSWER_COLUMNS}
+        return ParsedRow(
+            checked_content(messages, name), last if answer is None else answer, used, chat.tools
+        )
     content = checked_content(required_column(row, name), name)
-    used = {name, config.answer_key} & _OWN_NAMES
-    if isinstance(answer, list) and "completion" in row and answer is row["completion"]:
+    used = {name, config.answer_key} & {"prompt", "answer"}
+    if isinstance(answer, list) and answer is row.get("completion"):
         answer = _before_answer(_answer_messages(answer))[1]
     if isinstance(content, str):
         return ParsedRow(content, answer, used)
     return ParsedRow(content, answer, used | {"tools"}, checked_tools(row.get("tools")))
+
+
+def _whole_chat(row: Mapping[str, Any], name: str, config: DataConfig) -> Conversation | None:
+    """Chat of a column that holds one, or of Alpaca's columns; None for a column with the prompt alone."""
+    if name in CHAT_COLUMNS:
+        return _chat(row, name)
+    return _alpaca(row) if name == "instruction" != config.prompt_key else None
 
 
 def _prompt_column(row: Mapping[str, Any], config: DataConfig) -> str:
@@ -199,15 +203,20 @@ def _chat(row: Mapping[str, Any], name: str) -> Conversation:
 
 
 def _system(row: Mapping[str, Any], messages: Messages) -> Messages:
+    """Message of the column `system`, unless the messages have one."""
     system = row.get("system")
-    has_own = any(message["role"] == "system" for message in messages)
-    if not isinstance(system, str) or not system.strip() or has_own:
+    if not system:
         return []
-    return [{"role": "system", "content": system}]
+    if not isinstance(system, str):
+        raise MalformedRow(f"need a text in 'system', got {describe(system)}")
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if own and own != [system]:
+        raise MalformedRow("need one system message, got the column 'system' and another one in the messages")
+    return [] if own else [{"role": "system", "content": system}]
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
-    """Chat of a row in Alpaca's layout: instruction and input are one message, with a line break between."""
+    """Chat before the answer of a row in Alpaca's layout; instruction and input are lines of a message."""
     texts = {name: row[name] for name in ("instruction", "input", "context") if row.get(name)}
     for name, text in texts.items():
         if not isinstance(text, str):
@@ -225,10 +234,8 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     messages.append({"role": "user", "content": "\n".join(texts.values())})
-    answers = [row[name] for name in ("output", "response") if row.get(name)]
-    messages += _answer_messages(answers[0]) if answers else []
     messages = checked_messages(messages, "instruction")
-    used = {"instruction", "input", "context", "history", "system", "output", "response", "tools"}
+    used = {"instruction", "input", "context", "history", "system", "tools", *_ANSWER_COLUMNS}
     return Conversation(
         [*_system(row, messages), *messages],
         checked_tools(row.get("tools")),
