@@ -174,6 +174,25 @@ def test_sampling_settings_reach_the_engine():
     )
 
 
+def test_a_stop_text_that_is_a_token_is_a_stop_id():
+    engine = Scripted("1", "2")
+    collector(engine, "sampling.stop=[x, <bos>]", "sampling.stop_ids=[9]").collect(["a"], samples=2)
+    wanted = engine.calls[0][1][0]
+    assert (wanted.stop, wanted.stop_ids) == (("x", "<bos>"), (9, 2))
+
+
+def test_an_answer_with_an_id_that_is_no_token_has_no_reward_and_says_so():
+    class Padded(Scripted):
+        def _answer(self, max_tokens):
+            good = super()._answer(max_tokens)
+            return Completion([100], [-1.0], "length", 0) if self.given == 2 else good
+
+    batch = collector(Padded("1", "2", "3")).collect(["a"], samples=4)
+    assert batch.metrics["outcome/unknown_token"] == 1 and batch.rows.num_rows == 3
+    failed = next(t for t in batch.trajectories if t.outcome != "ok") if len(batch.trajectories) > 3 else None
+    assert failed is None or "the engine sampled the id 100" in failed.detail
+
+
 def test_the_time_of_generation_and_of_rewards_is_taken_apart():
     collecting = collector(Scripted("1", "2"))
     collecting.collect(["a"], samples=2)

@@ -125,3 +125,44 @@ def test_a_tokenizer_is_loaded_as_it_was_saved_whatever_model_is_beside_it(famil
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"need a tokenizer beside the model, found none in '{tmp_path}'"):
         TextCodec.load(str(tmp_path))
+
+
+def test_the_start_token_is_not_doubled():
+    adds = TextCodec(closing_tokenizer("<bos> $A"))
+    assert (
+        adds.encode_prompt(Prompt("<bos>ab")) == adds.encode_prompt(Prompt("ab")) == [2, *adds.encode("ab")]
+    )
+    adds.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert adds.encode_prompt(Prompt([USER])) == [2, *adds.encode("2+2?")]
+
+
+def test_stop_texts_that_are_tokens_have_ids():
+    assert codec().token_ids_of(["<eos>", "a", "\n", "<eos>a"]) == [1]
+
+
+def test_a_model_needs_a_row_for_each_token():
+    coder = codec()
+    assert coder.num_ids == 100
+    coder.check_rows(100)
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    with pytest.raises(
+        ValueError, match="has 102 ids, but the model's embedding 100 rows, so that </think>, <think>"
+    ):
+        TextCodec(tokenizer).check_rows(100)
+    TextCodec(tokenizer).check_rows(104)
+
+
+def test_the_picture_of_a_family_needs_no_row_in_its_text_model():
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.image_token = "<image>"
+    TextCodec(tokenizer).check_rows(100)
+
+
+def test_thoughts_are_seen_by_rewards_if_their_tokens_are_plain_ones():
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    coder = TextCodec(tokenizer)
+    assert coder.decode(coder.encode("<think>a<tool>b")) == "<think>ab"

@@ -60,6 +60,7 @@ class DataCollector:
         waits: takes the waits for answers and rewards.
 
     Attributes:
+        codec: of the policy.
         dispatched: prompts sent out so far, on which random numbers depend; checkpoints keep it.
     """
 
@@ -81,7 +82,7 @@ class DataCollector:
         if isinstance(engine, BatchGenerator):
             engine = BatchingEngine(engine, in_thread=True, clock=self.clock, waits=self.waits)
         self.engine: RolloutEngine = engine
-        self._config = config
+        self._config, self.codec = config, codec
         self._sampler = GroupSampler(
             engine,
             codec,

@@ -55,7 +55,7 @@ class GroupSampler:
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         """Sampling parameters of group `number`; each attempt has other random numbers."""
         seed = (self._config.seed << 32) + (attempt << 26) + number
-        return replace(sampling_params(self._config, samples), seed=seed)
+        return replace(sampling_params(self._config, self._codec, samples), seed=seed)
 
     def greedy_params(self, params: SamplingParams) -> SamplingParams | None:
         """Parameters of the most likely answer to the same prompt; None if its reward is not read."""
@@ -134,6 +134,7 @@ class GroupSampler:
         text = (
             self._codec.decode_answer(answer.token_ids, params.stop) if answer.text is None else answer.text
         )
+        foreign = self._unknown_token(answer)
         return Trajectory(
             prompt,
             prompt_ids,
@@ -144,13 +145,35 @@ class GroupSampler:
             0,
             truncated=answer.finish_reason == "length",
             text=text,
+            outcome="unknown_token" if foreign else "ok",
+            detail=foreign,
+        )
+
+    def _unknown_token(self, answer: Completion) -> str:
+        """Message about an id in an answer that is no token; "" if there is none.
+
+        Answers whose ids are in other processes come from the policy itself, which samples none.
+        """
+        ids, known = answer.token_ids, self._codec.num_ids
+        if not isinstance(ids, (list, tuple)) or max(ids, default=0) < known:
+            return ""
+        return (
+            f"the engine sampled the id {max(ids)}, a row of the model that is no token, since the tokenizer "
+            f"has {known} ids; lower sampling.temperature or set sampling.top_p, or save the model with as "
+            "many rows as its tokenizer has ids"
         )
 
 
-def sampling_params(config: TrainerConfig | SFTConfig | PreferenceConfig, samples: int) -> SamplingParams:
-    """Sampling parameters of the settings for `samples` answers to a prompt, with seed 0."""
+def sampling_params(
+    config: TrainerConfig | SFTConfig | PreferenceConfig, codec: TextCodec, samples: int
+) -> SamplingParams:
+    """Sampling parameters of the settings for `samples` answers to a prompt, with seed 0.
+
+    Stop texts that are special or added tokens are stop ids, too: engines look for texts without these.
+    """
     s = config.sampling
-    return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, s.stop_ids)
+    stop_ids = tuple(dict.fromkeys([*s.stop_ids, *codec.token_ids_of(s.stop)]))
+    return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, stop_ids)
 
 
 def _add_reward(trajectory: Trajectory, name: str, value: float) -> None:

@@ -133,10 +133,10 @@ class RewardScorer:
     @classmethod
     def of(cls, group: WorkerGroup, path: str, system_prompt: str | None) -> RewardScorer:
         """Scorer of a started group, with the tokenizer from the folder of its model."""
-        config = group.call(RoleWorker.model_config).result()
-        return cls(
-            group, TextCodec.load(path, system_prompt=system_prompt), config.get_text_config().pad_token_id
-        )
+        config = group.call(RoleWorker.model_config).result().get_text_config()
+        codec = TextCodec.load(path, system_prompt=system_prompt)
+        codec.check_rows(config.vocab_size)
+        return cls(group, codec, config.pad_token_id)
 
     def scores(
         self, prompts: Sequence[Prompt], answers: Sequence[str], *, micro_batch_tokens: int

@@ -170,6 +170,7 @@ class BaseTrainer(ABC):
         So bad data fails at once, and the steps of a run by epochs are known to the learning rate schedule.
         """
         self.context = model_config.get_text_config().max_position_embeddings
+        self.codec.check_rows(model_config.get_text_config().vocab_size)
         if self.config.data.train is not None or self.config.epochs is not None:
             self.read_data()
         return self.config
@@ -319,6 +320,7 @@ class BaseTrainer(ABC):
     def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
         """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones."""
         limit = self.config.data.max_prompt_tokens
+        self.codec.check_use(prompts)
         lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
         kept, dropped = drop_long_prompts(prompts, lengths, limit)
         longest, context = max(n for n in lengths if n <= limit), self.context

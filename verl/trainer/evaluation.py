@@ -37,7 +37,8 @@ def answer_all(
     The seeds are fixed, so the same weights always give the same answers.
     """
     sampling = replace(
-        sampling_params(config, config.evaluation.samples), temperature=config.evaluation.temperature
+        sampling_params(config, collector.codec, config.evaluation.samples),
+        temperature=config.evaluation.temperature,
     )
     return collector.answer(prompts, [replace(sampling, seed=_FIRST_SEED + i) for i in range(len(prompts))])
 

@@ -138,7 +138,7 @@ def sampled_rows(
     context = model.transformer.config.get_text_config().max_position_embeddings
     asked = [(prompt, codec.encode_prompt(prompt)) for prompt in prompts[: config.tracking.num_samples]]
     asked = [(prompt, ids) for prompt, ids in asked if len(ids) < context]
-    sampling = replace(sampling_params(config, 1), temperature=config.evaluation.temperature)
+    sampling = replace(sampling_params(config, codec, 1), temperature=config.evaluation.temperature)
     params = [
         replace(sampling, seed=i, max_tokens=min(sampling.max_tokens, context - len(ids)))
         for i, (_, ids) in enumerate(asked)

@@ -161,8 +161,8 @@ class ChatTemplate:
             )
         if chat.tools and text and self._ignores_tools(chat):
             raise ValueError(
-                f"the chat template does not write tools, but {len(chat.tools)} are given; leave data.tools "
-                "and the tools of the row out, or give a template that writes them as data.chat_template"
+                f"the chat template does not write tools, but {len(chat.tools)} are given; leave them out "
+                "(data.tools, tools of the row), or give a template that writes them as data.chat_template"
             )
 
     @property

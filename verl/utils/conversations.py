@@ -141,7 +141,9 @@ def answer_text(template: ChatTemplate, chat: Chat, answer: str) -> str:
     if whole is not None and whole.startswith(opened):
         rest = whole[len(opened) :]
         rest = rest[: answer_length(rest, answer, template.ends)]
-        if squeeze(answer) in squeeze(rest):
+        # Before a whole answer a template may write something, such as an empty thought.
+        added = squeeze(rest.removesuffix(template.end)).removesuffix(squeeze(answer))
+        if squeeze(answer) in squeeze(rest) and not (opening and added):
             return rest
     return answer + template.end
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -126,6 +127,48 @@ class TextCodec:
             template_kwargs=data.chat_template_kwargs.values,
             tools=() if data.tools is None else load_tools(data.tools),
         )
+
+    @cached_property
+    def num_ids(self) -> int:
+        """All ids of tokens are below; a model may have more rows, which are no tokens."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def check_rows(self, rows: int) -> None:
+        """Check that a model has a row of its embedding for every token.
+
+        Raises:
+            ValueError: it has not, because tokens were added to the tokenizer alone.
+        """
+        # Text models of multimodal families leave out the rows that pictures and sounds would take.
+        media = {getattr(self.tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+        vocabulary = self.tokenizer.get_vocab().items()
+        beyond = [token for token, i in vocabulary if i >= rows and token not in media]
+        if beyond:
+            more = ", ..." if len(beyond) > 5 else ""
+            raise ValueError(
+                f"the tokenizer has {self.num_ids} ids, but the model's embedding {rows} rows, so that "
+                f"{', '.join(sorted(beyond)[:5])}{more} have none; save the model "
+                f"after model.resize_token_embeddings({self.num_ids}), or take the tokenizer that it was "
+                "trained with"
+            )
+
+    def check_use(self, prompts: Sequence[Prompt]) -> None:
+        """Check that what is set for chats has an effect: that there are chats among the prompts.
+
+        Raises:
+            ValueError: there are none.
+        """
+        given = {
+            "data.system_prompt": self._system_prompt,
+            "data.chat_template_kwargs": self._template_kwargs,
+            "data.tools": self._tools,
+        }
+        unread = [name for name, value in given.items() if value]
+        if unread and all(is_text(prompt) for prompt in prompts):
+            raise ValueError(
+                f"{', '.join(unread)} has no effect, as no chat template is applied to prompts that are "
+                "texts, and all are; give them as chat messages, or leave the setting out"
+            )
 
     def token_ids_of(self, texts: Sequence[str]) -> list[int]:
         """Ids of those texts that are each one special or added token, such as `<|im_end|>`."""

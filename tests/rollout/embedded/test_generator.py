@@ -236,3 +236,21 @@ def test_layouts_of_a_prefill_name_the_slots_of_its_groups():
     )
     (layout,) = layouts
     assert isinstance(layout, RowLayout) and layout.lengths == [5, 3] and layout.slots.tolist() == [0, 3]
+
+
+def test_rows_of_the_head_beyond_the_tokenizer_are_never_sampled():
+    policy = tiny_policy(vocab_size=160)
+    with torch.no_grad():  # far more likely than any token
+        policy.transformer.get_input_embeddings().weight[100:] *= 10
+    prompts = random_prompts([3, 5])
+    params = [SamplingParams(max_tokens=20, n=8, stop_ids=ENDS, seed=i) for i in range(2)]
+    groups = engine_of(policy).generate(prompts, params)
+    assert max(token for group in groups for c in group for token in c.token_ids) < 100
+    assert policy.num_ids is None
+    policy.num_ids = 100  # as in a run
+    answers = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    inputs = model_input([p for p, _ in answers], [c.token_ids for _, c in answers])
+    with torch.no_grad(), policy.forward_mode():
+        logprobs, entropy = policy.token_logprobs(inputs, temperature=1.0, chunk=64)
+    sampled = torch.tensor([logprob for _, c in answers for logprob in c.logprobs])
+    assert (sampled - logprobs).abs().max() < 1e-5 and entropy.isfinite().all()

@@ -160,6 +160,19 @@ def test_messages_go_through_the_chat_template(client):
     )
 
 
+def test_an_opening_is_continued_only_where_the_client_asks_for_it(url):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so "}]
+
+    def read(**fields) -> str:
+        body = {"messages": messages, "max_tokens": 1, "return_token_ids": True, **fields}
+        ids = post(url, body, "chat/completions").json()["prompt_token_ids"]
+        return tiny_codec().decode(ids)
+
+    assert read() == "u:hi\na:so \na:"
+    assert read(continue_final_message=True, add_generation_prompt=False) == "u:hi\na:so "
+    assert read(add_generation_prompt=False) == "u:hi\na:so \n"
+
+
 def test_likely_tokens_are_those_of_the_models_own_forward(client, engine):
     response = chat(
         client, max_tokens=6, seed=2, logprobs=True, top_logprobs=4, extra_body={"return_token_ids": True}
@@ -232,6 +245,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(client):
     assert ended.token_ids == free.token_ids[: len(ended.token_ids)]
 
 
+ADD = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 SAY_A = {"messages": [{"role": "user", "content": "a"}]}
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "no prompt": ("completions", {}, "need prompt as token ids, a text"),
@@ -298,9 +312,20 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "tool call": (
         "chat/completions",
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]},
-        "tool_calls is not",
+        "got 1 at messages.0.tool_calls",
     ),
-    "tools": ("chat/completions", {**SAY_A, "tools": [{}]}, "tools is not supported"),
+    "no content": ("chat/completions", {"messages": [{"role": "user"}]}, "at messages.0"),
+    "tools": ("chat/completions", {**SAY_A, "tools": [ADD]}, "the chat template does not write tools"),
+    "no variable": (
+        "chat/completions",
+        {**SAY_A, "chat_template_kwargs": {"thinking": True}},
+        "which the chat template does not read",
+    ),
+    "continued and opened": (
+        "chat/completions",
+        {**SAY_A, "continue_final_message": True},
+        "continue_final_message needs add_generation_prompt: false",
+    ),
     "format": (
         "chat/completions",
         {**SAY_A, "response_format": {"type": "json_object"}},

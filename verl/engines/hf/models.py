@@ -203,16 +203,27 @@ def entropies(vocab_logprobs: Tensor, *, with_grad: bool) -> Tensor:
 
 
 class PolicyModel(Backbone):
-    """A causal language model as a policy: logits and logprobs of the response tokens."""
+    """A causal language model as a policy: logits and logprobs of the response tokens.
+
+    Attributes:
+        num_ids: only ids below it have a probability; None: all rows of the head. Heads are often padded
+            beyond the ids of the tokenizer.
+    """
 
     _compared = "logits"
+    num_ids: int | None = None
 
     def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
         super().__init__(transformer, precision)
         self._softcap: float | None = transformer.config.to_dict().get("final_logit_softcapping")
 
     def logits(self, states: Tensor) -> Tensor:
-        """[M, V] fp32 from states [M, hidden]."""
+        """[M, V] fp32 from states [M, hidden], of the ids below `num_ids`."""
+        logits = self.head_logits(states)
+        return logits if self.num_ids is None else logits[..., : self.num_ids]
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """[M, rows of the head] fp32 from states [M, hidden]."""
         logits = self.transformer.get_output_embeddings()(states).float()
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
@@ -272,7 +283,7 @@ class PolicyModel(Backbone):
 
     @override
     def _outputs(self, states: Tensor) -> Tensor:
-        return self.logits(states)
+        return self.head_logits(states)
 
 
 class ValueModel(Backbone):

@@ -257,7 +257,8 @@ class MegatronPolicy(LastStageModel, PolicyModel):
                 last.shared_embedding_or_output_weight() if is_tied else last.output_layer.weight,
             )
 
-    def logits(self, states: Tensor) -> Tensor:
+    @override
+    def head_logits(self, states: Tensor) -> Tensor:
         """[M, V] fp32 from states [M, hidden]; on the last stage only."""
         local = F.linear(copy_to_tensor_model_parallel_region(states), self._head_weight[0])
         # Rows of the padded vocabulary are cut off.

@@ -14,6 +14,7 @@ from verl.controller.worker_group import Worker
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan
 from verl.engines.base import ForwardEngine, Objective, TrainEngine
+from verl.engines.hf.models import PolicyModel
 from verl.engines.minibatches import count_tokens, mean_over_updates, per_token_means, run_updates
 from verl.utils.device import memory_bytes
 
@@ -50,6 +51,12 @@ class RoleWorker(Worker):
     def model_config(self) -> PretrainedConfig:
         """The configuration of the model."""
         return self.engine.config
+
+    @register(SAME_ON_ALL)
+    def limit_ids(self, num_ids: int) -> None:
+        """Give only ids below `num_ids` a probability, if the model has any to give."""
+        if isinstance(self.engine.model, PolicyModel):
+            self.engine.model.num_ids = num_ids
 
     @register(MAX_OVER_RANKS)
     def memory(self) -> dict[str, float]:

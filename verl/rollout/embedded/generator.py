@@ -50,8 +50,9 @@ class EmbeddedEngine(BatchGenerator):
         check_requests(prompts, params, context=context)
         slots = min(self._max_slots, sum(p.n for p in params))
         completions: list[list[Completion | None]] = [[None] * p.n for p in params]
-        was_training = self.model.training
+        was_training, num_ids = self.model.training, self.model.num_ids
         self.model.eval()
+        self.model.num_ids = self._codec.num_ids  # rows of the head that are no tokens are never sampled
         try:
             with self.model.forward_mode():
                 batch = ContinuousBatch(self.model, self._codec, slots=slots, first_slots=slots)
@@ -64,6 +65,7 @@ class EmbeddedEngine(BatchGenerator):
                     completions[row.prompt_id][row.sample_index - first] = completion
         finally:
             self.model.train(was_training)
+            self.model.num_ids = num_ids
         return [[c for c in group if c is not None] for group in completions]
 
 

@@ -103,6 +103,7 @@ class Server:
         )
         model.requires_grad_(False)
         model.check_forward()
+        model.num_ids = self._codec.num_ids
         config = model.transformer.config.get_text_config()
         name = options.name or options.model
         self._parser = RequestParser(name, self._codec, config.max_position_embeddings, config.vocab_size)

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from verl.utils.sampling_types import Prompt, SamplingParams
+from verl.utils.sampling_types import SamplingParams
 from verl.utils.tokens import TextCodec
 
 # Name the caller or the purpose of a request: they change no answer.
@@ -37,8 +36,7 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none",),
     "parallel_tool_calls": (True, False),
@@ -48,8 +46,6 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
 }
 
 
@@ -131,26 +127,30 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] = ""
     name: str | None = None
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def drop_empty_fields(cls, message: Any) -> Any:
-        """Drop unknown fields without a value, such as the `tool_calls` of OpenAI's own client."""
+        """Drop fields without a value, such as the `refusal` of OpenAI's own client.
+
+        Raises:
+            ValueError: a message without content and calls of tools.
+        """
         if not isinstance(message, dict):
             return message
-        return {
-            name: value
-            for name, value in message.items()
-            if name in cls.model_fields or value not in (None, [])
-        }
+        kept = {name: value for name, value in message.items() if value not in (None, [])}
+        if "content" not in kept and "role" in kept and "tool_calls" not in kept:
+            raise ValueError("need content, or calls of tools")
+        return kept
 
     def as_dict(self) -> dict[str, Any]:
-        """The message as chat templates take it, with its text in one piece."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {**self.model_dump(exclude_unset=True), "content": text}
+        """The message as chat templates take it."""
+        return {"content": "", **self.model_dump(exclude_unset=True)}
 
 
 class ChatBody(RequestBody):
@@ -160,6 +160,10 @@ class ChatBody(RequestBody):
         min_length=1,
         description="a list of at least one message, each with a role and with text alone as its content",
     )
+    tools: list[dict[str, Any]] = Field([], description="a list of tools, each an object")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="an object with variables of the template")
+    add_generation_prompt: bool = Field(True, description="true or false")
+    continue_final_message: bool = Field(False, description="true or false")
     max_tokens: int | None = _integer(None, 1, 2**31)
     max_completion_tokens: int | None = _integer(None, 1, 2**31)
     logprobs: bool = Field(False, description="true or false")
@@ -243,7 +247,7 @@ class RequestParser:
         if isinstance(parsed, ChatBody):
             if parsed.top_logprobs is not None and not parsed.logprobs:
                 raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
-            prompts, limit = [self._encode_messages(parsed.messages)], max_chat_tokens(parsed)
+            prompts, limit = [self._encode_chat(parsed)], max_chat_tokens(parsed)
             num_top_logprobs = (parsed.top_logprobs or 0) if parsed.logprobs else None
         else:
             assert isinstance(parsed, CompletionBody)
@@ -276,7 +280,9 @@ class RequestParser:
             n=body.n,
             stop=tuple(stop),
             # Some tokenizers know ids that the model has no output for; these are never sampled.
-            stop_ids=tuple(i for i in body.stop_token_ids if 0 <= i < self.vocab_size),
+            stop_ids=tuple(
+                i for i in [*body.stop_token_ids, *self.codec.token_ids_of(stop)] if 0 <= i < self.vocab_size
+            ),
         )
         params = []
         for prompt in prompts:
@@ -300,20 +306,37 @@ class RequestParser:
             ids: Any = self.codec.encode(one, special_tokens=True) if isinstance(one, str) else one
             if not ids:
                 raise APIError("need prompts of at least one token", param="prompt")
-            if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
-                raise APIError(
-                    f"need token ids from 0 to {self.vocab_size - 1} in prompt, got {wrong[0]}",
-                    param="prompt",
-                )
-            prompts.append(ids)
+            prompts.append(self._checked(ids, "prompt"))
         return prompts
 
-    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
+    def _encode_chat(self, body: ChatBody) -> list[int]:
+        """Token ids of a chat; the answer is a new message unless the client wants the last one continued."""
+        if body.continue_final_message and body.add_generation_prompt:
+            raise APIError(
+                "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
+            )
+        template = self.codec.template
         try:
-            return self.codec.encode_prompt(Prompt([message.as_dict() for message in messages]))
-        except (ValueError, TemplateError) as error:
-            reason = f"the chat template does not take these messages: {error}"
-            raise APIError(reason, param="messages") from error
+            chat = template.chat(
+                [message.as_dict() for message in body.messages],
+                tools=body.tools,
+                kwargs=body.chat_template_kwargs,
+            )
+            if body.add_generation_prompt or body.continue_final_message:
+                text = template.open(chat, continues=body.continue_final_message)
+            else:
+                text = template.render(chat)
+        except ValueError as error:
+            raise APIError(str(error), param="messages") from error
+        return self._checked(self.codec.encode(text), "messages")
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        """The ids of a prompt, which must be rows of the model's embedding."""
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise APIError(
+                f"need token ids from 0 to {self.vocab_size - 1} in {param}, got {wrong[0]}", param=param
+            )
+        return ids
 
 
 def supported_fields(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class RoleGroups:
                 groups.get(role) for role in ("reference", "critic", "teacher")
             )
             self._check_vocabularies()
+            self._limit_ids(codec.num_ids)
             self.placed_rewards = self._placed_rewards(groups.get("reward"))
         except BaseException:
             self.close()
@@ -199,6 +200,18 @@ class RoleGroups:
         if parallel is not None:
             source = worker_factories.plain_folder(source, Path(self._config.output_dir) / "start" / role)
         return self._placement.start(role, factory, self._config, source, parallel)
+
+    def _limit_ids(self, num_ids: int) -> None:
+        """Give ids that are no tokens no probability, in training and in the engines that sample by it.
+
+        vLLM and SGLang sample from all rows of the head, so there the policy is the distribution over all.
+        """
+        rows = self.model_config.get_text_config().vocab_size
+        if self._config.rollout.engine not in ("embedded", "served") or num_ids >= rows:
+            return
+        for group in (self.policy, self.reference, self.critic, self.teacher):
+            if group is not None:
+                group.call(RoleWorker.limit_ids, num_ids).result()
 
     def _check_vocabularies(self) -> None:
         vocabulary, config = self.model_config.get_text_config().vocab_size, self._config
