@@ -122,7 +122,7 @@ class RewardFunctions:
             ValueError: a function fails.
         """
         answer = prompt.answer if isinstance(prompt.answer, str) else ""
-        ids = codec.encode_answer(answer)
+        ids = codec.encode_answer(answer, prompt)
         row = Trajectory(
             prompt, codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), 0, text=answer
         )

@@ -193,6 +193,7 @@ class BaseTrainer(ABC):
             setting: its name.
             repeats: a step of more rows than there are takes some of them again; else it takes all once.
         """
+        self.codec.check_use(rows)
         self._train_rows = rows, report
         self.rows_per_step = per_step if repeats else min(per_step, len(rows))
         passes, epochs = self.rows_per_step / len(rows), self.config.epochs
@@ -320,7 +321,6 @@ class BaseTrainer(ABC):
     def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
         """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones."""
         limit = self.config.data.max_prompt_tokens
-        self.codec.check_use(prompts)
         lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
         kept, dropped = drop_long_prompts(prompts, lengths, limit)
         longest, context = max(n for n in lengths if n <= limit), self.context

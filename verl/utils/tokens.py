@@ -108,7 +108,7 @@ class TextCodec:
         )
 
     @classmethod
-    def for_run(cls, path: str, data: DataConfig, *, stop_ids: Sequence[int] = ()) -> TextCodec:
+    def for_run(cls, path: str, data: DataConfig, stop_ids: Sequence[int] = ()) -> TextCodec:
         """The codec of a saved model with the settings of a run's data.
 
         Args:
