@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from verl.monitoring.wait_tracker import WaitTracker
 from verl.rewards.functions import RewardFunctions
 from verl.rollout.batching_engine import BatchingEngine
 from verl.utils.event_loops import gather_all
-from verl.utils.sampling_types import BatchGenerator, Prompt, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
@@ -146,6 +146,45 @@ class DataCollector:
         metrics = collection_metrics(answered, by_parts=self._sampler.by_parts)
         metrics["resample_draws"] = float(batch.num_refills)
         failed = [t for group in answered for t in group if t.outcome != "ok"]
+        return RolloutBatch(kept, Batch.from_trajectories(kept), metrics, failed)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int | None = None
+    ) -> list[Completion]:
+        """One completion for each prompt of token ids, such as the next turn of each conversation.
+
+        Args:
+            prompts: token ids.
+            max_tokens: longest completion; None: `sampling.max_tokens`.
+        """
+        params = [
+            self._sampler.params(1, number=number)
+            for number in range(self.dispatched, self.dispatched + len(prompts))
+        ]
+        self.dispatched += len(prompts)
+        if max_tokens is not None:
+            params = [replace(one, max_tokens=max_tokens) for one in params]
+        engine = self.synced_engine()
+        asked = zip(prompts, params, strict=True)
+        return engine.run(gather_all([engine.sample(ids, one) for ids, one in asked]))
+
+    def batch_of(self, trajectories: Sequence[Trajectory]) -> RolloutBatch:
+        """The batch of a step from trajectories of a loop outside; those with equal `group` are compared.
+
+        Raises:
+            ValueError: there is none, or one without a reward.
+        """
+        if not trajectories or any(t.reward is None and t.outcome == "ok" for t in trajectories):
+            raise ValueError(
+                "need trajectories with a reward each; set reward, or outcome where there can be none"
+            )
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            trajectory.text = trajectory.text or self._sampler.text_of(trajectory)
+            groups.setdefault(trajectory.group, []).append(trajectory)
+        kept = [t for t in trajectories if t.outcome == "ok"]
+        failed = [t for t in trajectories if t.outcome != "ok"]
+        metrics = collection_metrics(list(groups.values()), by_parts=self._sampler.by_parts)
         return RolloutBatch(kept, Batch.from_trajectories(kept), metrics, failed)
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:

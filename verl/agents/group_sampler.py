@@ -69,6 +69,10 @@ class GroupSampler:
         answers = await sample_group(self.engine, ids, params)
         return [self._trajectory(prompt, ids, answer, params) for answer in answers]
 
+    def text_of(self, trajectory: Trajectory) -> str:
+        """The answer as text, all turns and what the environment wrote between them."""
+        return self._codec.decode(list(trajectory.response_ids))
+
     def reward(self, trajectories: Sequence[Trajectory]) -> None:
         """Reward answers in place; one that fails gets an outcome. Several threads may call this at once."""
         if self._rewards:

@@ -24,7 +24,7 @@ from verl.monitoring.formatting import format_bytes
 from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
-from verl.trainer.evaluation import answer_all, sample_row, summarize
+from verl.trainer.evaluation import answer_all, evaluation_size, sample_row, summarize
 from verl.trainer.export import export_checkpoint
 from verl.trainer.export.hub_upload import HubUpload
 from verl.trainer.preference import PreferenceTrainer
@@ -102,8 +102,7 @@ def evaluate(config: TrainerConfig) -> None:
         prompts = trainer.test_prompts
         if trainer.rewards:
             trainer.rewards.check_data(prompts)
-        text = f"evaluating {len(prompts)} prompts, {config.evaluation.samples} answers each"
-        with trainer.progress.phase(text):
+        with trainer.progress.phase(f"evaluating {evaluation_size(prompts, config)}"):
             groups = answer_all(trainer.collector, prompts, config)
     rows = [sample_row(group[0], trainer.codec) for group in groups[: config.tracking.num_samples]]
     console.print(samples_table(rows))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verl.data.columns import COLUMNS, ColumnSpec
-from verl.utils.sampling_types import Prompt
+from verl.utils.sampling_types import Completion, Prompt
 
 
 @dataclass
@@ -58,6 +58,33 @@ class Trajectory:
     logged: dict[str, float] = field(default_factory=dict)
     outcome: str = "ok"
     detail: str = ""
+
+    @classmethod
+    def begin(cls, prompt: Prompt, prompt_ids: Sequence[int], *, group: int) -> Trajectory:
+        """A trajectory without an answer yet, for `add_turn` and `add_observation`."""
+        return cls(prompt, [*prompt_ids], [], [], [], [], group)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens so far, those that the next turn continues."""
+        return [*self.prompt_ids, *self.response_ids]
+
+    def add_turn(self, completion: Completion) -> None:
+        """Append tokens that the policy sampled, which are trained on."""
+        count = len(completion.token_ids)
+        assert completion.logprobs is not None, "need an engine that gives tokens with their logprobs"
+        self._extend(completion.token_ids, completion.logprobs, mask=True)
+        self.versions += completion.versions or [completion.version] * count
+
+    def add_observation(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that the environment wrote, which are not trained on."""
+        self._extend(token_ids, [0.0] * len(token_ids), mask=False)
+        self.versions += [self.versions[-1] if self.versions else 0] * len(token_ids)
+
+    def _extend(self, token_ids: Sequence[int], logprobs: Sequence[float], *, mask: bool) -> None:
+        self.response_ids = [*self.response_ids, *token_ids]
+        self.rollout_logprobs = [*(self.rollout_logprobs or ()), *logprobs]
+        self.response_mask += [mask] * len(token_ids)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ _STAGES = {
     "generation": "generating {}",
     "training": "waiting for {}",
 }
+# Stages that are named in a file; the others are short, or another one says more.
+_NAMED = ("update", "rewards", "generation")
 # Names of phases of a step that read badly.
 _WORDS = {
     "update_policy": "updating the policy",
@@ -107,7 +109,7 @@ class Progress:
 
     def _begun(self, stage: str, description: Description) -> None:
         """Name a part of the first step, or of what comes before it, in a line."""
-        if stage not in _STAGES or stage == "training" or self._depth or not self._names_parts:
+        if stage not in _NAMED or self._depth or not self._names_parts:
             return
         text = _in_words(stage, evaluate_description(description))
         # Generation ahead of training has many waits of one kind.

@@ -20,18 +20,26 @@ def sample_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     lines = []
     for row in rows:
-        shown = [(title, _one_line(str(row[key]))) for title, key in _PARTS if row.get(key) is not None]
+        shown = [(title, one_line(str(row[key]))) for title, key in _PARTS if row.get(key) is not None]
+        if row.get("truncated"):
+            shown = [(title, text + " (cut off)" * (title == "answer")) for title, text in shown]
         reward = row.get("reward")
         worth = format_number(reward) if isinstance(reward, (int, float)) else f"none: {_failure(row)}"
         lines += [f"  {title:9}  {text}" for title, text in (*shown, ("reward", worth))] + [""]
     return lines
 
 
+def different_samples(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """A few rows, the first of each prompt before others."""
+    firsts = {row.get("group"): row for row in reversed(rows)}
+    return [*reversed(firsts.values())][:count]
+
+
 def _failure(row: Mapping[str, Any]) -> str:
-    return _one_line(f"{row.get('outcome', '')} {row.get('detail', '')}".strip())
+    return one_line(f"{row.get('outcome', '')} {row.get('detail', '')}".strip())
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text with visible line ends and without control characters, cut in its middle."""
     text = text.replace("\n", "\\n")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -29,6 +29,12 @@ def evaluation_schedule(config: TrainerConfig) -> tuple[int, bool]:
     return every_steps or sys.maxsize, at_start
 
 
+def evaluation_size(prompts: Sequence[Prompt], config: TrainerConfig) -> str:
+    """The number of prompts and answers of an evaluation, in words."""
+    k = config.evaluation.samples
+    return f"{len(prompts)} prompts of {config.data.test}" + (f", {k} answers each" if k > 1 else "")
+
+
 def answer_all(
     collector: DataCollector, prompts: Sequence[Prompt], config: TrainerConfig
 ) -> list[list[Trajectory]]:

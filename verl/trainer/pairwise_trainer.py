@@ -120,7 +120,8 @@ class PairwiseTrainer(SingleModelTrainer):
     def load_train_data(self) -> LoadReport:
         report = super().load_train_data()
         if self.eval_every:
-            _ = self.test_rows  # read now, so that a mistake in them is found before the first step
+            # Read now, so that a mistake in them is found before the first step.
+            self.held_out = f"{self.test_rows.num_rows // 2} pairs of {self.config.data.test}"
             self.clock.take()  # the reference's time for them belongs to no step
         return report
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.agents.collector import RolloutBatch, as_prompt, collection_metrics
+from verl.agents.collector import as_prompt
 from verl.config.flat_call import make_trainer_config
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Trajectory
 from verl.trainer.base import Metrics
 from verl.trainer.rl_trainer import Trainer
 
@@ -70,13 +70,7 @@ class PPOTrainer:
         if not batch:
             raise ValueError("need at least one record with prompt, response and reward, got none")
         trajectories = [self._trajectory(record, i) for i, record in enumerate(batch)]
-        return self.trainer.update_policy(
-            RolloutBatch(
-                trajectories,
-                Batch.from_trajectories(trajectories),
-                collection_metrics([[t] for t in trajectories]),
-            )
-        )
+        return self.trainer.update_policy(trajectories)
 
     def save_model(self, folder: str | Path) -> None:
         """Write the policy in Hugging Face format."""

@@ -15,6 +15,7 @@ from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
+from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
 from verl.data.sources import reward_of_tasks, sources_of
@@ -37,7 +38,7 @@ from verl.trainer.build.rollout_factory import (
     wrap_user_rollout,
 )
 from verl.trainer.build.worker_factories import plain_source
-from verl.trainer.evaluation import evaluate, evaluation_schedule, sample_row
+from verl.trainer.evaluation import evaluate, evaluation_schedule, evaluation_size, sample_row
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run.callbacks import Callback
@@ -163,12 +164,16 @@ class Trainer(RunnableTrainer):
         self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None
     ) -> RolloutBatch:
         """Answer and reward prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
+        if self.rewards is None and "rewards" in self.algorithm.reads:
+            raise ValueError(
+                "need at least one reward function, got none; name one in rewards.functions or pass reward_fn"
+            )
         return self.collector.collect(prompts, samples=self.config.samples_per_prompt, refill=refill)
 
-    def update_policy(self, data: RolloutBatch) -> Metrics:
-        """Learn from collected data; returns `reward` and all other metrics, see docs/metrics.md."""
+    def update_policy(self, data: RolloutBatch | Sequence[Trajectory]) -> Metrics:
+        """Learn from collected data or rewarded trajectories; returns `reward` and all other metrics."""
         self.roles.accumulate((), self.kl.coef, self.version)  # portions of an interrupted step are given up
-        return self.step(data)
+        return self.step(data if isinstance(data, RolloutBatch) else self.collector.batch_of(data))
 
     def sync_weights(self) -> None:
         """Publish what the policy has learned as its next version, which answers from now on."""
@@ -215,6 +220,8 @@ class Trainer(RunnableTrainer):
         is_read = bool(self.algorithm.reads & {*written_by("rewards"), "token_rewards"})
         if not (is_given or is_read or is_shaped or a.dynamic_sampling or a.likelihood_coef):
             return None
+        if not is_given and self.config.data.train is None and self.config.data.test is None:
+            return None  # a loop of the user's own may reward its trajectories itself
         prompts = self.loader.prompts if self.loader else []
         return build_rewards(
             config,
@@ -236,8 +243,7 @@ class Trainer(RunnableTrainer):
             repeats=True,
         )
         if self.eval_every:
-            count, samples = len(self.test_prompts), self.config.evaluation.samples
-            self.held_out = f"{count} prompts of {self.config.data.test}, {samples} answers each"
+            self.held_out = evaluation_size(self.test_prompts, self.config)
 
     @override
     def load_train_data(self) -> LoadReport:

@@ -84,7 +84,8 @@ class SFTTrainer(SingleModelTrainer):
     def read_data(self) -> None:
         examples, report = self.read_examples(self.config.data.train, "train")
         if self.config.data.test is not None:
-            self.test_examples  # noqa: B018  # a mistake in them is found before a model is loaded
+            # Read now: a mistake in them is found before a model is loaded.
+            self.held_out = f"{len(self.test_examples)} examples of {self.config.data.test}"
         self.use_train_rows(examples, report, per_step=self.config.rows_per_step, setting="rows_per_step")
 
     def read_examples(self, source: Any, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:

@@ -15,7 +15,7 @@ from verl.controller.worker_group import append_trace
 from verl.data.dataset import LoadReport
 from verl.monitoring.formatting import format_bytes, format_duration
 from verl.monitoring.run_findings import RunFindings
-from verl.monitoring.samples import sample_lines
+from verl.monitoring.samples import different_samples, sample_lines
 from verl.monitoring.sinks import check_sinks
 from verl.monitoring.tracking import Tracker
 from verl.monitoring.watchdog import Watchdog
@@ -220,8 +220,10 @@ class TrainerRun:
             return
         path = self._tracker.samples(step, rows)
         if step == 1:
-            shown = rows[:_NUM_SHOWN]
-            self._tracker.event(f"{len(shown)} answers of step 1, more in {path}:")
+            shown = different_samples(rows, _NUM_SHOWN)
+            self._tracker.event(
+                f"answers of step 1, with the special tokens that the model reads; more: {path}"
+            )
             for line in sample_lines(shown):
                 self._tracker.event(line)
 
