@@ -191,7 +191,7 @@ def test_a_row_that_the_template_refuses_is_malformed():
     report = LoadReport("rows", len(rows))
     limits = RowLimits(100, 100, "the model's context")
     with pytest.raises(
-        ValueError, match="(?s)1 of 2 rows cannot be used.*rows, row 1: .*roles must alternate"
+        ValueError, match="(?s)1 of 2 rows cannot be used.*rows, row 1 .from 0.: .*roles must alternate"
     ):
         fit_rows(rows, report, limits, lambda e: [answer_row(codec, e, e.answer)])
     kept, report = fit_rows(rows, report, limits, lambda e: [answer_row(codec, e, e.answer)], skips=True)

@@ -267,7 +267,7 @@ def fit_rows(
         try:
             fitted.append(fit_row(row, limits.tokens, encode, cut))
         except ValueError as error:
-            problems.append(f"row {row.index}: {error}")
+            problems.append(f"row {row.index} (from 0): {error}")
     if problems and not (skips and fitted):
         raise ValueError(_refusal(report, problems))
     inside = [f for f in fitted if f.row is not None]

@@ -24,8 +24,11 @@ def sample_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row.get("truncated"):
             shown = [(title, text + " (cut off)" * (title == "answer")) for title, text in shown]
         reward = row.get("reward")
-        worth = format_number(reward) if isinstance(reward, (int, float)) else f"none: {_failure(row)}"
-        lines += [f"  {title:9}  {text}" for title, text in (*shown, ("reward", worth))] + [""]
+        if isinstance(reward, (int, float)):
+            shown.append(("reward", format_number(reward)))
+        elif row.get("outcome") != "ok":  # an answer that nothing rewards is no failure
+            shown.append(("reward", f"none: {_failure(row)}"))
+        lines += [f"  {title:9}  {text}" for title, text in shown] + [""]
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from verl.agents.collector import DataCollector
 from verl.agents.group_sampler import sampling_params
-from verl.config.run import TrainerConfig
+from verl.config.run import PairsConfig, SFTConfig, TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -18,12 +18,14 @@ from verl.utils.tokens import TextCodec
 _FIRST_SEED = 1 << 62
 
 
-def evaluation_schedule(config: TrainerConfig) -> tuple[int, bool]:
+def evaluation_schedule(config: TrainerConfig | SFTConfig | PairsConfig) -> tuple[int, bool]:
     """Steps between evaluations (0: none at all), and True if one comes before the first step.
 
     Without `every_steps` there is one before the first and one after the last step.
     """
     every_steps, at_start = config.evaluation.every_steps, config.evaluation.at_start
+    if isinstance(config, PairsConfig) and every_steps == 0:
+        every_steps = config.eval_every_steps
     if config.data.test is None or every_steps is None:
         return 0, False
     return every_steps or sys.maxsize, at_start

@@ -7,9 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Literal
 
-from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.dry_run import SIZES, try_out
@@ -22,10 +20,8 @@ from verl.data.examples import Answer, RowLimits, answer_row, fit_rows
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
 from verl.trainer.base import Metrics
-from verl.trainer.run.callbacks import Callback
 from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
-from verl.utils.tokens import TextCodec
 
 SIDES = ("chosen", "rejected")
 
@@ -41,19 +37,6 @@ class PairwiseTrainer(SingleModelTrainer):
 
     config: PairsConfig
     loss: BoundFunction
-
-    def __init__(
-        self,
-        config: PairsConfig,
-        actor_model: PreTrainedModel | str | None = None,
-        *,
-        codec: TextCodec | None = None,
-        console: Console | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
-        evaluation = config.evaluation
-        self.plan_evaluation(evaluation.every_steps or config.eval_every_steps, evaluation)
 
     @override
     def step(self) -> Metrics:
@@ -148,8 +131,7 @@ class PairwiseTrainer(SingleModelTrainer):
     @cached_property
     def test_pairs(self) -> list[Prompt]:
         """The held-out pairs."""
-        pairs, _ = self.read_pairs(self.config.data.test, "test")
-        return pairs[: self.config.evaluation.prompts]
+        return self.held_out_rows(*self.read_pairs(self.config.data.test, "test"), "pairs")
 
     @cached_property
     def test_rows(self) -> Batch:

@@ -8,9 +8,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.aggregations import token_mean
@@ -23,7 +21,6 @@ from verl.engines.hf.models import PolicyModel, target_logprobs
 from verl.trainer.base import Metrics
 from verl.trainer.single_model_trainer import SingleModelTrainer, sampled_rows
 from verl.utils.sampling_types import Prompt
-from verl.utils.tokens import TextCodec
 
 
 class SFTTrainer(SingleModelTrainer):
@@ -35,17 +32,6 @@ class SFTTrainer(SingleModelTrainer):
     """
 
     config: SFTConfig
-
-    def __init__(
-        self,
-        config: SFTConfig,
-        actor_model: PreTrainedModel | str | None = None,
-        *,
-        codec: TextCodec | None = None,
-        console: Console | None = None,
-    ) -> None:
-        super().__init__(config, actor_model, codec=codec, console=console)
-        self.plan_evaluation(config.evaluation.every_steps, config.evaluation)
 
     @property
     def model(self) -> PolicyModel:
@@ -111,8 +97,7 @@ class SFTTrainer(SingleModelTrainer):
     @cached_property
     def test_examples(self) -> list[Prompt]:
         """The held-out examples that are evaluated."""
-        examples, _ = self.read_examples(self.config.data.test, "test")
-        return examples[: self.config.evaluation.prompts]
+        return self.held_out_rows(*self.read_examples(self.config.data.test, "test"), "examples")
 
     @cached_property
     def test_rows(self) -> Batch:

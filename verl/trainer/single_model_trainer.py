@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.agents.group_sampler import sampling_params
-from verl.config.run import EvaluationConfig, PreferenceConfig, RunConfig, SFTConfig
+from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
 from verl.data.batch import Trajectory
+from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, answer_row
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, model_config_of, quantization
@@ -21,7 +22,7 @@ from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.trainer.base import Metrics
 from verl.trainer.build.policy_start import policy_start
 from verl.trainer.checkpoint_store import Save
-from verl.trainer.evaluation import sample_row
+from verl.trainer.evaluation import evaluation_schedule, sample_row
 from verl.trainer.run.callbacks import Callback
 from verl.trainer.run.run_loop import RunnableTrainer
 from verl.utils.device import memory_bytes
@@ -78,10 +79,11 @@ class SingleModelTrainer(RunnableTrainer):
     """
 
     kind = "causal language model"
+    config: SFTConfig | PairsConfig
 
     def __init__(
         self,
-        config: RunConfig,
+        config: SFTConfig | PairsConfig,
         actor_model: PreTrainedModel | str | None = None,
         *,
         codec: TextCodec | None = None,
@@ -89,6 +91,7 @@ class SingleModelTrainer(RunnableTrainer):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, device=config.device, console=console, callbacks=callbacks)
+        self.eval_every, self.eval_at_start = evaluation_schedule(config)
         self.start = policy_start(config, actor_model, self.kind, note=self.notes.append)
         source = self.start.source
         self.codec = codec or TextCodec.for_run(self.start.tokenizer, config.data)
@@ -115,17 +118,12 @@ class SingleModelTrainer(RunnableTrainer):
         prompt_ids, response_ids, mask = answer_row(self.codec, prompt, answer)
         return Trajectory(prompt, prompt_ids, response_ids, mask, None, [0] * len(response_ids), group)
 
-    def plan_evaluation(self, every_steps: int | None, config: EvaluationConfig) -> None:
-        """Evaluate on `data.test`, if there is one: every so many steps, and at the start and the end."""
-        if self.config.data.test is None or every_steps is None:
-            return
-        self.eval_every = every_steps or self.config.steps
-        self.eval_at_start = config.at_start
-        if not every_steps:
-            self.notes.append(
-                "data.test is evaluated before the first and after the last step; evaluation.every_steps=N "
-                "evaluates in between"
-            )
+    def held_out_rows(self, rows: list[Prompt], report: LoadReport, kind: str) -> list[Prompt]:
+        """The first of the rows of `data.test`, as many as are evaluated; notes what was left out of them."""
+        kept = rows[: self.config.evaluation.prompts]
+        self.held_out = f"{len(kept)} {kind} of {report.source}"
+        self.notes += [f"data.test: {note}" for note in report.notes]
+        return kept
 
 
 def sampled_rows(

@@ -153,6 +153,8 @@ class TrainerRun:
         lines = RunSizes(trainer).lines() if tracker.shows_events else []
         if report:
             lines.append(_summary(report))
+        if trainer.eval_every:
+            lines.append(_evaluations(trainer))
         if resumed:
             lines.append(f"resumed from {resumed}, after step {trainer.version}")
         for line in [*lines, *([replaced] if replaced else [])]:
@@ -334,6 +336,16 @@ def _log(tracker: Tracker, step: int, metrics: Metrics) -> None:
     if shown:
         took = format_duration(metrics["time/evaluate_s"])
         tracker.event(f"evaluation after step {step}: {', '.join(shown)} ({took})")
+
+
+def _evaluations(trainer: BaseTrainer) -> str:
+    """One line on what is evaluated when."""
+    every, when = trainer.eval_every, ["before the first step"] if trainer.eval_at_start else []
+    if every < trainer.config.steps:
+        return f"evaluation: {trainer.held_out}, {', '.join([*when, f'every {every} steps'])}"
+    when.append("after the last step")
+    between = "; evaluation.every_steps=N evaluates in between"
+    return f"evaluation: {trainer.held_out}, {' and '.join(when)}{between}"
 
 
 def _summary(report: LoadReport) -> str:
