@@ -25,6 +25,7 @@ RECIPES = sorted((ROOT / "config" / "recipes").glob("*.yaml"))
 FLOORS = {
     "__version__": 0,
     "config": 0,
+    "settings": 0,
     "weight_sync": 1,
     "utils": 1,
     "monitoring": 2,

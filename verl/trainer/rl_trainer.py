@@ -124,21 +124,12 @@ class Trainer(RunnableTrainer):
                 config, self.algorithm, source, critic_model, codec=self.codec, timeline=self.timeline
             )
             try:
-                self.roles = Roles(self.groups, self.algorithm, config, clock=self.clock, waits=self.waits)
+                times: dict[str, Any] = {"clock": self.clock, "waits": self.waits}
+                self.roles = Roles(self.groups, self.algorithm, config, **times)
                 self.rollout = (
-                    build_rollout(
-                        self.groups,
-                        start,
-                        self.codec,
-                        config,
-                        note=self.notes.append,
-                        clock=self.clock,
-                        waits=self.waits,
-                    )
+                    build_rollout(self.groups, start, self.codec, config, note=self.notes.append, **times)
                     if rollout is None
-                    else wrap_user_rollout(
-                        rollout, self.algorithm, self.codec, clock=self.clock, waits=self.waits
-                    )
+                    else wrap_user_rollout(rollout, self.algorithm, self.codec, **times)
                 )
             except BaseException:
                 self.groups.close()

@@ -1,9 +1,13 @@
-"""Base class of users' own rollout workers."""
+"""Base class of users' own rollout workers, and the prompts that they answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from verl.utils.sampling_types import Prompt
+
+__all__ = ["BaseRolloutWorker", "Prompt"]
 
 
 class BaseRolloutWorker:
