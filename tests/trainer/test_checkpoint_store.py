@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from threading import Event
 
 import pytest
 import torch
 
-from verl.trainer.checkpoint_store import CheckpointStore, load_state, only_run_in
+from verl.trainer.checkpoint_store import CheckpointStore, check_room, load_state, only_run_in
 
 
 def writes(text="weights", *, broken="never"):
@@ -128,3 +129,33 @@ def test_a_folder_takes_one_run_at_a_time_and_is_free_after_it(tmp_path):
             pass
     with only_run_in(tmp_path / "run"):
         pass
+
+
+def test_with_one_kept_the_last_good_one_stays_until_the_next_has_proven_good(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    for step in (1, 2):
+        saved(store, step, {"policy": writes()}, {})
+        assert store.newest_good() == (tmp_path / "step-00000001" if step == 2 else None)
+        store.confirm(1)  # the second step learned from the weights after the first
+    assert steps(tmp_path) == [1, 2] and store.newest_good() == tmp_path / "step-00000001"
+    store.confirm(2)
+    assert steps(tmp_path) == [2] and store.newest_good() == store.newest()
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_the_last_good_one(tmp_path):
+    saved(CheckpointStore(tmp_path, keep=2), 1, {"policy": writes()}, {})
+    anew, resumed = CheckpointStore(tmp_path, keep=2), CheckpointStore(tmp_path, keep=2)
+    resumed.resume(tmp_path / "step-00000001")
+    for store in (anew, resumed):
+        store.confirm(1)
+    assert anew.newest_good() is None and resumed.newest_good() == tmp_path / "step-00000001"
+
+
+def test_a_disk_without_room_is_an_error_and_one_with_little_a_note(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    sizes = {"checkpoint_bytes": 1000, "model_bytes": 500, "keep": 2}
+    assert check_room(tmp_path / "absent", **sizes) is None
+    with pytest.raises(ValueError, match="need .* MiB for 2 checkpoints, .*less than one checkpoint"):
+        check_room(tmp_path, **sizes | {"checkpoint_bytes": 2 * free})
+    note = check_room(tmp_path, **sizes | {"checkpoint_bytes": free // 2})
+    assert note is not None and "the disk may become full: need" in note and "MiB free at" in note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,13 +14,21 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from verl.config.roles import OptimizerConfig
 from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
 from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
 from verl.engines.hf.adapters import export_adapter
 from verl.engines.hf.lora import NO_ADAPTER, REFERENCE, has_lora, use_adapter
 from verl.engines.hf.models import Backbone
-from verl.engines.hf.weights import full_shapes, full_tensors, local_shards, local_tensors, merged_config
+from verl.engines.hf.weights import (
+    full_shapes,
+    full_tensors,
+    local_shards,
+    local_tensors,
+    merged_config,
+    to_local,
+)
 from verl.utils.sampling_types import Prompt
 from verl.weight_sync.layout import TensorShard
 from verl.weight_sync.meshes import Mesh
@@ -41,7 +50,21 @@ def combine_monitors(name: str, one: Any, other: Any) -> Any:
 
 
 class NotFiniteError(RuntimeError):
-    """Too many updates in a row had a loss or a gradient that is not finite."""
+    """A loss, a gradient, a logit or a weight is not finite, and training cannot go on."""
+
+
+def not_finite_advice(precision: str, optimizer: OptimizerConfig | None = None) -> str:
+    """Changes that may help where a loss, a gradient, a weight or a logit was not finite.
+
+    Args:
+        precision: of the computation. bf16 has the range of fp32, so fp32 would not help it.
+        optimizer: of the model; None: not known.
+    """
+    remedies = ["use policy.precision=bf16 or fp32, whose range is wider"] if precision == "fp16" else []
+    remedies.append("lower optimizer.lr" + (f" ({optimizer.lr:g} now)" if optimizer else ""))
+    if optimizer and optimizer.max_grad_norm > 1:
+        remedies.append(f"set optimizer.max_grad_norm=1 ({optimizer.max_grad_norm:g} now)")
+    return ", or ".join(remedies)
 
 
 @dataclass
@@ -103,6 +126,10 @@ class ForwardEngine(ABC):
         No gradient is computed. The rows are those of this rank. All ranks pass the same number of
         micro-batches, some of which may be empty.
         """
+
+    def model_bytes(self) -> int:
+        """Bytes of the weights that `export` writes, which are fp32."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes().values())
 
     @abstractmethod
     def export(self, folder: Path) -> None:
@@ -247,6 +274,14 @@ class TrainEngine(ForwardEngine):
         """Forget the accumulated portions; the next portion begins an update."""
         return
 
+    def has_finite_state(self) -> bool:
+        """True if no weight, and no optimizer state, on this rank is infinite or no number."""
+        return all_finite(to_local(parameter) for parameter in self.model.parameters())
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes that `save` writes on all ranks together, about: fp32 weights and AdamW's two moments."""
+        return 3 * self.model_bytes()
+
     @abstractmethod
     def save(self, folder: Path) -> Callable[[], None]:
         """Begin to write weights, optimizer, schedule and loss scale; training may go on at once.
@@ -276,6 +311,18 @@ def scatter_response_values(batch: Batch, parts: Iterable[tuple[Sequence[int], T
         block[present[list(rows)]] = values
         result[list(rows)] = block
     return result
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """True if every number of the tensors is finite; one pass over them, without copies."""
+    # The smallest and the largest number are not finite if any number is: they pass NaN on.
+    bounds = [bound.float() for t in tensors if t.numel() for bound in torch.aminmax(t)]
+    # One transfer from each device, and no other wait.
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for bound in bounds:
+        by_device.setdefault(bound.device, []).append(bound)
+    return all(bool(torch.isfinite(torch.stack(group)).all()) for group in by_device.values())
 
 
 def dummy_batch() -> Batch:

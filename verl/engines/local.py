@@ -23,6 +23,8 @@ from verl.engines.base import (
     Outputs,
     TrainEngine,
     UpdateTotals,
+    all_finite,
+    not_finite_advice,
     scatter_response_values,
 )
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_parameters, trained_state
@@ -31,6 +33,7 @@ from verl.engines.hf.hf_io import write_model
 from verl.engines.hf.lora import NO_ADAPTER, POLICY, REFERENCE, lora_dropout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model
+from verl.engines.hf.weights import to_local
 from verl.engines.optimizer import LossScale, build_optimizer, lr_factor
 
 T = TypeVar("T")
@@ -226,10 +229,12 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         is_overflow = kind == "gradient" and self._scale.enabled and self._scale.value >= 1
         self._bad_updates += not is_overflow
         if self._bad_updates >= self._config.max_bad_updates:
+            weights = "are finite" if self.has_finite_state() else "are not finite either"
             raise NotFiniteError(
                 f"the {kind} was not finite in {self._bad_updates} updates in a row, the last time for row "
-                f"{', '.join(map(str, rows))} of the step; lower optimizer.lr or optimizer.max_grad_norm, "
-                "or use precision=fp32, and look at the samples of this step"
+                f"{', '.join(map(str, rows))} of the step, and the weights {weights}; look at rewards and "
+                "samples of this step, and "
+                f"{not_finite_advice(self._config.precision, self._config.optimizer)}"
             )
         return {"skipped_updates": 1.0}
 
@@ -240,6 +245,17 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         losses = {row: self.forward(objective, one, self.model_inputs(one))[0] for row, one in alone}
         bad = [row for row, loss in losses.items() if not torch.isfinite(loss)] or list(rows)
         return batch.row_ids[bad].tolist()
+
+    @override
+    def has_finite_state(self) -> bool:
+        return all_finite(map(to_local, trained_state(self.model, self._optimizer).values()))
+
+    @override
+    def checkpoint_bytes(self) -> int:
+        trained = sum(parameter.numel() for parameter in trained_parameters(self.model).values())
+        saved = sum(tensor.numel() for tensor in trained_state(self.model, self._optimizer).values())
+        # Before the first update there are no states: most optimizers have two numbers for each weight.
+        return 4 * (saved if self._optimizer.state else 3 * trained)
 
     @override
     def save(self, folder: Path) -> Callable[[], None]:

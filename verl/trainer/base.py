@@ -64,6 +64,15 @@ class ModelSet(Protocol):
     def saves(self) -> Mapping[str, Save]:
         """For the folder of each model in a checkpoint, the function that begins to write it."""
 
+    def not_finite(self) -> list[str]:
+        """Models that learn whose weights or optimizer states are not all finite."""
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the models in a checkpoint, about; with LoRA of the adapters alone."""
+
+    def model_bytes(self) -> int:
+        """Bytes of the weights of the trained model, which are fp32."""
+
     def load(self, folder: Path) -> None:
         """Read the models of a checkpoint."""
 

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +34,14 @@ class CheckpointStore:
 
     Args:
         root: folder of the checkpoints.
-        keep: number of newest checkpoints kept.
+        keep: number of newest checkpoints kept, and the newest one that has proven good, see `confirm`.
     """
 
     def __init__(self, root: Path, *, keep: int) -> None:
         self._root = root
         self._keep = keep
+        self._good_step = -1
+        self._own: set[str] = set()  # names of the checkpoints of this run, not of an earlier one
         self._writing: Future[Path] | None = None
 
     def begin(self, step: int, saves: Mapping[str, Save], state: Mapping[str, Any]) -> None:
@@ -59,6 +61,7 @@ class CheckpointStore:
         """
         self.finish()
         final = self._root / f"step-{step:08d}"
+        self._own.add(final.name)
         partial = self._root / f".writing-{final.name}"
         shutil.rmtree(partial, ignore_errors=True)
         with self._removed_on_error(final, partial):
@@ -107,12 +110,36 @@ class CheckpointStore:
         partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         flush_to_disk(self._root)
-        complete = self.complete_ones()
-        kept = [folder for folder in complete if folder.name <= final.name][-self._keep :]
-        for folder in complete:
+        for later in [folder for folder in self.complete_ones() if folder.name > final.name]:
+            shutil.rmtree(later)
+        # The newest one has not proven good yet.
+        good = self.newest_good()
+        self.prune([good] if good else [])
+        return final
+
+    def resume(self, folder: Path) -> None:
+        """Note that the run goes on from this checkpoint."""
+        if folder.resolve().parent == self._root.resolve():
+            self._own = {path.name for path in self.complete_ones() if path.name <= folder.name}
+
+    def confirm(self, step: int) -> None:
+        """Note that the weights after this step have proven good, since the next step learned from them."""
+        self._good_step = step
+        newest = self.newest()
+        if self._writing is None and newest is not None and newest == self.newest_good():
+            self.prune()
+
+    def newest_good(self) -> Path | None:
+        """The newest complete checkpoint of this run whose weights have proven good, if there is one."""
+        limit = f"step-{self._good_step:08d}" if self._good_step >= 0 else ""
+        own = [path for path in self.complete_ones() if path.name in self._own and path.name <= limit]
+        return own[-1] if own else None
+
+    def prune(self, kept: Collection[Path] = ()) -> None:
+        """Remove all checkpoints but the newest ones, and those to keep besides."""
+        for folder in self.complete_ones()[: -self._keep]:
             if folder not in kept:
                 shutil.rmtree(folder)
-        return final
 
     @contextmanager
     def _removed_on_error(self, final: Path, partial: Path) -> Iterator[None]:
@@ -131,6 +158,37 @@ class CheckpointStore:
                 f"cannot write {final}, {free:.0f} MiB of its disk are free now: {error}; "
                 "make room and start again, the checkpoints before it are whole"
             ) from error
+
+
+def check_room(folder: Path, *, checkpoint_bytes: int, model_bytes: int, keep: int) -> str | None:
+    """Check the free room of a disk for checkpoints and the model of a run.
+
+    Args:
+        folder: of the run.
+        checkpoint_bytes: of one checkpoint.
+        model_bytes: of the model at the end.
+        keep: checkpoints kept; one more is on the disk while it is written.
+
+    Returns:
+        A note with both numbers if the room may not do, else None.
+
+    Raises:
+        ValueError: there is no room for a single checkpoint.
+    """
+    root = folder.absolute()
+    on_disk = next(parent for parent in (root, *root.parents) if parent.exists())
+    free = shutil.disk_usage(on_disk).free
+    present = CheckpointStore(folder / "checkpoints", keep=keep).complete_ones()
+    needed = max(1, keep + 1 - len(present)) * checkpoint_bytes + model_bytes
+    facts = (
+        f"{needed / 2**20:,.1f} MiB for {keep} checkpoints, one that is being written, and the model, got "
+        f"{free / 2**20:,.1f} MiB free at {root}"
+    )
+    if free < checkpoint_bytes:
+        raise ValueError(
+            f"need {facts}, which is less than one checkpoint; make room, or take another output_dir"
+        )
+    return None if needed <= free else f"the disk may become full: need {facts}"
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -46,6 +46,18 @@ class SingleModel:
         """The function that begins to write the model, for its folder in a checkpoint."""
         return {"policy": self.engine.save}
 
+    def not_finite(self) -> list[str]:
+        """`policy` if its weights or optimizer states are not all finite, else nothing."""
+        return [] if self.engine.has_finite_state() else ["policy"]
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the model in a checkpoint, about."""
+        return self.engine.checkpoint_bytes()
+
+    def model_bytes(self) -> int:
+        """Bytes of the weights of the trained model."""
+        return self.engine.model_bytes()
+
     def load(self, folder: Path) -> None:
         """Read the model of a checkpoint."""
         self.engine.load(folder / "policy")

@@ -24,14 +24,15 @@ from verl.engines.hf.models import Backbone, ValueModel
 from verl.engines.hf.pretrained import (
     MAX_FILE_BYTES,
     VALUE_HEAD,
+    WEIGHTS,
+    WEIGHTS_INDEX,
     check_exists,
     load_language_model,
+    remove_other_weights,
     save_model,
 )
 from verl.engines.hf.weights import full_tensors, merged_config, shard_slices, to_full, to_local
 from verl.utils.files import write_safetensors
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def model_folder(source: str) -> Path:
@@ -119,16 +120,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: the folder has no safetensors files.
     """
-    if (folder / _INDEX).exists():
-        weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
+    if (folder / WEIGHTS_INDEX).exists():
+        weight_map = json.loads((folder / WEIGHTS_INDEX).read_text())["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    if not (folder / _WEIGHTS).exists():
+    if not (folder / WEIGHTS).exists():
         raise ValueError(
-            f"need {_WEIGHTS} or {_INDEX} in {folder} to load a model onto several ranks; "
+            f"need {WEIGHTS} or {WEIGHTS_INDEX} in {folder} to load a model onto several ranks; "
             "save it with save_pretrained"
         )
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / _WEIGHTS)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS)
 
 
 def name_in_files(name: str, files: Mapping[str, object], prefix: str) -> str | None:
@@ -266,8 +267,10 @@ class SafetensorsWriter:
         """Write the last file, the index, and give the files the names that Transformers looks for."""
         self._write_file()
         count = self._num_files
+        (self._folder / WEIGHTS_INDEX).unlink(missing_ok=True)
         if count == 1:
-            (self._folder / ".part-0").rename(self._folder / _WEIGHTS)
+            (self._folder / ".part-0").rename(self._folder / WEIGHTS)
+            remove_other_weights(self._folder)
             return
         # The number of files is a part of their names, and is not known earlier.
         names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
@@ -278,7 +281,8 @@ class SafetensorsWriter:
             "metadata": {"total_size": total},
             "weight_map": {name: names[number] for name, number in self._file_numbers.items()},
         }
-        (self._folder / _INDEX).write_text(json.dumps(index, indent=1))
+        (self._folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1))
+        remove_other_weights(self._folder)
 
     def _write_file(self) -> None:
         write_safetensors(self._pending, self._folder / f".part-{self._num_files}", metadata={"format": "pt"})

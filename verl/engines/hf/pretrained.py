@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from verl.utils.hub import AdapterFolder, find_adapter, why_missing
 from verl.utils.tokens import CHARACTERS, character_tokenizer
 
 VALUE_HEAD, GENERATION_CONFIG = "value_head.safetensors", "generation_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Size of a weights file above which a model is written into several.
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -288,6 +290,7 @@ def save_transformer(
         # Transformers refuses to save some generation configs that it loads, such as one with a temperature
         # and without sampling; that must not cost the weights.
         transformer.generation_config = GenerationConfig()
+    (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
     try:
         with without_progress_bars():
             transformer.save_pretrained(folder, max_shard_size=max_file_bytes)
@@ -296,7 +299,18 @@ def save_transformer(
             transformer.generation_config = generation
     if generation is not None:
         (folder / GENERATION_CONFIG).write_text(generation.to_json_string())
-    apply_umask(*folder.glob("*.safetensors"))
+    apply_umask(*remove_other_weights(folder))
+
+
+def remove_other_weights(folder: Path) -> list[Path]:
+    """Remove weights that an earlier model left in a folder; returns the files of the model in it."""
+    index = folder / WEIGHTS_INDEX
+    kept = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WEIGHTS}
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
+    (folder / VALUE_HEAD).unlink(missing_ok=True)
+    return [folder / name for name in sorted(kept)]
 
 
 def make_tiny_model(

@@ -20,7 +20,14 @@ from typing_extensions import override
 
 from verl.config.roles import RoleConfig
 from verl.data.batch import Batch, ModelInput
-from verl.engines.base import ForwardEngine, Objective, Outputs, UpdateTotals, scatter_response_values
+from verl.engines.base import (
+    ForwardEngine,
+    Objective,
+    Outputs,
+    UpdateTotals,
+    all_finite,
+    scatter_response_values,
+)
 from verl.engines.local import LocalEngine
 from verl.engines.megatron.checkpoint import (
     OptimizerPart,
@@ -322,6 +329,14 @@ class MegatronEngine(MegatronForwardEngine, LocalEngine):
         self._optimizer.step_with_ready_grads()
         self._updates += 1
         return norm
+
+    @override
+    def has_finite_state(self) -> bool:
+        return all_finite(values for _, states in self._optimizer_parts() for values in states.values())
+
+    @override
+    def checkpoint_bytes(self) -> int:
+        return 3 * self.model_bytes()
 
     @override
     def save(self, folder: Path) -> Callable[[], None]:

@@ -64,6 +64,11 @@ class RoleWorker(Worker):
         return memory_bytes(self.engine.model.device)
 
     @register(SAME_ON_ALL)
+    def model_bytes(self) -> int:
+        """Bytes of the weights that `export` writes."""
+        return self.engine.model_bytes()
+
+    @register(SAME_ON_ALL)
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format."""
         self.engine.export(folder)
@@ -155,6 +160,16 @@ class Learner(ColumnWorker):
     def _named(self, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics of the role's updates under their names in the run."""
         return {f"{self._prefix}{name}": value for name, value in metrics.items()}
+
+    @register(TRUE_ON_ALL)
+    def has_finite_state(self) -> bool:
+        """True if no weight and no optimizer state of any rank is infinite or no number."""
+        return self.engine.has_finite_state()
+
+    @register(SAME_ON_ALL)
+    def checkpoint_bytes(self) -> int:
+        """Bytes of weights and optimizer in a checkpoint, of all ranks together, about."""
+        return self.engine.checkpoint_bytes()
 
     @register(SAME_ON_ALL)
     def begin_save(self, folder: Path) -> None:

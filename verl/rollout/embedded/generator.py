@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from verl.engines.base import NotFiniteError, not_finite_advice
 from verl.engines.hf.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
 from verl.rollout.embedded.sampling import (
@@ -340,10 +341,10 @@ class ContinuousBatch:
         self.positions[start:] += 1
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if math.isnan(logprob):
-                raise RuntimeError(
+                precision = self.model.precision
+                raise NotFiniteError(
                     f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt "
-                    f"{row.prompt_id}; it computes in {self.model.precision}: use policy.precision=bf16 or "
-                    f"fp32, and look at the last updates"
+                    f"{row.prompt_id}; it computes in {precision}: {not_finite_advice(precision)}"
                 )
             row.add(token, logprob, self.codec)
         num_top = max(row.num_top_logprobs for row in rows)

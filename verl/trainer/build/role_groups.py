@@ -140,6 +140,22 @@ class RoleGroups:
         """For each model that learns, the function that begins to write it."""
         return {name: partial(_save, group) for name, group in self._learning.items()}
 
+    def not_finite(self) -> list[str]:
+        """Models that learn whose weights or optimizer states are not all finite."""
+        return [
+            name
+            for name, group in self._learning.items()
+            if not group.call(Learner.has_finite_state).result()
+        ]
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the models in a checkpoint, about."""
+        return sum(group.call(Learner.checkpoint_bytes).result() for group in self._learning.values())
+
+    def model_bytes(self) -> int:
+        """Bytes of the weights of the trained model."""
+        return self.policy.call(RoleWorker.model_bytes).result()
+
     def load(self, folder: Path) -> None:
         """Read the models of a checkpoint."""
         for name, group in self._learning.items():

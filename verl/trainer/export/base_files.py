@@ -88,5 +88,5 @@ def _read(name: str, file: str) -> str | None:
     if Path(name).is_dir():
         path: Any = Path(name) / file
         return path.read_text() if path.exists() else None
-    path = try_to_load_from_cache(name, file)
+    path = try_to_load_from_cache(name, file) if is_hub_name(name) else None
     return Path(path).read_text() if isinstance(path, str) else None

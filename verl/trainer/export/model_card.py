@@ -116,8 +116,9 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
         default = defaults.get(key)
         if key in _NOT_SHOWN or value == default:
             continue
-        # A function with its options is one value: they have no defaults here.
-        if isinstance(value, Mapping) and isinstance(default, Mapping) and "name" not in value:
+        # Another function than the default one is one value with its options: they have no defaults here.
+        is_section = isinstance(value, Mapping) and isinstance(default, Mapping)
+        if is_section and value.keys() == default.keys() and value.get("name") == default.get("name"):
             inner = {f"{key}.{name}": item for name, item in changed_settings(value, default).items()}
             found |= {name: item for name, item in inner.items() if name not in _NOT_SHOWN}
         else:

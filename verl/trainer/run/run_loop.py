@@ -20,8 +20,9 @@ from verl.monitoring.sinks import check_sinks
 from verl.monitoring.tracking import Tracker
 from verl.monitoring.watchdog import Watchdog
 from verl.trainer.base import BaseTrainer, Metrics
-from verl.trainer.checkpoint_store import CheckpointStore, load_state, only_run_in
+from verl.trainer.checkpoint_store import CheckpointStore, check_room, load_state, only_run_in
 from verl.trainer.run.callbacks import Callback, notify
+from verl.trainer.run.finite_weights import check_finite, has_learned, naming_good_checkpoint
 from verl.trainer.run.run_sizes import RunSizes, bytes_on_disk
 
 # Answers of the first step that are shown.
@@ -129,8 +130,10 @@ class TrainerRun:
             tracker.event(line)
         if self._is_due(self._config.tracking.samples_every_steps, also_last=True, also_first=True):
             self._write_samples()
-        if self._is_due(self._config.checkpoint.every_steps):
-            self._begin_checkpoint()
+        if has_learned(metrics):  # else the weights are those before the step, which may be what is wrong
+            self._store.confirm(trainer.version - 1)
+            if self._is_due(self._config.checkpoint.every_steps):
+                self._begin_checkpoint()
         if done := self._store.poll():
             self._completed(done)
         self.history.append(logged)
@@ -157,7 +160,13 @@ class TrainerRun:
             lines.append(_evaluations(trainer))
         if resumed:
             lines.append(f"resumed from {resumed}, after step {trainer.version}")
-        for line in [*lines, *([replaced] if replaced else [])]:
+        room = check_room(
+            self._folder,
+            checkpoint_bytes=trainer.models.checkpoint_bytes(),
+            model_bytes=trainer.models.model_bytes(),
+            keep=self._config.checkpoint.keep,
+        )
+        for line in filter(None, [*lines, replaced, room]):
             tracker.event(line)
         self._show_notes()
         self._notify("on_start", lambda callback: callback.on_start(trainer))
@@ -171,6 +180,8 @@ class TrainerRun:
         if self.history and self._saved_version != trainer.version:
             self._begin_checkpoint()
         self.settle()
+        check_finite(trainer)
+        self._store.prune()
         if self.history and self.goes_on:
             tracker.event(f"ended after step {trainer.version} of {self._config.steps}")
         elif self.history and trainer.stop_requested:
@@ -232,6 +243,7 @@ class TrainerRun:
     def _begin_checkpoint(self) -> None:
         trainer = self._trainer
         with trainer.progress.phase("writing a checkpoint"):
+            check_finite(trainer)
             self._saved_version = trainer.version
             self._store.begin(trainer.version, trainer.models.saves, trainer.state())
 
@@ -275,7 +287,7 @@ def _started(trainer: RunnableTrainer, *, reads_data: bool) -> Iterator[TrainerR
             console=trainer.console,
         )
         run = trainer.active_run = TrainerRun(trainer, tracker, store)
-        with closing(tracker):
+        with closing(tracker), naming_good_checkpoint(store):
             try:
                 run.start(report, resumed, replaced)
                 yield run
@@ -293,6 +305,7 @@ def _store(trainer: BaseTrainer) -> CheckpointStore:
 def _write_checkpoint(trainer: BaseTrainer, store: CheckpointStore) -> Path:
     """Write a checkpoint to its end."""
     with trainer.progress.phase("writing a checkpoint"):
+        check_finite(trainer)
         store.begin(trainer.version, trainer.models.saves, trainer.state())
         folder = store.finish()
     assert folder is not None
@@ -318,6 +331,7 @@ def _resume(trainer: BaseTrainer, store: CheckpointStore) -> Path | None:
         trainer.release_devices()  # generation holds weights from before
         trainer.models.load(folder)
         trainer.load_state(state)
+    store.resume(folder)
     return folder
 
 

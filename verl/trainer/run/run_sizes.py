@@ -10,10 +10,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from verl.monitoring.formatting import format_bytes
 from verl.trainer.base import BaseTrainer
 
-_FP32_BYTES = 4
-# A trained weight in a checkpoint with the two moments of Adam, all in fp32.
-_CHECKPOINT_BYTES = 3 * _FP32_BYTES
-
 
 class RunSizes:
     """Sizes of the models and files of a run, estimated before anything is written.
@@ -43,14 +39,11 @@ class RunSizes:
         checkpoint, every = config.checkpoint, config.checkpoint.every_steps
         when = f"every {every} steps, the newest {checkpoint.keep} are kept" if every else "at the end"
         files.append(f"checkpoints ({when}{self._checkpoint_size(each=bool(every))})")
-        model_bytes = self.num_parameters * _FP32_BYTES
+        model_bytes = self._trainer.models.model_bytes()
         return [*files, f"the model (at the end, about {format_bytes(model_bytes)})"]
 
     def _checkpoint_size(self, *, each: bool) -> str:
-        if self._config.policy.lora.rank:
-            return ""  # the adapters alone, which are small
-        num_models = len(self._trainer.models.saves)
-        size = format_bytes(num_models * self.num_parameters * _CHECKPOINT_BYTES)
+        size = format_bytes(self._trainer.models.checkpoint_bytes())
         return f", about {size}{' each' if each else ''}"
 
 
