@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +19,7 @@ from verl.engines.hf.lora import POLICY, adapter_of, add_lora, base_name, import
 from verl.engines.hf.models import Backbone, RewardModel
 from verl.engines.hf.peft_config import adapter_options
 from verl.engines.hf.weights import to_full
+from verl.utils.files import write_safetensors
 from verl.utils.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder, find_adapter
 
 _PREFIX = "base_model.model."
@@ -211,7 +212,7 @@ def export_adapter(model: Backbone, folder: Path, *, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options.save_pretrained(folder)
     named = {_PREFIX + key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def is_same_model(one: str, other: str) -> bool:
