@@ -64,7 +64,10 @@ def read_adapter(adapter: AdapterFolder) -> dict[str, Tensor]:
         raise ValueError(
             f"need {ADAPTER_WEIGHTS} in {adapter.folder}, found none; save the adapter as safetensors"
         )
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    # Where the vocabulary has grown, PEFT writes layers that are trained whole three times.
+    repeated = (".original_module.", ".modules_to_save.")
+    return {name: t for name, t in tensors.items() if not any(part in name for part in repeated)}
 
 
 def saved_name(name: str) -> str:

@@ -66,12 +66,15 @@ def add_lora(
     with warnings.catch_warnings():
         # Tied embeddings of which an adapter changes one are written as two, see `merged_config`.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         peft.inject_adapter_in_model(options, transformer, adapter_name=name, low_cpu_mem_usage=is_empty)
     for key, parameter in transformer.named_parameters():
         # The score head of a reward model is new and small: it is trained whole.
         parameter.requires_grad_(before.get(key, trained) if adapter_of(key) else key == "score.weight")
     for dropout in _dropouts(transformer):
         dropout.p = 0.0
+    if before:  # PEFT would use the new one
+        use_adapter(transformer, POLICY)
 
 
 def _options(transformer: PreTrainedModel, config: LoraConfig, peft: Any) -> Any:
