@@ -12,6 +12,7 @@ from verl.data.dataset import LoadReport, drop_long_prompts, load_rows
 from verl.data.layouts import Messages, ParsedRow, conversation_of, prompt_of
 from verl.data.row_cells import MalformedRow, check_encodable, describe
 from verl.data.sources import Split
+from verl.utils.conversations import EncodedConversation
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -134,8 +135,7 @@ def answer_row(codec: TextCodec, prompt: Prompt, answer: Any) -> AnswerRow:
         ids = codec.encode_answer(str(answer), prompt)
         return AnswerRow(codec.encode_prompt(prompt), ids, [True] * len(ids))
     messages, learned = whole_conversation(prompt.content, answer)
-    own = prompt.columns.get("chat_template_kwargs")
-    ids, mask, _ = codec.encode_conversation(messages, prompt.tools, learned=learned, template_kwargs=own)
+    ids, mask, _ = _encode(codec, prompt, messages, learned)
     if True not in mask:
         raise ValueError("the chat template writes no token of the answer to learn")
     # The first token of all is predicted by nothing.
@@ -301,7 +301,7 @@ def cut_at_turn(codec: TextCodec, example: Prompt, limit: int) -> Prompt | None:
     if not isinstance(example.answer, Learned) or isinstance(example.content, str):
         return None
     indices = example.answer.indices
-    starts = codec.encode_conversation(example.content, example.tools, learned=indices).turn_starts
+    starts = _encode(codec, example, example.content, indices).turn_starts
     for count in range(len(indices) - 1, 0, -1):
         end = indices[count - 1] + 1
         if starts[end - 1] >= limit:  # its answer begins beyond it
@@ -310,6 +310,14 @@ def cut_at_turn(codec: TextCodec, example: Prompt, limit: int) -> Prompt | None:
         if answer_row(codec, shorter, shorter.answer).num_tokens <= limit:
             return shorter
     return None
+
+
+def _encode(
+    codec: TextCodec, prompt: Prompt, messages: Messages, learned: Sequence[int]
+) -> EncodedConversation:
+    """Tokens of a conversation with the tools and the variables of the template of its row."""
+    own = prompt.columns.get("chat_template_kwargs")
+    return codec.encode_conversation(messages, prompt.tools, learned=learned, template_kwargs=own)
 
 
 def _flag(message: Mapping[str, Any], index: int) -> bool | None:

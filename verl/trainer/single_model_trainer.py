@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import override
 
 from verl.agents.group_sampler import sampling_params
 from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
@@ -129,6 +130,11 @@ class SingleModelTrainer(RunnableTrainer):
         """A trajectory with an answer of the data set, whose mask is its learned tokens."""
         prompt_ids, response_ids, mask = answer_row(self.codec, prompt, answer)
         return Trajectory(prompt, prompt_ids, response_ids, mask, None, [0] * len(response_ids), group)
+
+    @override
+    def fixed_settings(self) -> dict[str, Any]:
+        # Sampling makes samples for readers alone.
+        return {name: value for name, value in super().fixed_settings().items() if name != "sampling"}
 
     def held_out_rows(self, rows: list[Prompt], report: LoadReport, kind: str) -> list[Prompt]:
         """The first of the rows of `data.test`, as many as are evaluated; notes what was left out of them."""

@@ -356,7 +356,8 @@ def _evaluations(trainer: BaseTrainer) -> str:
     """One line on what is evaluated when."""
     every, when = trainer.eval_every, ["before the first step"] if trainer.eval_at_start else []
     if every < trainer.config.steps:
-        return f"evaluation: {trainer.held_out}, {', '.join([*when, f'every {every} steps'])}"
+        often = "after every step" if every == 1 else f"every {every} steps and after the last"
+        return f"evaluation: {trainer.held_out}, {', '.join([*when, often])}"
     when.append("after the last step")
     between = "; evaluation.every_steps=N evaluates in between"
     return f"evaluation: {trainer.held_out}, {' and '.join(when)}{between}"
