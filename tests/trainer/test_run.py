@@ -53,9 +53,9 @@ def test_a_run_says_what_it_loads_writes_and_does_before_its_first_step(letters,
     assert lines[0] == f"loading {letters}"
     assert lines[1].startswith(f"policy: {letters}, 0.01") and lines[1].endswith("M parameters, fp32, cpu")
     assert lines[2].startswith(f"writes to {run}: metrics.jsonl, checkpoints (at the end, about ")
-    assert lines[4] == f"evaluating 5 prompts of {tmp_path / 'prompts.jsonl'}"
-    assert lines[5].startswith("evaluation after step 0: reward ")
-    assert lines[6] == "step 1/2: generating 16 answers to 4 prompts"
+    start = lines.index(f"evaluating 5 prompts of {tmp_path / 'prompts.jsonl'}")
+    assert lines[start + 1].startswith("evaluation after step 0: reward ")
+    assert lines[start + 2] == "step 1/2: generating 16 answers to 4 prompts"
     assert "step 1/2: updating the policy" in lines
     assert not any(line.startswith("step 2/2") for line in lines)
     checkpoint = next(line for line in lines if line.startswith("checkpoint: "))

@@ -59,7 +59,7 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             tried = try_rewards(trainer)
             console.out(to_yaml(trainer.config), end="", highlight=False)
             for note in report.notes:
-                console.out(f"data: {note}", highlight=False)
+                progress_console.out(f"data: {note}", highlight=False)
             console.out(
                 f"everything fits: {report.num_rows} rows from {report.source}, "
                 f"{trainer.config.steps} steps; nothing was trained",

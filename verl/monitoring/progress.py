@@ -64,8 +64,8 @@ class Progress:
 
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:
-        """Context of a part of the run that may take long, such as an evaluation."""
-        if self._console and not self._console.is_terminal and text not in self._said:
+        """Context of a part of the run that may take long, such as an evaluation; "" is not said."""
+        if text and self._console and not self._console.is_terminal and text not in self._said:
             self._said.add(text)
             self.say(text)
         self._depth += 1

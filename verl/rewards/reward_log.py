@@ -28,6 +28,13 @@ class TrainerState:
     max_steps: int = 0
     epoch: float = 0.0
 
+    @classmethod
+    def of(cls, trainer: Any) -> TrainerState:
+        """Progress of a `verl.trainer.base.BaseTrainer`."""
+        loader = trainer.loader
+        epoch = loader.epoch + loader.position / len(loader) if loader else 0.0
+        return cls(trainer.version, trainer.config.steps, epoch)
+
 
 @dataclass
 class RewardLog:

@@ -117,7 +117,7 @@ class Trainer(RunnableTrainer):
         self.codec = codec or TextCodec.for_run(tokenizer, config.data, stop_ids=stop_ids)
         config = self.read_data_early(model_config_of(self.start.source))
         source = plain_source(config, self.start.source)
-        with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
+        with self.progress.phase(f"loading {source}" if isinstance(source, str) else ""):
             # Before a LoRA adapter is put into a loaded model.
             start = initial_checkpoint(config, source, self.codec)
             self.models = self.groups = RoleGroups(
@@ -218,7 +218,7 @@ class Trainer(RunnableTrainer):
             config,
             self._reward_fn,
             placed=self.groups.placed_rewards,
-            context=CallContext(self.codec.prompt_text, partial(_progress, self)),
+            context=CallContext(self.codec.prompt_text, partial(TrainerState.of, self)),
             columns=columns_of(prompts),
             note=self.notes.append,
         )
@@ -312,10 +312,3 @@ def describe_sync(rollout: RolloutEngine, version: int) -> str:
     replicas = pool.replicas if pool else []
     behind = [r.name for r in replicas if r.state in ("stale", "serving") and r.version != version]
     return f"version {version} in {', '.join(behind) or 'the policy generator'}"
-
-
-def _progress(trainer: Trainer) -> TrainerState:
-    """Progress of a run, as its reward functions see it."""
-    loader = trainer.loader
-    epoch = loader.epoch + loader.position / len(loader) if loader else 0.0
-    return TrainerState(trainer.version, trainer.config.steps, epoch)

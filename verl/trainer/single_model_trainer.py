@@ -109,7 +109,7 @@ class SingleModelTrainer(RunnableTrainer):
         source = self.start.source
         self.codec = codec or TextCodec.for_run(self.start.tokenizer, config.data)
         self.read_data_early(model_config_of(source))
-        with self.progress.phase(f"loading {source if isinstance(source, str) else 'the given model'}"):
+        with self.progress.phase(f"loading {source}" if isinstance(source, str) else ""):
             model = self.build_model(source)
         self.model_kind = type(model).__name__
         model.to(self.device).check_forward()
