@@ -11,7 +11,7 @@ import torch
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.aggregations import AGGREGATIONS
 from verl.algorithms.losses import POLICY_LOSSES
-from verl.algorithms.registry import bind
+from verl.algorithms.registry import UserFunctionError, bind
 from verl.config.fields import Choice
 from verl.data.columns import readable_by
 
@@ -48,6 +48,21 @@ def test_a_users_function_binds_by_module_and_name(user_module):
     function = bound(ADVANTAGES, "user_functions:doubled", scale=3)
     assert function.columns == ("rewards",)
     assert function({"rewards": torch.ones(2)}).tolist() == [3.0, 3.0]
+
+
+def test_a_users_function_may_be_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def halved(rewards, *, scale: float = 0.5):\n    return rewards * scale\n")
+    assert bound(ADVANTAGES, f"{file}:halved")({"rewards": torch.ones(2)}).tolist() == [0.5, 0.5]
+    file.write_text("import no_such_package_of_mine\n")
+    with pytest.raises(ValueError, match=r"broken.py:f: cannot import .*No such file"):
+        bound(ADVANTAGES, f"{tmp_path / 'broken.py'}:f")
+
+
+def test_an_error_in_a_users_function_names_it_with_file_and_line(user_module):
+    user_module.fails = lambda rewards: rewards / rewards.no_such_method()
+    with pytest.raises(UserFunctionError, match=rf":fails fails: AttributeError.*{__file__}:\d+"):
+        bound(ADVANTAGES, "user_functions:fails")({"rewards": torch.ones(2)})
 
 
 def test_a_missing_column_is_named_with_the_function_that_reads_it():
@@ -132,8 +147,11 @@ def test_a_misspelt_column_is_found_before_the_first_call():
     ("name", "reason"),
     [
         ("no_such_module:f", "cannot import 'no_such_module'"),
-        ("user_functions:doubles", "no function 'doubles'; did you mean 'doubled'?"),
-        ("user_functions:constant", "no function 'constant'"),
+        (
+            "user_functions:doubles",
+            "'doubles' in 'user_functions', there is none; did you mean 'doubled'?",
+        ),
+        ("user_functions:constant", "need a function 'constant' in 'user_functions', there is int"),
     ],
 )
 def test_a_users_function_that_is_not_there_is_an_error_with_its_name(user_module, name, reason):

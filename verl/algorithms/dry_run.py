@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from verl.algorithms.registry import BoundFunction
+from verl.algorithms.registry import BoundFunction, ReturnedError, UserFunctionError
+from verl.algorithms.returns import check_finite
 from verl.data.columns import CHOSEN, COLUMNS, LOGPROB, ColumnSpec, readable_by
+from verl.utils.user_code import exception_text
 
 # Length of each axis of `ColumnSpec.shape`.
 SIZES = {"B": 4, "S": 2, "T": 3, "K": 2, "k": 2, "P": 3}
+# Columns that come from the model that is trained, with gradient.
+_TRAINED = (
+    "logprobs", "top_logprobs", "new_values", "prm_logprobs", "chosen_logprobs", "rejected_logprobs",
+    "chosen_rewards", "rejected_rewards",
+)  # fmt: skip
 
 
 def example_columns(names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -58,24 +65,69 @@ def _example(spec: ColumnSpec, generator: torch.Generator) -> Tensor:
     return common + 0.1 * torch.rand(shape, generator=generator)
 
 
-def try_out(function: BoundFunction, names: Collection[str] | None = None) -> Any:
+def try_out(function: BoundFunction, names: Collection[str] | None = None, *, learns: bool = False) -> Any:
     """Result of one call on the example columns of these names.
 
+    Args:
+        function: is called with copies of the columns.
+        names: of the columns; None: all that a chosen function may read.
+        learns: it is a loss: a backward pass must work too.
+
     Raises:
-        ValueError: the function refuses its options, or cannot be called on such columns.
+        ValueError: the function refuses its options, cannot be called on such columns, changes them, or
+            returns something else than it must, such as a loss without gradient.
     """
     columns = example_columns(names)
+    trained = [n for n in _TRAINED if n in function.columns and n in columns] if learns else []
+    leaves = {name: columns[name].clone().requires_grad_() for name in trained}
+    # Copies of the leaves, since PyTorch itself refuses to change a leaf.
+    given = {name: leaves.get(name, column).clone() for name, column in columns.items()}
+    num_rows = len(next(iter(columns.values())))
     try:
-        return function(columns)
+        result = function(given)
+        _check_unchanged(function, columns, given)
+        _check_result(function, given, result)
+        if learns:
+            _check_gradient(function, result, leaves)
+    except ReturnedError:
+        raise
     except ValueError as error:
         raise ValueError(f"{function.name}: {error}") from error
     # A border to a user's function: it fails here, before the run, and not in its first step.
     except Exception as error:
-        num_rows = len(next(iter(columns.values())))
+        cause = error.__cause__ if isinstance(error, UserFunctionError) and error.__cause__ else error
         raise ValueError(
-            f"{function.name} fails on {num_rows} rows of small columns: {type(error).__name__}: {error}; "
-            "correct it"
+            f"{function.name} fails on {num_rows} rows of small columns: {exception_text(cause)}; correct it"
         ) from error
+    return result
+
+
+def _check_unchanged(
+    function: BoundFunction, columns: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> None:
+    changed = [name for name in function.columns if not torch.equal(given[name].detach(), columns[name])]
+    if changed:
+        raise ReturnedError(
+            f"{function.name}: need columns left as they are, got changes in {', '.join(changed)}, which "
+            "others read too; work on a copy, such as column.clone()"
+        )
+
+
+def _check_result(function: BoundFunction, given: Mapping[str, Tensor], result: Any) -> None:
+    if "mask" in given:
+        results = result if isinstance(result, tuple) else (result,)
+        check_finite(function, given, [each for each in results if isinstance(each, Tensor)])
+
+
+def _check_gradient(function: BoundFunction, result: Any, leaves: Mapping[str, Tensor]) -> None:
+    loss = result[0] if isinstance(result, tuple) else result
+    if not loss.requires_grad:
+        read = ", ".join(leaves) or f"a column of the model, but it reads only {', '.join(function.columns)}"
+        raise ReturnedError(
+            f"{function.name}: need a loss with a gradient with respect to {read}, got one without; do not "
+            "detach it, and compute it with PyTorch alone"
+        )
+    torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
 
 
 def learns_from_zero_advantages(loss: BoundFunction) -> bool:

@@ -16,7 +16,8 @@ from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
 from verl.algorithms.losses import POLICY_LOSSES
 from verl.algorithms.mismatch import mismatch, weight_monitors
-from verl.algorithms.registry import BoundFunction, bind
+from verl.algorithms.registry import BoundFunction
+from verl.algorithms.returns import bind_as, check_finite
 from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.config.algorithm import AlgorithmConfig
 from verl.data.batch import Batch
@@ -59,17 +60,20 @@ class Algorithm:
             ValueError: an unknown function or option, an option out of its bounds, or choices that do not go
                 together.
         """
-        advantage = bind(config.advantage, ADVANTAGES, columns=readable_by("advantage"))
-        policy_loss = bind(config.policy_loss, POLICY_LOSSES, columns=readable_by("policy_loss"))
-        correction = bind(config.correction, CORRECTIONS, columns=readable_by("correction"))
-        value_loss = bind(config.value_loss, VALUE_LOSSES, columns=readable_by("value_loss"))
-        aggregation = bind(config.aggregation, AGGREGATIONS, columns=readable_by("aggregation"))
-        kl = None
-        if config.kl.where != "off":
-            kl = bind(config.kl.estimator, KL_ESTIMATORS, columns=readable_by("kl"))
+        advantage = bind_as("advantage", config.advantage, ADVANTAGES)
+        policy_loss = bind_as("policy_loss", config.policy_loss, POLICY_LOSSES)
+        correction = bind_as("correction", config.correction, CORRECTIONS)
+        value_loss = bind_as("value_loss", config.value_loss, VALUE_LOSSES)
+        aggregation = bind_as("aggregation", config.aggregation, AGGREGATIONS)
+        where = config.kl.where
+        kl = bind_as("kl", config.kl.estimator, KL_ESTIMATORS) if where != "off" else None
         chosen = [advantage, policy_loss, correction, *([kl] if kl else [])]
-        for function in (*chosen, value_loss, aggregation):
+        for function in (advantage, correction, aggregation):
             try_out(function)
+        for loss in (policy_loss, value_loss):
+            try_out(loss, learns=True)
+        if kl:
+            try_out(kl, learns=where == "loss")
         reads = with_required(column for function in chosen for column in function.columns)
         algorithm = cls(
             advantage=advantage,
@@ -78,7 +82,7 @@ class Algorithm:
             aggregation=aggregation,
             correction=correction,
             kl=kl,
-            kl_in_reward=config.kl.where == "reward",
+            kl_in_reward=where == "reward",
             entropy_coef=config.entropy_coef,
             likelihood_coef=config.likelihood_coef,
             skip_zero_advantages=config.skip_zero_advantages,
@@ -236,7 +240,9 @@ def write_advantages(
         columns["rewards"] = columns["rewards"].float()
         columns["token_rewards"] = token_rewards(columns["rewards"], mask, columns.get("turn_rewards"))
     if algorithm.kl and algorithm.kl_in_reward:
-        kl = algorithm.kl({**columns, "logprobs": columns["old_logprobs"]})
+        read = {**columns, "logprobs": columns["old_logprobs"]}
+        kl = algorithm.kl(read)
+        check_finite(algorithm.kl, read, [kl])
         penalties = kl_coef * torch.where(mask, kl, 0)
         # Subtracted, not summed over tokens anew: a row that is masked as a whole keeps its own reward, with
         # which its siblings are compared.
@@ -245,6 +251,7 @@ def write_advantages(
         metrics["kl"] = float(masked_mean(kl, mask))
     result = algorithm.advantage(columns)
     advantages, returns = result if isinstance(result, tuple) else (result, None)
+    check_finite(algorithm.advantage, columns, [advantages, returns])
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(mask.shape)
     batch.write("advantages", torch.where(mask, advantages, 0))
@@ -337,6 +344,7 @@ def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algor
         columns["old_logprobs"], weights = columns["rollout_logprobs"], None
     else:
         columns["old_logprobs"], weights = algorithm.correction(columns)
+        check_finite(algorithm.correction, columns, [columns["old_logprobs"], weights])
     batch.write("old_logprobs", columns["old_logprobs"])
     if weights is not None:
         batch.write("correction_weights", weights)

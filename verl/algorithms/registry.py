@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from verl.config.fields import Choice
 from verl.data.columns import COLUMNS
+from verl.utils.user_code import exception_text, load_function
 
 _CHECKED_TYPES = {"bool", "int", "float", "str", "None"}
 
@@ -26,6 +27,18 @@ class Columns(Protocol):
     def __getitem__(self, name: str, /) -> Tensor: ...
 
 
+# The problem with what a function has returned for some columns; None if there is none.
+Check = Callable[[Any, Columns], str | None]
+
+
+class ReturnedError(ValueError):
+    """A chosen function that returned something else than a function of its kind must."""
+
+
+class UserFunctionError(RuntimeError):
+    """A user's function that raised an error; says which, and where."""
+
+
 @dataclass(frozen=True)
 class BoundFunction:
     """A chosen function with its options, called with columns by name.
@@ -35,35 +48,64 @@ class BoundFunction:
         function: the chosen one.
         columns: its positional parameters, the columns that it reads.
         options: its keyword arguments.
+        returns: checks what it returns, in every call; None: not checked.
+        is_users: it is no built-in function.
     """
 
     name: str
     function: Callable[..., Any]
     columns: tuple[str, ...]
     options: Mapping[str, Any]
+    returns: Check | None = None
+    is_users: bool = False
 
     def __call__(self, columns: Columns) -> Any:
-        """Result of the function for these columns; ValueError if a column that it reads is missing."""
+        """Result of the function for these columns.
+
+        Raises:
+            ValueError: a column that it reads is missing, or it refuses its options.
+            ReturnedError: it returned something else than it must.
+            UserFunctionError: a user's function raised an error.
+        """
         for column in self.columns:
             if column not in columns:
                 raise ValueError(
                     f"{self.name} reads the columns {', '.join(self.columns)}; there is no {column!r}; "
                     "write it first"
                 )
-        return self.function(*(columns[column] for column in self.columns), **self.options)
+        result = self._result([columns[column] for column in self.columns])
+        problem = self.returns(result, columns) if self.returns else None
+        if problem:
+            raise ReturnedError(f"{self.name}: {problem}")
+        return result
+
+    def _result(self, arguments: list[Tensor]) -> Any:
+        try:
+            return self.function(*arguments, **self.options)
+        except torch.OutOfMemoryError:  # It says by itself what to do.
+            raise
+        except Exception as error:  # A border to a user's function, which must be named.
+            if not self.is_users:
+                raise
+            raise UserFunctionError(f"{self.name} fails: {exception_text(error)}; correct it") from error
 
 
 def bind(
-    choice: Choice, table: Mapping[str, Callable[..., Any]], *, columns: Collection[str] | None = None
+    choice: Choice,
+    table: Mapping[str, Callable[..., Any]],
+    *,
+    columns: Collection[str] | None = None,
+    returns: Check | None = None,
 ) -> BoundFunction:
     """The function of a choice, bound to columns and options.
 
     Positional parameters are columns and keyword-only parameters are options, as in `ADVANTAGES`.
 
     Args:
-        choice: name in the table or "package.module:function", and options.
+        choice: name in the table, "package.module:function" or "path/file.py:function", and options.
         table: name -> function.
         columns: names of all columns that can exist, to find a misspelt parameter; None: not checked.
+        returns: checks what it returns.
 
     Returns:
         The function with its columns and options.
@@ -78,31 +120,23 @@ def bind(
         _check_parameter(choice.name, p, columns)
     _check_options(choice, {p.name: p for p in parameters if p.kind is Parameter.KEYWORD_ONLY})
     reads = tuple(p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY)
-    return BoundFunction(choice.name, function, reads, choice.options)
+    return BoundFunction(
+        choice.name, function, reads, choice.options, returns=returns, is_users=choice.name not in table
+    )
 
 
 def find_function(name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The function of a name in the table, or of "package.module:function".
+    """The function of a name in the table, of "package.module:function" or of "path/file.py:function".
 
     Raises:
         ValueError: there is none.
     """
     if name in table:
         return table[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        known = f'need one of {", ".join(table)} or "package.module:function"'
+    if ":" not in name:
+        known = f'need one of {", ".join(table)}, "package.module:function" or "path/file.py:function"'
         raise ValueError(f"{known}, got {name!r}{_nearest(name, table)}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"cannot import {module_name!r} for {name!r}: {error}; put its folder on PYTHONPATH or install it"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"{module_name!r} has no function {attribute!r}{_nearest(attribute, dir(module))}")
-    return function
+    return load_function(name, user="function")
 
 
 def _check_parameter(name: str, parameter: Parameter, columns: Collection[str] | None) -> None:

@@ -86,7 +86,7 @@ class RewardsConfig(Section):
     """The reward of an answer, a weighted sum of functions."""
 
     functions: tuple[WeightedChoice, ...] = setting(
-        (), 'Functions by name, `verl.rewards`, or as "package.module:function".'
+        (), 'Functions by name, or as "package.module:function" or "path/file.py:function".'
     )
     timeout_s: float = setting(30.0, "Time limit of one call.", unit="s", gt=0)
     max_failed_share: float = setting(

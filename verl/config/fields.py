@@ -52,7 +52,7 @@ class Section(BaseModel):
 
 
 class Choice(BaseModel):
-    """A function by name, or as "package.module:function", with its options: `{name: gae, lam: 0.95}`."""
+    """A function by name, "module:function" or "file.py:function", with options: `{name: gae, lam: 0.95}`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str

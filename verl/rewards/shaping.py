@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.dry_run import try_out
-from verl.algorithms.registry import BoundFunction, bind
+from verl.algorithms.registry import BoundFunction
+from verl.algorithms.returns import bind_as
 from verl.config.fields import Choice
 from verl.data.columns import readable_by
 
@@ -109,9 +110,8 @@ def bound_length_penalty(choice: Choice) -> BoundFunction | None:
                 f"of {', '.join(LENGTH_PENALTIES)}"
             )
         return None
-    columns = readable_by("length_penalty")
-    bound = bind(choice, LENGTH_PENALTIES, columns=columns)
-    try_out(bound, columns)
+    bound = bind_as("length_penalty", choice, LENGTH_PENALTIES)
+    try_out(bound, readable_by("length_penalty"))
     return bound
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import override
 
-from verl.algorithms.dry_run import SIZES, try_out
+from verl.algorithms.dry_run import try_out
 from verl.algorithms.registry import BoundFunction
 from verl.config.roles import RoleConfig
 from verl.config.run import PairsConfig
@@ -213,11 +213,10 @@ def check_pair_loss(loss: BoundFunction, columns: Collection[str]) -> BoundFunct
     Raises:
         ValueError: the loss refuses its options, or does not return losses and the monitor `accuracy`.
     """
-    losses, monitors = try_out(loss, columns)
-    num_pairs = SIZES["P"]
-    if losses.shape != (num_pairs,) or "accuracy" not in monitors:
+    _, monitors = try_out(loss, columns, learns=True)
+    if "accuracy" not in monitors:
         raise ValueError(
-            f"need a loss for each of {num_pairs} pairs and a monitor 'accuracy' of {loss.name}, got "
-            f"{tuple(losses.shape)} and {', '.join(monitors) or 'no monitors'}"
+            f"{loss.name}: need a monitor 'accuracy', 1 for each pair whose chosen answer is ranked higher, "
+            f"got {', '.join(monitors) or 'none'}"
         )
     return loss

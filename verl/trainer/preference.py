@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.preference_losses import PAIR_LOSSES
-from verl.algorithms.registry import bind
+from verl.algorithms.returns import bind_as
 from verl.config.run import PreferenceConfig
 from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
@@ -57,7 +57,7 @@ class PreferenceTrainer(PairwiseTrainer):
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.loss = check_pair_loss(bind(config.loss, PAIR_LOSSES, columns=_COLUMNS), _COLUMNS)
+        self.loss = check_pair_loss(bind_as("preference_loss", config.loss, PAIR_LOSSES), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
         self.reference: LocalForwardEngine | None = None
         if any("_ref_" in name for name in self.loss.columns):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.algorithms.preference_losses import REWARD_LOSSES, calibration
-from verl.algorithms.registry import bind
+from verl.algorithms.returns import bind_as
 from verl.config.run import RewardModelConfig
 from verl.data.batch import Batch, ModelInput
 from verl.data.columns import readable_by
@@ -56,7 +56,7 @@ class RewardModelTrainer(PairwiseTrainer):
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.loss = check_pair_loss(bind(config.loss, REWARD_LOSSES, columns=_COLUMNS), _COLUMNS)
+        self.loss = check_pair_loss(bind_as("reward_loss", config.loss, REWARD_LOSSES), _COLUMNS)
         super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
         # Transformers finds the last token of a padded answer by it; without one it scores single rows only.
         self.reward_model.set_default_pad_id(self.codec.tokenizer.pad_token_id)
