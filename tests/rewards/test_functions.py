@@ -139,7 +139,7 @@ def test_a_dry_run_calls_each_function_once_and_says_the_value_or_the_failure():
         "reward function lambda: not applicable for its reference answer to row 4",
     ]
     with pytest.raises(ValueError, match=r"'raising' fails for an empty answer to row 0: ZeroDivisionError"):
-        rewards_of(length, raising).try_out(Prompt("q", answer=["a"]), codec)
+        rewards_of(length, raising).try_out(Prompt("q"), codec)
 
 
 def test_what_a_function_logs_goes_to_the_samples_and_the_metrics():
@@ -159,7 +159,7 @@ def test_what_a_function_logs_goes_to_the_samples_and_the_metrics():
     assert first.logged == second.logged == {"longest": 2.0, "rows": 2.0}
     metrics = collection_metrics([[first, second]])
     assert (metrics["logged/longest"], metrics["score/graded"]) == (2.0, 1.5)
-    assert sample_row(first)["extras"] == first.extras
+    assert sample_row(first, TextCodec(character_tokenizer()))["extras"] == first.extras
 
 
 def test_a_logged_column_needs_one_value_per_row():

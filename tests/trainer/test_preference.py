@@ -307,6 +307,6 @@ def nothing_to_tell(chosen_logprobs, rejected_logprobs):
 
 def test_a_loss_of_a_user_must_say_which_answer_wins(letters, tmp_path):
     with pytest.raises(
-        ValueError, match="a monitor 'accuracy' of tests.trainer.test_preference:nothing_to_tell"
+        ValueError, match="tests.trainer.test_preference:nothing_to_tell: need a monitor 'accuracy'"
     ):
         preference(letters, tmp_path, "loss='tests.trainer.test_preference:nothing_to_tell'")

@@ -17,7 +17,7 @@ from verl.rewards.isolation import Place
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.rewards.text_match import check_reference, exact, position_share, prefix_share
+from verl.rewards.text_match import check_reference, exact, position_share, prefix_share, spellings
 from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -121,7 +121,7 @@ class RewardFunctions:
         Raises:
             ValueError: a function fails.
         """
-        answer = prompt.answer if isinstance(prompt.answer, str) else ""
+        answer = _example_answer(prompt)
         ids = codec.encode_answer(answer, prompt)
         row = Trajectory(
             prompt, codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), 0, text=answer
@@ -275,6 +275,16 @@ def load_function(name: str) -> Callable[..., Any]:
             f"got {name!r}"
         )
     return user_code.load_function(known, user="reward function")
+
+
+def _example_answer(prompt: Prompt) -> str:
+    """The reference answer as a text; empty if there is none."""
+    if isinstance(prompt.answer, str):
+        return prompt.answer
+    try:
+        return spellings(prompt.answer)[0]
+    except (ValueError, IndexError):
+        return ""
 
 
 def _place(function: Callable[..., Any], config: RewardsConfig) -> Place | None:
