@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import chat_templates
 from verl.config.data import DataConfig
 from verl.data.dataset import load_prompts
 from verl.data.layouts import Conversation, conversation_of, prompt_of
 from verl.data.row_cells import MalformedRow
 from verl.utils.sampling_types import Prompt
+from verl.utils.tokens import TextCodec
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION = {"role": "user", "content": "1+1?"}
@@ -70,7 +72,11 @@ CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int, tuple[Any, ...
         },
         [
             QUESTION,
-            {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+            },
             {"role": "tool", "content": "2"},
             ANSWER,
         ],
@@ -280,3 +286,40 @@ def test_whole_chats_are_read_without_a_note(tmp_path: Path):
     path.write_text(json.dumps({"instruction": "Add.", "input": "1+1", "system": "s", "output": "2"}))
     (prompt,), report = load_prompts(str(path), DataConfig(), split="train")
     assert report.notes == () and prompt.columns == {"instruction": "Add.", "output": "2"}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_model_reads_the_text_that_transformers_writes_for_the_chat(tmp_path: Path, name: str):
+    row, messages, _, tools = CHATS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    ((prompt,), _) = load_prompts(str(path), DataConfig(), split="train")
+    if row.get("prompt") == "1+1?":  # RL reads the text of the prompt's own column
+        assert TextCodec(chat_templates.chat_tokenizer(None)).prompt_text(prompt) == "1+1?"
+        return
+    continues = row.get("prompt") == messages  # the answer continues the last message
+    tokenizer = chat_templates.chat_tokenizer(chat_templates.THINKING.replace("if loop.last", "if 0"))
+    expected = tokenizer.apply_chat_template(
+        messages if continues or messages[-1]["role"] != "assistant" else messages[:-1],
+        tools=list(tools) or None,
+        tokenize=False,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+    )
+    assert TextCodec(tokenizer).prompt_text(prompt) == expected
+
+
+def test_variables_of_the_template_come_with_the_row(tmp_path: Path):
+    rows = [
+        {"prompt": [QUESTION], "chat_template_kwargs": {"enable_thinking": False, "depth": None}},
+        {"prompt": [QUESTION], "chat_template_kwargs": {"enable_thinking": None, "depth": 2}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    prompts, _ = load_prompts(str(tmp_path / "a.parquet"), DataConfig(), split="train")
+    variables = [p.columns["chat_template_kwargs"] for p in prompts]
+    assert variables == [{"enable_thinking": False}, {"depth": 2}]
+    csv = tmp_path / "a.csv"
+    csv.write_text('question,chat_template_kwargs\nq,"{""depth"": 2}"\nr,3\n')
+    prompts, report = load_prompts(str(csv), DataConfig(on_malformed="skip"), split="train")
+    assert prompts[0].columns["chat_template_kwargs"] == {"depth": 2}
+    assert "chat_template_kwargs that are an object, got int 3" in report.problems[0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from verl.config.data import DataConfig
 from verl.data.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
-from verl.data.row_cells import STRICT_JSON, MalformedRow, describe
+from verl.data.row_cells import STRICT_JSON, MalformedRow, describe, parsed_json
 from verl.data.sources import Split, name_of, read_rows, sources_of
 from verl.utils.sampling_types import Prompt
 
@@ -269,7 +269,12 @@ def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_sour
     if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
         raise MalformedRow("need an answer, got NaN")
     columns = {name: value for name, value in row.items() if name not in parsed.used}
-    source = str(row.get("data_source", default_source))
+    if variables := columns.get("chat_template_kwargs"):
+        variables = columns["chat_template_kwargs"] = parsed_json(variables, "chat_template_kwargs")
+        if not isinstance(variables, dict):
+            raise MalformedRow(f"need chat_template_kwargs that are an object, got {describe(variables)}")
+    named = row.get("data_source")
+    source = default_source if named is None else str(named)
     return Prompt(parsed.content, parsed.answer, source, number, columns, parsed.tools)
 
 

@@ -17,6 +17,7 @@ from verl.data.row_cells import STRICT_JSON, MalformedRow, check_once
 # reason why it cannot be used.
 PlacedRow = tuple[str, Any]
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_ROLES = {"role", "from"}
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[\s,]*")
 # A file that is one object with these keys is one row, not a list of rows with a name.
@@ -51,7 +52,7 @@ def numbered(rows: Iterable[Any]) -> Iterator[PlacedRow]:
 
 
 def without_filler(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table whose messages and tools have no nulls.
+    """A row of a table whose messages, tools and variables of the chat template have no nulls.
 
     In a table all structs of a column have the same keys, so each has nulls for the keys of the others.
     """
@@ -59,8 +60,10 @@ def without_filler(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_chat(name: str, cell: Any) -> bool:
+    """True for messages, tools and variables of the chat template."""
     first = cell[0] if isinstance(cell, list) and cell else None
-    return isinstance(first, dict) and (name == "tools" or not {"role", "from"}.isdisjoint(first))
+    has_role = isinstance(first, dict) and not _ROLES.isdisjoint(first)
+    return has_role or name in ("tools", "chat_template_kwargs")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -21,6 +21,7 @@ from verl.data.row_cells import (
 Messages = list[dict[str, Any]]
 # Columns that hold a whole chat: its last answer is what the row teaches.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
+_SYSTEM_ROLES = ("system", "developer")
 # Columns of the prompt, in rows without a column `data.prompt_key`.
 _PROMPT_COLUMNS = (*CHAT_COLUMNS, "instruction", "question")
 # Columns of the answer, in rows without a column `data.answer_key`.
@@ -209,7 +210,7 @@ def _system(row: Mapping[str, Any], messages: Messages) -> Messages:
         return []
     if not isinstance(system, str):
         raise MalformedRow(f"need a text in 'system', got {describe(system)}")
-    own = [message["content"] for message in messages if message["role"] == "system"]
+    own = [message["content"] for message in messages if message["role"] in _SYSTEM_ROLES]
     if own and own != [system]:
         raise MalformedRow("need one system message, got the column 'system' and another one in the messages")
     return [] if own else [{"role": "system", "content": system}]

@@ -121,7 +121,9 @@ def checked_message(message: Any) -> dict[str, Any]:
     name = given.get("role")
     if isinstance(name, str) and name.lower() in _CALL_ROLES:
         calls = parsed_json(given.pop("content", None), name)
-        given |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        calls = calls if isinstance(calls, list) else [calls]
+        calls = [{"type": "function", "function": call} for call in calls]
+        given |= {"role": "assistant", "tool_calls": calls}
     elif isinstance(name, str) and name.lower() in _ROLE_NAMES:
         given["role"] = _ROLE_NAMES[name.lower()]
     else:
