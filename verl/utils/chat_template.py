@@ -139,14 +139,14 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(tools=list(chat.tools) or None)
         if not _GENERATION.search(source):
             return None
-        _, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[chat.messages],
             tools=list(chat.tools) or None,
             chat_template=source,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **chat.kwargs},
         )
-        return [(int(start), int(end)) for start, end in spans[0]]
+        return [(int(start), int(end)) for start, end in rendered[1][0]]
 
     def check_complete(self, chat: Chat, text: str) -> None:
         """Check that a text has all that a conversation says, up to blanks; earlier answers may be shortened.
