@@ -165,3 +165,35 @@ def test_groups_that_belong_together_are_in_one_minibatch():
         balance(
             torch.full((7,), 4), num_ranks=1, micro_batch_tokens=8, num_minibatches=5, group_ids=group_ids
         )
+
+
+def test_rows_of_a_prompt_share_a_micro_batch_in_which_its_tokens_count_once():
+    num_tokens, prompts = torch.tensor([12, 13, 12, 14, 12]), torch.tensor([0, 1, 0, 1, 0])
+    shared = (prompts, torch.full((5,), 10))
+    plan = balance(num_tokens, num_ranks=1, micro_batch_tokens=17, prompts=shared)
+    # 12 + 2 + 2 of prompt 0, then 14 + 3 of prompt 1; alone each row would need a micro-batch.
+    assert plan.minibatches == [[[[0, 2, 4], [3, 1]]]]
+    assert len(balance(num_tokens, num_ranks=1, micro_batch_tokens=17).minibatches[0][0]) == 5
+    whole = [balance(num_tokens, num_ranks=1, micro_batch_tokens=99, prompts=p) for p in (shared, None)]
+    assert whole[0] == whole[1]
+
+
+@given(lengths, ranks, budgets, row_limits, st.integers(1, 9))
+def test_shared_prompts_keep_budgets_and_equal_numbers_of_micro_batches(
+    num_tokens, num_ranks, budget, limit, num_prompts
+):
+    ids = torch.arange(len(num_tokens)) % num_prompts
+    sizes = torch.tensor([min(num_tokens[p::num_prompts]) // 2 for p in ids.tolist()])
+    plan = balance(
+        torch.tensor(num_tokens),
+        num_ranks=num_ranks,
+        micro_batch_tokens=budget,
+        micro_batch_rows=limit,
+        prompts=(ids, sizes),
+    )
+    assert sorted(plan.rows_of_minibatch(0)) == list(range(len(num_tokens)))
+    assert len({len(rank) for rank in plan.minibatches[0]}) == 1
+    for micro in (m for rank in plan.minibatches[0] for m in rank):
+        computed = sum(num_tokens[row] - int(sizes[row]) for row in micro)
+        computed += sum({int(ids[row]): int(sizes[row]) for row in micro}.values())
+        assert len(micro) <= (limit or len(num_tokens)) and (len(micro) <= 1 or computed <= budget)

@@ -6,7 +6,10 @@ import math
 
 import pytest
 
+from tests.tiny import tiny_codec
 from tests.training import toy_trainer
+from verl.agents.group_sampler import evaluation_params
+from verl.config import load_config
 from verl.data.batch import Trajectory
 from verl.trainer.evaluation import answer_all, summarize
 from verl.utils.sampling_types import Prompt
@@ -83,3 +86,17 @@ def test_evaluation_has_a_temperature_of_its_own_and_no_length_shaping(letters, 
     (second,), *_ = answer_all(trainer.collector, trainer.test_prompts[:1], trainer.config)
     assert first.response_ids == second.response_ids
     assert "overlong" not in first.scores
+
+
+def test_an_evaluation_samples_as_training_does_except_for_what_it_sets():
+    training = ["sampling.top_k=5", "sampling.max_tokens=7", "algorithm.correction=recompute"]
+    same = evaluation_params(load_config("grpo", training), tiny_codec(), 3)
+    assert (same.n, same.temperature, same.top_p, same.top_k, same.max_tokens) == (3, 1.0, 1.0, 5, 7)
+    own = ["temperature=0.6", "top_p=0.9", "max_tokens=9", "repetition_penalty=1.1", "every_steps=1"]
+    params = evaluation_params(
+        load_config("grpo", [*training, "data.test=task:copy-8", *(f"evaluation.{o}" for o in own)]),
+        tiny_codec(),
+        1,
+    )
+    assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.9, 5)
+    assert (params.max_tokens, params.repetition_penalty) == (9, 1.1)

@@ -177,7 +177,31 @@ def sampling_params(
     """
     s = config.sampling
     stop_ids = tuple(dict.fromkeys([*s.stop_ids, *codec.token_ids_of(s.stop)]))
-    return SamplingParams(s.temperature, s.top_p, s.top_k, s.min_p, s.max_tokens, samples, s.stop, stop_ids)
+    return SamplingParams(
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        max_tokens=s.max_tokens,
+        n=samples,
+        stop=s.stop,
+        stop_ids=stop_ids,
+    )
+
+
+def evaluation_params(
+    config: TrainerConfig | SFTConfig | PreferenceConfig, codec: TextCodec, samples: int
+) -> SamplingParams:
+    """Sampling parameters of an evaluation: those of `sampling_params`, except what `evaluation` sets."""
+    e, params = config.evaluation, sampling_params(config, codec, samples)
+    return replace(
+        params,
+        temperature=e.temperature,
+        top_p=params.top_p if e.top_p is None else e.top_p,
+        max_tokens=e.max_tokens or params.max_tokens,
+        repetition_penalty=e.repetition_penalty or params.repetition_penalty,
+    )
 
 
 def _add_reward(trajectory: Trajectory, name: str, value: float) -> None:

@@ -109,8 +109,12 @@ class RoleConfig(Section):
     packing: bool = setting(
         True, "Compute rows back to back without padding; off: rows are padded to the longest one."
     )
-    micro_batch_tokens: int = setting(
-        16_384, "Largest number of tokens in one forward and backward pass.", unit="tokens", ge=1
+    micro_batch_tokens: int | None = setting(
+        None,
+        "Largest number of tokens in one forward and backward pass; none: 16,384, on a CPU fewer for a large "
+        "model, so that their activations take 0.75 GiB.",
+        unit="tokens",
+        ge=1,
     )
     micro_batch_rows: int | None = setting(
         None,
@@ -118,8 +122,12 @@ class RoleConfig(Section):
         unit="rows",
         ge=1,
     )
-    logits_chunk_tokens: int = setting(
-        4096, "Positions whose logits are in memory at once.", unit="tokens", ge=1
+    logits_chunk_tokens: int | None = setting(
+        None,
+        "Positions whose logits are in memory at once; none: 4096, fewer for a large vocabulary, so that "
+        "logits take at most 1 GiB, on a CPU 64 MiB.",
+        unit="tokens",
+        ge=1,
     )
     max_bad_updates: int = setting(
         3,

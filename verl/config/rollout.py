@@ -22,6 +22,12 @@ class SamplingConfig(Section):
         ge=0,
         le=1,
     )
+    repetition_penalty: float = setting(
+        1.0,
+        "Logits of tokens that prompt or answer already have are divided by it if positive, else multiplied.",
+        source="CTRL, 1909.05858, 4.1",
+        gt=0,
+    )
     max_tokens: int = setting(128, "Longest answer.", unit="tokens", ge=1)
     stop: tuple[str, ...] = setting((), "Texts that end an answer.")
     stop_ids: tuple[int, ...] = setting((), "Token ids that end an answer, besides the tokenizer's own.")

@@ -28,6 +28,13 @@ class EvaluationConfig(Section):
     )
     samples: int = setting(1, "Answers per prompt, k of mean@k and pass@k.", unit="answers", ge=1)
     temperature: float = setting(1.0, "Sampling temperature of these answers.", ge=0)
+    top_p: float | None = setting(None, "top_p of these answers; none: sampling.top_p.", gt=0, le=1)
+    max_tokens: int | None = setting(
+        None, "Longest of these answers; none: sampling.max_tokens.", unit="tokens", ge=1
+    )
+    repetition_penalty: float | None = setting(
+        None, "Repetition penalty of these answers; none: sampling.repetition_penalty.", gt=0
+    )
 
 
 class CheckpointConfig(Section):

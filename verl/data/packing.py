@@ -50,6 +50,7 @@ def balance(
     num_minibatches: int = 1,
     cost: Tensor | None = None,
     group_ids: Tensor | None = None,
+    prompts: tuple[Tensor, Tensor] | None = None,
 ) -> BatchPlan:
     """Plan that gives ranks equal work, in as few micro-batches as first-fit decreasing finds.
 
@@ -67,6 +68,8 @@ def balance(
         num_minibatches: optimizer updates that are made of the rows.
         cost: [B], work of each row, in any unit; None: its tokens. `compute_cost` adds the work of attention.
         group_ids: [B], equal for consecutive rows that stay in one minibatch; None: rows are on their own.
+        prompts: [B] int each, id and tokens of the prompt of each row, if rows of one micro-batch share the
+            tokens of a prompt; several micro-batches then have rows of one prompt together.
 
     Raises:
         ValueError: a wrong shape, count or cost, or fewer rows than minibatches.
@@ -91,6 +94,11 @@ def balance(
         for equal_counts in (False, True):
             shares = _deal(rows, costs, num_ranks, equal_counts=equal_counts)
             packed = [_pack(share, lengths, micro_batch_tokens, max_rows) for share in shares]
+            if prompts is not None and max(map(len, packed)) > 1:
+                known = list(zip(prompts[0].tolist(), prompts[1].tolist(), strict=True))
+                packed = [
+                    _pack_by_prompt(share, lengths, known, (micro_batch_tokens, max_rows)) for share in shares
+                ]
             most = max(len(micro_batches) for micro_batches in packed)
             if min(len(share) for share in shares) >= most:
                 break
@@ -168,6 +176,24 @@ def _pack(rows: list[int], lengths: list[int], max_tokens: int, max_rows: int) -
             room.append(max_tokens)
         micro_batches[first].append(row)
         room[first] -= length
+    return micro_batches
+
+
+def _pack_by_prompt(
+    rows: list[int], lengths: list[int], prompts: list[tuple[int, int]], limits: tuple[int, int]
+) -> list[list[int]]:
+    """Rows prompt after prompt, whose tokens count once in a micro-batch; `limits` are tokens and rows."""
+    micro_batches: list[list[int]] = []
+    room, present = 0, set[int]()
+    for row in sorted(rows, key=lambda row: (prompts[row][0], -lengths[row], row)):
+        prompt, num_shared = prompts[row]
+        needed = lengths[row] - (num_shared if prompt in present else 0)
+        if not micro_batches or needed > room or len(micro_batches[-1]) >= limits[1]:
+            micro_batches.append([])
+            room, present, needed = limits[0], set(), lengths[row]
+        micro_batches[-1].append(row)
+        room -= needed
+        present.add(prompt)
     return micro_batches
 
 

@@ -58,7 +58,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         max_slots: int,
         temperature: float,
         epochs: int,
-        chunk: int,
+        chunk: int | None,
         generator: ColocatedEngine | None = None,
         hybrid: HybridEngine | None = None,
     ) -> None:

@@ -202,6 +202,8 @@ class HTTPEngine(InferenceServer):
         # Sent only where they have an effect: not every server knows these fields.
         body |= {"top_k": params.top_k} if params.top_k else {}
         body |= {"min_p": params.min_p} if params.min_p else {}
+        penalty = params.repetition_penalty
+        body |= {"repetition_penalty": penalty} if penalty != 1 else {}
         body |= {"stop": list(params.stop)} if params.stop else {}
         if self._returns_ids:
             body |= {
@@ -230,8 +232,8 @@ class HTTPEngine(InferenceServer):
                 f"{self.spec.name} answers without {error}: {json.dumps(response)[:500]}"
             ) from error
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
-            # At temperature 1 without truncation, tokens are drawn from the model's own distribution.
-            is_known = self._options.processed_logprobs or (params.temperature == 1 and not params.truncates)
+            # Logprobs of most servers are those of the model's own distribution.
+            is_known = self._options.processed_logprobs or params.is_models_own
             return TokenChunk(tuple(ids), tuple(logprobs) if is_known else None, reason)
         if not isinstance(text, str):
             raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(response)[:500]}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from verl.agents.collector import DataCollector
-from verl.agents.group_sampler import sampling_params
+from verl.agents.group_sampler import evaluation_params
 from verl.config.run import PairsConfig, SFTConfig, TrainerConfig
 from verl.data.batch import Trajectory
 from verl.utils.sampling_types import Prompt
@@ -44,10 +44,7 @@ def answer_all(
 
     The seeds are fixed, so the same weights always give the same answers.
     """
-    sampling = replace(
-        sampling_params(config, collector.codec, config.evaluation.samples),
-        temperature=config.evaluation.temperature,
-    )
+    sampling = evaluation_params(config, collector.codec, config.evaluation.samples)
     return collector.answer(prompts, [replace(sampling, seed=_FIRST_SEED + i) for i in range(len(prompts))])
 
 

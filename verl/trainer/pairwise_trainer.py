@@ -19,6 +19,7 @@ from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, RowLimits, answer_row, fit_rows
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
+from verl.engines.memory_limits import MOST_TOKENS, micro_batch_tokens
 from verl.trainer.base import Metrics
 from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
@@ -38,6 +39,13 @@ class PairwiseTrainer(SingleModelTrainer):
     config: PairsConfig
     loss: BoundFunction
 
+    @cached_property
+    def _role(self) -> RoleConfig:
+        """The role of the policy, with the micro-batches that fit the device."""
+        role, on_cpu = self.config.policy, self.device.type == "cpu"
+        fitting = micro_batch_tokens(role, self.policy_engine.config, on_cpu=on_cpu)
+        return role.model_copy(update={"micro_batch_tokens": fitting})
+
     @override
     def step(self) -> Metrics:
         assert self.loader is not None
@@ -46,7 +54,7 @@ class PairwiseTrainer(SingleModelTrainer):
     def learn(self, pairs: list[Prompt]) -> Metrics:
         """One update on prompts whose answers are pairs."""
         rows = self.encode(pairs)
-        plan = plan_pairs(rows, self.config.policy)
+        plan = plan_pairs(rows, self._role)
         self.write_columns(rows, plan)
         with self.clock.phase("update_policy"):
             metrics = self.policy_engine.update(rows, plan, partial(self._objective, rows))
@@ -137,7 +145,7 @@ class PairwiseTrainer(SingleModelTrainer):
     def test_rows(self) -> Batch:
         """The held-out pairs, with all columns that training does not change."""
         rows = self.encode(self.test_pairs)
-        self.write_columns(rows, plan_pairs(rows, self.config.policy))
+        self.write_columns(rows, plan_pairs(rows, self._role))
         return rows
 
     @override
@@ -146,7 +154,7 @@ class PairwiseTrainer(SingleModelTrainer):
         rows = self.test_rows
         with self.clock.phase("evaluate"):
             values = self.policy_engine.infer(
-                rows, plan_pairs(rows, self.config.policy), lambda inputs: self.token_values(inputs)[0]
+                rows, plan_pairs(rows, self._role), lambda inputs: self.token_values(inputs)[0]
             )
         columns = split_sides(self.row_columns(rows, values))
         losses, monitors = self.loss(columns)
@@ -202,7 +210,10 @@ def plan_pairs(rows: Batch, role: RoleConfig) -> list[list[int]]:
     num_tokens = rows.num_tokens.view(-1, 2).sum(1)
     max_pairs = role.micro_batch_rows and max(1, role.micro_batch_rows // 2)
     plan = balance(
-        num_tokens, num_ranks=1, micro_batch_tokens=role.micro_batch_tokens, micro_batch_rows=max_pairs
+        num_tokens,
+        num_ranks=1,
+        micro_batch_tokens=role.micro_batch_tokens or MOST_TOKENS,
+        micro_batch_rows=max_pairs,
     )
     return [[row for pair in pairs for row in (2 * pair, 2 * pair + 1)] for pairs in plan.minibatches[0][0]]
 

@@ -106,7 +106,7 @@ class Trainer(RunnableTrainer):
         self.eval_every, self.eval_at_start = evaluation_schedule(config)
         self.compares_groups = "group_ids" in self.algorithm.reads and "values" not in self.algorithm.reads
         self.stall_limit_s = config.pipeline.stall_limit_s
-        self.reserved_answer_tokens = config.sampling.max_tokens
+        self.reserved_answer_tokens = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
         self.kl = KLController(config)
         self._reward_fn = reward_fn
         self._producer: BatchProducer | None = None

@@ -12,6 +12,7 @@ from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.packing import BatchPlan, balance, compute_cost
+from verl.engines.memory_limits import micro_batch_tokens
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.role_columns import MODEL_COLUMNS, critic_reads, policy_reads
 from verl.engines.roles.role_worker import Learner
@@ -20,6 +21,7 @@ from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.trainer.base import Metrics
 from verl.trainer.build.role_groups import RoleGroups
+from verl.utils.device import pick_device
 
 # Starts a call of a role.
 StartCall = Callable[[], Future[Any]]
@@ -51,6 +53,9 @@ class Roles:
     ) -> None:
         self._groups, self._algorithm, self._config = groups, algorithm, config
         self._clock, self._waits = clock, waits
+        # Ranks of other processes may have GPUs that this process lacks.
+        is_local = config.placement.name == "local"
+        self._is_on_cpu = config.device == "cpu" or (is_local and pick_device(config.device).type == "cpu")
         self._critic_columns = {*MODEL_COLUMNS, *critic_reads(algorithm)}
         self._policy_columns = {*MODEL_COLUMNS, *policy_reads(algorithm)}
         # Of a step that is learned from while it is answered: its portions, and the update of each role.
@@ -135,15 +140,17 @@ class Roles:
         compared = {*self._algorithm.policy_loss.columns, *self._algorithm.aggregation.columns}
         group_ids = rows["group_ids"] if "group_ids" in compared else None
         most = rows.num_rows if group_ids is None else len(group_ids.unique())
-        hidden_size = self._groups.model_config.get_text_config().hidden_size
+        model = self._groups.model_config
+        hidden_size = model.get_text_config().hidden_size
         return balance(
             rows.num_tokens,
             num_ranks=group.layouts["train"].num_parts,
-            micro_batch_tokens=role.micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens(role, model, on_cpu=self._is_on_cpu),
             micro_batch_rows=role.micro_batch_rows,
             num_minibatches=min(self._config.algorithm.minibatches, most),
             cost=compute_cost(rows.num_tokens, hidden_size),
             group_ids=group_ids,
+            prompts=(rows["group_ids"], rows.num_tokens - rows.response_lengths) if role.packing else None,
         )
 
     def _run_together(self, calls: Mapping[str, StartCall]) -> list[Any]:

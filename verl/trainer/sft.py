@@ -18,6 +18,7 @@ from verl.data.dataset import LoadReport
 from verl.data.examples import RowLimits, answer_row, cut_at_turn, fit_rows, load_examples, question_of
 from verl.data.packing import balance
 from verl.engines.hf.models import PolicyModel, target_logprobs
+from verl.engines.memory_limits import micro_batch_tokens
 from verl.trainer.base import Metrics
 from verl.trainer.single_model_trainer import SingleModelTrainer, sampled_rows
 from verl.utils.sampling_types import Prompt
@@ -134,7 +135,9 @@ class SFTTrainer(SingleModelTrainer):
         plan = balance(
             rows.num_tokens,
             num_ranks=1,
-            micro_batch_tokens=role.micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens(
+                role, self.policy_engine.config, on_cpu=self.device.type == "cpu"
+            ),
             micro_batch_rows=role.micro_batch_rows,
         )
         return plan.minibatches[0][0]

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from verl.agents.group_sampler import sampling_params
+from verl.agents.group_sampler import evaluation_params
 from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport
@@ -154,7 +154,7 @@ def sampled_rows(
     context = model.transformer.config.get_text_config().max_position_embeddings
     asked = [(prompt, codec.encode_prompt(prompt)) for prompt in prompts[: config.tracking.num_samples]]
     asked = [(prompt, ids) for prompt, ids in asked if len(ids) < context]
-    sampling = replace(sampling_params(config, codec, 1), temperature=config.evaluation.temperature)
+    sampling = evaluation_params(config, codec, 1)
     params = [
         replace(sampling, seed=i, max_tokens=min(sampling.max_tokens, context - len(ids)))
         for i, (_, ids) in enumerate(asked)

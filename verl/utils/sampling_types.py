@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ class SamplingParams:
         seed: answer i of a prompt is a function of (weights, prompt, seed, i) alone, whatever else is being
             generated.
         sample_index: number i of the first of the n answers.
+        repetition_penalty: positive logits of tokens that the prompt or the answer has are divided by it,
+            negative ones multiplied, before the temperature; above 0, 1 for none. CTRL,
+            https://arxiv.org/abs/1909.05858, 4.1, on all tokens before, as in Transformers and vLLM.
     """
 
     temperature: float = 1.0
@@ -39,12 +43,15 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     sample_index: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
             raise ValueError(
                 f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got {self}"
             )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"need repetition_penalty > 0, got {self.repetition_penalty}")
         if self.max_tokens < 1 or self.n < 1:
             raise ValueError(
                 f"need max_tokens >= 1 and n >= 1, got max_tokens={self.max_tokens} and n={self.n}"
@@ -55,6 +62,11 @@ class SamplingParams:
         """True if some tokens of the model's distribution can never be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    @property
+    def is_models_own(self) -> bool:
+        """True if tokens are drawn from the model's distribution at temperature 1, unchanged."""
+        return self.temperature == 1 and not self.truncates and self.repetition_penalty == 1
+
 
 @dataclass
 class Completion:
@@ -63,7 +75,7 @@ class Completion:
     Attributes:
         token_ids: sampled ids, the stop token included.
         logprobs: fp32, one per id, of the distribution that the id was drawn from (temperature and truncation
-            applied; with temperature 0, of the model's own distribution); None if the engine gave text only.
+            applied; with temperature 0, as at temperature 1); None if the engine gave text only.
         finish_reason: stop, length (max_tokens reached) or abort.
         version: of the policy weights that sampled it; of its first token, if they changed on the way.
         text: the answer as text, where the engine gives it; else None.

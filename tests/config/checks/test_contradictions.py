@@ -25,6 +25,16 @@ from verl.config.run import TrainerConfig
         ),
         ("ppo", ["sampling.top_p=0.9"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.top_k=5"], "set algorithm.correction=recompute"),
+        (
+            "ppo",
+            ["sampling.repetition_penalty=1.2"],
+            "got sampling.repetition_penalty 1.2 with algorithm.correction bypass",
+        ),
+        (
+            "grpo",
+            ["rollout.engine=sglang", "rollout.servers=1", "evaluation.repetition_penalty=1.1"],
+            "whose penalty leaves the prompt out",
+        ),
         ("ppo", ["sampling.min_p=0.1"], "set algorithm.correction=recompute"),
         ("ppo", ["sampling.temperature=0"], "set a temperature above 0, or algorithm.correction=recompute"),
         (

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from verl.rollout.embedded.sampling import RowSampling, answer_seed, sample_tokens, truncated, uniforms
+from verl.rollout.embedded.sampling import (
+    RowSampling,
+    answer_seed,
+    penalized,
+    sample_tokens,
+    truncated,
+    uniforms,
+)
 from verl.utils.sampling_types import SamplingParams
 
 PROBS = torch.tensor([0.15, 0.5, 0.1, 0.25])
@@ -172,3 +179,10 @@ def test_logits_that_are_not_finite_give_a_logprob_that_is_not(params):
         torch.full((1, 4), float("nan")), row_params(params), torch.tensor([0.5])
     )
     assert 0 <= int(tokens) < 4 and bool(logprobs.isnan())
+
+
+def test_the_repetition_penalty_weakens_each_seen_token_once():
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [2.0, -2.0, 1.0, -1.0]])
+    result = penalized(logits, [2.0, 1.0], [[0, 1, 0, 0], [2]])
+    assert result.tolist() == [[1.0, -4.0, 1.0, -1.0], logits[1].tolist()]
+    assert penalized(logits, [1.0, 1.0], [[0], [1]]) is logits

@@ -102,11 +102,10 @@ def test_token_ids_go_in_and_come_out_with_the_logprobs_of_the_models_own_forwar
 
 
 def test_answer_i_of_n_follows_from_seed_and_i(client, engine):
-    params = SamplingParams(
-        temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, max_tokens=12, n=6, seed=7, stop_ids=(44, 45)
-    )
+    common = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3}
+    params = SamplingParams(**common, max_tokens=12, n=6, seed=7, stop_ids=(44, 45))
     (expected,) = engine.generate([PROMPT], [params])
-    options = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "stop_token_ids": [44, 45]}
+    options = {**common, "stop_token_ids": [44, 45]}
     response = complete(client, max_tokens=12, n=6, seed=7, logprobs=0, **options)
     assert [choice.token_ids for choice in response.choices] == [c.token_ids for c in expected]
     assert [choice.finish_reason for choice in response.choices] == [c.finish_reason for c in expected]

@@ -62,6 +62,22 @@ _SAMPLING = (
         f"set {_RECOMPUTE}",
     ),
     Contradiction(
+        lambda c: _compares_with_sampler(c) and c.sampling.repetition_penalty != 1,
+        "logprobs of the model's own distribution",
+        f"sampling.repetition_penalty {{c.sampling.repetition_penalty}} with {_CORRECTION_AND_LOSS}",
+        f"set {_RECOMPUTE}",
+    ),
+    Contradiction(
+        lambda c: (
+            c.rollout.engine == "sglang"
+            and {c.sampling.repetition_penalty, c.evaluation.repetition_penalty or 1} != {1}
+        ),
+        "sampling.repetition_penalty 1 for rollout.engine sglang, whose penalty leaves the prompt out",
+        "{c.sampling.repetition_penalty}, with evaluation.repetition_penalty "
+        "{c.evaluation.repetition_penalty}",
+        "take another engine",
+    ),
+    Contradiction(
         lambda c: _compares_with_sampler(c) and c.sampling.temperature == 0,
         "logprobs of the distribution that was sampled",
         f"sampling.temperature 0 with {_CORRECTION_AND_LOSS}",

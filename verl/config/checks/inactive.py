@@ -253,6 +253,13 @@ _REPORTING = (
         "nothing is evaluated without data.test; name the held-out prompts",
     ),
     InactiveSettings(
+        ("evaluation.top_p",),
+        "evaluation.temperature",
+        lambda c: c.evaluation.temperature == 0,
+        "evaluation.temperature 0 always takes the most likely token",
+        RunConfig,
+    ),
+    InactiveSettings(
         ("evaluation.at_start",),
         "evaluation.every_steps",
         lambda c: c.evaluation.every_steps is None,
@@ -336,6 +343,9 @@ _OTHER_RUNS = (
             "tracking.num_samples",
             "evaluation.samples",
             "evaluation.temperature",
+            "evaluation.top_p",
+            "evaluation.max_tokens",
+            "evaluation.repetition_penalty",
         ),
         "data.train",
         lambda c: True,

@@ -15,6 +15,7 @@ from typing_extensions import override
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import DecodeLayout, RowLayout, use_attention
 from verl.engines.hf.lora import adapter_of, policy_name, use_adapter
+from verl.engines.memory_limits import logits_chunk_tokens
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.utils.device import autocast
 
@@ -198,8 +199,10 @@ def target_logprobs(vocab_logprobs: Tensor, targets: Tensor) -> Tensor:
 
 def entropies(vocab_logprobs: Tensor, *, with_grad: bool) -> Tensor:
     """[m], the entropies of vocabulary logprobs [m, V], in nats."""
-    with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+    if with_grad and torch.is_grad_enabled():
         return -(vocab_logprobs.exp() * vocab_logprobs).sum(-1)
+    with torch.no_grad():
+        return -vocab_logprobs.exp().mul_(vocab_logprobs).sum(-1)
 
 
 class PolicyModel(Backbone):
@@ -228,7 +231,7 @@ class PolicyModel(Backbone):
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     def reduce_vocab(
-        self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int
+        self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int | None
     ) -> tuple[Tensor, ...]:
         """Apply `reduce` to the logprobs of the whole vocabulary at every response token.
 
@@ -240,7 +243,7 @@ class PolicyModel(Backbone):
             reduce: takes vocabulary logprobs [m, V], sampled ids [m] and the columns [m, ...] of a chunk.
             columns: [M, ...] for `reduce`.
             temperature: above 0; logits are divided by it.
-            chunk: largest m.
+            chunk: largest m; None: what suits the vocabulary and the device.
 
         Returns:
             Each result of `reduce` for all M tokens.
@@ -252,8 +255,14 @@ class PolicyModel(Backbone):
         tokens = (states, *columns)
 
         def of_chunk(states: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-            return reduce(torch.log_softmax(self.logits(states) / temperature, -1), *others)
+            logits = self.logits(states)
+            # A quotient by 1 would be one more copy.
+            return reduce(
+                torch.log_softmax(logits if temperature == 1 else logits / temperature, -1), *others
+            )
 
+        vocabulary = self.transformer.config.get_text_config().vocab_size
+        chunk = chunk or logits_chunk_tokens(vocabulary, self.device)
         if len(states) <= chunk:
             results = of_chunk(*tokens)
         else:
@@ -267,7 +276,7 @@ class PolicyModel(Backbone):
         return 0 * self.logits(self.predictor_states(inputs)[0]).sum()
 
     def token_logprobs(
-        self, inputs: ModelInput, *, temperature: float, chunk: int, entropy_grad: bool = False
+        self, inputs: ModelInput, *, temperature: float, chunk: int | None, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Logprobs of the response tokens and entropies of their distributions, both [M] fp32."""
 

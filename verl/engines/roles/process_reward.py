@@ -37,7 +37,7 @@ class ProcessRewardWorker(Learner):
     _prefix = "critic/"
 
     def __init__(
-        self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int
+        self, engine: TrainEngine, algorithm: Algorithm, *, temperature: float, epochs: int, chunk: int | None
     ) -> None:
         super().__init__(engine, algorithm, epochs=epochs)
         self._temperature = temperature or 1.0

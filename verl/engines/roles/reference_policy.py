@@ -19,7 +19,7 @@ class ReferenceWorker(ColumnWorker):
         chunk: tokens whose logits are in memory at a time.
     """
 
-    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int) -> None:
+    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int | None) -> None:
         super().__init__(engine)
         self._temperature = temperature or 1.0
         self._chunk = chunk

@@ -74,7 +74,7 @@ def stacked_columns(written: Tensor, batch: Batch, count: int) -> Tensor:
 
 
 def policy_logprobs(
-    engine: ForwardEngine, batch: Batch, plan: BatchPlan, *, temperature: float, chunk: int
+    engine: ForwardEngine, batch: Batch, plan: BatchPlan, *, temperature: float, chunk: int | None
 ) -> Tensor:
     """[B, T] fp32 logprobs of the response tokens under the engine's language model."""
     model = engine.model

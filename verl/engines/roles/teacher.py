@@ -25,7 +25,7 @@ class TeacherWorker(ColumnWorker):
         top_k: most likely tokens at each position to write, too.
     """
 
-    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int, top_k: int) -> None:
+    def __init__(self, engine: ForwardEngine, *, temperature: float, chunk: int | None, top_k: int) -> None:
         super().__init__(engine)
         self._temperature = temperature or 1.0
         self._chunk = chunk

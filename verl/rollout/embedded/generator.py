@@ -17,6 +17,7 @@ from verl.engines.hf.models import PolicyModel
 from verl.rollout.embedded.sampling import (
     RowSampling,
     answer_seed,
+    penalized,
     sample_tokens,
     sampling_logits,
     uniforms,
@@ -336,6 +337,8 @@ class ContinuousBatch:
         start = len(self.rows) - count
         rows = self.rows[start:]
         params = self._sampling if start == 0 else self._sampling_of(rows)
+        penalties = [row.params.repetition_penalty for row in rows]
+        logits = penalized(logits, penalties, [[*row.prompt, *row.tokens] for row in rows])
         tokens, logprobs = sample_tokens(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
         self.tokens[start:] = tokens
         self.positions[start:] += 1

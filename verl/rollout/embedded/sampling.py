@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,21 @@ def sampling_logits(logits: Tensor, params: RowSampling) -> Tensor:
     if params.is_plain:
         return scaled
     return torch.where(params.greedy[:, None], scaled, truncated(scaled, params))
+
+
+def penalized(logits: Tensor, penalties: Sequence[float], seen: Sequence[Collection[int]]) -> Tensor:
+    """Logits [A, V] with the repetition penalty of each row on the tokens that it has seen, before all else.
+
+    CTRL, https://arxiv.org/abs/1909.05858, 4.1; see `SamplingParams.repetition_penalty`.
+    """
+    if all(penalty == 1 for penalty in penalties):
+        return logits
+    result = logits.clone()
+    for row, (penalty, tokens) in enumerate(zip(penalties, seen, strict=True)):
+        ids = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=logits.device)
+        own = logits[row, ids]
+        result[row, ids] = torch.where(own > 0, own / penalty, own * penalty)
+    return result
 
 
 def sample_tokens(logits: Tensor, params: RowSampling, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,7 @@ class RequestBody(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="a number, above 0 and at most 1")
     top_k: int = _integer(0, -1, 2**31)
     min_p: float = Field(0.0, ge=0, le=1, description="a number, from 0 to 1")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="a number, above 0")
     seed: int | None = _integer(None, -(2**63), 2**63 - 1)
     stop: str | list[str] = Field([], description="a text or a list of texts, none empty")
     stop_token_ids: list[int] = Field([], description="token ids")
@@ -277,6 +278,7 @@ class RequestParser:
             top_p=body.top_p,
             top_k=max(0, body.top_k),
             min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
             n=body.n,
             stop=tuple(stop),
             # Some tokenizers know ids that the model has no output for; these are never sampled.

@@ -230,6 +230,7 @@ def completion_body(answer: PendingAnswer, *, n: int) -> dict[str, Any]:
         "top_p": params.top_p,
         "top_k": params.top_k,
         "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
         "stop": list(params.stop),
         "stop_token_ids": list(params.stop_ids),
         "seed": params.seed,

@@ -86,6 +86,11 @@ def request_body(
         raise RefusedError(
             f"need prompt ids from 0 up to {vocab_size - 1}, at least one; got {list(prompt_ids)[:20]}"
         )
+    if params.repetition_penalty != 1:
+        raise RefusedError(
+            f"need repetition_penalty 1 for SGLang, whose penalty leaves the prompt out, got"
+            f" {params.repetition_penalty}; take another engine"
+        )
     # At temperature 0 the most likely token is drawn from the model's own distribution.
     truncates = params.truncates and params.temperature > 0
     sampling = {

@@ -160,6 +160,7 @@ class VLLMEngine(ColocatedEngine):
             temperature=params.temperature,
             # The most likely token is drawn from the model's own distribution.
             **(truncation if params.temperature else {}),
+            repetition_penalty=params.repetition_penalty,
             max_tokens=params.max_tokens,
             stop=list(params.stop),
             stop_token_ids=list(dict.fromkeys([*self._codec.stop_ids, *params.stop_ids])),

@@ -84,8 +84,8 @@ def request_body(params: SamplingParams) -> dict[str, Any]:
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         **truncation,
+        "repetition_penalty": params.repetition_penalty,
         # A server that was joined may have other defaults.
-        "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "logprobs": 0,
