@@ -68,8 +68,7 @@ def balance(
         num_minibatches: optimizer updates that are made of the rows.
         cost: [B], work of each row, in any unit; None: its tokens. `compute_cost` adds the work of attention.
         group_ids: [B], equal for consecutive rows that stay in one minibatch; None: rows are on their own.
-        prompts: [B] int each, id and tokens of the prompt of each row, if rows of one micro-batch share the
-            tokens of a prompt; several micro-batches then have rows of one prompt together.
+        prompts: [B] int each, id and tokens of each row's prompt, if a micro-batch computes a prompt once.
 
     Raises:
         ValueError: a wrong shape, count or cost, or fewer rows than minibatches.
@@ -87,18 +86,16 @@ def balance(
             "algorithm.minibatches"
         )
     lengths, costs = num_tokens.tolist(), work.tolist()
-    max_rows = micro_batch_rows or len(lengths)
-    minibatches = []
+    known = None if prompts is None else list(zip(*(p.tolist() for p in prompts), strict=True))
+    max_rows, minibatches = micro_batch_rows or len(lengths), []
     for chosen in torch.arange(len(units)).tensor_split(num_minibatches):
         rows = [row for unit in chosen.tolist() for row in units[unit]]
         for equal_counts in (False, True):
             shares = _deal(rows, costs, num_ranks, equal_counts=equal_counts)
             packed = [_pack(share, lengths, micro_batch_tokens, max_rows) for share in shares]
-            if prompts is not None and max(map(len, packed)) > 1:
-                known = list(zip(prompts[0].tolist(), prompts[1].tolist(), strict=True))
-                packed = [
-                    _pack_by_prompt(share, lengths, known, (micro_batch_tokens, max_rows)) for share in shares
-                ]
+            if known and max(map(len, packed)) > 1:
+                limits = micro_batch_tokens, max_rows
+                packed = [_pack_by_prompt(share, lengths, known, limits) for share in shares]
             most = max(len(micro_batches) for micro_batches in packed)
             if min(len(share) for share in shares) >= most:
                 break

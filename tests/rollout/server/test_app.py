@@ -51,10 +51,14 @@ def engine(folder) -> EmbeddedEngine:
     return EmbeddedEngine(PolicyModel(load_language_model(str(folder)), "fp32"), TextCodec.load(str(folder)))
 
 
+# Fields that OpenAI's client does not know.
+_OWN = ("top_k", "min_p", "repetition_penalty", "stop_token_ids")
+
+
 def complete(client: openai.OpenAI, prompt: Any = PROMPT, *, ids: bool = True, **options: Any) -> Any:
     extra = {
         "return_token_ids": ids,
-        **{name: options.pop(name) for name in ("top_k", "min_p", "stop_token_ids") if name in options},
+        **{name: options.pop(name) for name in _OWN if name in options},
     }
     return client.completions.create(model="tiny", prompt=prompt, extra_body=extra, **options)
 

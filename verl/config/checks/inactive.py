@@ -257,7 +257,6 @@ _REPORTING = (
         "evaluation.temperature",
         lambda c: c.evaluation.temperature == 0,
         "evaluation.temperature 0 always takes the most likely token",
-        RunConfig,
     ),
     InactiveSettings(
         ("evaluation.at_start",),

@@ -34,7 +34,6 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "logit_bias": ({},),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
