@@ -4,6 +4,7 @@ seeds.
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -16,7 +17,8 @@ from verl.config import load_config
 from verl.config.fields import Choice
 from verl.rewards.functions import build_rewards
 from verl.rewards.shaping import LENGTH_PENALTIES
-from verl.utils.sampling_types import BatchGenerator, Completion, Prompt
+from verl.rollout.inference_server import RefusedError
+from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, RolloutEngine
 
 
 class Scripted(BatchGenerator):
@@ -49,6 +51,21 @@ def collector_with(engine, *overrides, **parts):
 
 def collector(engine, *overrides):
     return collector_with(engine, *overrides)
+
+
+class Server(RolloutEngine):
+    """Answers beside training, and refuses prompts of more than 3 tokens."""
+
+    async def sample(self, prompt_ids, params, affinity=None):
+        if len(prompt_ids) > 3:
+            raise RefusedError("prompt too long for the server")
+        return Completion([tiny_codec().encode_answer("7")[0]], [-1.0], "stop", self.version)
+
+    async def sync_weights(self, version):
+        self.version = version
+
+    def run(self, work):
+        return asyncio.run(work)
 
 
 def fresh(count):
@@ -282,3 +299,10 @@ def test_without_rewards_answers_are_kept_as_they_are():
     collected = DataCollector(engine, tiny_codec(), None, load_config("grpo")).collect(["a"], samples=2)
     assert "rewards" not in collected.rows and "reward" not in collected.metrics
     assert (collected.rows.num_rows, collected.metrics["failed_share"]) == (2, 0)
+
+
+def test_a_prompt_that_servers_refuse_is_an_error_unless_another_takes_its_place():
+    with pytest.raises(RuntimeError, match="all 2 prompts, got none to 1: prompt too long for the server"):
+        collector(Server()).collect(["abcdef", "b"], samples=2)
+    collected = collector(Server()).collect(["abcdef", "b"], samples=2, refill=lambda n: ["c"] * n)
+    assert [t.prompt.content for t in collected.trajectories] == ["b", "b", "c", "c"]

@@ -109,7 +109,8 @@ class DataCollector:
                 are replaced, in at most `algorithm.max_resamples` rounds.
 
         Raises:
-            RuntimeError: no answer has a reward, or too many have none.
+            RuntimeError: no answer has a reward, or too many have none, or a prompt cannot be answered and
+                there is no `refill`.
         """
         given = iter(prompts)
 
@@ -236,7 +237,15 @@ class DataCollector:
             max_resamples=algorithm.max_resamples if algorithm.dynamic_sampling and resamples else 0,
         )
         try:
-            return await pipeline.next_batch()
+            batch = await pipeline.next_batch()
+            failed = ledger.counts().failed
+            num_lost = failed.get("data", 0) + failed.get("infrastructure", 0)
+            if num_lost and not resamples:  # no other prompt takes their places
+                raise RuntimeError(
+                    f"need answers to all {count} prompts, got none to {num_lost}: {ledger.last_cause}; "
+                    "leave such prompts out, or give refill"
+                )
+            return batch
         finally:
             self.dispatched += ledger.counts().dispatched
             pipeline.close()

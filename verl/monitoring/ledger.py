@@ -98,11 +98,15 @@ class Ledger:
     Args:
         path: of the file; None: nothing is written. The first `commit` replaces the file of another run. In
             the file of the run that `load_state_dict` continues, it removes the steps after the checkpoint.
+
+    Attributes:
+        last_cause: of the newest group that failed.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         # Reentrant: `counts` takes it also inside other methods.
         self._lock = threading.RLock()
+        self.last_cause = ""
         self._open: dict[int, OpenGroup] = {}
         self._dispatched, self._trained, self._again = 0, 0, 0
         self._dropped: Counter[str] = Counter()
@@ -183,7 +187,8 @@ class Ledger:
         _check_failure(failure)
         with self._lock:
             group = self._find(number, "fail", ["answering"])
-            self._end(number, group, "failed", reason=failure, cause=_one_line(cause))
+            self.last_cause = _one_line(cause)
+            self._end(number, group, "failed", reason=failure, cause=self.last_cause)
             self._failed[failure] += 1
 
     def counts(self) -> LedgerCounts:
