@@ -10,6 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.monitoring.trackers import METRICS, lines_of, screen, shown, tracker
+from verl.config.run import TrackingConfig
+from verl.monitoring.sinks import Run
+from verl.monitoring.tracking import Tracker
 
 
 def test_every_step_is_a_line_of_valid_json_on_disk_at_once(tmp_path):
@@ -178,3 +181,13 @@ def test_wandb_keeps_its_run_id_over_a_resume_and_takes_a_new_one_for_a_new_run(
         ids.append((tmp_path / "wandb_run_id").read_text())
     assert ids[0] == ids[1] != ids[2]
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 3
+
+
+def test_a_run_has_a_name_and_a_group(tmp_path):
+    config = TrackingConfig(sinks=("tensorboard",), name="second try", group="seeds")
+    Tracker(config, tmp_path, console=screen(), total_steps=2).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("run/text_summary")
+    assert b"second try" in text.tensor_proto.string_val[0] and b"seeds" in text.tensor_proto.string_val[0]
+    assert Run(TrackingConfig(), tmp_path, 2, 0, screen()).name == tmp_path.name

@@ -19,8 +19,9 @@ from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
-from verl.monitoring.display import samples_table
 from verl.monitoring.formatting import format_bytes
+from verl.monitoring.progress import print_line
+from verl.monitoring.samples import sample_lines
 from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
@@ -105,7 +106,9 @@ def evaluate(config: TrainerConfig) -> None:
         with trainer.progress.phase(f"evaluating {evaluation_size(prompts, config)}"):
             groups = answer_all(trainer.collector, prompts, config)
     rows = [sample_row(group[0], trainer.codec) for group in groups[: config.tracking.num_samples]]
-    console.print(samples_table(rows))
+    console.out("answers, with the special tokens that the model reads:", highlight=False)
+    for line in sample_lines(rows):
+        print_line(console, line)
     print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})
 
 
