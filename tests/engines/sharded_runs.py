@@ -22,6 +22,7 @@ from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.hf_io import export_model
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, value_model
+from verl.engines.hf.weights import shard_slices, to_local
 from verl.engines.local import LocalEngine
 from verl.engines.minibatches import write_loss_weights
 from verl.engines.roles.critic import CriticWorker
@@ -268,3 +269,21 @@ def load_at(source: str, case: dict[str, Any], folder: str) -> list[dict[str, fl
     engine.load(Path(folder))
     rank, num_data = engine.dispatch_ranks["train"].data_rank, len(engine.gather_over_data(None))
     return steps(worker_on(engine, case), num_data, case, rank, updates=2)
+
+
+@torch.no_grad()
+def run_adapters(source: str, kinds: dict[str, dict[str, Any]], folder: str) -> dict[str, torch.Tensor]:
+    """Logits of a sharded model with each adapter, which is written whole and alone."""
+    found = {}
+    for name, lora in kinds.items():
+        config = RoleConfig(lora=LoraConfig(**lora))
+        engine = sharded_engine(source, "policy", config, ParallelConfig(), device=CPU, total_updates=1)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in engine.trained if "path" not in lora else ():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            to_local(parameter).add_(noise[shard_slices(parameter)])
+        engine.export(Path(folder) / name / "model")
+        engine.export_adapter(Path(folder) / name / "adapter", source)
+        with engine.unsharded_weights():
+            found[name] = engine.model.transformer(torch.tensor([[5, 6, 7, 8]])).logits.clone()
+    return found

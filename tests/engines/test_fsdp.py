@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from tests.distributed import on_ranks
 from tests.engines.sharded_runs import generate_alone, local_engine_on, steps, trained_weights, worker_on
@@ -197,3 +199,22 @@ def test_a_step_in_portions_is_that_of_one_process_over_all_rows(num_ranks, sour
                 "not finite in 3 updates in a row, the last time for row" in rank["error"]
                 and " 3" in rank["error"]
             )
+
+
+def test_adapters_of_sharded_models_are_written_as_they_compute(sources, tmp_path):
+    kinds: dict[str, dict[str, Any]] = {
+        "head": {"rank": 4, "targets": ("lm_head", "q_proj")},
+        "whole head": {"rank": 4, "modules_to_save": ("lm_head",)},
+        "dora": {"rank": 4, "use_dora": True},
+        "continued": {"path": str(tmp_path / "dora/adapter")},
+    }
+    source, folder = sources["qwen2"], str(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for logits in on_ranks("tests.engines.sharded_runs:run_adapters", 2, source, kinds, folder):
+        torch.testing.assert_close(logits["continued"], logits["dora"], rtol=0, atol=1e-5)
+        for name in kinds:
+            whole = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+            base = AutoModelForCausalLM.from_pretrained(source)
+            alone = PeftModel.from_pretrained(base, tmp_path / name / "adapter")
+            for model in (whole, alone):
+                torch.testing.assert_close(model(ids).logits, logits[name], rtol=0, atol=1e-4)

@@ -214,7 +214,8 @@ class RoleGroups:
         parallel = self._placement.parallel(role)
         assert source is not None
         if parallel is not None:
-            source = worker_factories.plain_folder(source, Path(self._config.output_dir) / "start" / role)
+            folder = Path(self._config.output_dir) / "start" / role
+            source = worker_factories.plain_folder(source, folder, is_reward_model=role == "reward")
         return self._placement.start(role, factory, self._config, source, parallel)
 
     def _limit_ids(self, num_ids: int) -> None:

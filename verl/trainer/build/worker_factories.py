@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from verl.algorithms.objective import Algorithm
 from verl.config.fields import Choice
@@ -32,6 +32,7 @@ from verl.engines.hf.models import Backbone, PolicyModel, ValueModel
 from verl.engines.hf.pretrained import (
     VALUE_HEAD,
     load_language_model,
+    load_reward_model,
     load_value_head,
     quantization,
     save_transformer,
@@ -49,7 +50,7 @@ from verl.rollout.embedded.hybrid_engine import HybridEngine, default_tensor_siz
 from verl.rollout.inference_server import ColocatedEngine
 from verl.utils.device import PRECISIONS, pick_device
 from verl.utils.hub import find_adapter, tokenizer_source
-from verl.utils.tokens import TextCodec
+from verl.utils.tokens import TextCodec, load_tokenizer
 
 # A folder or hub name; or, in this process, a loaded model.
 Source = str | PreTrainedModel
@@ -256,15 +257,15 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
-def plain_folder(source: Source, folder: Path) -> str:
+def plain_folder(source: Source, folder: Path, *, is_reward_model: bool = False) -> str:
     """Folder or hub name of a model for ranks of other processes; one that is not whole there is written."""
-    if isinstance(source, str) and find_adapter(source) is None:
+    if not isinstance(source, str):
+        return saved(source, folder)
+    if find_adapter(source) is None:
         return source
-    model = load_language_model(source) if isinstance(source, str) else source
-    written = saved(model, folder)
-    if isinstance(source, str):
-        AutoTokenizer.from_pretrained(tokenizer_source(source)).save_pretrained(folder)
-    return written
+    model = load_reward_model(source, new_head=False) if is_reward_model else load_language_model(source)
+    load_tokenizer(tokenizer_source(source)).save_pretrained(folder)
+    return saved(model, folder)
 
 
 def plain_source(config: TrainerConfig, source: Source) -> Source:
