@@ -31,7 +31,14 @@ from verl.engines.hf.pretrained import (
     remove_other_weights,
     save_model,
 )
-from verl.engines.hf.weights import full_tensors, merged_config, shard_slices, to_full, to_local
+from verl.engines.hf.weights import (
+    embedding_names,
+    full_tensors,
+    merged_config,
+    shard_slices,
+    to_full,
+    to_local,
+)
 from verl.utils.files import write_safetensors
 
 
@@ -73,7 +80,11 @@ def load_sharded(model: Backbone, source: str, lora: LoraConfig | None = None) -
         del parameters[name]
     files = tensor_files(folder)
     prefix = model.transformer.base_model_prefix
+    head, embedding = embedding_names(model.transformer)
     names = {name: name_in_files(base_name(name), files, prefix) for name in parameters}
+    for name in [name for name, found in names.items() if found is None and base_name(name) == head]:
+        # An adapter has a copy of its own of a head that the files hold as the embedding.
+        names[name] = name_in_files(embedding, files, prefix)
     if all(names.values()):
         _fill_from_files(parameters, files, {name: found for name, found in names.items() if found})
     else:

@@ -167,9 +167,14 @@ def unties_embeddings(transformer: PreTrainedModel) -> bool:
     config = transformer.config.get_text_config()
     if not config.tie_word_embeddings or not has_lora(transformer, POLICY):
         return False
-    ends = [transformer.get_input_embeddings(), transformer.get_output_embeddings()]
-    names = {name for name, module in transformer.named_modules() if any(module is end for end in ends)}
-    return len({f"{name}.weight" for name in names} & plain_tensors(transformer).keys()) > 1
+    return plain_tensors(transformer).keys() >= {*embedding_names(transformer)}
+
+
+def embedding_names(transformer: PreTrainedModel) -> tuple[str | None, str]:
+    """Names of the weights of the output layer, if there is one, and of the input embeddings."""
+    names = {id(module): f"{name}.weight" for name, module in transformer.named_modules()}
+    head = transformer.get_output_embeddings()
+    return names.get(id(head)), names[id(transformer.get_input_embeddings())]
 
 
 def merged_config(transformer: PreTrainedModel) -> PretrainedConfig:
