@@ -192,9 +192,9 @@ def test_turn_rewards_of_trajectories_reach_the_advantage():
     assert batch["advantages"].tolist() == [[1, 0, 0, 2], [0, 0, 0, 0]]
 
 
-def test_staleness_and_noise_are_written_only_if_they_are_read():
+def test_noise_is_written_only_if_it_is_read_and_staleness_also_where_a_token_is_stale():
     batch = rows([1.0, 0.0], ["xx", "x"])
-    write_advantages(batch, bound(), 0.0, version=3)
+    write_advantages(batch, bound(), 0.0, version=0)
     assert not {"staleness", "noise"} & set(batch.names)
     noise = []
     for seed, version in ((0, 3), (0, 3), (0, 4), (1, 3)):

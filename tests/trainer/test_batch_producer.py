@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import time
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.training import toy_config, toy_trainer
+from verl.data.batch import Batch
 from verl.monitoring.ledger_report import read_ledger
 from verl.trainer.rl_trainer import Trainer
 
@@ -280,19 +282,52 @@ def test_a_server_answers_the_next_batch_while_this_one_is_learned_from(batches,
         f"pipeline.batches={batches}",
         "checkpoint.every_steps=3",
     )
-    trainer = Trainer(toy_config("grpo", letters, tmp_path, *settings), console=Console(file=io.StringIO()))
+    shown = io.StringIO()
+    trainer = Trainer(toy_config("grpo", letters, tmp_path, *settings), console=Console(file=shown))
     try:
         history = trainer.fit()
         assert all(metrics["staleness/max"] <= 1 for metrics in history) and any(
             metrics["staleness/mean"] > 0 for metrics in history
         )
-        assert all(metrics["kl_sampler"] < 0.5 and len(trainer.last) == 16 for metrics in history)
+        # The policy moves far in a step, and not a single step takes that for an error of the sampler.
+        assert all(metrics.get("kl_sampler", 0) < 1e-4 and len(trainer.last) == 16 for metrics in history)
+        assert max(metrics.get("kl_off_policy", 0) for metrics in history) > 1e-4
+        assert "sampler and trainer differ" not in shown.getvalue()
         if batches == "deterministic":
             assert [metrics["staleness/mean"] for metrics in history] == [0, 1, 1, 1, 1, 1]
     finally:
         trainer.close()
     report = read_ledger(tmp_path / "run")
     assert not (report.missing or report.twice or report.mismatches) and report.counts.trained == 24
+
+
+def test_answers_of_older_versions_are_no_error_of_the_sampler(letters, tmp_path):
+    """A batch that is answered, learned from once, and then again as a stale one."""
+    settings = ("policy.optimizer.lr=0.01", "algorithm.correction=recompute")
+    trainer = toy_trainer("grpo", letters, tmp_path, *settings)
+    data = trainer.collect_data(trainer.loader.take(4))
+    current = trainer.update_policy(data)
+    stale = trainer.update_policy(replace(data, rows=Batch.from_trajectories(data.trajectories)))
+    assert current["kl_sampler"] < 1e-9 and current["mismatch/kl_k3"] < 1e-9
+    assert not {"kl_off_policy", "off_policy/kl_k3"} & current.keys()
+    assert not {"kl_sampler", "sampler_gap", "sampler_gap_max", "mismatch/kl_k3"} & stale.keys()
+    assert stale["kl_off_policy"] == pytest.approx(stale["off_policy/kl_k3"], rel=1e-3)
+    assert stale["kl_off_policy"] > trainer.config.rollout.mismatch_warn
+    assert not [note for note in trainer.notes if "sampler and trainer differ" in note]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_wrong_sampler_shows_on_answers_that_wait_where_the_batch_is_stale(shift, letters, tmp_path):
+    trainer = toy_trainer("grpo", letters, tmp_path, "policy.optimizer.lr=0.01")
+    data = trainer.collect_data(trainer.loader.take(4))
+    trainer.update_policy(data)
+    waiting = trainer.collect_data(trainer.loader.take(2)).rows
+    waiting.write("rollout_logprobs", waiting["rollout_logprobs"] - shift)
+    trainer.notes.clear()
+    stale = replace(data, rows=Batch.from_trajectories(data.trajectories), fresh=waiting)
+    assert trainer.update_policy(stale)["sampler_gap"] == pytest.approx(shift, abs=1e-4)
+    warnings = [note for note in trainer.notes if "sampler and trainer differ" in note]
+    assert len(warnings) == bool(shift)
 
 
 @pytest.mark.servers

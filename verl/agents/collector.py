@@ -37,12 +37,15 @@ class RolloutBatch:
         rows: the same as a batch.
         metrics: means over all answers that were generated.
         failed: answers without a reward.
+        fresh: a few answers of the version that is trained, if the rows have none: sampler and trainer are
+            compared on them; None: not needed, or there are none.
     """
 
     trajectories: list[Trajectory]
     rows: Batch
     metrics: dict[str, float]
     failed: list[Trajectory] = field(default_factory=list)
+    fresh: Batch | None = None
 
 
 class DataCollector:

@@ -36,7 +36,7 @@ from verl.agents.group_state import groups_from
 from verl.agents.groups import Group
 from verl.agents.retry_policy import RetryPolicy
 from verl.config.pipeline import PipelineConfig
-from verl.data.batch import Batch
+from verl.data.batch import Batch, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.utils.sampling_types import Prompt
@@ -400,6 +400,16 @@ class _IdleWait:
 def _is_interrupted(future: asyncio.Future[None]) -> bool:
     """True for a task that an interrupt ended: inside of it, or by the cancellation of all tasks."""
     return future.cancelled() or isinstance(future.exception(), (KeyboardInterrupt, SystemExit))
+
+
+def waiting_answers(groups: Sequence[Group], version: int) -> list[Trajectory]:
+    """Answers of complete groups, all of whose tokens this version of the policy has sampled."""
+    return [
+        t
+        for group in groups
+        for t in group.answers
+        if group.arrival is not None and t.rollout_logprobs is not None and set(t.versions) == {version}
+    ]
 
 
 def staleness_metrics(rows: Batch, version: int) -> dict[str, float]:

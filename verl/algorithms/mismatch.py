@@ -6,6 +6,38 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.functional import LOG_RATIO_LIMIT, check_same_shape, log_ratio, masked_mean, row_mean
+from verl.algorithms.kl import k3
+
+# Monitor that counts the tokens of `fresh_mask`, and those that are sums over these tokens alone.
+FRESH_TOKENS, OVER_FRESH_TOKENS = "fresh_tokens", ("kl_sampler", "sampler_gap")
+
+
+def fresh_mask(mask: Tensor, staleness: Tensor) -> Tensor:
+    """[B, T] bool, the sampled tokens of rows that the version now trained has sampled as a whole.
+
+    On other rows sampler and trainer differ by what the policy has learned in between, which is no error. A
+    row that was continued with new weights counts among those: the keys and values of its first tokens may
+    be those of older weights.
+
+    Args:
+        mask: [B, T] bool.
+        staleness: [B, T], steps between the version that sampled a token and the one that is trained.
+    """
+    return mask & ~(mask & (staleness > 0)).any(1, keepdim=True)
+
+
+def sampler_difference(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums of `kl_sampler` (k3, an estimate of KL(sampler || trainer)) and `sampler_gap`, and its maximum.
+
+    Args:
+        logprobs: [B, T] float, nats, of the trainer.
+        rollout_logprobs: [B, T] float, nats, from the sampler.
+        mask: [B, T] bool, tokens that count.
+    """
+    gap = torch.where(mask, (rollout_logprobs - logprobs.detach()).abs(), 0)
+    kl = torch.where(mask, k3(rollout_logprobs, logprobs.detach()), 0)
+    sums = {"kl_sampler": kl.sum(), "sampler_gap": gap.sum()}
+    return sums | ({"sampler_gap_max": gap.max()} if mask.numel() else {})
 
 
 def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:

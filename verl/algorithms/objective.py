@@ -15,7 +15,13 @@ from verl.algorithms.dry_run import learns_from_zero_advantages, try_out
 from verl.algorithms.functional import masked_mean
 from verl.algorithms.kl import KL_ESTIMATORS, k3
 from verl.algorithms.losses import POLICY_LOSSES
-from verl.algorithms.mismatch import mismatch, weight_monitors
+from verl.algorithms.mismatch import (
+    FRESH_TOKENS,
+    fresh_mask,
+    mismatch,
+    sampler_difference,
+    weight_monitors,
+)
 from verl.algorithms.registry import BoundFunction
 from verl.algorithms.returns import bind_as, check_finite
 from verl.algorithms.value_losses import VALUE_LOSSES
@@ -136,15 +142,14 @@ class Algorithm:
             kl = self.kl(columns)
             weighted = weighted + kl_coef * kl * columns["weights"]
             monitors["kl"] = kl.detach()
-        if "rollout_logprobs" in columns:
-            sampled = columns["rollout_logprobs"]
-            monitors |= {
-                "kl_sampler": k3(sampled, logprobs.detach()),
-                "sampler_gap": (sampled - logprobs.detach()).abs(),
-            }
+        fresh = fresh_mask(mask, columns["staleness"]) if "staleness" in columns else mask
+        if "rollout_logprobs" in columns and "staleness" in columns:
+            monitors["kl_off_policy"] = k3(columns["rollout_logprobs"], logprobs.detach())
         sums = _masked_sums(monitors, mask)
-        if "sampler_gap" in monitors and mask.numel():
-            sums["sampler_gap_max"] = torch.where(mask, monitors["sampler_gap"], 0).max()
+        if "rollout_logprobs" in columns:
+            sums |= sampler_difference(logprobs, columns["rollout_logprobs"], fresh)
+        if "kl_off_policy" in monitors:
+            sums[FRESH_TOKENS] = fresh.sum()
         return _masked_sum(weighted, mask), sums
 
     def minibatch_gradients(self, columns: Columns) -> tuple[Tensor, Tensor, Monitors]:
@@ -223,13 +228,16 @@ def write_advantages(
 
     Returns:
         Metrics: kl, if it is in the reward; kl_teacher, if there is a teacher; explained_variance, if there
-        is a critic; mismatch/*, if there are logprobs of the trainer and of the sampler; correction/*, if the
-        correction has weights.
+        is a critic; mismatch/*, if there are logprobs of the trainer and of the sampler, and off_policy/* of
+        answers of older versions; correction/*, if the correction has weights.
     """
     mask = batch["mask"]
     for name, column in STEP_COLUMNS.items():
         if name in algorithm.reads:
             batch.write(name, column(batch, version, seed))
+    if "rollout_logprobs" in batch and (mask & (batch["versions"] < version)).any():
+        # It also tells on which rows sampler and trainer can be compared.
+        batch.write("staleness", staleness(batch, version, seed))
     columns = {name: batch[name] for name in readable_by(*CHOSEN, "step") if name in batch}
     metrics = _write_correction(batch, columns, algorithm)
     if "teacher_logprobs" in columns:
@@ -337,8 +345,12 @@ def _write_correction(batch: Batch, columns: dict[str, Tensor], algorithm: Algor
     metrics: dict[str, float] = {}
     mask = columns["mask"]
     if {"trainer_logprobs", "rollout_logprobs"} <= columns.keys():
-        monitors = mismatch(columns["trainer_logprobs"], columns["rollout_logprobs"], mask)
-        metrics |= {f"mismatch/{name}": float(value) for name, value in monitors.items()}
+        logprobs = columns["trainer_logprobs"], columns["rollout_logprobs"]
+        fresh = fresh_mask(mask, columns["staleness"]) if "staleness" in columns else mask
+        measured = {"mismatch": fresh} if fresh.any() or not mask.any() else {}
+        for kind, tokens in (measured | ({} if torch.equal(fresh, mask) else {"off_policy": mask})).items():
+            monitors = mismatch(*logprobs, tokens)
+            metrics |= {f"{kind}/{name}": float(value) for name, value in monitors.items()}
     if algorithm.corrects_in_update:
         # Until the update, the sampler's logprobs stand in for those that the correction gives there.
         columns["old_logprobs"], weights = columns["rollout_logprobs"], None

@@ -132,6 +132,7 @@ def export(args: argparse.Namespace) -> None:
         role=args.role,
         dtype=PRECISIONS[args.dtype],
         max_file_bytes=args.max_shard_size,
+        adapter_only=args.adapter_only,
     )
     console.out(f"model: {folder} ({args.role} of {taken})", highlight=False)
     if upload and args.dry_run:

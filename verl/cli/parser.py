@@ -86,6 +86,7 @@ def add_export_command(commands: Any) -> None:
     export.add_argument(
         "--max-shard-size", type=parse_bytes, default="4GiB", metavar="SIZE", help="of a weights file (4GiB)"
     )
+    export.add_argument("--adapter-only", action="store_true", help="the LoRA adapter in PEFT's layout")
     export.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="upload the model, too")
     export.add_argument("--private", action="store_true", help="a new repository is visible to you alone")
     export.add_argument(

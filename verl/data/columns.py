@@ -125,7 +125,8 @@ _ROWS = (
 
     # Written by the step itself.
     ColumnSpec("staleness", "B T", COUNT, "step",
-               "steps between the version that sampled the token and the version that is trained"),
+               "steps between the version that sampled the token and the version that is trained",
+               read_by=CHOSEN | {"policy_update"}),
     ColumnSpec("noise", "B T", SHARE, "step",
                "uniform in [0, 1), new in each step, from the seed of the run"),
     ColumnSpec("token_rewards", "B T", REAL, "step",

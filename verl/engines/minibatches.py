@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from verl.algorithms.mismatch import FRESH_TOKENS, OVER_FRESH_TOKENS
 from verl.algorithms.objective import Algorithm
 from verl.data.batch import Batch, ModelInput
 from verl.data.packing import BatchPlan
@@ -116,10 +117,21 @@ def count_tokens(objective: Objective) -> Objective:
 def per_token_means(update: dict[str, float]) -> dict[str, float]:
     """Metrics of an update of a `count_tokens` objective, with sums of monitors as means over tokens."""
     count = max(1, update.pop(_TOKENS, 0))
-    return {
+    means = {
         name: value if name in _OF_UPDATE or name.endswith(MAX_SUFFIX) else value / count
         for name, value in update.items()
     }
+    share = means.pop(FRESH_TOKENS, None)
+    if share is None:
+        return means
+    for name in OVER_FRESH_TOKENS:
+        if share:
+            means[name] /= share
+        else:
+            means = {key: value for key, value in means.items() if not key.startswith(name)}
+    if share == 1:
+        del means["kl_off_policy"]  # all tokens are fresh: it is `kl_sampler`
+    return means
 
 
 def named_as_learned(metrics: Mapping[str, float]) -> dict[str, float]:

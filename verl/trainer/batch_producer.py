@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.group_state import saved_groups
 from verl.agents.groups import Group
-from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
+from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics, waiting_answers
+from verl.algorithms.mismatch import fresh_mask
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
 from verl.data.dataset import PromptLoader
@@ -19,6 +21,8 @@ from verl.monitoring.ledger import LEDGER_FILE, Ledger
 
 # Stages whose waits are metrics: training waits for a batch, generation for room.
 _MEASURED_STAGES = ("training", "admission")
+# Answers on which sampler and trainer are compared where the batch has none that both have sampled.
+_MAX_FRESH_ROWS, _MAX_FRESH_TOKENS = 8, 2048
 
 
 class BatchProducer:
@@ -81,6 +85,7 @@ class BatchProducer:
             self._streamed, self._portions = None, []
         self._collector.dispatched = self.pipeline.ledger.counts().dispatched
         batch.metrics |= staleness_metrics(batch.rows, self.pipeline.version) | self._metrics()
+        batch.fresh = self._fresh_rows(batch.rows)
         return batch
 
     def drain_in_flight(self) -> None:
@@ -110,6 +115,18 @@ class BatchProducer:
             return
         self._is_closed = True
         self._collector.engine.run(_call(self.pipeline.close))
+
+    def _fresh_rows(self, rows: Batch) -> Batch | None:
+        """A few answers of the present version that wait for a later batch; None if `rows` have some."""
+        if "rollout_logprobs" not in rows:
+            return None
+        if fresh_mask(rows["mask"], self.pipeline.version - rows["versions"]).any():
+            return None
+        _, groups = self._collector.engine.run(_call(self.pipeline.snapshot))
+        answers = waiting_answers(groups, self.pipeline.version)[:_MAX_FRESH_ROWS]
+        ends = list(accumulate(len(t.prompt_ids) + len(t.response_ids) for t in answers))
+        fresh = [t for t, end in zip(answers, ends, strict=True) if end <= _MAX_FRESH_TOKENS]
+        return Batch.from_trajectories(fresh) if fresh else None
 
     def _portion(self, groups: list[Group]) -> Iterator[Batch]:
         """Rows of the answers that have a reward, if there are any."""

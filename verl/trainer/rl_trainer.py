@@ -143,8 +143,8 @@ class Trainer(RunnableTrainer):
             batch = self.producer.next_batch()
         rows, self.last, self.failed = batch.rows, batch.trajectories, batch.failed
         self.rollout.sleep()  # device memory that generation shares with training
-        self.roles.write_columns(rows)  # old and reference logprobs, values, teacher: only what is read
-        learned = write_advantages(rows, self.algorithm, self.kl.coef, version=self.version, seed=self.seed)
+        learned = self.roles.write_columns(rows, batch.fresh)  # logprobs, values, teacher: only what is read
+        learned |= write_advantages(rows, self.algorithm, self.kl.coef, version=self.version, seed=self.seed)
         learned |= self.roles.update(rows, self.kl.coef, self.version)  # the critic, then the policy
         self.sync_weights()
         learned |= self.kl.update(learned, version=self.version, num_trajectories=rows.num_rows)

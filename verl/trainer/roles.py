@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from verl.algorithms.mismatch import OVER_FRESH_TOKENS, sampler_difference
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
@@ -15,7 +16,7 @@ from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.engines.memory_limits import micro_batch_tokens
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.role_columns import MODEL_COLUMNS, critic_reads, policy_reads
-from verl.engines.roles.role_worker import Learner
+from verl.engines.roles.role_worker import ColumnWorker, Learner
 from verl.engines.streaming import StreamedBatch, StreamedUpdate, streaming_obstacle
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
@@ -64,16 +65,24 @@ class Roles:
         if config.pipeline.batches == "streamed":
             self._check_streamed()
 
-    def write_columns(self, rows: Batch) -> None:
+    def write_columns(self, rows: Batch, fresh: Batch | None = None) -> Metrics:
         """Add the columns that a chosen function reads: old and reference logprobs, values, teacher logprobs.
 
         Portions that were accumulated have them.
 
+        Args:
+            rows: of the step.
+            fresh: other answers, sampled by the version that is trained now.
+
+        Returns:
+            The difference between sampler and trainer on `fresh`, if it is given.
+
         Raises:
             ValueError: answers have no logprobs, but a chosen function reads the sampler's.
         """
+        measured = {} if fresh is None else self._sampler_difference(fresh)
         if self._portions is not None:
-            return
+            return measured
         if "rollout_logprobs" in self._algorithm.reads and "rollout_logprobs" not in rows:
             raise ValueError(
                 "need logprobs of the sampler for every answer, but some came as text alone; set "
@@ -85,6 +94,7 @@ class Roles:
             calls[writer.column] = partial(writer.group.call, writer.method, rows.keep(MODEL_COLUMNS), plan)
         for columns in self._run_together(calls):
             rows.update(columns)
+        return measured
 
     def update(self, rows: Batch, kl_coef: float, version: int) -> Metrics:
         """All updates of a step: the critic, then the policy, once the critic has had its warm-up steps.
@@ -152,6 +162,17 @@ class Roles:
             group_ids=group_ids,
             prompts=(rows["group_ids"], rows.num_tokens - rows.response_lengths) if role.packing else None,
         )
+
+    def _sampler_difference(self, fresh: Batch) -> Metrics:
+        """`kl_sampler`, `sampler_gap` and `sampler_gap_max` of rows, by a forward pass of the policy."""
+        policy, config = self._groups.policy, self._config.policy
+        plan = self.plan(policy, fresh, config)
+        call = partial(policy.call, ColumnWorker.write, fresh.keep(MODEL_COLUMNS), plan)
+        (written,) = self._run_together({"sampler_difference": call})
+        mask = fresh["mask"]
+        found = sampler_difference(written["trainer_logprobs"], fresh["rollout_logprobs"], mask)
+        count = max(1, int(mask.sum()))
+        return {name: float(v) / (count if name in OVER_FRESH_TOKENS else 1) for name, v in found.items()}
 
     def _run_together(self, calls: Mapping[str, StartCall]) -> list[Any]:
         """Results of calls, all started before the first is awaited: roles on pools of their own overlap."""

@@ -33,7 +33,7 @@ from verl.engines.roles.role_columns import (
 from verl.engines.roles.role_worker import Learner
 
 # Metrics of the first update alone, see `PolicyWorker.update`.
-_OF_FIRST_UPDATE = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max")
+_OF_FIRST_UPDATE = ("kl", "kl_sampler", "sampler_gap", "sampler_gap_max", "kl_off_policy")
 
 
 def sum_squared_probs(vocab_logprobs: Tensor, targets: Tensor) -> Tensor:
@@ -130,8 +130,11 @@ class PolicyWorker(Learner):
         )
         # These are estimated on tokens that the measured policy has sampled; after the first update it has
         # moved away from the policy that sampled them.
-        first = {name: updates[0][name] for name in _OF_FIRST_UPDATE if name in updates[0]}
-        return self._named(mean_over_updates(updates) | first)
+        later = [
+            {name: value for name, value in update.items() if name not in _OF_FIRST_UPDATE}
+            for update in updates[1:]
+        ]
+        return self._named(mean_over_updates([updates[0], *later]))
 
     @register(PLANNED_METRICS)
     @override

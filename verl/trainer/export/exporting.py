@@ -41,6 +41,7 @@ def export_checkpoint(
     role: ExportRole = "policy",
     dtype: torch.dtype = torch.float32,
     max_file_bytes: int = MAX_FILE_BYTES,
+    adapter_only: bool = False,
 ) -> Path:
     """Write a model of a checkpoint: weights (LoRA merged), configuration, tokenizer and model card.
 
@@ -50,6 +51,7 @@ def export_checkpoint(
         role: policy, or critic, whose head is written as `value_head.safetensors`.
         dtype: of the written weights.
         max_file_bytes: size of a weights file; a larger model is written into several, with an index.
+        adapter_only: write the LoRA adapter of the policy into `folder`, and nothing else.
 
     Returns:
         The folder of the checkpoint that was taken.
@@ -65,11 +67,17 @@ def export_checkpoint(
     # Loaded before anything is written: without the tokenizer no half export is left.
     codec = TextCodec.for_run(path, data_settings(state["config"])) if path else None
     base = BaseFiles(**state["base"]) if "base" in state else BaseFiles.of(path or "", path or "")
-    write_model(model, folder, dtype=dtype, max_file_bytes=max_file_bytes)
-    folders = [folder]
-    if model.adapter and role == "policy" and path and find_adapter(path) is None:
-        folders.append(folder / "adapter")
-        export_adapter(model, folders[-1], base=path)
+    has_adapter = bool(model.adapter and role == "policy" and path and find_adapter(path) is None)
+    if adapter_only and not has_adapter:
+        raise ValueError(
+            f"need a LoRA adapter on a base model with a path, but {role} of {checkpoint} has none; leave "
+            "--adapter-only out"
+        )
+    folders = [folder] if adapter_only else [folder, folder / "adapter"][: 1 + has_adapter]
+    if not adapter_only:
+        write_model(model, folder, dtype=dtype, max_file_bytes=max_file_bytes)
+    if has_adapter:
+        export_adapter(model, folders[-1], base=path or "")
     for written in folders:
         if codec:
             base.write(written, codec)
@@ -80,6 +88,7 @@ def export_checkpoint(
         step=state["version"],
         run_folder=checkpoint.parent.parent,
         num_rows=state.get("num_rows"),
+        is_adapter=adapter_only,
     )
     write_card(folder, facts, with_picture=True)
     return checkpoint

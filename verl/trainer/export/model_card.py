@@ -117,13 +117,20 @@ def changed_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
         if key in _NOT_SHOWN or value == default:
             continue
         # Another function than the default one is one value with its options: they have no defaults here.
-        is_section = isinstance(value, Mapping) and isinstance(default, Mapping)
-        if is_section and value.keys() == default.keys() and value.get("name") == default.get("name"):
+        if is_same_section(value, default):
+            assert default is not None
             inner = {f"{key}.{name}": item for name, item in changed_settings(value, default).items()}
             found |= {name: item for name, item in inner.items() if name not in _NOT_SHOWN}
         else:
             found[key] = value
     return found
+
+
+def is_same_section(value: Any, default: Any) -> bool:
+    """True if both are sections of settings, or options of one function."""
+    if not (isinstance(value, Mapping) and isinstance(default, Mapping)):
+        return False
+    return value.keys() == default.keys() and value.get("name") == default.get("name")
 
 
 def _title(folder: Path, facts: CardFacts) -> str:
@@ -193,9 +200,9 @@ def _loading_code(facts: CardFacts) -> str:
     name = _SEQUENCE_CLASS if facts.kind == "RewardModel" else _CAUSAL_CLASS
     if facts.is_adapter:
         name = name.replace("AutoModel", "AutoPeftModel")
-        lines = (f"from peft import {name}", head)
+        lines = [f"from peft import {name}", head]
     else:
-        lines = (f"from transformers import {name}, AutoTokenizer",)
+        lines = [f"from transformers import {name}, AutoTokenizer"]
     return "\n".join((*lines, "", folder, f"model = {name}.from_pretrained(folder)", tokenizer))
 
 
