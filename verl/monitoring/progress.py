@@ -96,7 +96,7 @@ class Progress:
     def begin_step(self, step: int, total: int) -> None:
         """Note the step whose parts follow; those of the first one are named."""
         self._names_parts = not self._prefix
-        self._prefix = f"step {step}/{total}: "
+        self._prefix = f"step {step}/{total}: " if step <= total else ""  # nothing follows the last step
 
     def line(self) -> str:
         """The part in progress, for the live line."""
