@@ -131,6 +131,14 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
         ),
         ("steps", 'need overrides like key=value, got "steps"'),
         ("steps=[1", 'override "steps=[1":1: need valid YAML'),
+        ("reference=", 'need a value behind the = of "reference=", got none; write null for none'),
+        ("policy.lora.path=''", "policy.lora.path (override): need a path, got an empty text"),
+        ("output_dir=${JOB:-x}/run", "need environment variables as $NAME or ${NAME}, got '${JOB:-x}/run'"),
+        ("output_dir=~nobody-of-this-name/run", "need a user of this machine behind ~"),
+        (
+            "algorithm.policy_loss.clip_low=.nan",
+            "algorithm.policy_loss.clip_low (override): need a number, got NaN",
+        ),
     ],
 )
 def test_a_wrong_override_says_what_must_hold_and_what_came(override, message):
@@ -142,6 +150,13 @@ def test_a_wrong_override_says_what_must_hold_and_what_came(override, message):
     [
         ("steps: [1\nseed: 2", "run.yaml:2: need valid YAML"),
         ("steps: 1\nsteps: 2", "run.yaml:2: steps is given twice, first in run.yaml:1"),
+        (
+            "rewards:\n  functions:\n  - {name: exact, weight: 1, weight: 2}",
+            "run.yaml:3: rewards.functions.0.weight is given twice, first in run.yaml:3",
+        ),
+        ("policy: {<<: {path: x}}", "run.yaml:1: need each setting written out, got the merge key <<"),
+        ("policy: &p {lora: *p}", "run.yaml: need settings of finite depth, got one that holds itself"),
+        ("steps: \x00", "run.yaml: need valid YAML, got an error: unacceptable character #x0000"),
         ("- 1", "run.yaml: need settings at its top, `key: value`, got [1]"),
         (
             "recipe: gropo",
@@ -239,6 +254,17 @@ def test_home_and_variables_of_paths_are_replaced(tmp_path, monkeypatch):
     config = load_config(path, ["checkpoint.resume=$SCRATCH/run/step-1"])
     assert config.output_dir == "/home/ada/run" and config.policy.path == "/scratch/model"
     assert config.checkpoint.resume == "/scratch/run/step-1"
+    named = load_config(
+        "grpo", ["data.tools=~/t.json", "data.chat_template=$SCRATCH/t.jinja", "data.train=[~/a]"]
+    )
+    assert named.data.tools == "/home/ada/t.json" and named.data.chat_template == "/scratch/t.jinja"
+    assert named.data.train == ("/home/ada/a",)
+    own = load_config("grpo", ["rewards.functions=['~/r.py:f']", "algorithm.advantage=$SCRATCH/a.py:f"])
+    assert own.rewards.functions[0].name == "/home/ada/r.py:f"
+    assert own.algorithm.advantage.name == "/scratch/a.py:f"
+    assert load_config("grpo", ["policy.lora.path=~/a"]).policy.lora.path == "/home/ada/a"
+    template = "{{ bos_token }}$x ~"
+    assert load_config("grpo", [f"data.chat_template={template}"]).data.chat_template == template
     assert "need the environment variable $NOWHERE" in problems("grpo", "output_dir=$NOWHERE/run")
 
 

@@ -107,6 +107,13 @@ def test_what_cannot_be_loaded_is_named(name, message):
         build_rewards(RewardsConfig(functions=[name]))
 
 
+def test_a_script_that_ends_the_program_is_refused_by_its_name(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match=r"reward function .*script\.py:f: cannot import .*: SystemExit: 0"):
+        load_function(f"{script}:f")
+
+
 def test_a_class_in_a_file_is_made_once_and_a_method_of_an_object_is_named_with_dots(tmp_path):
     file = tmp_path / "judges.py"
     file.write_text(

@@ -138,6 +138,20 @@ def test_a_function_of_trl_without_double_star_gets_only_what_it_names():
     assert ok(rows("x", level=3, other=4), f, context=CONTEXT) == [13.0] and SEEN == {"absent": None}
 
 
+def test_a_function_may_change_what_it_is_given_and_nothing_else_sees_it():
+    def f(prompts, completions, extra_info, **columns):
+        for prompt, tests in zip(prompts, extra_info, strict=True):
+            prompt.append("mine")
+            noted(popped=[*SEEN.get("popped", []), tests.pop("limit", None)])
+        return [0.0] * len(completions)
+
+    given = rows("x", "y", content=[*CHAT], extra_info={"limit": 3})
+    given[1].prompt = given[0].prompt
+    ok(given, f)
+    assert SEEN["popped"] == [3, 3]
+    assert given[0].prompt.content == CHAT and given[0].prompt.columns["extra_info"] == {"limit": 3}
+
+
 def test_plain_texts_of_chat_answers_are_called_responses():
     assert ok(rows("abc", content=CHAT), lambda responses: [len(r) for r in responses]) == [3.0]
 

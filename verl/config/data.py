@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from verl.config.fields import Choice, Options, PathText, Section, setting
+from verl.config.fields import Choice, Options, PathText, Section, TemplateText, setting
 
 
 class DataConfig(Section):
@@ -27,7 +27,7 @@ class DataConfig(Section):
         "answer", "Column with the reference answer: the rewards read it, and fine-tuning learns it."
     )
     system_prompt: str | None = setting(None, "Put before chat prompts that have no system message.")
-    chat_template: str | None = setting(
+    chat_template: TemplateText | None = setting(
         None, "Chat template in place of the tokenizer's own: a file with Jinja, or its text."
     )
     chat_template_kwargs: Options = setting(
@@ -35,7 +35,7 @@ class DataConfig(Section):
         "Variables of the chat template, such as enable_thinking; a row's column chat_template_kwargs goes "
         "over them.",
     )
-    tools: str | None = setting(
+    tools: PathText | None = setting(
         None,
         "Tools offered in chats whose row has none: a JSON file with a list of schemas, or "
         '"package.module:name" or "file.py:name" of Python functions.',

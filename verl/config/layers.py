@@ -185,6 +185,12 @@ def override_layers(
         if not equals or not key.strip():
             problems.append(f'need overrides like key=value, got "{override}"')
             continue
+        if not text.strip():  # mostly of a shell's variable that is not set
+            problems.append(
+                f"need a value behind the = of \"{override}\", got none; write null for none, or '' for an "
+                "empty text"
+            )
+            continue
         try:
             field = fields_by_key(kind).get(key.strip())
             members = union_members(field.annotation) if field else []

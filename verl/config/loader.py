@@ -97,7 +97,7 @@ def build_config(kind: type[Run], layers: Sequence[Layer], *, check_relations: b
         tree = merge(tree, layer.tree, kind)
         origins |= layer.origins
         stages |= dict.fromkeys(layer.origins, layer.stage)
-    if problems := list(_too_large(tree, origins)):
+    if problems := list(_no_number(tree, origins)):
         raise ConfigError(*problems)
     try:
         # From JSON, since strict mode then takes lists for tuples, but neither "5" nor true for a number.
@@ -111,14 +111,16 @@ def build_config(kind: type[Run], layers: Sequence[Layer], *, check_relations: b
     return config
 
 
-def _too_large(tree: Any, origins: Mapping[str, str], key: str = "") -> Iterator[str]:
-    """Messages on integers beyond 64 bits, which PyTorch cannot hold."""
+def _no_number(tree: Any, origins: Mapping[str, str], key: str = "") -> Iterator[str]:
+    """Messages on integers beyond 64 bits, which PyTorch cannot hold, and on NaN."""
     if isinstance(tree, Mapping | list):
         items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
         for name, value in items:
-            yield from _too_large(value, origins, f"{key}.{name}".lstrip("."))
+            yield from _no_number(value, origins, f"{key}.{name}".lstrip("."))
     elif isinstance(tree, int) and abs(tree) >= 2**63:
         yield f"{key}{in_brackets(origins.get(key, ''))}: need an integer below 2^63, got {tree}"
+    elif isinstance(tree, float) and tree != tree:
+        yield f"{key}{in_brackets(origins.get(key, ''))}: need a number, got NaN"
 
 
 def with_steps(config: Run, steps: int) -> Run:

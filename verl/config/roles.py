@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from verl.config.fields import Options, PathText, Section, setting
+from verl.config.fields import NameText, Options, PathText, Section, setting
 
 
 class OptimizerConfig(Section):
     """The optimizer and its learning rate schedule."""
 
-    name: str = setting(
+    name: NameText = setting(
         "adamw",
         "adamw; muon, for the matrices of the layers, with AdamW for all other weights; another class of "
         'torch.optim, such as sgd or adafactor; or "package.module:Class".',
@@ -53,7 +53,7 @@ class LoraConfig(Section):
     """LoRA adapters, trained instead of the weights of the model."""
 
     rank: int = setting(0, "Rank of the adapters; 0: train all weights.", source="LoRA, 2106.09685", ge=0)
-    path: str | None = setting(
+    path: PathText | None = setting(
         None,
         "Folder or hub name of a PEFT adapter to train on, with its own rank, alpha and targets.",
     )

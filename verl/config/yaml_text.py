@@ -64,13 +64,19 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, str]]:
     Raises:
         ConfigError: it is not valid YAML, or a key is given twice.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # looks for characters that no text has
         node = loader.get_single_node()
         origins: dict[str, str] = {}
         for key, line in _key_lines(node):
             if key in origins:
                 raise ConfigError(f"{name}:{line}: {key} is given twice, first in {origins[key]}; remove one")
+            if key.rpartition(".")[2] == "<<":
+                raise ConfigError(
+                    f"{name}:{line}: need each setting written out, got the merge key <<, which YAML 1.2 "
+                    "does not have; write its settings here, or begin with `recipe: NAME`"
+                )
             origins[key] = f"{name}:{line}"
         if cut := next(_cut_texts(node, text), None):
             raise ConfigError(
@@ -85,8 +91,11 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[str, str]]:
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: need valid YAML, got an error: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: need settings of finite depth, got one that holds itself") from None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
 
 
 def parse_override(text: str, name: str, *, is_text: bool, is_list: bool) -> Any:
@@ -105,14 +114,16 @@ def parse_override(text: str, name: str, *, is_text: bool, is_list: bool) -> Any
     is_yaml = typed in ("", "null", "~") or typed[0] in "'\"" or (is_list and typed[0] == "[")
     if is_text and not is_yaml:
         return typed
-    loader = _Loader(typed)
+    loader = None
     try:
+        loader = _Loader(typed)
         node = loader.get_single_node()
         rest = typed[node.end_mark.index :].strip() if node else ""
     except yaml.YAMLError:
         rest = ""  # `parse_yaml` says what is wrong
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
     if rest:
         raise ConfigError(f"{name}: need quotes around a value with ' #', else {rest!r} is lost as a comment")
     try:
@@ -137,7 +148,10 @@ def _cut_texts(node: Any, text: str) -> Iterator[Any]:
 
 
 def _key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key and line of every key of a YAML node."""
+    """Dotted key and line of every key of a YAML node; the number of an item of a list is a part of a key."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _key_lines(item, f"{prefix}{number}.")
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         yield f"{prefix}{key.value}", key.start_mark.line + 1
         yield from _key_lines(value, f"{prefix}{key.value}.")

@@ -7,6 +7,7 @@ functions of `GRPOTrainer`), OpenRLHF (`--remote_rm_url FILE.py`), SkyRL and ver
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,11 @@ def completion_of(trajectory: Trajectory) -> str | list[dict[str, str]]:
     return [{"role": "assistant", "content": trajectory.text}]
 
 
+def _own_copy(value: Any) -> Any:
+    """The value for one row of one call, which may change it: rows share their prompt, and steps the data."""
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
+
+
 def _truth(prompt: Prompt) -> Any:
     """The reference answer; None counts as missing, so that nothing is compared with it."""
     return MISSING if prompt.answer is None else prompt.answer
@@ -70,7 +76,7 @@ def _rollout_state(trajectory: Trajectory) -> dict[str, Any]:
     """The dictionary that verifiers hands to its functions as `state`, as far as it exists here."""
     prompt = trajectory.prompt
     state = {"prompt": prompt.content, "completion": completion_of(trajectory), "answer": prompt.answer}
-    return state | {"task": prompt.source, "info": prompt.columns.get("info", {})}
+    return _own_copy(state | {"task": prompt.source, "info": prompt.columns.get("info", {})})
 
 
 # A function that has one of these parameters is called for each answer.
@@ -177,7 +183,7 @@ class Signature:
             values |= {"log_extra": log.log_extra, "log_metric": log.log_metric}
             values |= self._own_lists(trajectories, context)
         else:
-            values |= {"prompt": prompts[0].content}
+            values |= {"prompt": _own_copy(prompts[0].content)}
             values |= {
                 name: of(trajectories[0]) for name, of in ROW_VALUES.items() if name in self._parameters
             }
@@ -215,7 +221,9 @@ class Signature:
         """Lists over all answers of the names that stand for prompts and answers."""
         # OpenRLHF hands over texts, TRL what the data has.
         has_texts = "queries" in self._parameters
-        prompts = [context.prompt_text(t.prompt) if has_texts else t.prompt.content for t in trajectories]
+        prompts = [
+            context.prompt_text(t.prompt) if has_texts else _own_copy(t.prompt.content) for t in trajectories
+        ]
         wanted = self._parameters.keys() | (_OF_TRL if self._takes_rest else set())
         lists = {name: [of(t) for t in trajectories] for name, of in BATCH_VALUES.items() if name in wanted}
         if has_texts:
@@ -241,7 +249,7 @@ class Signature:
         return (names | (self._rest(prompts) if self._takes_rest else set())) - filled
 
     def _column(self, name: str, prompts: Sequence[Prompt]) -> Any:
-        values = [self._data_value(name, prompt) for prompt in prompts]
+        values = [_own_copy(self._data_value(name, prompt)) for prompt in prompts]
         if not self.is_batched:
             return values[0]
         if all(value is MISSING for value in values):

@@ -41,7 +41,8 @@ def load_function(name: str, *, user: str) -> Callable[..., Any]:
         return import_function(place, attribute)
     except MissingFunctionError as error:
         raise MissingFunctionError(f"{user} {name}: {error}") from error
-    except Exception as error:  # The user's module may raise anything.
+    # The user's module may raise anything; a script may end the program, even without an error.
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{user} {name}: cannot import {place!r}: {exception_text(error)}; correct it, put its folder on "
             'PYTHONPATH, or give "path/file.py:function"'

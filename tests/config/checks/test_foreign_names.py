@@ -8,7 +8,7 @@ from tests.config.problems import problems
 from verl.config import ConfigError, load_run, make_trainer_config
 from verl.config.checks.foreign_names import FOREIGN_NAMES, name_here
 from verl.config.introspection import fields_by_key
-from verl.config.run import SFTConfig
+from verl.config.run import PreferenceConfig, SFTConfig
 
 KNOWN = list(fields_by_key() | fields_by_key(SFTConfig))
 
@@ -46,6 +46,14 @@ def test_every_foreign_name_of_a_section_has_a_message_of_its_own():
 def test_the_batch_of_another_kind_of_run_has_its_own_name():
     with pytest.raises(ConfigError, match="train_batch_size .override.; here it is rows_per_step"):
         load_run(SFTConfig, None, ["train_batch_size=8"])
+
+
+def test_a_name_that_means_another_thing_in_runs_on_pairs_has_the_setting_of_those():
+    with pytest.raises(
+        ConfigError, match=r"unknown setting beta .override.; here it is loss; its option beta"
+    ):
+        load_run(PreferenceConfig, None, ["beta=0.1"])
+    assert "here it is algorithm.kl.coef" in problems("grpo", "beta=0.1")
 
 
 def test_a_setting_of_another_kind_of_run_names_its_command():

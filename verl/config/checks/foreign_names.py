@@ -12,6 +12,8 @@ FOREIGN_NAMES: dict[str, str] = {
     # Data
     "train_files": "data.train",
     "val_files": "data.test",
+    "multiturn.messages_key": "data.prompt_key",
+    "dataset_text_field": "data.prompt_key",
     "prompt_data": "data.train",
     "eval_dataset": "data.test",
     "dataset_name": "data.train",
@@ -29,6 +31,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "cutoff_len": "data.max_sequence_tokens",
     "sequence_len": "data.max_sequence_tokens",
     "assistant_only_loss": "data.train_on",
+    "completion_only_loss": "data.train_on; prompts are never learned",
     "train_on_inputs": "data.train_on; prompts are never learned",
     # Sizes of a step
     "train_batch_size": "prompts_per_step, in prompts",
@@ -112,6 +115,9 @@ FOREIGN_NAMES: dict[str, str] = {
     "weight_decay": "policy.optimizer.weight_decay",
     "l2": "policy.optimizer.weight_decay",
     "adam_betas": "policy.optimizer.betas",
+    "adam_beta1": "policy.optimizer.betas, both in a list",
+    "adam_beta2": "policy.optimizer.betas, both in a list",
+    "optim": "policy.optimizer.name",
     "adam_epsilon": "policy.optimizer.eps",
     "grad_clip": "policy.optimizer.max_grad_norm",
     "max_grad_norm": "policy.optimizer.max_grad_norm",
@@ -127,6 +133,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "lora_alpha": "policy.lora.alpha",
     "lora_target_modules": "policy.lora.targets",
     "target_modules": "policy.lora.targets",
+    "load_in_4bit": "policy.lora.quantize; policy.lora.quantize=4bit",
     "param_offload": "placement.policy.offload",
     "optimizer_offload": "placement.policy.offload",
     "ulysses_sequence_parallel_size": "placement.policy.sequence",
@@ -162,6 +169,12 @@ FOREIGN_NAMES: dict[str, str] = {
     "overlong_buffer.len": "algorithm.overlong_buffer_tokens",
     "overlong_buffer.penalty_factor": "algorithm.overlong_penalty",
     "critic_warmup": "critic.warmup_steps",
+    "freezing_actor_steps": "critic.warmup_steps",
+    "value_clip": "algorithm.value_loss; its option clip",
+    "lambd": "algorithm.advantage; option lam of gae",
+    "importance_sampling_level": "algorithm.policy_loss; sequence is `verl train gspo`",
+    "dynamic_filtering": "algorithm.dynamic_sampling",
+    "vllm_importance_sampling_correction": "algorithm.correction",
     # Rewards
     "custom_reward_function": "rewards.functions; rewards.functions=['FILE.py:FUNCTION']",
     "custom_reward_function.path": "rewards.functions; rewards.functions=['FILE.py:FUNCTION']",
@@ -199,6 +212,14 @@ FOREIGN_NAMES: dict[str, str] = {
     "n_gpus_per_node": "placement.devices, a list with the devices of each node",
     "nnodes": "placement.devices, a list with the devices of each node",
 }
+# The same in runs on pairs, where a name may mean another thing.
+_OF_PAIRS = {
+    "beta": "loss; its option beta, such as loss.beta=0.1",
+    "loss_type": "loss; loss=dpo, ipo or simpo",
+    "dpo_loss_type": "loss; loss=dpo, ipo or simpo",
+    "max_epochs": "epochs",
+    "label_smoothing": "loss; its option label_smoothing of dpo",
+}
 # Part of a name -> capability that is not there.
 MISSING_CAPABILITIES: dict[str, str] = {
     "image": "models that read images are not supported",
@@ -210,6 +231,11 @@ MISSING_CAPABILITIES: dict[str, str] = {
     "speculative": "speculative decoding is not supported",
     "multi_turn": "conversations with an environment are a loop of your own, see docs/extending.md",
     "interaction": "conversations with an environment are a loop of your own, see docs/extending.md",
+    "reward_manager": "rewards.functions takes functions of one answer or of all; overlong answers are "
+    "algorithm.overlong_buffer_tokens",
+    "sync_ref_model": "a reference that follows the policy is not supported",
+    "ref_model_sync_steps": "a reference that follows the policy is not supported",
+    "ref_model_mixup_alpha": "a reference that follows the policy is not supported",
     "zero_stage": "models are sharded by FSDP2 over placement.devices, not by DeepSpeed's stages",
     "deepspeed": "models are sharded by FSDP2 over placement.devices, not by DeepSpeed's stages",
 }
@@ -224,7 +250,8 @@ def name_here(key: str, known: Sequence[str]) -> tuple[str, str] | None:
     """
     parts = key.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
-    text = next((FOREIGN_NAMES[end] for end in ends if end in FOREIGN_NAMES), "")
+    names = FOREIGN_NAMES if "algorithm" in known else FOREIGN_NAMES | _OF_PAIRS
+    text = next((names[end] for end in ends if end in names), "")
     setting = re.split("[,; ]", text)[0]
     if setting == "prompts_per_step" and setting not in known:
         setting = text = next((rows for rows in ("rows_per_step", "pairs_per_step") if rows in known), "")

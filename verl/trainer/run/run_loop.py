@@ -319,7 +319,8 @@ def _resume(trainer: BaseTrainer, store: CheckpointStore) -> Path | None:
     if folder is None:
         return None
     state = load_state(folder)
-    changed = _differences(state["config"], trainer.fixed_settings()) if choice == "auto" else []
+    usual = type(trainer.config)().model_dump(mode="json")
+    changed = _differences(state["config"], trainer.fixed_settings(), usual) if choice == "auto" else []
     changed = [line for line in changed if not line.startswith("data.test ")]  # it changes no training
     if changed:
         raise ValueError(
@@ -373,11 +374,17 @@ def _summary(report: LoadReport) -> str:
     return "\n".join([f"data: {', '.join(parts)}", *report.notes])
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[str]:
-    """Dotted keys with both values, where two nested dicts differ."""
+def _differences(old: Any, new: Any, usual: Any, prefix: str = "") -> Sequence[str]:
+    """Dotted keys with both values, where two nested dicts differ.
+
+    A setting that the old one lacks, as a version before it wrote none, had its default `usual`.
+    """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix} was {old}, is {new}"]
+    usual = usual if isinstance(usual, dict) else {}
     lines: list[str] = []
     for key in {**old, **new}:
-        lines += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        default = usual.get(key)
+        name = f"{prefix}.{key}" if prefix else key
+        lines += _differences(old.get(key, default), new.get(key), default, name)
     return lines
