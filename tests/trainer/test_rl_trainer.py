@@ -51,15 +51,10 @@ def test_a_step_learns_and_its_metrics_are_finite(recipe, letters, tmp_path):
     before = weights(engine_of(trainer))
     metrics = trainer.step()
     assert trainer.version == trainer.rollout.version == 1
-    assert {
-        "reward",
-        "loss",
-        "grad_norm",
-        "entropy",
-        "kl_sampler",
-        "response_tokens",
-        "failed_share",
-    } <= metrics.keys()
+    # Means over the rows that are left, where those without an advantage are not computed.
+    part = "learned/" if trainer.config.algorithm.skip_zero_advantages else ""
+    of_rows = {f"{part}entropy", f"{part}kl_sampler"}
+    assert {"reward", "loss", "grad_norm", "response_tokens", "failed_share"} | of_rows <= metrics.keys()
     assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
     assert metrics["skipped_updates"] == 0
     assert not torch.equal(weights(engine_of(trainer)), before)
@@ -80,7 +75,7 @@ def test_a_policy_comes_nearer_to_its_teacher_without_any_reward(letters, tmp_pa
         "rewards.functions=[]",
         "policy.optimizer.lr=3e-3",
     )
-    history = [trainer.step() for _ in range(12)]
+    history = [trainer.step() for _ in range(20)]
     assert trainer.rewards is None and "reward" not in history[0]
     assert history[-1]["kl_teacher"] < 0.7 * history[0]["kl_teacher"]
 
@@ -230,9 +225,8 @@ def test_a_policy_that_cannot_move_has_no_kl_and_one_that_moves_has_some(letters
 
 def test_kl_in_the_loss_pulls_the_policy_back(letters, tmp_path):
     def final_kl(coef):
-        trainer = toy_trainer(
-            "grpo", letters, tmp_path / str(coef), "policy.optimizer.lr=0.01", f"algorithm.kl.coef={coef}"
-        )
+        settings = ["seed=1", "policy.optimizer.lr=0.01", f"algorithm.kl.coef={coef}"]
+        trainer = toy_trainer("grpo", letters, tmp_path / str(coef), *settings)
         return [trainer.step()["kl"] for _ in range(6)][-1]
 
     assert final_kl(10) < final_kl(0) / 3
@@ -422,7 +416,7 @@ def test_pairs_meet_in_one_update_also_where_answers_failed(letters, tmp_path):
         if prompt == "aac=" and not failed:
             failed.append(prompt)
             raise ValueError("no judgement")
-        return len(set(response))
+        return sum(map(ord, response))
 
     overrides = [
         "rewards.functions=[]",

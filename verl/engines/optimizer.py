@@ -16,6 +16,7 @@ from typing_extensions import override
 from verl.algorithms.registry import find_function
 from verl.config.roles import OptimizerConfig
 from verl.engines.dcp_checkpoint import trained_parameters
+from verl.utils.user_code import load_function
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     name.lower(): found
@@ -123,7 +124,11 @@ def _over_groups(
     key: Callable[[Tensor], Hashable],
 ) -> Optimizer:
     """One optimizer over groups of parameters: matrices that decay, and vectors that do not."""
-    made = find_function(config.name if ":" in name else name, OPTIMIZERS)
+    made = (
+        load_function(config.name, user="policy.optimizer", keeps_class=True)
+        if ":" in name
+        else find_function(name, OPTIMIZERS)
+    )
     valid = inspect.signature(made).parameters
     options = _checked_options(config, valid)
     if name == "adamw":

@@ -26,19 +26,20 @@ class MissingFunctionError(ValueError):
     """A module that has no such function."""
 
 
-def load_function(name: str, *, user: str) -> Callable[..., Any]:
+def load_function(name: str, *, user: str, keeps_class: bool = False) -> Callable[..., Any]:
     """The function of "package.module:function" or "path/file.py:function".
 
     Args:
         name: with a colon.
         user: the part that calls it, for messages, such as "reward function".
+        keeps_class: return a class as it is, in place of an object that can be called.
 
     Raises:
         ValueError: its module cannot be imported, or has no such function.
     """
     place, _, attribute = name.rpartition(":")
     try:
-        return import_function(place, attribute)
+        return import_function(place, attribute, keeps_class=keeps_class)
     except MissingFunctionError as error:
         raise MissingFunctionError(f"{user} {name}: {error}") from error
     # The user's module may raise anything; a script may end the program, even without an error.
@@ -49,10 +50,11 @@ def load_function(name: str, *, user: str) -> Callable[..., Any]:
         ) from error
 
 
-def import_function(place: str, attribute: str) -> Callable[..., Any]:
+def import_function(place: str, attribute: str, *, keeps_class: bool = False) -> Callable[..., Any]:
     """The function of that name in a module, or in a file whose path ends in .py.
 
-    The name may have dots, such as `judge.score`. Of a class that can be called, an object is made.
+    The name may have dots, such as `judge.score`. Of a class that can be called, an object is made, unless
+    the class is kept.
 
     Raises:
         MissingFunctionError: there is no such function.
@@ -62,7 +64,7 @@ def import_function(place: str, attribute: str) -> Callable[..., Any]:
     found: Any = module
     for name in attribute.split("."):
         found = getattr(found, name, _MISSING)
-    if isinstance(found, type):
+    if isinstance(found, type) and not keeps_class:
         return _object_of(found, place)
     if callable(found):
         return found
