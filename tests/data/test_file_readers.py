@@ -49,9 +49,12 @@ FILES = {
     "line.json": json.dumps({"data": ROWS}),
     "split.json": json.dumps({"train": ROWS, "test": ROWS[:1]}),
     "lines.json": LINES,
+    "blank.json": "\n\n\n" + LINES,
+    "lines.ndjson": LINES,
     "lines.jsonl.gz": LINES,
     "array.json.gz": json.dumps(ROWS),
     "rows.csv": CSV,
+    "spaced.csv": CSV.replace("prompt,", " prompt, "),
     "rows.csv.gz": "\ufeff" + CSV,
     "rows.tsv": CSV.replace("prompt,", "prompt\t").replace("1+1=,", "1+1=\t").replace('","', '"\t"'),
 }
@@ -141,6 +144,28 @@ def test_of_a_folder_whose_files_are_named_by_split_only_one_split_is_read(tmp_p
         assert read(tmp_path / folder, "train") == [("train", None)]
 
 
+def test_words_of_names_stand_for_their_split(tmp_path: Path):
+    for name in ("training", "testing"):
+        shard(tmp_path / f"{name}.parquet", name)
+    assert read(tmp_path, "train") == [("training", None)] and read(tmp_path, "test") == [("testing", None)]
+
+
+def test_all_shards_are_there_whether_they_count_from_0_or_from_1(tmp_path: Path):
+    for first in (0, 1):
+        for i in range(first, first + 3):
+            shard(tmp_path / f"{first}" / f"rows-{i}-of-3.parquet", f"{i}")
+        assert len(read(tmp_path / f"{first}")) == 3
+
+
+def test_a_glob_that_fits_more_than_files_is_refused(tmp_path: Path):
+    broken_link(tmp_path / "x" / "sub")
+    written(tmp_path / "x" / "a.jsonl", LINES)
+    with pytest.raises(ValueError, match="also fits .*x/sub, a folder; write a glob that fits files"):
+        read(tmp_path / "x" / "*")
+    with pytest.raises(ValueError, match="also fits .*x/sub/b.jsonl, a link to nothing"):
+        read(tmp_path / "x" / "**" / "*.jsonl")
+
+
 def mixed_forms(folder: Path) -> None:
     shard(folder / "a.parquet", "1")
     written(folder / "a.jsonl", LINES)
@@ -160,7 +185,38 @@ def other_split(folder: Path) -> None:
     shard(folder / "test-0.parquet", "1")
 
 
+def more_below(folder: Path) -> None:
+    shard(folder / "a.parquet", "1")
+    shard(folder / "more" / "b.parquet", "1")
+
+
+def packed(folder: Path) -> None:
+    written(folder / "a.jsonl", LINES)
+    written(folder / "b.jsonl.zst", "x")
+    written(folder / "a.jsonl.md5", "x")
+
+
+def plain_and_packed(folder: Path) -> None:
+    written(folder / "a.jsonl", LINES)
+    written(folder / "a.jsonl.gz", LINES)
+
+
+def broken_link(folder: Path) -> None:
+    written(folder / "a.jsonl", LINES)
+    (folder / "b.jsonl").symlink_to(folder / "gone")
+
+
+def lacking(folder: Path) -> None:
+    for i in (1, 3):
+        shard(folder / f"train-0000{i}-of-00003.parquet", "1")
+
+
 FOLDERS = {
+    more_below: "there are files in more, too; give a glob of those meant, such as .*/[*][*]/[*].parquet'",
+    packed: "b.jsonl.zst has no form that is read",
+    plain_and_packed: "a.jsonl and a.jsonl.gz are one file",
+    broken_link: "b.jsonl is a link to nothing",
+    lacking: "need all shards, but train-00002-of-00003.parquet is missing",
     mixed_forms: "files of one form .* got a.jsonl, a.parquet",
     partly_named: "all or none of them named by their split, got more.parquet, train.parquet",
     two_parts: "got folders main, socratic; give the path",

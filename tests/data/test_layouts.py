@@ -237,6 +237,44 @@ def test_a_row_with_two_meanings_or_none_is_refused(name: str):
         conversation_of(row, DataConfig())
 
 
+def test_the_answer_of_verls_layout_may_be_json_text_and_stands_in_for_a_null():
+    truth = {"style": "rule", "ground_truth": "2"}
+    for row in ({"reward_model": json.dumps(truth)}, {"reward_model": truth, "answer": None}):
+        assert prompt_of({"prompt": "1+1=", **row}, DataConfig()).answer == "2"
+
+
+def test_two_answers_that_differ_are_refused():
+    row = {"prompt": "1+1=", "answer": "It is #### 2", "reward_model": {"ground_truth": "2"}}
+    with pytest.raises(MalformedRow, match="got 'answer' and another one in 'reward_model'"):
+        prompt_of(row, DataConfig())
+    assert prompt_of(row, DataConfig(answer_key="reward_model.ground_truth")).answer == "2"
+    assert prompt_of({**row, "answer": 2}, DataConfig()).answer == 2
+
+
+def test_an_answer_column_of_the_settings_must_be_there():
+    with pytest.raises(MalformedRow, match="need a column 'solutoin', there are 'prompt', 'solution'"):
+        prompt_of({"prompt": "1+1=", "solution": "2"}, DataConfig(answer_key="solutoin"))
+
+
+def test_the_last_answer_of_a_chat_is_a_text_when_it_has_parts():
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    assert prompt_of({"messages": [QUESTION, {**ANSWER, "content": parts}]}, DataConfig()).answer == "42"
+
+
+@pytest.mark.parametrize("start", ["[{'value': ", "[{'content': ", "array([{'role': "])
+def test_messages_in_pythons_spelling_are_no_text(start: str):
+    with pytest.raises(MalformedRow, match="Python's spelling"):
+        prompt_of({"prompt": start + "'x'}]"}, DataConfig())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
+def test_a_saved_data_set_is_read_whatever_form_it_was_last_used_in(tmp_path: Path, kind: str):
+    saved = datasets.Dataset.from_list([{"prompt": [QUESTION], "answer": 2, "level": "easy"}])
+    saved.with_format(kind, columns=["prompt", "answer"]).save_to_disk(tmp_path / "set")
+    (prompt,), _ = load_prompts(str(tmp_path / "set"), DataConfig(), split="train")
+    assert (prompt.content, prompt.answer, prompt.columns) == ([QUESTION], 2, {"level": "easy"})
+
+
 def test_a_column_that_the_user_names_is_taken_literally():
     row = {"question": "q", "instruction": "i", "messages": CHAT, "solution": "s", "input": "x"}
     config = DataConfig(prompt_key="question", answer_key="solution")

@@ -97,9 +97,23 @@ def test_pairs_of_other_layouts_have_the_prompt_of_their_layout(tmp_path: Path):
     assert [(p.content, p.answer) for p in pairs] == [(c, ("2", "3")) for c in contents]
 
 
+def test_columns_that_the_prompt_is_from_are_not_named_as_unseen(tmp_path: Path):
+    row = {"instruction": "add", "input": "1+1", "chosen": "2", "rejected": "3"}
+    assert load_pairs(jsonl(tmp_path, row), PairsDataConfig(), split="train")[1].notes == ()
+
+
+def test_answers_that_repeat_their_prompts_in_all_rows_are_refused(tmp_path: Path):
+    asked = "\n\nHuman: 1+1?\n\nAssistant:"
+    rows = [{"prompt": asked, "chosen": f"{asked} 2", "rejected": f"{asked} 3"}] * 2
+    with pytest.raises(ValueError, match="in all 2 rows .* both answers begin with the prompt"):
+        load_pairs(jsonl(tmp_path, *rows), PairsDataConfig(), split="train")
+    once = [*rows, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    assert len(load_pairs(jsonl(tmp_path, *once), PairsDataConfig(), split="train")[0]) == 3
+
+
 MALFORMED = {
     "no rejected": ({"prompt": "a", "chosen": "b"}, "need a column 'rejected', there are 'prompt', 'chosen'"),
-    "no prompt": ({"chosen": "b", "rejected": "c"}, "need a column 'prompt'"),
+    "no prompt": ({"chosen": "b", "rejected": "c"}, "need a column 'prompt' beside chosen and rejected"),
     "empty": (
         {"prompt": "a", "chosen": "", "rejected": "c"},
         "need an answer in chosen that is a text and not empty, got str ''",

@@ -8,6 +8,7 @@ import importlib
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,7 +101,7 @@ def _read_lines(path: Path) -> Iterator[PlacedRow]:
 def _has_lines(path: Path) -> bool:
     """True if the first line is a whole object, and others follow."""
     with _open(path) as file:
-        lines = [line for line in (file.readline() for _ in range(3)) if line.strip()]
+        lines = list(islice((line for line in file if line.strip()), 2))
     try:
         STRICT_JSON.decode(lines[0].decode("utf-8-sig"))
     except MalformedRow:
@@ -170,7 +171,7 @@ def _read_texts(path: Path, split: str) -> Iterator[PlacedRow]:
     csv.field_size_limit(2**31 - 1)  # of a cell; the default of 128 KiB is less than a long chat
     with _open_text(path) as file:
         reader = csv.reader(file, delimiter="\t" if form_of(path) == ".tsv" else ",", strict=True)
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         check_once(names, "column")
         for cells in reader:
             place = f"line {reader.line_num}"
@@ -208,4 +209,5 @@ READERS: dict[str, Callable[[Path, str], Iterator[PlacedRow]]] = {
     ".arrow": _read_arrow,
     ".csv": _read_texts,
     ".tsv": _read_texts,
+    ".ndjson": _read_json,
 }

@@ -15,6 +15,7 @@ from verl.data.row_cells import (
     checked_messages,
     checked_tools,
     describe,
+    parsed_json,
     required_column,
 )
 
@@ -166,10 +167,18 @@ def _agree(row: Mapping[str, Any], chat: str, other: str) -> bool:
 def _answer_of(row: Mapping[str, Any], config: DataConfig) -> Any:
     """Reference answer of a row; None if it has none."""
     key = config.answer_key
+    truth = _ground_truth(row)
     if row.get(key) is not None:
+        if key == "answer" and truth is not None and str(truth) != str(row[key]):
+            raise MalformedRow(
+                "need one answer in a row, got 'answer' and another one in 'reward_model'; take that of the "
+                "reward model with data.answer_key=reward_model.ground_truth, or leave out one of them"
+            )
         return row[key]
-    if key not in row and isinstance(row.get("reward_model"), dict):
-        return row["reward_model"].get("ground_truth")
+    if truth is not None:
+        return truth
+    if key not in row and key not in ("answer", "reward_model.ground_truth"):
+        required_column(row, key)
     found = [name for name in _ANSWER_COLUMNS if key == "answer" and row.get(name) is not None]
     for name in found[1:]:
         if row[name] != row[found[0]]:
@@ -177,6 +186,14 @@ def _answer_of(row: Mapping[str, Any], config: DataConfig) -> Any:
                 f"need one answer in a row, got {found[0]!r} and {name!r}; name one in data.answer_key"
             )
     return row[found[0]] if found else None
+
+
+def _ground_truth(row: Mapping[str, Any]) -> Any:
+    """Answer of verl's layout, whose `reward_model` may be a JSON text; None if there is none."""
+    layout = row.get("reward_model")
+    if isinstance(layout, str) and layout.lstrip().startswith("{"):
+        layout = parsed_json(layout, "reward_model")
+    return layout.get("ground_truth") if isinstance(layout, dict) else None
 
 
 def _answer_messages(answer: Any) -> Messages:
@@ -193,7 +210,10 @@ def _before_answer(messages: Messages) -> tuple[Messages, Any]:
     """Messages without the assistant's last one, and its content; None if another's is the last."""
     if messages[-1]["role"] != "assistant":
         return messages, None
-    return messages[:-1], messages[-1]["content"] or None
+    content = messages[-1]["content"]
+    if isinstance(content, list) and all(isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    return messages[:-1], content or None
 
 
 def _chat(row: Mapping[str, Any], name: str) -> Conversation:

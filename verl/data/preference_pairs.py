@@ -60,8 +60,8 @@ def load_pairs(
         return ParsedRow(row["prompt"], pair, {"prompt", "answer"})
 
     def parse(row: dict[str, Any]) -> ParsedRow:
-        content, pair = _parsed(row, config)
-        used = {config.prompt_key, config.chosen_key, config.rejected_key, "tools"}
+        content, pair, used = _parsed(row, config)
+        used |= {config.prompt_key, config.chosen_key, config.rejected_key, "tools"}
         return ParsedRow(content, pair, used, checked_tools(row.get("tools")))
 
     has_tasks = any(one.startswith("task:") for one in sources_of(source))
@@ -70,6 +70,11 @@ def load_pairs(
         return parse_task(row) if has_tasks and row.keys() == {"prompt", "answer"} else parse(row)
 
     pairs, report = load_rows(source, config, split, parse_any)
+    if all(_repeats_prompt(pair) for pair in pairs):
+        raise ValueError(
+            f"need answers without their prompts, but in all {len(pairs)} rows of {report.source} both "
+            f"answers begin with the prompt; cut it off {config.chosen_key} and {config.rejected_key}"
+        )
     different = [pair for pair in pairs if pair.answer.chosen != pair.answer.rejected]
     if not different:
         raise ValueError(
@@ -81,19 +86,25 @@ def load_pairs(
     return different, report
 
 
-def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair]:
-    """Prompt and pair of answers of a row."""
+def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair, set[str]]:
+    """Prompt and pair of answers of a row, and the columns of another layout that the prompt is from."""
     keys = (config.chosen_key, config.rejected_key)
     if missing := [key for key in keys if key not in row]:
         raise MalformedRow(f"need a column {missing[0]!r}, there are {', '.join(map(repr, row))}")
     values = [_answer(row[key], key) for key in keys]
     before, (chosen, rejected) = _split_common(values, keys)
     if config.prompt_key not in row and before:
-        return before, Pair(chosen, rejected)
+        return before, Pair(chosen, rejected), set()
+    used: set[str] = set()
     if config.prompt_key in row:
         prompt = checked_content(row[config.prompt_key], config.prompt_key)
+    elif row.keys() <= {*keys}:
+        raise MalformedRow(
+            f"need a column {config.prompt_key!r} beside {' and '.join(keys)} that are texts; put what both "
+            "begin with there, or give chat messages"
+        )
     else:
-        prompt = prompt_of({k: v for k, v in row.items() if k not in keys}, config).content
+        prompt, _, used, _ = prompt_of({k: v for k, v in row.items() if k not in keys}, config)
     if not before and isinstance(prompt, str) and any(isinstance(value, list) for value in values):
         raise MalformedRow("need a prompt of chat messages where the answers are chat messages, got a text")
     if before and not _begins_with(before, prompt):
@@ -101,7 +112,7 @@ def _parsed(row: dict[str, Any], config: PairsDataConfig) -> tuple[Content, Pair
             f"need answers to the prompt, but the chats of {config.chosen_key} and {config.rejected_key} "
             "begin otherwise"
         )
-    return before or prompt, Pair(chosen, rejected)
+    return before or prompt, Pair(chosen, rejected), used
 
 
 def _answer(value: Any, key: str) -> str | Messages:
@@ -145,6 +156,14 @@ def _plain(tail: Messages) -> str | Messages:
     """The text of an answer that is one message with nothing but text."""
     is_text = len(tail) == 1 and tail[0].keys() == {"role", "content"} and isinstance(tail[0]["content"], str)
     return tail[0]["content"] if is_text else tail
+
+
+def _repeats_prompt(pair: Prompt) -> bool:
+    """True if both answers are texts that begin with the prompt, as in rows of whole texts."""
+    prompt = pair.content
+    return isinstance(prompt, str) and all(
+        isinstance(text, str) and text.startswith(prompt) for text in pair.answer
+    )
 
 
 def _begins_with(messages: Messages, prompt: Content) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "function_response": "tool",
     "tool_response": "tool",
 }
+_PYTHON_MESSAGES = re.compile(r"(array\()?\[\{'(role|from|content|value|weight)':")
 _CALL_ROLES = ("function_call", "tool_call")
 
 
@@ -90,7 +92,7 @@ def is_messages_text(text: str) -> bool:
         MalformedRow: the text is Python's spelling of such a list, which is not data.
     """
     start = "".join(text[:40].split())
-    if start.startswith(("[{'role':", "[{'from':", "[{'content':")):
+    if _PYTHON_MESSAGES.match(start):
         raise MalformedRow(
             f"need chat messages as a list or as its JSON text, got Python's spelling of them, "
             f"{describe(text)}; write them with json.dumps"

@@ -102,10 +102,12 @@ def check_reference(prompt: Prompt) -> None:
     """Check that a prompt has a reference answer that these rewards can compare.
 
     Raises:
-        ValueError: it has none, or one without a plain spelling.
+        ValueError: it has none, one without a plain spelling, or an empty text, which any answer begins with.
     """
     try:
-        spellings(prompt.answer)
+        found = spellings(prompt.answer)
+        if not all(found):
+            raise ValueError("need a reference answer that is not empty, got an empty text")
     except ValueError as error:
         raise ValueError(
             f"row {prompt.index} of {prompt.source or 'the data'}, {_column_of(prompt)}: {error}; name the "
@@ -145,10 +147,11 @@ def _float_texts(value: float) -> tuple[str, ...]:
         return ()
     if value.is_integer():
         return (str(int(value)), repr(value))
-    # A column of fp32 holds 0.1 as 0.10000000149011612, which nobody wrote.
-    with np.errstate(over="ignore"):
-        single = np.float32(value)
-    return (repr(value), str(single)) if float(single) == value else (repr(value),)
+    # A column of fp32 holds 0.1 as 0.10000000149011612, which nobody wrote; one of fp16 0.0999755859375.
+    with np.errstate(over="ignore", under="ignore"):
+        shorter = [str(kind(value)) for kind in (np.float32, np.float16) if float(kind(value)) == value]
+    texts = dict.fromkeys([repr(value), *shorter])
+    return tuple(dict.fromkeys([*texts, *(format(Decimal(text), "f") for text in texts)]))  # 1e-07, too
 
 
 def _references(trajectory: Trajectory) -> tuple[str, ...]:
