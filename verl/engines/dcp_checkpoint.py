@@ -102,7 +102,10 @@ def begin_save(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Callable[[], None]:
-    """Begin to write tensors and plain numbers; return as soon as the tensors have been copied.
+    """Begin to write tensors and plain numbers; return as soon as training may change the tensors.
+
+    Tensors on devices and on several ranks are copied first, and written while training goes on. A process
+    alone on a CPU writes them as they are, since a copy would double its memory.
 
     Args:
         folder: the folder to write, the same on all ranks.
@@ -115,11 +118,20 @@ def begin_save(
         A function that waits until everything is on the disk, and raises the error that prevented it.
     """
     writer = dcp.FileSystemWriter(folder)
+    saved: Future[Any]
     if group is None or dist.get_rank(group) == 0:
         (folder / PROGRESS).write_text(json.dumps(progress))
     if group is not None:
-        saved = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
-        assert isinstance(saved, Future)
+        response = dcp.async_save(dict(state), storage_writer=writer, process_group=group)
+        assert isinstance(response, Future)
+        saved = response
+    elif all(tensor.device.type == "cpu" for tensor in state.values()):
+        saved = Future()
+        try:
+            _save_alone(dict(state), writer)
+            saved.set_result(None)
+        except CheckpointException as error:
+            saved.set_exception(error)
     else:
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
         thread = ThreadPoolExecutor(1, thread_name_prefix="save")

@@ -260,6 +260,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
     @override
     def save(self, folder: Path) -> Callable[[], None]:
         self.model.transformer.config.save_pretrained(folder)
+        self._optimizer.zero_grad(set_to_none=True)  # the checkpoint may need their memory
         return begin_save(folder, trained_state(self.model, self._optimizer), self.progress())
 
     @override
