@@ -14,7 +14,7 @@ from verl.algorithms.dry_run import example_columns, try_out
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.algorithms.registry import ReturnedError
 from verl.algorithms.returns import bind_as
-from verl.config.algorithm import AlgorithmConfig
+from verl.config.algorithm import AlgorithmConfig, KLConfig
 from verl.config.fields import Choice
 from verl.data.columns import readable_by
 
@@ -85,6 +85,12 @@ WRONG = [
         lambda chosen_logprobs: (-chosen_logprobs.mean(), {}),
         "per pair as a tensor [P] = [3]",
     ),
+    (
+        "preference_loss",
+        lambda chosen_logprobs: (chosen_logprobs / 0, {}),
+        "got NaN or infinity in 3 of 3 rows (number 0, 1, 2), although the columns that it reads",
+    ),
+    ("policy_loss", lambda logprobs: (-logprobs, {1: logprobs}), "need texts as names of monitors, got 1"),
     ("reward_loss", lambda chosen_rewards: -chosen_rewards, "need a pair of losses per pair [P] = [3]"),
 ]
 
@@ -148,6 +154,29 @@ def test_advantages_that_are_not_finite_in_the_run_name_the_function_and_the_row
     batch = rows([1.0, 0.0, 2.0, 2.0], ["xx", "xx", "xx", "-x"], groups=[0, 0, 1, 1])
     with pytest.raises(ReturnedError, match=r"mine:f: need finite values.* in 2 of 4 rows \(number 2, 3\)"):
         write_advantages(batch, algorithm, 0.0)
+
+
+@pytest.mark.parametrize("reader", ["policy_loss", "kl"])
+def test_losses_that_are_not_finite_in_the_run_name_the_function(reader, named):
+    def f(logprobs):
+        values = -logprobs / (logprobs > -9)
+        return (values, NO_MONITORS) if reader == "policy_loss" else values
+
+    if reader == "kl":
+        config = AlgorithmConfig(kl=KLConfig(where="loss", estimator=named(f)))
+    else:
+        config = AlgorithmConfig(policy_loss=named(f))
+    columns = example_columns()
+    columns["weights"] = columns["mask"].float()
+    columns["logprobs"][2, 0] = -10
+    columns["logprobs"].requires_grad_()
+    with pytest.raises(ReturnedError, match=r"mine:f: need finite values, .* in 1 of 4 rows \(number 2\)"):
+        Algorithm.bind(config).policy_objective(columns, torch.zeros(4, 3), 0.1)
+
+
+def test_a_function_that_ends_the_program_is_named(named):
+    with pytest.raises(ValueError, match=r"mine:f fails on 4 rows of small columns: SystemExit: 0"):
+        try_out(bind_as("advantage", named(lambda rewards: sys.exit(0)), {}))
 
 
 def test_values_that_are_not_finite_because_a_column_is_not_are_left_to_the_update(named):

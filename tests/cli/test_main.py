@@ -300,3 +300,9 @@ def test_a_run_that_fails_ends_with_1_and_says_how_to_see_where(toy, capsys):
     shown = capsys.readouterr().err
     assert "judge is down" in shown and shown.endswith("(--debug shows where)\n")
     assert "Traceback" not in shown
+
+
+def test_a_run_whose_code_ends_the_program_does_not_count_as_done(toy, capsys):
+    Path("ends.py").write_text("import sys\nsys.exit(0)\n")
+    assert main(["train", "grpo", *toy, "data.tools=ends.py:tools", "--dry-run"]) == 1
+    assert "code of the run ended the program by sys.exit(0)" in capsys.readouterr().err

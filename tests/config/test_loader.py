@@ -131,6 +131,7 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
         ),
         ("steps", 'need overrides like key=value, got "steps"'),
         ("steps=[1", 'override "steps=[1":1: need valid YAML'),
+        ("sampling.stop=['']", "sampling.stop (override): need texts that end an answer, got an empty one"),
         ("reference=", 'need a value behind the = of "reference=", got none; write null for none'),
         ("policy.lora.path=''", "policy.lora.path (override): need a path, got an empty text"),
         ("output_dir=${JOB:-x}/run", "need environment variables as $NAME or ${NAME}, got '${JOB:-x}/run'"),

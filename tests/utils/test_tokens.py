@@ -93,6 +93,14 @@ def test_an_answer_has_no_special_tokens_and_ends_before_the_first_stop_text():
     assert codec().decode_answer(ids, ("x",)) == ""
 
 
+@pytest.mark.parametrize("wrong", [-1, 99999])
+def test_stop_ids_that_are_no_tokens_are_refused(wrong):
+    with pytest.raises(
+        ValueError, match=rf"need sampling.stop_ids below \d+, the number of tokens, got \[{wrong}\]"
+    ):
+        codec(stop_ids=[wrong])
+
+
 def test_sampled_ids_need_not_be_those_of_their_text():
     merging = TextCodec(merging_tokenizer())
     sampled = [1, 2, 1]

@@ -84,7 +84,8 @@ class BoundFunction:
             return self.function(*arguments, **self.options)
         except torch.OutOfMemoryError:  # It says by itself what to do.
             raise
-        except Exception as error:  # A border to a user's function, which must be named.
+        # A border to a user's function, which must be named; it may even end the program.
+        except (Exception, SystemExit) as error:
             if not self.is_users:
                 raise
             raise UserFunctionError(f"{self.name} fails: {exception_text(error)}; correct it") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,22 +21,40 @@ _MAX_ROWS = 8
 def bind_as(reader: Reader, choice: Choice, table: Mapping[str, Callable[..., Any]]) -> BoundFunction:
     """The function of a choice, with the columns that its kind may read and the check of what it returns.
 
+    Values of a user's function must also be finite, in every call: a NaN would be taken for one of the model.
+
     Raises:
         ValueError: as `bind`.
     """
-    return bind(choice, table, columns=readable_by(reader), returns=RETURNS[reader])
+    function = bind(choice, table, columns=readable_by(reader), returns=RETURNS[reader])
+    return replace(function, returns=_finite_too(function)) if function.is_users else function
+
+
+def _finite_too(function: BoundFunction) -> Check:
+    """The check of what a function returns, and of its values where its columns are finite."""
+    form = function.returns
+    assert form is not None
+
+    def check(result: Any, columns: Columns) -> str | None:
+        problem = form(result, columns)
+        if not problem:
+            values = result if isinstance(result, tuple) else (result,)
+            check_finite(function, columns, [value for value in values if isinstance(value, Tensor)])
+        return problem
+
+    return check
 
 
 def check_finite(function: BoundFunction, columns: Columns, results: Sequence[Tensor | None]) -> None:
-    """Check that a function makes finite values of finite columns, at sampled positions.
+    """Check that a function makes finite values of finite columns, at sampled positions if there is a mask.
 
     Raises:
         ReturnedError: it does not. Where a column that it reads is not finite either, the cause is elsewhere.
     """
-    mask = columns["mask"]
-    bad = torch.zeros(mask.shape[0], dtype=torch.bool)
-    for result in results:
-        bad |= _not_finite_rows(result, mask) if result is not None else False
+    has_mask = "mask" in columns  # pairs have none
+    mask = columns["mask"] if has_mask else None
+    found = [_not_finite_rows(result, mask) for result in results if result is not None]
+    bad = torch.stack(found).any(0) if found else torch.zeros(0, dtype=torch.bool)
     if not bad.any() or any(_not_finite_rows(columns[name], mask).any() for name in function.columns):
         return
     rows = bad.nonzero().squeeze(1).tolist()
@@ -48,12 +67,12 @@ def check_finite(function: BoundFunction, columns: Columns, results: Sequence[Te
     )
 
 
-def _not_finite_rows(column: Tensor, mask: Tensor) -> Tensor:
+def _not_finite_rows(column: Tensor, mask: Tensor | None) -> Tensor:
     """[B] bool, rows of a column [B, ...] that are not finite at a sampled position."""
     bad = ~torch.isfinite(column)
     if column.ndim == 1:
-        return bad & mask.any(1)
-    if column.shape[:2] != mask.shape:
+        return bad if mask is None else bad & mask.any(1)
+    if mask is None or column.shape[:2] != mask.shape:
         return bad.flatten(1).any(1)
     return (bad.flatten(2).any(2) if bad.ndim > 2 else bad).logical_and(mask).any(1)
 
@@ -116,6 +135,8 @@ def _losses(name: str, result: Any, like: Tensor, shapes: Shapes) -> str | None:
     if not isinstance(monitors, Mapping):
         return f"need a dict of monitors beside the losses, got {_described(monitors)}"
     shape = {axes: lengths for axes, lengths in shapes.items() if lengths == tuple(losses.shape)}
+    if unnamed := [name for name in monitors if not isinstance(name, str)]:
+        return f"need texts as names of monitors, got {unnamed[0]!r}"
     for monitor, values in monitors.items():
         if not isinstance(values, Tensor) or tuple(values.shape) not in shape.values():
             found = _described(values)

@@ -43,6 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except SystemExit as error:  # of a user's module or callback: else a run would end as if it were done
+        if args.debug:
+            traceback.print_exc()
+        print(
+            f"verl: code of the run ended the program by sys.exit({error.code!r}); leave that call out"
+            + ("" if args.debug else "\n(--debug shows where)"),
+            file=sys.stderr,
+        )
+        return 1
     except Exception as error:  # the process border: one clear message, the stack on request
         if args.debug:
             traceback.print_exc()

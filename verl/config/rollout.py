@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import field_validator
+
 from verl.config.fields import Options, PathText, Section, setting
 
 
@@ -31,6 +33,15 @@ class SamplingConfig(Section):
     max_tokens: int = setting(128, "Longest answer.", unit="tokens", ge=1)
     stop: tuple[str, ...] = setting((), "Texts that end an answer.")
     stop_ids: tuple[int, ...] = setting((), "Token ids that end an answer, besides the tokenizer's own.")
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError(
+                "need texts that end an answer, got an empty one, which ends each before it begins"
+            )
+        return stop
 
 
 class RolloutConfig(Section):

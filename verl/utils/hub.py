@@ -117,6 +117,10 @@ def find_adapter(source: str) -> AdapterFolder | None:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"need JSON in {path}, got {error}; write the adapter anew") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"need a JSON object in {path}, got {type(settings).__name__}; write the adapter anew"
+        )
     return AdapterFolder(source, path.parent, settings)
 
 

@@ -59,6 +59,10 @@ class TextCodec:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
         self.template.check_kwargs(template_kwargs or {})
+        if unknown := [number for number in stop_ids if not 0 <= number < len(tokenizer)]:
+            raise ValueError(
+                f"need sampling.stop_ids below {len(tokenizer)}, the number of tokens, got {unknown}"
+            )
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.closing_ids = self.token_ids_of([self.template.end])
         self.stop_ids = tuple(dict.fromkeys([*own, *self.closing_ids, *stop_ids]))
@@ -99,6 +103,8 @@ class TextCodec:
         except OSError:  # without generation_config.json, answers end at the tokenizer's end token
             configured = None
         ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        # A generation config may name ids of a larger vocabulary of its family.
+        ends = [number for number in ends if 0 <= number < len(tokenizer)]
         return cls(
             tokenizer,
             stop_ids=[*ends, *stop_ids],

@@ -147,6 +147,28 @@ def test_an_adapter_with_added_tokens_makes_the_vocabulary_larger(bases, tmp_pat
     torch.testing.assert_close(logits(load_language_model(str(tmp_path))), logits(tuned.eval()))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_an_embedding_that_peft_writes_with_its_base_comes_in(target, tied, bases, tmp_path):
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", target], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases[tied]), options)
+        tuned.save_pretrained(tmp_path, save_embedding_layers=True)
+    want = logits(tuned.eval())
+    torch.testing.assert_close(logits(load_language_model(str(tmp_path))), want, rtol=1e-4, atol=1e-5)
+    further = adapted(bases[tied], path=str(tmp_path))
+    torch.testing.assert_close(logits(further.model.transformer), want)
+
+
+def test_a_damaged_file_of_an_adapter_is_named(plain, bases, tmp_path):
+    shutil.copytree(plain, tmp_path / "cut")
+    file = tmp_path / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"need whole safetensors in .*adapter_model\.safetensors, got"):
+        adapted(bases[True], path=str(tmp_path / "cut"))
+
+
 def test_the_base_is_found_beside_the_adapter_and_a_missing_one_is_named(plain, tmp_path):
     found = find_adapter(plain)
     assert Path(found.base).resolve() == (Path(plain).parent / "base").resolve()

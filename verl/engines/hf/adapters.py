@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -57,22 +58,27 @@ def read_adapter(adapter: AdapterFolder) -> dict[str, Tensor]:
     """Tensors of an adapter by their names in a model, without the prefix that PEFT adds.
 
     Raises:
-        ValueError: the file is missing.
+        ValueError: the file is missing or damaged.
     """
     path = adapter.folder / ADAPTER_WEIGHTS
     if not path.exists():
         raise ValueError(
             f"need {ADAPTER_WEIGHTS} in {adapter.folder}, found none; save the adapter as safetensors"
         )
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"need whole safetensors in {path}, got {error}; copy the file again") from error
     # Where the vocabulary has grown, PEFT writes layers that are trained whole three times.
     repeated = (".original_module.", ".modules_to_save.")
-    return {name: t for name, t in tensors.items() if not any(part in name for part in repeated)}
+    kept = {name: t for name, t in tensors.items() if not any(part in name for part in repeated)}
+    # Beside an adapter of an embedding, PEFT writes the embedding of the base as base_layer.
+    return {base_name(name.removeprefix(_PREFIX)): tensor for name, tensor in kept.items()}
 
 
 def saved_name(name: str) -> str:
     """Name that a parameter of an adapter has in PEFT's files, without the prefix."""
-    if ".modules_to_save." in name:
+    if ".modules_to_save." in name or not adapter_of(name):
         return base_name(name)
     plain = name.replace(f".{adapter_of(name)}", "", 1)
     # PEFT writes the magnitudes of DoRA as a parameter of the layer.
@@ -99,11 +105,15 @@ def load_adapter(transformer: PreTrainedModel, adapter: AdapterFolder, *, name: 
     Raises:
         ValueError: tensors are missing, left over, or have other shapes.
     """
-    tensors, parameters = read_adapter(adapter), dict(transformer.named_parameters())
+    tensors = read_adapter(adapter)
+    parameters = dict(transformer.named_parameters(remove_duplicate=False))  # an embedding may be tied
     own = {key: p for key, p in parameters.items() if adapter_of(key) == name}
+    trained = {saved_name(key) for key in own}
+    base = {base_name(key): p for key, p in parameters.items() if not adapter_of(key)}
     # PEFT may repeat an embedding of the model beside the adapter.
-    for key in [key for key in tensors if key in parameters and torch.equal(tensors[key], parameters[key])]:
-        del tensors[key]
+    for key in [key for key in tensors if key in base and key not in trained]:
+        if tensors[key].shape == base[key].shape and torch.equal(tensors[key], base[key]):
+            del tensors[key]
     _fill(own, tensors, adapter, transformer.base_model_prefix)
 
 
@@ -156,10 +166,12 @@ def merge_adapter(transformer: PreTrainedModel, adapter: AdapterFolder) -> PreTr
         warnings.filterwarnings("ignore", module="peft")
         tuner = peft.LoraModel(transformer, options, POLICY)
         # Embeddings of a grown vocabulary are stored beside the adapter.
-        wholes = {n: p for n, p in transformer.named_parameters() if not adapter_of(n) and n in tensors}
+        wholes = {
+            n: p for n, p in transformer.named_parameters() if not adapter_of(n) and base_name(n) in tensors
+        }
         own = {n: p for n, p in transformer.named_parameters() if adapter_of(n)}
         saved = {n for n in own if ".modules_to_save." in n}
-        wholes = {n: p for n, p in wholes.items() if n not in {saved_name(s) for s in saved}}
+        wholes = {n: p for n, p in wholes.items() if base_name(n) not in {saved_name(s) for s in saved}}
         _fill({**own, **wholes}, tensors, adapter, transformer.base_model_prefix)
         merged: PreTrainedModel = tuner.merge_and_unload()
     return merged.requires_grad_(True).eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -72,7 +73,7 @@ def load_language_model(path: str, **options: Any) -> PreTrainedModel:
     try:
         with without_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load a causal language model from {_described(path, base)}: {load_failure(error)}"
         ) from error
@@ -164,7 +165,7 @@ def load_reward_model(path: str, *, new_head: bool) -> PreTrainedModel:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load a reward model from {_described(path, base)}: {load_failure(error)}"
         ) from error

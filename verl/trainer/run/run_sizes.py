@@ -25,7 +25,10 @@ class RunSizes:
     def lines(self) -> list[str]:
         """A line on the model, and one on the files that are written."""
         config, trainer = self._config, self._trainer
-        lora = f", LoRA adapters of rank {config.policy.lora.rank}" if config.policy.lora.rank else ""
+        settings = config.policy.lora
+        lora = f", LoRA adapters of rank {settings.rank}" if settings.is_on else ""
+        if settings.path is not None:
+            lora = f", the LoRA adapter of {settings.path}"
         name = config.policy.path or str(trainer.models.model_config.name_or_path) or "given"
         model = (
             f"policy: {name}, {self.num_parameters / 1e6:.3g}M parameters{lora}, {config.policy.precision}, "
