@@ -42,6 +42,7 @@ def test_a_part_that_is_no_text_is_named_with_its_prompt():
     [
         (templates.CHATML, "The sum is ", "assistant\nThe sum is "),
         (templates.CHATML, "", "assistant\n"),
+        (templates.CHATML, " \n", "assistant\n \n"),
         (templates.MARKED, "The sum is ", "assistant\nThe sum is "),
         (templates.HEADERS, "The sum is", "assistant</head>\n\nThe sum is"),
         # It trims contents, as Transformers does then.
@@ -153,6 +154,22 @@ def test_a_call_is_written_also_by_templates_that_ask_for_a_message_without_text
     assert codec(template).prompt_text(Prompt(messages)) == "1+1=;add;2;"
     with pytest.raises(ValueError, match=r"leaves out the call of add in message 2 \(assistant\)"):
         codec(templates.CHATML).prompt_text(Prompt(messages))
+
+
+def test_a_call_is_left_out_even_if_the_text_has_the_name_of_its_function_elsewhere():
+    call = {"role": "assistant", "content": "", "tool_calls": [ADD]}
+    messages = [{"role": "user", "content": "add 1 and 1"}, call, {"role": "tool", "content": "2"}]
+    with pytest.raises(ValueError, match=r"leaves out the call of add in message 2 \(assistant\)"):
+        codec(templates.CHATML).prompt_text(Prompt(messages))
+
+
+def test_a_result_of_a_tool_that_the_template_leaves_out_is_named():
+    template = templates.THINKING.replace("<result>{{ m.content }}</result>", "<result></result>")
+    call = {"role": "assistant", "content": "", "tool_calls": [ADD]}
+    messages = [ASK, call, {"role": "tool", "content": "it is 7"}]
+    with pytest.raises(ValueError, match=r"leaves out message 3 \(tool\)"):
+        codec(template).prompt_text(Prompt(messages))
+    assert "<result>it is 7</result>" in codec(templates.THINKING).prompt_text(Prompt(messages))
 
 
 def test_the_template_of_the_settings_is_a_text_or_a_file_and_is_saved(tmp_path):

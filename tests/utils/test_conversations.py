@@ -167,6 +167,15 @@ def test_a_template_that_drops_thoughts_of_the_answer_to_learn_is_refused():
     )
 
 
+def test_thoughts_of_an_answer_to_learn_need_a_template_that_knows_their_key():
+    thought = {**SAY, "reasoning_content": "one and one"}
+    with pytest.raises(ValueError, match="leaves out the reasoning_content of message 2, an answer to learn"):
+        codec(templates.CHATML).encode_conversation([ASK, thought])
+    template = templates.CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }};{{ m.content }}")
+    assert learned_texts(codec(template), [ASK, thought]) == ["one and one;2<|im_end|>"]
+    assert learned_texts(codec(templates.CHATML), [ASK, thought, MORE, END], learned=[3]) == ["4<|im_end|>"]
+
+
 def test_a_turn_whose_tokens_cannot_be_told_is_named_with_the_way_out():
     counting = "{{ messages | length }}" + templates.CHATML
     with pytest.raises(

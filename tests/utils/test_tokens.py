@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.tiny import merging_tokenizer, tiny_transformer
@@ -73,6 +73,28 @@ def test_a_prompt_keeps_the_start_token_and_loses_the_end_token_of_its_tokenizer
     assert closing.encode_prompt(Prompt("ab")) == [2, *codec().encode("ab")]
     twice = TextCodec(closing_tokenizer("$A <eos> <eos>"))
     assert twice.encode_prompt(Prompt("ab")) == codec().encode("ab")
+
+
+def test_a_prompt_that_ends_with_the_end_token_keeps_it():
+    for template in ("<bos> $A", "<bos> $A <eos>"):
+        closing = TextCodec(closing_tokenizer(template))
+        assert closing.encode_prompt(Prompt("ab<eos>")) == [2, *codec().encode("ab"), 1]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_an_answer_to_a_text_gets_no_space_that_its_author_did_not_write(scheme):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.train_from_iterator(
+        ["1+1= 42 is 2 4"] * 3, trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "</s>"])
+    )
+    spaced = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    coder = TextCodec(spaced)
+    prompt = Prompt("1+1=")
+    for answer in ("42", " 42", "is 42"):
+        ids = [*coder.encode_prompt(prompt), *coder.encode_answer(answer, prompt)]
+        assert coder.decode_all(ids) == f"1+1={answer}</s>"
 
 
 def test_a_chat_prompt_gets_no_special_tokens_but_those_of_its_template():

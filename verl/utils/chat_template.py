@@ -154,7 +154,7 @@ class ChatTemplate:
         Raises:
             ValueError: it has not.
         """
-        if missing := missing_part(chat, text):
+        if missing := self.missing_part(chat, text):
             raise ValueError(
                 f"the chat template leaves out {missing}; leave it out of the data, or give a template that "
                 "writes it as data.chat_template"
@@ -234,7 +234,7 @@ class ChatTemplate:
             )
         header = self.try_render(chat.with_messages(before), opens_answer=True)
         if not opening.strip() and header is not None:
-            return header
+            return header + opening
         try:
             text = self._apply(chat, continue_final_message=True)
         except ValueError:
@@ -253,10 +253,36 @@ class ChatTemplate:
         found = re.search("|".join(map(re.escape, tokens)), text) if tokens and text else None
         return found[0] if found else ""
 
+    def missing_part(self, chat: Chat, text: str) -> str:
+        """A part of a conversation that its text does not have, for a message; "" if it has all of them.
+
+        Blanks do not count. Tool results may be written in another form, and thoughts of answers left out.
+        """
+        squeezed = squeeze(text)
+        for i, message in enumerate(chat.messages):
+            place = f"message {i + 1} ({message['role']})"
+            absent = squeeze(message["content"] or "") not in squeezed
+            if absent and message["role"] in ("system", "developer", "user"):
+                return place
+            if absent and message["role"] == "tool" and not self._writes(chat.with_content(i, MARK)):
+                return place
+            calls = message.get("tool_calls") or ()
+            # The text may have the name of a function elsewhere.
+            marked = {**message, "tool_calls": [renamed_call(call, MARK) for call in calls]}
+            changed = chat.with_messages([*chat.messages[:i], marked, *chat.messages[i + 1 :]])
+            if calls and not self._writes(changed):
+                return f"the call of {call_name(calls[0])} in {place}"
+        return ""
+
+    def _writes(self, marked: Chat) -> bool:
+        """False if the template takes a conversation without writing the `MARK` in it."""
+        text = self.try_render(marked)
+        return text is None or MARK in text
+
     def _missing(self, chat: Chat) -> bool:
         """True if the template does not take a conversation, or leaves a part of it out."""
         text = self.try_render(chat)
-        return text is None or bool(missing_part(chat, text))
+        return text is None or bool(self.missing_part(chat, text))
 
     def _ignores_tools(self, chat: Chat) -> bool:
         with_tools, without = (self.try_render(c) for c in (chat, replace(chat, tools=())))
@@ -306,22 +332,15 @@ def parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
 
 
-def missing_part(chat: Chat, text: str) -> str:
-    """A part of a conversation that a text does not have, for a message; "" if it has all of them.
+def call_name(call: Mapping[str, Any]) -> str:
+    """Name of the function that a tool call is of."""
+    return str((call.get("function") or call).get("name", ""))
 
-    Blanks do not count. Tool results may be written in another form, and thoughts of answers left out.
-    """
-    squeezed = squeeze(text)
-    for i, message in enumerate(chat.messages):
-        place = f"message {i + 1} ({message['role']})"
-        asks = message["role"] in ("system", "developer", "user")
-        if asks and squeeze(message["content"] or "") not in squeezed:
-            return place
-        for call in message.get("tool_calls") or ():
-            name = str((call.get("function") or call).get("name", ""))
-            if squeeze(name) not in squeezed:
-                return f"the call of {name} in {place}"
-    return ""
+
+def renamed_call(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The same tool call of another function."""
+    inner = call.get("function")
+    return {**call, "function": {**inner, "name": name}} if inner else {**call, "name": name}
 
 
 def squeeze(text: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from verl.utils.chat_template import MARK, Chat, ChatTemplate, squeeze
+from verl.utils.chat_template import MARK, Chat, ChatTemplate, squeeze, template_sources
 
 Span = tuple[int, int]
+# Keys under which messages have the thoughts before an answer.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class EncodedConversation(NamedTuple):
@@ -172,6 +175,8 @@ def encode_conversation(
     wanted = answers if learned is None else sorted(learned)
     if wrong := set(wanted) - set(answers):
         raise ValueError(f"need messages of the assistant to learn, got message {min(wrong) + 1}")
+    for i in wanted:
+        check_thoughts(template, chat, i)
     starts = rendered.starts()
     spans = answer_spans(template, rendered, answers, starts)
     text, last = rendered.text, len(chat.messages) - 1
@@ -193,6 +198,22 @@ def encode_conversation(
         mask.append(last in wanted)
     ends = [end for _, end in offsets]
     return EncodedConversation(ids, mask, [bisect_right(ends, start) for start in starts])
+
+
+def check_thoughts(template: ChatTemplate, chat: Chat, index: int) -> None:
+    """Check that a template knows the key of the thoughts of an answer to learn.
+
+    Raises:
+        ValueError: it does not, so that the thoughts would not be learned.
+    """
+    sources = template_sources(template.tokenizer.chat_template)
+    for key in _THOUGHTS:
+        is_read = any(re.search(rf"\b{key}\b", source) for source in sources)
+        if isinstance(chat.messages[index].get(key), str) and chat.messages[index][key] and not is_read:
+            raise ValueError(
+                f"the chat template leaves out the {key} of message {index + 1}, an answer to learn; write "
+                "it into the content, or give a template that writes it as data.chat_template"
+            )
 
 
 def answer_spans(

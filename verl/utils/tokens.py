@@ -259,9 +259,13 @@ class TextCodec:
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a text."""
         ids = list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
-        # Some tokenizers append their end token to a text, which would end the prompt before the answer.
-        while special_tokens and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
+        # Some tokenizers append their end token to a text, which would end the prompt before the answer. One
+        # that the text itself ends with stays.
+        end = self.tokenizer.eos_token_id
+        if special_tokens and ids[-1:] == [end]:
+            num_own = trailing(self.encode(text), end)
+            while len(ids) > 1 and trailing(ids, end) > num_own:
+                ids.pop()
         start = self.tokenizer.bos_token
         if (
             special_tokens
@@ -305,8 +309,30 @@ class TextCodec:
         if prompt is not None and not is_text(prompt):
             text = answer_text(self.template, self.chat(prompt), text)
         ids = self.encode(text)
+        if prompt is not None:
+            ids = without_added_space(self.tokenizer, self.encode_prompt(prompt), ids, text)
         ends = [i for i in [*closing, self.tokenizer.eos_token_id] if i is not None]
         return ids if not ends or ids[-1:] == ends[:1] else [*ids, ends[0]]
+
+
+def trailing(ids: Sequence[int], token: int) -> int:
+    """Number of times that a token stands at the end of ids."""
+    return next((i for i, one in enumerate(reversed(ids)) if one != token), len(ids))
+
+
+def without_added_space(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int], text: str
+) -> list[int]:
+    """Ids of a text that follows others, without the space that a tokenizer puts in front of every text."""
+    first = str(tokenizer.convert_ids_to_tokens(ids[0])) if ids else ""
+    if not first.startswith("▁"):
+        return list(ids)
+    last = list(before[-4:])
+    with_space = str(tokenizer.decode(last)) + " " + text
+    if str(tokenizer.decode([*last, *ids])) != with_space:
+        return list(ids)
+    pieces = tokenizer.backend_tokenizer.model.tokenize(first[1:]) if first[1:] else []
+    return [*(piece.id for piece in pieces), *ids[1:]]
 
 
 def is_text(prompt: Prompt) -> bool:
