@@ -131,6 +131,24 @@ def test_a_folder_takes_one_run_at_a_time_and_is_free_after_it(tmp_path):
         pass
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    for folder in (tmp_path / "run", tmp_path / "run" / "below"):
+        with pytest.raises(
+            ValueError, match=f"need output_dir as a folder that can be written, got {folder}"
+        ):
+            only_run_in(folder).__enter__()
+
+
+def test_a_damaged_state_is_named_without_the_advice_to_trust_it(tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "state.pt").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"cannot read .*state\.pt, which is damaged .*remove ") as refusal:
+        load_state(folder)
+    assert "weights_only" not in str(refusal.value)
+
+
 def test_with_one_kept_the_last_good_one_stays_until_the_next_has_proven_good(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     for step in (1, 2):

@@ -164,6 +164,15 @@ def own_loop(letters, folder, *overrides):
     return run.history
 
 
+def test_a_metric_that_is_no_number_is_named(letters, tmp_path):
+    class Adds(Callback):
+        def on_step(self, trainer, metrics):
+            metrics["mine"] = "good"
+
+    with pytest.raises(ValueError, match="need a number for the metric 'mine', got str"):
+        toy_trainer("grpo", letters, tmp_path, "steps=1", callbacks=[Adds()]).fit()
+
+
 def test_a_loop_of_the_user_writes_the_files_of_a_run_and_resumes(letters, tmp_path):
     settings = ["evaluation.prompts=2", "checkpoint.every_steps=1"]
     whole = own_loop(letters, tmp_path / "one", "steps=3", *settings)
@@ -176,6 +185,16 @@ def test_a_loop_of_the_user_writes_the_files_of_a_run_and_resumes(letters, tmp_p
     assert {"eval/reward", "seconds", "time/update_policy_s"} <= logged(run)[3].keys()
     names = {path.name for path in run.iterdir()}
     assert {"checkpoints", "config.yaml", "metrics.jsonl", "model", "samples", "waits.json"} <= names
+
+
+def test_steps_that_a_loop_did_not_log_are_kept_and_said(letters, tmp_path):
+    shown = io.StringIO()
+    trainer = toy_trainer("grpo", letters, tmp_path, "tracking.sinks=[console]")
+    trainer.console = Console(file=shown, width=200)
+    with trainer.run():
+        trainer.update_policy(trainer.collect_data(["a>", "b>"]))
+    assert "steps 1 to 1 were not logged: call log with the metrics of each step" in shown.getvalue()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.pt").exists()
 
 
 def test_a_step_is_logged_once(letters, tmp_path):

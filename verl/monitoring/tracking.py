@@ -86,8 +86,12 @@ class Tracker:
         self._sinks = {name: start_sink(name, self._run) for name in config.sinks}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step to all sinks; once per step."""
-        values = {name: float(value) for name, value in metrics.items()}
+        """Write the metrics of a step to all sinks; once per step.
+
+        Raises:
+            ValueError: one of them is no number.
+        """
+        values = {name: _number(name, value) for name, value in metrics.items()}
         for name, sink in self._sinks.items():
             with self._catch_failures(name):
                 sink.log(step, values)
@@ -133,3 +137,14 @@ class Tracker:
 
     def _warn(self, text: str) -> None:
         print_line(self._run.console, text, style="yellow")
+
+
+def _number(name: str, value: object) -> float:
+    """A metric as a number; a callback, or a loop of the user, may have given anything."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"need a number for the metric {name!r}, got {type(value).__name__} ({error}); give "
+            "callbacks and the log of a run numbers alone"
+        ) from error

@@ -51,6 +51,14 @@ _MAY_CHANGE = (
     "tracking",
     "placement",
 )
+# Settings of a model that divide its work, and change memory and time alone.
+_OF_MEMORY = {
+    "packing",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+    "micro_batch_rows",
+    "logits_chunk_tokens",
+}
 
 
 class ModelSet(Protocol):
@@ -310,7 +318,7 @@ class BaseTrainer(ABC):
 
     def fixed_settings(self) -> dict[str, Any]:
         """Settings that must be equal in the continuation of a run."""
-        return {k: v for k, v in self.config.model_dump(mode="json").items() if k not in _MAY_CHANGE}
+        return fixed_settings_of(self.config.model_dump(mode="json"))
 
     def read_prompts(
         self, source: str | Sequence[str] | None, split: Literal["train", "test"]
@@ -340,3 +348,12 @@ class BaseTrainer(ABC):
                 "sampling.max_tokens or data.max_prompt_tokens"
             )
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
+
+
+def fixed_settings_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that must be equal in the continuation of a run, of this version or an earlier one."""
+    return {
+        name: {n: v for n, v in value.items() if n not in _OF_MEMORY} if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in _MAY_CHANGE
+    }

@@ -200,14 +200,20 @@ def load_state(folder: Path) -> dict[str, Any]:
     """The `state` that `CheckpointStore.begin` wrote.
 
     Raises:
-        ValueError: the folder is not a complete checkpoint.
+        ValueError: the folder is not a complete checkpoint, or its file is damaged.
     """
     if not is_checkpoint(folder):
         raise ValueError(
             f"{folder} is not a checkpoint: it has no {_STATE}; give the output_dir of a run, or one of its "
             "folders checkpoints/step-..."
         )
-    return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch has many for a damaged file, with the advice to trust it
+        raise ValueError(
+            f"cannot read {folder / _STATE}, which is damaged ({type(error).__name__}); remove {folder} to "
+            "go on from the checkpoint before it, or start anew with checkpoint.resume=never"
+        ) from error
 
 
 @contextmanager
@@ -217,10 +223,17 @@ def only_run_in(folder: Path) -> Iterator[None]:
     The operating system releases the lock when the process ends, however it ends.
 
     Raises:
+        ValueError: the folder cannot be written.
         RuntimeError: another process has the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"need output_dir as a folder that can be written, got {folder}: {error.strerror}; name another"
+        ) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

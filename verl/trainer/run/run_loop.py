@@ -19,7 +19,7 @@ from verl.monitoring.samples import different_samples, sample_lines
 from verl.monitoring.sinks import check_sinks
 from verl.monitoring.tracking import Tracker
 from verl.monitoring.watchdog import Watchdog
-from verl.trainer.base import BaseTrainer, Metrics
+from verl.trainer.base import BaseTrainer, Metrics, fixed_settings_of
 from verl.trainer.checkpoint_store import CheckpointStore, check_room, load_state, only_run_in
 from verl.trainer.run.callbacks import Callback, notify
 from verl.trainer.run.finite_weights import check_finite, has_learned, naming_good_checkpoint
@@ -91,6 +91,7 @@ class TrainerRun:
             compares_groups=trainer.compares_groups, max_tokens=trainer.reserved_answer_tokens
         )
         self._saved_version: int | None = None
+        self._first_version = trainer.version
         self.history: list[Metrics] = []
 
     @property
@@ -177,8 +178,13 @@ class TrainerRun:
     def finish(self) -> None:
         """Write the last checkpoint and the model, and sum up."""
         trainer, tracker = self._trainer, self._tracker
-        if self.history and self._saved_version != trainer.version:
+        if trainer.version not in (self._first_version, self._saved_version):
             self._begin_checkpoint()
+        if trainer.version > self._logged_version:
+            tracker.event(
+                f"steps {self._logged_version + 1} to {trainer.version} were not logged: call log with the "
+                "metrics of each step"
+            )
         self.settle()
         check_finite(trainer)
         self._store.prune()
@@ -320,7 +326,8 @@ def _resume(trainer: BaseTrainer, store: CheckpointStore) -> Path | None:
         return None
     state = load_state(folder)
     usual = type(trainer.config)().model_dump(mode="json")
-    changed = _differences(state["config"], trainer.fixed_settings(), usual) if choice == "auto" else []
+    before = fixed_settings_of(state["config"])
+    changed = _differences(before, trainer.fixed_settings(), usual) if choice == "auto" else []
     changed = [line for line in changed if not line.startswith("data.test ")]  # it changes no training
     if changed:
         raise ValueError(
