@@ -163,6 +163,15 @@ def test_a_call_is_left_out_even_if_the_text_has_the_name_of_its_function_elsewh
         codec(templates.CHATML).prompt_text(Prompt(messages))
 
 
+def test_an_earlier_answer_that_the_template_leaves_out_is_named():
+    template = templates.CHATML.replace("<|im_start|>{{ m.role }}", "{{ m.role }}").replace(
+        "{{ m.content }}", "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}"
+    )
+    chat = [ASK, {"role": "assistant", "content": "two"}, ASK]
+    with pytest.raises(ValueError, match=r"leaves out message 2 \(assistant\)"):
+        codec(template).prompt_text(Prompt(chat))
+
+
 def test_a_result_of_a_tool_that_the_template_leaves_out_is_named():
     template = templates.THINKING.replace("<result>{{ m.content }}</result>", "<result></result>")
     call = {"role": "assistant", "content": "", "tool_calls": [ADD]}

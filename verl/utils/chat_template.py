@@ -256,7 +256,7 @@ class ChatTemplate:
     def missing_part(self, chat: Chat, text: str) -> str:
         """A part of a conversation that its text does not have, for a message; "" if it has all of them.
 
-        Blanks do not count. Tool results may be written in another form, and thoughts of answers left out.
+        Blanks do not count. Tool results and answers may be written in another form, such as without thoughts.
         """
         squeezed = squeeze(text)
         for i, message in enumerate(chat.messages):
@@ -264,9 +264,10 @@ class ChatTemplate:
             absent = squeeze(message["content"] or "") not in squeezed
             if absent and message["role"] in ("system", "developer", "user"):
                 return place
-            if absent and message["role"] == "tool" and not self._writes(chat.with_content(i, MARK)):
-                return place
             calls = message.get("tool_calls") or ()
+            # Some templates write calls without the text beside them.
+            if absent and not calls and not self._writes(chat.with_content(i, MARK)):
+                return place
             # The text may have the name of a function elsewhere.
             marked = {**message, "tool_calls": [renamed_call(call, MARK) for call in calls]}
             changed = chat.with_messages([*chat.messages[:i], marked, *chat.messages[i + 1 :]])
