@@ -256,7 +256,7 @@ class ChatTemplate:
     def missing_part(self, chat: Chat, text: str) -> str:
         """A part of a conversation that its text does not have, for a message; "" if it has all of them.
 
-        Blanks do not count. Tool results and answers may be written in another form, such as without thoughts.
+        Blanks do not count. Tool results and answers may be written in another form, or without thoughts.
         """
         squeezed = squeeze(text)
         for i, message in enumerate(chat.messages):
