@@ -112,7 +112,7 @@ class RoleConfig(Section):
     micro_batch_tokens: int | None = setting(
         None,
         "Largest number of tokens in one forward and backward pass; none: 16,384, on a CPU fewer for a large "
-        "model, so that their activations take 0.75 GiB.",
+        "model, so that their activations take 0.5 GiB.",
         unit="tokens",
         ge=1,
     )
@@ -125,7 +125,7 @@ class RoleConfig(Section):
     logits_chunk_tokens: int | None = setting(
         None,
         "Positions whose logits are in memory at once; none: 4096, fewer for a large vocabulary, so that "
-        "logits take at most 1 GiB, on a CPU 64 MiB.",
+        "logits take at most 1 GiB, on a CPU 32 MiB.",
         unit="tokens",
         ge=1,
     )

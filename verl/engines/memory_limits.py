@@ -11,15 +11,15 @@ from verl.config.roles import RoleConfig
 MOST_TOKENS, _MOST_LOGITS = 16_384, 4096
 # A core is busy with a few hundred tokens, and more only take memory.
 _LEAST_TOKENS = 256
-_CPU_ACTIVATION_BYTES = 3 * 2**28
-_LOGITS_BYTES = {"cpu": 2**26}
+_CPU_ACTIVATION_BYTES = 2**29
+_LOGITS_BYTES = {"cpu": 2**25}
 _GPU_LOGITS_BYTES = 2**30
 
 
 def micro_batch_tokens(role: RoleConfig, config: PretrainedConfig, *, on_cpu: bool) -> int:
     """Most tokens of a forward and backward pass: `micro_batch_tokens`, or what suits the device.
 
-    On a CPU the activations of a micro-batch take at most 0.75 GiB, or those of 256 tokens.
+    On a CPU the activations of a micro-batch take at most 0.5 GiB, or those of 256 tokens.
     """
     if role.micro_batch_tokens is not None:
         return role.micro_batch_tokens
@@ -46,6 +46,6 @@ def activation_bytes(role: RoleConfig, config: PretrainedConfig) -> int:
 
 
 def logits_chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose fp32 logits take at most 64 MiB on a CPU and 1 GiB elsewhere, at most 4096."""
+    """Tokens whose fp32 logits take at most 32 MiB on a CPU and 1 GiB elsewhere, at most 4096."""
     fitting = _LOGITS_BYTES.get(device.type, _GPU_LOGITS_BYTES) // (4 * vocabulary)
     return max(1, min(_MOST_LOGITS, fitting))

@@ -51,14 +51,14 @@ def keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks, so that activations do not fault in new pages each time.
 
     By default glibc maps and unmaps every block above some MiB, which takes about a tenth of a training step
-    on a CPU. Blocks such as gradients of an embedding are still unmapped: kept, they would tear the heap.
-    Other C libraries are left as they are.
+    on a CPU. Blocks above 24 MiB, such as chunks of logits, are still unmapped: kept, they would tear the
+    heap. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-    libc.mallopt(_M_MMAP_THRESHOLD, 96 << 20)
+    libc.mallopt(_M_MMAP_THRESHOLD, 24 << 20)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
