@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from tests.training import logged, toy_config, toy_trainer
 from verl import Callback
 from verl.data.batch import Trajectory
+from verl.trainer.export.exporting import check_destination
 from verl.trainer.rl_trainer import Trainer
 from verl.utils.sampling_types import Prompt
 
@@ -192,7 +194,7 @@ def test_steps_that_a_loop_did_not_log_are_kept_and_said(letters, tmp_path):
     trainer = toy_trainer("grpo", letters, tmp_path, "tracking.sinks=[console]")
     trainer.console = Console(file=shown, width=200)
     with trainer.run():
-        trainer.update_policy(trainer.collect_data(["a>", "b>"]))
+        trainer.update_policy(trainer.collect_data(trainer.loader.take(2)))
     assert "steps 1 to 1 were not logged: call log with the metrics of each step" in shown.getvalue()
     assert (tmp_path / "run" / "checkpoints" / "step-00000001" / "state.pt").exists()
 
@@ -232,3 +234,13 @@ def test_trajectories_of_several_turns_are_learned_without_what_the_environment_
     played[0].reward = None
     with pytest.raises(ValueError, match="need trajectories with a reward each"):
         trainer.update_policy(played)
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(letters, tmp_path):
+    shutil.copytree(letters, tmp_path / "run" / "model")
+    trainer = toy_trainer("grpo", tmp_path / "run" / "model", tmp_path, "steps=1")
+    with pytest.raises(ValueError, match=r"got .*model, the policy.path of the run, which would be replaced"):
+        trainer.fit()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="need a folder to write the model into, got the file"):
+        check_destination(tmp_path / "file", trainer.config.model_dump(mode="json"))

@@ -57,11 +57,12 @@ def export_checkpoint(
         The folder of the checkpoint that was taken.
 
     Raises:
-        ValueError: the folder is no checkpoint, it has no such role, its weights are not finite, or the base
-            model of its LoRA adapter or the tokenizer is missing.
+        ValueError: the folder is no checkpoint, the destination cannot be taken, it has no such role, its
+            weights are not finite, or the base model of its LoRA adapter or the tokenizer is missing.
     """
     checkpoint = find_checkpoint(checkpoint)
     state = load_state(checkpoint)
+    check_destination(folder, state["config"])
     model = load_checkpoint_model(checkpoint, role, state["config"])
     path = base_path(state["config"]["policy"])
     # Loaded before anything is written: without the tokenizer no half export is left.
@@ -92,6 +93,28 @@ def export_checkpoint(
     )
     write_card(folder, facts, with_picture=True)
     return checkpoint
+
+
+def check_destination(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a model can be written into a folder without the loss of one that a run started from.
+
+    Args:
+        folder: destination.
+        settings: of the run.
+
+    Raises:
+        ValueError: the folder is a file, or a model that the settings name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"need a folder to write the model into, got the file {folder}; name another one")
+    starts = {"policy.path": base_path(settings["policy"]), "reference": settings.get("reference")}
+    starts["critic.path"] = settings.get("critic", {}).get("path")
+    for name, path in starts.items():
+        if path and folder.exists() and Path(path).is_dir() and folder.samefile(path):
+            raise ValueError(
+                f"need another folder to write the model into, got {folder}, the {name} of the run, which "
+                "would be replaced; name another one"
+            )
 
 
 def base_path(policy: Mapping[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from verl.monitoring.tracking import Tracker
 from verl.monitoring.watchdog import Watchdog
 from verl.trainer.base import BaseTrainer, Metrics, fixed_settings_of
 from verl.trainer.checkpoint_store import CheckpointStore, check_room, load_state, only_run_in
+from verl.trainer.export.exporting import check_destination
 from verl.trainer.run.callbacks import Callback, notify
 from verl.trainer.run.finite_weights import check_finite, has_learned, naming_good_checkpoint
 from verl.trainer.run.run_sizes import RunSizes, bytes_on_disk
@@ -278,6 +279,7 @@ def _started(trainer: RunnableTrainer, *, reads_data: bool) -> Iterator[TrainerR
     folder = Path(trainer.config.output_dir)
     check_sinks(trainer.config.tracking.sinks)
     trainer.run_folder, trainer.stop_requested = folder, False
+    check_destination(folder / "model", trainer.config.model_dump(mode="json"))
     report = trainer.load_train_data() if reads_data else None
     config = trainer.config  # its steps are known now
     store = _store(trainer)
