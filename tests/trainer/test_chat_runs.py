@@ -51,6 +51,23 @@ def test_settings_of_chats_are_refused_where_all_prompts_are_texts(letters, tmp_
         sft(letters, tmp_path, "data.system_prompt=abc")
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_prompts_that_the_template_does_not_take_stop_the_start_or_are_skipped(policy, letters, tmp_path):
+    picture = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    rows = [{"prompt": CHAT[:1], "answer": "cab"}, {"prompt": [picture], "answer": "cab"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    files = [f"data.train={tmp_path / 'rows.jsonl'}", f"data.chat_template={tmp_path / 'chat.jinja'}"]
+    config = toy_config("grpo", letters, tmp_path, *files, f"data.on_malformed={policy}")
+    if policy == "stop":
+        with pytest.raises(ValueError, match="(?s)1 of 2 rows.*prompt 1 of rows: message 1 has a part"):
+            Trainer(config).load_train_data()
+    else:
+        trainer = Trainer(config)
+        report = trainer.load_train_data()
+        assert len(trainer.loader.prompts) == 1 and (report.num_rows, report.num_malformed) == (2, 1)
+
+
 def test_the_answer_to_messages_is_what_the_chat_template_writes(letters, tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     (tmp_path / "chat.jinja").write_text(TEMPLATE)

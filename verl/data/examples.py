@@ -268,8 +268,7 @@ def fit_rows(
             fitted.append(fit_row(row, limits.tokens, encode, cut))
         except ValueError as error:
             problems.append(f"row {row.index} (from 0): {error}")
-    if problems and not (skips and fitted):
-        raise ValueError(_refusal(report, problems))
+    report = with_refused(report, problems, skips=skips, usable=len(fitted))
     inside = [f for f in fitted if f.row is not None]
     if not inside:
         raise ValueError(
@@ -290,8 +289,6 @@ def fit_rows(
         report,
         num_too_long=dropped["num_too_long"],
         longest=dropped["longest"],
-        num_malformed=report.num_malformed + len(problems),
-        problems=(*report.problems, *problems)[:_MAX_PROBLEMS],
         notes=(*report.notes, *notes),
     )
 
@@ -342,10 +339,27 @@ def _check_says_something(message: Mapping[str, Any], index: int) -> None:
         )
 
 
-def _refusal(report: LoadReport, problems: Sequence[str]) -> str:
+def with_refused(report: LoadReport, problems: Sequence[str], *, skips: bool, usable: int) -> LoadReport:
+    """The report of a source with rows that the chat template refused, which are left out.
+
+    Args:
+        report: of all rows.
+        problems: place and cause, one for each refused row.
+        skips: leave them out, instead of an error.
+        usable: number of rows that are left.
+
+    Raises:
+        ValueError: there are some, and they are not skipped or none is left.
+    """
+    if not problems:
+        return report
+    if skips and usable:
+        all_problems = (*report.problems, *problems)[:_MAX_PROBLEMS]
+        num_malformed = report.num_malformed + len(problems)
+        return replace(report, num_malformed=num_malformed, problems=all_problems)
     listed = "".join(f"\n  {report.source}, {problem}" for problem in problems[:_MAX_PROBLEMS])
     more = f"\n  and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
-    return (
-        f"{len(problems)} of {report.num_rows} rows cannot be used:{listed}{more}\n"
-        "correct them, or leave them out with data.on_malformed=skip"
+    skip = ", or leave them out with data.on_malformed=skip" if usable else ""
+    raise ValueError(
+        f"{len(problems)} of {report.num_rows} rows cannot be used:{listed}{more}\ncorrect them{skip}"
     )

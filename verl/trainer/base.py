@@ -19,6 +19,7 @@ from verl.config.run import RunConfig, TrainerConfig
 from verl.controller.worker_group import Timeline
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
+from verl.data.examples import with_refused
 from verl.engines.optimizer import check_optimizer
 from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
@@ -336,10 +337,21 @@ class BaseTrainer(ABC):
         return self.short_enough(*load_prompts(source, self.config.data, split=split))
 
     def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
-        """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones."""
-        limit = self.config.data.max_prompt_tokens
-        lengths = [len(self.codec.encode_prompt(p)) for p in prompts]
-        kept, dropped = drop_long_prompts(prompts, lengths, limit)
+        """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones.
+
+        Those that the chat template refuses are an error, or are left out, as `data.on_malformed` says.
+        """
+        data = self.config.data
+        limit, usable, lengths, problems = data.max_prompt_tokens, list[Prompt](), list[int](), list[str]()
+        for prompt in prompts:
+            try:
+                lengths.append(len(self.codec.encode_prompt(prompt)))
+                usable.append(prompt)
+            except ValueError as error:
+                problems.append(str(error))
+        skips = data.on_malformed == "skip"
+        report = with_refused(report, problems, skips=skips, usable=len(usable))
+        kept, dropped = drop_long_prompts(usable, lengths, limit)
         longest, context = max(n for n in lengths if n <= limit), self.context
         if self.reserved_answer_tokens and longest + self.reserved_answer_tokens > context:
             raise ValueError(
