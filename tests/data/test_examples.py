@@ -121,6 +121,12 @@ def test_a_row_with_nothing_to_learn_or_a_wrong_flag_is_malformed(
     assert load_examples(source, SFTDataConfig(on_malformed="skip"), split="train")[1].num_malformed == 1
 
 
+def test_a_completion_that_its_row_marks_as_bad_is_not_learned(tmp_path: Path):
+    rows = [{"prompt": "1+1=", "completion": answer, "label": answer == "2"} for answer in "23"]
+    with pytest.raises(ValueError, match="(?s)1 of 2 rows.*line 2: .*label false, which marks a bad one"):
+        load_examples(jsonl(tmp_path, *rows), SFTDataConfig(), split="train")
+
+
 def test_answers_and_calls_are_learned_with_their_ends_and_nothing_else():
     codec = codec_of()
     chat = [SYSTEM, ASKED, SAID, AGAIN, CALLED, RESULT, SAID_AGAIN]

@@ -203,6 +203,10 @@ def test_the_last_answer_of_a_chat_is_the_reference_and_a_prefill_stays(name: st
 
 
 REFUSED = {
+    "two texts of a message": (
+        {"conversations": [{"from": "human", "value": "a", "content": "b"}]},
+        "got content and another value",
+    ),
     "two prompts in a row": ({"messages": CHAT, "question": "3+3?"}, "got 'messages' and 'question'; name"),
     "two layouts": ({"instruction": "a", "question": "b"}, "got 'instruction' and 'question'"),
     "two answers": (

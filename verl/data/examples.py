@@ -69,6 +69,12 @@ def load_examples(
     """
 
     def parse(row: dict[str, Any]) -> ParsedRow:
+        # TRL's rows of unpaired preferences.
+        if row.get("label") is False and "completion" in row:
+            raise MalformedRow(
+                "need answers to learn, got a completion with label false, which marks a bad one; leave such "
+                "rows out"
+            )
         chat = conversation_of(row, config)
         if chat is not None:
             learned = learned_messages(chat.messages, config.train_on, num_prompt=chat.num_prompt)

@@ -117,6 +117,8 @@ def checked_message(message: Any) -> dict[str, Any]:
     # In a table every row has the same keys: what a message lacks comes as a null, which a chat template
     # would take for a value.
     given = _without_nulls(message)
+    if "value" in given and given.get("content", given["value"]) != given["value"]:
+        raise MalformedRow("need one text in a message, got content and another value; leave one of them out")
     for other, key in (("from", "role"), ("value", "content")):
         if other in given and key not in given:
             given[key] = given.pop(other)
