@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ _MAX_PROBLEMS = 5
 # Columns whose names say that a model reads them, where they are not part of the prompt.
 _UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", "system_prompt"}
 _UNSEEN |= {"input", "context", *CHAT_COLUMNS}
+# A list of texts as a table of texts holds it, in JSON's spelling, Python's or NumPy's.
+_LIST_TEXT = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,19 @@ def _as_row(raw: Any) -> dict[str, Any]:
 
 
 def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Sentence on columns that look like a part of the prompt, and are none."""
+    """Sentences on what looks like something else than it is read as: columns, and answers."""
+    listed_texts = sum(isinstance(p.answer, str) and bool(_LIST_TEXT.fullmatch(p.answer)) for p in prompts)
+    notes = []
+    if listed_texts:
+        notes.append(
+            f"{listed_texts} reference answers are the text of a list, such as \"['a', 'b']\", and are "
+            "compared as that text; write them as JSON lists if any of the elements is right"
+        )
     counts = Counter(name for p in prompts for name in _UNSEEN & p.columns.keys() if p.columns[name])
-    if not counts:
-        return ()
-    listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.items()))
-    return (f"the model does not see the columns {listed}",)
+    if counts:
+        listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.items()))
+        notes.append(f"the model does not see the columns {listed}")
+    return tuple(notes)
 
 
 def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_source: str) -> Prompt:
