@@ -77,6 +77,9 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             )
         model = Path(config.output_dir) / "model"
         console.out(f"trained model: {model} ({format_bytes(bytes_on_disk(model))})", highlight=False)
+        if (adapter := model.with_name("adapter")).is_dir():
+            size = format_bytes(bytes_on_disk(adapter))
+            console.out(f"its LoRA adapter, in PEFT's format: {adapter} ({size})", highlight=False)
 
 
 def try_rewards(trainer: BaseTrainer) -> list[str]:
