@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -40,6 +41,23 @@ def test_the_policy_of_the_last_checkpoint_is_the_model_of_the_run(overrides, le
     torch.testing.assert_close(exported, own, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(exported, start, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")("abc=")["input_ids"] == [4, 5, 6, 12]
+
+
+def test_an_adapter_alone_is_exported_for_the_base_that_it_was_trained_on(letters, tmp_path, capsys):
+    settings = ["steps=2", "policy.lora.rank=4", "policy.optimizer.lr=0.01"]
+    toy_trainer("grpo", letters, tmp_path / "lora", *settings).fit()
+    out = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "lora/run"), str(out), "--adapter-only"]) == 0
+    assert (out / "adapter_model.safetensors").exists() and not list(out.glob("model*.safetensors"))
+    base = AutoModelForCausalLM.from_pretrained(letters)
+    start = base(IDS).logits
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "lora/run/model")(IDS).logits
+    adapted = peft.PeftModel.from_pretrained(base, out)(IDS).logits
+    torch.testing.assert_close(adapted, trained, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, start, atol=1e-4)
+    toy_trainer("grpo", letters, tmp_path / "all", "steps=1").fit()
+    assert main(["export", str(tmp_path / "all/run"), str(tmp_path / "none"), "--adapter-only"]) == 2
+    assert "need a LoRA adapter" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("overrides", [[], ["policy.lora.rank=4"]], ids=["weights", "low rank"])

@@ -104,7 +104,7 @@ class PairwiseTrainer(SingleModelTrainer):
     def read_data(self) -> None:
         pairs, report = self.read_pairs(self.config.data.train, "train")
         if self.config.data.test is not None:
-            self.test_pairs  # noqa: B018  # a mistake in them is found before a model is loaded
+            _ = self.test_pairs  # read now: a mistake in them is found before a model is loaded
         self.use_train_rows(pairs, report, per_step=self.config.pairs_per_step, setting="pairs_per_step")
 
     @override
