@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 			|| echo "  no CPU build found, the default build comes next (several GB)"; \
 	fi
 	@echo "  verl and its dependencies"
-	@$(PIP) -e ".[dev,docs,lora,ray]"
+	@$(PIP) -e ".[dev,docs,lora,ray,reasoning-gym,smollm2]"
 	@# By itself: the libraries of fused kernels that it names are for GPUs.
 	@$(PIP) --no-deps megatron-core
 	@touch $@

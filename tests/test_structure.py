@@ -244,7 +244,7 @@ def unsafe_calls(tree: ast.AST) -> Iterator[str]:
 
 def test_nothing_read_from_outside_can_run_code():
     # A pipe between the trainer and a process of its own is not outside.
-    own_pipes = {"rewards/call_worker.py"}
+    own_pipes = {"rewards/execution/call_worker.py"}
     assert over_all(lambda path, tree: () if path in own_pipes else unsafe_calls(tree)) == []
 
 

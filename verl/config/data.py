@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from verl.config.fields import Choice, Options, PathText, Section, TemplateText, setting
+
+
+class WeightedChoice(Choice):
+    """A reward function with its weight in the sum."""
+
+    weight: float = 1.0
+
+
+class DataSource(BaseModel):
+    """One source of rows, by its path alone or with more about it: `{path: rows.jsonl, weight: 2}`.
+
+    Attributes:
+        path: file, folder or glob of files, saved `datasets` folder, task:NAME, or a data set of the Hugging
+            Face hub as OWNER/NAME or OWNER/NAME:CONFIG.
+        name: of the source in metrics, and `data_source` of rows that have no such column; none: of its path.
+        weight: its share of the prompts of a run, relative to the other sources; none: by its rows.
+        split: of a data set of the hub or a saved one, such as train[:10%]; none: train or test, as the
+            setting says.
+        revision: of a data set of the hub: a branch, a tag or a commit.
+        streaming: read a data set of the hub while the run goes on, and never all of it.
+        options: of a task that has some, such as {max_terms: 3}.
+        reward: function that rewards its rows, in place of `rewards.functions`.
+        sampling: sampling parameters of its rows, over `sampling` and `evaluation`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    path: PathText
+    name: str | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    split: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    options: Options = Options()
+    reward: WeightedChoice | None = None
+    sampling: Options = Options()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class DataConfig(Section):
     """Files and columns of the prompts."""
 
-    train: PathText | tuple[PathText, ...] | None = setting(
+    train: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None,
         "JSON, JSONL, CSV, TSV, Parquet or Arrow file, folder or glob of such files, saved `datasets` "
-        "folder, or task:NAME; or a list of them.",
+        "folder, or task:NAME; or {path, weight, ...}; or a list of them.",
     )
-    test: PathText | tuple[PathText, ...] | None = setting(
+    test: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None, "The same for evaluation; task:NAME stands for the held-out prompts of that task."
     )
     prompt_key: str = setting(
@@ -74,12 +116,6 @@ class PairsDataConfig(AnswersDataConfig):
 
     chosen_key: str = setting("chosen", "Column with the better answer of a pair.")
     rejected_key: str = setting("rejected", "Column with the worse answer of a pair.")
-
-
-class WeightedChoice(Choice):
-    """A reward function with its weight in the sum."""
-
-    weight: float = 1.0
 
 
 class RewardsConfig(Section):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from verl.config.data import DataSource
 from verl.config.fields import Choice, Options, Section
 from verl.config.run import TrainerConfig
 
@@ -46,7 +47,7 @@ def type_in_words(annotation: Any) -> str:
         return "{name: value}"
     if is_subclass(annotation, Choice):
         return "a name or {" + ", ".join([*annotation.model_fields, "options"]) + "}"
-    if is_subclass(annotation, Section):
+    if is_subclass(annotation, Section) or is_subclass(annotation, DataSource):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return _TYPES[members[0]]
 

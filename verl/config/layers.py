@@ -13,6 +13,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel
 
+from verl.config.data import DataSource
 from verl.config.fields import Choice, Section
 from verl.config.introspection import fields_by_key, is_subclass, union_members
 from verl.config.placement import PlacementConfig
@@ -121,6 +122,8 @@ def merge(base: Any, over: Any, annotation: Any) -> Any:
         return over
     if is_subclass(annotation, Choice):
         return over if over.get("name", base.get("name")) != base.get("name") else {**base, **over}
+    if any(is_subclass(member, DataSource) for member in union_members(annotation)):
+        return over
     sections = [member for member in union_members(annotation) if is_subclass(member, Section)]
     if len(sections) > 1 and not any({*base, *over} <= section.model_fields.keys() for section in sections):
         return over  # another form of the same setting, such as a schedule instead of an adaptive coefficient

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from verl.config.data import DataConfig
-from verl.data.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
-from verl.data.row_cells import STRICT_JSON, MalformedRow, describe, parsed_json
-from verl.data.sources import Split, name_of, read_rows, sources_of
+from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
+from verl.data.reading.row_cells import STRICT_JSON, MalformedRow, describe, parsed_json
+from verl.data.reading.sources import SourceSetting, Split, name_of, read_rows, sources_of
 from verl.utils.sampling_types import Prompt
 
 _MAX_PROBLEMS = 5
@@ -51,19 +51,19 @@ class LoadReport:
 
 
 def load_prompts(
-    source: str | Sequence[str], config: DataConfig, *, split: Split
+    source: SourceSetting, config: DataConfig, *, split: Split
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts of a source, in its order, and a report of what was left out.
 
     The settings name the columns of prompt and answer; without a prompt column a row may have any layout of
-    `verl.data.layouts`. The column `data_source` is the prompt's source, and all others go to
+    `verl.data.reading.layouts`. The column `data_source` is the prompt's source, and all others go to
     `Prompt.columns`. Without an answer column, the answer is `reward_model["ground_truth"]`, so that Parquet
     files in verl's layout are read as they are. The index of a prompt is the number of its row among all
     sources, from 0; blank lines are not counted.
 
     Args:
         source: file, folder or glob of files, folder of `datasets.save_to_disk`, or task:NAME, see
-            `verl.data.sources.read_rows`; or several of them, read one after the other.
+            `verl.data.reading.sources.read_rows`; or several of them, read one after the other.
         config: names of the columns, and what to do with malformed rows. The system prompt is added later,
             when the prompt becomes tokens.
         split: part of a task or of a saved DatasetDict; a file is taken whole.
@@ -202,7 +202,7 @@ class PromptLoader:
 
 
 def load_rows(
-    source: str | Sequence[str],
+    source: SourceSetting,
     config: DataConfig,
     split: Split,
     parse: Callable[[dict[str, Any]], ParsedRow],
@@ -226,7 +226,7 @@ def load_rows(
             except MalformedRow as problem:
                 problems.append(f"{place}: {problem}")
             number += 1
-    label = ", ".join(sources_of(source)) or "an empty list"
+    label = ", ".join(one.path for one in sources_of(source)) or "an empty list"
     report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]))
     listed = "".join(f"\n  {problem}" for problem in report.problems)
     if problems and config.on_malformed == "stop":

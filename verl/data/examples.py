@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from verl.config.data import AnswersDataConfig, SFTDataConfig
 from verl.data.dataset import LoadReport, drop_long_prompts, load_rows
-from verl.data.layouts import Messages, ParsedRow, conversation_of, prompt_of
-from verl.data.row_cells import MalformedRow, check_encodable, describe
-from verl.data.sources import Split
+from verl.data.reading.layouts import Messages, ParsedRow, conversation_of, prompt_of
+from verl.data.reading.row_cells import MalformedRow, check_encodable, describe
+from verl.data.reading.sources import SourceSetting, Split
 from verl.utils.conversations import EncodedConversation
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
@@ -52,7 +52,7 @@ class AnswerRow(NamedTuple):
 
 
 def load_examples(
-    source: str | Sequence[str], config: SFTDataConfig, *, split: Split
+    source: SourceSetting, config: SFTDataConfig, *, split: Split
 ) -> tuple[list[Prompt], LoadReport]:
     """Examples for supervised fine-tuning, and a report of what was left out.
 

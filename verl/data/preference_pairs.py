@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from verl.config.data import PairsDataConfig
 from verl.data.dataset import LoadReport, load_rows
-from verl.data.layouts import Messages, ParsedRow, prompt_of
-from verl.data.row_cells import (
+from verl.data.reading.layouts import Messages, ParsedRow, prompt_of
+from verl.data.reading.row_cells import (
     Content,
     MalformedRow,
     check_encodable,
@@ -19,7 +19,7 @@ from verl.data.row_cells import (
     describe,
     is_messages_text,
 )
-from verl.data.sources import Split, sources_of
+from verl.data.reading.sources import SourceSetting, Split, sources_of
 from verl.data.tasks import near_miss
 from verl.utils.sampling_types import Prompt
 
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 
 
 def load_pairs(
-    source: str | Sequence[str], config: PairsDataConfig, *, split: Split
+    source: SourceSetting, config: PairsDataConfig, *, split: Split
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts whose `answer` is a `Pair`, in the order of the source, and a report of what was left out.
 
@@ -64,7 +64,7 @@ def load_pairs(
         used |= {config.prompt_key, config.chosen_key, config.rejected_key, "tools"}
         return ParsedRow(content, pair, used, checked_tools(row.get("tools")))
 
-    has_tasks = any(one.startswith("task:") for one in sources_of(source))
+    has_tasks = any(one.path.startswith("task:") for one in sources_of(source))
 
     def parse_any(row: dict[str, Any]) -> ParsedRow:
         return parse_task(row) if has_tasks and row.keys() == {"prompt", "answer"} else parse(row)

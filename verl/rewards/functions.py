@@ -11,9 +11,9 @@ from typing import Any
 from verl.config.data import RewardsConfig
 from verl.config.layers import nearest_key
 from verl.data.batch import Trajectory, turn_ends
-from verl.rewards.calls import CallPool
+from verl.rewards.execution.calls import CallPool
+from verl.rewards.execution.isolation import Place
 from verl.rewards.failures import RewardFailure
-from verl.rewards.isolation import Place
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores

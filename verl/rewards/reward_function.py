@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from verl.data.batch import Trajectory
-from verl.rewards.calls import RewardCall
+from verl.rewards.execution.calls import RewardCall
+from verl.rewards.execution.isolation import Callee, Place, isolated
 from verl.rewards.failures import RewardFailure
-from verl.rewards.isolation import Callee, Place, isolated
 from verl.rewards.parameters import CallContext, Signature, with_fetched_tokens
 from verl.rewards.reward_log import Logged
 from verl.rewards.reward_values import Score, plain, row_values, score_of

@@ -20,6 +20,7 @@ from verl.controller.worker_group import Timeline
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.data.examples import with_refused
+from verl.data.reading.sources import SourceSetting
 from verl.engines.optimizer import check_optimizer
 from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
@@ -322,7 +323,7 @@ class BaseTrainer(ABC):
         return fixed_settings_of(self.config.model_dump(mode="json"))
 
     def read_prompts(
-        self, source: str | Sequence[str] | None, split: Literal["train", "test"]
+        self, source: SourceSetting | None, split: Literal["train", "test"]
     ) -> tuple[list[Prompt], LoadReport]:
         """Prompts of a data set that are short enough.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from typing import Literal
 
@@ -19,6 +19,7 @@ from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, RowLimits, answer_row, fit_rows
 from verl.data.packing import balance
 from verl.data.preference_pairs import Pair, load_pairs
+from verl.data.reading.sources import SourceSetting
 from verl.engines.memory_limits import MOST_TOKENS, micro_batch_tokens
 from verl.trainer.base import Metrics
 from verl.trainer.single_model_trainer import SingleModelTrainer
@@ -117,7 +118,7 @@ class PairwiseTrainer(SingleModelTrainer):
         return report
 
     def read_pairs(
-        self, source: str | Sequence[str] | None, split: Literal["train", "test"]
+        self, source: SourceSetting | None, split: Literal["train", "test"]
     ) -> tuple[list[Prompt], LoadReport]:
         """Pairs of a data set within the limits of `data`.
 

@@ -18,7 +18,7 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
-from verl.data.sources import reward_of_tasks, sources_of
+from verl.data.reading.sources import reward_of_tasks, sources_of
 from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
@@ -52,7 +52,7 @@ RewardFn = Callable[..., Any]
 
 def rewards_with_task(config: TrainerConfig) -> RewardsConfig:
     """The reward functions of the settings; where they name none, that of the built-in task of the data."""
-    reward = reward_of_tasks(sources_of(config.data.train or config.data.test or ()))
+    reward = reward_of_tasks(sources_of(config.data.train or config.data.test))
     if config.rewards.functions or reward is None:
         return config.rewards
     return config.rewards.model_copy(update={"functions": (WeightedChoice(name=reward),)})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+from verl.config.data import WeightedChoice
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "abort"]
@@ -235,6 +237,8 @@ class Prompt:
         index: its number in the data set.
         columns: all other columns of its row, handed to the reward functions by name.
         tools: schemas of the tools offered in this prompt; empty: those of `data.tools`.
+        reward: the function that rewards its answers, in place of `rewards.functions`; None: those.
+        sampling: sampling parameters of its answers, over those of the settings.
     """
 
     content: str | list[dict[str, Any]]
@@ -243,3 +247,5 @@ class Prompt:
     index: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
+    reward: WeightedChoice | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -14,10 +14,16 @@ from functools import partial
 from typing import Any, Final
 
 from verl.monitoring import interpreter_watchdog
+from verl.rewards.execution.isolation import Callee, Place
+from verl.rewards.execution.worker_handles import (
+    CallWorker,
+    Event,
+    ProcessWorker,
+    ThreadWorker,
+    WorkerLostError,
+)
 from verl.rewards.failures import RewardFailure
-from verl.rewards.isolation import Callee, Place
 from verl.rewards.reward_log import logging_call
-from verl.rewards.worker_handles import CallWorker, Event, ProcessWorker, ThreadWorker, WorkerLostError
 
 # Time for a worker to start, to import the function and to read the arguments, before that of the call.
 LOAD_LIMIT_S = 120.0

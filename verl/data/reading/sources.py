@@ -10,10 +10,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from verl.data.file_readers import READERS, SPLITS, PlacedRow, form_of, numbered, read_file, without_filler
+from verl.config.data import DataSource
+from verl.data.reading.file_readers import (
+    READERS,
+    SPLITS,
+    PlacedRow,
+    form_of,
+    numbered,
+    read_file,
+    without_filler,
+)
 from verl.data.tasks import TASKS
 
 Split = Literal["train", "test"]
+# Value of `data.train` and `data.test`.
+SourceSetting = str | DataSource | Sequence[str | DataSource]
 _FORMS = f"a file that ends with {', '.join(READERS)} (or .gz behind it)"
 # Files that describe a data set.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "config.json"}
@@ -23,29 +34,35 @@ _PACKED = {".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".snappy", ".br"}
 _SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 
 
-def sources_of(source: str | Sequence[str]) -> tuple[str, ...]:
-    """Sources of a setting, which is one or several."""
-    return (source,) if isinstance(source, str) else tuple(source)
+def sources_of(source: SourceSetting | None) -> tuple[DataSource, ...]:
+    """Sources of a setting, which is one or several; none: no sources."""
+    if source is None:
+        return ()
+    several = [source] if isinstance(source, str | DataSource) else source
+    return tuple(DataSource(path=one) if isinstance(one, str) else one for one in several)
 
 
-def name_of(source: str) -> str:
-    """Name of a source for metrics: of the task, the file without its suffixes, or the folder."""
-    if source.startswith("task:"):
-        return source.removeprefix("task:")
-    path = Path(source)
+def name_of(source: DataSource) -> str:
+    """Name of a source for metrics: its own, of the task, the file without its suffixes, or the folder."""
+    if source.name is not None:
+        return source.name
+    if source.path.startswith("task:"):
+        return source.path.removeprefix("task:")
+    path = Path(source.path)
     if glob.has_magic(path.name) and not path.exists():
         return next((p.name for p in path.parents if p.name and not glob.has_magic(p.name)), "files")
     return Path(path.stem).stem if path.suffix == ".gz" else path.stem
 
 
-def reward_of_tasks(sources: Sequence[str]) -> str | None:
+def reward_of_tasks(sources: Sequence[DataSource]) -> str | None:
     """Reward that suits built-in tasks; None for none, if they differ in it, or if a source is no task."""
-    tasks = [TASKS.get(one.removeprefix("task:")) if one.startswith("task:") else None for one in sources]
+    paths = [one.path for one in sources]
+    tasks = [TASKS.get(path.removeprefix("task:")) if path.startswith("task:") else None for path in paths]
     rewards = {task.reward if task else None for task in tasks}
     return rewards.pop() if len(rewards) == 1 else None
 
 
-def read_rows(source: str, split: Split) -> Iterator[PlacedRow]:
+def read_rows(source: DataSource, split: Split) -> Iterator[PlacedRow]:
     """Rows of a source, in its order, each with its file and the line (from 1) or row (from 0) in it.
 
     Args:
@@ -57,10 +74,10 @@ def read_rows(source: str, split: Split) -> Iterator[PlacedRow]:
     Raises:
         ValueError: the source cannot be read.
     """
-    if source.startswith("task:"):
-        yield from _read_task(source.removeprefix("task:"), split)
+    if source.path.startswith("task:"):
+        yield from _read_task(source.path.removeprefix("task:"), split)
         return
-    for path in _files(source, split):
+    for path in _files(source.path, split):
         try:
             rows = _read_saved(path, split) if path.is_dir() else read_file(path, split)
             for place, row in rows:

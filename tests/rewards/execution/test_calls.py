@@ -15,9 +15,9 @@ import torch
 
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
-from verl.rewards.calls import CallPool, RewardCall
+from verl.rewards.execution.calls import CallPool, RewardCall
+from verl.rewards.execution.isolation import Callee, isolated
 from verl.rewards.functions import build_rewards
-from verl.rewards.isolation import Callee, isolated
 from verl.utils.sampling_types import Prompt
 
 # Functions of a user's file: what the text of an answer says, they do.
@@ -350,8 +350,8 @@ def test_a_killed_trainer_takes_a_hanging_call_with_it():
 
 PROGRAM = """
 import re
-from verl.rewards.calls import CallPool, RewardCall
-from verl.rewards.isolation import Callee
+from verl.rewards.execution.calls import CallPool, RewardCall
+from verl.rewards.execution.isolation import Callee
 
 def endless_expression():
     return re.match("(a+)+$", "a" * 60 + "b")

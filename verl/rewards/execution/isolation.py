@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import cloudpickle
 
-from verl.rewards.call_worker import Definition
+from verl.rewards.execution.call_worker import Definition
 
 # "inline": in the thread that asks for the reward, without a limit; for own functions that cannot hang.
 Place = Literal["inline", "thread", "process"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from verl.config.data import DataConfig
-from verl.data.row_cells import (
+from verl.data.reading.row_cells import (
     Content,
     MalformedRow,
     check_encodable,

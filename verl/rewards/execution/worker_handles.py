@@ -26,7 +26,7 @@ from typing import Any
 import cloudpickle
 from typing_extensions import override
 
-from verl.rewards.call_worker import (
+from verl.rewards.execution.call_worker import (
     RUNNING,
     EventKind,
     Request,
@@ -35,8 +35,8 @@ from verl.rewards.call_worker import (
     serve_plain,
     unpickled,
 )
+from verl.rewards.execution.isolation import Callee
 from verl.rewards.failures import RewardFailure
-from verl.rewards.isolation import Callee
 from verl.rewards.reward_log import logging_call
 
 Event = tuple[EventKind, int, Any]
@@ -45,7 +45,7 @@ _PROGRAM = """
 import json, sys
 path, *arguments = json.loads(sys.argv.pop())
 sys.path[:] = path
-from verl.rewards.call_worker import main
+from verl.rewards.execution.call_worker import main
 main(*arguments)
 """
 # For a process to be gone after its connection has closed.

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from verl.rewards.isolation import isolated
+from verl.rewards.execution.isolation import isolated
 
 
 def where(function):

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from verl.data.row_cells import STRICT_JSON, MalformedRow, check_once
+from verl.data.reading.row_cells import STRICT_JSON, MalformedRow, check_once
 
 # Place of a row in its file, in words, and the row: its columns, a line that is still to be parsed, or the
 # reason why it cannot be used.

@@ -14,8 +14,8 @@ import pytest
 from tests import chat_templates
 from verl.config.data import DataConfig
 from verl.data.dataset import load_prompts
-from verl.data.layouts import Conversation, conversation_of, prompt_of
-from verl.data.row_cells import MalformedRow
+from verl.data.reading.layouts import Conversation, conversation_of, prompt_of
+from verl.data.reading.row_cells import MalformedRow
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl.config import load_config
-from verl.config.data import DataConfig
-from verl.data import file_readers
+from verl.config.data import DataConfig, DataSource
 from verl.data.dataset import load_prompts
-from verl.data.sources import name_of, reward_of_tasks
+from verl.data.reading import file_readers
+from verl.data.reading.sources import name_of, reward_of_tasks, sources_of
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "say\n\u2028é, [", "answer": 'a "quote"'}]
 LINES = "\n".join(map(json.dumps, ROWS))
@@ -269,14 +269,15 @@ def test_settings_name_one_source_or_several(monkeypatch: Any):
 
 def test_a_source_has_a_short_name():
     names = {"a/rows.jsonl.gz": "rows", "a/shards": "shards", "a/shards/*.parquet": "shards", "task:x": "x"}
-    assert {source: name_of(source) for source in names} == names
+    assert {source: name_of(DataSource(path=source)) for source in names} == names
+    assert name_of(DataSource(path="a/rows.jsonl", name="mine")) == "mine"
 
 
 def test_several_tasks_have_a_reward_if_it_is_the_same():
-    assert reward_of_tasks(["task:add-2", "task:sort-6"]) == "exact"
-    assert reward_of_tasks(["task:add-2", "task:digits"]) is None
-    assert reward_of_tasks(["task:add-2", "rows.jsonl"]) is None
-    assert reward_of_tasks([]) is None
+    assert reward_of_tasks(sources_of(["task:add-2", "task:sort-6"])) == "exact"
+    assert reward_of_tasks(sources_of(["task:add-2", "task:digits"])) is None
+    assert reward_of_tasks(sources_of(["task:add-2", "rows.jsonl"])) is None
+    assert reward_of_tasks(sources_of([])) is None
 
 
 def test_malformed_rows_of_a_table_of_texts_are_skipped_and_counted(tmp_path: Path):
