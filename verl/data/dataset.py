@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from verl.config.data import DataConfig
+from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
 from verl.data.reading.row_cells import STRICT_JSON, MalformedRow, describe, parsed_json
-from verl.data.reading.sources import SourceSetting, Split, name_of, read_rows, sources_of
+from verl.data.reading.sources import SourceSetting, name_of, sources_of, streams_of
 from verl.utils.sampling_types import Prompt
 
 _MAX_PROBLEMS = 5
@@ -217,9 +218,9 @@ def load_rows(
     prompts: list[Prompt] = []
     problems: list[str] = []
     number = 0
-    for one in sources_of(source):
-        name = name_of(one)
-        for place, raw in read_rows(one, split):
+    for stream in streams_of(source, split):
+        name = name_of(stream.source)
+        for place, raw in stream:
             try:
                 row = _as_row(raw)
                 prompts.append(_prompt(row, number, parsed=parse(row), default_source=name))

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from verl.config.data import AnswersDataConfig, SFTDataConfig
 from verl.data.dataset import LoadReport, drop_long_prompts, load_rows
+from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import Messages, ParsedRow, conversation_of, prompt_of
 from verl.data.reading.row_cells import MalformedRow, check_encodable, describe
-from verl.data.reading.sources import SourceSetting, Split
+from verl.data.reading.sources import SourceSetting
 from verl.utils.conversations import EncodedConversation
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec

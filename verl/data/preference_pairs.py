@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from verl.config.data import PairsDataConfig
 from verl.data.dataset import LoadReport, load_rows
+from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import Messages, ParsedRow, prompt_of
 from verl.data.reading.row_cells import (
     Content,
@@ -19,7 +20,7 @@ from verl.data.reading.row_cells import (
     describe,
     is_messages_text,
 )
-from verl.data.reading.sources import SourceSetting, Split, sources_of
+from verl.data.reading.sources import SourceSetting, sources_of
 from verl.data.tasks import near_miss
 from verl.utils.sampling_types import Prompt
 

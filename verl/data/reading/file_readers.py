@@ -47,6 +47,14 @@ def form_of(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
+def count_rows(path: Path) -> int | None:
+    """Rows of a file whose head tells them; None: it would have to be read."""
+    if path.is_dir() or form_of(path) != ".parquet" or path.suffix == ".gz":
+        return None
+    with importlib.import_module("pyarrow.parquet").ParquetFile(path) as file:
+        return int(file.metadata.num_rows)
+
+
 def numbered(rows: Iterable[Any]) -> Iterator[PlacedRow]:
     """Rows with their numbers, from 0."""
     return ((f"row {number}", row) for number, row in enumerate(rows))
