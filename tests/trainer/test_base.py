@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.training import engine_of, logged, toy_config, toy_trainer, weights
 from verl.config import load_config
 from verl.engines.dcp_checkpoint import read_saved
-from verl.rewards.text_match import position_share
+from verl.rewards.library.text_match import position_share
 from verl.trainer.checkpoint_store import only_run_in
 from verl.trainer.rl_trainer import Trainer
 

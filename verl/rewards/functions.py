@@ -6,38 +6,24 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from verl.config.data import RewardsConfig
-from verl.config.layers import nearest_key
+from verl.config.data import RewardsConfig, WeightedChoice
 from verl.data.batch import Trajectory, turn_ends
 from verl.rewards.execution.calls import CallPool
 from verl.rewards.execution.isolation import Place
 from verl.rewards.failures import RewardFailure
+from verl.rewards.library.reward_table import REWARDS, checked_options, load_function
+from verl.rewards.library.text_match import spellings
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.rewards.text_match import check_reference, exact, position_share, prefix_share, spellings
-from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
 _LOG = logging.getLogger(__name__)
-# Name -> function, or "module:function" where its module is heavy.
-REWARDS: dict[str, Callable[..., Any] | str] = {
-    "exact": exact,
-    "position_share": position_share,
-    "prefix_share": prefix_share,
-    "model": "verl.rewards.model_scoring:model",
-}
-# Name -> function that gets a built-in one ready, called with its options before the first step, without a
-# time limit.
-PREPARATIONS: dict[str, str] = {"model": "verl.rewards.model_scoring:prepare"}
-
-
 _NO_CONTEXT = CallContext()
-# Built-in functions that compare with the reference answer.
-_NEED_ANSWERS = ("exact", "position_share", "prefix_share")
 
 
 class RewardFunctions:
@@ -227,29 +213,12 @@ def build_rewards(
         ValueError: there is none, a name is unknown, or a function fits no form (see `RewardFunction`).
     """
     given = [] if reward_fn is None else [reward_fn] if callable(reward_fn) else list(reward_fn)
-    functions = []
-    placed = placed or {}
-    for choice in config.functions:
-        is_built_in = choice.name in REWARDS
-        function = placed.get(choice.name) or load_function(choice.name)
-        module, _, attribute = choice.name.rpartition(":")
-        place = _place(function, config)
-        functions.append(
-            RewardFunction(
-                function,
-                name=choice.name if is_built_in else None,
-                weight=choice.weight,
-                options=choice.options,
-                imported_from=(module, attribute) if module else None,
-                # A built-in model is loaded in the trainer alone.
-                place=place or "thread" if is_built_in else place,
-                check=check_reference if choice.name in _NEED_ANSWERS else None,
-                columns=columns,
-            )
-        )
-        if choice.name in PREPARATIONS and choice.name not in placed:
-            load_function(PREPARATIONS[choice.name])(**choice.options)
-    functions += [RewardFunction(f, place=_place(f, config), columns=columns) for f in given]
+    functions = [
+        _chosen_function(choice, config, placed=(placed or {}).get(choice.name), columns=columns)
+        for choice in config.functions
+    ]
+    on_thread: Place | None = "thread" if config.isolation == "thread" else None
+    functions += [RewardFunction(f, place=on_thread, columns=columns) for f in given]
     return RewardFunctions(
         functions,
         timeout_s=config.timeout_s,
@@ -259,22 +228,38 @@ def build_rewards(
     )
 
 
-def load_function(name: str) -> Callable[..., Any]:
-    """Reward function by its name in `REWARDS`, as "package.module:function", or as "file.py:function".
-
-    Raises:
-        ValueError: there is no such name, module, file or function.
-    """
-    known = REWARDS.get(name, name)
-    if not isinstance(known, str):
-        return known
-    if ":" not in known:
-        names = f"{', '.join(REWARDS)}; the nearest is {nearest_key(name, list(REWARDS))}"
-        raise ValueError(
-            f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", '
-            f"got {name!r}"
-        )
-    return user_code.load_function(known, user="reward function")
+def _chosen_function(
+    choice: WeightedChoice,
+    config: RewardsConfig,
+    *,
+    placed: Callable[..., Any] | None,
+    columns: Collection[str],
+) -> RewardFunction:
+    """The function of a choice, with its options checked; a built-in one is made ready."""
+    built_in = REWARDS.get(choice.name)
+    function, options = placed or load_function(choice.name), choice.options
+    imported_from, check = choice.name, None
+    place: Place | None = "thread" if config.isolation == "thread" else None
+    if built_in:
+        options = options if placed else checked_options(choice.name, function, options)
+        imported_from = built_in.function
+        place = place if built_in.place == "process" else built_in.place
+        if built_in.check:
+            check = partial(load_function(built_in.check), **options)
+    module, _, attribute = imported_from.rpartition(":")
+    made = RewardFunction(
+        function,
+        name=choice.name if built_in else None,
+        weight=choice.weight,
+        options=options,
+        imported_from=(module, attribute),
+        place="thread" if placed else place,
+        check=check,
+        columns=columns,
+    )
+    if built_in and built_in.prepare and not placed:
+        load_function(built_in.prepare)(**options)
+    return made
 
 
 def _example_answer(prompt: Prompt) -> str:
@@ -285,13 +270,6 @@ def _example_answer(prompt: Prompt) -> str:
         return spellings(prompt.answer)[0]
     except (ValueError, IndexError):
         return ""
-
-
-def _place(function: Callable[..., Any], config: RewardsConfig) -> Place | None:
-    """Place of a function, if it is not up to its state: built-in ones hold nothing and cannot hang."""
-    if any(function is built_in for built_in in REWARDS.values()):
-        return "inline"
-    return "thread" if config.isolation == "thread" else None
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:

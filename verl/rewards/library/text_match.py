@@ -98,7 +98,7 @@ def spellings(reference: Any) -> tuple[str, ...]:
     raise ValueError(f"need a reference answer with a plain spelling, got {kind}")
 
 
-def check_reference(prompt: Prompt) -> None:
+def check_reference(prompt: Prompt, **options: Any) -> None:
     """Check that a prompt has a reference answer that these rewards can compare.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import build_rewards
-from verl.rewards.text_match import check_reference, exact, position_share, prefix_share, spellings
+from verl.rewards.library.text_match import check_reference, exact, position_share, prefix_share, spellings
 from verl.utils.sampling_types import Prompt
 
 

@@ -1,0 +1,108 @@
+"""Table of the built-in rewards, and their options checked against the functions' own signatures."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from verl.config.layers import nearest_key
+from verl.rewards.execution.isolation import Place
+from verl.rewards.parameters import BATCH_VALUES, DATA_VALUES, ROW_VALUES
+from verl.utils import user_code
+
+_HERE = "verl.rewards.library"
+
+
+@dataclass(frozen=True)
+class BuiltInReward:
+    """A built-in reward. All functions are named as "module:function", and loaded when they are needed.
+
+    Attributes:
+        function: its keyword-only parameters are its options; their annotations are checked before the first
+            step. It returns a number or a mapping, as a user's function does.
+        check: called before the first step with each prompt that it is to score and with its options,
+            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare; "": none.
+        prepare: called once before the first step, `prepare(**options)`, without a time limit: loads a model,
+            or raises ValueError for options that do not fit together. "": none.
+        place: "inline" in the trainer for what cannot hang; "thread" in the trainer for what holds a model;
+            "process" in a worker process, which is ended at the time limit. An async function runs on an
+            event loop of its place. The module of a function that runs in a process should not load torch,
+            since each worker imports it.
+        refusal: reason why it cannot be used, with what to do in its place; "": it can.
+    """
+
+    function: str = ""
+    check: str = ""
+    prepare: str = ""
+    place: Place = "inline"
+    refusal: str = ""
+
+
+_COMPARES_TEXT = f"{_HERE}.text_match:check_reference"
+# Name in rewards.functions -> the function.
+REWARDS: dict[str, BuiltInReward] = {
+    "exact": BuiltInReward(f"{_HERE}.text_match:exact", check=_COMPARES_TEXT),
+    "position_share": BuiltInReward(f"{_HERE}.text_match:position_share", check=_COMPARES_TEXT),
+    "prefix_share": BuiltInReward(f"{_HERE}.text_match:prefix_share", check=_COMPARES_TEXT),
+    "model": BuiltInReward(
+        "verl.rewards.model_scoring:model", prepare="verl.rewards.model_scoring:prepare", place="thread"
+    ),
+    "code": BuiltInReward(
+        refusal="it would run the code of an answer, which needs a sandbox that verl does not have; start a "
+        "sandbox of your own, such as Sandbox Fusion, and name a function that sends the answer to it, as "
+        '"file.py:function"'
+    ),
+}
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Reward function by its name in `REWARDS`, as "package.module:function", or as "file.py:function".
+
+    Raises:
+        ValueError: there is no such name, module, file or function, or it cannot be used.
+    """
+    built_in = REWARDS.get(name)
+    if built_in and built_in.refusal:
+        raise ValueError(f"reward function {name!r} cannot be used: {built_in.refusal}")
+    target = built_in.function if built_in else name
+    if ":" not in target:
+        names = f"{', '.join(REWARDS)}; the nearest is {nearest_key(name, list(REWARDS))}"
+        raise ValueError(
+            f'need a reward function by name ({names}), as "package.module:function" or "file.py:function", '
+            f"got {name!r}"
+        )
+    return user_code.load_function(target, user="reward function")
+
+
+def option_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Options of a built-in function: its keyword-only parameters that are not filled from the data."""
+    filled = {*ROW_VALUES, *BATCH_VALUES, *DATA_VALUES, "prompt", "prompts"}
+    parameters = inspect.signature(function).parameters
+    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in filled}
+
+
+def checked_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a built-in function, each brought to the type of its parameter.
+
+    Raises:
+        ValueError: one of another type or out of its bounds; a name that is no option is left to
+            `verl.rewards.parameters.Signature`.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    known = {n: p for n, p in option_parameters(function).items() if n in options and n in hints}
+    fields: dict[str, Any] = {n: (hints[n], Field(default=p.default)) for n, p in known.items()}
+    model = create_model(f"{name}_options", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
+    try:
+        checked = model(**{n: options[n] for n in known})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"reward function {name!r}: option {place}: {first['msg']}, got {first['input']!r}"
+        ) from error
+    return {**options, **{n: getattr(checked, n) for n in known}}
