@@ -276,7 +276,7 @@ def test_so_many_checkpoints_are_kept(letters, tmp_path):
         ("rewards.functions=[exakt]", "need a reward function by name"),
         (
             "sampling.max_tokens=2000",
-            "within the policy's context of 1024 tokens, got prompts of up to 4 and sampling.max_tokens 2000",
+            "within the policy's context of 1024 tokens, got a prompt of 4 and sampling.max_tokens 2000",
         ),
         ("checkpoint.resume=nowhere", "nowhere is not a checkpoint"),
         ("tracking.sinks=[jsonll]", "did you mean 'jsonl'"),

@@ -192,12 +192,14 @@ class DataCollector:
         return RolloutBatch(kept, Batch.from_trajectories(kept), metrics, failed)
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[list[Trajectory]]:
-        """One group of rewarded trajectories per prompt.
+        """One group of rewarded trajectories per prompt; parameters of its row go over `params`.
 
         Raises:
+            ValueError: a row has parameters that the engine does not take.
             RuntimeError: too many answers have no reward.
         """
-        sampled = zip(prompts, params, strict=True)
+        own = [self._sampler.row_params(p, s, trains=False) for p, s in zip(prompts, params, strict=True)]
+        sampled = zip(prompts, own, strict=True)
         groups = self.synced_engine().run(
             gather_all([self._sampler.sample(prompt, wanted) for prompt, wanted in sampled])
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from verl.agents.groups import has_no_signal
+from verl.agents.row_sampling import check_row_sampling, with_row_sampling
 from verl.algorithms.registry import BoundFunction
 from verl.config.run import PreferenceConfig, SFTConfig, TrainerConfig
 from verl.data.batch import Trajectory
@@ -56,6 +57,15 @@ class GroupSampler:
         """Sampling parameters of group `number`; each attempt has other random numbers."""
         seed = (self._config.seed << 32) + (attempt << 26) + number
         return replace(sampling_params(self._config, self._codec, samples), seed=seed)
+
+    def row_params(self, prompt: Prompt, params: SamplingParams, *, trains: bool) -> SamplingParams:
+        """The parameters with those of the prompt's row over them.
+
+        Raises:
+            ValueError: see `check_row_sampling`.
+        """
+        check_row_sampling([prompt], self._config, trains=trains)
+        return with_row_sampling(params, prompt, self._codec)
 
     def greedy_params(self, params: SamplingParams) -> SamplingParams | None:
         """Parameters of the most likely answer to the same prompt; None if its reward is not read."""
@@ -125,7 +135,7 @@ class GroupSampler:
             return
         added = overlong_penalty(
             len(trajectory.response_ids),
-            max_tokens=self._config.sampling.max_tokens,
+            max_tokens=trajectory.prompt.sampling.get("max_tokens", self._config.sampling.max_tokens),
             buffer_tokens=algorithm.overlong_buffer_tokens,
             penalty=algorithm.overlong_penalty,
         )

@@ -108,6 +108,7 @@ class GroupSource(Source):
     async def _sample(self, group: Group) -> None:
         number = self._first_number + group.number
         params = self._sampler.params(self._samples, number=number, attempt=group.attempt)
+        params = self._sampler.row_params(group.prompt, params, trains=True)
         greedy = self._sampler.greedy_params(params)
         asked = [params] if greedy is None else [params, greedy]
         if self.in_turn:  # one after the other: batches of one kind

@@ -68,6 +68,11 @@ class DataConfig(Section):
     answer_key: str = setting(
         "answer", "Column with the reference answer: the rewards read it, and fine-tuning learns it."
     )
+    sampling_key: str | None = setting(
+        None,
+        "Column with sampling parameters of the row, over `sampling` and `evaluation`: a mapping of "
+        "temperature, top_p, top_k, min_p, max_tokens, stop, repetition_penalty.",
+    )
     system_prompt: str | None = setting(None, "Put before chat prompts that have no system message.")
     chat_template: TemplateText | None = setting(
         None, "Chat template in place of the tokenizer's own: a file with Jinja, or its text."
@@ -123,6 +128,11 @@ class RewardsConfig(Section):
 
     functions: tuple[WeightedChoice, ...] = setting(
         (), 'Functions by name, or as "package.module:function" or "path/file.py:function".'
+    )
+    column: str | None = setting(
+        None,
+        "Column with the function that rewards the row, by name or as {name, options}, in place of "
+        "`functions`; a row without one has that of its source, else `functions`.",
     )
     timeout_s: float = setting(30.0, "Time limit of one call.", unit="s", gt=0)
     max_failed_share: float = setting(

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from verl.config.data import DataConfig
+from verl.config.data import DataConfig, RewardsConfig
+from verl.data.loading.prompt_loader import PromptLoader
+from verl.data.loading.row_prompts import RowPrompts
 from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
-from verl.data.reading.row_cells import STRICT_JSON, MalformedRow, describe, parsed_json
-from verl.data.reading.sources import SourceSetting, name_of, sources_of, streams_of
+from verl.data.reading.row_cells import MalformedRow
+from verl.data.reading.sources import SourceSetting, sources_of, streams_of
 from verl.utils.sampling_types import Prompt
 
+__all__ = ["LoadReport", "PromptLoader", "drop_long_prompts", "load_prompts", "load_rows"]
 _MAX_PROBLEMS = 5
+_NO_REWARDS = RewardsConfig()
 # Columns whose names say that a model reads them, where they are not part of the prompt.
 _UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", "system_prompt"}
 _UNSEEN |= {"input", "context", *CHAT_COLUMNS}
@@ -52,7 +52,7 @@ class LoadReport:
 
 
 def load_prompts(
-    source: SourceSetting, config: DataConfig, *, split: Split
+    source: SourceSetting, config: DataConfig, *, split: Split, rewards: RewardsConfig = _NO_REWARDS
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts of a source, in its order, and a report of what was left out.
 
@@ -68,12 +68,13 @@ def load_prompts(
         config: names of the columns, and what to do with malformed rows. The system prompt is added later,
             when the prompt becomes tokens.
         split: part of a task or of a saved DatasetDict; a file is taken whole.
+        rewards: column of the reward functions of rows, and the functions that they may name.
 
     Raises:
         ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is
             stop.
     """
-    return load_rows(source, config, split, partial(prompt_of, config=config))
+    return load_rows(source, config, split, partial(prompt_of, config=config), rewards=rewards)
 
 
 def drop_long_prompts(
@@ -104,109 +105,13 @@ def drop_long_prompts(
     return kept, {"num_too_long": len(prompts) - len(kept), "longest": max(lengths)}
 
 
-class PromptLoader:
-    """Endless stream of prompts, epoch after epoch, each prompt once per epoch.
-
-    Two loaders with the same prompts, seed and state give the same prompts.
-
-    Args:
-        prompts: at least one.
-        seed: of the order, at least 0.
-        shuffle: draw a new random order in each epoch; else the given order.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
-        if not prompts:
-            raise ValueError("need at least one prompt to draw from, got none")
-        self.prompts = list(prompts)
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.position = 0
-        self._order = self._epoch_order()
-
-    def __len__(self) -> int:
-        """Prompts of an epoch."""
-        return len(self.prompts)
-
-    def take(self, n: int) -> list[Prompt]:
-        """The next n prompts, across the end of an epoch if need be."""
-        if n < 1:
-            raise ValueError(f"need to take at least one prompt, got {n}")
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._epoch_order()
-            upcoming = self._order[self.position : self.position + n - len(taken)]
-            taken += [self.prompts[i] for i in upcoming]
-            self.position += len(upcoming)
-        return taken
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the prompts so far, such as 1.5 in the middle of the second."""
-        return self.epoch + self.position / len(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and position, and everything that the order depends on; JSON values only."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from the position at which `state_dict` was taken.
-
-        Raises:
-            ValueError: the state is of other prompts, another seed or another order, so that prompts would be
-                repeated or left out.
-        """
-        for key, own in self._identity.items():
-            if state.get(key) != own:
-                raise ValueError(
-                    f"need the prompts and the order that the run began with: {key} was {state.get(key)!r} "
-                    f"and is {own!r}; restore the data, data.shuffle and seed, or start afresh with "
-                    "checkpoint.resume=never"
-                )
-        epoch, position = state.get("epoch"), state.get("position")
-        if (
-            not isinstance(epoch, int)
-            or not isinstance(position, int)
-            or epoch < 0
-            or not 0 <= position <= len(self)
-        ):
-            raise ValueError(
-                f"need an epoch from 0 and a position from 0 to {len(self)}, got {epoch!r} and {position!r}"
-            )
-        self.epoch, self.position = epoch, position
-        self._order = self._epoch_order()
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            tools = [prompt.tools] if prompt.tools else []
-            facts = [prompt.content, prompt.answer, prompt.source, *tools]
-            digest.update(json.dumps(facts, default=_stable_text).encode() + b"\n")
-        return {
-            "num_prompts": len(self.prompts),
-            "fingerprint": digest.hexdigest()[:16],
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
-
-    def _epoch_order(self) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.prompts)))
-        # NumPy promises that the raw bits of a generator never change; of its permutations it does not.
-        generator = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64))
-        order: list[int] = np.argsort(generator.random_raw(len(self.prompts)), kind="stable").tolist()
-        return order
-
-
 def load_rows(
     source: SourceSetting,
     config: DataConfig,
     split: Split,
     parse: Callable[[dict[str, Any]], ParsedRow],
+    *,
+    rewards: RewardsConfig = _NO_REWARDS,
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts that `parse` makes of the rows of a source, and a report of what was left out.
 
@@ -218,15 +123,16 @@ def load_rows(
     prompts: list[Prompt] = []
     problems: list[str] = []
     number = 0
+    missing: list[set[str]] = []
     for stream in streams_of(source, split):
-        name = name_of(stream.source)
+        made = RowPrompts(stream.source, config, parse, rewards=rewards)
         for place, raw in stream:
             try:
-                row = _as_row(raw)
-                prompts.append(_prompt(row, number, parsed=parse(row), default_source=name))
+                prompts.append(made(raw, number))
             except MalformedRow as problem:
                 problems.append(f"{place}: {problem}")
             number += 1
+        missing.append(made.missing_columns)
     label = ", ".join(one.path for one in sources_of(source)) or "an empty list"
     report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]))
     listed = "".join(f"\n  {problem}" for problem in report.problems)
@@ -242,22 +148,13 @@ def load_rows(
         raise ValueError(
             f"need at least one usable row, {label} has none among {number}{':' if listed else ''}{listed}"
         )
+    # Held-out rows may do without.
+    if split == "train" and (absent := sorted(set.intersection(*missing))):
+        raise ValueError(
+            f"need the column {absent[0]!r}, which rewards.column or data.sampling_key names, in a row of "
+            f"data.{split}, {label} has none; correct the name or leave the setting out"
+        )
     return prompts, replace(report, notes=_notes(prompts))
-
-
-def _as_row(raw: Any) -> dict[str, Any]:
-    if isinstance(raw, MalformedRow):
-        raise raw
-    if isinstance(raw, bytes):
-        try:
-            raw = STRICT_JSON.decode(raw.decode("utf-8-sig"))
-        except MalformedRow:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise MalformedRow(f"need one JSON object per line, got invalid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise MalformedRow(f"need rows that are JSON objects, got {describe(raw)}")
-    return raw
 
 
 def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
@@ -274,21 +171,3 @@ def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
         listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.items()))
         notes.append(f"the model does not see the columns {listed}")
     return tuple(notes)
-
-
-def _prompt(row: dict[str, Any], number: int, *, parsed: ParsedRow, default_source: str) -> Prompt:
-    if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
-        raise MalformedRow("need an answer, got NaN")
-    columns = {name: value for name, value in row.items() if name not in parsed.used}
-    if variables := columns.get("chat_template_kwargs"):
-        variables = columns["chat_template_kwargs"] = parsed_json(variables, "chat_template_kwargs")
-        if not isinstance(variables, dict):
-            raise MalformedRow(f"need chat_template_kwargs that are an object, got {describe(variables)}")
-    named = row.get("data_source")
-    source = default_source if named is None else str(named)
-    return Prompt(parsed.content, parsed.answer, source, number, columns, parsed.tools)
-
-
-def _stable_text(value: Any) -> str:
-    """Stand-in for a value that JSON does not know: a hash of bytes, else the name of the type."""
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else type(value).__name__

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from verl.config.data import RewardsConfig
 from verl.config.loader import with_steps
 from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig, TrainerConfig
@@ -335,7 +336,8 @@ class BaseTrainer(ABC):
                 f"need data.{split}: a file of rows (JSON, CSV, Parquet or Arrow), a folder of them, or "
                 "task:NAME such as task:add-2"
             )
-        return self.short_enough(*load_prompts(source, self.config.data, split=split))
+        rewards = self.config.rewards if isinstance(self.config, TrainerConfig) else RewardsConfig()
+        return self.short_enough(*load_prompts(source, self.config.data, split=split, rewards=rewards))
 
     def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
         """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones.
@@ -353,12 +355,14 @@ class BaseTrainer(ABC):
         skips = data.on_malformed == "skip"
         report = with_refused(report, problems, skips=skips, usable=len(usable))
         kept, dropped = drop_long_prompts(usable, lengths, limit)
-        longest, context = max(n for n in lengths if n <= limit), self.context
-        if self.reserved_answer_tokens and longest + self.reserved_answer_tokens > context:
+        answers = [int(prompt.sampling.get("max_tokens", self.reserved_answer_tokens)) for prompt in usable]
+        inside = ((n, answer) for n, answer in zip(lengths, answers, strict=True) if n <= limit)
+        longest, answer = max(inside, key=sum)
+        if self.reserved_answer_tokens and longest + answer > self.context:
             raise ValueError(
-                f"need prompt and answer within the policy's context of {context} tokens, got prompts of up "
-                f"to {longest} and sampling.max_tokens {self.reserved_answer_tokens}; lower "
-                "sampling.max_tokens or data.max_prompt_tokens"
+                f"need prompt and answer within the policy's context of {self.context} tokens, got a prompt "
+                f"of {longest} and sampling.max_tokens {answer}; lower sampling.max_tokens, that of the row "
+                "or data.max_prompt_tokens"
             )
         return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
+from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
@@ -226,6 +227,7 @@ class Trainer(RunnableTrainer):
     @override
     def read_data(self) -> None:
         prompts, report = self.read_prompts(self.config.data.train, "train")
+        check_row_sampling(prompts, self.config, trains=True)
         self.use_train_rows(
             prompts,
             report,

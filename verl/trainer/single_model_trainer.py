@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from verl.agents.group_sampler import evaluation_params
+from verl.agents.row_sampling import with_row_sampling
 from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport
@@ -155,9 +156,10 @@ def sampled_rows(
     asked = [(prompt, codec.encode_prompt(prompt)) for prompt in prompts[: config.tracking.num_samples]]
     asked = [(prompt, ids) for prompt, ids in asked if len(ids) < context]
     sampling = evaluation_params(config, codec, 1)
+    own = [with_row_sampling(sampling, prompt, codec) for prompt, _ in asked]
     params = [
-        replace(sampling, seed=i, max_tokens=min(sampling.max_tokens, context - len(ids)))
-        for i, (_, ids) in enumerate(asked)
+        replace(wanted, seed=i, max_tokens=min(wanted.max_tokens, context - len(ids)))
+        for i, (wanted, (_, ids)) in enumerate(zip(own, asked, strict=True))
     ]
     answers = EmbeddedEngine(model, codec).generate([ids for _, ids in asked], params)
     return [
@@ -171,7 +173,7 @@ def sampled_rows(
                 [answer.version] * len(answer.token_ids),
                 group=i,
                 truncated=answer.finish_reason == "length",
-                text=codec.decode_answer(answer.token_ids, sampling.stop),
+                text=codec.decode_answer(answer.token_ids, params[i].stop),
             ),
             codec,
         )

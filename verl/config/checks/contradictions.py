@@ -31,7 +31,7 @@ class Contradiction:
         return f"need {self.need}, got {self.got}; {self.remedy}".format(c=config)
 
 
-def _compares_with_sampler(config: TrainerConfig) -> bool:
+def compares_with_sampler(config: TrainerConfig) -> bool:
     """True if the ratio of the policy loss is to the probabilities of the sampler."""
     a = config.algorithm
     return a.correction.name in ("bypass", "loglinear", "off_policy_mask") or a.policy_loss.name == "dppo"
@@ -53,7 +53,7 @@ _RECOMPUTE = "algorithm.correction=recompute and a policy loss other than dppo"
 _SAMPLING = (
     Contradiction(
         lambda c: (
-            _compares_with_sampler(c)
+            compares_with_sampler(c)
             and (c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0)
         ),
         "logprobs of the whole distribution",
@@ -62,7 +62,7 @@ _SAMPLING = (
         f"set {_RECOMPUTE}",
     ),
     Contradiction(
-        lambda c: _compares_with_sampler(c) and c.sampling.repetition_penalty != 1,
+        lambda c: compares_with_sampler(c) and c.sampling.repetition_penalty != 1,
         "logprobs of the model's own distribution",
         f"sampling.repetition_penalty {{c.sampling.repetition_penalty}} with {_CORRECTION_AND_LOSS}",
         f"set {_RECOMPUTE}",
@@ -78,7 +78,7 @@ _SAMPLING = (
         "take another engine",
     ),
     Contradiction(
-        lambda c: _compares_with_sampler(c) and c.sampling.temperature == 0,
+        lambda c: compares_with_sampler(c) and c.sampling.temperature == 0,
         "logprobs of the distribution that was sampled",
         f"sampling.temperature 0 with {_CORRECTION_AND_LOSS}",
         f"set a temperature above 0, or {_RECOMPUTE}",

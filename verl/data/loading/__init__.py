@@ -1,0 +1,1 @@
+"""Rows as prompts, and the order in which a run draws them."""
