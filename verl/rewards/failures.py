@@ -32,6 +32,10 @@ class RewardFailure:
         return cls("reward_timeout", f"no answer within {limit_s:g} s{hint}")
 
 
+class FatalRewardError(RuntimeError):
+    """A failure that ends the run: no later call of the function could succeed."""
+
+
 def attempt(function: Callable[[], Any]) -> Any:
     """Value of the function, or a `RewardFailure`; no exception gets out, not even of `sys.exit`."""
     try:

@@ -36,6 +36,10 @@ class HTTPStatusError(EngineError):
         return 400 <= self.status < 500 and self.status not in (408, 409, 425, 429)
 
 
+class NoResponseError(EngineError):
+    """A server has not answered a request in time."""
+
+
 class SilenceError(EngineError):
     """A server has sent nothing for too long."""
 
@@ -47,14 +51,15 @@ class HTTPClient:
         name: of the engine, for messages.
         address: base URL, http://HOST:PORT with or without a path.
         api_key: sent as `Authorization: Bearer`; "": none.
+        use_proxy: go through the proxy that the environment names, if it names one.
     """
 
-    def __init__(self, name: str, address: str, *, api_key: str) -> None:
+    def __init__(self, name: str, address: str, *, api_key: str, use_proxy: bool = False) -> None:
         self._name, self._address, self._api_key = name, address.rstrip("/"), api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # No limit on connections here: the server or the pool decides how many requests run at a time.
         self._session = aiohttp.ClientSession(
-            headers=headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False
+            headers=headers, connector=aiohttp.TCPConnector(limit=0), trust_env=use_proxy
         )
 
     async def close(self) -> None:
@@ -66,7 +71,8 @@ class HTTPClient:
 
         Raises:
             HTTPStatusError: a status other than 2xx.
-            EngineError: no response in time, or a response that is not a JSON object.
+            NoResponseError: no response in time.
+            EngineError: no connection, or a response that is not a JSON object.
         """
         async with self._request(method, path, body, timeout_s) as response:
             content = await response.read()
@@ -118,7 +124,7 @@ class HTTPClient:
         except EngineError:
             raise
         except asyncio.TimeoutError as error:
-            raise EngineError(f"{self._name} gave no sign of life at {path} in time") from error
+            raise NoResponseError(f"{self._name} gave no sign of life at {path} in time") from error
         # RuntimeError: the session was closed meanwhile.
         except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
             raise self._unreachable(path, error) from error

@@ -94,6 +94,42 @@ class OwnLoop:
         self._loop.close()
 
 
+class BackgroundLoop:
+    """An event loop in a daemon thread, whose coroutines several threads may wait for at once.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`."""
+        return self._loop.is_closed()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Result of a coroutine in the loop; an interrupt of the wait cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return wait_for(future)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel all tasks and end the thread; may be called again."""
+        if self.is_closed:
+            return
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
 def wait_for(future: Future[T], *, check: Callable[[], None] = lambda: None) -> T:
     """Result of a future; `check` may raise between two waits for it."""
     while not wait([future], timeout=_POLL_S).done:
@@ -141,6 +177,13 @@ async def gather_all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 async def call_in_thread(call: Callable[[], T], *, name: str) -> T:
     """Result of a blocking call in a daemon thread, which does not delay the end of the program."""
     return await asyncio.get_running_loop().run_in_executor(_DaemonThread(name), call)
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class _DaemonThread(Executor):

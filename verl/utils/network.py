@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import tempfile
@@ -53,6 +54,14 @@ def address_towards(url: str | None) -> str:
         probe.connect((parts.hostname or LOOPBACK, parts.port or 80))
         address: str = probe.getsockname()[0]
         return address
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach a host address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port(address: str = LOOPBACK) -> int:

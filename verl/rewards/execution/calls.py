@@ -22,7 +22,7 @@ from verl.rewards.execution.worker_handles import (
     ThreadWorker,
     WorkerLostError,
 )
-from verl.rewards.failures import RewardFailure
+from verl.rewards.failures import FatalRewardError, RewardFailure
 from verl.rewards.reward_log import logging_call
 
 # Time for a worker to start, to import the function and to read the arguments, before that of the call.
@@ -70,9 +70,15 @@ class RewardCall:
         return self.round is not None and not self.round.over.is_set() and self.result is PENDING
 
     def run_inline(self) -> None:
-        """Settles it in the calling thread, before anybody waits for it."""
+        """Settles it in the calling thread, before anybody waits for it.
+
+        Raises:
+            FatalRewardError: no later call of the function could succeed.
+        """
         try:
             self.result = logging_call(self.callee.function, self.args, self.kwargs)()
+        except FatalRewardError:
+            raise
         except Exception as error:  # kept on the trajectory, as its outcome
             self.result = RewardFailure.from_exception(error)
 
@@ -315,6 +321,7 @@ class CallPool:
 
         Raises:
             RuntimeError: too many threads of the trainer are stuck in calls that never return.
+            FatalRewardError: a function can never succeed again.
         """
         for call in calls:
             if call.callee.place == "inline" and call.result is PENDING:

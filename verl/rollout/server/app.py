@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from verl.rollout.server.token_stream import TokenStreamServer
 from verl.rollout.server.weight_control import WeightControlAPI
 from verl.rollout.server.weight_loader import WeightLoader
 from verl.utils.device import pick_device
+from verl.utils.network import is_loopback
 from verl.utils.tokens import TextCodec
 
 _LOG = logging.getLogger(__name__)
@@ -82,14 +82,6 @@ class ServeOptions:
                 f"need a key to serve on {self.host}, which others can reach; put one into the environment"
                 " variable that --api-key-env names, or serve on 127.0.0.1"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach a host address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server:

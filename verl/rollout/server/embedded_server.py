@@ -61,8 +61,9 @@ class EmbeddedServerOptions:
 
 @dataclass(frozen=True)
 class _Connection:
-    """The clients of a server that is open."""
+    """The clients of a server that is open, and its URL."""
 
+    address: str
     http: HTTPClient
     tokens: TokenStreamClient
 
@@ -98,6 +99,21 @@ class EmbeddedServer(InferenceServer):
             raise EngineError(f"{self.spec.name} has no process of its own")
         return self._process.pid
 
+    @property
+    def address(self) -> str:
+        """URL of the open server."""
+        return self._connection.address
+
+    @property
+    def secret(self) -> str:
+        """API key of the server."""
+        return self._secret
+
+    def check_process(self) -> None:
+        """Raise EngineError, with the cause, if the started process has ended."""
+        if self._process is not None:
+            self._process.check()
+
     @override
     async def open(self) -> None:
         deadline = time.monotonic() + self.spec.start_timeout_s
@@ -111,8 +127,7 @@ class EmbeddedServer(InferenceServer):
 
     @override
     async def check(self) -> None:
-        if self._process is not None:
-            self._process.check()
+        self.check_process()
         try:
             await self._connection.http.json("GET", "/health", timeout_s=self.spec.timeout_s)
         except EngineError as error:
@@ -217,10 +232,9 @@ class EmbeddedServer(InferenceServer):
         tokens = TokenStreamClient(
             self.spec.name, lambda: http.websocket(PATH, MAX_MESSAGE_BYTES), timeout_s=self.spec.timeout_s
         )
-        self._open_connection = _Connection(http, tokens)
+        self._open_connection = _Connection(address, http, tokens)
         while True:
-            if self._process is not None:
-                self._process.check()
+            self.check_process()
             try:
                 state = await http.json("GET", "/control/state", timeout_s=_REQUEST_S)
                 if self._process is None or state.get("pid") == self._process.pid:
