@@ -117,6 +117,8 @@ class GroupSource(Source):
             answered = await gather_all([self._sampler.sample(group.prompt, p) for p in asked])
         group.answers = answered[0]
         group.baseline = answered[1][0] if greedy is not None else None
+        for answer in group.all_trajectories:
+            answer.group = group.number  # rewards that compare siblings read it
 
     async def _sample_beside_training(self, group: Group) -> None:
         try:

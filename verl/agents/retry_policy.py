@@ -12,7 +12,7 @@ from verl.monitoring.ledger import Ledger
 
 Decision = Literal["complete", "retry", "gone"]
 # Outcomes of a reward that another attempt may mend.
-_TRANSIENT = ("reward_error", "reward_timeout", "reward_crash")
+_TRANSIENT = ("reward_error", "reward_timeout", "reward_crash", "judge_timeout", "judge_unavailable")
 # Seconds before the first retry beside training, and their growth: a service needs time to come back.
 _FIRST_PAUSE_S, _PAUSE_GROWTH = 2.0, 3.0
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from verl.config.data import RewardsConfig, WeightedChoice
@@ -19,6 +20,7 @@ from verl.rewards.library.text_match import spellings
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
+from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -148,8 +150,10 @@ class RewardFunctions:
             function.check_data(prompts)
 
     def close(self) -> None:
-        """Ends the processes and threads that calls run in; the next call starts new ones."""
+        """Ends the processes and threads that calls run in, and the servers of judges."""
         self._pool.close()
+        for function in self._functions.values():
+            function.close()
 
     def _results(self, rows: Sequence[Trajectory]) -> dict[str, list[Score | RewardFailure | None]]:
         """Result of each function for each row."""
@@ -173,9 +177,11 @@ class RewardFunctions:
             cause = f"the weighted sum is {reward}"
             failures = {", ".join(results): RewardFailure("reward_not_finite", cause)}
         trajectory.scores.update(named_scores(scored))
-        for score in scored.values():
-            trajectory.extras.update(score.extras)
-            trajectory.logged.update(score.logged)
+        for name, score in scored.items():
+            for key, value in score.extras.items():
+                trajectory.extras[key if key not in trajectory.extras else f"{name}/{key}"] = value
+            for key, value in score.logged.items():
+                trajectory.logged[key if key not in trajectory.logged else f"{name}/{key}"] = value
         # In the order of the functions, whichever apply: the parts of siblings are compared one by one.
         weights = {name: function.weight for name, function in self._functions.items()}
         weighted = [
@@ -213,10 +219,18 @@ def build_rewards(
         ValueError: there is none, a name is unknown, or a function fits no form (see `RewardFunction`).
     """
     given = [] if reward_fn is None else [reward_fn] if callable(reward_fn) else list(reward_fn)
-    functions = [
-        _chosen_function(choice, config, placed=(placed or {}).get(choice.name), columns=columns)
-        for choice in config.functions
-    ]
+    functions: list[RewardFunction] = []
+    try:
+        for choice in config.functions:
+            elsewhere = (placed or {}).get(choice.name)
+            if choice.name in REWARDS and REWARDS[choice.name].build:
+                functions.append(_built_function(choice, folder=context.folder, note=note))
+            else:
+                functions.append(_chosen_function(choice, config, placed=elsewhere, columns=columns))
+    except BaseException:
+        for function in functions:
+            function.close()
+        raise
     on_thread: Place | None = "thread" if config.isolation == "thread" else None
     functions += [RewardFunction(f, place=on_thread, columns=columns) for f in given]
     return RewardFunctions(
@@ -260,6 +274,22 @@ def _chosen_function(
     if built_in and built_in.prepare and not placed:
         load_function(built_in.prepare)(**options)
     return made
+
+
+def _built_function(
+    choice: WeightedChoice, *, folder: Path | None, note: Callable[[str], None]
+) -> RewardFunction:
+    """The built-in function with state of a choice."""
+    build = user_code.load_function(
+        REWARDS[choice.name].build, user=f"reward function {choice.name}", keeps_class=True
+    )
+    try:
+        made = build(choice.options, folder=folder, note=note)
+    except ValueError as error:
+        raise ValueError(f"reward function {choice.name!r}: {error}") from error
+    return RewardFunction(
+        made, name=choice.name, weight=choice.weight, place="inline", check=made.check, close=made.close
+    )
 
 
 def _example_answer(prompt: Prompt) -> str:

@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from verl.data.batch import RemoteRow, Trajectory
@@ -39,10 +40,12 @@ class CallContext:
     Attributes:
         prompt_text: the text that the model reads for a prompt.
         state: progress of the run.
+        folder: of the run's files; None: there is none.
     """
 
     prompt_text: Callable[[Prompt], str] = _text_of
     state: Callable[[], TrainerState] = TrainerState
+    folder: Path | None = None
 
 
 def completion_of(trajectory: Trajectory) -> str | list[dict[str, str]]:
@@ -90,6 +93,7 @@ ROW_VALUES: dict[str, Callable[[Trajectory], Any]] = {
 # A function that has one of these is called once for all answers, with a list for each parameter.
 BATCH_VALUES: dict[str, Callable[[Trajectory], Any]] = {
     "completions": completion_of,
+    "trajectories": lambda t: t,
     "completion_ids": lambda t: list(t.response_ids),
     "completions_ids": lambda t: list(t.response_ids),
     "responses": lambda t: t.text,
@@ -117,8 +121,9 @@ PLURALS = {
 }
 KNOWN_NAMES: Final = (
     "for each answer: prompt, response, completion, solution_str, trajectory, state; over all answers: "
-    "prompts, completions, responses, completion_ids, queries, solution_strs; in both: answer, ground_truth, "
-    "label, data_source, source, task, extra_info, info, tools, trainer_state, and every column of the data"
+    "prompts, completions, responses, trajectories, completion_ids, queries, solution_strs; in both: answer, "
+    "ground_truth, label, data_source, source, task, extra_info, info, tools, trainer_state, and every "
+    "column of the data"
 )
 
 
@@ -133,7 +138,7 @@ class Signature:
 
     Attributes:
         is_batched: it is called once for all answers.
-        takes_trajectory: one of its parameters is the trajectory.
+        takes_trajectories: one of its parameters is the trajectory, or all of them.
 
     Raises:
         ValueError: its parameters cannot be read, none of them takes the answer, or an option is not one.
@@ -160,7 +165,7 @@ class Signature:
         self._parameters = {p.name: p for p in parameters if p.kind not in unnamed}
         named = [p for p in self._parameters if p not in options]
         self.is_batched = any(p in BATCH_VALUES for p in named)
-        self.takes_trajectory = not self.is_batched and "trajectory" in named
+        self.takes_trajectories = ("trajectories" if self.is_batched else "trajectory") in named
         # As in verl: what is not one of its four parameters is an option, with or without a default.
         self._is_of_verl = not {"solution_str", "solution_strs"}.isdisjoint(named)
         self._own = BATCH_VALUES if self.is_batched else ROW_VALUES

@@ -41,6 +41,7 @@ class RewardFunction:
         imported_from: module or file, and name in it, where the settings name the function.
         place: "inline" or "thread" to run it in the trainer; None for a worker process if that can be.
         check: raises ValueError for a prompt that it cannot score.
+        close: ends what it has started.
         columns: names of the columns of the data, for messages.
 
     Raises:
@@ -57,10 +58,11 @@ class RewardFunction:
         imported_from: tuple[str, str] | None = None,
         place: Place | None = None,
         check: Callable[[Prompt], object] | None = None,
+        close: Callable[[], None] = lambda: None,
         columns: Collection[str] = (),
     ) -> None:
         self.name = name or _name_of(function)
-        self.weight = weight
+        self.weight, self.close = weight, close
         if not math.isfinite(weight):
             raise ValueError(f"need a finite weight for reward function {self.name!r}, got {weight}")
         self._signature = Signature(function, self.name, options or {}, columns=columns)
@@ -118,7 +120,7 @@ class RewardFunction:
     def _call(self, name: str, rows: Sequence[Trajectory], context: CallContext) -> RewardCall:
         """A call for these rows, or one that has failed if the data has no value for a parameter."""
         call = RewardCall(name, self.callee)
-        if self.callee.place == "process" and self._signature.takes_trajectory:
+        if self.callee.place == "process" and self._signature.takes_trajectories:
             rows = [with_fetched_tokens(row) for row in rows]
         try:
             call.args, call.kwargs = self._signature.arguments(rows, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -219,7 +220,9 @@ class Trainer(RunnableTrainer):
             config,
             self._reward_fn,
             placed=self.groups.placed_rewards,
-            context=CallContext(self.codec.prompt_text, partial(TrainerState.of, self)),
+            context=CallContext(
+                self.codec.prompt_text, partial(TrainerState.of, self), Path(self.config.output_dir)
+            ),
             columns=columns_of(prompts),
             note=self.notes.append,
         )

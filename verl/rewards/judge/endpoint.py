@@ -149,14 +149,11 @@ class JudgeEndpoint:
 
     def _body(self, question: Question, reminder: str = "") -> dict[str, Any]:
         o = self._options
-        text = "\n\n".join(filter(None, [question.text, question.format, reminder]))
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": [
-                {"role": "system", "content": question.system},
-                {"role": "user", "content": text},
-            ],
-        }
+        first = [] if o.system_role else [question.system]
+        text = "\n\n".join(filter(None, [*first, question.text, question.format, reminder]))
+        messages = [{"role": "system", "content": question.system}] if o.system_role else []
+        messages.append({"role": "user", "content": text})
+        body: dict[str, Any] = {"model": self._model, "messages": messages}
         body |= {} if o.max_tokens is None else {"max_tokens": o.max_tokens}
         body |= {} if o.temperature is None else {"temperature": o.temperature}
         return {**body, **question.extra, **o.extra}
@@ -166,9 +163,9 @@ class JudgeEndpoint:
     ) -> Verdict | RewardFailure:
         if self._cache is not None:
             found = await asyncio.to_thread(self._cache.get, key)
-            if found is not None and (verdict := _verdict_of(found, read)) is not None:
+            if found is not None and (kept := _verdict_of(found, read)) is not None:
                 tally.cache_hits += 1
-                return verdict
+                return kept
         async with self._slots:
             verdict = await self._ask_until_answered(key, question, read, tally)
         if isinstance(verdict, RewardFailure):

@@ -29,6 +29,9 @@ class JudgeOptions(Section):
     template: str = setting(
         "", "Jinja template of the question, a text or a file, in place of the built-in one."
     )
+    system_role: bool = setting(
+        True, "Send the instructions as a system message; else in front of the question."
+    )
     max_tokens: int | None = setting(512, "Longest reply; null: the field is not sent.", unit="tokens", ge=1)
     temperature: float | None = setting(0.0, "Of the judge; null: the field is not sent.", ge=0)
     samples: int = setting(1, "Replies to each question, which are averaged.", ge=1)

@@ -37,8 +37,9 @@ PAIRWISE_SYSTEM = (
     "their length decides. " + _DATA_RULE.format(tags="<prompt>, <response_a>, <response_b> and <reference>")
 )
 RANKING_SYSTEM = (
-    "You are a strict and fair judge. You compare several answers to the same prompt with each other. Neither "
-    "their order nor their length decides. " + _DATA_RULE.format(tags="<prompt>, <response> and <reference>")
+    "You are a strict and fair judge. You compare several answers to the same prompt with each other. "
+    "Neither their order nor their length decides. "
+    + _DATA_RULE.format(tags="<prompt>, <response> and <reference>")
 )
 SCORE_TEMPLATE = """{% if rubric %}{{ rubric }}
 

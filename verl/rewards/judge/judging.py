@@ -35,7 +35,7 @@ _SHOWN = 1000
 
 @dataclass
 class Judgement:
-    """What a judge says about some answers.
+    """Verdicts of a judge on some answers.
 
     Attributes:
         values: of each answer: a number, a mapping with `reward`, the failure, or None if the judge does not
@@ -109,6 +109,8 @@ class Judge(ABC):
         Raises:
             FatalRewardError: a limit is reached, or no later question could be answered.
         """
+        if self._loop.is_closed:
+            raise RuntimeError("the judge is closed, build the reward functions again")
         tally = Tally()
         judgement = self._loop.run(self.judge(trajectories, tally))
         for name, count in tally.metrics().items():
@@ -225,11 +227,11 @@ class Judge(ABC):
         try:
             answer = await self.endpoint.probe(question)
         except FatalRewardError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+            raise ValueError(str(error)) from error
         if isinstance(answer, RewardFailure):
             raise ValueError(
-                f"{self.name}: need an answer of the judge {place} to a first question, got: {answer.detail}; "
-                "start its server, or correct its options"
+                f"need an answer of the judge {place} to a first question, got: "
+                f"{answer.detail}; start its server, or correct its options"
             )
         seconds = time.monotonic() - start_s
         self._note(f"{self.name}: {place} answered a first question in {seconds:.1f} s")

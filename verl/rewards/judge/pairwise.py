@@ -20,16 +20,16 @@ from verl.utils.sampling_types import Prompt
 
 _SHARE_OF_A = {"a": 1.0, "tie": 0.5, "b": 0.0}
 _FORM = (
-    'Compare them briefly, then end your reply with one line of JSON: {"winner": "A"} if response A is better, '
-    '{"winner": "B"} if response B is better, {"winner": "tie"} if they are equally good.'
+    'Compare them briefly, then end your reply with one line of JSON: {"winner": "A"} if response A is '
+    'better, {"winner": "B"} if response B is better, {"winner": "tie"} if they are equally good.'
 )
 
 
 class PairwiseJudge(Judge):
     """Share of the comparisons that an answer wins; a tie counts one half.
 
-    LLM-as-a-judge, https://arxiv.org/abs/2306.05685, sections 3.1 and 3.4: with both orders, a pair is won by
-    the answer that wins in both, and else a tie.
+    LLM-as-a-judge, https://arxiv.org/abs/2306.05685, section 3.1; section 3.4 for the effect of the order,
+    which both orders cancel: an answer that wins in one of them alone has won one half.
     """
 
     name: ClassVar[str] = "judge_pairwise"

@@ -1,4 +1,4 @@
-"""`judge_ranking`: a judge sees all answers of a group at once, and gives them scores relative to each other."""
+"""`judge_ranking`: a judge sees all answers of a group at once, and scores them relative to each other."""
 
 from __future__ import annotations
 

@@ -26,13 +26,17 @@ class BuiltInReward:
         function: its keyword-only parameters are its options; their annotations are checked before the first
             step. It returns a number or a mapping, as a user's function does.
         check: called before the first step with each prompt that it is to score and with its options,
-            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare; "": none.
+            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare; "":
+            none.
         prepare: called once before the first step, `prepare(**options)`, without a time limit: loads a model,
             or raises ValueError for options that do not fit together. "": none.
         place: "inline" in the trainer for what cannot hang; "thread" in the trainer for what holds a model;
             "process" in a worker process, which is ended at the time limit. An async function runs on an
             event loop of its place. The module of a function that runs in a process should not load torch,
             since each worker imports it.
+        build: class of a function with state, in place of `function`: `build(options, folder=..., note=...)`
+            checks its options itself, and its objects have `check(prompt)` and `close()`. It runs inline, and
+            keeps time limits of its own; "": none.
         refusal: reason why it cannot be used, with what to do in its place; "": it can.
     """
 
@@ -40,6 +44,7 @@ class BuiltInReward:
     check: str = ""
     prepare: str = ""
     place: Place = "inline"
+    build: str = ""
     refusal: str = ""
 
 
@@ -52,6 +57,9 @@ REWARDS: dict[str, BuiltInReward] = {
     "model": BuiltInReward(
         "verl.rewards.model_scoring:model", prepare="verl.rewards.model_scoring:prepare", place="thread"
     ),
+    "judge": BuiltInReward(build="verl.rewards.judge.absolute:ScoreJudge"),
+    "judge_pairwise": BuiltInReward(build="verl.rewards.judge.pairwise:PairwiseJudge"),
+    "judge_ranking": BuiltInReward(build="verl.rewards.judge.ranking:RankingJudge"),
     "code": BuiltInReward(
         refusal="it would run the code of an answer, which needs a sandbox that verl does not have; start a "
         "sandbox of your own, such as Sandbox Fusion, and name a function that sends the answer to it, as "
