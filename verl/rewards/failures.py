@@ -16,10 +16,12 @@ class RewardFailure:
     Attributes:
         outcome: as on a trajectory, such as "reward_error".
         detail: the cause in words.
+        exit_code: of the worker process that ended in the call, negative for a signal; None: it did not end.
     """
 
     outcome: str
     detail: str
+    exit_code: int | None = None
 
     @classmethod
     def from_exception(cls, error: BaseException) -> RewardFailure:

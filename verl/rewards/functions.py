@@ -16,7 +16,7 @@ from verl.rewards.execution.calls import CallPool
 from verl.rewards.execution.isolation import Place
 from verl.rewards.failures import RewardFailure
 from verl.rewards.library.reward_table import REWARDS, checked_options, load_function
-from verl.rewards.library.text_match import spellings
+from verl.rewards.library.spellings import spellings
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
@@ -252,14 +252,17 @@ def _chosen_function(
     """The function of a choice, with its options checked; a built-in one is made ready."""
     built_in = REWARDS.get(choice.name)
     function, options = placed or load_function(choice.name), choice.options
-    imported_from, check = choice.name, None
+    imported_from, check, score_of_failure = choice.name, None, None
     place: Place | None = "thread" if config.isolation == "thread" else None
     if built_in:
         options = options if placed else checked_options(choice.name, function, options)
         imported_from = built_in.function
-        place = place if built_in.place == "process" else built_in.place
+        # One for a process holds nothing that it could share, and relies on its limits.
+        place = None if built_in.place == "process" else built_in.place
         if built_in.check:
             check = partial(load_function(built_in.check), **options)
+        if built_in.score_of_failure:
+            score_of_failure = load_function(built_in.score_of_failure)
     module, _, attribute = imported_from.rpartition(":")
     made = RewardFunction(
         function,
@@ -269,6 +272,7 @@ def _chosen_function(
         imported_from=(module, attribute),
         place="thread" if placed else place,
         check=check,
+        score_of_failure=score_of_failure,
         columns=columns,
     )
     if built_in and built_in.prepare and not placed:

@@ -42,6 +42,7 @@ class RewardFunction:
         place: "inline" or "thread" to run it in the trainer; None for a worker process if that can be.
         check: raises ValueError for a prompt that it cannot score.
         close: ends what it has started.
+        score_of_failure: value of an answer that is itself to blame for the failure of its call, or None.
         columns: names of the columns of the data, for messages.
 
     Raises:
@@ -59,6 +60,7 @@ class RewardFunction:
         place: Place | None = None,
         check: Callable[[Prompt], object] | None = None,
         close: Callable[[], None] = lambda: None,
+        score_of_failure: Callable[[RewardFailure], Any] | None = None,
         columns: Collection[str] = (),
     ) -> None:
         self.name = name or _name_of(function)
@@ -66,7 +68,7 @@ class RewardFunction:
         if not math.isfinite(weight):
             raise ValueError(f"need a finite weight for reward function {self.name!r}, got {weight}")
         self._signature = Signature(function, self.name, options or {}, columns=columns)
-        self._check = check
+        self._check, self._score_of_failure = check, score_of_failure
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             type(function).__call__
         )
@@ -87,7 +89,7 @@ class RewardFunction:
     def scores(self, calls: Sequence[RewardCall], num_rows: int) -> list[Score | RewardFailure | None]:
         """Score of each row from settled calls; its failure, or None where the function does not apply."""
         if not self._signature.is_batched:
-            return [score_of(call.result) for call in calls]
+            return [score_of(self._blamed(call.result)) for call in calls]
         result = calls[0].result
         log = result.log if isinstance(result, Logged) else None
         values = row_values(result.value if isinstance(result, Logged) else result, num_rows)
@@ -109,6 +111,13 @@ class RewardFunction:
         self._signature.check_data(prompts)
         for prompt in prompts if self._check else ():
             self._check_prompt(prompt)
+
+    def _blamed(self, result: Any) -> Any:
+        """The result; in place of a failure the value of an answer that is to blame for it."""
+        if isinstance(result, RewardFailure) and self._score_of_failure is not None:
+            value = self._score_of_failure(result)
+            return result if value is None else value
+        return result
 
     def _check_prompt(self, prompt: Prompt) -> None:
         assert self._check is not None

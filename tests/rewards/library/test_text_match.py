@@ -8,7 +8,8 @@ import pytest
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import build_rewards
-from verl.rewards.library.text_match import check_reference, exact, position_share, prefix_share, spellings
+from verl.rewards.library.spellings import spellings
+from verl.rewards.library.text_match import check_reference, exact, position_share, prefix_share
 from verl.utils.sampling_types import Prompt
 
 

@@ -38,6 +38,7 @@ Call = Callable[[], Any]
 Request = tuple[int, Callable[[], Call]]
 # The number of the call whose code runs, in memory that the trainer maps too.
 RUNNING = struct.Struct("=Q")
+_is_worker = threading.Event()
 _PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 
@@ -192,6 +193,11 @@ class _MarkedCoroutine(Coroutine[Any, Any, Any]):
         return self._coroutine.__await__()
 
 
+def is_worker_process() -> bool:
+    """True in a process that runs nothing but calls."""
+    return _is_worker.is_set()
+
+
 def main(connection_fd: int, running_fd: int, is_async: bool, timeout_s: float) -> None:
     """Body of a worker process.
 
@@ -201,6 +207,7 @@ def main(connection_fd: int, running_fd: int, is_async: bool, timeout_s: float) 
         is_async: serve coroutines; else plain calls.
         timeout_s: limit of a coroutine.
     """
+    _is_worker.set()
     if sys.platform == "linux":
         # A function that hangs must not outlive a trainer that was killed.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

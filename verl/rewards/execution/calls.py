@@ -181,7 +181,7 @@ class _Lane:
             try:
                 self._handle(self._worker.receive(self._wait_s()))
             except WorkerLostError as loss:
-                self._recover(str(loss))
+                self._recover(loss)
         if self._worker is not None:
             self._worker.kill()
 
@@ -209,7 +209,7 @@ class _Lane:
         except (ValueError, OSError) as error:
             self._settle(call.number, RewardFailure("reward_error", str(error)))
         except WorkerLostError as loss:
-            self._recover(str(loss))
+            self._recover(loss)
 
     def _wait_s(self) -> float:
         """Seconds until a call can be over its limit, or until new calls may have come for free slots."""
@@ -235,10 +235,10 @@ class _Lane:
     def _settle(self, number: int, result: Any) -> None:
         self._calls.pop(number).settle(result)
 
-    def _recover(self, cause: str) -> None:
+    def _recover(self, loss: WorkerLostError) -> None:
         """Deals with the death of the worker."""
         suspects = [c for c in self._calls.values() if c.has_begun or c.num_starts >= _MAX_STARTS]
-        self._replace_worker(suspects, RewardFailure("reward_crash", cause))
+        self._replace_worker(suspects, RewardFailure("reward_crash", str(loss), loss.exit_code))
 
     def _replace_worker(self, suspects: Sequence[RewardCall], failure: RewardFailure) -> None:
         """Kills the worker, fails the call that held it, and queues its other calls again.

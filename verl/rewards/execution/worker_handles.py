@@ -53,7 +53,15 @@ _EXIT_S = 1.0
 
 
 class WorkerLostError(Exception):
-    """A worker that has died, or no longer reads; says how."""
+    """A worker that has died, or no longer reads; says how.
+
+    Attributes:
+        exit_code: of its process, negative for a signal; None if it has not ended.
+    """
+
+    def __init__(self, cause: str, exit_code: int | None = None) -> None:
+        super().__init__(cause)
+        self.exit_code = exit_code
 
 
 class CallWorker(ABC):
@@ -129,7 +137,7 @@ class ProcessWorker(CallWorker):
         try:
             self._connection.send((number, callee.key, definition, arguments))
         except OSError as error:
-            raise WorkerLostError(self._cause_of_death()) from error
+            raise self._loss() from error
 
     @override
     def receive(self, timeout_s: float) -> Event | None:
@@ -138,7 +146,7 @@ class ProcessWorker(CallWorker):
                 return None
             kind, number, body = self._connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise WorkerLostError(self._cause_of_death()) from error
+            raise self._loss() from error
         try:
             return kind, number, unpickled(body)
         except Exception as error:  # The value's own code may raise anything.
@@ -156,15 +164,17 @@ class ProcessWorker(CallWorker):
         self._process.wait()
         self._connection.close()
 
-    def _cause_of_death(self) -> str:
+    def _loss(self) -> WorkerLostError:
+        """The way in which it has died."""
         try:
             code = self._process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
-            return "its process no longer answers"
+            return WorkerLostError("its process no longer answers")
         if code >= 0:
-            return f"its process ended with exit code {code}"
+            return WorkerLostError(f"its process ended with exit code {code}", code)
         name = signal.Signals(-code).name
-        return f"its process was killed by {name}{', maybe for lack of memory' * (name == 'SIGKILL')}"
+        lacks_memory = ", maybe for lack of memory" * (name == "SIGKILL")
+        return WorkerLostError(f"its process was killed by {name}{lacks_memory}", code)
 
 
 class _QueueLink(TrainerLink):

@@ -26,7 +26,7 @@ class BuiltInReward:
         function: its keyword-only parameters are its options; their annotations are checked before the first
             step. It returns a number or a mapping, as a user's function does.
         check: called before the first step with each prompt that it is to score and with its options,
-            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare; "":
+            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare. "":
             none.
         prepare: called once before the first step, `prepare(**options)`, without a time limit: loads a model,
             or raises ValueError for options that do not fit together. "": none.
@@ -37,6 +37,8 @@ class BuiltInReward:
         build: class of a function with state, in place of `function`: `build(options, folder=..., note=...)`
             checks its options itself, and its objects have `check(prompt)` and `close()`. It runs inline, and
             keeps time limits of its own; "": none.
+        score_of_failure: called with the `RewardFailure` of a call; returns the value of an answer that is to
+            blame, as one that keeps a checker busy for ever; None leaves it without a reward. "": none.
         refusal: reason why it cannot be used, with what to do in its place; "": it can.
     """
 
@@ -45,6 +47,7 @@ class BuiltInReward:
     prepare: str = ""
     place: Place = "inline"
     build: str = ""
+    score_of_failure: str = ""
     refusal: str = ""
 
 
@@ -54,6 +57,14 @@ REWARDS: dict[str, BuiltInReward] = {
     "exact": BuiltInReward(f"{_HERE}.text_match:exact", check=_COMPARES_TEXT),
     "position_share": BuiltInReward(f"{_HERE}.text_match:position_share", check=_COMPARES_TEXT),
     "prefix_share": BuiltInReward(f"{_HERE}.text_match:prefix_share", check=_COMPARES_TEXT),
+    "math": BuiltInReward(
+        f"{_HERE}.math_verification:math",
+        check=f"{_HERE}.math_verification:check_truth",
+        prepare=f"{_HERE}.math_verification:prepare",
+        place="process",
+        score_of_failure=f"{_HERE}.math_verification:score_of_failure",
+    ),
+    "gsm8k": BuiltInReward(f"{_HERE}.gsm8k:gsm8k", check=f"{_HERE}.gsm8k:check_number"),
     "model": BuiltInReward(
         "verl.rewards.model_scoring:model", prepare="verl.rewards.model_scoring:prepare", place="thread"
     ),

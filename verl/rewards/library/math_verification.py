@@ -1,0 +1,283 @@
+r"""Reward of mathematics: the answer has the value of the truth, by the library math-verify.
+
+It runs in a worker process. Some expressions keep a computer algebra system busy for ever. A policy would
+learn to write them if they kept an answer from its reward of 0, so an answer that stops the checker is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from verl.rewards.execution.own_limits import LIMIT_SIGNAL, OverLimitError, run_limited
+from verl.rewards.failures import RewardFailure
+from verl.rewards.library.answer_text import boxes as boxes_of
+from verl.rewards.library.answer_text import joined_boxes, marked_answer, named_answer, without_thoughts
+from verl.rewards.library.math_spelling import MAX_CHARS, has_words, is_words, plain_math, text_key
+from verl.rewards.library.spellings import check_spellings, spellings
+
+if TYPE_CHECKING:
+    from verl.utils.sampling_types import Prompt
+
+Extract = Literal["any", "marked", "boxed"]
+# Last part of an answer without a box or mark in which an expression is looked for.
+_TAIL_CHARS = 4000
+_SHOWN_CHARS = 200
+_MEMORY_BYTES = 1 << 30
+_MISSING_PACKAGE = "need the package math-verify, which is not installed; pip install math-verify"
+_INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,4000})")
+# Left by a JSON text in which backslashes were not doubled: \b, \f, \t and \r begin commands of LaTeX.
+_LOST_BACKSLASH = re.compile(r"[\x08\x0c]|\t(?:frac|ext|imes|heta|an\b)|\r(?:ight|angle|ho\b)")
+# Ways in which a process ends by what it computes; others, such as a lack of memory of the machine, may have
+# other causes.
+_ENDED_BY_ANSWER = {-LIMIT_SIGNAL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE}
+
+
+@dataclass(frozen=True)
+class FoundAnswer:
+    """A final answer in the text of a policy.
+
+    Attributes:
+        text: the expression, or a text that holds it.
+        is_whole: it is the expression; else math-verify looks for one in it.
+        needs_anchor: math-verify takes only an expression behind words such as "answer is".
+    """
+
+    text: str
+    is_whole: bool
+    needs_anchor: bool = False
+
+
+def math(
+    response: str,
+    answer: Any,
+    *,
+    extract: Extract = "any",
+    boxes: Literal["last", "single"] = "last",
+    thoughts: Literal["skip", "read"] = "skip",
+    unreadable_truths: Literal["error", "text"] = "error",
+    float_rounding: int = 6,
+    strict: bool = True,
+    timeout_s: float = 5.0,
+) -> dict[str, Any]:
+    r"""1 if the answer has the value of the truth, by math-verify, else 0.
+
+    Args:
+        response: text of the answer.
+        answer: the truth: a number, an expression in LaTeX with or without `$`, a solution that holds it in
+            its last `\boxed{}` or behind `####`, or a list of accepted ones.
+        extract: "boxed": only the content of a box is an answer; "marked": also what stands in `<answer>`,
+            behind `####` or behind words such as "answer is"; "any": also the last expression of the text.
+            The first of these that there is counts.
+        boxes: "last": the last box counts, and those that are listed with it where the truth is a list;
+            "single": boxes with different contents are wrong.
+        thoughts: "skip": what stands in `<think>` is no answer; "read": it is.
+        unreadable_truths: "text": a truth that math-verify cannot read is compared as a text; "error": the
+            run does not begin.
+        float_rounding: decimal places to which a decimal number must agree, as in math-verify.
+        strict: names of variables matter, and a set is no tuple, as in math-verify.
+        timeout_s: processor time for one answer in seconds; an answer that needs more is wrong.
+
+    Returns:
+        `score` and `acc` (1 or 0), `answer_found` (1 or 0), `checker_stopped` (1 if the answer was too long
+        or took too long to compare), and the text `extracted_answer`.
+
+    Raises:
+        ValueError: the truth cannot be read.
+        RuntimeError: the package is missing, or this is not the main thread of a process.
+    """
+    truths = [truth_text(text) for text in spellings(answer)]
+    found = found_answers(response, extract=extract, boxes=boxes, thoughts=thoughts)
+    values: dict[str, Any] = {
+        "score": 0.0,
+        "acc": 0.0,
+        "answer_found": float(bool(found)),
+        "checker_stopped": 0.0,
+        "extracted_answer": found[0].text[-_SHOWN_CHARS:] if found and found[0].is_whole else "",
+    }
+    is_right = equal_as_texts(found, truths)
+    if is_right is not None:
+        return values | {"score": float(is_right), "acc": float(is_right)}
+    readable = [one for one in found if len(one.text) <= MAX_CHARS]
+    if not readable:
+        return values | {"checker_stopped": 1.0}
+    golds = [gold for text in truths for gold in parsed_truth(text, timeout_s, unreadable_truths)]
+    compare = functools.partial(compared, readable, golds, float_rounding=float_rounding, strict=strict)
+    try:
+        is_right, shown = run_limited(compare, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
+    except (OverLimitError, MemoryError):
+        importlib.import_module("sympy.core.cache").clear_cache()  # It may hold what was too large.
+        return values | {"checker_stopped": 1.0}
+    values |= {"extracted_answer": shown[-_SHOWN_CHARS:], "answer_found": float(bool(shown))}
+    return values | {"score": float(is_right), "acc": float(is_right)}
+
+
+def score_of_failure(failure: RewardFailure) -> dict[str, float] | None:
+    """Value of an answer that ended the worker process; None if the answer may not be the cause."""
+    if failure.exit_code not in _ENDED_BY_ANSWER:
+        return None
+    return {"score": 0.0, "acc": 0.0, "answer_found": 1.0, "checker_stopped": 1.0}
+
+
+def prepare(*, timeout_s: float = 5.0, float_rounding: int = 6, **options: Any) -> None:
+    """Check the package and the options before the first step.
+
+    Raises:
+        ValueError: the package is missing, or an option is out of its bounds.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError(f"reward function 'math': {_MISSING_PACKAGE}")
+    if not timeout_s > 0 or float_rounding < 0:
+        raise ValueError(
+            f"reward function 'math': need timeout_s above 0 and float_rounding of at least 0, got "
+            f"{timeout_s} and {float_rounding}"
+        )
+
+
+def check_truth(
+    prompt: Prompt,
+    *,
+    unreadable_truths: Literal["error", "text"] = "error",
+    timeout_s: float = 5.0,
+    **options: Any,
+) -> None:
+    """Raise ValueError, which names row and column, for a prompt whose truth cannot be compared."""
+
+    def check(text: str) -> None:
+        truth = truth_text(text)
+        if not _INTEGER.fullmatch(truth):  # Most truths of large sets, and readable.
+            parsed_truth(truth, timeout_s, unreadable_truths)
+
+    check_spellings(prompt, check)
+
+
+def found_answers(
+    response: str, *, extract: Extract, boxes: Literal["last", "single"], thoughts: Literal["skip", "read"]
+) -> list[FoundAnswer]:
+    """Final answer of a text, with a second reading where it is a list of boxes; empty: there is none."""
+    text = without_thoughts(response) if thoughts == "skip" else response
+    if in_boxes := boxes_of(text):
+        if boxes == "single" and len({box.content for box in in_boxes}) > 1:
+            return []
+        listed = list(dict.fromkeys(joined_boxes(text, in_boxes)))
+        readings = [in_boxes[-1].content, ",".join(listed)][: len(listed)]
+        return [FoundAnswer(reading, is_whole=True) for reading in readings if reading]
+    if extract == "boxed":
+        return []
+    marked = marked_answer(text)
+    if marked is not None:
+        is_sentence = has_words(plain_math(marked[:MAX_CHARS])) and not is_words(marked)
+        return [FoundAnswer(marked, is_whole=not is_sentence)] if marked else []
+    named = named_answer(text)
+    as_words = [FoundAnswer(named, is_whole=True)] if named and is_words(plain_math(named)) else []
+    tail = text[-_TAIL_CHARS:].strip()
+    in_tail = [FoundAnswer(tail, is_whole=False, needs_anchor=extract == "marked")] if tail else []
+    return as_words + in_tail
+
+
+def truth_text(text: str) -> str:
+    r"""Expression of a truth: the last box or what stands behind `####` if it is a solution, else all of it.
+
+    Raises:
+        ValueError: it is empty or too long, or its backslashes were lost.
+    """
+    if _LOST_BACKSLASH.search(text):
+        raise ValueError(
+            f"need LaTeX, got {text[:60]!r}, whose backslash was read as a control character; write two "
+            "backslashes in JSON and in Python"
+        )
+    in_boxes = boxes_of(text)
+    marked = None if in_boxes else marked_answer(text)
+    found = in_boxes[-1].content if in_boxes else marked or text
+    if not 0 < len(plain_math(found)) <= MAX_CHARS:
+        raise ValueError(f"need an expression of 1 to {MAX_CHARS} characters, got {len(plain_math(found))}")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text"] = "error") -> list[Any]:
+    """Expressions of math-verify for a truth; empty for an integer or a text, which need none.
+
+    Raises:
+        ValueError: math-verify cannot read it.
+    """
+    written = plain_math(text)
+    library = math_verify()
+    config = [library.LatexExtractionConfig()]
+    parse = functools.partial(library.parse, f"\\boxed{{{written}}}", config, parsing_timeout=None)
+    try:
+        read = run_limited(parse, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
+    except OverLimitError:
+        read = []
+    expressions = [value for value in read if not isinstance(value, str)]
+    if not expressions and unreadable == "error" and not is_words(written):
+        raise ValueError(
+            f"math-verify cannot read the truth {text[:80]!r}; correct it, or set the option "
+            "unreadable_truths: text to compare such truths as texts"
+        )
+    return expressions
+
+
+def equal_as_texts(found: Sequence[FoundAnswer], truths: Sequence[str]) -> bool | None:
+    """Whether an answer is equal to a truth, as far as their texts decide it; None if they do not."""
+    if not found:
+        return False
+    answers = [text_key(one.text) for one in found if one.is_whole]
+    keys = [text_key(text) for text in truths]
+    if any(text in keys for text in answers):
+        return True
+    numbers = [int(text.replace(",", "")) for text in [*answers, *keys] if _INTEGER.fullmatch(text)]
+    if len(numbers) < len(found) + len(keys):
+        return None
+    return not set(numbers[: len(answers)]).isdisjoint(numbers[len(answers) :])
+
+
+def compared(
+    found: Sequence[FoundAnswer], golds: Sequence[Any], *, float_rounding: int, strict: bool
+) -> tuple[bool, str]:
+    """Whether math-verify holds one of the answers for one of the truths, and the text that it read."""
+    library = math_verify()
+    shown = ""
+    for one in found:
+        configs = _configs(library, has_anchor=one.needs_anchor)
+        text = f"\\boxed{{{plain_math(one.text)}}}" if one.is_whole else one.text
+        read = library.parse(text, configs, parsing_timeout=None)
+        texts = [one.text] if one.is_whole else [value for value in read if isinstance(value, str)]
+        shown = shown or "".join(texts[-1:])
+        if library.verify(
+            list(golds), read, float_rounding=float_rounding, strict=strict, timeout_seconds=None
+        ):
+            return True, "".join(texts[-1:])
+    return False, shown
+
+
+@functools.cache
+def math_verify() -> ModuleType:
+    """The library, loaded once in each worker process.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    try:
+        library = importlib.import_module("math_verify")
+    except ImportError as error:
+        raise RuntimeError(f"{_MISSING_PACKAGE} ({error})") from error
+    # It warns that its own time limits are off; they are those of `run_limited`.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return library
+
+
+@functools.cache
+def _configs(library: ModuleType, *, has_anchor: bool) -> list[Any]:
+    return [
+        library.LatexExtractionConfig(try_extract_without_anchor=not has_anchor),
+        library.ExprExtractionConfig(try_extract_without_anchor=not has_anchor),
+    ]
