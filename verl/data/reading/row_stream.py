@@ -13,6 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from verl.config.data import DataSource
+from verl.data.gym_tasks import PREFIX, gym_rows
 from verl.data.reading.data_files import Split, files_of
 from verl.data.reading.file_readers import PlacedRow, count_rows, numbered, read_file, without_filler
 from verl.data.tasks import TASKS
@@ -149,7 +150,7 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
     """Rows of a source; rows in memory, which are a stream already, are given back.
 
     Args:
-        source: files as in `FileRows`, or task:NAME.
+        source: files as in `FileRows`, task:NAME, or task:reasoning-gym/NAME with options of `gym_rows`.
         split: for which setting, `data.train` or `data.test`; it chooses a part of the source where
             `source.split` names none.
 
@@ -159,15 +160,23 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
     if isinstance(source, RowStream):
         return source
     if source.path.startswith("task:"):
-        return ListedRows(source, _task_rows(source.path.removeprefix("task:"), split))
+        return ListedRows(source, _task_rows(source, split))
     return FileRows(source, split)
 
 
-def _task_rows(name: str, split: Split) -> list[dict[str, Any]]:
+def _task_rows(source: DataSource, split: Split) -> list[dict[str, Any]]:
+    name, options = source.path.removeprefix("task:"), source.options.values
+    if name.startswith(PREFIX):
+        return list(gym_rows(name.removeprefix(PREFIX), options, split))
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
         hint = f"did you mean task:{near[0]}? " if near else ""
-        raise ValueError(f"there is no task {name!r}; {hint}there are {', '.join(TASKS)}")
+        raise ValueError(
+            f"there is no task {name!r}; {hint}there are {', '.join(TASKS)}, and {PREFIX}NAME for the "
+            "generators of reasoning-gym"
+        )
+    if options:
+        raise ValueError(f"task:{name} has no options, got {', '.join(options)}; leave them out")
     return TASKS[name].rows(split)
 
 

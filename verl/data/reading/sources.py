@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from verl.config.data import DataSource
+from verl.data.gym_tasks import PREFIX
 from verl.data.reading.data_files import Split
 from verl.data.reading.file_readers import PlacedRow
 from verl.data.reading.row_stream import RowStream, open_rows
@@ -46,11 +47,19 @@ def name_of(source: DataSource) -> str:
 
 
 def reward_of_tasks(sources: Sequence[DataSource]) -> str | None:
-    """Reward that suits built-in tasks; None for none, if they differ in it, or if a source is no task."""
-    paths = [one.path for one in sources]
-    tasks = [TASKS.get(path.removeprefix("task:")) if path.startswith("task:") else None for path in paths]
-    rewards = {task.reward if task else None for task in tasks}
+    """Reward that suits tasks; None for none, if they differ in it, or if a source is no task."""
+    rewards = {reward_of_task(one.path) for one in sources}
     return rewards.pop() if len(rewards) == 1 else None
+
+
+def reward_of_task(path: str) -> str | None:
+    """Reward that suits the task at a path; None if it is no task."""
+    name = path.removeprefix("task:")
+    if name == path:
+        return None
+    if name.startswith(PREFIX):
+        return "reasoning_gym"
+    return TASKS[name].reward if name in TASKS else None
 
 
 def read_rows(source: DataSource | RowStream, split: Split) -> Iterator[PlacedRow]:
