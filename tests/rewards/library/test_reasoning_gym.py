@@ -46,5 +46,5 @@ def test_it_is_a_reward_by_name_in_a_worker_process():
     functions.score(trajectories)
     functions.close()
     assert [t.reward for t in trajectories] == [1, 0] and trajectories[0].scores["accuracy"] == 1
-    with pytest.raises(ValueError, match="need a row of task:reasoning-gym/NAME"):
+    with pytest.raises(ValueError, match="need a column of the data for the parameter reasoning_gym"):
         functions.check_data([rows("7")[0].prompt])

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from verl.data.gym_tasks import COLUMN, gym_score
-from verl.utils.sampling_types import Prompt
+from verl.data.gym_tasks import gym_score
 
 _THOUGHTS_END = "</think>"
 # A minus behind a digit or a bracket is an operator: the last number of "7-4" is 4.
@@ -55,16 +54,3 @@ def answer_in_tags(text: str, tag: str) -> str | None:
     before, end, _ = text.rpartition(f"</{tag}>")
     _, start, answer = before.rpartition(f"<{tag}>")
     return answer.strip() if start and end else None
-
-
-def check_gym_row(prompt: Prompt, **options: Any) -> None:
-    """Check that a prompt is of a task of reasoning-gym.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if COLUMN not in prompt.columns:
-        raise ValueError(
-            f"row {prompt.index} of {prompt.source or 'the data'}: need a row of task:reasoning-gym/NAME, "
-            f"got one without the column {COLUMN!r}; take another reward function for these rows"
-        )

@@ -72,9 +72,7 @@ REWARDS: dict[str, BuiltInReward] = {
     "judge_pairwise": BuiltInReward(build="verl.rewards.judge.pairwise:PairwiseJudge"),
     "judge_ranking": BuiltInReward(build="verl.rewards.judge.ranking:RankingJudge"),
     # In a process: some generators compute what a model wrote, which may take forever.
-    "reasoning_gym": BuiltInReward(
-        f"{_HERE}.reasoning_gym:reasoning_gym", check=f"{_HERE}.reasoning_gym:check_gym_row", place="process"
-    ),
+    "reasoning_gym": BuiltInReward(f"{_HERE}.reasoning_gym:reasoning_gym", place="process"),
     "code": BuiltInReward(
         refusal="it would run the code of an answer, which needs a sandbox that verl does not have; start a "
         "sandbox of your own, such as Sandbox Fusion, and name a function that sends the answer to it, as "
