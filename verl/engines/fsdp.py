@@ -28,6 +28,7 @@ from verl.data.batch import Batch
 from verl.engines.base import Objective, dummy_batch
 from verl.engines.dcp_checkpoint import begin_save, load_trained, trained_state
 from verl.engines.device_meshes import DeviceMeshes, make_device_meshes
+from verl.engines.hf.families import decoder_layers
 from verl.engines.hf.hf_io import export_model, load_sharded, model_folder
 from verl.engines.hf.lora import POLICY, add_lora
 from verl.engines.hf.meta_init import empty_transformer, keep_tied_weights, parameters_on_meta
@@ -118,7 +119,7 @@ def shard_model(
         precision = MixedPrecisionPolicy(param_dtype=PRECISIONS[role.precision], reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": meshes.data, "mp_policy": precision, "offload_policy": offload}
-    for layer in model.transformer.base_model.get_submodule("layers").children():
+    for layer in decoder_layers(model.transformer):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     for module in fsdp_modules(model):

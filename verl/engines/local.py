@@ -121,7 +121,7 @@ class LocalEngine(LocalForwardEngine, TrainEngine):
         config = self._config
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-            # Transformers recomputes only in training mode; dropout is off in any case.
+            # Transformers recomputes only in training mode.
             self.model.train()
         self.trained = list(trained_parameters(self.model).values())
         self._optimizer = self.build_optimizer(config.optimizer)
@@ -335,5 +335,5 @@ def _frozen_adapter(policy: PolicyModel, adapter: str | None, config: RoleConfig
     model = PolicyModel(transformer, policy.precision)
     model.adapter = NO_ADAPTER if adapter is None else REFERENCE
     engine = LocalForwardEngine(model, config, device=policy.device)
-    transformer.train(was_training)
+    policy.train(was_training)
     return engine

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from verl.config.placement import ParallelConfig
 from verl.engines.hf.lora import adapter_of
+from verl.engines.hf.recurrent import recurrent_layers
 
 # Families that fit this plan; others have experts, latent attention, or norms over all heads.
 TENSOR_PARALLEL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
@@ -39,6 +40,11 @@ def check_parallel_sizes(transformer: PreTrainedModel, parallel: ParallelConfig,
     if sequence > 1 and not packing:
         raise ValueError(
             f"need packing true for sequence={sequence}: a packed sequence is what its ranks share"
+        )
+    if sequence > 1 and recurrent_layers(transformer):
+        raise ValueError(
+            f"need sequence=1 for {config.model_type!r}, whose recurrent layers read a row from its start, "
+            f"got {sequence}"
         )
     local_kv_heads = kv_heads // tensor
     # Key-value heads are either split over the sequence ranks, or each is repeated on several of them.

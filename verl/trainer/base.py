@@ -22,6 +22,7 @@ from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.data.examples import with_refused
 from verl.data.reading.sources import SourceSetting
+from verl.engines.hf.families import context_length
 from verl.engines.optimizer import check_optimizer
 from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
@@ -189,7 +190,7 @@ class BaseTrainer(ABC):
 
         So bad data fails at once, and the steps of a run by epochs are known to the learning rate schedule.
         """
-        self.context = model_config.get_text_config().max_position_embeddings
+        self.context = context_length(model_config)
         self.codec.check_rows(model_config.get_text_config().vocab_size)
         if self.config.data.train is not None or self.config.epochs is not None:
             self.read_data()

@@ -152,7 +152,7 @@ def sampled_rows(
 
     The seeds are always the same.
     """
-    context = model.transformer.config.get_text_config().max_position_embeddings
+    context = model.context
     asked = [(prompt, codec.encode_prompt(prompt)) for prompt in prompts[: config.tracking.num_samples]]
     asked = [(prompt, ids) for prompt, ids in asked if len(ids) < context]
     sampling = evaluation_params(config, codec, 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tiny_policy, tiny_transformer
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import use_attention
+from verl.engines.hf import attention
+from verl.engines.hf.attention import AttentionSpan, RowLayout, attention_forward, use_attention, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, make_tiny_model, save_model, value_model
 from verl.utils.sampling_types import Prompt
@@ -23,12 +24,6 @@ RESPONSES = random_prompts([8, 2, 13, 5], seed=1)
 WEIGHTS = torch.linspace(-1, 2, sum(map(len, RESPONSES)))  # no two tokens count alike in the losses below
 ROW_WEIGHTS = WEIGHTS.split([len(r) for r in RESPONSES])
 FORMS = [model_input(PROMPTS, RESPONSES), model_input(PROMPTS, RESPONSES, packed=False)]
-WINDOWED = {
-    "layer_types": ["full_attention", "sliding_attention"],
-    "use_sliding_window": True,
-    "sliding_window": 64,
-}
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 
 def logprobs_and_entropies(policy: PolicyModel, inputs: ModelInput, **options: Any) -> tuple[Tensor, Tensor]:
@@ -139,13 +134,13 @@ def test_the_check_accepts_families_that_attend_through_the_interface(family):
 @pytest.mark.parametrize(
     ("family", "sizes", "why"),
     [
-        ("bloom", {}, "logits differ"),  # has an attention of its own
+        ("bloom", {}, "logits differ .*its attention does not use"),
         ("falcon", {}, "TypeError"),  # its code breaks without its own mask
-        ("stablelm", {}, "layout"),  # hands nothing through to the attention
-        ("mamba", {}, "logits differ"),  # a state runs on from row to row
-        ("cohere", {}, "logits differ"),  # scales its logits
-        ("qwen2_moe", {**EXPERTS, **WINDOWED}, "layer 1 is not told"),
-        ("phimoe", {"num_local_experts": 4, "sliding_window": 64}, "layer 0 is not told its window"),
+        ("rwkv", {"attention_hidden_size": 32}, "logits differ"),  # a state runs on from row to row
+        ("diffllama", {}, "logits differ by .* in decoding"),
+        # Longer than the rows that are compared:
+        ("phimoe", {"num_local_experts": 4, "sliding_window": 64}, "logits differ"),
+        ("llama4_text", {"floor_scale": 8192, "no_rope_layers": [1, 0]}, "temperature depends on the place"),
     ],
 )
 def test_the_check_rejects_families_that_do_not(family, sizes, why):
@@ -161,6 +156,51 @@ def test_dropout_is_off_even_in_training():
     torch.testing.assert_close(
         logprobs_and_entropies(policy, FORMS[0]), logprobs_and_entropies(policy, FORMS[0]), atol=0, rtol=0
     )
+
+
+@pytest.mark.parametrize("window", [64, 3])
+def test_the_check_compares_windows_that_are_longer_than_its_rows(window, monkeypatch):
+    policy = tiny_policy("mistral", sliding_window=window)
+    policy.check_forward()
+    assert policy.transformer.config.sliding_window == window
+    monkeypatch.setattr(attention, "span_of", lambda module, layer, window: AttentionSpan(None))
+    with pytest.raises(ValueError, match="logits differ"):
+        policy.check_forward()
+
+
+def test_no_noise_of_training_mode_is_left_when_activations_are_recomputed():
+    policy = tiny_policy("mixtral", num_local_experts=4, router_jitter_noise=0.5)
+    expected = loss_gradient(policy, FORMS[0])
+    policy.enable_gradient_checkpointing()
+    policy.train()
+    assert policy.training
+    assert_same_gradient(loss_gradient(policy, FORMS[0]), expected)
+    opt = tiny_policy("opt", ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)
+    expected = loss_gradient(opt, FORMS[0])
+    opt.enable_gradient_checkpointing()
+    opt.train()
+    assert_same_gradient(loss_gradient(opt, FORMS[0]), expected)
+
+
+def test_a_rope_that_depends_on_the_length_of_the_sequence_bounds_the_rows():
+    factors = [1.0, 1.5, 2.0, 2.5]
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": factors,
+        "long_factor": [2 * factor for factor in factors],
+    }
+    policy = tiny_policy("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    policy.check_forward()
+    assert (policy.context, tiny_policy("phi3").context) == (64, 256)
+
+
+def test_a_mask_or_an_option_that_rows_do_not_have_is_refused():
+    query = torch.zeros(1, 2, 3, 4)
+    with use_layout(RowLayout([3], True, query.device)):
+        for options in ({"attention_mask": torch.zeros(3, 3)}, {"position_bias": torch.zeros(3, 3)}):
+            with pytest.raises(ValueError, match="its attention has (a mask of its own|position_bias)"):
+                attention_forward(torch.nn.Module(), query, query, query, **options)
 
 
 def test_values_start_at_zero_with_one_per_response_token():

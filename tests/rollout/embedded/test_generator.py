@@ -158,7 +158,8 @@ def test_the_model_is_left_as_it_was_even_after_an_error():
         policy.transformer.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(RuntimeError):
         engine.generate(PROMPTS[:1], [SamplingParams(max_tokens=3)])
-    assert policy.training and all(m.training for m in policy.modules())
+    assert policy.training and policy.transformer.base_model.training
+    assert all(layer.training for layer in policy.transformer.base_model.layers)
     assert policy.transformer.config._attn_implementation == implementation
 
 

@@ -87,13 +87,18 @@ def _options(transformer: PreTrainedModel, config: LoraConfig, peft: Any) -> Any
             )
         return continued_options(adapter, config, peft)
     layers = _layers(transformer)
-    linears = {name for name, module in layers.items() if isinstance(module, nn.Linear)}
+    # Families derive routers from nn.Linear, which return more than one tensor.
+    linears = {
+        name
+        for name, module in layers.items()
+        if isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
+    }
     targets = sorted(_inner(transformer, linears)) if config.targets == ("all-linear",) else config.targets
     for setting, names in (("targets", targets), ("modules_to_save", config.modules_to_save)):
         if missing := set(names) - layers.keys():
             raise ValueError(
                 f"need names of matrices in lora.{setting}, got {sorted(missing)}; "
-                f"this model has {', '.join(sorted(layers))}"
+                f"this model has {', '.join(sorted(layers))}; take some of them, or targets=all-linear"
             )
     if both := sorted({*targets} & {*config.modules_to_save}):
         raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -13,8 +15,11 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import DecodeLayout, RowLayout, use_attention
+from verl.engines.hf.attention import DecodeLayout, RowLayout, current_layout, use_attention, use_layout
+from verl.engines.hf.families import base_of, context_length, family_logits
+from verl.engines.hf.forward_check import CheckedForward
 from verl.engines.hf.lora import adapter_of, policy_name, use_adapter
+from verl.engines.hf.recurrent import read_by_rows
 from verl.engines.memory_limits import logits_chunk_tokens
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.utils.device import autocast
@@ -26,7 +31,7 @@ T = TypeVar("T")
 Reduce = Callable[..., tuple[Tensor, ...]]
 
 
-class Backbone(nn.Module):
+class Backbone(CheckedForward):
     """A causal transformer with one forward pass for training, prefill and decoding.
 
     Attributes:
@@ -38,8 +43,6 @@ class Backbone(nn.Module):
         compute_device: device of the computation, if the weights are stored on another one.
     """
 
-    # Outputs that `check_forward` compares, for its message.
-    _compared = "states"
     sequence: SequenceGroup | None = None
     compute_device: torch.device | None = None
     adapter: str | None = None
@@ -48,10 +51,14 @@ class Backbone(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.precision: Precision = precision
+        read_by_rows(transformer)
         # With dropout the sampler and the trainer would be two different policies.
         for module in transformer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            for name in [name for name in vars(module) if "dropout" in name or name == "layerdrop"]:
+                if isinstance(getattr(module, name), float):
+                    setattr(module, name, 0.0)
         for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
             if name in transformer.config.to_dict():
                 setattr(transformer.config, name, 0.0)
@@ -65,9 +72,33 @@ class Backbone(nn.Module):
             if parameter.requires_grad and adapter_of(name) in own
         }
 
+    @override
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode only where it decides if activations are recomputed.
+
+        In other modules it means noise: jitter of routers, dropout, weights that are clipped.
+        """
+        is_by_transformers = isinstance(self.transformer, PreTrainedModel)
+        super().train(mode and not is_by_transformers)
+        self.training = mode
+        for module in self.transformer.modules():
+            if is_by_transformers and getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
     def forward(self, call: Callable[[], T]) -> T:
         """The result of `call`; every use of the weights goes through here, so that FSDP's hooks run."""
         return call()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest row."""
+        return context_length(self.transformer.config)
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        """False if the family has no positions of tokens, such as Mamba."""
+        return "position_ids" in inspect.signature(base_of(self.transformer).forward).parameters
 
     @property
     def device(self) -> torch.device:
@@ -86,14 +117,12 @@ class Backbone(nn.Module):
         with use_attention(self.transformer), autocast(self.device, self.precision):
             yield
 
+    @override
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout
     ) -> Tensor:
-        """Final hidden states, [..., hidden], of ids and positions [...]; needs `forward_mode`."""
-        base = self.transformer.base_model
-        return base(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout
-        ).last_hidden_state
+        with use_layout(layout):
+            return self.family_states(input_ids, position_ids)
 
     def predictor_states(self, inputs: ModelInput) -> tuple[Tensor, Tensor | None]:
         """Hidden states that predict response tokens; needs `forward_mode`.
@@ -128,68 +157,32 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of a layer in its backward pass, inside or outside `forward_mode`."""
-        kwargs = {
-            "use_reentrant": False,
-            "context_fn": lambda: (nullcontext(), use_attention(self.transformer)),
-        }
+        kwargs = {"use_reentrant": False, "context_fn": self._recompute_contexts}
         self.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
-    @torch.no_grad()
-    def check_forward(self) -> None:
-        """Compare this forward pass with the family's own on a few tokens, and the sliding windows.
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a layer in the forward pass and when it is computed again."""
+        return nullcontext(), self._same_rows(current_layout())
 
-        Raises:
-            ValueError: they differ: the family does something that this forward pass does not support.
-        """
-        vocabulary = self.transformer.config.get_text_config().vocab_size
-        ids = torch.arange(4, 12, device=self.device)[None] % vocabulary
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
-        # Eager attention is the family's definition; PyTorch's leaves out Gemma 2's cap.
-        with use_attention(self.transformer, "eager"):
-            expected = self._family_outputs(ids, positions)[0].float()
-        layout = RowLayout([ids.shape[1]] * 2, True, self.device)
-        try:
-            with use_attention(self.transformer):
-                packed = torch.cat([ids, ids], 1), torch.cat([positions, positions], 1)
-                states = self.hidden_states(*packed, layout)[0]
-                outputs = self._outputs(states)
-        except (AttributeError, TypeError, ValueError) as error:
-            # The code of the family does not accept this kind of call.
-            raise self._unsupported(f"{type(error).__name__}: {error}") from error
-        difference = max(float((part - expected).abs().max()) for part in outputs.split(ids.shape[1]))
-        # Weights that are sharded for 16 bits compute in 16 bits here, too, and round accordingly.
-        tolerance = 1e-3 if states.dtype == torch.float32 else 3e-2
-        if not difference <= tolerance * max(1.0, float(expected.abs().max())):
-            raise self._unsupported(
-                f"its {self._compared} differ by {difference:.2g} from its own forward pass"
-            )
-        # The few tokens above are shorter than most windows, so windows are compared by themselves.
-        if missing := [layer for layer in self._windowed_layers() if layout.windows.get(layer) is None]:
-            raise self._unsupported(f"the attention of layer {missing[0]} is not told its window")
+    @contextmanager
+    def _same_rows(self, layout: RowLayout | DecodeLayout | None) -> Iterator[None]:
+        with use_attention(self.transformer), use_layout(layout):
+            yield
 
-    def _windowed_layers(self) -> list[int]:
-        """Layers that do not attend to the whole row, by the configuration."""
-        config = self.transformer.config.get_text_config().to_dict()
-        if config.get("layer_types"):
-            return [layer for layer, kind in enumerate(config["layer_types"]) if kind != "full_attention"]
-        short = 0 < (config.get("sliding_window") or 0) < config["max_position_embeddings"]
-        return list(range(config["num_hidden_layers"])) if short else []
+    def family_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Final states of the base model."""
+        base = base_of(self.transformer)
+        places = {"position_ids": position_ids} if self._takes_positions else {}
+        states: Tensor = base(input_ids=input_ids, use_cache=False, **places).last_hidden_state
+        return states
 
-    def _family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Outputs of the family's own forward pass, to be compared with `_outputs`."""
-        return self.transformer.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+    @override
+    def family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.family_states(input_ids, position_ids)
 
-    def _outputs(self, states: Tensor) -> Tensor:
+    @override
+    def outputs(self, states: Tensor) -> Tensor:
         return states.float()
-
-    def _unsupported(self, reason: str) -> ValueError:
-        return ValueError(
-            f"model family {self.transformer.config.model_type!r} cannot be run by rows: {reason}; use a "
-            "family that attends through the Transformers attention interface, such as Qwen2, Qwen3, Llama, "
-            "Mistral or Gemma"
-        )
 
 
 def target_logprobs(vocab_logprobs: Tensor, targets: Tensor) -> Tensor:
@@ -213,12 +206,9 @@ class PolicyModel(Backbone):
             beyond the ids of the tokenizer.
     """
 
-    _compared = "logits"
+    compared = "logits"
+    decodes = True
     num_ids: int | None = None
-
-    def __init__(self, transformer: PreTrainedModel, precision: Precision) -> None:
-        super().__init__(transformer, precision)
-        self._softcap: float | None = transformer.config.to_dict().get("final_logit_softcapping")
 
     def logits(self, states: Tensor) -> Tensor:
         """[M, V] fp32 from states [M, hidden], of the ids below `num_ids`."""
@@ -227,8 +217,7 @@ class PolicyModel(Backbone):
 
     def head_logits(self, states: Tensor) -> Tensor:
         """[M, rows of the head] fp32 from states [M, hidden]."""
-        logits = self.transformer.get_output_embeddings()(states).float()
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+        return family_logits(self.transformer, states)
 
     def reduce_vocab(
         self, inputs: ModelInput, reduce: Reduce, *columns: Tensor, temperature: float, chunk: int | None
@@ -287,11 +276,13 @@ class PolicyModel(Backbone):
         return logprobs, entropy
 
     @override
-    def _family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.transformer(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    def family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        places = {"position_ids": position_ids} if self._takes_positions else {}
+        logits: Tensor = self.transformer(input_ids=input_ids, use_cache=False, **places).logits
+        return logits
 
     @override
-    def _outputs(self, states: Tensor) -> Tensor:
+    def outputs(self, states: Tensor) -> Tensor:
         return self.head_logits(states)
 
 

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import RowLayout, attention_forward
+from verl.engines.hf.attention import RowLayout, attention_forward, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel, Precision, ValueModel
 from verl.engines.megatron.model_spec import MegatronModelSpec
 from verl.engines.megatron.parallel_dims import RankCoordinates
@@ -125,7 +125,8 @@ class RowAttention(MegatronModule):
         """[n, 1, H * D] from query [n, 1, H, D], and key and value with their numbers of heads."""
         assert packed_seq_params.layout is not None
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        attended, _none = attention_forward(self, query, key, value, layout=packed_seq_params.layout)
+        with use_layout(packed_seq_params.layout):
+            attended, _none = attention_forward(self, query, key, value)
         return attended[0].flatten(1)[:, None]
 
 

@@ -48,8 +48,7 @@ class EmbeddedEngine(BatchGenerator):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
-        context = self.model.transformer.config.get_text_config().max_position_embeddings
-        check_requests(prompts, params, context=context)
+        check_requests(prompts, params, context=self.model.context)
         slots = min(self._max_slots, sum(p.n for p in params))
         completions: list[list[Completion | None]] = [[None] * p.n for p in params]
         was_training, num_ids = self.model.training, self.model.num_ids
@@ -149,7 +148,7 @@ class SlotCache(KVCache):
     @property
     def is_empty(self) -> bool:
         """True if it has no memory yet."""
-        return not self._layers
+        return not self._layers and not self._states
 
     def widen(self, num_slots: int) -> None:
         """Make room for more rows."""
@@ -159,6 +158,8 @@ class SlotCache(KVCache):
                 torch.cat([old, old.new_zeros(num_slots - len(old), *old.shape[1:])]) for old in pair
             )
             self._layers[layer] = (keys, values)
+        for key, old in self._states.items():
+            self._states[key] = torch.cat([old, old.new_zeros(num_slots - len(old), *old.shape[1:])])
 
 
 class ContinuousBatch:

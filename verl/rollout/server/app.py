@@ -98,7 +98,7 @@ class Server:
         model.num_ids = self._codec.num_ids
         config = model.transformer.config.get_text_config()
         name = options.name or options.model
-        self._parser = RequestParser(name, self._codec, config.max_position_embeddings, config.vocab_size)
+        self._parser = RequestParser(name, self._codec, model.context, config.vocab_size)
         self._loader = WeightLoader(model.transformer)
         self._generator = AsyncGenerator(model, self._codec, max_slots=options.max_slots)
         self._created_s = int(time.time())

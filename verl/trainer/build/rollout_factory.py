@@ -7,6 +7,7 @@ from pathlib import Path
 
 from verl.algorithms.objective import Algorithm
 from verl.config.run import TrainerConfig
+from verl.engines.hf.families import context_length
 from verl.engines.hf.hf_io import model_folder
 from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.monitoring.tracking import Clock
@@ -127,7 +128,7 @@ def _build_pool(
         codec,
         weights if make.syncs_weights else None,
         vocabulary=text.vocab_size,
-        context=text.max_position_embeddings,
+        context=context_length(groups.model_config),
         max_running=rollout.max_slots,
         sleeps=rollout.servers_sleep,
         on_update=rollout.on_update,

@@ -1,0 +1,131 @@
+"""Comparison of the forward pass by rows with a family's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from verl.engines.hf.attention import AttentionSpan, DecodeLayout, KVCache, RowLayout, use_attention
+from verl.engines.hf.families import REFUSED, context_length, small_token_sizes
+
+# Windows and the like in the comparison, whose rows have more tokens.
+_TOKEN_SIZE = 3
+# Highest first position in the comparison, for families without a longest row.
+_HIGH_POSITION = 1 << 20
+
+
+class CheckedForward(nn.Module):
+    """A model of Transformers whose forward pass by rows can be compared with the family's own.
+
+    Attributes:
+        transformer: the Hugging Face model.
+        compared: outputs that are compared, for the message.
+        decodes: whether decoding with a cache is compared, too.
+    """
+
+    transformer: PreTrainedModel
+    compared = "states"
+    decodes = False
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+        raise NotImplementedError
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout
+    ) -> Tensor:
+        """Final hidden states, [..., hidden], of ids and positions [...]; needs `forward_mode`."""
+        raise NotImplementedError
+
+    def family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Outputs of the family's own forward pass, to be compared with `outputs`."""
+        raise NotImplementedError
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """Outputs [M, ...] from final states [M, hidden]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """Compare this forward pass with the family's own on a few tokens.
+
+        Two packed rows of different lengths are compared, with windows and the like of 3 tokens, at the first
+        positions and at the last ones of the context. A policy also decodes their last tokens with a cache.
+
+        Raises:
+            ValueError: they differ: the family does something that this forward pass does not support.
+        """
+        vocabulary = self.transformer.config.get_text_config().vocab_size
+        context = context_length(self.transformer.config)
+        ids = torch.arange(4, 12, device=self.device) % vocabulary
+        for start in (0, max(0, min(context, _HIGH_POSITION) - len(ids))):
+            with small_token_sizes(self.transformer, _TOKEN_SIZE):
+                self._check_rows([ids, ids[2:7].flip(0)], start)
+
+    def _check_rows(self, rows: list[Tensor], start: int) -> None:
+        """Compare rows of ids whose first position is `start`."""
+        positions = [torch.arange(start, start + len(row), device=row.device) for row in rows]
+        # Eager attention is the family's definition; PyTorch's leaves out Gemma 2's cap.
+        with use_attention(self.transformer, "eager"):
+            expected = [
+                self.family_outputs(*line)[0].float()
+                for line in zip((r[None] for r in rows), (p[None] for p in positions), strict=True)
+            ]
+        layout = RowLayout([len(row) for row in rows], True, self.device)
+        try:
+            with use_attention(self.transformer):
+                states = self.hidden_states(torch.cat(rows)[None], torch.cat(positions)[None], layout)[0]
+                ours = self.outputs(states).split(layout.lengths)
+                self._compare(ours, expected, "")
+                if self.decodes:
+                    last = [output[-1:] for output in expected]
+                    self._compare(self._decoded_outputs(rows, positions), last, " in decoding")
+        except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            # The code of the family does not accept this kind of call.
+            raise self._unsupported(f"{type(error).__name__}: {error}") from error
+        # A window that the family reads elsewhere would not have been small above.
+        if missing := [
+            layer for layer in self._windowed_layers() if layout.spans.get(layer) == AttentionSpan(None)
+        ]:
+            raise self._unsupported(f"the attention of layer {missing[0]} is not told its window")
+
+    def _decoded_outputs(self, rows: list[Tensor], positions: list[Tensor]) -> Sequence[Tensor]:
+        """Outputs [1, ...] at the last token of each row, decoded with a cache of the earlier ones."""
+        cache = KVCache(len(rows))
+        cache.reserve(max(len(row) for row in rows))
+        slots = torch.arange(len(rows), device=self.device)
+        layout = RowLayout([len(row) - 1 for row in rows], True, self.device, cache, slots)
+        ids, places = ([t[:-1] for t in tensors] for tensors in (rows, positions))
+        self.hidden_states(torch.cat(ids)[None], torch.cat(places)[None], layout)
+        last, ends = (torch.stack([t[-1:] for t in tensors]) for tensors in (rows, positions))
+        lengths = torch.tensor(layout.lengths, device=self.device)
+        decode = DecodeLayout(cache, lengths, int(lengths.max()) + 1)
+        return self.outputs(self.hidden_states(last, ends, decode)[:, 0]).split(1)
+
+    def _compare(self, ours: Sequence[Tensor], expected: Sequence[Tensor], where: str) -> None:
+        """Raise ValueError if outputs differ by more than rounding."""
+        difference = max(float((a - b).abs().max()) for a, b in zip(ours, expected, strict=True))
+        # Weights that are sharded for 16 bits compute in 16 bits here, too, and round accordingly.
+        is_wide = next(self.parameters()).dtype == torch.float32
+        scale = max(1.0, *(float(output.abs().max()) for output in expected))
+        if not difference <= (1e-3 if is_wide else 3e-2) * scale:
+            raise self._unsupported(
+                f"its {self.compared} differ by {difference:.2g}{where} from its own forward pass"
+            )
+
+    def _windowed_layers(self) -> list[int]:
+        """Layers that attend to a part of the row, by the configuration."""
+        kinds = getattr(self.transformer.config.get_text_config(), "layer_types", None) or []
+        return [n for n, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind]
+
+    def _unsupported(self, reason: str) -> ValueError:
+        family = self.transformer.config.get_text_config().model_type
+        known = f" ({REFUSED[family]})" if family in REFUSED else ""
+        return ValueError(
+            f"model family {family!r} cannot be run by rows: {reason}{known}; use a family of the table in "
+            "docs/models.md, such as Qwen3, Llama, Mistral, Gemma 3 or gpt-oss"
+        )
