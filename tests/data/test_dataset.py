@@ -71,8 +71,11 @@ def test_a_saved_dataset_of_several_splits_is_taken_by_split(tmp_path: Path):
     splits.save_to_disk(tmp_path / "both")
     assert [p.answer for p in load_prompts(str(tmp_path / "both"), DataConfig(), split="test")[0]] == ["4"]
     datasets.DatasetDict(validation=splits["test"]).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match="no split 'test'; it has validation"):
-        load_prompts(str(tmp_path / "one"), DataConfig(), split="test")
+    assert "so data.test is its 'validation'" in load_prompts(
+        str(tmp_path / "one"), DataConfig(), split="test"
+    )[1].notes[0]
+    with pytest.raises(ValueError, match="need the split 'train' of .* for data.train, it has validation"):
+        load_prompts(str(tmp_path / "one"), DataConfig(), split="train")
 
 
 def test_a_task_gives_its_training_or_its_held_out_prompts():

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from tests.trainer.hub_stand_in import TOKEN, hub_stand_in
+from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.training import toy_trainer
 from verl.cli.main import main
 from verl.trainer.export.hub_upload import HubUpload

@@ -21,7 +21,7 @@ def test_a_path_is_not_looked_up_on_the_hub(source, monkeypatch):
 
 
 def answer(monkeypatch, error: Exception) -> None:
-    def model_info(self, repo_id, timeout):
+    def model_info(self, repo_id, **_):
         raise error
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
@@ -45,7 +45,7 @@ def test_a_name_that_the_hub_cannot_have_is_a_missing_folder():
 
 
 def test_without_network_the_cache_counts(tmp_path, monkeypatch):
-    def model_info(self, repo_id, timeout):
+    def model_info(self, repo_id, **_):
         raise AssertionError("the cache has it")
 
     monkeypatch.setattr(HfApi, "model_info", model_info)

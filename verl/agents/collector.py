@@ -13,8 +13,11 @@ from verl.agents.group_source import GroupSource
 from verl.agents.groups import has_no_signal
 from verl.agents.pipeline import Pipeline, TrainBatch
 from verl.algorithms.registry import BoundFunction
+from verl.config.data import DataSource
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
+from verl.data.dataset import load_prompts
+from verl.data.reading.memory_rows import MEMORY, rows_in_memory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
@@ -25,7 +28,6 @@ from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, Rollou
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
-PromptLike = Prompt | str | list[dict[str, Any]]
 
 
 @dataclass
@@ -98,35 +100,35 @@ class DataCollector:
 
     def collect(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: Any,
         *,
         samples: int,
-        refill: Callable[[int], Sequence[PromptLike]] | None = None,
+        refill: Callable[[int], Any] | None = None,
     ) -> RolloutBatch:
         """Answer every prompt `samples` times and reward the answers.
 
         Args:
-            prompts: texts, chat messages or `Prompt`s.
+            prompts: texts, chat messages, `Prompt`s or rows with columns, in any form of `rows_in_memory`
+                but a stream.
             samples: answers per prompt.
             refill: gives n more prompts; with it and `algorithm.dynamic_sampling`, groups of equal rewards
                 are replaced, in at most `algorithm.max_resamples` rounds.
 
         Raises:
+            TypeError: `prompts` has none of the known forms.
+            ValueError: a row cannot be used.
             RuntimeError: no answer has a reward, or too many have none, or a prompt cannot be answered and
                 there is no `refill`.
         """
-        given = iter(prompts)
+        asked = prompts_of(prompts, self._config)
+        given = iter(asked)
 
         def draw(count: int) -> list[Prompt]:
             drawn = list(islice(given, count))
-            if not drawn and refill is not None:
-                drawn = list(refill(count))
-            return [as_prompt(prompt, i) for i, prompt in enumerate(drawn)]
+            return prompts_of(refill(count), self._config) if not drawn and refill is not None else drawn
 
         return self.rollout_batch(
-            self.synced_engine().run(
-                self._collected(draw, len(prompts), samples, resamples=refill is not None)
-            )
+            self.synced_engine().run(self._collected(draw, len(asked), samples, resamples=refill is not None))
         )
 
     def rollout_batch(self, batch: TrainBatch) -> RolloutBatch:
@@ -256,9 +258,26 @@ class DataCollector:
             pipeline.close()
 
 
-def as_prompt(prompt: PromptLike, index: int) -> Prompt:
-    """A prompt from a text or chat messages; a `Prompt` stays as it is."""
-    return prompt if isinstance(prompt, Prompt) else Prompt(prompt, index=index)
+def prompts_of(data: Any, config: TrainerConfig) -> list[Prompt]:
+    """Prompts of data in memory, which a program hands over; `Prompt`s stay as they are.
+
+    Raises:
+        TypeError: it has none of the forms of `rows_in_memory`, or is a stream.
+        ValueError: a row cannot be used.
+    """
+    given = list(data) if isinstance(data, list | tuple) else []
+    if given and all(isinstance(prompt, Prompt) for prompt in given):
+        return given
+    # Its rows belong to no source, as those of a file do.
+    rows = rows_in_memory(data, "prompts", "train", source=DataSource(path=MEMORY, name=""))
+    if rows.is_streamed:
+        raise TypeError("need prompts of a step, got a stream; take some of it: list(stream.take(32))")
+    # None may be left out: the caller counts on an answer to each.
+    all_rows = config.data.model_copy(update={"on_malformed": "stop"})
+    made, _ = load_prompts(rows, all_rows, split="train", rewards=config.rewards)
+    return [
+        own if isinstance(own, Prompt) else prompt for own, prompt in zip(given or made, made, strict=True)
+    ]
 
 
 def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool = False) -> dict[str, float]:

@@ -15,7 +15,7 @@ from verl.data.loading.row_prompts import RowPrompts
 from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
 from verl.data.reading.row_cells import MalformedRow
-from verl.data.reading.sources import SourceSetting, sources_of, streams_of
+from verl.data.reading.sources import SourceSetting, streams_of
 from verl.utils.sampling_types import Prompt
 
 __all__ = ["LoadReport", "PromptLoader", "drop_long_prompts", "load_prompts", "load_rows"]
@@ -122,7 +122,7 @@ def load_rows(
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
-    number = 0
+    number, labels, notes = 0, list[str](), list[str]()
     missing: list[set[str]] = []
     for stream in streams_of(source, split):
         made = RowPrompts(stream.source, config, parse, rewards=rewards)
@@ -132,8 +132,10 @@ def load_rows(
             except MalformedRow as problem:
                 problems.append(f"{place}: {problem}")
             number += 1
+        labels.append(stream.label)
+        notes += stream.notes
         missing.append(made.missing_columns)
-    label = ", ".join(one.path for one in sources_of(source)) or "an empty list"
+    label = ", ".join(labels) or "an empty list"
     report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]))
     listed = "".join(f"\n  {problem}" for problem in report.problems)
     if problems and config.on_malformed == "stop":
@@ -154,7 +156,7 @@ def load_rows(
             f"need the column {absent[0]!r}, which rewards.column or data.sampling_key names, in a row of "
             f"data.{split}, {label} has none; correct the name or leave the setting out"
         )
-    return prompts, replace(report, notes=_notes(prompts))
+    return prompts, replace(report, notes=(*notes, *_notes(prompts)))
 
 
 def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:

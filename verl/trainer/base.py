@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from transformers import PretrainedConfig
@@ -21,6 +21,8 @@ from verl.controller.worker_group import Timeline
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
 from verl.data.examples import with_refused
+from verl.data.reading.data_files import Split
+from verl.data.reading.memory_rows import name_memory, with_memory
 from verl.data.reading.sources import SourceSetting
 from verl.engines.hf.families import context_length
 from verl.engines.optimizer import check_optimizer
@@ -106,6 +108,8 @@ class BaseTrainer(ABC):
         device: auto, cpu or cuda, for computation in this process.
         console: for output; none: standard output.
         callbacks: called at fixed points of the run, see `Callback`.
+        train_dataset: rows in memory in place of `data.train`, see `rows_in_memory`.
+        test_dataset: the same for `data.test`.
 
     Attributes:
         config: of the run; its `steps` are those of its epochs once `data.train` has been read.
@@ -144,7 +148,11 @@ class BaseTrainer(ABC):
         device: str,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
+        train_dataset: Any = None,
+        test_dataset: Any = None,
     ) -> None:
+        self._in_memory: dict[Split, Any] = {"train": train_dataset, "test": test_dataset}
+        config = name_memory(config, self._in_memory)
         roles = {"policy": config.policy}
         if isinstance(config, TrainerConfig):
             roles["critic"] = config.critic
@@ -324,9 +332,16 @@ class BaseTrainer(ABC):
         """Settings that must be equal in the continuation of a run."""
         return fixed_settings_of(self.config.model_dump(mode="json"))
 
-    def read_prompts(
-        self, source: SourceSetting | None, split: Literal["train", "test"]
-    ) -> tuple[list[Prompt], LoadReport]:
+    def source(self, split: Split) -> SourceSetting | None:
+        """Value of `data.train` or `data.test`, with the rows in memory that stand in it.
+
+        Raises:
+            ValueError, TypeError: as `verl.data.reading.memory_rows.with_memory`.
+        """
+        setting = self.config.data.train if split == "train" else self.config.data.test
+        return with_memory(setting, self._in_memory[split], split)
+
+    def read_prompts(self, source: SourceSetting | None, split: Split) -> tuple[list[Prompt], LoadReport]:
         """Prompts of a data set that are short enough.
 
         Raises:
@@ -334,8 +349,9 @@ class BaseTrainer(ABC):
         """
         if source is None:
             raise ValueError(
-                f"need data.{split}: a file of rows (JSON, CSV, Parquet or Arrow), a folder of them, or "
-                "task:NAME such as task:add-2"
+                f"need data.{split}: a file of rows (JSON, CSV, Parquet or Arrow), a folder of them, a data "
+                "set of the hub (OWNER/NAME), or task:NAME such as task:add-2; or "
+                f"{split}_dataset in a program"
             )
         rewards = self.config.rewards if isinstance(self.config, TrainerConfig) else RewardsConfig()
         return self.short_enough(*load_prompts(source, self.config.data, split=split, rewards=rewards))

@@ -103,7 +103,7 @@ class PairwiseTrainer(SingleModelTrainer):
 
     @override
     def read_data(self) -> None:
-        pairs, report = self.read_pairs(self.config.data.train, "train")
+        pairs, report = self.read_pairs(self.source("train"), "train")
         if self.config.data.test is not None:
             _ = self.test_pairs  # read now: a mistake in them is found before a model is loaded
         self.use_train_rows(pairs, report, per_step=self.config.pairs_per_step, setting="pairs_per_step")
@@ -128,7 +128,8 @@ class PairwiseTrainer(SingleModelTrainer):
         if source is None:
             raise ValueError(
                 f"need data.{split}: rows {{prompt, chosen, rejected}}, as a file, a saved data set's "
-                "folder, or task:NAME such as task:add-2"
+                "folder, a data set of the hub (OWNER/NAME), or task:NAME such as task:add-2; or "
+                f"{split}_dataset in a program"
             )
         return fit_rows(
             *load_pairs(source, self.config.data, split=split),
@@ -140,7 +141,7 @@ class PairwiseTrainer(SingleModelTrainer):
     @cached_property
     def test_pairs(self) -> list[Prompt]:
         """The held-out pairs."""
-        return self.held_out_rows(*self.read_pairs(self.config.data.test, "test"), "pairs")
+        return self.held_out_rows(*self.read_pairs(self.source("test"), "test"), "pairs")
 
     @cached_property
     def test_rows(self) -> Batch:

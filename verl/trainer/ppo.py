@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.agents.collector import as_prompt
 from verl.config.flat_call import make_trainer_config
 from verl.data.batch import Trajectory
 from verl.trainer.base import Metrics
 from verl.trainer.rl_trainer import Trainer
+from verl.utils.sampling_types import Prompt
 
 
 class PPOTrainer:
@@ -88,7 +88,8 @@ class PPOTrainer:
             raise ValueError(
                 f"need a finite reward in each record, got {reward} in record {index}; leave such records out"
             )
-        prompt, codec = as_prompt(record["prompt"], index), self.trainer.codec
+        given, codec = record["prompt"], self.trainer.codec
+        prompt = given if isinstance(given, Prompt) else Prompt(given, index=index)
         ids = codec.encode_answer(record["response"], prompt)
         return Trajectory(
             prompt,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -20,10 +19,8 @@ from verl.data.examples import question_of
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_engine
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, check_pair_loss, prompts_and_answers
-from verl.trainer.run.callbacks import Callback
 from verl.trainer.single_model_trainer import sampled_rows
 from verl.utils.sampling_types import Prompt
-from verl.utils.tokens import TextCodec
 
 # A policy has logprobs; rewards are columns of a reward model.
 _COLUMNS = readable_by("preference_loss")
@@ -35,9 +32,7 @@ class PreferenceTrainer(PairwiseTrainer):
     Args:
         config: settings of the run, from `load_run(PreferenceConfig, ...)`.
         actor_model: the policy as a loaded model, a folder or a hub name; none: from `config.policy.path`.
-        codec: tokenizer of the policy; none: the one saved with the model.
-        console: destination of human-readable output; none: standard output.
-        callbacks: called at fixed points of the run.
+        options: codec, console, callbacks, train_dataset and test_dataset of `SingleModelTrainer`.
 
     Attributes:
         reference: the reference policy; None if the loss does not read its logprobs.
@@ -52,13 +47,10 @@ class PreferenceTrainer(PairwiseTrainer):
         self,
         config: PreferenceConfig,
         actor_model: PreTrainedModel | str | None = None,
-        *,
-        codec: TextCodec | None = None,
-        console: Console | None = None,
-        callbacks: Sequence[Callback] = (),
+        **options: Any,
     ) -> None:
         self.loss = check_pair_loss(bind_as("preference_loss", config.loss, PAIR_LOSSES), _COLUMNS)
-        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
+        super().__init__(config, actor_model, **options)
         self.reference: LocalForwardEngine | None = None
         if any("_ref_" in name for name in self.loss.columns):
             policy = self.policy_engine.model

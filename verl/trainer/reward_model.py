@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -20,9 +20,7 @@ from verl.engines.hf.pretrained import as_reward_model, load_reward_model
 from verl.rewards.model_scoring import last_scores, rows_to_score
 from verl.trainer.base import Metrics
 from verl.trainer.pairwise_trainer import PairwiseTrainer, check_pair_loss, prompts_and_answers
-from verl.trainer.run.callbacks import Callback
 from verl.utils.sampling_types import Prompt
-from verl.utils.tokens import TextCodec
 
 _COLUMNS = readable_by("reward_loss")
 
@@ -36,9 +34,7 @@ class RewardModelTrainer(PairwiseTrainer):
     Args:
         config: settings of the run, from `load_run(RewardModelConfig, ...)`.
         actor_model: the first model as a loaded one, a folder or a hub name; none: from `config.policy.path`.
-        codec: tokenizer of the model; none: the one saved with it.
-        console: destination of human-readable output; none: standard output.
-        callbacks: called at fixed points of the run.
+        options: codec, console, callbacks, train_dataset and test_dataset of `SingleModelTrainer`.
 
     Raises:
         ValueError: settings contradict each other, or a model or file cannot be read.
@@ -51,13 +47,10 @@ class RewardModelTrainer(PairwiseTrainer):
         self,
         config: RewardModelConfig,
         actor_model: PreTrainedModel | str | None = None,
-        *,
-        codec: TextCodec | None = None,
-        console: Console | None = None,
-        callbacks: Sequence[Callback] = (),
+        **options: Any,
     ) -> None:
         self.loss = check_pair_loss(bind_as("reward_loss", config.loss, REWARD_LOSSES), _COLUMNS)
-        super().__init__(config, actor_model, codec=codec, console=console, callbacks=callbacks)
+        super().__init__(config, actor_model, **options)
         # Transformers finds the last token of a padded answer by it; without one it scores single rows only.
         self.reward_model.set_default_pad_id(self.codec.tokenizer.pad_token_id)
 

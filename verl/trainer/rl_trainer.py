@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from verl.agents.collector import DataCollector, PromptLike, RolloutBatch
+from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import RewardsConfig, WeightedChoice
@@ -78,6 +78,9 @@ class Trainer(RunnableTrainer):
         codec: tokenizer of the policy; none: the one saved with it.
         console: for output; none: standard output.
         callbacks: called at fixed points of the run, see `verl.Callback`.
+        train_dataset: rows in memory in place of `data.train`: a `datasets.Dataset` or `IterableDataset`, a
+            pandas DataFrame, a pyarrow Table, or a list of rows, texts, chats or `Prompt`s.
+        test_dataset: the same for `data.test`.
 
     Raises:
         ValueError: settings that do not fit together, or models or files that cannot be read.
@@ -97,6 +100,8 @@ class Trainer(RunnableTrainer):
         codec: TextCodec | None = None,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
+        train_dataset: Any = None,
+        test_dataset: Any = None,
     ) -> None:
         if use_vllm:
             rollout_config = config.rollout.model_copy(update={"engine": "vllm"})
@@ -104,7 +109,9 @@ class Trainer(RunnableTrainer):
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         device = config.device if config.placement.name == "local" else "cpu"
-        super().__init__(config, device=device, console=console, callbacks=callbacks)
+        given: dict[str, Any] = {"train_dataset": train_dataset, "test_dataset": test_dataset}
+        super().__init__(config, device=device, console=console, callbacks=callbacks, **given)
+        config = self.config
         self.eval_every, self.eval_at_start = evaluation_schedule(config)
         self.compares_groups = "group_ids" in self.algorithm.reads and "values" not in self.algorithm.reads
         self.stall_limit_s = config.pipeline.stall_limit_s
@@ -153,10 +160,13 @@ class Trainer(RunnableTrainer):
         self.notes += check_mismatch(learned, self.config.rollout)
         return batch.metrics | learned | self.rollout.take_metrics()
 
-    def collect_data(
-        self, prompts: Sequence[PromptLike], refill: Callable[[int], list[Prompt]] | None = None
-    ) -> RolloutBatch:
-        """Answer and reward prompts (texts, chat messages or `Prompt`s), `samples_per_prompt` times each."""
+    def collect_data(self, prompts: Any, refill: Callable[[int], list[Prompt]] | None = None) -> RolloutBatch:
+        """Answer and reward prompts, `samples_per_prompt` times each.
+
+        Args:
+            prompts: texts, chat messages, `Prompt`s or rows with columns, in any form of `train_dataset`.
+            refill: see `DataCollector.collect`.
+        """
         if self.rewards is None and "rewards" in self.algorithm.reads:
             raise ValueError(
                 "need at least one reward function, got none; name one in rewards.functions or pass reward_fn"
@@ -229,7 +239,7 @@ class Trainer(RunnableTrainer):
 
     @override
     def read_data(self) -> None:
-        prompts, report = self.read_prompts(self.config.data.train, "train")
+        prompts, report = self.read_prompts(self.source("train"), "train")
         check_row_sampling(prompts, self.config, trains=True)
         self.use_train_rows(
             prompts,
@@ -255,7 +265,7 @@ class Trainer(RunnableTrainer):
     @cached_property
     def test_prompts(self) -> list[Prompt]:
         """The held-out prompts."""
-        return self.read_prompts(self.config.data.test, "test")[0][: self.config.evaluation.prompts]
+        return self.read_prompts(self.source("test"), "test")[0][: self.config.evaluation.prompts]
 
     def evaluate(self) -> Metrics:
         """mean@k and pass@k of the policy on the held-out prompts, with the same random numbers each time."""

@@ -69,7 +69,7 @@ class SFTTrainer(SingleModelTrainer):
 
     @override
     def read_data(self) -> None:
-        examples, report = self.read_examples(self.config.data.train, "train")
+        examples, report = self.read_examples(self.source("train"), "train")
         if self.config.data.test is not None:
             # Read now: a mistake in them is found before a model is loaded.
             self.held_out = f"{len(self.test_examples)} examples of {self.config.data.test}"
@@ -84,7 +84,8 @@ class SFTTrainer(SingleModelTrainer):
         if source is None:
             raise ValueError(
                 f"need data.{split}: conversations {{messages}} or rows {{prompt, answer}}, as a file, a "
-                "saved data set's folder, or task:NAME"
+                "saved data set's folder, a data set of the hub (OWNER/NAME), or task:NAME; or "
+                f"{split}_dataset in a program"
             )
         data = self.config.data
         return fit_rows(
@@ -98,7 +99,7 @@ class SFTTrainer(SingleModelTrainer):
     @cached_property
     def test_examples(self) -> list[Prompt]:
         """The held-out examples that are evaluated."""
-        return self.held_out_rows(*self.read_examples(self.config.data.test, "test"), "examples")
+        return self.held_out_rows(*self.read_examples(self.source("test"), "test"), "examples")
 
     @cached_property
     def test_rows(self) -> Batch:

@@ -86,6 +86,9 @@ class SingleModelTrainer(RunnableTrainer):
         codec: tokenizer of the policy; none: the one saved with the model.
         console: destination of human-readable output; none: standard output.
         callbacks: called at fixed points of the run.
+        train_dataset: rows in memory in place of `data.train`: a `datasets.Dataset` or `IterableDataset`, a
+            pandas DataFrame, a pyarrow Table, or a list of rows, chats or `Prompt`s.
+        test_dataset: the same for `data.test`.
 
     Attributes:
         kind: of the model that training starts from, for messages.
@@ -103,8 +106,12 @@ class SingleModelTrainer(RunnableTrainer):
         codec: TextCodec | None = None,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
+        train_dataset: Any = None,
+        test_dataset: Any = None,
     ) -> None:
-        super().__init__(config, device=config.device, console=console, callbacks=callbacks)
+        given: dict[str, Any] = {"train_dataset": train_dataset, "test_dataset": test_dataset}
+        super().__init__(config, device=config.device, console=console, callbacks=callbacks, **given)
+        config = self.config
         self.eval_every, self.eval_at_start = evaluation_schedule(config)
         self.start = policy_start(config, actor_model, self.kind, note=self.notes.append)
         source = self.start.source

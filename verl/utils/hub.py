@@ -1,4 +1,4 @@
-"""Models by their folders and names on the Hugging Face hub: looked up, and PEFT adapters recognized.
+"""Repositories of the Hugging Face hub and folders of models: looked up, and PEFT adapters recognized.
 
 Without a network there is no long wait.
 """
@@ -9,10 +9,15 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -21,6 +26,67 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 # Transformers itself would try again for half a minute.
 _TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class HubAnswer:
+    """Answer of the hub to the question for a repository.
+
+    Attributes:
+        commit: of the revision that was asked for; None: it cannot be read, for `reason`.
+        reason: in words.
+        is_gated: its files are only for those who accepted its terms.
+        is_known: the hub answered; else there is no connection, or it is not asked.
+        is_offline: HF_HUB_OFFLINE is set, so the hub was not asked.
+    """
+
+    commit: str | None
+    reason: str = ""
+    is_gated: bool = False
+    is_known: bool = True
+    is_offline: bool = False
+
+
+def ask_hub(
+    name: str, *, kind: Literal["model", "dataset"] = "model", revision: str | None = None
+) -> HubAnswer:
+    """Ask the hub for a repository, with one request and without a long wait.
+
+    Args:
+        name: OWNER/NAME.
+        kind: of repository.
+        revision: a branch, a tag or a commit; none: main.
+
+    Raises:
+        HFValidationError: the name cannot be one of the hub.
+    """
+    try:
+        info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S)
+    except HFValidationError:
+        raise
+    except OfflineModeIsEnabled:
+        return HubAnswer(None, "HF_HUB_OFFLINE is set", is_known=False, is_offline=True)
+    except RevisionNotFoundError:
+        return HubAnswer(None, f"{constants.ENDPOINT} has no revision {revision!r} of it")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            # The hub answers the same for a private one without a token.
+            return HubAnswer(None, f"{constants.ENDPOINT} has none that you may read (status {status})")
+        return HubAnswer(None, f"{constants.ENDPOINT} answers with status {status}", is_known=False)
+    except Exception as error:  # the classes differ between the HTTP libraries that the hub's client uses
+        reason = str(error) or type(error).__name__
+        return HubAnswer(None, f"the hub {constants.ENDPOINT} cannot be reached: {reason}", is_known=False)
+    return HubAnswer(getattr(info, "sha", None), is_gated=bool(getattr(info, "gated", False)))
+
+
+def cached_commit(name: str, kind: Literal["model", "dataset"], revision: str | None = None) -> str | None:
+    """Commit of a revision in the hub's cache, without asking the hub; None: it is not there."""
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+    named = folder / "refs" / (revision or "main")
+    if named.is_file():
+        return named.read_text(encoding="utf-8").strip()
+    return revision if revision and (folder / "snapshots" / revision).is_dir() else None
 
 
 def why_missing(source: str) -> str | None:
@@ -38,21 +104,12 @@ def why_missing(source: str) -> str | None:
     try:
         if any(isinstance(try_to_load_from_cache(source, name), str) for name in _CONFIGS):
             return None
-        HfApi().model_info(source, timeout=_TIMEOUT_S)
+        answer = ask_hub(source)
     except HFValidationError:
         return here
-    except OfflineModeIsEnabled:
-        return f"{here}, nor such a model in the hub's cache, and HF_HUB_OFFLINE is set"
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403, 404):
-            # The hub answers the same for a private model without a token.
-            return f"{here}, and {constants.ENDPOINT} has none that you may read (status {status})"
-        return f"{here}, and {constants.ENDPOINT} answers with status {status}"
-    except Exception as error:  # the classes differ between the HTTP libraries that the hub's client uses
-        reason = str(error) or type(error).__name__
-        return f"{here}, and the hub {constants.ENDPOINT} cannot be reached: {reason}"
-    return None
+    if answer.is_offline:
+        return f"{here}, nor such a model in the hub's cache, and {answer.reason}"
+    return f"{here}, and {answer.reason}" if answer.reason else None
 
 
 @dataclass(frozen=True)

@@ -267,8 +267,11 @@ def test_settings_name_one_source_or_several(monkeypatch: Any):
     assert several == ("/data/a.jsonl", "b.parquet")
 
 
-def test_a_source_has_a_short_name():
+def test_a_source_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "shards").mkdir(parents=True)
     names = {"a/rows.jsonl.gz": "rows", "a/shards": "shards", "a/shards/*.parquet": "shards", "task:x": "x"}
+    names |= {"me/numbers": "me/numbers", "me/numbers:main": "me/numbers"}  # of the hub
     assert {source: name_of(DataSource(path=source)) for source in names} == names
     assert name_of(DataSource(path="a/rows.jsonl", name="mine")) == "mine"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,6 +44,7 @@ class RowPrompts:
         rewards: RewardsConfig = _NO_REWARDS,
     ) -> None:
         self._name, self._parse, self._default = name_of(source), parse, source.reward
+        self._config = config
         self._reward_column, self._sampling_key = rewards.column, config.sampling_key
         self._own_functions = _own_functions(config, rewards)
         try:
@@ -61,12 +63,21 @@ class RowPrompts:
         """The prompt of a row.
 
         Args:
-            raw: mapping of its columns, or bytes of its JSON text.
+            raw: mapping of its columns, bytes of its JSON text, or a `Prompt` of a program, whose own source,
+                reward and sampling parameters stay.
             number: of the row, which becomes `Prompt.index`.
 
         Raises:
             MalformedRow: the row cannot be used.
         """
+        if isinstance(raw, Prompt):
+            made = self(self._columns(raw), number)
+            return replace(
+                made,
+                source=raw.source or made.source,
+                reward=raw.reward or made.reward,
+                sampling={**made.sampling, **raw.sampling},
+            )
         row = _as_row(raw)
         parsed = self._parse(row)
         if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
@@ -88,6 +99,13 @@ class RowPrompts:
             self._reward(row),
             self._row_sampling(row),
         )
+
+    def _columns(self, prompt: Prompt) -> dict[str, Any]:
+        """The row that a prompt in memory would be."""
+        row = {**prompt.columns, self._config.prompt_key: prompt.content}
+        if prompt.answer is not None:
+            row[self._config.answer_key] = prompt.answer
+        return row | ({"tools": list(prompt.tools)} if prompt.tools else {})
 
     def _reward(self, row: Mapping[str, Any]) -> WeightedChoice | None:
         column = self._reward_column

@@ -18,7 +18,13 @@ _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "config.js
 # Further words for splits in names of files.
 _SPLIT_WORDS = {"training": "train", "testing": "test"}
 _PACKED = {".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z", ".snappy", ".br"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[^/:]+)?")
 _SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
+
+
+def is_hub_name(path: str) -> bool:
+    """True for OWNER/NAME or OWNER/NAME:CONFIG, a data set of the hub, unless there is such a path."""
+    return bool(_HUB_NAME.fullmatch(path)) and form_of(Path(path)) not in READERS and not Path(path).exists()
 
 
 def files_of(source: str, split: Split) -> list[Path]:
@@ -137,16 +143,13 @@ def _missing(source: str, split: Split) -> str:
     path, here = Path(source), Path.cwd()
     need = f"need an existing file or folder, or task:NAME, for data.{split}, got {source!r}"
     if "://" in source:
-        return f"{need}, which is an address; download it and give the path of the file"
+        return (
+            f"{need}, which is an address; download it and give the path of the file, or write OWNER/NAME "
+            "for a data set of the hub"
+        )
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     if near := difflib.get_close_matches(path.name, names, n=1):
         return f"{need}, which does not exist in {here}; the nearest name is {str(path.parent / near[0])!r}"
     if "," in source:
         return f"{need}, which does not exist in {here}; write several sources as data.{split}='[A, B]'"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and form_of(path) not in READERS:
-        store = f"import datasets; datasets.load_dataset('{source}').save_to_disk('FOLDER')"
-        return (
-            f"{need}, which does not exist in {here}; store a data set of the Hugging Face hub first: "
-            f'python -c "{store}", then data.{split}=FOLDER'
-        )
     return f"{need}, which does not exist in {here}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from verl.config.data import DataSource
 from verl.data.gym_tasks import PREFIX
-from verl.data.reading.data_files import Split
+from verl.data.reading.data_files import Split, is_hub_name
 from verl.data.reading.file_readers import PlacedRow
 from verl.data.reading.row_stream import RowStream, open_rows
 from verl.data.tasks import TASKS
@@ -19,15 +19,16 @@ SourceSetting = str | DataSource | RowStream | Sequence[str | DataSource | RowSt
 
 def sources_of(source: SourceSetting | None) -> tuple[DataSource, ...]:
     """Sources of a setting, which is one or several; none: no sources."""
-    return tuple(one.source if isinstance(one, RowStream) else one for one in _listed(source))
+    return tuple(one.source if isinstance(one, RowStream) else one for one in listed(source))
 
 
 def streams_of(source: SourceSetting | None, split: Split) -> Iterator[RowStream]:
     """Rows of each source of a setting, each opened when it is its turn."""
-    return (open_rows(one, split) for one in _listed(source))
+    return (open_rows(one, split) for one in listed(source))
 
 
-def _listed(source: SourceSetting | None) -> list[DataSource | RowStream]:
+def listed(source: SourceSetting | None) -> list[DataSource | RowStream]:
+    """Sources of a setting, each with its settings or as rows in memory."""
     if source is None:
         return []
     several = [source] if isinstance(source, str | DataSource | RowStream) else source
@@ -35,11 +36,16 @@ def _listed(source: SourceSetting | None) -> list[DataSource | RowStream]:
 
 
 def name_of(source: DataSource) -> str:
-    """Name of a source for metrics: its own, of the task, the file without its suffixes, or the folder."""
+    """Name of a source for metrics: its own, of the task, the file without its suffixes, or the folder.
+
+    Of a data set of the hub it is OWNER/NAME, as `data_source` of verl's files has it.
+    """
     if source.name is not None:
         return source.name
     if source.path.startswith("task:"):
         return source.path.removeprefix("task:")
+    if is_hub_name(source.path):
+        return source.path.partition(":")[0]
     path = Path(source.path)
     if glob.has_magic(path.name) and not path.exists():
         return next((p.name for p in path.parents if p.name and not glob.has_magic(p.name)), "files")
