@@ -13,7 +13,7 @@ import pytest
 
 from verl.rollout.batching_engine import BatchingEngine
 from verl.rollout.group_sampling import sample_groups
-from verl.utils.event_loops import Gatherer, OwnLoop, gather_all, wait_for_thread
+from verl.utils.event_loops import BackgroundLoop, Gatherer, OwnLoop, gather_all, wait_for_thread
 from verl.utils.sampling_types import BatchGenerator, Completion, SamplingParams
 
 
@@ -105,3 +105,23 @@ def test_a_batch_generator_must_give_each_prompt_its_number_of_completions():
     with pytest.raises(ValueError, match=message):
         engine.run(sample_groups(engine, [[1], [2]], [SamplingParams(n=2)] * 2))
     engine.close()
+
+
+def test_threads_share_a_background_loop_and_its_end_cancels_what_runs():
+    loop = BackgroundLoop("test")
+    ended = []
+
+    async def forever():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def begin():
+        return asyncio.ensure_future(forever())
+
+    task = loop.run(begin())
+    assert loop.run(asyncio.sleep(0, "value")) == "value"
+    loop.close()
+    loop.close()
+    assert task.cancelled() and ended == [True] and loop.is_closed

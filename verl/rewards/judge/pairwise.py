@@ -108,7 +108,7 @@ class PairwiseJudge(Judge):
         fields = {"response_a": block("response_a", first), "response_b": block("response_b", second)}
 
         def read(reply: Reply) -> str:
-            return winner_in(reply)
+            return winner_in(reply, quotable=f"{first}\n{second}")
 
         return Question(PAIRWISE_SYSTEM, self.question(prompt, fields), _FORM), read
 

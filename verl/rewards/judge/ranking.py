@@ -100,6 +100,6 @@ class RankingJudge(Judge):
         )
 
         def read(reply: Reply) -> list[float]:
-            return ranking_in(reply, len(texts))
+            return ranking_in(reply, len(texts), quotable="\n".join(texts))
 
         return Question(RANKING_SYSTEM, self.question(prompt, {"responses": "\n\n".join(blocks)}), form), read

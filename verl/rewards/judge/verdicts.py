@@ -20,6 +20,8 @@ _LABELLED_WINNER = re.compile(r"\bwinner\b[\"'*_\s]*[:=][\"'*_\s]*\[*(A|B|C|tie)
 _BRACKETED_WINNER = re.compile(r"\[\[(A|B|C)\]\]")
 _WINNERS: Mapping[str, Winner] = {"a": "a", "b": "b", "c": "tie", "tie": "tie"}
 _SHOWN = 200
+# Start and end of a JSON object in a text, and its value.
+FoundObject = tuple[int, int, dict[str, Any]]
 
 
 class UnreadableReplyError(ValueError):
@@ -86,13 +88,12 @@ def without_reasoning(text: str) -> str:
 def score_in(reply: Reply, low: float, high: float, *, quotable: str = "") -> tuple[float, int]:
     """Score of a reply: JSON {"score": n} at its end, else all scores in it, if they agree.
 
-    Scores are `{"score": n}` or labelled, such as "Score: 7/10"; any other number is none. One that stands
-    in the answer word by word may be a quote, and counts at the end alone.
+    Scores are `{"score": n}` or labelled, such as "Score: 7/10"; any other number is none.
 
     Args:
         reply: of the judge.
         low, high: ends of the scale.
-        quotable: the answer that was judged.
+        quotable: the answer that was judged. A score that stands in it, too, may be a quote, and is none.
 
     Returns:
         The score, and where its number begins in the text.
@@ -100,17 +101,16 @@ def score_in(reply: Reply, low: float, high: float, *, quotable: str = "") -> tu
     Raises:
         UnreadableReplyError: there is none, several differ, or it is not on the scale.
     """
-    found = list(json_objects(reply.text, "score"))
+    objects = list(json_objects(reply.text, "score"))
+    found = own_objects(objects, "score", quotable)
     if found and _ends_reply(reply.text, found[-1][1]):
-        start, end, value = found[-1]
-        number = _number_of(value["score"], high)
-        return _on_scale(number, low, high), _number_place(reply.text, start, end)
-    scores: dict[float, int] = {}
-    for start, end, value in found:
-        if reply.text[start:end] not in quotable:
-            scores.setdefault(_number_of(value["score"], high), _number_place(reply.text, start, end))
-    for match in _LABELLED.finditer(reply.text):
-        if (quotable and match[0] in quotable) or any(s <= match.start() < e for s, e, _ in found):
+        found = found[-1:]
+        labelled = []
+    else:
+        labelled = [m for m in _LABELLED.finditer(reply.text) if not _is_inside(m, objects)]
+    scores = {_number_of(v["score"], high): _number_place(reply.text, start, end) for start, end, v in found}
+    for match in labelled:
+        if _plain(match[0]) in _plain(quotable):
             continue
         if reply.cut and match.end() == len(reply.text):
             raise UnreadableReplyError(f"the reply was cut in its score: {reply.text[-_SHOWN:]!r}")
@@ -152,40 +152,46 @@ def expected_score(reply: Reply, place: int, low: float, high: float) -> float:
     return sum(score * weight for score, weight in weights.items()) / sum(weights.values())
 
 
-def winner_in(reply: Reply) -> Winner:
+def winner_in(reply: Reply, *, quotable: str = "") -> Winner:
     """Winner of a comparison: JSON {"winner": "A"} at the end of the reply, else all verdicts in it.
 
-    Verdicts are that JSON, "Winner: A" and "[[A]]"; A, B, or tie ([[C]]).
+    Verdicts are that JSON, "Winner: A" and "[[A]]"; A, B, or tie ([[C]]). One that stands in the answers is
+    none, as for `score_in`.
 
     Raises:
         UnreadableReplyError: there is none, or several differ.
     """
-    found = [value["winner"] for _, _, value in json_objects(reply.text, "winner")]
-    ends = [_ends_reply(reply.text, end) for _, end, _ in json_objects(reply.text, "winner")]
-    if found and ends[-1]:
-        found = found[-1:]
+    objects = list(json_objects(reply.text, "winner"))
+    found = own_objects(objects, "winner", quotable)
+    names = [value["winner"] for _, _, value in found]
+    if found and _ends_reply(reply.text, found[-1][1]):
+        names = names[-1:]
     else:
-        found += [m[1] for p in (_LABELLED_WINNER, _BRACKETED_WINNER) for m in p.finditer(reply.text)]
-    winners = {_WINNERS.get(str(name).strip().lower().removeprefix("response_")) for name in found}
+        matches = [m for p in (_LABELLED_WINNER, _BRACKETED_WINNER) for m in p.finditer(reply.text)]
+        names += [
+            m[1] for m in matches if not _is_inside(m, objects) and _plain(m[0]) not in _plain(quotable)
+        ]
+    winners = {_WINNERS.get(str(name).strip().lower().removeprefix("response_")) for name in names}
     if len(winners) == 1 and (winner := winners.pop()) is not None:
         return winner
-    if not found:
+    if not names:
         raise UnreadableReplyError(f"the reply names no winner{_why_none(reply)}: {reply.text[-_SHOWN:]!r}")
-    raise UnreadableReplyError(f"need one winner, A, B or tie, got {', '.join(map(str, found))}")
+    raise UnreadableReplyError(f"need one winner, A, B or tie, got {', '.join(map(str, names))}")
 
 
-def ranking_in(reply: Reply, count: int) -> list[float]:
+def ranking_in(reply: Reply, count: int, *, quotable: str = "") -> list[float]:
     """Scores of responses 1 to `count`, each in [0, 1], from JSON {"scores": ...}, the last in the reply.
 
-    The value is a list of {"id": 1, "score": 0.5}, or a mapping of ids to scores.
+    The value is a list of {"id": 1, "score": 0.5}, or a mapping of ids to scores. JSON that stands in the
+    answers is none, as for `score_in`.
 
     Raises:
         UnreadableReplyError: an id is missing, there twice, or unknown, or a score is not in [0, 1].
     """
-    found = [value["scores"] for _, _, value in json_objects(reply.text, "scores")]
+    found = own_objects(list(json_objects(reply.text, "scores")), "scores", quotable)
     if not found:
         raise UnreadableReplyError(f"the reply has no scores{_why_none(reply)}: {reply.text[-_SHOWN:]!r}")
-    entries = found[-1]
+    entries = found[-1][2]["scores"]
     if isinstance(entries, dict):
         entries = [{"id": name, "score": score} for name, score in entries.items()]
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -207,7 +213,13 @@ def ranking_in(reply: Reply, count: int) -> list[float]:
     return [scores[name] for name in expected]
 
 
-def json_objects(text: str, key: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def own_objects(objects: Sequence[FoundObject], key: str, quotable: str) -> list[FoundObject]:
+    """Those of the objects in a reply that do not stand in the answers, as a quote of them would."""
+    quoted = [value for _, _, value in json_objects(quotable, key)]
+    return [found for found in objects if found[2] not in quoted]
+
+
+def json_objects(text: str, key: str) -> Iterator[FoundObject]:
     """Start, end and value of each JSON object in a text that has a key; of nested ones, the outermost.
 
     An object with a key twice is none.
@@ -229,6 +241,15 @@ def json_objects(text: str, key: str) -> Iterator[tuple[int, int, dict[str, Any]
 
 # A function from the reply to the verdict; raises `UnreadableReplyError`.
 ReadVerdict = Callable[[Reply], Any]
+
+
+def _is_inside(match: re.Match[str], objects: Sequence[FoundObject]) -> bool:
+    return any(start <= match.start() < end for start, end, _ in objects)
+
+
+def _plain(text: str) -> str:
+    """Text without differences of case and white space."""
+    return " ".join(text.casefold().split())
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
