@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from verl.rewards.execution import call_worker
 
 T = TypeVar("T")
-# From the first limit, at which Python code is interrupted, to the second, at which the process ends.
-GRACE_S = 2.0
+# The process ends at this many times the limit at which Python code is interrupted.
+_LAST_LIMIT = 2
 # The signal that ends it: of a timer that counts processor time.
 LIMIT_SIGNAL = signal.SIGVTALRM
 _STATM = Path("/proc/self/statm")
@@ -32,8 +32,8 @@ class OverLimitError(BaseException):
 def run_limited(function: Callable[[], T], *, cpu_s: float, memory_bytes: int) -> T:
     """Value of a function within limits.
 
-    In a worker process, code that does not return to Python within `GRACE_S` more ends the process with
-    `LIMIT_SIGNAL`. There only the memory is limited, which on Linux raises MemoryError.
+    In a worker process, code that does not return to Python within twice the time ends the process with
+    `LIMIT_SIGNAL`. Only there the memory is limited, which on Linux raises MemoryError.
 
     Args:
         function: the function.
@@ -63,7 +63,7 @@ def _start_timers(cpu_s: float) -> None:
     signal.signal(signal.SIGPROF, _interrupt)
     if call_worker.is_worker_process():
         signal.signal(LIMIT_SIGNAL, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s + GRACE_S)
+        signal.setitimer(signal.ITIMER_VIRTUAL, _LAST_LIMIT * cpu_s)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
 
 

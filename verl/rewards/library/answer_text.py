@@ -12,7 +12,7 @@ from dataclasses import dataclass
 _THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 _THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
 # A box with its brace or, without braces, the text up to the next white space; any escape; a brace.
-_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\b\s*(?P<content>\{|[^\s{}$\\]+)|\\.|[{}]", re.DOTALL)
+_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\b\s*(?P<content>\{|[^\s{}$\\]+)|\\[^\\]|\\\\(?!boxed|fbox)|[{}]")
 # Longest content of a box in which boxes are looked for.
 _MAX_CONTENT = 4000
 # Between two boxes that are one answer: `\boxed{1} and $x=\boxed{2}$`.
@@ -25,6 +25,8 @@ _NAMED = re.compile(
     r"\banswer\b\W{0,3}(?:is\b|[:=])[\s:*]{0,9}([^\s][^\n]{0,200}?)(?:\.\s|[.\s]{0,9}$)",
     re.IGNORECASE | re.MULTILINE,
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)\b")
+_BOX_TO_LINE_END = re.compile(r"\\(?:boxed|fbox)\b[^\n]*")
 _ANSWER_TAG, _ANSWER_END = "<answer>", "</answer>"
 
 
@@ -64,6 +66,11 @@ def boxes(text: str) -> list[Box]:
     return [Box(begin, end, _without_boxes(text[first:last])) for begin, end, first, last in _spans(text)]
 
 
+def without_open_boxes(text: str) -> str:
+    """A text without complete boxes, also without those that are not closed, each to the end of its line."""
+    return _BOX_TO_LINE_END.sub("", text)
+
+
 def joined_boxes(text: str, found: list[Box]) -> list[str]:
     r"""Contents of the last box and of those that are listed with it, as in `\boxed{1}, \boxed{2}`."""
     contents: list[str] = []
@@ -96,7 +103,8 @@ def _spans(text: str) -> list[tuple[int, int, int, int]]:
     """Begin and end of each outermost box, and of its content."""
     found: list[tuple[int, int, int, int]] = []
     opened: list[tuple[int, int] | None] = []  # begin of a box and of its content; None for any other brace
-    for token in _BOX_TOKENS.finditer(text):
+    first_box = _BOX.search(text)
+    for token in _BOX_TOKENS.finditer(text, first_box.start()) if first_box else ():
         content = token["content"]
         if content == "{":
             opened.append(token.span())

@@ -36,6 +36,10 @@ _ALL_SPACED_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?"
 _POWER_OF_TEN = re.compile(r"(?<![\w.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([-+]?[0-9]+)(?![\w.])")
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}")
 _PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
+# Behind a digit math-verify takes i for a variable, elsewhere for the imaginary unit, unless i is an index.
+_IMAGINARY = re.compile(r"(?<=[0-9])i(?![A-Za-z0-9_])")
+_INDEX = re.compile(r"_\{?i|\\(?:sum|prod)")
+_BINOMIAL = re.compile(r"\\[dt]?binom\s*([0-9])\s*([0-9])")
 _ANGLED = re.compile(r"\\langle(.*?)\\rangle", re.DOTALL)
 _UNIT_WORDS = re.compile(r"(?P<value>[^A-Za-z]*[0-9}%])\s+(?P<words>[A-Za-z]{3,}(?:[ .-]+[A-Za-z]+)*)\.?")
 # Words that change the number before them, or that math-verify knows.
@@ -74,6 +78,9 @@ def plain_math(text: str) -> str:
     text = _MIXED_NUMBER.sub(_mixed_number, text)
     text = _POWER_OF_TEN.sub(r"\1 \\times 10^{\2}", text)
     text = _REPEATING.sub(_repeating_decimal, text)
+    if not _INDEX.search(text):
+        text = _IMAGINARY.sub(" i", text)
+    text = _BINOMIAL.sub(r"\\binom{\1}{\2}", text.replace(r"\varnothing", r"\emptyset"))
     return _ANGLED.sub(r"(\1)", _PI.sub(r"\\pi ", text)).strip()
 
 

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import re
 import signal
 from collections.abc import Sequence
@@ -20,7 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from verl.rewards.execution.own_limits import LIMIT_SIGNAL, OverLimitError, run_limited
 from verl.rewards.failures import RewardFailure
 from verl.rewards.library.answer_text import boxes as boxes_of
-from verl.rewards.library.answer_text import joined_boxes, marked_answer, named_answer, without_thoughts
+from verl.rewards.library.answer_text import (
+    joined_boxes,
+    marked_answer,
+    named_answer,
+    without_open_boxes,
+    without_thoughts,
+)
 from verl.rewards.library.math_spelling import MAX_CHARS, has_words, is_words, plain_math, text_key
 from verl.rewards.library.spellings import check_spellings, spellings
 
@@ -30,6 +37,9 @@ if TYPE_CHECKING:
 Extract = Literal["any", "marked", "boxed"]
 # Last part of an answer without a box or mark in which an expression is looked for.
 _TAIL_CHARS = 4000
+# Longest text that may be an answer as a whole without a mark.
+_MAX_BARE_CHARS = 200
+_WHOLE = ("expression", "words")
 _SHOWN_CHARS = 200
 _MEMORY_BYTES = 1 << 30
 _MISSING_PACKAGE = "need the package math-verify, which is not installed; pip install math-verify"
@@ -42,21 +52,33 @@ _ENDED_BY_ANSWER = {-LIMIT_SIGNAL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIG
 
 
 @dataclass(frozen=True)
+class ParsedTruth:
+    """A truth as math-verify reads it.
+
+    Attributes:
+        expressions: of SymPy; empty for a text that it cannot read.
+        decimal_places: of a small number, down to its third digit that is not 0; else 0.
+    """
+
+    expressions: tuple[Any, ...]
+    decimal_places: int = 0
+
+
+@dataclass(frozen=True)
 class FoundAnswer:
     """A final answer in the text of a policy.
 
     Attributes:
-        text: the expression, or a text that holds it.
-        is_whole: it is the expression; else math-verify looks for one in it.
-        needs_anchor: math-verify takes only an expression behind words such as "answer is".
+        text: what is compared, or where it is looked for.
+        form: "expression": the text is one; "words": it is compared as a text alone; "prose": math-verify
+            looks for an expression in it; "anchored": it takes only one behind words such as "answer is".
     """
 
     text: str
-    is_whole: bool
-    needs_anchor: bool = False
+    form: Literal["expression", "words", "prose", "anchored"] = "expression"
 
 
-def math(
+def math_reward(
     response: str,
     answer: Any,
     *,
@@ -82,7 +104,8 @@ def math(
         thoughts: "skip": what stands in `<think>` is no answer; "read": it is.
         unreadable_truths: "text": a truth that math-verify cannot read is compared as a text; "error": the
             run does not begin.
-        float_rounding: decimal places to which a decimal number must agree, as in math-verify.
+        float_rounding: decimal places to which a decimal number must agree, as in math-verify; more for a
+            truth below 0.001, to its third digit.
         strict: names of variables matter, and a set is no tuple, as in math-verify.
         timeout_s: processor time for one answer in seconds; an answer that needs more is wrong.
 
@@ -94,6 +117,7 @@ def math(
         ValueError: the truth cannot be read.
         RuntimeError: the package is missing, or this is not the main thread of a process.
     """
+    check_backslashes(answer)
     truths = [truth_text(text) for text in spellings(answer)]
     found = found_answers(response, extract=extract, boxes=boxes, thoughts=thoughts)
     values: dict[str, Any] = {
@@ -101,7 +125,7 @@ def math(
         "acc": 0.0,
         "answer_found": float(bool(found)),
         "checker_stopped": 0.0,
-        "extracted_answer": found[0].text[-_SHOWN_CHARS:] if found and found[0].is_whole else "",
+        "extracted_answer": found[0].text[:_SHOWN_CHARS] if found and found[0].form in _WHOLE else "",
     }
     is_right = equal_as_texts(found, truths)
     if is_right is not None:
@@ -109,14 +133,14 @@ def math(
     readable = [one for one in found if len(one.text) <= MAX_CHARS]
     if not readable:
         return values | {"checker_stopped": 1.0}
-    golds = [gold for text in truths for gold in parsed_truth(text, timeout_s, unreadable_truths)]
-    compare = functools.partial(compared, readable, golds, float_rounding=float_rounding, strict=strict)
+    parsed = [parsed_truth(text, timeout_s, unreadable_truths) for text in truths]
+    compare = functools.partial(compared, readable, parsed, float_rounding=float_rounding, strict=strict)
     try:
         is_right, shown = run_limited(compare, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
     except (OverLimitError, MemoryError):
         importlib.import_module("sympy.core.cache").clear_cache()  # It may hold what was too large.
         return values | {"checker_stopped": 1.0}
-    values |= {"extracted_answer": shown[-_SHOWN_CHARS:], "answer_found": float(bool(shown))}
+    values |= {"extracted_answer": shown[:_SHOWN_CHARS], "answer_found": float(bool(shown))}
     return values | {"score": float(is_right), "acc": float(is_right)}
 
 
@@ -152,6 +176,7 @@ def check_truth(
     """Raise ValueError, which names row and column, for a prompt whose truth cannot be compared."""
 
     def check(text: str) -> None:
+        check_backslashes(prompt.answer)
         truth = truth_text(text)
         if not _INTEGER.fullmatch(truth):  # Most truths of large sets, and readable.
             parsed_truth(truth, timeout_s, unreadable_truths)
@@ -169,42 +194,50 @@ def found_answers(
             return []
         listed = list(dict.fromkeys(joined_boxes(text, in_boxes)))
         readings = [in_boxes[-1].content, ",".join(listed)][: len(listed)]
-        return [FoundAnswer(reading, is_whole=True) for reading in readings if reading]
+        return [FoundAnswer(reading) for reading in readings if reading]
     if extract == "boxed":
         return []
+    text = without_open_boxes(text)
     marked = marked_answer(text)
     if marked is not None:
-        is_sentence = has_words(plain_math(marked[:MAX_CHARS])) and not is_words(marked)
-        return [FoundAnswer(marked, is_whole=not is_sentence)] if marked else []
-    named = named_answer(text)
-    as_words = [FoundAnswer(named, is_whole=True)] if named and is_words(plain_math(named)) else []
-    tail = text[-_TAIL_CHARS:].strip()
-    in_tail = [FoundAnswer(tail, is_whole=False, needs_anchor=extract == "marked")] if tail else []
-    return as_words + in_tail
+        is_prose = has_words(plain_math(marked)) and not is_words(marked)
+        return [FoundAnswer(marked, "prose" if is_prose else "expression")] if marked else []
+    tail, named = text[-_TAIL_CHARS:].strip(), named_answer(text)
+    if not tail:
+        return []
+    if extract == "marked":
+        return [*_bare_answers([named]), FoundAnswer(tail, "anchored")]
+    return [*_bare_answers([named, tail]), FoundAnswer(tail, "prose")]
+
+
+def check_backslashes(answer: Any) -> None:
+    """Raise ValueError for LaTeX whose backslashes were lost; `spellings` would strip what is left."""
+    for text in answer if isinstance(answer, list | tuple) else [answer]:
+        if isinstance(text, str) and _LOST_BACKSLASH.search(text):
+            raise ValueError(
+                f"need LaTeX, got {text[:60]!r}, whose backslash was read as a control character; write two "
+                "backslashes in JSON and in Python"
+            )
 
 
 def truth_text(text: str) -> str:
-    r"""Expression of a truth: the last box or what stands behind `####` if it is a solution, else all of it.
+    r"""Expression of a truth: of a solution the last box, or what stands behind `####` or "answer is".
 
     Raises:
-        ValueError: it is empty or too long, or its backslashes were lost.
+        ValueError: it is empty or too long.
     """
-    if _LOST_BACKSLASH.search(text):
-        raise ValueError(
-            f"need LaTeX, got {text[:60]!r}, whose backslash was read as a control character; write two "
-            "backslashes in JSON and in Python"
-        )
     in_boxes = boxes_of(text)
     marked = None if in_boxes else marked_answer(text)
-    found = in_boxes[-1].content if in_boxes else marked or text
+    named = named_answer(text) if has_words(text) else None
+    found = ",".join(dict.fromkeys(joined_boxes(text, in_boxes))) or marked or named or text
     if not 0 < len(plain_math(found)) <= MAX_CHARS:
         raise ValueError(f"need an expression of 1 to {MAX_CHARS} characters, got {len(plain_math(found))}")
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text"] = "error") -> list[Any]:
-    """Expressions of math-verify for a truth; empty for an integer or a text, which need none.
+def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text"] = "error") -> ParsedTruth:
+    """A truth as math-verify reads it.
 
     Raises:
         ValueError: math-verify cannot read it.
@@ -212,25 +245,29 @@ def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text
     written = plain_math(text)
     library = math_verify()
     config = [library.LatexExtractionConfig()]
-    parse = functools.partial(library.parse, f"\\boxed{{{written}}}", config, parsing_timeout=None)
+
+    def parse() -> ParsedTruth:
+        read = library.parse(f"\\boxed{{{written}}}", config, parsing_timeout=None)
+        expressions = tuple(value for value in read if not isinstance(value, str))
+        return ParsedTruth(expressions, max(map(_decimal_places, expressions), default=0))
+
     try:
-        read = run_limited(parse, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
+        parsed = run_limited(parse, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
     except OverLimitError:
-        read = []
-    expressions = [value for value in read if not isinstance(value, str)]
-    if not expressions and unreadable == "error" and not is_words(written):
+        parsed = ParsedTruth(())
+    if not parsed.expressions and unreadable == "error" and not is_words(written):
         raise ValueError(
             f"math-verify cannot read the truth {text[:80]!r}; correct it, or set the option "
             "unreadable_truths: text to compare such truths as texts"
         )
-    return expressions
+    return parsed
 
 
 def equal_as_texts(found: Sequence[FoundAnswer], truths: Sequence[str]) -> bool | None:
     """Whether an answer is equal to a truth, as far as their texts decide it; None if they do not."""
     if not found:
         return False
-    answers = [text_key(one.text) for one in found if one.is_whole]
+    answers = [text_key(one.text) for one in found if one.form in _WHOLE]
     keys = [text_key(text) for text in truths]
     if any(text in keys for text in answers):
         return True
@@ -241,21 +278,25 @@ def equal_as_texts(found: Sequence[FoundAnswer], truths: Sequence[str]) -> bool 
 
 
 def compared(
-    found: Sequence[FoundAnswer], golds: Sequence[Any], *, float_rounding: int, strict: bool
+    found: Sequence[FoundAnswer], truths: Sequence[ParsedTruth], *, float_rounding: int, strict: bool
 ) -> tuple[bool, str]:
     """Whether math-verify holds one of the answers for one of the truths, and the text that it read."""
     library = math_verify()
-    shown = ""
+    golds = [gold for truth in truths for gold in truth.expressions]
+    places = max(float_rounding, *(truth.decimal_places for truth in truths))
+    shown = found[0].text if found[0].form in _WHOLE else ""
     for one in found:
-        configs = _configs(library, has_anchor=one.needs_anchor)
-        text = f"\\boxed{{{plain_math(one.text)}}}" if one.is_whole else one.text
-        read = library.parse(text, configs, parsing_timeout=None)
-        texts = [one.text] if one.is_whole else [value for value in read if isinstance(value, str)]
-        shown = shown or "".join(texts[-1:])
-        if library.verify(
-            list(golds), read, float_rounding=float_rounding, strict=strict, timeout_seconds=None
-        ):
-            return True, "".join(texts[-1:])
+        if one.form == "words":
+            continue
+        is_whole = one.form == "expression"
+        text = f"\\boxed{{{plain_math(one.text)}}}" if is_whole else one.text
+        read = library.parse(text, _configs(library, has_anchor=one.form == "anchored"), parsing_timeout=None)
+        extracted = (
+            one.text if is_whole else "".join([value for value in read if isinstance(value, str)][-1:])
+        )
+        if library.verify(golds, read, float_rounding=places, strict=strict, timeout_seconds=None):
+            return True, extracted
+        shown = shown or extracted
     return False, shown
 
 
@@ -273,6 +314,22 @@ def math_verify() -> ModuleType:
     # It warns that its own time limits are off; they are those of `run_limited`.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return library
+
+
+def _decimal_places(expression: Any) -> int:
+    """Places at which a number below 0.001 is compared: at the six of math-verify it would be equal to 0."""
+    try:
+        value = abs(float(expression)) if expression.is_number else 1.0
+    except (TypeError, ValueError, OverflowError, AttributeError):  # no real number; sets have no `is_number`
+        return 0
+    return math.ceil(-math.log10(value)) + 3 if 0 < value < 1e-3 else 0
+
+
+def _bare_answers(texts: Sequence[str | None]) -> list[FoundAnswer]:
+    """Texts that are an answer as a whole: math-verify finds no words, and of x^2+1 only a part."""
+    short = [text for text in texts if text and len(text) <= _MAX_BARE_CHARS and "\n" not in text]
+    words = [FoundAnswer(text, "words") for text in short if is_words(plain_math(text))]
+    return words + [FoundAnswer(text) for text in short if not has_words(plain_math(text))]
 
 
 @functools.cache

@@ -58,7 +58,7 @@ REWARDS: dict[str, BuiltInReward] = {
     "position_share": BuiltInReward(f"{_HERE}.text_match:position_share", check=_COMPARES_TEXT),
     "prefix_share": BuiltInReward(f"{_HERE}.text_match:prefix_share", check=_COMPARES_TEXT),
     "math": BuiltInReward(
-        f"{_HERE}.math_verification:math",
+        f"{_HERE}.math_verification:math_reward",
         check=f"{_HERE}.math_verification:check_truth",
         prepare=f"{_HERE}.math_verification:prepare",
         place="process",
