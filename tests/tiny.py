@@ -34,6 +34,17 @@ _LATENT = {
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# A gated delta rule in the first layer, and attention that rotates a part of each head in the second.
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 # Name -> model type of Transformers and what differs from the common sizes: grouped heads and tied ones
 # unless said.
@@ -58,6 +69,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_GEMMA, **_WINDOWED, "query_pre_attn_scalar": 32}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "gpt_oss": ("gpt_oss", {**_EXPERTS, **_WINDOWED, "head_dim": 16}),
+    "qwen3_next": ("qwen3_next", {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16}),
 }
 
 

@@ -42,6 +42,9 @@ TWO: dict[str, dict[str, Any]] = {
     "bf16": {"parallel": D2, "precision": "bf16"},
     "fp16": {"parallel": T2, "precision": "fp16"},
     "experts": {"parallel": D2, "family": "mixtral"},
+    "recurrent": {"parallel": D2, "family": "qwen3_next", "recompute": True},
+    "sequence 2, sinks": {"parallel": S2, "family": "gpt_oss"},
+    "layers of another name": {"parallel": D2, "family": "gpt2"},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "data 4": {"parallel": D4},
@@ -62,7 +65,7 @@ CASES = {**dict.fromkeys(TWO, 2), **dict.fromkeys(FOUR, 4)}
 def sources(tmp_path_factory) -> dict[str, str]:
     """A saved model of each family."""
     root = tmp_path_factory.mktemp("families")
-    for family in ("qwen2", "qwen3", "llama", "llama_one_kv_head", "gemma2", "gemma3", "mixtral"):
+    for family in sorted({case.get("family", "qwen2") for case in [*TWO.values(), *FOUR.values()]}):
         tiny_transformer(family, initializer_range=0.05, vocab_size=100).save_pretrained(root / family)
     return {folder.name: str(folder) for folder in root.iterdir()}
 
