@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -262,3 +263,9 @@ def test_a_run_serves_its_judge_itself(tmp_path):
     # A random model gives no verdict.
     assert row.outcome == "judge_unreadable" and "serving" in (tmp_path / "run" / "judge.log").read_text()
     assert "answered a first question" in notes[0] and "has no verdict" in notes[1]
+
+
+def test_every_option_is_on_the_page_of_judges():
+    page = (Path(__file__).parents[3] / "docs" / "judges.md").read_text(encoding="utf-8")
+    options = {*ScoreOptions.model_fields, *PairwiseOptions.model_fields, *RankingOptions.model_fields}
+    assert [name for name in options if f"`{name}`" not in page] == []
