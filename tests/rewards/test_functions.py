@@ -141,12 +141,12 @@ def test_built_in_functions_that_compare_need_an_answer_in_every_row_before_the_
 def test_a_dry_run_calls_each_function_once_and_says_the_value_or_the_failure():
     codec = TextCodec(character_tokenizer())
     rewards = rewards_of(length, lambda completions, **_: [None])
-    assert rewards.try_out(Prompt("q", answer="abc", index=4), codec) == [
+    assert rewards.try_out([Prompt("q", answer="abc", index=4)], codec) == [
         "reward function length: 3 for its reference answer to row 4",
         "reward function lambda: not applicable for its reference answer to row 4",
     ]
     with pytest.raises(ValueError, match=r"'raising' fails for an empty answer to row 0: ZeroDivisionError"):
-        rewards_of(length, raising).try_out(Prompt("q"), codec)
+        rewards_of(length, raising).try_out([Prompt("q")], codec)
 
 
 def test_what_a_function_logs_goes_to_the_samples_and_the_metrics():

@@ -83,10 +83,10 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
 
 
 def try_rewards(trainer: BaseTrainer) -> list[str]:
-    """Sentences about one call of each reward function on the first prompt; none without rewards."""
+    """Sentences about one call of each reward function, on its first prompt; none without rewards."""
     if not (isinstance(trainer, Trainer) and trainer.rewards and trainer.loader):
         return []
-    return trainer.rewards.try_out(trainer.loader.prompts[0], trainer.codec)
+    return trainer.rewards.try_out(trainer.loader.prompts, trainer.codec)
 
 
 def evaluate(config: TrainerConfig) -> None:

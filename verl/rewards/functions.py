@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.data.batch import Trajectory, turn_ends
+from verl.rewards.data_sources import choices_of, described_choices
 from verl.rewards.execution.calls import CallPool
 from verl.rewards.execution.isolation import Place
 from verl.rewards.failures import RewardFailure
-from verl.rewards.library.reward_table import REWARDS, checked_options, load_function
+from verl.rewards.library.reward_table import BY_DATA_SOURCE, REWARDS
 from verl.rewards.library.spellings import spellings
-from verl.rewards.parameters import CallContext
+from verl.rewards.parameters import CallContext, columns_of
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.utils import user_code
+from verl.rewards.selection import FunctionSelection, built_function, chosen_function
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -32,7 +31,8 @@ class RewardFunctions:
     """Weighted sum of several functions; an answer that one of them fails on has no reward, and says why.
 
     Args:
-        functions: at least one. Of two with the same name the second is called `name_2`.
+        functions: at least one, or the choice of the functions of each prompt. Of two with the same name the
+            second is called `name_2`.
         timeout_s: limit of one call in seconds, from when the function is entered.
         max_failed_share: share of the trajectories of one `score` without a reward above which it raises, in
             [0, 1].
@@ -45,7 +45,7 @@ class RewardFunctions:
 
     def __init__(
         self,
-        functions: Sequence[RewardFunction],
+        functions: Sequence[RewardFunction] | FunctionSelection,
         *,
         timeout_s: float,
         max_failed_share: float,
@@ -53,14 +53,11 @@ class RewardFunctions:
         note: Callable[[str], None] = _LOG.warning,
     ) -> None:
         if not functions:
-            raise ValueError(
-                f"need at least one reward function, got none; name one in rewards.functions "
-                f"({', '.join(REWARDS)}) or pass reward_fn"
-            )
-        self._functions: dict[str, RewardFunction] = {}
-        for function in functions:
-            name = _unused(function.name, self._functions)
-            self._functions[name] = function
+            raise ValueError(no_functions())
+        if not isinstance(functions, FunctionSelection):
+            functions = FunctionSelection(given=functions)
+        self._selection = functions
+        for name, function in self._functions.items():
             if function.callee.note:
                 note(f"reward function {name}: {function.callee.note}")
         self._max_failed_share, self._context = max_failed_share, context
@@ -100,8 +97,8 @@ class RewardFunctions:
         for i, trajectory in enumerate(rows):
             self._write(trajectory, {name: of_function[i] for name, of_function in results.items()})
 
-    def try_out(self, prompt: Prompt, codec: TextCodec) -> list[str]:
-        """Call each function once, with the reference answer of a prompt as its answer, or an empty one.
+    def try_out(self, prompts: Sequence[Prompt], codec: TextCodec) -> list[str]:
+        """Call each function once, with the reference answer of its first prompt, or an empty answer.
 
         Returns:
             A sentence with the value of each function.
@@ -109,20 +106,21 @@ class RewardFunctions:
         Raises:
             ValueError: a function fails.
         """
-        answer = _example_answer(prompt)
-        ids = codec.encode_answer(answer, prompt)
-        row = Trajectory(
-            prompt, codec.encode_prompt(prompt), ids, [True] * len(ids), None, [0] * len(ids), 0, text=answer
-        )
-        said = "its reference answer" if answer else "an empty answer"
+        first: dict[str, Prompt] = {}
+        for prompt in prompts:
+            first |= {name: prompt for name in self._selection.names_for(prompt) if name not in first}
         lines, failures = [], []
-        for name, (result,) in self._results([row]).items():
+        for name, prompt in first.items():
+            answer = _example_answer(prompt)
+            where = f"{'its reference answer' if answer else 'an empty answer'} to row {prompt.index}"
+            ids = codec.encode_answer(answer, prompt)
+            mask, versions = [True] * len(ids), [0] * len(ids)
+            row = Trajectory(prompt, codec.encode_prompt(prompt), ids, mask, None, versions, 0, text=answer)
+            result = self._results([row], [name])[name][0]
             if isinstance(result, RewardFailure):
-                failures.append(
-                    f"reward function {name!r} fails for {said} to row {prompt.index}: {result.detail}"
-                )
+                failures.append(f"reward function {name!r} fails for {where}: {result.detail}")
             value = f"{result.reward:g}" if isinstance(result, Score) else "not applicable"
-            lines.append(f"reward function {name}: {value} for {said} to row {prompt.index}")
+            lines.append(f"reward function {name}: {value} for {where}")
         if failures:
             raise ValueError("\n".join(failures))
         return lines
@@ -141,25 +139,64 @@ class RewardFunctions:
         )
 
     def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Check the data before the first step, without a call of a user's function.
+        """Make the functions of all prompts, and check each with its prompts, without a call of a user's one.
 
         Raises:
-            ValueError: a function needs a column, or a reference answer, that a prompt does not have.
+            ValueError: a function needs a column, or a reference answer, that a prompt does not have, or
+                cannot be used, or a prompt has none.
         """
-        for function in self._functions.values():
-            function.check_data(prompts)
+        of_function: dict[str, list[Prompt]] = {}
+        without = []
+        for prompt in prompts:
+            names = self._selection.names_for(prompt)
+            for name in names:
+                of_function.setdefault(name, []).append(prompt)
+            if not names:
+                without.append(prompt)
+        if without:
+            raise ValueError(
+                f"{len(without)} of {len(prompts)} rows have no reward function, the first is row "
+                f"{without[0].index} of {without[0].source}; {no_functions()}"
+            )
+        for name, own in of_function.items():
+            self._functions[name].check_data(own)
 
     def close(self) -> None:
         """Ends the processes and threads that calls run in, and the servers of judges."""
         self._pool.close()
-        for function in self._functions.values():
-            function.close()
+        self._selection.close()
 
-    def _results(self, rows: Sequence[Trajectory]) -> dict[str, list[Score | RewardFailure | None]]:
-        """Result of each function for each row."""
-        calls = {name: f.calls(rows, name, self._context) for name, f in self._functions.items()}
+    @property
+    def _functions(self) -> dict[str, RewardFunction]:
+        return self._selection.functions
+
+    def _results(
+        self, rows: Sequence[Trajectory], only: Sequence[str] | None = None
+    ) -> dict[str, list[Score | RewardFailure | None]]:
+        """Result of each function for each row; None where it is not one of the row's functions."""
+        places: dict[str, list[int]] = {}
+        results: dict[str, list[Score | RewardFailure | None]] = {}
+        for place, row in enumerate(rows):
+            try:
+                names = self._selection.names_for(row.prompt) if only is None else only
+            except ValueError as error:  # a row that was not there to be checked before the first step
+                none: list[Score | RewardFailure | None] = [None] * len(rows)
+                results.setdefault("rewards", none)[place] = RewardFailure("reward_error", str(error))
+                continue
+            for name in names:
+                places.setdefault(name, []).append(place)
+        functions = {name: f for name, f in self._functions.items() if name in places}
+        calls = {
+            name: function.calls([rows[place] for place in places[name]], name, self._context)
+            for name, function in functions.items()
+        }
         self._pool.run([call for of_function in calls.values() for call in of_function])
-        return {name: f.scores(calls[name], len(rows)) for name, f in self._functions.items()}
+        for name, function in functions.items():
+            results[name] = [None] * len(rows)
+            own = function.scores(calls[name], len(places[name]))
+            for place, result in zip(places[name], own, strict=True):
+                results[name][place] = result
+        return results
 
     def _write(self, trajectory: Trajectory, results: Mapping[str, Score | RewardFailure | None]) -> None:
         """Writes the results of all functions for one trajectory."""
@@ -202,39 +239,47 @@ def build_rewards(
     *,
     placed: Mapping[str, Callable[..., Any]] | None = None,
     context: CallContext = _NO_CONTEXT,
-    columns: Collection[str] = (),
+    prompts: Sequence[Prompt] = (),
     note: Callable[[str], None] = _LOG.warning,
 ) -> RewardFunctions:
     """Functions of the settings, and those that are given as Python objects, which have weight 1.
+
+    A prompt with a function of its own (`Prompt.reward`) has that one alone. If neither settings nor program
+    name one, those of public data sets are chosen by the names of the data sets.
 
     Args:
         config: names, options and limits.
         reward_fn: further functions.
         placed: functions in place of those of the same name, whose models run elsewhere.
         context: facts of the run that functions may ask for.
-        columns: names of the columns of the data, for messages.
-        note: called with a sentence about each function that cannot run in a worker process.
+        prompts: the data, as far as it is known.
+        note: called with a sentence about each function that cannot run in a worker process, and about those
+            that are chosen by the data set.
 
     Raises:
         ValueError: there is none, a name is unknown, or a function fits no form (see `RewardFunction`).
     """
     given = [] if reward_fn is None else [reward_fn] if callable(reward_fn) else list(reward_fn)
-    functions: list[RewardFunction] = []
-    try:
-        for choice in config.functions:
-            elsewhere = (placed or {}).get(choice.name)
-            if choice.name in REWARDS and REWARDS[choice.name].build:
-                functions.append(_built_function(choice, folder=context.folder, note=note))
-            else:
-                functions.append(_chosen_function(choice, config, placed=elsewhere, columns=columns))
-    except BaseException:
-        for function in functions:
-            function.close()
-        raise
+    columns = columns_of(prompts)
+
+    def make(choice: WeightedChoice) -> RewardFunction:
+        if choice.name in REWARDS and REWARDS[choice.name].build:
+            return built_function(choice, folder=context.folder, note=note)
+        return chosen_function(choice, config, placed=(placed or {}).get(choice.name), columns=columns)
+
+    choices = config.functions
+    rest = [prompt for prompt in prompts if prompt.reward is None]
+    if not choices and not given and rest:
+        if any(choices_of(prompt.source) is None for prompt in rest):
+            raise ValueError(no_functions())
+        choices = (WeightedChoice(name=BY_DATA_SOURCE),)
+        note(f"no reward function is named, so they are chosen by the data set ({described_choices(rest)})")
+    if not (choices or given or prompts or config.column):
+        raise ValueError(no_functions())
     on_thread: Place | None = "thread" if config.isolation == "thread" else None
-    functions += [RewardFunction(f, place=on_thread, columns=columns) for f in given]
+    objects = [RewardFunction(f, place=on_thread, columns=columns) for f in given]
     return RewardFunctions(
-        functions,
+        FunctionSelection(choices, objects, make),
         timeout_s=config.timeout_s,
         max_failed_share=config.max_failed_share,
         context=context,
@@ -242,57 +287,11 @@ def build_rewards(
     )
 
 
-def _chosen_function(
-    choice: WeightedChoice,
-    config: RewardsConfig,
-    *,
-    placed: Callable[..., Any] | None,
-    columns: Collection[str],
-) -> RewardFunction:
-    """The function of a choice, with its options checked; a built-in one is made ready."""
-    built_in = REWARDS.get(choice.name)
-    function, options = placed or load_function(choice.name), choice.options
-    imported_from, check, score_of_failure = choice.name, None, None
-    place: Place | None = "thread" if config.isolation == "thread" else None
-    if built_in:
-        options = options if placed else checked_options(choice.name, function, options)
-        imported_from = built_in.function
-        # One for a process holds nothing that it could share, and relies on its limits.
-        place = None if built_in.place == "process" else built_in.place
-        if built_in.check:
-            check = partial(load_function(built_in.check), **options)
-        if built_in.score_of_failure:
-            score_of_failure = load_function(built_in.score_of_failure)
-    module, _, attribute = imported_from.rpartition(":")
-    made = RewardFunction(
-        function,
-        name=choice.name if built_in else None,
-        weight=choice.weight,
-        options=options,
-        imported_from=(module, attribute),
-        place="thread" if placed else place,
-        check=check,
-        score_of_failure=score_of_failure,
-        columns=columns,
-    )
-    if built_in and built_in.prepare and not placed:
-        load_function(built_in.prepare)(**options)
-    return made
-
-
-def _built_function(
-    choice: WeightedChoice, *, folder: Path | None, note: Callable[[str], None]
-) -> RewardFunction:
-    """The built-in function with state of a choice."""
-    build = user_code.load_function(
-        REWARDS[choice.name].build, user=f"reward function {choice.name}", keeps_class=True
-    )
-    try:
-        made = build(choice.options, folder=folder, note=note)
-    except ValueError as error:
-        raise ValueError(f"reward function {choice.name!r}: {error}") from error
-    return RewardFunction(
-        made, name=choice.name, weight=choice.weight, place="inline", check=made.check, close=made.close
+def no_functions() -> str:
+    """Message on a run without a reward function."""
+    return (
+        f"need at least one reward function, got none; name one in rewards.functions ({', '.join(REWARDS)}), "
+        "in the reward of a source of the data or in a column (rewards.column), or pass reward_fn"
     )
 
 
@@ -304,14 +303,6 @@ def _example_answer(prompt: Prompt) -> str:
         return spellings(prompt.answer)[0]
     except (ValueError, IndexError):
         return ""
-
-
-def _unused(name: str, taken: Iterable[str]) -> str:
-    number, candidate = 1, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
 
 
 def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> dict[str, RewardFailure]:

@@ -120,10 +120,10 @@ PLURALS = {
     "extra_infos": "extra_info",
 }
 KNOWN_NAMES: Final = (
-    "for each answer: prompt, response, completion, solution_str, trajectory, state; over all answers: "
-    "prompts, completions, responses, trajectories, completion_ids, queries, solution_strs; in both: answer, "
-    "ground_truth, label, data_source, source, task, extra_info, info, tools, trainer_state, and every "
-    "column of the data"
+    "for each answer: prompt, prompt_text, response, completion, solution_str, trajectory, state; over all "
+    "answers: prompts, completions, responses, trajectories, completion_ids, queries, solution_strs; in "
+    "both: answer, ground_truth, label, data_source, source, task, extra_info, info, tools, trainer_state, "
+    "and every column of the data"
 )
 
 
@@ -189,6 +189,8 @@ class Signature:
             values |= self._own_lists(trajectories, context)
         else:
             values |= {"prompt": _own_copy(prompts[0].content)}
+            if "prompt_text" in self._parameters and "prompt_text" not in prompts[0].columns:
+                values["prompt_text"] = context.prompt_text(prompts[0])
             values |= {
                 name: of(trajectories[0]) for name, of in ROW_VALUES.items() if name in self._parameters
             }
@@ -208,7 +210,8 @@ class Signature:
         Raises:
             ValueError: no prompt has one; or some have none, if the function is called for each answer.
         """
-        own = {*self._own, *_RUN_NAMES, "prompts" if self.is_batched else "prompt"}
+        own = {*self._own, *_RUN_NAMES}
+        own |= {"prompts"} if self.is_batched else {"prompt", "prompt_text"}
         names = [name for name in self._required if name not in own]
         lacking = {n: [p for p in prompts if self._data_value(n, p) is MISSING] for n in names}
         absent = [name for name, without in lacking.items() if without and len(without) == len(prompts)]

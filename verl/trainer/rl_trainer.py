@@ -26,7 +26,7 @@ from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
 from verl.planner.step_limit import StepLimitMetric
 from verl.rewards.functions import RewardFunctions, build_rewards
-from verl.rewards.parameters import CallContext, columns_of
+from verl.rewards.parameters import CallContext
 from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
 from verl.trainer.base import Metrics
@@ -225,7 +225,9 @@ class Trainer(RunnableTrainer):
             return None
         if not is_given and self.config.data.train is None and self.config.data.test is None:
             return None  # a loop of the user's own may reward its trajectories itself
-        prompts = self.loader.prompts if self.loader else []
+        prompts = [*self.loader.prompts] if self.loader else []
+        if not is_given and self.config.data.test is not None and (self.eval_every or not self.loader):
+            prompts += self.test_prompts
         return build_rewards(
             config,
             self._reward_fn,
@@ -233,7 +235,7 @@ class Trainer(RunnableTrainer):
             context=CallContext(
                 self.codec.prompt_text, partial(TrainerState.of, self), Path(self.config.output_dir)
             ),
-            columns=columns_of(prompts),
+            prompts=prompts,
             note=self.notes.append,
         )
 

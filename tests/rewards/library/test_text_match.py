@@ -8,8 +8,9 @@ import pytest
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
 from verl.rewards.functions import build_rewards
+from verl.rewards.library.spellings import check_normal_spellings as check_reference
 from verl.rewards.library.spellings import spellings
-from verl.rewards.library.text_match import check_reference, exact, position_share, prefix_share
+from verl.rewards.library.text_match import exact, position_share, prefix_share
 from verl.utils.sampling_types import Prompt
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError
 
 from verl.config.layers import nearest_key
 from verl.rewards.execution.isolation import Place
-from verl.rewards.parameters import BATCH_VALUES, DATA_VALUES, ROW_VALUES
 from verl.utils import user_code
 
 _HERE = "verl.rewards.library"
@@ -26,8 +25,7 @@ class BuiltInReward:
         function: its keyword-only parameters are its options; their annotations are checked before the first
             step. It returns a number or a mapping, as a user's function does.
         check: called before the first step with each prompt that it is to score and with its options,
-            `check(prompt, **options)`; raises ValueError for a prompt whose truth it cannot compare. "":
-            none.
+            `check(prompt, **options)`; raises ValueError for a truth that it cannot compare; "": none.
         prepare: called once before the first step, `prepare(**options)`, without a time limit: loads a model,
             or raises ValueError for options that do not fit together. "": none.
         place: "inline" in the trainer for what cannot hang; "thread" in the trainer for what holds a model;
@@ -51,7 +49,9 @@ class BuiltInReward:
     refusal: str = ""
 
 
-_COMPARES_TEXT = f"{_HERE}.text_match:check_reference"
+_COMPARES_TEXT = f"{_HERE}.spellings:check_normal_spellings"
+# Chosen by the name of a row's data set, see `verl.rewards.data_sources`.
+BY_DATA_SOURCE = "by_data_source"
 # Name in rewards.functions -> the function.
 REWARDS: dict[str, BuiltInReward] = {
     "exact": BuiltInReward(f"{_HERE}.text_match:exact", check=_COMPARES_TEXT),
@@ -65,6 +65,29 @@ REWARDS: dict[str, BuiltInReward] = {
         score_of_failure=f"{_HERE}.math_verification:score_of_failure",
     ),
     "gsm8k": BuiltInReward(f"{_HERE}.gsm8k:gsm8k", check=f"{_HERE}.gsm8k:check_number"),
+    "contains": BuiltInReward(
+        f"{_HERE}.containment:contains",
+        check=f"{_HERE}.containment:check_contains",
+        prepare=f"{_HERE}.containment:prepare_contains",
+    ),
+    "similarity": BuiltInReward(f"{_HERE}.similarity:similarity", check=_COMPARES_TEXT),
+    "choice": BuiltInReward(f"{_HERE}.choice:choice", check=f"{_HERE}.choice:check_choice"),
+    "regex": BuiltInReward(
+        f"{_HERE}.patterns:regex",
+        check=f"{_HERE}.patterns:check_regex",
+        prepare=f"{_HERE}.patterns:prepare_regex",
+        place="process",
+    ),
+    "json_schema": BuiltInReward(
+        f"{_HERE}.json_answers:json_schema",
+        check=f"{_HERE}.json_answers:check_schema",
+        prepare=f"{_HERE}.json_answers:prepare_schema",
+        place="process",
+    ),
+    "format": BuiltInReward(
+        f"{_HERE}.patterns:format_tags", prepare=f"{_HERE}.patterns:prepare_format", place="process"
+    ),
+    "repetition": BuiltInReward(f"{_HERE}.similarity:repetition"),
     "model": BuiltInReward(
         "verl.rewards.model_scoring:model", prepare="verl.rewards.model_scoring:prepare", place="thread"
     ),
@@ -101,29 +124,34 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def option_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Options of a built-in function: its keyword-only parameters that are not filled from the data."""
-    filled = {*ROW_VALUES, *BATCH_VALUES, *DATA_VALUES, "prompt", "prompts"}
+    """Options of a built-in function: its keyword-only parameters."""
     parameters = inspect.signature(function).parameters
-    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in filled}
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def checked_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a built-in function, each brought to the type of its parameter.
+    """All options of a built-in function, those that are given brought to the type of their parameter.
+
+    With their defaults too, so that a column of the data does not take the place of an option.
 
     Raises:
-        ValueError: one of another type or out of its bounds; a name that is no option is left to
-            `verl.rewards.parameters.Signature`.
+        ValueError: a name that is no option, or a value of another type or out of its bounds.
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    known = {n: p for n, p in option_parameters(function).items() if n in options and n in hints}
-    fields: dict[str, Any] = {n: (hints[n], Field(default=p.default)) for n, p in known.items()}
-    model = create_model(f"{name}_options", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
-    try:
-        checked = model(**{n: options[n] for n in known})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+    known = option_parameters(function)
+    if unknown := sorted(options.keys() - known.keys()):
+        near = f"; the nearest is {nearest_key(unknown[0], list(known))}" if known else ""
         raise ValueError(
-            f"reward function {name!r}: option {place}: {first['msg']}, got {first['input']!r}"
-        ) from error
-    return {**options, **{n: getattr(checked, n) for n in known}}
+            f"need options that reward function {name!r} takes ({', '.join(known) or 'none'}), got "
+            f"{', '.join(unknown)}{near}"
+        )
+    checked = {n: p.default for n, p in known.items() if p.default is not p.empty} | dict(options)
+    for option in known.keys() & options.keys():
+        try:
+            checked[option] = TypeAdapter(hints[option]).validate_python(options[option])
+        except ValidationError as error:
+            causes = "; or ".join(dict.fromkeys(fault["msg"] for fault in error.errors()[:4]))
+            raise ValueError(
+                f"reward function {name!r}, option {option}: {causes}; got {options[option]!r}"
+            ) from error
+    return checked

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from verl.rewards.library.normalization import NORMALIZATIONS, Normalize
+
 if TYPE_CHECKING:
     from verl.utils.sampling_types import Prompt
 
-_LISTS = (list, tuple, set, frozenset)
+LISTS = (list, tuple, set, frozenset)
 # Keys of the accepted answers in the `ground_truth` of search and question-answering sets.
 _LIST_KEYS = ("target", "ground_truth")
 REMEDY = "write the reference as a text, or give a reward function of your own, which gets the value as it is"
@@ -39,8 +41,8 @@ def spellings(reference: Any) -> tuple[str, ...]:
         given = {key: item for key, item in value.items() if item is not None}
         if len(given) == 1 and next(iter(given)) in _LIST_KEYS:
             return spellings(next(iter(given.values())))
-    elif isinstance(value, _LISTS):
-        if value and not any(isinstance(item, (*_LISTS, dict, np.ndarray)) for item in value):
+    elif isinstance(value, LISTS):
+        if value and not any(isinstance(item, (*LISTS, dict, np.ndarray)) for item in value):
             return tuple(dict.fromkeys(text for item in value for text in spellings(item)))
     elif texts := _texts(value):
         return tuple(dict.fromkeys(text.strip() for text in texts))
@@ -67,13 +69,29 @@ def check_spellings(prompt: Prompt, check: Callable[[str], object] | None = None
                 check(text)
     except ValueError as error:
         raise ValueError(
-            f"row {prompt.index} of {prompt.source or 'the data'}, {_column_of(prompt)}: {error}; name the "
-            f"column that holds it in data.answer_key, leave the row out, {REMEDY}"
+            f"{place_of(prompt)}: {error}; name the column that holds it in data.answer_key, leave the row "
+            f"out, {REMEDY}"
         ) from error
 
 
+def check_normal_spellings(prompt: Prompt, *, normalize: Normalize = "none", **_: Any) -> None:
+    """As `check_spellings`; something must be left of the reference when it is normalized."""
+
+    def check(text: str) -> None:
+        if not NORMALIZATIONS[normalize](text):
+            raise ValueError(
+                f"need a reference of which normalize {normalize} leaves something, got {text!r}"
+            )
+
+    check_spellings(prompt, check)
+
+
+def place_of(prompt: Prompt) -> str:
+    """Row and column of the reference answer, in words."""
+    return f"row {prompt.index} of {prompt.source or 'the data'}, {_column_of(prompt)}"
+
+
 def _column_of(prompt: Prompt) -> str:
-    """Column of the reference answer, in words."""
     layout = prompt.columns.get("reward_model")
     if isinstance(layout, dict) and layout.get("ground_truth") is prompt.answer:
         return "column 'reward_model.ground_truth'"

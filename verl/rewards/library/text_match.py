@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from verl.data.batch import Trajectory
-from verl.rewards.library.spellings import REMEDY, check_spellings, spellings
-from verl.utils.sampling_types import Prompt
+from verl.rewards.library.extraction import Extract, extracted
+from verl.rewards.library.normalization import NORMALIZATIONS, Normalize
+from verl.rewards.library.spellings import REMEDY, spellings
 
 
-def exact(trajectory: Trajectory) -> dict[str, float]:
+def exact(
+    trajectory: Trajectory, *, extract: Extract = "whole", normalize: Normalize = "none"
+) -> dict[str, float]:
     """1 if the answer is the reference, both stripped of surrounding white space, else 0.
 
     A reference that is no text is compared by its plain spellings, see `spellings`.
+
+    Args:
+        trajectory: the answer.
+        extract: part of the answer that is compared; without it, the answer is wrong.
+        normalize: brings both to one spelling before: "unicode", "loose" or "squad".
 
     Returns:
         `reward` and `accuracy`, both that number.
@@ -21,11 +28,13 @@ def exact(trajectory: Trajectory) -> dict[str, float]:
     Raises:
         ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    right = float(trajectory.text.strip() in _references(trajectory))
+    plain, part = NORMALIZATIONS[normalize], extracted(trajectory.text, extract)
+    references = map(plain, _references(trajectory))
+    right = float(part is not None and plain(part) in references)
     return {"reward": right, "accuracy": right}
 
 
-def position_share(trajectory: Trajectory) -> dict[str, float]:
+def position_share(trajectory: Trajectory, *, extract: Extract = "whole") -> dict[str, float]:
     """Share of the positions of the longer of answer and reference that hold the same character in both.
 
     So an answer that is longer than the reference loses. Of several spellings of the reference the one with
@@ -33,16 +42,20 @@ def position_share(trajectory: Trajectory) -> dict[str, float]:
 
     Both are stripped of surrounding white space.
 
+    Args:
+        trajectory: the answer.
+        extract: part of the answer that is compared; without it, the answer is wrong.
+
     Returns:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
 
     Raises:
         ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    return _best_share(trajectory, _equal_positions)
+    return _best_share(trajectory, _equal_positions, extract)
 
 
-def prefix_share(trajectory: Trajectory) -> dict[str, float]:
+def prefix_share(trajectory: Trajectory, *, extract: Extract = "whole") -> dict[str, float]:
     """Share of the reference's characters that the answer holds before its first error.
 
     A dense reward: each further right character earns more. Text behind a complete reference costs nothing;
@@ -51,22 +64,17 @@ def prefix_share(trajectory: Trajectory) -> dict[str, float]:
 
     Both are stripped of surrounding white space.
 
+    Args:
+        trajectory: the answer.
+        extract: part of the answer that is compared; without it, the answer is wrong.
+
     Returns:
         `reward`, that share in [0, 1], and `accuracy`, 1 if the answer is the reference, else 0.
 
     Raises:
         ValueError: the prompt has no reference answer, or one without a plain spelling.
     """
-    return _best_share(trajectory, _equal_prefix)
-
-
-def check_reference(prompt: Prompt, **options: Any) -> None:
-    """Check that a prompt has a reference answer that these rewards can compare.
-
-    Raises:
-        ValueError: it has none, one without a plain spelling, or an empty text, which any answer begins with.
-    """
-    check_spellings(prompt)
+    return _best_share(trajectory, _equal_prefix, extract)
 
 
 def _references(trajectory: Trajectory) -> tuple[str, ...]:
@@ -81,8 +89,12 @@ def _references(trajectory: Trajectory) -> tuple[str, ...]:
         ) from error
 
 
-def _best_share(trajectory: Trajectory, share: Callable[[str, str], float]) -> dict[str, float]:
-    text, references = trajectory.text.strip(), _references(trajectory)
+def _best_share(
+    trajectory: Trajectory, share: Callable[[str, str], float], extract: Extract
+) -> dict[str, float]:
+    text, references = extracted(trajectory.text, extract), _references(trajectory)
+    if text is None:
+        return {"reward": 0.0, "accuracy": 0.0}
     best = max(share(text, reference) for reference in references)
     return {"reward": best, "accuracy": float(text in references)}
 

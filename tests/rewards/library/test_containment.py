@@ -1,0 +1,46 @@
+import pytest
+
+from verl.rewards.library.containment import contains, has_text, prepare_contains
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "has"),
+    [
+        ("it is 5.", "5", True),
+        ("15", "5", False),
+        ("5.3", "5", False),
+        ("3.5", "5", False),
+        ("-5", "5", False),
+        ("3-5", "5", True),
+        ("x=-5", "-5", True),
+        ("3-5", "-5", False),
+        ("1,500", "500", False),
+        ("4, 5", "5", True),
+        ("concatenate", "cat", False),
+        ("the cat, sat", "cat", True),
+        ("\u7b54\u6848\u662f\u5317\u4eac\u5e02", "\u5317\u4eac", True),
+        ("5 5.3", "5", True),
+    ],
+)
+def test_a_text_counts_as_a_whole_word_or_number(text, wanted, has):
+    assert has_text(text, wanted, words=True) == has
+    assert has_text(text, wanted, words=False)
+
+
+def test_any_or_all_of_the_references_and_none_of_the_forbidden():
+    right = {"reward": 1.0, "accuracy": 1.0}
+    assert contains("It is Paris, I think", ["Rome", "paris"]) == right
+    assert contains("It is Paris, I think", ["Rome", "paris"], mode="all")["reward"] == 0.0
+    assert contains("Rome and Paris", ["Rome", "paris"], mode="all", not_contains=["I"]) == right
+    assert contains("Paris, I think", "paris", not_contains=["i think"])["reward"] == 0.0
+    assert contains("paris", "Paris", ignore_case=False)["reward"] == 0.0
+    assert contains("it costs 42", 42.0) == right
+
+
+def test_texts_of_the_options_are_looked_for_in_place_of_the_reference():
+    assert contains("yes", None, texts=["yes", "no"]) == {"reward": 1.0}
+    assert contains("<think>yes</think>", None, texts=["yes"], extract="after_think") == {"reward": 0.0}
+    with pytest.raises(ValueError, match="got an empty one"):
+        prepare_contains(not_contains=[" "])
+    with pytest.raises(ValueError, match="at least one text in texts"):
+        prepare_contains(texts=[])
