@@ -8,7 +8,8 @@ from tests.rewards.answers import by_trajectory, length, rewards_of, rows, score
 from verl.agents.collector import collection_metrics
 from verl.config.data import RewardsConfig
 from verl.data.batch import Trajectory
-from verl.rewards.functions import RewardFunctions, build_rewards, load_function
+from verl.rewards.functions import RewardFunctions, build_rewards
+from verl.rewards.library.reward_table import load_function
 from verl.rewards.reward_function import RewardFunction
 from verl.trainer.evaluation import sample_row
 from verl.utils.sampling_types import Prompt
