@@ -82,6 +82,8 @@ class Pipeline:
         waits: takes the waits of training and admission.
         max_resamples: rounds of a step in which groups without signal are replaced by other prompts; 0: they
             stay.
+        observe: called once with each group that ended with rewards: after the policy has learned from it,
+            or when it is replaced for want of a signal.
 
     Attributes:
         version: of the policy.
@@ -97,10 +99,12 @@ class Pipeline:
         prompts_per_step: int,
         waits: WaitTracker,
         max_resamples: int = 0,
+        observe: Callable[[Group], None] | None = None,
     ) -> None:
         self.version = 0
         self.ledger = ledger
         self._draw, self._source, self._config, self._waits = draw, source, config, waits
+        self._observe = observe or (lambda group: None)
         # Groups that are answered in one call come back at once, in their order.
         self._in_order = source.in_turn or config.batches == "deterministic"
         self.rules = Admission(prompts_per_step, config.max_staleness, config.oversample, self._in_order)
@@ -195,6 +199,7 @@ class Pipeline:
     def advance(self, version: int) -> None:
         """Note that the policy has learned from the batch, and that `version` of it answers from now on."""
         for group in self._current_batch:
+            self._observe(group)
             if group.has_no_signal:
                 self.ledger.drop(group.number, "dead")
             else:
@@ -315,6 +320,7 @@ class Pipeline:
             self._ended.append(group)
             if decision == "gone":
                 del self._groups[number]
+                self._observe(group)
                 self._next.dropped.append(group)
                 self._retries.check_failures()
                 continue

@@ -92,6 +92,17 @@ class DataConfig(Section):
         "stop", "A row that cannot be read stops the run at its start, or is skipped and counted."
     )
     shuffle: bool = setting(True, "Draw prompts in a seeded random order, a new one in each epoch.")
+    curriculum: Choice = setting(
+        Choice(name="off"),
+        "Order by difficulty: pass_rate (prompts that are answered sometimes), easy_to_hard, or a sampler of "
+        'yours, "file.py:Class".',
+    )
+    shuffle_buffer: int = setting(
+        1000, "Rows of a stream that are kept, and drawn from in random order.", unit="rows", ge=1
+    )
+    in_memory_mb: float = setting(
+        256.0, "Training prompts of more than this size are kept in a private file.", unit="MB", ge=0
+    )
 
 
 class AnswersDataConfig(DataConfig):

@@ -7,18 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from verl.config.data import DataConfig, RewardsConfig
 from verl.data.loading.prompt_loader import PromptLoader
+from verl.data.loading.prompt_store import PromptStore
 from verl.data.loading.row_prompts import RowPrompts
 from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
 from verl.data.reading.row_cells import MalformedRow
+from verl.data.reading.row_stream import RowStream
 from verl.data.reading.sources import SourceSetting, streams_of
 from verl.utils.sampling_types import Prompt
 
-__all__ = ["LoadReport", "PromptLoader", "drop_long_prompts", "load_prompts", "load_rows"]
+__all__ = ["LoadReport", "PromptLoader", "drop_long_prompts", "load_prompts", "load_rows", "read_prompts"]
+T = TypeVar("T")
 _MAX_PROBLEMS = 5
 _NO_REWARDS = RewardsConfig()
 # Columns whose names say that a model reads them, where they are not part of the prompt.
@@ -40,6 +43,7 @@ class LoadReport:
         num_too_long: prompts dropped for their length.
         longest: tokens of the longest prompt before any was dropped; 0 if tokens were not counted.
         notes: human-readable lines on what else was left out, cut or counted.
+        ends: for each source, the first `Prompt.index` behind it.
     """
 
     source: str
@@ -49,6 +53,7 @@ class LoadReport:
     num_too_long: int = 0
     longest: int = 0
     notes: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 def load_prompts(
@@ -74,16 +79,30 @@ def load_prompts(
         ValueError: the source cannot be read, has no usable row, or has malformed rows and `on_malformed` is
             stop.
     """
-    return load_rows(source, config, split, partial(prompt_of, config=config), rewards=rewards)
+    prompts: list[Prompt] = []
+    return prompts, read_prompts(prompts, source, config, split=split, rewards=rewards)
+
+
+def read_prompts(
+    into: list[Prompt] | PromptStore,
+    source: SourceSetting,
+    config: DataConfig,
+    *,
+    split: Split,
+    rewards: RewardsConfig = _NO_REWARDS,
+) -> LoadReport:
+    """Add the prompts of a source to a list or a store, as `load_prompts` reads them."""
+    parse = partial(prompt_of, config=config)
+    return _read_rows(into, source, config, split=split, parse=parse, rewards=rewards)
 
 
 def drop_long_prompts(
-    prompts: Sequence[Prompt], lengths: Sequence[int], max_prompt_tokens: int
-) -> tuple[list[Prompt], dict[str, int]]:
+    prompts: Sequence[T], lengths: Sequence[int], max_prompt_tokens: int
+) -> tuple[list[T], dict[str, int]]:
     """Prompts of at most `max_prompt_tokens`, and the fields of the `LoadReport` about the dropped ones.
 
     Args:
-        prompts: any number of prompts.
+        prompts: any number of prompts, or their positions.
         lengths: tokens of each prompt.
         max_prompt_tokens: tokens of the longest prompt that is kept.
 
@@ -110,8 +129,6 @@ def load_rows(
     config: DataConfig,
     split: Split,
     parse: Callable[[dict[str, Any]], ParsedRow],
-    *,
-    rewards: RewardsConfig = _NO_REWARDS,
 ) -> tuple[list[Prompt], LoadReport]:
     """Prompts that `parse` makes of the rows of a source, and a report of what was left out.
 
@@ -121,22 +138,39 @@ def load_rows(
         ValueError: as `load_prompts`.
     """
     prompts: list[Prompt] = []
+    return prompts, _read_rows(prompts, source, config, split=split, parse=parse, rewards=_NO_REWARDS)
+
+
+def _read_rows(
+    prompts: list[Prompt] | PromptStore,
+    source: SourceSetting,
+    config: DataConfig,
+    *,
+    split: Split,
+    parse: Callable[[dict[str, Any]], ParsedRow],
+    rewards: RewardsConfig,
+) -> LoadReport:
     problems: list[str] = []
-    number, labels, notes = 0, list[str](), list[str]()
+    ends, labels, notes = list[int](), list[str](), list[str]()
     missing: list[set[str]] = []
+    number, seen = 0, RowNotes()
     for stream in streams_of(source, split):
+        _check_known(stream, split)
         made = RowPrompts(stream.source, config, parse, rewards=rewards)
         for place, raw in stream:
             try:
-                prompts.append(made(raw, number))
+                prompt = made(raw, number)
+                prompts.append(prompt)
+                seen.add(prompt)
             except MalformedRow as problem:
                 problems.append(f"{place}: {problem}")
             number += 1
         labels.append(stream.label)
         notes += stream.notes
         missing.append(made.missing_columns)
+        ends.append(number)
     label = ", ".join(labels) or "an empty list"
-    report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]))
+    report = LoadReport(label, number, len(problems), tuple(problems[:_MAX_PROBLEMS]), ends=tuple(ends))
     listed = "".join(f"\n  {problem}" for problem in report.problems)
     if problems and config.on_malformed == "stop":
         more = f"\n  and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
@@ -156,20 +190,39 @@ def load_rows(
             f"need the column {absent[0]!r}, which rewards.column or data.sampling_key names, in a row of "
             f"data.{split}, {label} has none; correct the name or leave the setting out"
         )
-    return prompts, replace(report, notes=(*notes, *_notes(prompts)))
+    return replace(report, notes=(*notes, *seen.lines()))
 
 
-def _notes(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Sentences on what looks like something else than it is read as: columns, and answers."""
-    listed_texts = sum(isinstance(p.answer, str) and bool(_LIST_TEXT.fullmatch(p.answer)) for p in prompts)
-    notes = []
-    if listed_texts:
-        notes.append(
-            f"{listed_texts} reference answers are the text of a list, such as \"['a', 'b']\", and are "
-            "compared as that text; write them as JSON lists if any of the elements is right"
+def _check_known(stream: RowStream, split: Split) -> None:
+    """Raises ValueError for a source that is never to be read as a whole."""
+    if stream.source.streaming:
+        raise ValueError(
+            f"need all rows of {stream.source.path} for data.{split}, got a stream; leave streaming out, or "
+            f"take a part of it, as its split {split}[:1000] (prompts of `verl train` may be streamed)"
         )
-    counts = Counter(name for p in prompts for name in _UNSEEN & p.columns.keys() if p.columns[name])
-    if counts:
-        listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(counts.items()))
-        notes.append(f"the model does not see the columns {listed}")
-    return tuple(notes)
+
+
+class RowNotes:
+    """Collects what looks like something else than it is read as: columns, and answers."""
+
+    def __init__(self) -> None:
+        self._num_list_texts, self._unseen = 0, Counter[str]()
+
+    def add(self, prompt: Prompt) -> None:
+        """Take up a prompt."""
+        answer, columns = prompt.answer, prompt.columns
+        self._num_list_texts += isinstance(answer, str) and bool(_LIST_TEXT.fullmatch(answer))
+        self._unseen.update(name for name in _UNSEEN & columns.keys() if columns[name])
+
+    def lines(self) -> tuple[str, ...]:
+        """Sentences about it."""
+        notes = []
+        if self._num_list_texts:
+            notes.append(
+                f"{self._num_list_texts} reference answers are the text of a list, such as \"['a', 'b']\", "
+                "and are compared as that text; write them as JSON lists if any of the elements is right"
+            )
+        if self._unseen:
+            listed = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self._unseen.items()))
+            notes.append(f"the model does not see the columns {listed}")
+        return tuple(notes)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,14 @@ import torch
 
 _LENGTH = struct.Struct("=Q")
 _TORCH_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+# Values that a text holds exactly: kind -> type, and the function that reads what `str` writes.
+_TEXTS: dict[str, tuple[type, Callable[[str], Any]]] = {
+    "datetime": (datetime, datetime.fromisoformat),  # before its base class
+    "date": (date, date.fromisoformat),
+    "time": (time, time.fromisoformat),
+    "decimal": (Decimal, Decimal),
+    "fraction": (Fraction, Fraction),
+}
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -53,6 +64,9 @@ def _to_json(value: Any, where: str, arrays: bytearray) -> Any:
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return [kind, *(_to_json(item, f"{where}[{i}]", arrays) for i, item in enumerate(value))]
+    for kind, (exact, _) in _TEXTS.items():
+        if isinstance(value, exact):
+            return [kind, str(value)]
     if isinstance(value, bytes):
         raw, kind, shape, dtype = value, "bytes", [len(value)], ""
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
@@ -63,8 +77,9 @@ def _to_json(value: Any, where: str, arrays: bytearray) -> Any:
         kind, shape, dtype = "torch", list(value.shape), str(value.dtype)
     else:
         raise ValueError(
-            "need str, int, float, bool, None, bytes, numeric numpy arrays, dense torch tensors, or lists, "
-            f"tuples and dicts of these, got {type(value).__name__} at {where}; convert it first"
+            "need str, int, float, bool, None, bytes, dates, times, decimals, fractions, numeric numpy "
+            "arrays, dense torch tensors, or lists, tuples and dicts of these, got "
+            f"{type(value).__name__} at {where}; convert it first"
         )
     start = len(arrays)
     arrays += raw
@@ -81,6 +96,8 @@ def _from_json(tree: Any, body: bytearray, start: int) -> Any:
     if tree[0] in ("list", "tuple"):
         items = [_from_json(item, body, start) for item in tree[1:]]
         return tuple(items) if tree[0] == "tuple" else items
+    if tree[0] in _TEXTS:
+        return _TEXTS[tree[0]][1](tree[1])
     kind, offset, shape, dtype = tree[0], start + tree[1], tree[2], tree[3]
     size = int(np.prod(shape, dtype=np.int64))
     if kind == "bytes":

@@ -32,7 +32,7 @@ class TrainerState:
     def of(cls, trainer: Any) -> TrainerState:
         """Progress of a `verl.trainer.base.BaseTrainer`."""
         loader = trainer.loader
-        epoch = loader.epoch + loader.position / len(loader) if loader else 0.0
+        epoch = loader.epochs if loader else 0.0
         return cls(trainer.version, trainer.config.steps, epoch)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,13 +21,19 @@ from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig, TrainerConfig
 from verl.controller.worker_group import Timeline
 from verl.data.batch import Trajectory
-from verl.data.dataset import LoadReport, PromptLoader, drop_long_prompts, load_prompts
+from verl.data.dataset import LoadReport, drop_long_prompts, read_prompts
 from verl.data.examples import with_refused
+from verl.data.loading.loader import Loader
+from verl.data.loading.loader_factory import build_loader, check_test_sources
+from verl.data.loading.prompt_limits import PromptLimits
+from verl.data.loading.prompt_store import PromptStore, selected
+from verl.data.loading.stream_loader import StreamLoader
 from verl.data.reading.data_files import Split
 from verl.data.reading.memory_rows import name_memory, with_memory
-from verl.data.reading.sources import SourceSetting
+from verl.data.reading.sources import SourceSetting, sources_of
 from verl.engines.hf.families import context_length
 from verl.engines.optimizer import check_optimizer
+from verl.monitoring.formatting import format_bytes
 from verl.monitoring.progress import Progress
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
@@ -170,8 +178,8 @@ class BaseTrainer(ABC):
         self.callbacks = [*callbacks]
         self.run_folder: Path | None = None
         self.model_kind = "PolicyModel"
-        self.loader: PromptLoader | None = None
-        self._train_rows: tuple[list[Prompt], LoadReport] | None = None
+        self.loader: Loader | None = None
+        self._train_rows: tuple[Sequence[Prompt], LoadReport, Sequence[StreamLoader]] | None = None
         self.eval_every, self.eval_at_start, self.held_out = 0, False, "held-out data"
         self.compares_groups = False
         self.last: list[Trajectory] = []
@@ -200,18 +208,20 @@ class BaseTrainer(ABC):
         """
         self.context = context_length(model_config)
         self.codec.check_rows(model_config.get_text_config().vocab_size)
+        check_test_sources(self.config.data)
         if self.config.data.train is not None or self.config.epochs is not None:
             self.read_data()
         return self.config
 
     def use_train_rows(
         self,
-        rows: list[Prompt],
+        rows: Sequence[Prompt],
         report: LoadReport,
         *,
         per_step: int,
         setting: str,
         repeats: bool = False,
+        streams: Sequence[StreamLoader] = (),
     ) -> None:
         """Take the rows of `data.train`, which decide the steps of a run by epochs.
 
@@ -221,9 +231,21 @@ class BaseTrainer(ABC):
             per_step: rows of a step.
             setting: its name.
             repeats: a step of more rows than there are takes some of them again; else it takes all once.
+            streams: further rows, which are read while the run goes on.
+
+        Raises:
+            ValueError: settings for chats have no effect, or a run with a stream is to end by its epochs.
         """
-        self.codec.check_use(rows)
-        self._train_rows = rows, report
+        self.codec.check_use(rows or [prompt for stream in streams for prompt in stream.prompts])
+        self._train_rows = rows, report, streams
+        if streams:
+            self.rows_per_step = per_step
+            if self.config.epochs is not None:
+                raise ValueError(
+                    f"need steps, not epochs {self.config.epochs:g}, for data.train with a stream, whose "
+                    "rows are not counted; set steps"
+                )
+            return
         self.rows_per_step = per_step if repeats else min(per_step, len(rows))
         passes, epochs = self.rows_per_step / len(rows), self.config.epochs
         if per_step > len(rows):
@@ -244,8 +266,13 @@ class BaseTrainer(ABC):
         if self._train_rows is None:
             self.read_data()
         assert self._train_rows is not None, "need use_train_rows at the end of read_data"
-        rows, report = self._train_rows
-        self.loader = PromptLoader(rows, seed=self.config.seed, shuffle=self.config.data.shuffle)
+        rows, report, streams = self._train_rows
+        data = self.config.data
+        streamed = [stream.source for stream in streams]
+        known = [source for source in sources_of(data.train) if source not in streamed]
+        self.loader = build_loader(
+            rows, report.ends, [*known, *streamed], data, seed=self.config.seed, streams=streams
+        )
         return report
 
     @abstractmethod
@@ -279,7 +306,7 @@ class BaseTrainer(ABC):
             base=self.start.files,
             step=self.version,
             run_folder=self.run_folder,
-            num_rows=len(self.loader.prompts) if self.loader else None,
+            num_rows=self.loader.num_prompts if self.loader else None,
         )
         write_card(folder, facts)
         if adapter is not None and self.start.adapter_base is not None:
@@ -318,7 +345,7 @@ class BaseTrainer(ABC):
             "rng": rng_state(),
             "config": self.fixed_settings(),
             "base": asdict(self.start.files),
-            "num_rows": len(self.loader.prompts) if self.loader else 0,
+            "num_rows": self.loader.num_prompts if self.loader else 0,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -341,8 +368,8 @@ class BaseTrainer(ABC):
         setting = self.config.data.train if split == "train" else self.config.data.test
         return with_memory(setting, self._in_memory[split], split)
 
-    def read_prompts(self, source: SourceSetting | None, split: Split) -> tuple[list[Prompt], LoadReport]:
-        """Prompts of a data set that are short enough.
+    def read_prompts(self, source: SourceSetting | None, split: Split) -> tuple[Sequence[Prompt], LoadReport]:
+        """Prompts of a data set that are short enough; those to train on beyond memory are on disk.
 
         Raises:
             ValueError: no source, nothing usable in it, or prompts that leave no room for an answer.
@@ -353,35 +380,50 @@ class BaseTrainer(ABC):
                 "set of the hub (OWNER/NAME), or task:NAME such as task:add-2; or "
                 f"{split}_dataset in a program"
             )
+        bound = self.config.data.in_memory_mb * 1e6 if split == "train" else math.inf
+        prompts = PromptStore(in_memory_bytes=bound)
         rewards = self.config.rewards if isinstance(self.config, TrainerConfig) else RewardsConfig()
-        return self.short_enough(*load_prompts(source, self.config.data, split=split, rewards=rewards))
+        report = read_prompts(prompts, source, self.config.data, split=split, rewards=rewards)
+        if prompts.is_on_disk:
+            size = format_bytes(prompts.num_bytes)
+            self.notes.append(
+                f"data.{split}: {len(prompts)} prompts are in a private file of {size} in "
+                f"{tempfile.gettempdir()}, as they are more than data.in_memory_mb"
+            )
+        return self.short_enough(prompts, report)
 
-    def short_enough(self, prompts: list[Prompt], report: LoadReport) -> tuple[list[Prompt], LoadReport]:
+    def short_enough(
+        self, prompts: Sequence[Prompt], report: LoadReport
+    ) -> tuple[Sequence[Prompt], LoadReport]:
         """Prompts of at most `data.max_prompt_tokens`, and the report with the number of dropped ones.
 
         Those that the chat template refuses are an error, or are left out, as `data.on_malformed` says.
         """
-        data = self.config.data
-        limit, usable, lengths, problems = data.max_prompt_tokens, list[Prompt](), list[int](), list[str]()
-        for prompt in prompts:
+        limits, problems = prompt_limits(self), list[str]()
+        usable, lengths, rooms = array("q"), array("q"), array("q")
+        for position, prompt in enumerate(prompts):
             try:
-                lengths.append(len(self.codec.encode_prompt(prompt)))
-                usable.append(prompt)
+                length = limits.num_tokens(prompt)
             except ValueError as error:
                 problems.append(str(error))
-        skips = data.on_malformed == "skip"
+                continue
+            usable.append(position)
+            lengths.append(length)
+            rooms.append(limits.room_of(prompt, length))
+        skips = self.config.data.on_malformed == "skip"
         report = with_refused(report, problems, skips=skips, usable=len(usable))
-        kept, dropped = drop_long_prompts(usable, lengths, limit)
-        answers = [int(prompt.sampling.get("max_tokens", self.reserved_answer_tokens)) for prompt in usable]
-        inside = ((n, answer) for n, answer in zip(lengths, answers, strict=True) if n <= limit)
-        longest, answer = max(inside, key=sum)
-        if self.reserved_answer_tokens and longest + answer > self.context:
-            raise ValueError(
-                f"need prompt and answer within the policy's context of {self.context} tokens, got a prompt "
-                f"of {longest} and sampling.max_tokens {answer}; lower sampling.max_tokens, that of the row "
-                "or data.max_prompt_tokens"
-            )
-        return kept, replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
+        kept, dropped = drop_long_prompts(usable, lengths, limits.max_prompt_tokens)
+        inside = (pair for pair in zip(rooms, lengths, strict=True) if pair[1] <= limits.max_prompt_tokens)
+        room, length = max(inside)
+        limits.check_room(length, room)
+        report = replace(report, num_too_long=dropped["num_too_long"], longest=dropped["longest"])
+        return selected(prompts, kept), report
+
+
+def prompt_limits(trainer: BaseTrainer) -> PromptLimits:
+    """Limits of a run on the tokens of prompts."""
+    longest = trainer.config.data.max_prompt_tokens
+    return PromptLimits(trainer.codec, longest, trainer.context, trainer.reserved_answer_tokens)
 
 
 def fixed_settings_of(settings: Mapping[str, Any]) -> dict[str, Any]:

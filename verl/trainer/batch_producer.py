@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics, waitin
 from verl.algorithms.mismatch import fresh_mask
 from verl.config.run import TrainerConfig
 from verl.data.batch import Batch, Trajectory
-from verl.data.dataset import PromptLoader
+from verl.data.loading.loader import Loader
+from verl.data.loading.prompt_sampler import GroupFeedback
+from verl.data.loading.prompt_store import prompt_of_tensor, prompt_tensor
 from verl.engines.streaming import concat_portions
 from verl.monitoring.ledger import LEDGER_FILE, Ledger
+from verl.utils.sampling_types import Prompt
 
 # Stages whose waits are metrics: training waits for a batch, generation for room.
 _MEASURED_STAGES = ("training", "admission")
@@ -33,22 +36,31 @@ class BatchProducer:
         loader: of the prompts.
         config: of the run.
         folder: of the run, which gets the ledger; None: it is kept in memory alone.
+        check: called with the prompts of streams when they are drawn; raises ValueError for one that cannot
+            be rewarded. Other prompts are checked before the first step.
     """
 
     def __init__(
-        self, collector: DataCollector, loader: PromptLoader, config: TrainerConfig, *, folder: Path | None
+        self,
+        collector: DataCollector,
+        loader: Loader,
+        config: TrainerConfig,
+        *,
+        folder: Path | None,
+        check: Callable[[Sequence[Prompt]], None] | None = None,
     ) -> None:
-        self._collector, self._loader = collector, loader
+        self._collector, self._loader, self._check = collector, loader, check
         self._is_streamed = config.pipeline.batches == "streamed"
         algorithm = config.algorithm
         self.pipeline = Pipeline(
-            loader.take,
+            self._draw,
             collector.source(config.samples_per_prompt),
             Ledger(folder / LEDGER_FILE if folder else None),
             config.pipeline,
             prompts_per_step=config.prompts_per_step,
             waits=collector.waits,
             max_resamples=algorithm.max_resamples if algorithm.dynamic_sampling else 0,
+            observe=self._observe,
         )
         self._counted: Counter[str] = Counter()
         self._is_closed = False
@@ -101,11 +113,16 @@ class BatchProducer:
         loader, (ledger, groups) = self._collector.engine.run(
             _call(lambda: (self._loader.state_dict(), self.pipeline.snapshot()))
         )
-        return {"loader": loader, "ledger": ledger, "groups": saved_groups(groups)}
+        prompts = {group.prompt.index: group.prompt for group in groups}
+        known = self._loader.prompts_by_index(prompts)
+        streamed = {i: prompt_tensor(prompt) for i, prompt in prompts.items() if i not in known}
+        return {"loader": loader, "ledger": ledger, "groups": saved_groups(groups), "prompts": streamed}
 
     def load_state(self, state: Mapping[str, Any], version: int) -> None:
         """Continue from a checkpoint, see `Pipeline.load_state`."""
-        prompts = {prompt.index: prompt for prompt in self._loader.prompts}
+        needed = [group["prompt"] for group in state["groups"]["groups"]]
+        prompts = self._loader.prompts_by_index(needed)
+        prompts |= {index: prompt_of_tensor(body) for index, body in state.get("prompts", {}).items()}
         self.pipeline.load_state(state, version, prompts)
         self._counted = self._counts()
 
@@ -115,6 +132,21 @@ class BatchProducer:
             return
         self._is_closed = True
         self._collector.engine.run(_call(self.pipeline.close))
+
+    def _draw(self, n: int) -> list[Prompt]:
+        """The next n prompts; those of streams are checked."""
+        drawn = self._loader.take(n)
+        if self._check is not None:
+            self._check([prompt for prompt in drawn if self._loader.prompt(prompt.index) is None])
+        return drawn
+
+    def _observe(self, group: Group) -> None:
+        """Report the rewards of a group to the loader."""
+        rewarded = [t for t in group.answers if t.reward is not None]
+        if rewarded:
+            rewards = [t.reward for t in rewarded if t.reward is not None]
+            accuracies = [t.scores["accuracy"] for t in rewarded if "accuracy" in t.scores]
+            self._loader.observe(group.prompt, GroupFeedback(rewards, accuracies))
 
     def _fresh_rows(self, rows: Batch) -> Batch | None:
         """A few answers of the present version that wait for a later batch; None if `rows` have some."""

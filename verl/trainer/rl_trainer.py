@@ -20,7 +20,11 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
-from verl.data.reading.sources import reward_of_tasks, sources_of
+from verl.data.loading.row_prompts import RowPrompts
+from verl.data.loading.stream_loader import StreamLoader
+from verl.data.reading.layouts import prompt_of
+from verl.data.reading.row_stream import RowStream
+from verl.data.reading.sources import reward_of_tasks, sources_of, split_streams
 from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
@@ -29,7 +33,7 @@ from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.parameters import CallContext
 from verl.rewards.reward_log import TrainerState
 from verl.rewards.shaping import bound_length_penalty
-from verl.trainer.base import Metrics
+from verl.trainer.base import Metrics, prompt_limits
 from verl.trainer.batch_producer import BatchProducer
 from verl.trainer.build.policy_start import policy_start
 from verl.trainer.build.role_groups import RoleGroups
@@ -208,7 +212,10 @@ class Trainer(RunnableTrainer):
         """Produces the batch of the next step."""
         if self._producer is None:
             assert self.loader is not None, "need load_train_data before the first step"
-            self._producer = BatchProducer(self.collector, self.loader, self.config, folder=self.run_folder)
+            check = self.rewards.check_data if self.rewards else None
+            self._producer = BatchProducer(
+                self.collector, self.loader, self.config, folder=self.run_folder, check=check
+            )
             self._producer.pipeline.version = self.version
         return self._producer
 
@@ -241,17 +248,34 @@ class Trainer(RunnableTrainer):
 
     @override
     def read_data(self) -> None:
-        prompts, report = self.read_prompts(self.source("train"), "train")
-        check_row_sampling(prompts, self.config, trains=True)
+        train = self.source("train")
+        known, streams = split_streams(train, "train")
+        if known or not streams:
+            prompts, report = self.read_prompts(known or train, "train")
+            check_row_sampling(prompts, self.config, trains=True)
+        else:
+            prompts, report = [], LoadReport(", ".join(stream.label for stream in streams), 0)
         self.use_train_rows(
             prompts,
             report,
             per_step=self.config.prompts_per_step,
             setting="prompts_per_step",
             repeats=True,
+            streams=[self._stream_loader(stream, number) for number, stream in enumerate(streams)],
         )
         if self.eval_every:
             self.held_out = evaluation_size(self.test_prompts, self.config)
+
+    def _stream_loader(self, stream: RowStream, number: int) -> StreamLoader:
+        """Loader of a stream, which checks each row as those that are read at the start."""
+        data, limits = self.config.data, prompt_limits(self)
+
+        def admits(prompt: Prompt) -> bool:
+            check_row_sampling([prompt], self.config, trains=True)
+            return limits.admits(prompt)
+
+        make = RowPrompts(stream.source, data, partial(prompt_of, config=data), rewards=self.config.rewards)
+        return StreamLoader(stream, make, admits, data, seed=self.config.seed + number)
 
     @override
     def load_train_data(self) -> LoadReport:
@@ -267,7 +291,7 @@ class Trainer(RunnableTrainer):
     @cached_property
     def test_prompts(self) -> list[Prompt]:
         """The held-out prompts."""
-        return self.read_prompts(self.source("test"), "test")[0][: self.config.evaluation.prompts]
+        return list(self.read_prompts(self.source("test"), "test")[0][: self.config.evaluation.prompts])
 
     def evaluate(self) -> Metrics:
         """mean@k and pass@k of the policy on the held-out prompts, with the same random numbers each time."""

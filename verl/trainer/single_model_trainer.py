@@ -17,6 +17,7 @@ from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, answer_row
+from verl.data.reading.sources import sources_of
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, model_config_of, quantization
 from verl.engines.local import LocalEngine
@@ -112,6 +113,7 @@ class SingleModelTrainer(RunnableTrainer):
         given: dict[str, Any] = {"train_dataset": train_dataset, "test_dataset": test_dataset}
         super().__init__(config, device=config.device, console=console, callbacks=callbacks, **given)
         config = self.config
+        _check_sources(config)
         self.eval_every, self.eval_at_start = evaluation_schedule(config)
         self.start = policy_start(config, actor_model, self.kind, note=self.notes.append)
         source = self.start.source
@@ -150,6 +152,16 @@ class SingleModelTrainer(RunnableTrainer):
         self.held_out = f"{len(kept)} {kind} of {report.source}"
         self.notes += [f"data.test: {note}" for note in report.notes]
         return kept
+
+
+def _check_sources(config: SFTConfig | PairsConfig) -> None:
+    """Raises ValueError for a source with a reward, which nothing reads here."""
+    sources = [*sources_of(config.data.train), *sources_of(config.data.test)]
+    if rewarded := [source.path for source in sources if source.reward is not None]:
+        raise ValueError(
+            f"the reward of the source {rewarded[0]} would be ignored: this run rewards no answers; leave it "
+            "out"
+        )
 
 
 def sampled_rows(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from verl.config.checks.column_readers import may_read, reads
+from verl.config.data import DataSource
 from verl.config.run import (
     PairsConfig,
     PreferenceConfig,
@@ -353,6 +354,48 @@ _OTHER_RUNS = (
     ),
 )
 
+_DATA = (
+    InactiveSettings(
+        ("data.shuffle_buffer",),
+        "data.train",
+        lambda c: not any(isinstance(s, DataSource) and s.streaming for s in _sources(c)),
+        "no source of data.train is a stream; write it as {path: ..., streaming: true}",
+    ),
+    InactiveSettings(
+        ("data.shuffle_buffer",),
+        "data.shuffle",
+        lambda c: not c.data.shuffle,
+        "data.shuffle is false",
+    ),
+    *(
+        InactiveSettings(
+            ("data.shuffle_buffer", "data.in_memory_mb"),
+            "data.train",
+            lambda c: True,
+            "all rows of such a run are kept in memory",
+            kind,
+        )
+        for kind in (SFTConfig, PairsConfig)
+    ),
+    *(
+        InactiveSettings(
+            ("data.curriculum",),
+            "data.train",
+            lambda c: c.data.curriculum.name == "pass_rate",
+            "no answers are sampled, so there are no pass rates; take easy_to_hard",
+            kind,
+        )
+        for kind in (SFTConfig, PairsConfig)
+    ),
+)
+
+
+def _sources(config: RunConfig) -> Sequence[Any]:
+    """Sources of the training data."""
+    train = config.data.train
+    return train if isinstance(train, tuple) else [train]
+
+
 INACTIVE_SETTINGS: tuple[InactiveSettings, ...] = (
     *_ALGORITHM,
     *_MODELS,
@@ -360,6 +403,7 @@ INACTIVE_SETTINGS: tuple[InactiveSettings, ...] = (
     *_PLACEMENT,
     *_ROLLOUT,
     *_LENGTH,
+    *_DATA,
     *_REPORTING,
     *_OTHER_RUNS,
 )

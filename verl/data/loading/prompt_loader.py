@@ -1,115 +1,145 @@
-"""Endless draws of prompts from a list, epoch after epoch."""
+"""Endless draws from prompts that are all known, in the order of epochs or of a curriculum."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
 
+from verl.config.fields import Choice
+from verl.data.loading.curricula import build_sampler
+from verl.data.loading.loader import Loader, check_count, check_identity
+from verl.data.loading.prompt_sampler import EpochSampler, GroupFeedback
+from verl.data.loading.prompt_store import index_at
 from verl.utils.sampling_types import Prompt
 
+_EPOCHS = Choice(name="off")
 
-class PromptLoader:
-    """Endless stream of prompts, epoch after epoch, each prompt once per epoch.
 
-    Two loaders with the same prompts, seed and state give the same prompts.
+class PromptLoader(Loader):
+    """Endless draws of prompts; without a curriculum epoch after epoch, each prompt once per epoch.
 
     Args:
         prompts: at least one.
         seed: of the order, at least 0.
         shuffle: draw a new random order in each epoch; else the given order.
+        curriculum: `data.curriculum`.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, curriculum: Choice = _EPOCHS
+    ) -> None:
         if not prompts:
             raise ValueError("need at least one prompt to draw from, got none")
-        self.prompts = list(prompts)
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.position = 0
-        self._order = self._epoch_order()
+        self._prompts, self.seed, self.shuffle = prompts, seed, shuffle
+        self._curriculum = curriculum
+        self.sampler = build_sampler(curriculum, prompts, seed=seed, shuffle=shuffle)
+        self._num_drawn = 0
 
     def __len__(self) -> int:
         """Prompts of an epoch."""
-        return len(self.prompts)
-
-    def take(self, n: int) -> list[Prompt]:
-        """The next n prompts, across the end of an epoch if need be."""
-        if n < 1:
-            raise ValueError(f"need to take at least one prompt, got {n}")
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._epoch_order()
-            upcoming = self._order[self.position : self.position + n - len(taken)]
-            taken += [self.prompts[i] for i in upcoming]
-            self.position += len(upcoming)
-        return taken
+        return len(self._prompts)
 
     @property
-    def epochs(self) -> float:
-        """Passes over the prompts so far, such as 1.5 in the middle of the second."""
-        return self.epoch + self.position / len(self)
+    @override
+    def prompts(self) -> Sequence[Prompt]:
+        return self._prompts
 
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and position, and everything that the order depends on; JSON values only."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity}
+    @property
+    @override
+    def num_prompts(self) -> int:
+        return len(self._prompts)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from the position at which `state_dict` was taken.
-
-        Raises:
-            ValueError: the state is of other prompts, another seed or another order, so that prompts would be
-                repeated or left out.
-        """
-        for key, own in self._identity.items():
-            if state.get(key) != own:
-                raise ValueError(
-                    f"need the prompts and the order that the run began with: {key} was {state.get(key)!r} "
-                    f"and is {own!r}; restore the data, data.shuffle and seed, or start afresh with "
-                    "checkpoint.resume=never"
-                )
-        epoch, position = state.get("epoch"), state.get("position")
-        if (
-            not isinstance(epoch, int)
-            or not isinstance(position, int)
-            or epoch < 0
-            or not 0 <= position <= len(self)
-        ):
+    @override
+    def take(self, n: int) -> list[Prompt]:
+        check_count(n)
+        drawn = self.sampler.draw(n)
+        if len(drawn) != n or not all(0 <= i < len(self) for i in drawn):
             raise ValueError(
-                f"need an epoch from 0 and a position from 0 to {len(self)}, got {epoch!r} and {position!r}"
+                f"need {n} positions from 0 to {len(self) - 1} from data.curriculum {self._curriculum.name}, "
+                f"got {drawn[:10]}; correct its method draw"
             )
-        self.epoch, self.position = epoch, position
-        self._order = self._epoch_order()
+        self._num_drawn += n
+        return [self._prompts[i] for i in drawn]
+
+    @property
+    @override
+    def epochs(self) -> float:
+        return self._num_drawn / len(self)
+
+    @override
+    def prompt(self, index: int) -> Prompt | None:
+        position = self._position(index)
+        return None if position is None else self._prompts[position]
+
+    @override
+    def observe(self, prompt: Prompt, feedback: GroupFeedback) -> None:
+        if type(self.sampler) is EpochSampler:
+            return
+        position = self._position(prompt.index)
+        if position is not None:
+            self.sampler.observe(position, feedback)
+
+    @override
+    def take_metrics(self) -> dict[str, float]:
+        return self.sampler.metrics()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the order, and everything that the order depends on.
+
+        JSON values only, unless a curriculum has others.
+        """
+        if type(self.sampler) is EpochSampler:
+            return self.sampler.state_dict() | self._identity
+        return {"sampler": self.sampler.state_dict(), "num_drawn": self._num_drawn} | self._identity
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_identity(state, self._identity)
+        if isinstance(self.sampler, EpochSampler) and "sampler" not in state:
+            self.sampler.load_state_dict(state)
+            self._num_drawn = self.sampler.epoch * len(self) + self.sampler.position
+            return
+        self.sampler.load_state_dict(state["sampler"])
+        self._num_drawn = state["num_drawn"]
+
+    def _position(self, index: int) -> int | None:
+        """Position of the prompt with this `Prompt.index`."""
+        indices, positions = self._sorted_indices
+        found = int(np.searchsorted(indices, index))
+        return int(positions[found]) if found < len(indices) and indices[found] == index else None
+
+    @cached_property
+    def _sorted_indices(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All values of `Prompt.index` in ascending order, and the position of each."""
+        count = len(self)
+        indices = np.fromiter((index_at(self._prompts, i) for i in range(count)), np.int64, count)
+        positions = np.argsort(indices, kind="stable")
+        return indices[positions], positions
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for prompt in self.prompts:
+        for prompt in self._prompts:
             own = [part for part in (prompt.tools, prompt.sampling) if part]
             facts = [prompt.content, prompt.answer, prompt.source, *own]
             facts += [] if prompt.reward is None else [prompt.reward.model_dump()]
             digest.update(json.dumps(facts, default=_stable_text).encode() + b"\n")
+        curriculum = {} if self._curriculum.name == "off" else {"curriculum": self._curriculum.model_dump()}
         return {
-            "num_prompts": len(self.prompts),
+            "num_prompts": len(self._prompts),
             "fingerprint": digest.hexdigest()[:16],
             "seed": self.seed,
             "shuffle": self.shuffle,
+            **curriculum,
         }
-
-    def _epoch_order(self) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.prompts)))
-        # NumPy promises that the raw bits of a generator never change; of its permutations it does not.
-        generator = np.random.Philox(key=np.array([self.seed, self.epoch], dtype=np.uint64))
-        order: list[int] = np.argsort(generator.random_raw(len(self.prompts)), kind="stable").tolist()
-        return order
 
 
 def _stable_text(value: Any) -> str:

@@ -27,6 +27,24 @@ def streams_of(source: SourceSetting | None, split: Split) -> Iterator[RowStream
     return (open_rows(one, split) for one in listed(source))
 
 
+def split_streams(
+    source: SourceSetting | None, split: Split
+) -> tuple[list[DataSource | RowStream], list[RowStream]]:
+    """Sources whose rows are all read at the start, and streams, which are read while the run goes on."""
+    known: list[DataSource | RowStream] = []
+    streams: list[RowStream] = []
+    for one in listed(source):
+        if isinstance(one, DataSource) and not one.streaming:
+            known.append(one)  # opened when it is read
+            continue
+        stream = open_rows(one, split)
+        if stream.is_streamed:
+            streams.append(stream)
+        else:
+            known.append(stream)
+    return known, streams
+
+
 def listed(source: SourceSetting | None) -> list[DataSource | RowStream]:
     """Sources of a setting, each with its settings or as rows in memory."""
     if source is None:

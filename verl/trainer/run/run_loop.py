@@ -219,6 +219,7 @@ class TrainerRun:
         logged = dict(metrics)
         if trainer.loader:
             logged["epoch"] = trainer.loader.epochs
+            logged |= trainer.loader.take_metrics()
         logged |= {"seconds": seconds, "tokens_per_s": logged.get("tokens", 0.0) / seconds}
         logged |= trainer.clock.take() | trainer.step_limit(seconds)
         logged |= {f"memory/{name}_bytes": value for name, value in trainer.models.memory().items()}
