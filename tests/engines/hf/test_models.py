@@ -16,6 +16,7 @@ from verl.engines.hf import attention
 from verl.engines.hf.attention import AttentionSpan, RowLayout, attention_forward, use_attention, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, make_tiny_model, save_model, value_model
+from verl.rollout.vllm.options import check_context
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec
 
@@ -193,6 +194,10 @@ def test_a_rope_that_depends_on_the_length_of_the_sequence_bounds_the_rows():
     policy = tiny_policy("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     policy.check_forward()
     assert (policy.context, tiny_policy("phi3").context) == (64, 256)
+    check_context(policy.transformer.config, {"max_model_len": 64})
+    check_context(tiny_transformer("phi3").config, {})
+    with pytest.raises(ValueError, match="need .*max_model_len of at most 64 .*, got 256"):
+        check_context(policy.transformer.config, {})
 
 
 def test_a_mask_or_an_option_that_rows_do_not_have_is_refused():

@@ -61,11 +61,15 @@ def logprob_differences(policy: PolicyModel, temperature: float) -> torch.Tensor
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_and_the_trainer_have_the_same_logprobs(family, temperature):
-    assert logprob_differences(shared_policy(family), temperature).max() < 1e-5
+    differences = logprob_differences(shared_policy(family), temperature)
+    # The delta rule is computed in chunks in training and token by token here, and a norm of small values
+    # enlarges the rounding of single tokens.
+    assert differences.max() < (1e-4 if family == "qwen3_next" else 1e-5)
+    assert differences.mean() < 2e-6
 
 
 @pytest.mark.parametrize(("precision", "error"), [("bf16", 0.02), ("fp16", 0.003)])
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "deepseek_v3", "qwen3_next", "gpt_oss"])
 def test_in_a_lower_precision_they_agree_as_far_as_it_goes(family, precision, error):
     assert logprob_differences(tiny_policy(family, precision), 1.0).mean() < error
 

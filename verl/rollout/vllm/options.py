@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from verl.engines.hf.families import context_length
 from verl.rollout.vllm.versions import weight_options
 from verl.utils.sampling_types import FinishReason, SamplingParams
 
@@ -48,6 +50,26 @@ def run_options(user_options: Mapping[str, Any], version: str, *, model: str, dt
         "generation-config": "vllm",
         "enable-prefix-caching": True,
     }
+
+
+def check_context(config: PretrainedConfig, user_options: Mapping[str, Any]) -> None:
+    """Refuse a context with which vLLM rotates positions otherwise than the trainer.
+
+    With the rope type `longrope` it takes the factors of long sequences for all, if its context is longer.
+
+    Raises:
+        ValueError: names the longest context.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(config)
+    if longest is None or limit >= longest:
+        return
+    wanted = user_options.get("max_model_len", user_options.get("max-model-len")) or longest
+    if wanted > limit:
+        raise ValueError(
+            f"need rollout.engine_options.max_model_len of at most {limit} for a model with the rope type "
+            f"longrope, got {wanted}: above it vLLM rotates all positions otherwise than the trainer"
+        )
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:

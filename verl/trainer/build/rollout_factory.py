@@ -19,6 +19,7 @@ from verl.rollout.pool.threaded_pool import ThreadedInferencePool
 from verl.rollout.pool.weight_publisher import WeightPublisher
 from verl.rollout.server_registry import SERVERS, server_class, server_spec, server_specs
 from verl.rollout.text_worker import TextWorkerGenerator
+from verl.rollout.vllm.options import check_context
 from verl.trainer.build.role_groups import RoleGroups
 from verl.trainer.build.worker_factories import IN_PROCESS, Source, saved
 from verl.utils.device import PRECISIONS
@@ -86,6 +87,8 @@ def build_rollout(
     name = config.rollout.engine
     if config.policy.lora.is_on and (config.rollout.has_servers or name in IN_PROCESS):
         _check_tied(groups, name)
+    if name == "vllm":
+        check_context(groups.model_config, config.rollout.engine_options.values)
     if config.rollout.has_servers:
         return _build_pool(groups, str(model_folder(source)), codec, config, note=note)
     if name not in ("embedded", *IN_PROCESS):
