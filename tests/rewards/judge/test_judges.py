@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.rewards.answers import CHAT, rows
-from tests.rewards.judge.chat_endpoint import chat_endpoint, said
+from tests.rewards.judge.chat_endpoint import Play, chat_endpoint, said
 from tests.rewards.judge.judged import judging, rewarded
 from tests.rollout.servers import tiny_model
 from verl.config.data import RewardsConfig
@@ -84,9 +84,23 @@ def test_scores_can_be_weighed_by_their_probabilities(endpoint, tmp_path):
     entries[1] |= {"logprob": -0.693147, "top_logprobs": [{"token": "2", "logprob": -0.693147}]}
     first["choices"][0]["logprobs"] = {"content": entries}
     with judging(endpoint, tmp_path, logprobs=True, scale=[1, 5]) as (rewards, _, _):
-        endpoint.answer = lambda body: said("").__class__(json.dumps(first))
+        endpoint.answer = lambda body: Play(json.dumps(first))
         (row,) = rewarded(rewards, rows("x"))
     assert row.reward == pytest.approx(0.5, abs=1e-5) and endpoint.bodies[0]["top_logprobs"] == 20
+
+
+def test_a_prefill_is_continued_by_the_server_and_is_part_of_the_reply(endpoint, tmp_path):
+    first = json.loads(said(" 4}").text)
+    entries = [{"token": t, "logprob": 0.0} for t in (" ", "4", "}")]
+    first["choices"][0]["logprobs"] = {"content": entries}
+    endpoint.answer = lambda body: Play(json.dumps(first))
+    options = {"prefill": '{"score":', "logprobs": True, "scale": [1, 5], "max_tokens": 4}
+    with judging(endpoint, tmp_path, **options) as (rewards, _, _):
+        (row,) = rewarded(rewards, rows("x"))
+    (body,) = endpoint.bodies
+    assert body["messages"][-1] == {"role": "assistant", "content": '{"score":'}
+    assert body["continue_final_message"] and not body["add_generation_prompt"]
+    assert row.reward == 0.75 and row.extras["judge/reply"] == '{"score": 4}'
 
 
 def test_a_template_of_the_user_names_columns_and_needs_what_it_names(endpoint, tmp_path):

@@ -62,10 +62,7 @@ class ScoreJudge(Judge):
     def _question(self, prompt: Prompt, text: str) -> tuple[Question, ReadVerdict]:
         low, high = self.options.scale
         body = self.question(prompt, {"response": block("response", text)})
-        form = (
-            'Think briefly, then end your reply with one line of JSON: {"score": n}, with n from '
-            f"{low:g} (worst) to {high:g} (best)."
-        )
+        form = f'{self.form}: {{"score": n}}, with a number n from {low:g} (worst) to {high:g} (best).'
 
         def read(reply: Reply) -> float:
             score, place = score_in(reply, low, high, quotable=text)

@@ -154,6 +154,9 @@ class JudgeEndpoint:
         messages = [{"role": "system", "content": question.system}] if o.system_role else []
         messages.append({"role": "user", "content": text})
         body: dict[str, Any] = {"model": self._model, "messages": messages}
+        if o.prefill:
+            messages.append({"role": "assistant", "content": o.prefill})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         body |= {} if o.max_tokens is None else {"max_tokens": o.max_tokens}
         body |= {} if o.temperature is None else {"temperature": o.temperature}
         return {**body, **question.extra, **o.extra}
@@ -163,7 +166,7 @@ class JudgeEndpoint:
     ) -> Verdict | RewardFailure:
         if self._cache is not None:
             found = await asyncio.to_thread(self._cache.get, key)
-            if found is not None and (kept := _verdict_of(found, read)) is not None:
+            if found is not None and (kept := self._verdict_of(found, read)) is not None:
                 tally.cache_hits += 1
                 return kept
         async with self._slots:
@@ -180,7 +183,7 @@ class JudgeEndpoint:
             tally.retries += attempt > 0
             try:
                 response = await self._post(body, tally)
-                reply = reply_of(response)
+                reply = reply_of(response, prefill=self._options.prefill)
                 verdict = Verdict(read(reply), reply.text)
             except UnreadableReplyError as error:
                 tally.parse_failures += 1
@@ -264,6 +267,14 @@ class JudgeEndpoint:
         # Randomized, so that requests that failed together are not sent again together.
         return failure, max(retry_after_s, backoff_s * random.uniform(0.5, 1.0))
 
+    def _verdict_of(self, response: Mapping[str, Any], read: ReadVerdict) -> Verdict | None:
+        """The verdict in a kept response; None if it cannot be read (any more)."""
+        try:
+            reply = reply_of(response, prefill=self._options.prefill)
+            return Verdict(read(reply), reply.text)
+        except UnreadableReplyError:
+            return None
+
     def _count_failure(self, failure: RewardFailure) -> None:
         """Give up a server that answers nobody, since each question takes the time of all retries."""
         if failure.outcome not in ("judge_unavailable", "judge_timeout"):
@@ -276,12 +287,3 @@ class JudgeEndpoint:
                 "it is back, which goes on from the newest checkpoint, or raise retries or timeout_s"
             )
             raise self._fatal
-
-
-def _verdict_of(response: Mapping[str, Any], read: ReadVerdict) -> Verdict | None:
-    """The verdict in a kept response; None if it cannot be read (any more)."""
-    try:
-        reply = reply_of(response)
-        return Verdict(read(reply), reply.text)
-    except UnreadableReplyError:
-        return None

@@ -32,6 +32,11 @@ class JudgeOptions(Section):
     system_role: bool = setting(
         True, "Send the instructions as a system message; else in front of the question."
     )
+    prefill: str = setting(
+        "",
+        "Beginning of the reply, which the server continues, so that a small model keeps to the form. Needs "
+        "a server that knows `continue_final_message`, such as vLLM or `verl serve`.",
+    )
     max_tokens: int | None = setting(512, "Longest reply; null: the field is not sent.", unit="tokens", ge=1)
     temperature: float | None = setting(0.0, "Of the judge; null: the field is not sent.", ge=0)
     samples: int = setting(1, "Replies to each question, which are averaged.", ge=1)

@@ -163,6 +163,13 @@ class Judge(ABC):
         """True if a prompt without a reference answer cannot be judged."""
         return self._has_own_template and "reference" in self.template.fields
 
+    @property
+    def form(self) -> str:
+        """Beginning of the sentence on the form of the verdict."""
+        if self.options.prefill:
+            return "Reply with one line of JSON alone"
+        return "Think briefly, then end your reply with one line of JSON"
+
     def question(self, prompt: Prompt, fields: Mapping[str, str]) -> str:
         """The text of the question about a prompt, with the blocks of its answers.
 

@@ -19,10 +19,7 @@ from verl.rewards.judge.verdicts import ReadVerdict, Reply, winner_in
 from verl.utils.sampling_types import Prompt
 
 _SHARE_OF_A = {"a": 1.0, "tie": 0.5, "b": 0.0}
-_FORM = (
-    'Compare them briefly, then end your reply with one line of JSON: {"winner": "A"} if response A is '
-    'better, {"winner": "B"} if response B is better, {"winner": "tie"} if they are equally good.'
-)
+_FORM = '{"winner": "A"} if response A is better, {"winner": "B"} if response B is better, {"winner": "tie"} if they are equally good.'
 
 
 class PairwiseJudge(Judge):
@@ -110,7 +107,7 @@ class PairwiseJudge(Judge):
         def read(reply: Reply) -> str:
             return winner_in(reply, quotable=f"{first}\n{second}")
 
-        return Question(PAIRWISE_SYSTEM, self.question(prompt, fields), _FORM), read
+        return Question(PAIRWISE_SYSTEM, self.question(prompt, fields), f"{self.form}: {_FORM}"), read
 
 
 def sibling_pairs(count: int, opponents: int | None) -> list[tuple[int, int]]:

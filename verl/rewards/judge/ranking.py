@@ -95,7 +95,7 @@ class RankingJudge(Judge):
         blocks = [block("response", text, id=i) for i, text in enumerate(texts, 1)]
         ids = "1" if len(texts) == 1 else f"1 to {len(texts)}"
         form = (
-            "Compare them briefly, then end your reply with one line of JSON that has each id "
+            f"{self.form} that has each id "
             f'({ids}) once: {{"scores": [{{"id": 1, "score": s}}, ...]}}, with s from 0 to 1.'
         )
 

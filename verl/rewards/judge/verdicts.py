@@ -56,8 +56,12 @@ class Reply:
     tokens: Sequence[TokenChoice] = field(default=())
 
 
-def reply_of(response: Mapping[str, Any]) -> Reply:
+def reply_of(response: Mapping[str, Any], *, prefill: str = "") -> Reply:
     """The reply in a chat completion.
+
+    Args:
+        response: of the server.
+        prefill: beginning of the reply that the server has continued, without repeating it.
 
     Raises:
         UnreadableReplyError: there is no text in it; says why.
@@ -70,12 +74,13 @@ def reply_of(response: Mapping[str, Any]) -> Reply:
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    text = without_reasoning(content) if isinstance(content, str) else ""
+    text = without_reasoning(prefill + content) if isinstance(content, str) and content else ""
     cut = choice.get("finish_reason") == "length"
     if not text:
         reasoning = bool(content or message.get("reasoning_content") or message.get("reasoning"))
         raise UnreadableReplyError(_no_text(message, cut=cut, reasoning=reasoning))
-    return Reply(text, cut, _token_choices(choice))
+    tokens = _token_choices(choice)
+    return Reply(text, cut, (TokenChoice(prefill, {}), *tokens) if tokens and prefill else tokens)
 
 
 def without_reasoning(text: str) -> str:
