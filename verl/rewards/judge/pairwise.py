@@ -19,7 +19,10 @@ from verl.rewards.judge.verdicts import ReadVerdict, Reply, winner_in
 from verl.utils.sampling_types import Prompt
 
 _SHARE_OF_A = {"a": 1.0, "tie": 0.5, "b": 0.0}
-_FORM = '{"winner": "A"} if response A is better, {"winner": "B"} if response B is better, {"winner": "tie"} if they are equally good.'
+_FORM = (
+    '{"winner": "A"} if response A is better, {"winner": "B"} if response B is better, {"winner": "tie"} if '
+    "they are equally good."
+)
 
 
 class PairwiseJudge(Judge):
