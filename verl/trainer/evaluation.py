@@ -11,6 +11,7 @@ from verl.agents.collector import DataCollector
 from verl.agents.group_sampler import evaluation_params
 from verl.config.run import PairsConfig, SFTConfig, TrainerConfig
 from verl.data.batch import Trajectory
+from verl.data.reading.sources import sources_of
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -34,7 +35,8 @@ def evaluation_schedule(config: TrainerConfig | SFTConfig | PairsConfig) -> tupl
 def evaluation_size(prompts: Sequence[Prompt], config: TrainerConfig) -> str:
     """The number of prompts and answers of an evaluation, in words."""
     k = config.evaluation.samples
-    return f"{len(prompts)} prompts of {config.data.test}" + (f", {k} answers each" if k > 1 else "")
+    sources = ", ".join(one.path for one in sources_of(config.data.test))
+    return f"{len(prompts)} prompts of {sources}" + (f", {k} answers each" if k > 1 else "")
 
 
 def answer_all(
