@@ -123,6 +123,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None] | str] = {
     "doctor": "verl.monitoring.reports:doctor",
     "plan": "verl.planner.reshard_report:reshard",
     "config": show_config,
+    "data": "verl.cli.inspection.data_command:show_data",
     "quickstart": "verl.cli.commands:quickstart",
     "make-model": "verl.cli.commands:make_model",
     "make-data": "verl.cli.commands:make_data",

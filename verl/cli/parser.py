@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_report_commands(commands)
     add_plan_commands(commands)
     add_config_command(commands)
+    add_data_command(commands)
     add_first_step_commands(commands)
     return parser
 
@@ -205,6 +206,27 @@ def add_config_command(commands: Any) -> None:
         "key", nargs="?", default="", help="a key or the start of one, such as algorithm.kl, or any word"
     )
     config.add_argument("--recipe", default=None, help=f"show the values of {_RECIPE}")
+
+
+def add_data_command(commands: Any) -> None:
+    """The command that shows data."""
+    data = add_command(commands, "data", "show what a run reads of a data set, and what is odd in it")
+    data.add_argument(
+        "source", metavar="SOURCE", help="as data.train: a file, a folder, OWNER/NAME, task:NAME, or a list"
+    )
+    add_overrides(data)
+    data.add_argument("--model", default=None, help="folder or hub name, to count tokens (policy.path)")
+    data.add_argument(
+        "--for",
+        dest="kind",
+        choices=("train", "sft", "pairs", "reward-model"),
+        default="train",
+        help="kind of run that is to read it (train)",
+    )
+    data.add_argument("--split", choices=("train", "test"), default="train", help="read as data.SPLIT (train)")
+    data.add_argument("--rows", type=int, default=None, help="read only the first rows (all; 10000 of streams)")
+    data.add_argument("--samples", type=int, default=2, help="rows to show (2)")
+    data.add_argument("--json", default=None, metavar="FILE", help="write all figures")
 
 
 def add_first_step_commands(commands: Any) -> None:

@@ -78,7 +78,7 @@ class RowPrompts:
                 reward=raw.reward or made.reward,
                 sampling={**made.sampling, **raw.sampling},
             )
-        row = _as_row(raw)
+        row = as_row(raw)
         parsed = self._parse(row)
         if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
             raise MalformedRow("need an answer, got NaN")
@@ -201,7 +201,8 @@ def _own_functions(config: DataConfig, rewards: RewardsConfig) -> frozenset[str]
     return frozenset(choice.name for choice in choices if ":" in choice.name)
 
 
-def _as_row(raw: Any) -> dict[str, Any]:
+def as_row(raw: Any) -> dict[str, Any]:
+    """Columns of a row as a reader gives it: a mapping, or bytes of JSON; raises `MalformedRow`."""
     if isinstance(raw, MalformedRow):
         raise raw
     if isinstance(raw, bytes):

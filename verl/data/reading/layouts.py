@@ -26,7 +26,7 @@ _SYSTEM_ROLES = ("system", "developer")
 # Columns of the prompt, in rows without a column `data.prompt_key`.
 _PROMPT_COLUMNS = (*CHAT_COLUMNS, "instruction", "question")
 # Columns of the answer, in rows without a column `data.answer_key`.
-_ANSWER_COLUMNS = ("completion", "response", "output")
+ANSWER_COLUMNS = ("completion", "response", "output")
 
 
 class ParsedRow(NamedTuple):
@@ -73,7 +73,7 @@ def conversation_of(row: Mapping[str, Any], config: DataConfig) -> Conversation 
     Raises:
         MalformedRow: no layout fits, or two that contradict each other.
     """
-    name = _prompt_column(row, config)
+    name = prompt_column(row, config)
     answer = _answer_of(row, config)
     if name == "prompt" == config.prompt_key and answer is None and name in row:
         name = _chat_beside(row, name)
@@ -86,7 +86,7 @@ def conversation_of(row: Mapping[str, Any], config: DataConfig) -> Conversation 
         if isinstance(answer, list):
             raise MalformedRow(f"need an answer that is a text to the text in {name!r}, got messages")
         return None
-    used = frozenset({name, "tools", config.answer_key, *_ANSWER_COLUMNS} & row.keys())
+    used = frozenset({name, "tools", config.answer_key, *ANSWER_COLUMNS} & row.keys())
     tools = checked_tools(row.get("tools"))
     if answer is None:
         return Conversation(content, tools, used)
@@ -104,10 +104,10 @@ def prompt_of(row: Mapping[str, Any], config: DataConfig) -> ParsedRow:
     Raises:
         MalformedRow: no layout fits, or two that contradict each other.
     """
-    name, answer = _prompt_column(row, config), _answer_of(row, config)
+    name, answer = prompt_column(row, config), _answer_of(row, config)
     if chat := _whole_chat(row, name, config):
         messages, last = _before_answer(chat.messages)
-        used = set(chat.used_columns) - {"instruction", *_ANSWER_COLUMNS}
+        used = set(chat.used_columns) - {"instruction", *ANSWER_COLUMNS}
         return ParsedRow(
             checked_content(messages, name), last if answer is None else answer, used, chat.tools
         )
@@ -127,7 +127,7 @@ def _whole_chat(row: Mapping[str, Any], name: str, config: DataConfig) -> Conver
     return _alpaca(row) if name == "instruction" != config.prompt_key else None
 
 
-def _prompt_column(row: Mapping[str, Any], config: DataConfig) -> str:
+def prompt_column(row: Mapping[str, Any], config: DataConfig) -> str:
     """Column of a row's prompt: the one of the settings, else one of a public layout."""
     key = config.prompt_key
     # A name that the user chose is taken literally.
@@ -179,7 +179,7 @@ def _answer_of(row: Mapping[str, Any], config: DataConfig) -> Any:
         return truth
     if key not in row and key not in ("answer", "reward_model.ground_truth"):
         required_column(row, key)
-    found = [name for name in _ANSWER_COLUMNS if key == "answer" and row.get(name) is not None]
+    found = [name for name in ANSWER_COLUMNS if key == "answer" and row.get(name) is not None]
     for name in found[1:]:
         if row[name] != row[found[0]]:
             raise MalformedRow(
@@ -256,7 +256,7 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
     ]
     messages.append({"role": "user", "content": "\n".join(texts.values())})
     messages = checked_messages(messages, "instruction")
-    used = {"instruction", "input", "context", "history", "system", "tools", *_ANSWER_COLUMNS}
+    used = {"instruction", "input", "context", "history", "system", "tools", *ANSWER_COLUMNS}
     return Conversation(
         [*_system(row, messages), *messages],
         checked_tools(row.get("tools")),
