@@ -87,7 +87,8 @@ def level_reward(prompt, response, answer, level):
 
 
 def test_collected_rows_have_their_columns(letters, tmp_path):
-    trainer = rl(letters, tmp_path, "rewards.functions=[]", "rewards.isolation=thread", reward_fn=level_reward)
+    settings = ["rewards.functions=[]", "rewards.isolation=thread"]
+    trainer = rl(letters, tmp_path, *settings, reward_fn=level_reward)
     rows = [{"prompt": f"{a}=", "answer": a, "level": 10} for a in "ab"]
     for form in (rows, pd.DataFrame(rows)):
         data = trainer.collect_data(form)

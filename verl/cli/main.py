@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from verl.cli.parser import build_parser
+from verl.cli.parser import parse_arguments
 from verl.config.loader import load_config, load_run, to_yaml
 from verl.config.reference import find_settings
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if the run failed or a report found a problem; 2 if an argument, setting or file cannot be used;
         130 after an interrupt.
     """
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     os.environ |= proxy_exceptions()
     # As with `python -m`: "my_module:function" in the settings is found in the folder where the command runs.
     sys.path.insert(0, "")

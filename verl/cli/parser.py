@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from verl import __version__
@@ -27,6 +28,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_command(commands)
     add_first_step_commands(commands)
     return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a command; settings may stand behind options, too: `train grpo --dry-run steps=2`."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all(re.match(r"[a-z][\w.]*=", text) for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def add_command(commands: Any, name: str, meaning: str) -> argparse.ArgumentParser:
@@ -223,8 +235,8 @@ def add_data_command(commands: Any) -> None:
         default="train",
         help="kind of run that is to read it (train)",
     )
-    data.add_argument("--split", choices=("train", "test"), default="train", help="read as data.SPLIT (train)")
-    data.add_argument("--rows", type=int, default=None, help="read only the first rows (all; 10000 of streams)")
+    data.add_argument("--split", choices=("train", "test"), default="train", help="the setting (train)")
+    data.add_argument("--rows", type=int, default=None, help="to read at most (all; 10000 of streams)")
     data.add_argument("--samples", type=int, default=2, help="rows to show (2)")
     data.add_argument("--json", default=None, metavar="FILE", help="write all figures")
 

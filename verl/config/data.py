@@ -55,7 +55,8 @@ class DataConfig(Section):
     train: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None,
         "JSON, JSONL, CSV, TSV, Parquet or Arrow file, folder or glob of such files, saved `datasets` "
-        "folder, or task:NAME; or {path, weight, ...}; or a list of them.",
+        "folder, OWNER/NAME[:CONFIG] of the hub, task:NAME, or memory (rows of a program); or "
+        "{path, weight, ...}; or a list of them.",
     )
     test: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None, "The same for evaluation; task:NAME stands for the held-out prompts of that task."

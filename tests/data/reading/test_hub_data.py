@@ -19,6 +19,8 @@ from tests.hub_stand_in import StandIn, hub_stand_in
 from verl.config.data import DataSource
 from verl.data.reading.data_files import is_hub_name
 from verl.data.reading.row_stream import open_rows
+from verl.engines.hf.pretrained import load_language_model, make_tiny_model
+from verl.utils.tokens import TextCodec
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(12)]
 CONFIGS = """---
@@ -39,6 +41,15 @@ from verl.data.reading.row_stream import open_rows
 for line in sys.stdin:
     asked = json.loads(line)
     try:
+        if "model" in asked["source"]:
+            from verl.engines.hf.pretrained import load_language_model
+            from verl.utils.tokens import TextCodec
+
+            name = asked["source"]["model"]
+            sizes = [p.numel() for p in load_language_model(name).parameters()]
+            answer = {"ids": TextCodec.load(name).encode("1+1="), "sizes": sizes}
+            print(json.dumps(answer), flush=True)
+            continue
         stream = open_rows(DataSource(**asked["source"]), asked.get("split", "train"))
         if "state" in asked:
             stream.load_state_dict(asked["state"])
@@ -66,8 +77,17 @@ def jsonl(rows: list[dict[str, str]]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[StandIn]:
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_model(folder, hidden=32, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tiny) -> Iterator[StandIn]:
     with hub_stand_in() as stand_in:
+        files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+        stand_in.publish("models/me/tiny", files)
         first = {
             "data/train-00000-of-00002.parquet": parquet(ROWS[:5]),
             "data/train-00001-of-00002.parquet": parquet(ROWS[5:9]),
@@ -111,7 +131,8 @@ def ask(hub, cache, tmp_path_factory) -> Iterator[Ask]:
     assert process.stdin and process.stdout
 
     def ask(path: str, *, request: dict[str, Any] | None = None, **source: Any) -> dict[str, Any]:
-        asked = {"source": {"path": path, **source}, **(request or {})}
+        named = source if "model" in source else {"path": path, **source}
+        asked = {"source": named, **(request or {})}
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
@@ -236,6 +257,14 @@ def test_without_connection_the_cache_is_read_or_there_is_one_message(ask, cache
         assert cause in other["error"]
         assert "need the data set me/x of the hub for data.train" in missing["error"]
         assert "load_dataset('me/x').save_to_disk('FOLDER')" in missing["error"]
+
+
+def test_a_model_of_the_hub_is_loaded_by_its_name(ask, tiny):
+    loaded = ask("", model="me/tiny")
+    own = load_language_model(str(tiny))
+    assert loaded["sizes"] == [parameter.numel() for parameter in own.parameters()]
+    assert loaded["ids"] == TextCodec.load(str(tiny)).encode("1+1=")
+    assert "has none that you may read (status 401)" in ask("", model="me/none")["error"]
 
 
 def test_an_existing_path_goes_first(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from verl.cli.inspection.data_facts import (
     read_facts,
     spread,
 )
-from verl.cli.inspection.data_oddities import oddities, token_oddities
+from verl.cli.inspection.data_oddities import MOST_CHECKED, comparisons, oddities, token_oddities
 from verl.config.data import AnswersDataConfig
 from verl.config.layers import Stage, override_layers
 from verl.config.loader import build_config
@@ -135,6 +135,8 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"reference answers: {types}; {references['different']} different, {references['none']} none",
         ]
         lines.append(f"  such as {', '.join(map(_short, references['examples']))}")
+        able = ", ".join(f"{name} {count}" for name, count in references["comparable"].items()) or "none"
+        lines.append(f"  built-in rewards that can compare them, of {references['tried']}: {able}")
     if report["tokens"]:
         lines += ["", "tokens:"]
         for name, facts in report["tokens"].items():
@@ -184,11 +186,14 @@ def _references(facts: DataFacts) -> dict[str, Any] | None:
     given = [answer for answer in answers if answer not in (None, "", [])]
     names = Counter({"str": "text"}.get(type(a).__name__, type(a).__name__) for a in given)
     different = {repr(answer): answer for answer in given}
+    tried = [comparisons(prompt) for prompt in facts.prompts[:MOST_CHECKED] if prompt.answer is not None]
     return {
         "types": dict(names),
         "none": len(answers) - len(given),
         "different": len(different),
         "examples": list(different.values())[:_EXAMPLES],
+        "tried": len(tried),
+        "comparable": dict(Counter(name for one in tried for name, reason in one.items() if not reason)),
     }
 
 

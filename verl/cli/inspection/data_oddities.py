@@ -8,9 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from verl.cli.inspection.data_facts import DataFacts, Encoded, layouts_of, text_of
-from verl.rewards.library.text_match import check_reference
+from verl.rewards.library.reward_table import REWARDS
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec, is_text
+from verl.utils.user_code import load_function
+
+# References that are tried with the built-in rewards.
+MOST_CHECKED = 1000
 
 
 def oddities(facts: DataFacts, held_out: DataFacts | None) -> Iterator[str]:
@@ -34,7 +38,7 @@ def oddities(facts: DataFacts, held_out: DataFacts | None) -> Iterator[str]:
         known = {text_of(prompt.content) for prompt in prompts}
         if shared := sum(text_of(prompt.content) in known for prompt in held_out.prompts):
             yield (
-                f"{_share(shared, len(held_out.prompts))} prompts of data.test are in data.train, too, so that "
+                f"{_share(shared, len(held_out.prompts))} prompts of data.test are in data.train, too, so "
                 "an evaluation measures memory"
             )
 
@@ -52,7 +56,8 @@ def token_oddities(
     """
     count, tokenizer = len(facts.prompts), codec.tokenizer
     if encoded.refused:
-        yield f"{_share(len(encoded.refused), count)} rows are refused by the chat template: {encoded.refused[0]}"
+        refused = _share(len(encoded.refused), count)
+        yield f"{refused} rows are refused by the chat template: {encoded.refused[0]}"
     start = tokenizer.bos_token_id
     if doubled := sum(ids[:2] == [start, start] for ids in encoded.ids):
         yield f"{_share(doubled, count)} prompts begin with two start tokens {tokenizer.bos_token}"
@@ -65,12 +70,15 @@ def token_oddities(
         yield f"prompts contain the text of special tokens, which the model reads as such: {listed}"
     if tokenizer.chat_template and all(is_text(prompt) for prompt in facts.prompts):
         yield (
-            "all prompts are texts, so the chat template of this model is not applied; give chat messages if it "
-            "is to answer as in a chat"
+            "all prompts are texts, so the chat template of this model is not applied; give chat messages if "
+            "it is to answer as in a chat"
         )
     for part, (limit, setting) in limits.items():
         if over := sum(length > limit for length in encoded.lengths.get(part, ())):
-            yield f"{_share(over, count)} rows have more than {limit} tokens in the {part}, {setting}; they are left out or cut"
+            yield (
+                f"{_share(over, count)} rows have more than {limit} tokens in the {part}, {setting}, and are "
+                "left out or cut"
+            )
 
 
 def _repeated(prompts: Sequence[Prompt]) -> Iterator[str]:
@@ -94,7 +102,7 @@ def _form_of_prompts(prompts: Sequence[Prompt]) -> Iterator[str]:
         what = "texts" if chats else "prompts"
         yield f"{_share(padded, len(said))} {what} begin or end with white space, which the model reads"
     if texts and chats:
-        yield f"{len(texts)} prompts are texts and {len(chats)} are chats; the chat template is for chats alone"
+        yield f"{len(texts)} prompts are texts and {len(chats)} chats; the chat template is for chats alone"
     if silent := sum(all(message["role"] != "user" for message in chat) for chat in chats):
         yield f"{_share(silent, len(chats))} chats have no message of the user"
 
@@ -111,11 +119,12 @@ def _references(prompts: Sequence[Prompt]) -> Iterator[str]:
         yield f"{_share(padded, len(given))} reference answers begin or end with white space"
     if shown := sum(_is_shown(prompt) for prompt in given):
         yield f"{_share(shown, len(given))} reference answers occur in their prompts"
-    problems = [problem for prompt in given if (problem := _why_not_comparable(prompt))]
-    if problems:
+    checked = given[:MOST_CHECKED]
+    problems = {prompt.index: comparisons(prompt) for prompt in checked}
+    if lost := [reasons for reasons in problems.values() if all(reasons.values())]:
         yield (
-            f"{_share(len(problems), len(given))} reference answers can be compared by no built-in reward: "
-            f"{problems[0]}"
+            f"{_share(len(lost), len(checked))} reference answers can be compared by no built-in reward: "
+            f"{next(iter(lost[0].values()))}"
         )
     if len(given) > 1 and len({repr(prompt.answer) for prompt in given}) == 1:
         yield f"all reference answers are {given[0].answer!r}"
@@ -128,12 +137,17 @@ def _is_shown(prompt: Prompt) -> bool:
     return bool(reference) and re.search(whole, text_of(prompt.content)) is not None
 
 
-def _why_not_comparable(prompt: Prompt) -> str:
-    try:
-        check_reference(prompt)
-    except ValueError as error:
-        return str(error)
-    return ""
+def comparisons(prompt: Prompt) -> dict[str, str]:
+    """Reason why a reference cannot be compared, for each built-in reward that reads one; "" if it can."""
+    found = {}
+    for name, reward in REWARDS.items():
+        if reward.check:
+            try:
+                load_function(reward.check, user="check")(prompt)
+                found[name] = ""
+            except ValueError as error:
+                found[name] = str(error)
+    return found
 
 
 def _share(count: int, total: int) -> str:
