@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def show_data(args: argparse.Namespace) -> int:
     try:
         report = data_report(args.kind, config, args.split, num_samples=args.samples, limit=args.rows)
     except ValueError as error:
-        print(f"verl: {error}", file=sys.stderr)
+        Console(stderr=True).out(f"verl: {error}", highlight=False)
         return 1
     if args.json:
         text = json.dumps(report, indent=2, default=str, ensure_ascii=False)

@@ -15,6 +15,8 @@ from verl.utils.user_code import load_function
 
 # References that are tried with the built-in rewards.
 MOST_CHECKED = 1000
+# Built-in rewards that compare an answer with its reference, and need no options for it.
+_COMPARING = ("exact", "math", "gsm8k", "choice")
 
 
 def oddities(facts: DataFacts, held_out: DataFacts | None) -> Iterator[str]:
@@ -140,13 +142,12 @@ def _is_shown(prompt: Prompt) -> bool:
 def comparisons(prompt: Prompt) -> dict[str, str]:
     """Reason why a reference cannot be compared, for each built-in reward that reads one; "" if it can."""
     found = {}
-    for name, reward in REWARDS.items():
-        if reward.check:
-            try:
-                load_function(reward.check, user="check")(prompt)
-                found[name] = ""
-            except ValueError as error:
-                found[name] = str(error)
+    for name in _COMPARING:
+        try:
+            load_function(REWARDS[name].check, user="check")(prompt)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 
