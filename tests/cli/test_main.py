@@ -124,32 +124,49 @@ def test_pairs_are_learned_from_a_file_of_settings_or_without_one(
     ]
 
 
-def test_eval_prints_metrics_and_answers_and_trains_nothing(toy, capsys):
-    assert main(["eval", "grpo", *toy, "evaluation.prompts=3", "evaluation.samples=2"]) == 0
+def test_eval_shows_answers_and_metrics_and_keeps_them(toy, capsys):
+    command = ["eval", "grpo", *toy, "evaluation.prompts=3", "evaluation.samples=2"]
+    assert main(command) == 0
     shown = capsys.readouterr().out
-    metrics = dict(line.split() for line in shown.splitlines() if line.startswith("eval/"))
-    assert metrics["eval/prompts"] == "3"
-    assert {"eval/reward", "eval/accuracy", "eval/pass@2"} <= metrics.keys()
+    for name in ("accuracy (mean@2)", "pass@2", "maj@2", "reward", "truncated share"):
+        assert name in shown
     assert "aac=" in shown
     assert "  reference  aac\n" in shown
-    assert not Path("outputs").exists()
+    (folder,) = Path("outputs").iterdir()  # beside that of a run, which it does not touch
+    assert folder.name.startswith("eval-tiny-")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["sets"][0]["prompts"] == 3 and len(results["sets"][0]["per_prompt"]) == 3
+    kept = (folder / "answers.jsonl").read_bytes()
+    assert main(command) == 0
+    assert "has the answers to 3 of 3 questions" in capsys.readouterr().out
+    assert (folder / "answers.jsonl").read_bytes() == kept
 
 
-def test_eval_takes_the_reward_of_the_task_that_it_measures(model, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "eval",
-                "grpo",
-                f"policy.path={model}",
-                "data.test=task:copy-8",
-                "sampling.max_tokens=9",
-                "evaluation.prompts=2",
-            ]
-        )
-        == 0
-    )
-    assert "eval/accuracy" in capsys.readouterr().out
+def test_eval_measures_a_model_and_a_run_by_their_folders(toy, model, capsys):
+    assert main(["train", "grpo", *toy, "steps=1"]) == 0
+    small = ["evaluation.prompts=2", "--output", "of_run"]
+    assert main(["eval", "outputs/run", *small]) == 0
+    settings = [one for one in toy if not one.startswith("policy.path")]
+    assert main(["eval", str(model), *settings, "evaluation.prompts=2", "--output", "of_model"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--compare", "of_model", "of_run/results.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "McNemar" in shown and "reward" in shown
+
+
+def test_eval_answers_another_evaluation_in_a_folder_only_if_told_to(toy, capsys):
+    command = ["eval", "grpo", *toy, "evaluation.prompts=2", "--output", "measured"]
+    assert main(command) == 0
+    assert main([*command, "evaluation.temperature=0.5"]) == 2
+    assert "differs in the sampling parameters" in capsys.readouterr().err
+    assert main([*command, "evaluation.temperature=0.5", "--fresh"]) == 0
+
+
+def test_eval_takes_the_reward_of_the_task_that_it_measures(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [f"policy.path={model}", "data.test=task:copy-8", "sampling.max_tokens=9"]
+    assert main(["eval", "grpo", *settings, "evaluation.prompts=2"]) == 0
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_config_lists_all_settings_one_of_them_or_those_of_a_recipe(capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rewards.functions import RewardFunctions
 from verl.rollout.batching_engine import BatchingEngine
-from verl.utils.event_loops import gather_all
+from verl.utils.event_loops import call_in_thread, gather_all
 from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, RolloutEngine, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -211,6 +213,48 @@ class DataCollector:
         self._sampler.check_failed(answers)
         return groups
 
+    def answer_each(
+        self,
+        asked: Sequence[tuple[Prompt, SamplingParams]],
+        sizes: Iterator[int],
+        done: Callable[[Sequence[tuple[int, list[Trajectory]]]], None],
+    ) -> None:
+        """Answer prompts as `answer` does, and hand over portions of rewarded groups as they are complete.
+
+        An engine that takes turns answers one portion after the other; others get all prompts at once.
+
+        Args:
+            asked: prompts with their parameters.
+            sizes: answers of each portion, at least; taken when the portion begins.
+            done: gets the number of each prompt of a portion, and its group; called in another thread if the
+                engine does not take turns.
+
+        Raises:
+            RuntimeError: too many answers have no reward; their portion is not handed over.
+        """
+        failed: list[Trajectory] = []
+        total = sum(params.n for _, params in asked)
+
+        def complete(groups: Sequence[tuple[int, list[Trajectory]]]) -> None:
+            answers = [t for _, group in groups for t in group]
+            with self.clock.phase("reward"):
+                self._sampler.reward(answers)
+            failed.extend(t for t in answers if t.outcome != "ok")
+            self._sampler.check_failed(failed, of=total)
+            done(groups)
+
+        engine, first = self.synced_engine(), 0
+        if not engine.in_turn:
+            return engine.run(self._answer_beside(asked, sizes, complete))
+        while first < len(asked):
+            size, count = next(sizes), 0
+            while size > 0 and first + count < len(asked):
+                size -= asked[first + count][1].n
+                count += 1
+            portion = [self._sampler.sample(*one) for one in asked[first : first + count]]
+            complete(list(zip(range(first, first + count), engine.run(gather_all(portion)), strict=True)))
+            first += count
+
     def source(self, samples: int, *, first_number: int = 0) -> GroupSource:
         """Source of groups of `samples` answers for a pipeline in the engine's loop; see `GroupSource`."""
         return GroupSource(
@@ -227,6 +271,29 @@ class DataCollector:
         if self.engine.needs_weights:
             self.engine.run(self.engine.sync_weights(self.engine.version))
         return self.engine
+
+    async def _answer_beside(
+        self,
+        asked: Sequence[tuple[Prompt, SamplingParams]],
+        sizes: Iterator[int],
+        complete: Callable[[Sequence[tuple[int, list[Trajectory]]]], None],
+    ) -> None:
+        """Answer all prompts at once, and complete portions in a thread while others are generated."""
+        answered: asyncio.Queue[tuple[int, list[Trajectory]]] = asyncio.Queue()
+
+        async def answer(number: int) -> None:
+            answered.put_nowait((number, await self._sampler.sample(*asked[number])))
+
+        async def gather() -> None:
+            left = len(asked)
+            while left:
+                size, ready = next(sizes), list[tuple[int, list[Trajectory]]]()
+                while left and size > 0:
+                    ready.append(await answered.get())
+                    left, size = left - 1, size - len(ready[-1][1])
+                await call_in_thread(partial(complete, ready), name="rewards")
+
+        await gather_all([gather(), *map(answer, range(len(asked)))])
 
     async def _collected(
         self, draw: Callable[[int], list[Prompt]], count: int, samples: int, *, resamples: bool

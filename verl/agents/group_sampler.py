@@ -88,14 +88,14 @@ class GroupSampler:
         if self._rewards:
             self._rewards.attempt(trajectories)
 
-    def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
-        """Check the share of answers without a reward.
+    def check_failed(self, trajectories: Sequence[Trajectory], *, of: int | None = None) -> None:
+        """Check the share of answers without a reward, of all given ones, or of that many.
 
         Raises:
             RuntimeError: it is above `rewards.max_failed_share`.
         """
         if self._rewards:
-            self._rewards.check_failed(trajectories)
+            self._rewards.check_failed(trajectories, of=of)
 
     def has_no_signal(self, group: Sequence[Trajectory]) -> bool:
         """True if the algorithm learns nothing from a group."""

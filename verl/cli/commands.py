@@ -15,23 +15,19 @@ from rich.table import Table
 
 from verl.cli.chat_quickstart import run_chat_quickstart
 from verl.cli.quickstart import run_quickstart
-from verl.config.algorithm import AlgorithmConfig
 from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.data.tasks import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.formatting import format_bytes
-from verl.monitoring.progress import print_line
-from verl.monitoring.samples import sample_lines
 from verl.monitoring.sinks import check_sinks
 from verl.rollout.pool.admin_api import call_admin_api
 from verl.trainer.base import BaseTrainer
-from verl.trainer.evaluation import answer_all, evaluation_size, sample_row, summarize
 from verl.trainer.export import export_checkpoint
 from verl.trainer.export.hub_upload import HubUpload
 from verl.trainer.preference import PreferenceTrainer
 from verl.trainer.reward_model import RewardModelTrainer
-from verl.trainer.rl_trainer import Trainer, rewards_with_task
+from verl.trainer.rl_trainer import Trainer
 from verl.trainer.run.run_sizes import bytes_on_disk
 from verl.trainer.sft import SFTTrainer
 from verl.utils.device import PRECISIONS
@@ -88,38 +84,6 @@ def try_rewards(trainer: BaseTrainer) -> list[str]:
     if not (isinstance(trainer, Trainer) and trainer.rewards and trainer.loader):
         return []
     return trainer.rewards.try_out(trainer.loader.prompts, trainer.codec)
-
-
-def evaluate(config: TrainerConfig) -> None:
-    """`verl eval`: print sampled answers and metrics."""
-    console = Console()
-    # The default algorithm needs neither critic nor reference, so only the policy is loaded.
-    # data.train is not read, but a task named there gives the reward.
-    config = config.model_copy(
-        update={
-            "algorithm": AlgorithmConfig(),
-            "epochs": None,
-            "rewards": rewards_with_task(config),
-            "data": config.data.model_copy(update={"train": None}),
-        }
-    )
-    with closing(Trainer(config, console=console)) as trainer:
-        prompts = trainer.test_prompts
-        if trainer.rewards:
-            trainer.rewards.check_data(prompts)
-        with trainer.progress.phase(f"evaluating {evaluation_size(prompts, config)}"):
-            groups = answer_all(trainer.collector, prompts, config)
-    rows = [sample_row(group[0], trainer.codec) for group in groups[: config.tracking.num_samples]]
-    console.out("answers, with the special tokens that the model reads:", highlight=False)
-    for line in sample_lines(rows):
-        print_line(console, line)
-    print_metrics(console, {"eval/prompts": float(len(groups)), **summarize(groups)})
-
-
-def print_metrics(console: Console, metrics: Mapping[str, float]) -> None:
-    """Print one metric per line."""
-    for name, value in metrics.items():
-        console.out(f"{name:24} {value:.4g}", highlight=False)
 
 
 def export(args: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from verl.cli.parser import parse_arguments
+from verl.config.layers import RECIPES
 from verl.config.loader import load_config, load_run, to_yaml
 from verl.config.reference import find_settings
-from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig
+from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.utils.network import proxy_exceptions
 
 _PAIR_AND_SFT_RUNS: dict[str, type[RunConfig]] = {
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[args.command]
         return (import_function(command) if isinstance(command, str) else command)(args) or 0
     except KeyboardInterrupt:
-        print(
-            "interrupted; started again, a run goes on from its newest checkpoint, or anew without one",
-            file=sys.stderr,
-        )
+        goes_on = "the same command goes on with the answers that are kept"
+        if args.command != "eval":
+            goes_on = "started again, a run goes on from its newest checkpoint, or anew without one"
+        print(f"interrupted; {goes_on}", file=sys.stderr)
         return 130
     except SystemExit as error:  # of a user's module or callback: else a run would end as if it were done
         if args.debug:
@@ -90,8 +91,47 @@ def train_on_data(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """`verl eval`."""
-    config = load_config(args.recipe, args.overrides)
-    import_function("verl.cli.commands:evaluate")(config)
+    is_override = args.target is not None and "=" in args.target and not Path(args.target).exists()
+    if args.compare:
+        if args.target is not None or args.overrides:
+            raise ValueError("need --compare with two results and nothing else")
+        import_function("verl.cli.evaluations:show_comparison")(*map(Path, args.compare))
+        return
+    if args.target is None or is_override:
+        raise ValueError(
+            f"need a recipe ({', '.join(RECIPES)}), a YAML file, the folder of a run, or a model before the "
+            "settings, such as verl eval grpo policy.path=MODEL"
+        )
+    config = evaluated_run(args.target, args.overrides)
+    import_function("verl.cli.evaluations:evaluate")(config, output=args.output, fresh=args.fresh)
+
+
+def evaluated_run(target: str, overrides: Sequence[str]) -> TrainerConfig:
+    """The settings of an evaluation: of a recipe, of a YAML file, of a run, or the defaults for a model.
+
+    Args:
+        target: recipe, YAML file, output_dir of a run, or folder or hub name of a model.
+        overrides: `dotted.key=value`.
+
+    Raises:
+        ValueError: a run that has no model yet, or settings that cannot be used.
+    """
+    path = Path(target)
+    settings = path / "config.yaml"
+    if path.is_dir() and settings.exists():
+        model = path / "model"
+        if not model.is_dir():
+            raise ValueError(
+                f"need a run that is complete, but {path} has no folder model; write one of a checkpoint "
+                f"with verl export {path} FOLDER, and evaluate that"
+            )
+        # Runs on data alone have neither rewards nor sampling of their own to be measured with.
+        is_policy_run = "\nprompts_per_step:" in settings.read_text(encoding="utf-8")
+        return load_config(str(settings) if is_policy_run else "grpo", [f"policy.path={model}", *overrides])
+    is_hub_name = target.count("/") == 1 and path.suffix not in (".yaml", ".yml") and not path.exists()
+    if path.is_dir() or is_hub_name:
+        return load_config("grpo", [f"policy.path={target}", *overrides])
+    return load_config(target, overrides)
 
 
 def show_config(args: argparse.Namespace) -> None:

@@ -83,8 +83,26 @@ def add_training_commands(commands: Any) -> None:
         )
 
     evaluate = add_command(commands, "eval", "measure a policy on held-out prompts")
-    evaluate.add_argument("recipe", metavar="RECIPE_OR_YAML", help=_RECIPE)
+    evaluate.add_argument(
+        "target",
+        metavar="RECIPE_OR_YAML",
+        nargs="?",
+        help=f"{_RECIPE}; or the folder of a run, or a model: its folder or hub name",
+    )
     add_overrides(evaluate)
+    evaluate.add_argument(
+        "--output", default=None, metavar="DIR", help="folder (eval-NAME-FINGERPRINT beside output_dir)"
+    )
+    evaluate.add_argument(
+        "--fresh", action="store_true", help="answer anew, though the folder has answers already"
+    )
+    evaluate.add_argument(
+        "--compare",
+        nargs=2,
+        default=None,
+        metavar=("A", "B"),
+        help="compare two evaluations, each given as its folder or results.json, prompt by prompt",
+    )
 
     add_export_command(commands)
 

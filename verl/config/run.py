@@ -27,6 +27,11 @@ class EvaluationConfig(Section):
         None, "Prompts used, from the first one on; none: all.", unit="prompts", ge=1
     )
     samples: int = setting(1, "Answers per prompt, k of mean@k and pass@k.", unit="answers", ge=1)
+    pass_at: tuple[int, ...] = setting(
+        (), "k of pass@k and maj@k, at most `samples`; none: 2, 4, 8, ... and `samples`.", unit="answers"
+    )
+    greedy: bool = setting(False, "Also ask for the most likely answer to each prompt.")
+    by: tuple[str, ...] = setting((), "Columns of data.test whose values get metrics of their own.")
     temperature: float = setting(1.0, "Sampling temperature of these answers.", ge=0)
     top_p: float | None = setting(None, "top_p of these answers; none: sampling.top_p.", gt=0, le=1)
     max_tokens: int | None = setting(

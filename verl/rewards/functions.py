@@ -125,16 +125,22 @@ class RewardFunctions:
             raise ValueError("\n".join(failures))
         return lines
 
-    def check_failed(self, trajectories: Sequence[Trajectory]) -> None:
-        """Raises RuntimeError if more than `max_failed_share` of the trajectories have no reward."""
+    def check_failed(self, trajectories: Sequence[Trajectory], *, of: int | None = None) -> None:
+        """Raises RuntimeError if more than `max_failed_share` of the trajectories have no reward.
+
+        Args:
+            trajectories: rewarded.
+            of: the number that the failed ones are compared with; None: all that are given.
+        """
         failed = [t for t in trajectories if t.reward is None]
-        if len(failed) <= self._max_failed_share * len(trajectories):
+        total = len(trajectories) if of is None else of
+        if len(failed) <= self._max_failed_share * total:
             return
         outcomes = Counter(t.outcome for t in failed).most_common()
         counts = ", ".join(f"{outcome} {count}" for outcome, count in outcomes)
         raise RuntimeError(
             f"need a reward for at least {1 - self._max_failed_share:.0%} of the answers, {len(failed)} of "
-            f"{len(trajectories)} have none ({counts}); first: {failed[0].detail}; correct the function, or "
+            f"{total} have none ({counts}); first: {failed[0].detail}; correct the function, or "
             "raise rewards.timeout_s or rewards.max_failed_share"
         )
 

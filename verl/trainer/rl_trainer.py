@@ -45,6 +45,7 @@ from verl.trainer.build.rollout_factory import (
 )
 from verl.trainer.build.worker_factories import plain_source
 from verl.trainer.evaluation import evaluate, evaluation_schedule, evaluation_size, sample_row
+from verl.trainer.evaluation.eval_sets import EvalSet, read_sets
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run.callbacks import Callback
@@ -264,7 +265,7 @@ class Trainer(RunnableTrainer):
             streams=[self._stream_loader(stream, number) for number, stream in enumerate(streams)],
         )
         if self.eval_every:
-            self.held_out = evaluation_size(self.test_prompts, self.config)
+            self.held_out = evaluation_size(self.test_sets, self.config)
 
     def _stream_loader(self, stream: RowStream, number: int) -> StreamLoader:
         """Loader of a stream, which checks each row as those that are read at the start."""
@@ -289,13 +290,19 @@ class Trainer(RunnableTrainer):
         return report
 
     @cached_property
+    def test_sets(self) -> list[EvalSet]:
+        """The held-out prompts, by source."""
+        read = partial(self.read_prompts, split="test")
+        return read_sets(self.source("test"), self.config.evaluation, read, note=self.notes.append)
+
+    @property
     def test_prompts(self) -> list[Prompt]:
-        """The held-out prompts."""
-        return list(self.read_prompts(self.source("test"), "test")[0][: self.config.evaluation.prompts])
+        """The held-out prompts of all sources."""
+        return [prompt for one in self.test_sets for prompt in one.prompts]
 
     def evaluate(self) -> Metrics:
-        """mean@k and pass@k of the policy on the held-out prompts, with the same random numbers each time."""
-        return evaluate(self.collector, self.test_prompts, self.config)
+        """Accuracies of the policy on the held-out prompts, with the same random numbers each time."""
+        return evaluate(self.collector, self.test_sets, self.config)
 
     @override
     def samples(self) -> list[dict[str, Any]]:

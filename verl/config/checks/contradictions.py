@@ -101,6 +101,12 @@ _SAMPLING = (
         "evaluation.samples {c.evaluation.samples} with evaluation.temperature 0",
         "set one answer or a temperature above 0",
     ),
+    Contradiction(
+        lambda c: any(not 1 <= k <= c.evaluation.samples for k in c.evaluation.pass_at),
+        "from 1 to evaluation.samples {c.evaluation.samples} answers in each k of evaluation.pass_at",
+        "{c.evaluation.pass_at}",
+        "raise evaluation.samples, or leave these k out",
+    ),
 )
 
 _GROUPS = (

@@ -260,6 +260,12 @@ _REPORTING = (
         "evaluation.temperature 0 always takes the most likely token",
     ),
     InactiveSettings(
+        ("evaluation.greedy",),
+        "evaluation.temperature",
+        lambda c: c.evaluation.temperature == 0,
+        "with evaluation.temperature 0 the answers are greedy already",
+    ),
+    InactiveSettings(
         ("evaluation.at_start",),
         "evaluation.every_steps",
         lambda c: c.evaluation.every_steps is None,
@@ -322,6 +328,20 @@ _OTHER_RUNS = (
             kind,
         )
         for kind in (SFTConfig, PreferenceConfig)
+    ),
+    InactiveSettings(
+        ("evaluation.pass_at", "evaluation.greedy", "evaluation.by"),
+        "data.test",
+        lambda c: True,
+        "held-out rows are measured by their loss here; verl eval measures answers",
+        SFTConfig,
+    ),
+    InactiveSettings(
+        ("evaluation.pass_at", "evaluation.greedy", "evaluation.by"),
+        "data.test",
+        lambda c: True,
+        "held-out rows are measured by their loss here; verl eval measures answers",
+        PairsConfig,
     ),
     InactiveSettings(
         ("eval_every_steps",),

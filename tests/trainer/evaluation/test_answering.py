@@ -18,6 +18,7 @@ from verl.utils.sampling_types import Prompt
 def answer(reward, accuracy=None, *, tokens=1, truncated=False):
     scores = {} if accuracy is None else {"accuracy": accuracy}
     known = {"reward": reward, "scores": scores, "outcome": "reward_error" if reward is None else "ok"}
+    known["text"] = "yes" if accuracy else "no"
     return Trajectory(
         Prompt(""), [1], [2] * tokens, [True] * tokens, None, [0] * tokens, 0, truncated, **known
     )
@@ -25,13 +26,16 @@ def answer(reward, accuracy=None, *, tokens=1, truncated=False):
 
 def test_mean_and_pass_at_k_are_taken_over_answers_and_over_prompts():
     groups = [
-        [answer(1.0, 1.0), answer(0.0, 0.0)],
+        [answer(1.0, 1.0), answer(0.0, 0.0)],  # one vote each: half won
         [answer(0.5, 0.0, tokens=3), answer(0.5, 0.0, truncated=True)],
     ]
-    assert summarize(groups) == {
+    metrics = summarize(groups)
+    assert 0 < metrics.pop("eval/accuracy_low") < 0.25 < metrics.pop("eval/accuracy_high") < 1
+    assert metrics == {
         "eval/reward": 0.5,
         "eval/accuracy": 0.25,
         "eval/pass@2": 0.5,
+        "eval/maj@2": 0.5,
         "eval/response_tokens": 1.5,
         "eval/truncated_share": 0.25,
         "eval/failed_share": 0.0,
