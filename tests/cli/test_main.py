@@ -155,7 +155,7 @@ def test_eval_measures_a_model_and_a_run_by_their_folders(toy, model, capsys):
 
 
 def test_eval_answers_another_evaluation_in_a_folder_only_if_told_to(toy, capsys):
-    command = ["eval", "grpo", *toy, "evaluation.prompts=2", "--output", "measured"]
+    command = ["eval", "--output", "measured", "grpo", *toy, "evaluation.prompts=2"]
     assert main(command) == 0
     assert main([*command, "evaluation.temperature=0.5"]) == 2
     assert "differs in the sampling parameters" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -30,6 +30,8 @@ from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, Rollou
 from verl.utils.tokens import TextCodec
 
 T = TypeVar("T")
+# Answers of servers that are rewarded and handed over together.
+_HANDED_OVER = 64
 
 
 @dataclass
@@ -215,25 +217,29 @@ class DataCollector:
 
     def answer_each(
         self,
-        asked: Sequence[tuple[Prompt, SamplingParams]],
-        sizes: Iterator[int],
+        portions: Sequence[Sequence[tuple[Prompt, SamplingParams]]],
         done: Callable[[Sequence[tuple[int, list[Trajectory]]]], None],
     ) -> None:
-        """Answer prompts as `answer` does, and hand over portions of rewarded groups as they are complete.
+        """Answer prompts as `answer` does, and hand over rewarded groups as they are complete.
 
-        An engine that takes turns answers one portion after the other; others get all prompts at once.
+        An engine that takes turns answers one portion after the other, each by itself. Others get all prompts
+        at once, and what is complete is handed over, whichever portion it is of.
 
         Args:
-            asked: prompts with their parameters.
-            sizes: answers of each portion, at least; taken when the portion begins.
-            done: gets the number of each prompt of a portion, and its group; called in another thread if the
+            portions: prompts with their parameters.
+            done: gets the number of each prompt among all, and its group; called in another thread if the
                 engine does not take turns.
 
         Raises:
+            ValueError: a row has parameters that the engine does not take.
             RuntimeError: too many answers have no reward; their portion is not handed over.
         """
+        asked = [
+            [(prompt, self._sampler.row_params(prompt, params, trains=False)) for prompt, params in portion]
+            for portion in portions
+        ]
         failed: list[Trajectory] = []
-        total = sum(params.n for _, params in asked)
+        total = sum(params.n for portion in asked for _, params in portion)
 
         def complete(groups: Sequence[tuple[int, list[Trajectory]]]) -> None:
             answers = [t for _, group in groups for t in group]
@@ -243,17 +249,14 @@ class DataCollector:
             self._sampler.check_failed(failed, of=total)
             done(groups)
 
-        engine, first = self.synced_engine(), 0
+        engine = self.synced_engine()
         if not engine.in_turn:
-            return engine.run(self._answer_beside(asked, sizes, complete))
-        while first < len(asked):
-            size, count = next(sizes), 0
-            while size > 0 and first + count < len(asked):
-                size -= asked[first + count][1].n
-                count += 1
-            portion = [self._sampler.sample(*one) for one in asked[first : first + count]]
-            complete(list(zip(range(first, first + count), engine.run(gather_all(portion)), strict=True)))
-            first += count
+            return engine.run(self._answer_beside([*chain.from_iterable(asked)], complete))
+        first = 0
+        for portion in asked:
+            groups = engine.run(gather_all([self._sampler.sample(*one) for one in portion]))
+            complete([*enumerate(groups, first)])
+            first += len(portion)
 
     def source(self, samples: int, *, first_number: int = 0) -> GroupSource:
         """Source of groups of `samples` answers for a pipeline in the engine's loop; see `GroupSource`."""
@@ -275,10 +278,9 @@ class DataCollector:
     async def _answer_beside(
         self,
         asked: Sequence[tuple[Prompt, SamplingParams]],
-        sizes: Iterator[int],
         complete: Callable[[Sequence[tuple[int, list[Trajectory]]]], None],
     ) -> None:
-        """Answer all prompts at once, and complete portions in a thread while others are generated."""
+        """Answer all prompts at once; what is complete is rewarded in a thread while others are generated."""
         answered: asyncio.Queue[tuple[int, list[Trajectory]]] = asyncio.Queue()
 
         async def answer(number: int) -> None:
@@ -287,10 +289,10 @@ class DataCollector:
         async def gather() -> None:
             left = len(asked)
             while left:
-                size, ready = next(sizes), list[tuple[int, list[Trajectory]]]()
-                while left and size > 0:
+                missing, ready = _HANDED_OVER, list[tuple[int, list[Trajectory]]]()
+                while left and missing > 0:
                     ready.append(await answered.get())
-                    left, size = left - 1, size - len(ready[-1][1])
+                    left, missing = left - 1, missing - len(ready[-1][1])
                 await call_in_thread(partial(complete, ready), name="rewards")
 
         await gather_all([gather(), *map(answer, range(len(asked)))])

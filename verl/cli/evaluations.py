@@ -18,9 +18,10 @@ from verl.monitoring.samples import sample_lines
 from verl.trainer.checkpoint_store import only_run_in
 from verl.trainer.evaluation import evaluation_size
 from verl.trainer.evaluation.answering import (
-    Question,
+    EvalQuestion,
     answer_in_portions,
     answered_set,
+    portions_of,
     questions_of,
 )
 from verl.trainer.evaluation.answers_file import AnswersFile, write_json
@@ -59,10 +60,10 @@ def evaluate(config: TrainerConfig, *, output: str | None, fresh: bool) -> None:
         questions = questions_of(sets, config, trainer.codec)
         identity = identity_of(config, sets, questions, trainer.codec)
         folder = Path(output) if output else default_folder(config, identity)
+        portions = portions_of(questions, in_turn=trainer.collector.engine.in_turn)
         with only_run_in(folder):
-            answers = AnswersFile(folder, identity, sets, questions, codec=trainer.codec, fresh=fresh)
-            with trainer.progress.phase(f"evaluating {evaluation_size(sets, config)}"):
-                answer_missing(trainer, answers, num_questions=len(questions))
+            answers = AnswersFile(folder, identity, sets, portions, codec=trainer.codec, fresh=fresh)
+            answer_missing(trainer, answers, num_questions=len(questions), console=console)
             answered = [answered_set(answers.scored, i, one) for i, one in enumerate(sets)]
             results = results_of(sets, answered, config, params=questions[0].params, identity=identity)
             answers.sort()
@@ -74,22 +75,22 @@ def evaluate(config: TrainerConfig, *, output: str | None, fresh: bool) -> None:
     print_line(console, f"results: {folder / 'results.json'}\nanswers: {answers.path}")
 
 
-def answer_missing(trainer: Trainer, answers: AnswersFile, *, num_questions: int) -> None:
+def answer_missing(trainer: Trainer, answers: AnswersFile, *, num_questions: int, console: Console) -> None:
     """Answer the questions that have no answers in the file, and say how far it is after each portion."""
-    missing = answers.missing()
-    if len(missing) < num_questions:
-        kept = num_questions - len(missing)
-        trainer.progress.say(
-            f"{answers.path} has the answers to {kept} of {num_questions} questions; --fresh answers anew"
+    if kept := len(answers.scored):
+        print_line(
+            console,
+            f"{answers.path} has the answers to {kept} of {num_questions} questions; --fresh answers anew",
         )
 
-    def keep(portion: Sequence[tuple[Question, list[Trajectory]]]) -> None:
+    def keep(portion: Sequence[tuple[EvalQuestion, list[Trajectory]]]) -> None:
         answers.append(portion)
         if (count := len(answers.scored)) < num_questions:
             trainer.progress.say(f"{count} of {num_questions} questions answered{_so_far(answers)}")
 
-    if missing:
-        answer_in_portions(trainer.collector, missing, keep)
+    if missing := answers.missing():
+        with trainer.progress.phase(f"evaluating {evaluation_size(trainer.test_sets, trainer.config)}"):
+            answer_in_portions(trainer.collector, missing, keep)
 
 
 def default_folder(config: TrainerConfig, identity: dict[str, str]) -> Path:

@@ -35,7 +35,7 @@ def test_mean_and_pass_at_k_are_taken_over_answers_and_over_prompts():
         "eval/reward": 0.5,
         "eval/accuracy": 0.25,
         "eval/pass@2": 0.5,
-        "eval/maj@2": 0.5,
+        "eval/maj@2": 0.25,
         "eval/response_tokens": 1.5,
         "eval/truncated_share": 0.25,
         "eval/failed_share": 0.0,

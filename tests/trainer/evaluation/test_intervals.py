@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from verl.trainer.evaluation.intervals import (
-    Z,
     Estimate,
+    Z,
     mcnemar,
     mean_interval,
     mean_of,

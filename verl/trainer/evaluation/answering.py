@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from verl.agents.collector import DataCollector
@@ -25,9 +24,8 @@ from verl.utils.tokens import TextCodec
 
 # Seeds of training count prompts from 0; those of evaluation start far beyond them.
 _FIRST_SEED = 1 << 62
-# Answers of the first portion, and of the largest; portions double until one takes so long.
-_FIRST_PORTION, _LARGEST_PORTION = 64, 1 << 14
-_ENOUGH_S = 60.0
+# Answers of the first portion, and of the largest.
+_FIRST_PORTION, _LARGEST_PORTION = 64, 4096
 # Sampling parameters that a greedy answer does not have.
 _RANDOM = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 # Metrics whose intervals are metrics, too.
@@ -35,7 +33,7 @@ _WITH_BOUNDS = ("accuracy", "greedy/accuracy")
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalQuestion:
     """A prompt of a set, to be answered `params.n` times.
 
     Attributes:
@@ -71,7 +69,7 @@ def evaluation_schedule(config: TrainerConfig | SFTConfig | PairsConfig) -> tupl
     return every_steps or sys.maxsize, at_start
 
 
-def questions_of(sets: Sequence[EvalSet], config: TrainerConfig, codec: TextCodec) -> list[Question]:
+def questions_of(sets: Sequence[EvalSet], config: TrainerConfig, codec: TextCodec) -> list[EvalQuestion]:
     """Everything that an evaluation asks: all sets sampled, then all of them greedily if it is wanted.
 
     The seeds are fixed, so the same weights always give the same answers; those to one set don't depend on
@@ -79,14 +77,14 @@ def questions_of(sets: Sequence[EvalSet], config: TrainerConfig, codec: TextCode
     """
     params = evaluation_params(config, codec, config.evaluation.samples)
     questions = [
-        Question(i, number, False, prompt, replace(params, seed=_FIRST_SEED + number))
+        EvalQuestion(i, number, False, prompt, replace(params, seed=_FIRST_SEED + number))
         for i, one in enumerate(sets)
         for number, prompt in enumerate(one.prompts)
     ]
     if not config.evaluation.greedy:
         return questions
     return questions + [
-        Question(
+        EvalQuestion(
             q.set,
             q.number,
             True,
@@ -110,34 +108,46 @@ def answer_all(
     return collector.answer(prompts, [replace(sampling, seed=_FIRST_SEED + i) for i in range(len(prompts))])
 
 
+def portions_of(
+    questions: Sequence[EvalQuestion], *, in_turn: bool, first: int = _FIRST_PORTION
+) -> list[list[EvalQuestion]]:
+    """The questions in portions, each of which is answered by itself and kept or lost as a whole.
+
+    The last bits of an answer's logprobs depend on what is generated beside it, so the portions of an engine
+    in the policy's process are always the same. Each holds twice as many answers as the one before it, up to
+    a limit: so the first are soon there, and little time is lost at their ends, where few answers are left.
+    With servers, each question is a portion.
+    """
+    if not in_turn:
+        return [[question] for question in questions]
+    portions, size, room = list[list[EvalQuestion]](), first, 0
+    for question in questions:
+        if room <= 0:
+            portions.append([])
+            room, size = size, min(2 * size, _LARGEST_PORTION)
+        portions[-1].append(question)
+        room -= question.params.n
+    return portions
+
+
 def answer_in_portions(
     collector: DataCollector,
-    questions: Sequence[Question],
-    done: Callable[[Sequence[tuple[Question, list[Trajectory]]]], None],
-    *,
-    first: int = _FIRST_PORTION,
+    portions: Sequence[Sequence[EvalQuestion]],
+    done: Callable[[Sequence[tuple[EvalQuestion, list[Trajectory]]]], None],
 ) -> None:
-    """Answer and reward questions, and hand over groups of them as they are complete.
-
-    An engine in the policy's process answers one portion after the other. Portions double until one takes a
-    minute, so that little time is lost at their ends, where few answers are left. Servers get all questions
-    at once, and portions are those that are complete.
+    """Answer and reward questions, and hand over what is complete.
 
     Args:
         collector: answers.
-        questions: any number.
-        done: takes the answered questions of a portion; called in another thread.
-        first: answers of the first portion.
+        portions: of `portions_of`.
+        done: takes the answered questions; called in another thread if servers answer.
 
     Raises:
         RuntimeError: too many answers have no reward. Their portion is not handed over.
     """
-    asked = [(question.prompt, question.params) for question in questions]
-
-    def hand_over(groups: Sequence[tuple[int, list[Trajectory]]]) -> None:
-        done([(questions[number], group) for number, group in groups])
-
-    collector.answer_each(asked, _growing(first), hand_over)
+    questions = [question for portion in portions for question in portion]
+    asked = [[(question.prompt, question.params) for question in portion] for portion in portions]
+    collector.answer_each(asked, lambda groups: done([(questions[i], group) for i, group in groups]))
 
 
 def evaluate(
@@ -229,13 +239,3 @@ def _flat(measures: Measures, prefix: str) -> dict[str, float]:
         if name in _WITH_BOUNDS and estimate.low is not None and estimate.high is not None:
             metrics |= {f"{prefix}{name}_low": estimate.low, f"{prefix}{name}_high": estimate.high}
     return metrics
-
-
-def _growing(first: int) -> Iterator[int]:
-    """Sizes of portions: doubled until one takes `_ENOUGH_S`."""
-    size = first
-    while True:
-        began_s = time.monotonic()
-        yield size
-        if time.monotonic() - began_s < _ENOUGH_S:
-            size = min(2 * size, _LARGEST_PORTION)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.data.batch import Trajectory
-from verl.trainer.evaluation.answering import Question
+from verl.trainer.evaluation.answering import EvalQuestion
 from verl.trainer.evaluation.eval_sets import EvalSet
 from verl.trainer.evaluation.measures import ScoredAnswer
 from verl.trainer.evaluation.sample_rows import answer_row
@@ -32,14 +32,14 @@ Key = tuple[int, bool, int]
 class AnswersFile:
     """The file `answers.jsonl` of an evaluation, beside `evaluation.json`, which says of what.
 
-    Every answered question is one line for each answer. A line that was cut off, and the other answers to
-    its question, are dropped and asked for again.
+    Every answered question is one line for each answer. Of a portion that is not complete, all lines are
+    dropped, and its questions are asked again.
 
     Args:
         folder: of the evaluation, created if absent.
         identity: fingerprints of all that the answers depend on, by part.
         sets: that are evaluated.
-        questions: all of them.
+        portions: all questions, in portions that are kept or dropped as a whole.
         codec: of the policy.
         fresh: drop the answers of an earlier evaluation in the folder.
 
@@ -56,7 +56,7 @@ class AnswersFile:
         folder: Path,
         identity: Mapping[str, str],
         sets: Sequence[EvalSet],
-        questions: Sequence[Question],
+        portions: Sequence[Sequence[EvalQuestion]],
         *,
         codec: TextCodec,
         fresh: bool,
@@ -64,6 +64,7 @@ class AnswersFile:
         self.path = folder / "answers.jsonl"
         self.scored: dict[Key, list[ScoredAnswer]] = {}
         self._sets, self._codec = sets, codec
+        self._portions, questions = portions, [q for portion in portions for q in portion]
         self._places = {
             (sets[q.set].name, q.greedy, sets[q.set].prompts[q.number].index): q for q in questions
         }
@@ -84,11 +85,11 @@ class AnswersFile:
         if self.path.exists():
             self._read()
 
-    def missing(self) -> list[Question]:
-        """The questions without answers, in order."""
-        return [q for q in self._places.values() if q.key not in self.scored]
+    def missing(self) -> list[Sequence[EvalQuestion]]:
+        """The portions without answers, in order."""
+        return [portion for portion in self._portions if any(q.key not in self.scored for q in portion)]
 
-    def append(self, answered: Sequence[tuple[Question, list[Trajectory]]]) -> None:
+    def append(self, answered: Sequence[tuple[EvalQuestion, list[Trajectory]]]) -> None:
         """Write the answers to some questions, all of which are on disk when this returns."""
         lines = []
         for question, group in answered:
@@ -121,16 +122,18 @@ class AnswersFile:
         return [found[key] for key in sorted(found, key=lambda key: (key[2], key[0]))]
 
     def _read(self) -> None:
-        """Take over the questions that have all their answers, and drop the lines of the others."""
+        """Take over the portions that have all their answers, and drop the lines of the others."""
+        scored: dict[Key, list[ScoredAnswer]] = {}
         places: dict[Key, list[int]] = {}
         for at, row, question in self._rows():
-            self.scored.setdefault(question.key, []).append(ScoredAnswer.of_row(row))
+            scored.setdefault(question.key, []).append(ScoredAnswer.of_row(row))
             places.setdefault(question.key, []).append(at)
-        wanted = {q.key: q.params.n for q in self._places.values()}
-        self.scored = {key: rows for key, rows in self.scored.items() if len(rows) == wanted[key]}
+        for portion in self._portions:
+            if all(len(scored.get(q.key, ())) == q.params.n for q in portion):
+                self.scored |= {q.key: scored[q.key] for q in portion}
         self._keep(sorted(at for key in self.scored for at in places[key]))
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any], Question]]:
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any], EvalQuestion]]:
         """Place in the file, content and question of every whole line."""
         at = 0
         with self.path.open("rb") as file:

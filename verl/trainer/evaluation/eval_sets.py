@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from verl.config.data import DataSource
-from verl.config.run import TrainerConfig
+from verl.config.run import EvaluationConfig, TrainerConfig
 from verl.data.dataset import LoadReport
-from verl.data.reading.sources import name_of, sources_of
+from verl.data.reading.sources import SourceSetting, listed, name_of, sources_of
 from verl.utils.sampling_types import Prompt
 
 # Parts of a set by a column: more values than this are refused, more numbers are put into bins.
@@ -38,35 +38,35 @@ class EvalSet:
 
 
 def read_sets(
-    config: TrainerConfig,
-    read: Callable[[DataSource], tuple[Sequence[Prompt], LoadReport]],
+    setting: SourceSetting | None,
+    evaluation: EvaluationConfig,
+    read: Callable[[SourceSetting | None], tuple[Sequence[Prompt], LoadReport]],
     *,
     note: Callable[[str], None],
 ) -> list[EvalSet]:
     """The sets of `data.test`, one for each of its sources.
 
     Args:
-        config: of the run.
-        read: reads a source.
+        setting: value of `data.test`, or rows in memory.
+        evaluation: number of prompts of a set, and columns.
+        read: reads a source; refuses None.
         note: takes sentences on renamed sets and on what is left out.
 
     Raises:
         ValueError: there is no source, nothing usable in one, or a column of `evaluation.by` is not there.
     """
-    sources = sources_of(config.data.test)
-    if not sources:
-        raise ValueError(
-            "need data.test: a file of rows (JSON, CSV, Parquet or Arrow), a folder of them, or task:NAME "
-            "such as task:add-2"
-        )
     sets = []
-    for source, name in zip(sources, set_names(sources, note=note), strict=True):
+    names = set_names(sources_of(setting), note=note)
+    for source, name in zip(listed(setting), names, strict=True) if names else [(None, "")]:
         prompts, report = read(source)
         if report.num_too_long:
             note(f"data.test: {report.num_too_long} prompts of {name} are longer than data.max_prompt_tokens")
-        sets.append(EvalSet(name, source.name or source.path, tuple(prompts[: config.evaluation.prompts])))
+        for line in report.notes:
+            note(f"data.test: {line}")
+        label = source.name or source.path if isinstance(source, DataSource) else report.source
+        sets.append(EvalSet(name, label, tuple(prompts[: evaluation.prompts])))
     prompts_of_all = [prompt for one in sets for prompt in one.prompts]
-    for column in config.evaluation.by:
+    for column in evaluation.by:
         values_by_prompt(prompts_of_all, column)  # a mistake is found before anything is answered
     return sets
 
@@ -82,8 +82,10 @@ def set_names(sources: Sequence[DataSource], *, note: Callable[[str], None]) -> 
             number += 1
             name = f"{plain}_{number}"
         if name != plain:
-            note(f"data.test: {source.path} is called {name}, since {plain} is taken; a name of its own can "
-                 "be set: {path: ..., name: ...}")  # fmt: skip
+            note(
+                f"data.test: {source.path} is called {name}, since {plain} is taken; a name of its own can "
+                "be set: {path: ..., name: ...}"
+            )
         names.append(name)
     return names
 

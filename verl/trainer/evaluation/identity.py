@@ -16,8 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from verl import __version__
 from verl.config.data import WeightedChoice
 from verl.config.run import TrainerConfig
-from verl.rewards.functions import load_function
-from verl.trainer.evaluation.answering import Question
+from verl.rewards.library.reward_table import load_function
+from verl.trainer.evaluation.answering import EvalQuestion
 from verl.trainer.evaluation.eval_sets import EvalSet
 from verl.utils.hub import find_adapter
 from verl.utils.tokens import TextCodec
@@ -31,7 +31,7 @@ _LIMITS = {"timeout_s", "max_failed_share", "isolation"}
 
 
 def identity_of(
-    config: TrainerConfig, sets: Sequence[EvalSet], questions: Sequence[Question], codec: TextCodec
+    config: TrainerConfig, sets: Sequence[EvalSet], questions: Sequence[EvalQuestion], codec: TextCodec
 ) -> dict[str, str]:
     """Fingerprints by part: model, engine, data, sampling and rewards.
 
