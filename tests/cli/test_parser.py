@@ -6,6 +6,7 @@ import pytest
 
 import verl
 from verl.cli.main import COMMANDS, main
+from verl.cli.parser import parse_arguments
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -33,3 +34,10 @@ def test_a_command_line_that_is_none_ends_with_2(given, capsys):
         main(given)
     assert ended.value.code == 2
     assert "usage: verl" in capsys.readouterr().err
+
+
+def test_settings_stand_before_and_behind_options():
+    args = parse_arguments(["train", "grpo", "seed=1", "--dry-run", "steps=2", "data.shuffle=false"])
+    assert args.overrides == ["seed=1", "steps=2", "data.shuffle=false"]
+    with pytest.raises(SystemExit):
+        parse_arguments(["serve", "model", "--port", "8001", "steps=2"])
