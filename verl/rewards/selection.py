@@ -11,7 +11,13 @@ from typing import Any
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.rewards.data_sources import choices_of, unknown_source
 from verl.rewards.execution.isolation import Place
-from verl.rewards.library.reward_table import BY_DATA_SOURCE, REWARDS, checked_options, load_function
+from verl.rewards.library.reward_table import (
+    BY_DATA_SOURCE,
+    REWARDS,
+    check_own_limit,
+    checked_options,
+    load_function,
+)
 from verl.rewards.reward_function import RewardFunction
 from verl.utils import user_code
 from verl.utils.sampling_types import Prompt
@@ -120,7 +126,9 @@ def chosen_function(
     imported_from, check, score_of_failure = choice.name, None, None
     place: Place | None = "thread" if config.isolation == "thread" else None
     if built_in:
-        options = options if placed else checked_options(choice.name, function, options)
+        if not placed:
+            options = checked_options(choice.name, function, options)
+            check_own_limit(choice.name, function, options, config.timeout_s)
         imported_from = built_in.function
         # One for a process holds nothing that it could share, and relies on its limits.
         place = None if built_in.place == "process" else built_in.place

@@ -219,6 +219,8 @@ def test_small_numbers_are_compared_to_their_third_digit():
 def test_options_are_checked_before_the_first_step():
     with pytest.raises(ValueError, match="extract"):
         math_rewards(extract="all")
+    with pytest.raises(ValueError, match="below rewards.timeout_s"):
+        math_rewards(timeout_s=60.0)
     with pytest.raises(ValueError, match="timeout_s above 0"):
         math_rewards(timeout_s=0.0)
 

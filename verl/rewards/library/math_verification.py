@@ -51,7 +51,7 @@ _LOST_BACKSLASH = re.compile(r"[\x08\x0c]|\t(?:frac|ext|imes|heta|an\b)|\r(?:igh
 _ENDED_BY_ANSWER = {-LIMIT_SIGNAL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParsedTruth:
     """A truth as math-verify reads it.
 
@@ -133,12 +133,14 @@ def math_reward(
     readable = [one for one in found if len(one.text) <= MAX_CHARS]
     if not readable:
         return values | {"checker_stopped": 1.0}
-    parsed = [parsed_truth(text, timeout_s, unreadable_truths) for text in truths]
-    compare = functools.partial(compared, readable, parsed, float_rounding=float_rounding, strict=strict)
-    try:
-        is_right, shown = run_limited(compare, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
-    except (OverLimitError, MemoryError):
-        importlib.import_module("sympy.core.cache").clear_cache()  # It may hold what was too large.
+    is_right, shown = verdict(
+        tuple(readable),
+        tuple(parsed_truth(text, timeout_s, unreadable_truths) for text in truths),
+        float_rounding=float_rounding,
+        strict=strict,
+        timeout_s=timeout_s,
+    )
+    if is_right is None:
         return values | {"checker_stopped": 1.0}
     values |= {"extracted_answer": shown[:_SHOWN_CHARS], "answer_found": float(bool(shown))}
     return values | {"score": float(is_right), "acc": float(is_right)}
@@ -277,26 +279,42 @@ def equal_as_texts(found: Sequence[FoundAnswer], truths: Sequence[str]) -> bool 
     return not set(numbers[: len(answers)]).isdisjoint(numbers[len(answers) :])
 
 
+# Siblings often have one answer; one that hangs the checker is to do so once.
+@functools.lru_cache(maxsize=2048)
+def verdict(
+    found: tuple[FoundAnswer, ...],
+    truths: tuple[ParsedTruth, ...],
+    *,
+    float_rounding: int,
+    strict: bool,
+    timeout_s: float,
+) -> tuple[bool | None, str]:
+    """Whether one of the answers is one of the truths, None if that takes too long, and the text read."""
+    compare = functools.partial(compared, found, truths, float_rounding=float_rounding, strict=strict)
+    try:
+        return run_limited(compare, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
+    except (OverLimitError, MemoryError):
+        importlib.import_module("sympy.core.cache").clear_cache()  # It may hold what was too large.
+        return None, ""
+
+
 def compared(
     found: Sequence[FoundAnswer], truths: Sequence[ParsedTruth], *, float_rounding: int, strict: bool
 ) -> tuple[bool, str]:
     """Whether math-verify holds one of the answers for one of the truths, and the text that it read."""
     library = math_verify()
     golds = [gold for truth in truths for gold in truth.expressions]
-    places = max(float_rounding, *(truth.decimal_places for truth in truths))
+    places = max([float_rounding, *(truth.decimal_places for truth in truths)])
     shown = found[0].text if found[0].form in _WHOLE else ""
     for one in found:
         if one.form == "words":
             continue
-        is_whole = one.form == "expression"
-        text = f"\\boxed{{{plain_math(one.text)}}}" if is_whole else one.text
+        text = f"\\boxed{{{plain_math(one.text)}}}" if one.form == "expression" else one.text
         read = library.parse(text, _configs(library, has_anchor=one.form == "anchored"), parsing_timeout=None)
-        extracted = (
-            one.text if is_whole else "".join([value for value in read if isinstance(value, str)][-1:])
-        )
+        texts = [one.text] if one.form == "expression" else [text for text in read if isinstance(text, str)]
         if library.verify(golds, read, float_rounding=places, strict=strict, timeout_seconds=None):
-            return True, extracted
-        shown = shown or extracted
+            return True, "".join(texts[-1:])
+        shown = shown or "".join(texts[-1:])
     return False, shown
 
 

@@ -155,3 +155,19 @@ def checked_options(name: str, function: Callable[..., Any], options: Mapping[st
                 f"reward function {name!r}, option {option}: {causes}; got {options[option]!r}"
             ) from error
     return checked
+
+
+def check_own_limit(
+    name: str, function: Callable[..., Any], options: Mapping[str, Any], limit_s: float
+) -> None:
+    """Check that a function with a time limit of its own ends before its call is ended.
+
+    Raises:
+        ValueError: it does not.
+    """
+    own_s = options["timeout_s"] if "timeout_s" in option_parameters(function) else 0.0
+    if own_s >= limit_s:
+        raise ValueError(
+            f"reward function {name!r}: need its timeout_s below rewards.timeout_s, which leaves an answer "
+            f"without a reward, got {own_s:g} and {limit_s:g}; lower the first or raise the second"
+        )
