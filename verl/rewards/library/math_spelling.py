@@ -45,7 +45,8 @@ _UNIT_WORDS = re.compile(r"(?P<value>[^A-Za-z]*[0-9}%])\s+(?P<words>[A-Za-z]{3,}
 # Words that change the number before them, or that math-verify knows.
 _COUNT_WORDS = re.compile(
     r"\b(?:and|or|mod|base|dozen|hundred|(?:m|b|tr)illion|thousand|percent|percentage|pct|"
-    r"hal(?:f|ves)|quarters?|thirds?|tenths?|hundredths?|squared|cubed|factorial|plus|minus|times|over|infinity|pairs?)\b",
+    r"hal(?:f|ves)|quarters?|thirds?|tenths?|hundredths?|squared|cubed|factorial|plus|minus|times|"
+    r"over|infinity|pairs?)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")

@@ -120,30 +120,22 @@ def math_reward(
     check_backslashes(answer)
     truths = [truth_text(text) for text in spellings(answer)]
     found = found_answers(response, extract=extract, boxes=boxes, thoughts=thoughts)
-    values: dict[str, Any] = {
-        "score": 0.0,
-        "acc": 0.0,
-        "answer_found": float(bool(found)),
-        "checker_stopped": 0.0,
-        "extracted_answer": found[0].text[:_SHOWN_CHARS] if found and found[0].form in _WHOLE else "",
-    }
+    shown = found[0].text if found and found[0].form in _WHOLE else ""
     is_right = equal_as_texts(found, truths)
-    if is_right is not None:
-        return values | {"score": float(is_right), "acc": float(is_right)}
-    readable = [one for one in found if len(one.text) <= MAX_CHARS]
-    if not readable:
-        return values | {"checker_stopped": 1.0}
-    is_right, shown = verdict(
-        tuple(readable),
-        tuple(parsed_truth(text, timeout_s, unreadable_truths) for text in truths),
-        float_rounding=float_rounding,
-        strict=strict,
-        timeout_s=timeout_s,
-    )
-    if is_right is None:
-        return values | {"checker_stopped": 1.0}
-    values |= {"extracted_answer": shown[:_SHOWN_CHARS], "answer_found": float(bool(shown))}
-    return values | {"score": float(is_right), "acc": float(is_right)}
+    readable = tuple(one for one in found if len(one.text) <= MAX_CHARS)
+    if is_right is None and readable:
+        parsed = tuple(parsed_truth(text, timeout_s, unreadable_truths) for text in truths)
+        is_right, read = verdict(
+            readable, parsed, float_rounding=float_rounding, strict=strict, timeout_s=timeout_s
+        )
+        shown = shown if is_right is None else read
+    return {
+        "score": float(bool(is_right)),
+        "acc": float(bool(is_right)),
+        "answer_found": float(bool(shown) or is_right is None),
+        "checker_stopped": float(is_right is None),
+        "extracted_answer": shown[:_SHOWN_CHARS],
+    }
 
 
 def score_of_failure(failure: RewardFailure) -> dict[str, float] | None:
@@ -266,7 +258,7 @@ def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text
 
 
 def equal_as_texts(found: Sequence[FoundAnswer], truths: Sequence[str]) -> bool | None:
-    """Whether an answer is equal to a truth, as far as their texts decide it; None if they do not."""
+    """True if an answer is equal to a truth as a text, False if their numbers differ, None if undecided."""
     if not found:
         return False
     answers = [text_key(one.text) for one in found if one.form in _WHOLE]
@@ -289,7 +281,7 @@ def verdict(
     strict: bool,
     timeout_s: float,
 ) -> tuple[bool | None, str]:
-    """Whether one of the answers is one of the truths, None if that takes too long, and the text read."""
+    """True if one of the answers is one of the truths, None if that takes too long; and the text read."""
     compare = functools.partial(compared, found, truths, float_rounding=float_rounding, strict=strict)
     try:
         return run_limited(compare, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
@@ -301,7 +293,7 @@ def verdict(
 def compared(
     found: Sequence[FoundAnswer], truths: Sequence[ParsedTruth], *, float_rounding: int, strict: bool
 ) -> tuple[bool, str]:
-    """Whether math-verify holds one of the answers for one of the truths, and the text that it read."""
+    """True if math-verify holds one of the answers for one of the truths; and the text that it read."""
     library = math_verify()
     golds = [gold for truth in truths for gold in truth.expressions]
     places = max([float_rounding, *(truth.decimal_places for truth in truths)])
