@@ -18,7 +18,7 @@ from verl.config.fields import Choice
 from verl.rewards.functions import build_rewards
 from verl.rewards.shaping import LENGTH_PENALTIES
 from verl.rollout.inference_server import RefusedError
-from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, RolloutEngine
+from verl.utils.sampling_types import BatchGenerator, Completion, Prompt, RolloutEngine, SamplingParams
 
 
 class Scripted(BatchGenerator):
@@ -306,3 +306,44 @@ def test_a_prompt_that_servers_refuse_is_an_error_unless_another_takes_its_place
         collector(Server()).collect(["abcdef", "b"], samples=2)
     collected = collector(Server()).collect(["abcdef", "b"], samples=2, refill=lambda n: ["c"] * n)
     assert [t.prompt.content for t in collected.trajectories] == ["b", "b", "c", "c"]
+
+
+def asked(*texts, n=1):
+    return [(Prompt(text, index=i), SamplingParams(n=n, max_tokens=4)) for i, text in enumerate(texts)]
+
+
+def test_an_engine_in_turn_answers_one_portion_after_the_other():
+    engine, kept = Scripted("1", "2", "3"), []
+    portions = [asked("a", "b"), asked("c")]
+    collector(engine).answer_each(portions, lambda groups: kept.append((len(engine.calls), groups)))
+    assert [calls for calls, _ in kept] == [1, 2]
+    rewards = [(number, [t.reward for t in group]) for _, groups in kept for number, group in groups]
+    assert rewards == [(0, [1.0]), (1, [2.0]), (2, [3.0])]
+
+
+def test_servers_hand_over_what_is_complete_and_are_asked_for_all_at_once():
+    running, most, kept = 0, 0, []
+
+    class Counted(Server):
+        async def sample(self, prompt_ids, params, affinity=None):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+            return await super().sample(prompt_ids, params, affinity)
+
+    collector(Counted()).answer_each([asked("a", n=3)] * 30, kept.append)
+    assert most == 90
+    assert [sum(len(group) for _, group in groups) for groups in kept] == [66, 24]
+    assert sorted(number for groups in kept for number, _ in groups) == list(range(30))
+    assert all(t.reward == 7.0 for groups in kept for _, group in groups for t in group)
+
+
+def test_a_failed_prompt_ends_all_and_too_many_failed_rewards_keep_their_portion_back():
+    with pytest.raises(RefusedError):
+        collector(Server()).answer_each([asked("a", "long prompt")], lambda groups: None)
+    kept, failing = [], Scripted("1", "x", "x", "x")
+    with pytest.raises(RuntimeError, match="3 of 4 have none"):
+        collector(failing).answer_each([asked("a", "b"), asked("c", "d")], kept.append)
+    assert len(kept) == 1

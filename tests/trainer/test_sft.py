@@ -177,7 +177,7 @@ def test_held_out_examples_are_evaluated_at_the_start_between_and_at_the_end(let
     trainer = sft(letters, tmp_path / "other", data)
     assert trainer.held_out == f"12 examples of {tmp_path / 'rows.jsonl'}"
     own, hits, total, count = AutoModelForCausalLM.from_pretrained(letters), 0, 0.0, 0
-    for example in trainer.test_examples:
+    for example in trainer.test_sets[0].prompts:
         prompt, answer = (
             trainer.codec.encode_prompt(example),
             trainer.codec.encode_answer(example.answer, example),
@@ -191,6 +191,20 @@ def test_held_out_examples_are_evaluated_at_the_start_between_and_at_the_end(let
     assert measured["eval/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert measured["eval/token_accuracy"] == pytest.approx(hits / count)
     assert measured["eval/loss"] == pytest.approx(evaluated[0]["eval/loss"], rel=1e-6)
+
+
+def test_each_held_out_set_has_its_loss_and_its_share_of_the_samples(letters, tmp_path):
+    first, second = (write_prompts(tmp_path / name) for name in ("first.jsonl", "second.jsonl"))
+    second.write_text("".join(second.read_text().splitlines(keepends=True)[::-1]))
+    sets = ["evaluation.prompts=3", f"data.test=[{first}, {second}]", "tracking.num_samples=4"]
+    trainer = sft(letters, tmp_path, *sets)
+    assert trainer.held_out == f"3 examples of {first}, 3 examples of {second}"
+    measured = trainer.evaluate()
+    alone = sft(letters, tmp_path / "alone", "evaluation.prompts=3", f"data.test={second}").evaluate()
+    assert measured["eval/second/loss"] == pytest.approx(alone["eval/loss"], rel=1e-6)
+    assert measured["eval/loss"] == (measured["eval/first/loss"] + measured["eval/second/loss"]) / 2
+    heads = [json.loads(path.read_text().splitlines()[0])["prompt"] for path in (first, second)]
+    assert [row["prompt"] for row in trainer.samples()[:2]] == heads
 
 
 def test_evaluation_and_samples_do_not_change_what_is_learned(letters, tmp_path):

@@ -22,6 +22,8 @@ from verl.data.preference_pairs import Pair, load_pairs
 from verl.data.reading.sources import SourceSetting
 from verl.engines.memory_limits import MOST_TOKENS, micro_batch_tokens
 from verl.trainer.base import Metrics
+from verl.trainer.evaluation.eval_sets import EvalSet
+from verl.trainer.evaluation.measures import over_sets
 from verl.trainer.single_model_trainer import SingleModelTrainer
 from verl.utils.sampling_types import Prompt
 
@@ -105,15 +107,14 @@ class PairwiseTrainer(SingleModelTrainer):
     def read_data(self) -> None:
         pairs, report = self.read_pairs(self.source("train"), "train")
         if self.config.data.test is not None:
-            _ = self.test_pairs  # read now: a mistake in them is found before a model is loaded
+            _ = self.test_sets  # read now: a mistake in them is found before a model is loaded
         self.use_train_rows(pairs, report, per_step=self.config.pairs_per_step, setting="pairs_per_step")
 
     @override
     def load_train_data(self) -> LoadReport:
         report = super().load_train_data()
         if self.eval_every:
-            # Read now, so that a mistake in them is found before the first step.
-            self.held_out = f"{self.test_rows.num_rows // 2} pairs of {self.config.data.test}"
+            _ = self.test_rows  # encoded now, so that a mistake in them is found before the first step
             self.clock.take()  # the reference's time for them belongs to no step
         return report
 
@@ -139,21 +140,24 @@ class PairwiseTrainer(SingleModelTrainer):
         )
 
     @cached_property
-    def test_pairs(self) -> list[Prompt]:
-        """The held-out pairs."""
-        return self.held_out_rows(*self.read_pairs(self.source("test"), "test"), "pairs")
+    def test_sets(self) -> list[EvalSet]:
+        """The held-out pairs, by source."""
+        return self.held_out_sets(partial(self.read_pairs, split="test"), "pairs")
 
     @cached_property
-    def test_rows(self) -> Batch:
-        """The held-out pairs, with all columns that training does not change."""
-        rows = self.encode(self.test_pairs)
-        self.write_columns(rows, plan_pairs(rows, self._role))
+    def test_rows(self) -> dict[str, Batch]:
+        """The held-out pairs by set, with all columns that training does not change."""
+        rows = {one.name: self.encode([*one.prompts]) for one in self.test_sets}
+        for each in rows.values():
+            self.write_columns(each, plan_pairs(each, self._role))
         return rows
 
     @override
     def evaluate(self) -> Metrics:
-        """`eval/loss` and `eval/accuracy`, means over the held-out pairs, and `calibration_metrics`."""
-        rows = self.test_rows
+        """`eval/loss` and `eval/accuracy`, means over the pairs of each set, and `calibration_metrics`."""
+        return over_sets({name: self._measured(rows) for name, rows in self.test_rows.items()})
+
+    def _measured(self, rows: Batch) -> Metrics:
         with self.clock.phase("evaluate"):
             values = self.policy_engine.infer(
                 rows, plan_pairs(rows, self._role), lambda inputs: self.token_values(inputs)[0]

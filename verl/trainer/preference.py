@@ -18,6 +18,7 @@ from verl.data.columns import readable_by
 from verl.data.examples import question_of
 from verl.engines.hf.models import PolicyModel
 from verl.engines.local import LocalForwardEngine, frozen_engine
+from verl.trainer.evaluation.eval_sets import interleaved
 from verl.trainer.pairwise_trainer import SIDES, PairwiseTrainer, check_pair_loss, prompts_and_answers
 from verl.trainer.single_model_trainer import sampled_rows
 from verl.utils.sampling_types import Prompt
@@ -110,7 +111,8 @@ class PreferenceTrainer(PairwiseTrainer):
         """Answers of the policy to the prompts of held-out pairs; none without `data.test`."""
         if self.config.data.test is None:
             return []
-        questions = [question_of(replace(pair, answer=pair.answer.chosen)) for pair in self.test_pairs]
+        pairs = interleaved(self.test_sets)
+        questions = [question_of(replace(pair, answer=pair.answer.chosen)) for pair in pairs]
         model = self.policy_engine.model
         assert isinstance(model, PolicyModel)
         return sampled_rows(model, self.codec, questions, self.config)

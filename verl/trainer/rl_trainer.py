@@ -262,21 +262,10 @@ class Trainer(RunnableTrainer):
             per_step=self.config.prompts_per_step,
             setting="prompts_per_step",
             repeats=True,
-            streams=[self._stream_loader(stream, number) for number, stream in enumerate(streams)],
+            streams=[stream_loader(self, stream, number) for number, stream in enumerate(streams)],
         )
         if self.eval_every:
             self.held_out = evaluation_size(self.test_sets, self.config)
-
-    def _stream_loader(self, stream: RowStream, number: int) -> StreamLoader:
-        """Loader of a stream, which checks each row as those that are read at the start."""
-        data, limits = self.config.data, prompt_limits(self)
-
-        def admits(prompt: Prompt) -> bool:
-            check_row_sampling([prompt], self.config, trains=True)
-            return limits.admits(prompt)
-
-        make = RowPrompts(stream.source, data, partial(prompt_of, config=data), rewards=self.config.rewards)
-        return StreamLoader(stream, make, admits, data, seed=self.config.seed + number)
 
     @override
     def load_train_data(self) -> LoadReport:
@@ -360,3 +349,16 @@ def describe_sync(rollout: RolloutEngine, version: int) -> str:
     replicas = pool.replicas if pool else []
     behind = [r.name for r in replicas if r.state in ("stale", "serving") and r.version != version]
     return f"version {version} in {', '.join(behind) or 'the policy generator'}"
+
+
+def stream_loader(trainer: Trainer, stream: RowStream, number: int) -> StreamLoader:
+    """Loader of a stream of prompts, which checks each row as those that are read at the start."""
+    config, limits = trainer.config, prompt_limits(trainer)
+
+    def admits(prompt: Prompt) -> bool:
+        check_row_sampling([prompt], config, trains=True)
+        return limits.admits(prompt)
+
+    parse = partial(prompt_of, config=config.data)
+    make = RowPrompts(stream.source, config.data, parse, rewards=config.rewards)
+    return StreamLoader(stream, make, admits, config.data, seed=config.seed + number)

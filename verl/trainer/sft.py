@@ -20,6 +20,8 @@ from verl.data.packing import balance
 from verl.engines.hf.models import PolicyModel, target_logprobs
 from verl.engines.memory_limits import micro_batch_tokens
 from verl.trainer.base import Metrics
+from verl.trainer.evaluation.eval_sets import EvalSet, interleaved
+from verl.trainer.evaluation.measures import over_sets
 from verl.trainer.single_model_trainer import SingleModelTrainer, sampled_rows
 from verl.utils.sampling_types import Prompt
 
@@ -72,7 +74,7 @@ class SFTTrainer(SingleModelTrainer):
         examples, report = self.read_examples(self.source("train"), "train")
         if self.config.data.test is not None:
             # Read now: a mistake in them is found before a model is loaded.
-            self.held_out = f"{len(self.test_examples)} examples of {self.config.data.test}"
+            _ = self.test_sets
         self.use_train_rows(examples, report, per_step=self.config.rows_per_step, setting="rows_per_step")
 
     def read_examples(self, source: Any, split: Literal["train", "test"]) -> tuple[list[Prompt], LoadReport]:
@@ -97,22 +99,25 @@ class SFTTrainer(SingleModelTrainer):
         )
 
     @cached_property
-    def test_examples(self) -> list[Prompt]:
-        """The held-out examples that are evaluated."""
-        return self.held_out_rows(*self.read_examples(self.source("test"), "test"), "examples")
+    def test_sets(self) -> list[EvalSet]:
+        """The held-out examples that are evaluated, by source."""
+        return self.held_out_sets(partial(self.read_examples, split="test"), "examples")
 
     @cached_property
-    def test_rows(self) -> Batch:
-        """Their rows."""
-        return self.encode(self.test_examples)
+    def test_rows(self) -> dict[str, Batch]:
+        """Their rows, by set."""
+        return {one.name: self.encode(one.prompts) for one in self.test_sets}
 
     @override
     def evaluate(self) -> Metrics:
-        """Mean loss over the learned tokens of the held-out examples, in nats.
+        """Mean loss over the learned tokens of the held-out examples, in nats, for each set.
 
         Also its exponential, the perplexity, and the share of the tokens that were the most likely ones.
         """
-        rows, mask = self.test_rows, self.test_rows["mask"]
+        return over_sets({name: self._measured(rows) for name, rows in self.test_rows.items()})
+
+    def _measured(self, rows: Batch) -> Metrics:
+        mask = rows["mask"]
         with self.clock.phase("evaluate"):
             values = self.policy_engine.infer(rows, self._plan(rows), self._logprobs_and_hits)
         logprobs, hits = ((values * mask[:, :, None]).double().sum((0, 1)) / mask.sum()).tolist()
@@ -127,7 +132,7 @@ class SFTTrainer(SingleModelTrainer):
         """Answers of the model to the prompts of held-out examples; none without `data.test`."""
         if self.config.data.test is None:
             return []
-        questions = [question_of(example) for example in self.test_examples]
+        questions = [question_of(example) for example in interleaved(self.test_sets)]
         return sampled_rows(self.model, self.codec, questions, self.config)
 
     def _plan(self, rows: Batch) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
 from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, answer_row
-from verl.data.reading.sources import sources_of
+from verl.data.reading.sources import SourceSetting, sources_of
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, model_config_of, quantization
 from verl.engines.local import LocalEngine
@@ -26,6 +26,7 @@ from verl.trainer.base import Metrics
 from verl.trainer.build.policy_start import policy_start
 from verl.trainer.checkpoint_store import Save
 from verl.trainer.evaluation import evaluation_schedule, sample_row
+from verl.trainer.evaluation.eval_sets import EvalSet, read_sets
 from verl.trainer.run.callbacks import Callback
 from verl.trainer.run.run_loop import RunnableTrainer
 from verl.utils.device import memory_bytes
@@ -146,12 +147,13 @@ class SingleModelTrainer(RunnableTrainer):
         # Sampling makes samples for readers alone.
         return {name: value for name, value in super().fixed_settings().items() if name != "sampling"}
 
-    def held_out_rows(self, rows: list[Prompt], report: LoadReport, kind: str) -> list[Prompt]:
-        """The first of the rows of `data.test`, as many as are evaluated; notes what was left out of them."""
-        kept = rows[: self.config.evaluation.prompts]
-        self.held_out = f"{len(kept)} {kind} of {report.source}"
-        self.notes += [f"data.test: {note}" for note in report.notes]
-        return kept
+    def held_out_sets(
+        self, read: Callable[[SourceSetting | None], tuple[Sequence[Prompt], LoadReport]], kind: str
+    ) -> list[EvalSet]:
+        """The rows of `data.test` that are evaluated, by source; notes what was left out of them."""
+        sets = read_sets(self.source("test"), self.config.evaluation, read, note=self.notes.append)
+        self.held_out = ", ".join(f"{len(one.prompts)} {kind} of {one.source}" for one in sets)
+        return sets
 
 
 def _check_sources(config: SFTConfig | PairsConfig) -> None:

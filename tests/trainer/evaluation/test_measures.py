@@ -13,8 +13,10 @@ from verl.trainer.evaluation.measures import (
     mean_over_sets,
     measure,
     outcomes,
+    over_sets,
     votes_of,
 )
+from verl.trainer.run.run_loop import evaluation_words
 
 
 def answer(accuracy=None, text="", *, extracted=None, reward=None, outcome="ok"):
@@ -88,3 +90,20 @@ def test_the_mean_over_sets_has_what_all_sets_have():
     assert values(mean_over_sets([first, second]))["accuracy"] == 0.5
     assert "accuracy" not in mean_over_sets([first, third])
     assert values(mean_over_sets([first, second, third]))["reward"] == 0.5
+
+
+def test_metrics_of_one_set_keep_their_names():
+    one = {"eval/loss": 1.0}
+    assert over_sets({"math": one}) == one
+    assert over_sets({"math": one, "code": {"eval/loss": 3.0, "eval/more": 0.0}}) == {
+        "eval/loss": 2.0,
+        "eval/math/loss": 1.0,
+        "eval/code/loss": 3.0,
+        "eval/code/more": 0.0,
+    }
+
+
+def test_the_line_of_an_evaluation_has_intervals_and_the_largest_k():
+    metrics = {"eval/accuracy": 0.25, "eval/accuracy_low": 0.2, "eval/accuracy_high": 0.31}
+    metrics |= {"eval/pass@2": 0.4, "eval/pass@4": 0.5, "eval/a/pass@2": 0.1, "eval/a/pass@4": 0.3, "lr": 1.0}
+    assert evaluation_words(metrics) == ["accuracy 0.25 [0.2, 0.31]", "pass@4 0.5", "a/pass@4 0.3"]

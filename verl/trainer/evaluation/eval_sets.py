@@ -60,7 +60,7 @@ def read_sets(
     for source, name in zip(listed(setting), names, strict=True) if names else [(None, "")]:
         prompts, report = read(source)
         if report.num_too_long:
-            note(f"data.test: {report.num_too_long} prompts of {name} are longer than data.max_prompt_tokens")
+            note(f"data.test: {report.num_too_long} rows of {name} are too long and left out")
         for line in report.notes:
             note(f"data.test: {line}")
         label = source.name or source.path if isinstance(source, DataSource) else report.source
@@ -97,6 +97,12 @@ def evaluation_size(sets: Sequence[EvalSet], config: TrainerConfig) -> str:
     counts = [f"{e.samples} answers each"] if e.samples > 1 else []
     counts += ["a greedy one each"] if e.greedy else []
     return ", ".join([listed, " and ".join(counts)] if counts else [listed])
+
+
+def interleaved(sets: Sequence[EvalSet]) -> list[Prompt]:
+    """The prompts of all sets: the first of each, then the second of each, and so on."""
+    longest = max(len(one.prompts) for one in sets)
+    return [one.prompts[i] for i in range(longest) for one in sets if i < len(one.prompts)]
 
 
 def values_by_prompt(prompts: Sequence[Prompt], column: str) -> list[str]:

@@ -161,6 +161,24 @@ def mean_over_sets(measures: Sequence[Measures]) -> Measures:
     return {name: mean_of([one[name] for one in measures]) for name in shared}
 
 
+def over_sets(of_sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of one set as they are; of several as `eval/SET/METRIC`, and their mean as `eval/METRIC`.
+
+    The mean is over sets, each with the same weight, and of the metrics that all of them have.
+    """
+    first, *others = of_sets.values()
+    if not others:
+        return dict(first)
+    shared = [name for name in first if all(name in one for one in others)]
+    means = {name: sum(one[name] for one in of_sets.values()) / len(of_sets) for name in shared}
+    own = {
+        name.replace("eval/", f"eval/{of}/", 1): value
+        for of, one in of_sets.items()
+        for name, value in one.items()
+    }
+    return means | own
+
+
 def _rewards(groups: Sequence[Sequence[ScoredAnswer]]) -> Measures:
     rewards = [[a.reward for a in group if a.reward is not None] for group in groups]
     num_rewards = sum(map(len, rewards))

@@ -355,12 +355,23 @@ def _earlier_run(folder: Path) -> str:
 def _log(tracker: Tracker, step: int, metrics: Metrics) -> None:
     """Log to every sink, and an evaluation as a line, for which the table of steps has no room."""
     tracker.log(step, metrics)
-    shown = [
-        f"{name.removeprefix('eval/')} {metrics[name]:.4g}" for name in metrics if name.startswith("eval/")
-    ]
-    if shown:
+    if shown := evaluation_words(metrics):
         took = format_duration(metrics["time/evaluate_s"])
         tracker.event(f"evaluation after step {step}: {', '.join(shown)} ({took})")
+
+
+def evaluation_words(metrics: Metrics) -> list[str]:
+    """The metrics of an evaluation for a line: `accuracy 0.41 [0.35, 0.47]`; of several k, the largest."""
+    values = {name.removeprefix("eval/"): v for name, v in metrics.items() if name.startswith("eval/")}
+    largest = {name.partition("@")[0]: name for name in values if "@" in name}
+    words = []
+    for name, value in values.items():
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        bounds = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
+        is_bound = name.removesuffix("_low").removesuffix("_high") in values.keys() - {name}
+        if not is_bound and largest.get(name.partition("@")[0], name) == name:
+            words.append(f"{name} {value:.4g}{bounds}")
+    return words
 
 
 def _evaluations(trainer: BaseTrainer) -> str:
