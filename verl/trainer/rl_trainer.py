@@ -15,7 +15,7 @@ from typing_extensions import override
 from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
-from verl.config.data import RewardsConfig, WeightedChoice
+from verl.config.data import DataSource, RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
 from verl.data.batch import Trajectory
 from verl.data.columns import written_by
@@ -24,7 +24,7 @@ from verl.data.loading.row_prompts import RowPrompts
 from verl.data.loading.stream_loader import StreamLoader
 from verl.data.reading.layouts import prompt_of
 from verl.data.reading.row_stream import RowStream
-from verl.data.reading.sources import reward_of_tasks, sources_of, split_streams
+from verl.data.reading.sources import reward_of_task, reward_of_tasks, sources_of, split_streams
 from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency
@@ -63,6 +63,22 @@ def rewards_with_task(config: TrainerConfig) -> RewardsConfig:
     if config.rewards.functions or reward is None:
         return config.rewards
     return config.rewards.model_copy(update={"functions": (WeightedChoice(name=reward),)})
+
+
+def with_task_rewards(config: TrainerConfig) -> TrainerConfig:
+    """The settings with the reward of each task at its source, where they name none and the tasks differ."""
+    settings = {"train": config.data.train, "test": config.data.test}
+    tasks = [one for setting in settings.values() for one in sources_of(setting) if reward_of_task(one.path)]
+    if config.rewards.functions or len({reward_of_task(one.path) for one in tasks}) < 2:
+        return config
+
+    def rewarded(source: DataSource) -> DataSource:
+        name = reward_of_task(source.path)
+        own = source.reward or (WeightedChoice(name=name) if name else None)
+        return source.model_copy(update={"reward": own})
+
+    data = {key: tuple(map(rewarded, sources_of(setting))) or None for key, setting in settings.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
 class Trainer(RunnableTrainer):
@@ -111,6 +127,7 @@ class Trainer(RunnableTrainer):
         if use_vllm:
             rollout_config = config.rollout.model_copy(update={"engine": "vllm"})
             config = config.model_copy(update={"rollout": rollout_config})
+        config = config if reward_fn else with_task_rewards(config)
         self.algorithm = Algorithm.bind(config.algorithm)
         self._length_penalty = bound_length_penalty(config.algorithm.length_penalty)
         device = config.device if config.placement.name == "local" else "cpu"
