@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import math_verify
 import pytest
@@ -208,6 +209,13 @@ def test_a_truth_that_cannot_be_read_is_compared_as_a_text_where_the_options_say
     check_truth(Prompt("q", answer=truth), unreadable_truths="text")
     assert score(f"<answer>{truth}</answer>", truth, unreadable_truths="text") == 1.0
     assert score(r"\boxed{2}", truth, unreadable_truths="text") == 0.0
+
+
+def test_truths_are_checked_on_any_thread():
+    with ThreadPoolExecutor() as pool:
+        pool.submit(check_truth, Prompt("q", answer=r"\frac{17}{19}")).result()
+        with pytest.raises(ValueError, match="cannot read the truth"):
+            pool.submit(check_truth, Prompt("q", answer=r"\frac{17}{")).result()
 
 
 def test_small_numbers_are_compared_to_their_third_digit():

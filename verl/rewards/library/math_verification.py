@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -245,8 +246,10 @@ def parsed_truth(text: str, timeout_s: float, unreadable: Literal["error", "text
         expressions = tuple(value for value in read if not isinstance(value, str))
         return ParsedTruth(expressions, max(map(_decimal_places, expressions), default=0))
 
+    # Elsewhere, as for a trainer on a thread of a program, no limit is possible; truths are trusted.
+    is_main = threading.current_thread() is threading.main_thread()
     try:
-        parsed = run_limited(parse, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES)
+        parsed = run_limited(parse, cpu_s=timeout_s, memory_bytes=_MEMORY_BYTES) if is_main else parse()
     except OverLimitError:
         parsed = ParsedTruth(())
     if not parsed.expressions and unreadable == "error" and not is_words(written):
