@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_arguments(argv)
     os.environ |= proxy_exceptions()
+    # Read when PyTorch is loaded. Threads that wait actively for each other take the cores from other
+    # programs; beside one other busy program, two threads were slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # As with `python -m`: "my_module:function" in the settings is found in the folder where the command runs.
     sys.path.insert(0, "")
     try:
