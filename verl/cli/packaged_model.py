@@ -190,7 +190,7 @@ def convert(model: PackagedModel, gguf: Path, folder: Path) -> None:
         settings = read.config.to_dict()
         for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             settings.pop(name, None)
-        plain = type(read)(type(read.config)(**settings)).to(torch.float32)
+        plain = type(read)(type(read.config)(**settings)).float()
         plain.load_state_dict(read.state_dict())
         check_parts(model, plain, tokenizer)
         plain.generation_config = GenerationConfig(
@@ -214,7 +214,7 @@ def check_parts(model: PackagedModel, read: PreTrainedModel, tokenizer: Tokenize
         "a pad token": tokenizer.pad_token_id is not None,
         f"the end tokens {', '.join(model.end_tokens)}": all(t in vocabulary for t in model.end_tokens),
         "a row of the embedding for each token": len(tokenizer)
-        <= read.get_input_embeddings().weight.shape[0],
+        <= read.config.get_text_config().vocab_size,
     }
     if missing := [name for name, is_there in parts.items() if not is_there]:
         raise RuntimeError(
