@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from verl.config.reference import settings_markdown
+from verl.rewards.library.reward_table import rewards_markdown
 
 PACKAGE = Path(__file__).parent.parent / "verl"
 # Written by benchmarks/learning.py --json.
@@ -66,7 +67,12 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Replace `<!-- curve: RECIPE -->` by a learning curve, and `<!-- curves: all -->` by a table of all."""
+    """Replace `<!-- curve: RECIPE -->` by a learning curve, `<!-- curves: all -->` by a table of all.
+
+    `<!-- rewards: all -->` becomes the table of the built-in rewards.
+    """
+    if "<!-- rewards: all -->" in markdown:
+        markdown = markdown.replace("<!-- rewards: all -->", rewards_markdown())
     markdown = re.sub(r"^<!-- curve: (\w+) -->$", lambda found: curve(found[1]), markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- curves: all -->$", lambda _: curves(), markdown, flags=re.MULTILINE)
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from verl.agents.collector import DataCollector
     from verl.config.flat_call import make_trainer_config
+    from verl.rewards.scoring import score_answers
     from verl.trainer.rl_trainer import Trainer
     from verl.trainer.run.callbacks import Callback
 
@@ -19,9 +20,10 @@ _LAZY = {
     "DataCollector": "verl.agents.collector",
     "Trainer": "verl.trainer.rl_trainer",
     "make_trainer_config": "verl.config.flat_call",
+    "score_answers": "verl.rewards.scoring",
 }
 
-__all__ = ["Callback", "DataCollector", "Trainer", "__version__", "make_trainer_config"]
+__all__ = ["Callback", "DataCollector", "Trainer", "__version__", "make_trainer_config", "score_answers"]
 
 
 def __getattr__(name: str) -> Any:

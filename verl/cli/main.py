@@ -159,6 +159,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None] | str] = {
     "train": train,
     **dict.fromkeys(_PAIR_AND_SFT_RUNS, train_on_data),
     "eval": evaluate,
+    "score": "verl.cli.score:score",
     "export": "verl.cli.commands:export",
     "serve": "verl.rollout.server.app:serve_from",
     "engines": "verl.cli.commands:engines",

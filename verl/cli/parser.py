@@ -104,7 +104,38 @@ def add_training_commands(commands: Any) -> None:
         help="compare two evaluations, each given as its folder or results.json, prompt by prompt",
     )
 
+    add_score_command(commands)
     add_export_command(commands)
+
+
+def add_score_command(commands: Any) -> None:
+    """The command that rewards answers without a model."""
+    score = add_command(commands, "score", "reward the answers of a file, without a model")
+    score.add_argument(
+        "file", nargs="?", help="JSONL, JSON, CSV, Parquet or Arrow file with prompts, answers and references"
+    )
+    score.add_argument(
+        "--with",
+        action="append",
+        nargs="+",
+        default=[],
+        dest="functions",
+        metavar=("FUNCTION", "OPTION=VALUE"),
+        help="name or file.py:function, with its options; again for more functions (none: by the data set)",
+    )
+    score.add_argument(
+        "--timeout-s", type=float, default=None, metavar="S", help="limit of one call (rewards.timeout_s)"
+    )
+    score.add_argument("--reward-key", default=None, metavar="COLUMN", help="of the function of a row")
+    score.add_argument("--prompt-key", default=None, metavar="COLUMN", help="of the prompt (by known names)")
+    score.add_argument("--response-key", default=None, metavar="COLUMN", help="of the answer, or a list")
+    score.add_argument("--reference-key", default=None, metavar="COLUMN", help="of the reference answer")
+    score.add_argument("--show", type=int, default=5, metavar="N", help="lowest answers to print (5)")
+    score.add_argument(
+        "--output", default=None, metavar="FILE", help="write each answer with its scores, JSONL"
+    )
+    score.add_argument("--json", default=None, metavar="FILE", help="write all figures")
+    score.add_argument("--list", action="store_true", help="list the functions with their options, and stop")
 
 
 def add_export_command(commands: Any) -> None:

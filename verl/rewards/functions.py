@@ -167,6 +167,15 @@ class RewardFunctions:
         for name, own in of_function.items():
             self._functions[name].check_data(own)
 
+    def check_without_tokens(self) -> None:
+        """Raises ValueError for a function that needs tokens, where answers have none."""
+        for name, function in self._functions.items():
+            if function.needs_tokens:
+                raise ValueError(
+                    f"reward function {name!r} needs the tokens of an answer (completion_ids), and a file of "
+                    "answers has texts alone; let it read `completions` or `responses`"
+                )
+
     def close(self) -> None:
         """Ends the processes and threads that calls run in, and the servers of judges."""
         self._pool.close()

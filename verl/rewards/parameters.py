@@ -138,6 +138,7 @@ class Signature:
 
     Attributes:
         is_batched: it is called once for all answers.
+        needs_tokens: one of its parameters is the tokens of the answers.
         takes_trajectories: one of its parameters is the trajectory, or all of them.
 
     Raises:
@@ -166,6 +167,7 @@ class Signature:
         named = [p for p in self._parameters if p not in options]
         self.is_batched = any(p in BATCH_VALUES for p in named)
         self.takes_trajectories = ("trajectories" if self.is_batched else "trajectory") in named
+        self.needs_tokens = not {"completion_ids", "completions_ids"}.isdisjoint(named)
         # As in verl: what is not one of its four parameters is an option, with or without a default.
         self._is_of_verl = not {"solution_str", "solution_strs"}.isdisjoint(named)
         self._own = BATCH_VALUES if self.is_batched else ROW_VALUES

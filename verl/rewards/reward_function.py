@@ -102,6 +102,11 @@ class RewardFunction:
                 score.logged |= log.metrics
         return scores
 
+    @property
+    def needs_tokens(self) -> bool:
+        """True if one of its parameters is the tokens of the answers."""
+        return self._signature.needs_tokens
+
     def check_data(self, prompts: Sequence[Prompt]) -> None:
         """Check what can be known of the data without a call of the function.
 

@@ -171,3 +171,37 @@ def check_own_limit(
             f"reward function {name!r}: need its timeout_s below rewards.timeout_s, which leaves an answer "
             f"without a reward, got {own_s:g} and {limit_s:g}; lower the first or raise the second"
         )
+
+
+def reward_summary(name: str) -> tuple[str, str]:
+    """First line of the documentation of a built-in reward, and its options with their defaults."""
+    entry = REWARDS[name]
+    if entry.refusal:
+        return f"cannot be used yet: {entry.refusal}", ""
+    function = user_code.load_function(entry.function or entry.build, user=name, keeps_class=True)
+    meaning = (inspect.getdoc(function) or "").partition("\n")[0]
+    if entry.build:
+        return meaning, "see its page"
+    options = option_parameters(function).items()
+    shown = (n if p.default is p.empty else f"{n}={p.default!r}".replace("'", "") for n, p in options)
+    return meaning, ", ".join(shown)
+
+
+def reward_lines() -> list[str]:
+    """One line for each built-in reward: name, meaning and options."""
+    lines = []
+    for name in REWARDS:
+        meaning, options = reward_summary(name)
+        lines.append(f"{name:15} {meaning}{f' [{options}]' if options else ''}")
+    sources = "the functions that suit the public data set of a row, as verl chooses them"
+    return [*lines, f"{BY_DATA_SOURCE:15} {sources}"]
+
+
+def rewards_markdown() -> str:
+    """Table of the built-in rewards, as Markdown."""
+    rows = ["| name | reward | options and their defaults |", "|---|---|---|"]
+    for name in REWARDS:
+        cells = [f"`{name}`", *reward_summary(name)]
+        cells[2] = f"`{cells[2]}`" if cells[2] and not REWARDS[name].build else cells[2]
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(rows)
