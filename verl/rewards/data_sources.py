@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from verl.config.data import WeightedChoice
-from verl.utils.sampling_types import Prompt
 
 _GSM8K = (WeightedChoice(name="gsm8k"),)
 _MATH = (WeightedChoice(name="math"),)
@@ -55,7 +54,6 @@ def unknown_source(source: str) -> str:
     )
 
 
-def described_choices(prompts: Sequence[Prompt]) -> str:
-    """Functions that the data sets of some prompts choose, in words: "openai/gsm8k: gsm8k"."""
-    sources = dict.fromkeys(prompt.source for prompt in prompts)
+def described_choices(sources: Sequence[str]) -> str:
+    """Functions that data sets choose, in words: "openai/gsm8k: gsm8k"."""
     return "; ".join(f"{s}: {' + '.join(c.name for c in choices_of(s) or ())}" for s in sources)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from verl.rewards.library.spellings import spellings
 from verl.rewards.parameters import CallContext, columns_of
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.rewards.selection import FunctionSelection, built_function, chosen_function
+from verl.rewards.selection import FunctionSelection, SelectedPrompts, built_function, chosen_function
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -151,21 +152,22 @@ class RewardFunctions:
             ValueError: a function needs a column, or a reference answer, that a prompt does not have, or
                 cannot be used, or a prompt has none.
         """
-        of_function: dict[str, list[Prompt]] = {}
-        without = []
-        for prompt in prompts:
+        places: dict[str, array[int]] = {}
+        without = array("q")
+        for place, prompt in enumerate(prompts):
             names = self._selection.names_for(prompt)
             for name in names:
-                of_function.setdefault(name, []).append(prompt)
+                places.setdefault(name, array("q")).append(place)
             if not names:
-                without.append(prompt)
+                without.append(place)
         if without:
+            first = prompts[without[0]]
             raise ValueError(
                 f"{len(without)} of {len(prompts)} rows have no reward function, the first is row "
-                f"{without[0].index} of {without[0].source}; {no_functions()}"
+                f"{first.index} of {first.source}; {no_functions()}"
             )
-        for name, own in of_function.items():
-            self._functions[name].check_data(own)
+        for name, own in places.items():
+            self._functions[name].check_data(SelectedPrompts(prompts, own))
 
     def check_without_tokens(self) -> None:
         """Raises ValueError for a function that needs tokens, where answers have none."""
@@ -283,12 +285,14 @@ def build_rewards(
         return chosen_function(choice, config, placed=(placed or {}).get(choice.name), columns=columns)
 
     choices = config.functions
-    rest = [prompt for prompt in prompts if prompt.reward is None]
-    if not choices and not given and rest:
-        if any(choices_of(prompt.source) is None for prompt in rest):
+    if not choices and not given:
+        sources = list(dict.fromkeys(prompt.source for prompt in prompts if prompt.reward is None))
+        if any(choices_of(source) is None for source in sources):
             raise ValueError(no_functions())
-        choices = (WeightedChoice(name=BY_DATA_SOURCE),)
-        note(f"no reward function is named, so they are chosen by the data set ({described_choices(rest)})")
+        if sources:
+            choices = (WeightedChoice(name=BY_DATA_SOURCE),)
+            chosen = described_choices(sources)
+            note(f"no reward function is named, so they are chosen by the data set ({chosen})")
     if not (choices or given or prompts or config.column):
         raise ValueError(no_functions())
     on_thread: Place | None = "thread" if config.isolation == "thread" else None

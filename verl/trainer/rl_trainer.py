@@ -250,9 +250,9 @@ class Trainer(RunnableTrainer):
             return None
         if not is_given and self.config.data.train is None and self.config.data.test is None:
             return None  # a loop of the user's own may reward its trajectories itself
-        prompts = [*self.loader.prompts] if self.loader else []
-        if not is_given and self.config.data.test is not None and (self.eval_every or not self.loader):
-            prompts += self.test_prompts
+        prompts = self.loader.prompts if self.loader else []
+        if not is_given and not self.loader and self.config.data.test is not None:
+            prompts = self.test_prompts  # their data sets may choose the functions
         return build_rewards(
             config,
             self._reward_fn,
