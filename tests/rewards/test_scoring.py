@@ -45,6 +45,14 @@ def test_rows_that_an_evaluation_writes_are_read_with_their_columns():
     assert (report.answers[0].reward, report.answers[0].prompt.source) == (1.0, "mc")
 
 
+def test_answers_of_an_evaluation_to_one_prompt_are_a_group():
+    row = {"set": "a", "index": 4, "prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}
+    row |= {"reference": "b", "columns": {}, "greedy": False, "source": "mine"}
+    report = score_answers([row | {"response": "a"}, row | {"response": "b"}], ["exact"])
+    assert report.figures()["pass"] == 1.0 and report.figures()["rows"] == 1
+    assert report.answers[0].prompt.content == row["messages"]
+
+
 @pytest.mark.parametrize(
     ("row", "columns"),
     [

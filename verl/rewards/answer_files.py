@@ -80,7 +80,8 @@ def read_answers(
 ) -> tuple[list[Trajectory], AnswerColumns]:
     """Answers of a file, or of rows in memory, as trajectories without tokens.
 
-    The answers of a row are a group. Rows that `verl eval` writes have their other columns in `columns`.
+    The answers of a row are a group. In the file of `verl eval` each answer has a row, with the other columns
+    of its prompt in `columns`; answers to one prompt are a group there too.
 
     Args:
         source: the file, or its rows.
@@ -101,6 +102,7 @@ def read_answers(
     answers: list[Trajectory] = []
     problems: list[str] = []
     known: AnswerColumns | None = None
+    groups: dict[Any, int] = {}
     number = 0
     for place, raw in rows:
         try:
@@ -111,7 +113,9 @@ def read_answers(
                 choice = row_reward(row[rewards.column], f"the column {rewards.column!r}", allowed=allowed)
                 prompt = Prompt(**{**vars(prompt), "reward": choice})
             texts = answer_texts(row.get(known.response or ""))
-            answers += [Trajectory(prompt, [], [], [], None, [], number, text=text) for text in texts]
+            key = (row.get("set"), row.get("index"), row.get("greedy")) if _is_of_evaluation(row) else number
+            group = groups.setdefault(key, len(groups))
+            answers += [Trajectory(prompt, [], [], [], None, [], group, text=text) for text in texts]
         except MalformedRow as problem:
             problems.append(f"{place}: {problem}")
         number += 1
@@ -146,6 +150,10 @@ def _text(value: Any) -> str:
     return text
 
 
+def _is_of_evaluation(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("columns"), Mapping) and "index" in row
+
+
 def _prompt(row: Mapping[str, Any], columns: AnswerColumns, number: int, default_source: str) -> Prompt:
     own = row["columns"] if isinstance(row.get("columns"), Mapping) else {}
     given = {**row, **own}
@@ -153,6 +161,8 @@ def _prompt(row: Mapping[str, Any], columns: AnswerColumns, number: int, default
     if columns.reference == "reward_model" and isinstance(reference, Mapping):
         reference = reference.get("ground_truth")
     content = "" if columns.prompt is None else row.get(columns.prompt)
+    if _is_of_evaluation(row) and row.get("messages"):
+        content = row["messages"]  # `prompt` is the text of the last one
     if not isinstance(content, str):
         content = [dict(message) for message in content or () if isinstance(message, Mapping)]
     source = next((given[key] for key in ("data_source", "source") if given.get(key)), default_source)
