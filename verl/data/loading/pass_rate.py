@@ -24,9 +24,9 @@ class PassRateWindow(PromptSampler):
     """Draws prompts that the policy answers sometimes: whose pass rate is within a window.
 
     Prompts that were never tried come first, for a share `untried` of the draws as long as there are any. Of
-    the others, a share `retry` is drawn from outside of the window, the longest untried ones first, so that
-    what was too hard can come back; the rest comes from the window, in turn. A prompt that is drawn and not
-    yet observed keeps its place. Why prompts of intermediate pass rates teach the most:
+    the others, a share `retry` is drawn from outside of the window, those drawn the longest ago first, so
+    that what was too hard can come back; the rest comes from the window, in turn. Where the window has too
+    few, untried prompts take their places, then any that were drawn the longest ago. Why prompts of intermediate pass rates teach the most:
     https://arxiv.org/abs/2504.03380. Here their pass rates are those of their last groups, so that no answer
     is sampled only to choose.
 
@@ -76,16 +76,19 @@ class PassRateWindow(PromptSampler):
 
     @override
     def draw(self, n: int) -> list[int]:
-        num_old = _share(1 - self.untried, self._num_drawn, n)
-        num_old = min(num_old, int(np.count_nonzero(~np.isnan(self._rates))))
-        num_new = min(n - num_old, self.num_prompts - self._num_first)
-        drawn: list[int] = self._first[self._num_first : self._num_first + num_new].tolist()
+        num_left = self.num_prompts - self._num_first
+        num_old = max(n - num_left, _share(1 - self.untried, self._num_drawn, n))
+        drawn = self._tried(num_old)
+        num_new = min(n - len(drawn), num_left)
+        drawn += self._first[self._num_first : self._num_first + num_new].tolist()
         self._num_first += num_new
         self._note(drawn)
-        while len(drawn) < n:  # one round, unless more are wanted than there are prompts
-            chosen = self._chosen(min(n - len(drawn), self.num_prompts))
-            self._note(chosen)
-            drawn += chosen
+        while len(drawn) < n:  # neither the window nor untried prompts are enough
+            others = np.ones(self.num_prompts, dtype=np.bool_)
+            others[drawn] = len(drawn) >= self.num_prompts
+            further = self._longest_ago(others, n - len(drawn))
+            self._note(further)
+            drawn += further
         return drawn
 
     @override
@@ -121,19 +124,12 @@ class PassRateWindow(PromptSampler):
         self._num_first, self._num_drawn, self._num_chosen = state["counts"]
         self._observed = []
 
-    def _chosen(self, n: int) -> list[int]:
-        """Positions of n different prompts that were drawn before."""
-        known = self._last_drawn >= 0
-        inside = known & self.is_inside
-        # Of prompts in flight for the first time no rate is known yet: they are the last to come again.
-        outside = known & ~inside & ~np.isnan(self._rates)
-        num_retried = min(_share(self.retry, self._num_chosen, n), int(np.count_nonzero(outside)))
+    def _tried(self, n: int) -> list[int]:
+        """Positions of up to n different prompts whose pass rate is known: of the window, and a few others."""
+        inside, known = self.is_inside, ~np.isnan(self._rates)
+        outer = self._longest_ago(known & ~inside, _share(self.retry, self._num_chosen, n))
         self._num_chosen += n
-        inner = self._longest_ago(inside, n - num_retried)
-        outer = self._longest_ago(outside, n - len(inner))
-        others = np.ones_like(known)
-        others[[*inner, *outer]] = False
-        return [*inner, *outer, *self._longest_ago(others, n - len(inner) - len(outer))]
+        return [*self._longest_ago(inside, n - len(outer)), *outer]
 
     def _longest_ago(self, among: NDArray[np.bool_], n: int) -> list[int]:
         """Up to n of these prompts, about those that were drawn the longest ago, in a random order."""
