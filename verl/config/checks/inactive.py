@@ -378,7 +378,7 @@ _DATA = (
     InactiveSettings(
         ("data.shuffle_buffer",),
         "data.train",
-        lambda c: not any(isinstance(s, DataSource) and s.streaming for s in _sources(c)),
+        lambda c: not any(map(_may_be_stream, _sources(c))),
         "no source of data.train is a stream; write it as {path: ..., streaming: true}",
     ),
     InactiveSettings(
@@ -408,6 +408,12 @@ _DATA = (
         for kind in (SFTConfig, PairsConfig)
     ),
 )
+
+
+def _may_be_stream(source: Any) -> bool:
+    """True for a stream, and for rows that a program hands over, whose kind is not known here."""
+    path = source.path if isinstance(source, DataSource) else source
+    return path in (None, "memory") or (isinstance(source, DataSource) and source.streaming)
 
 
 def _sources(config: RunConfig) -> Sequence[Any]:

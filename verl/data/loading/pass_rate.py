@@ -26,9 +26,10 @@ class PassRateWindow(PromptSampler):
     Prompts that were never tried come first, for a share `untried` of the draws as long as there are any. Of
     the others, a share `retry` is drawn from outside of the window, those drawn the longest ago first, so
     that what was too hard can come back; the rest comes from the window, in turn. Where the window has too
-    few, untried prompts take their places, then any that were drawn the longest ago. Why prompts of intermediate pass rates teach the most:
-    https://arxiv.org/abs/2504.03380. Here their pass rates are those of their last groups, so that no answer
-    is sampled only to choose.
+    few, untried prompts take their places, then any that were drawn the longest ago.
+
+    Prompts of intermediate pass rates teach the most: https://arxiv.org/abs/2504.03380. Here the pass rates
+    are those of earlier groups, so no answer is sampled only to choose.
 
     Args:
         prompts: as in `PromptSampler`.
@@ -125,7 +126,7 @@ class PassRateWindow(PromptSampler):
         self._observed = []
 
     def _tried(self, n: int) -> list[int]:
-        """Positions of up to n different prompts whose pass rate is known: of the window, and a few others."""
+        """Positions of up to n different prompts: of the window, and of a few others with a pass rate."""
         inside, known = self.is_inside, ~np.isnan(self._rates)
         outer = self._longest_ago(known & ~inside, _share(self.retry, self._num_chosen, n))
         self._num_chosen += n
