@@ -125,6 +125,7 @@ def test_the_first_commands_of_the_readme_start_and_check_the_project():
     first = next(block for block in blocks(PAGES[0].read_text(encoding="utf-8")) if block.language == "bash")
     assert [line.split("#")[0].strip() for line in first.code.splitlines()] == [
         "make quickstart",
+        ".venv/bin/verl quickstart --model smollm2",
         "make test",
     ]
 
