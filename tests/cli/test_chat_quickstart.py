@@ -50,9 +50,9 @@ def test_the_next_commands_run(shown, monkeypatch, capsys):
     assert commands.strip() in text
     serve, evaluate, train = (line.strip() for line in commands.strip().splitlines()[1:])
     assert shlex.split(serve)[-1] == str(folder / "run" / "model")
-    assert main([*shlex.split(evaluate)[1:], "evaluation.prompts=2"]) == 0
-    assert "eval/pass@4" in capsys.readouterr().out
     monkeypatch.chdir(folder)
+    assert main([*shlex.split(evaluate)[1:], "evaluation.prompts=2"]) == 0
+    assert "pass@4" in capsys.readouterr().out
     (folder / "YOURS.jsonl").write_text('{"prompt": [{"role": "user", "content": "1"}], "answer": "1"}\n')
     assert main([*shlex.split(train)[1:], "--dry-run"]) == 0
     assert main([*shlex.split(train)[1:], "steps=1", "checkpoint.resume=never"]) == 0
