@@ -69,6 +69,7 @@ def test_the_interval_of_rewards_is_clustered_by_prompt():
     assert (low + high) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(student(2) * math.sqrt(8 * 3 / 2) / 6)
     assert mean_interval([1.0, 0.0], [1, 0]) is None
+    assert mean_interval([0.2, 0.1, 0.3], [2, 1, 3]) is None  # all 0.1
 
 
 def test_rewards_of_few_prompts_are_covered():
@@ -131,6 +132,7 @@ def test_differences_of_rewards_have_students_interval():
     d = paired_difference([1.0, 2.0, 4.0], [2.0, 4.0, 4.0], bounded=False)
     assert d.value == 1.0 and (d.low + d.high) / 2 == pytest.approx(1.0)
     assert (d.high - d.low) / 2 == pytest.approx(student(2) * 1 / math.sqrt(3))
+    assert paired_difference([1.0], [2.0], bounded=False).high == math.inf
     with pytest.raises(ValueError, match="same prompts"):
         paired_difference([1.0], [], bounded=False)
 

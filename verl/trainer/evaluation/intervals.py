@@ -101,7 +101,8 @@ def mean_interval(sums: Sequence[float], counts: Sequence[int]) -> Interval | No
         counts: values of each prompt.
 
     Returns:
-        None for fewer than two prompts that have values.
+        None for fewer than two prompts that have values, and where they do not differ, which says nothing
+        about how much others would.
     """
     clusters = [(total, count) for total, count in zip(sums, counts, strict=True) if count]
     size, total = len(clusters), sum(count for _, count in clusters)
@@ -109,6 +110,8 @@ def mean_interval(sums: Sequence[float], counts: Sequence[int]) -> Interval | No
         return None
     mean = sum(s for s, _ in clusters) / total
     squares = sum((s - count * mean) ** 2 for s, count in clusters)
+    if squares <= 1e-24 * total * total:
+        return None
     half = student(size - 1) * math.sqrt(squares * size / (size - 1)) / total
     return mean - half, mean + half
 
@@ -162,7 +165,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, bounde
     if bounded:
         half = Z * math.sqrt(squares) / len(padded)
     else:
-        half = student(degrees) * math.sqrt(squares / degrees / size) if degrees else math.inf
+        # Equal differences say nothing about how much others would differ.
+        half = student(degrees) * math.sqrt(squares / degrees / size) if squares > 0 else math.inf
     low, high = mean - half, mean + half
     if bounded:
         low, high = max(low, -1.0), min(high, 1.0)
