@@ -123,9 +123,16 @@ def show_results(console: Console, results: dict[str, Any]) -> None:
 def show_comparison(first: Path, second: Path) -> None:
     """`verl eval --compare A B`."""
     console = Console()
-    compared = compare(read_results(first), read_results(second))
+    results = read_results(first), read_results(second)
+    compared = compare(*results)
     print_line(console, f"A: {first}\nB: {second}")
     console.print(comparison_table(compared))
+    for letter, one in zip("AB", results, strict=True):
+        alone = [s["name"] for s in one["sets"] if s["name"] not in compared]
+        if alone and len(one["sets"]) > 1:
+            print_line(
+                console, f"left out, as no prompts of such a set are in both: {', '.join(alone)} of {letter}"
+            )
     for name, one in compared.items():
         tests = {d.test for _, _, d in one["differences"].values()}
         print_line(console, f"{name}: p by {' and '.join(sorted(tests))}")

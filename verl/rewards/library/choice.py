@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from verl.rewards.library.answer_text import without_thoughts
+from verl.rewards.library.containment import has_text
 from verl.rewards.library.extraction import Extract, between, extracted, last_boxed
 from verl.rewards.library.normalization import loose, unicode_plain, without_markup
 from verl.rewards.library.spellings import place_of
@@ -19,11 +21,22 @@ Truth = Literal["auto", "letter", "index", "text"]
 # Columns that hold the options of a question: MMLU, ARC, CommonsenseQA; MMLU-Pro, MedQA; HellaSwag.
 _COLUMNS = ("choices", "options", "endings")
 _LIST = (list, tuple, np.ndarray)
-_MARKS = re.compile(r"\*\*|__|`|\$|\\[()\[\]]|\\text\w*\{([^{}]*)\}")
+# Markup, quotes, and control tokens of chat templates.
+_MARKS = re.compile(r"\*\*|__|`|\$|\"|<\|\w+\|>|\\[()\[\]]|\\text\w*\{([^{}]*)\}")
+_LINE_MARK = re.compile(r"^\s*(?:[#>*\u2022-]+\s+)+")
+_SINGLE_QUOTES = re.compile(r"(?<!\w)'(\w{1,3})'(?!\w)")
+_DENIAL = re.compile(r"\b(?:not?|never|neither|nor|except|cannot|wrong|incorrect|false)\b|n't\b", re.I)
+_NOT_DENIED = (
+    r"(?!\W?\s+(?i:(?:is|was|are|would|could|can|must|does)(?:\s+\w+ly)?"
+    r"(?:n't|not|\s+(?:not|never|wrong|incorrect|false))\b|(?:wrong|incorrect|false)\b))"
+)
+# "answer" in Spanish, Portuguese, Italian, French, German, Dutch and Russian, and "is" in these.
+_FOREIGN_NOUNS = "respuesta|resposta|risposta|r[e\u00e9]ponse|antwort|antwoord|\u043e\u0442\u0432\u0435\u0442"
+_VERBS = "is|be|es|\u00e9|\u00e8|est|ist|lautet"
 
 
 class ChoiceOptions(NamedTuple):
-    """ChoiceOptions of a question.
+    """Options of a question.
 
     Attributes:
         labels: letters or numbers, upper case.
@@ -49,7 +62,8 @@ def choice(
     In this order, the first that is there decides: the last `boxed`, the last `<answer>`, the last sentence
     such as "the answer is (B)", "Answer: B" or "B is correct"; an answer or a last line that is a letter,
     such as "B." or "**(B)** Paris", or the text of an option; letters at the start of lines; letters in
-    brackets. If that names two options, the answer is wrong.
+    brackets; the text of an option in a sentence that denies nothing. If that names two options, the answer
+    is wrong. Thoughts are no answer. Sentences may be English, Chinese, Spanish, German, French, ...
 
     Args:
         response: text of the answer.
@@ -66,7 +80,7 @@ def choice(
     """
     known = row_options(columns, options_key)
     part = extracted(response, extract)
-    chosen = None if part is None else chosen_label(part, known)
+    chosen = None if part is None else chosen_label(without_thoughts(part), known)
     right = float(chosen is not None and chosen == right_label(answer, known, truth, first_index))
     return {"score": right, "acc": right, "chosen": chosen or ""}
 
@@ -91,7 +105,7 @@ def check_choice(
 
 
 def row_options(columns: Mapping[str, Any], options_key: str | None) -> ChoiceOptions:
-    """ChoiceOptions of the question of a row.
+    """Options of the question of a row.
 
     Raises:
         ValueError: the row does not have the column `options_key`, or a column of another form.
@@ -104,7 +118,7 @@ def row_options(columns: Mapping[str, Any], options_key: str | None) -> ChoiceOp
 
 
 def options_of(given: Any) -> ChoiceOptions:
-    """ChoiceOptions of a question from its column; without one, the letters from A to Z.
+    """Options of a question from its column; without one, the letters from A to Z.
 
     Raises:
         ValueError: the column has another form.
@@ -183,7 +197,7 @@ def chosen_label(text: str, known: ChoiceOptions) -> str | None:
     for inner in (last_boxed(text), between(text, "<answer>", "</answer>")):
         if inner is not None:
             return _only(_labels_in(inner, known))
-    lines = [unicode_plain(_MARKS.sub(r"\1", line)) for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(_plain_line, text.splitlines()) if line]
     if not lines:
         return None
     whole, find = "\n".join(lines), _patterns(known.labels)
@@ -193,7 +207,22 @@ def chosen_label(text: str, known: ChoiceOptions) -> str | None:
         return _only(labels)
     starts = {label for line in lines for label in _labels_at_start(line, find)}
     brackets = {_label(m) for m in find["bracket"].finditer(whole)}
-    return _only(starts or brackets)
+    return _only(starts or brackets or _mentioned(whole, known))
+
+
+def _plain_line(line: str) -> str:
+    """A line without marks of Markdown and LaTeX, and without quotes."""
+    return _SINGLE_QUOTES.sub(r"\1", unicode_plain(_LINE_MARK.sub("", _MARKS.sub(r"\1", line))))
+
+
+def _mentioned(text: str, known: ChoiceOptions) -> set[str]:
+    """Labels of the options whose texts stand in a text; none if it denies something, or for short texts."""
+    texts, plain = [loose(option) for option in known.texts], loose(text)
+    if _DENIAL.search(text) or any(len(option) < 3 for option in texts):
+        return set()
+    there = [i for i, option in enumerate(texts) if has_text(plain, option, words=True)]
+    # "dog" stands in "hot dog", too.
+    return {known.labels[i] for i in there if not any(j != i and texts[i] in texts[j] for j in there)}
 
 
 def _only(labels: set[str]) -> str | None:
@@ -264,16 +293,21 @@ def _last_statement(text: str, known: ChoiceOptions, find: Mapping[str, re.Patte
 def _patterns(labels: Sequence[str]) -> dict[str, re.Pattern[str]]:
     """Patterns of the forms in which these labels are named."""
     upper = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    ends = r"(?=\s*(?:$|[\n.,:;!?)\]/&|]|-\s|(?i:because|since|as|or|and|by|due|for|which|with)\b))"
+    east = r"\u3001\u3002\u3040-\u30ff\u4e00-\u9fff"  # Chinese and Japanese go on without a space.
+    ends = rf"(?=\s*(?:$|[\n.,:;!?)\]}}/&|{east}]|-\s|(?i:because|since|as|or|and|by|due|for|which|with)\b))"
+    tail = rf"(?![^\W{east}]|\.\d|')"
     # "A" and "I" are also words: they count only where a sentence may go on behind a letter.
-    plain = rf"((?:{upper}))(?!\w|\.\d|')(?:{ends}|(?<![AI])(?=\s))"
-    small = rf"((?i:{upper}))(?!\w|\.\d|'){ends}"
-    bracket = rf"[(\[]\s*((?i:{upper}))\s*[)\]]"
-    one = rf"(?:{bracket}|{plain}|{small})"
-    noun = r"(?:answer|choice|option|solution|letter)"
-    words = r"(?:[ \t]+(?!is\b|be\b)[\w'\"]+){0,6}?"
-    head = rf"(?i:\b{noun}\b{words}[ \t]*(?:\bis\b|\bbe\b|:|=|->|\u2192)\s*:?\s*)"
-    chinese = r"(?:\u7b54\u6848|\u9009\u9879)\s*(?:\u662f|\u4e3a|:|\uff1a)+\s*"
+    plain = rf"((?:{upper})){tail}(?:{ends}|(?<![AI])(?=\s))"
+    small = rf"((?i:{upper})){tail}{ends}"
+    bracket = rf"[(\[]\s*((?i:{upper}))\s*[)\]]{_NOT_DENIED}"
+    one = rf"(?:{bracket}|{plain}|{small}){_NOT_DENIED}"
+    noun = rf"(?:answer|ans|choice|option|solution|letter|{_FOREIGN_NOUNS})"
+    words = rf"(?:[ \t]+(?!(?:{_VERBS}|not|cannot|can't|never)\b)[\w'\"]+){{0,6}}?"
+    head = rf"(?i:\b{noun}\b{words}[ \t]*(?:\b(?:{_VERBS})\b|:|=|->|\u2192)\s*:?\s*)"
+    chinese = (
+        r"(?:(?:\u7b54\u6848|\u9009\u9879|\u6b63\u89e3|\u7b54\u3048)\s*"
+        r"(?:\u662f|\u4e3a|\u9009|\u9078|\u306f|:)+|[\u9009\u9078][\u62e9\u64c7]?)\s*:?\s*"
+    )
     pick = r"(?i:\b(?:choose|pick|select|go(?:ing)? with|it(?: is|'s| must be| would be))\s+)"
     the = rf"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?{noun}\s*:?\s*)?"
     return {
@@ -283,7 +317,7 @@ def _patterns(labels: Sequence[str]) -> dict[str, re.Pattern[str]]:
             rf"(?<![\w'])(?:{bracket}|((?:{upper})))\s+(?i:is|must be|would be)\s+(?i:the\s+)?"
             r"(?i:correct|right|best|answer|true)\b"
         ),
-        "start": re.compile(rf"\s*(?:(?i:option|choice|answer)\s+)?{one}"),
+        "start": re.compile(rf"\s*(?:(?i:option|choice|answer)\s+){{0,2}}{one}"),
         "further": re.compile(rf"\s*[).\]]?\s*(?:,|/|&|\||(?i:\bor\b|\band\b))+\s*(?:(?i:or|and)\s+)?{one}"),
         "bracket": re.compile(bracket),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from verl.rewards.library.extraction import Extract, extracted
 from verl.rewards.library.normalization import unicode_plain
 from verl.rewards.library.spellings import LISTS, check_spellings, spellings
 
+# A comma between thousands: 1,234 is 1234.
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))(?<![0-9]{4},)")
 # First code point of the scripts that are written without spaces between words.
 _WITHOUT_SPACES = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xD7AF), (0xF900, 0xFAFF))
 
@@ -86,7 +89,7 @@ def _required(answer: Any) -> list[Sequence[str]]:
 
 
 def _normal(text: str, ignore_case: bool) -> str:
-    plain = unicode_plain(text)
+    plain = _THOUSANDS.sub("", unicode_plain(text))
     return plain.casefold() if ignore_case else plain
 
 
@@ -99,8 +102,10 @@ def _starts(text: str, wanted: str) -> Iterator[int]:
 
 def _is_whole(text: str, start: int, end: int) -> bool:
     first, last = text[start], text[end - 1]
-    before, before_that = text[start - 1 : start], text[max(0, start - 2) : max(0, start - 1)]
+    before, before_that = text[max(0, start - 1) : start], text[max(0, start - 2) : max(0, start - 1)]
     after, after_that = text[end : end + 1], text[end + 1 : end + 2]
+    if before == after == "_" and not before_that.isalnum() and not after_that.isalnum():
+        return True  # Markdown: _so_ or __so__
     if first.isdigit() and before == "-" and not before_that.isalnum():
         return False  # the sign of a number, not the dash of "3-5"
     if first.isdigit() and before in (".", ",") and (before_that.isdigit() or before_that in ("", " ")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +21,14 @@ _NUMBER = (
     r"(?![0-9]|[.,][0-9]|\s?/\s?[0-9]|[eE^][-+]?[0-9])"
 )
 _ANYWHERE = re.compile(_NUMBER)
-# As GSM8K ends its solutions; models also write a bold number or none of the space.
-_MARKED = re.compile(rf"####[ \t*]*{_NUMBER}")
+# As GSM8K ends its solutions; models also write none of the space, markup, or "Answer: x =".
+_MARKED = re.compile(
+    rf"####[ \t*`(~=]*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is|:)[ \t*]*)?(?:[a-z][ \t]*=[ \t]*)?"
+    rf"(?:\\boxed\{{)?{_NUMBER}(?!\s*(?:or|to|-|\u2013)\s*[0-9])",
+    re.IGNORECASE,
+)
+# Between the thousands of a number: a space or comma of LaTeX, and spaces of Unicode.
+_SPACED = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,;! ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 
 
 def gsm8k(
@@ -51,7 +58,7 @@ def gsm8k(
         ValueError: the truth holds no number.
     """
     truths = {truth_number(text) for text in spellings(answer)}
-    text = without_thoughts(response) if thoughts == "skip" else response
+    text = plain_digits(without_thoughts(response) if thoughts == "skip" else response)
     matches = list((_MARKED if method == "strict" else _ANYWHERE).finditer(text))
     found = _value(matches[-1]) if matches else None
     is_right = found in truths
@@ -63,12 +70,20 @@ def gsm8k(
     }
 
 
+def plain_digits(text: str) -> str:
+    """The text with digits of all scripts as ASCII, and thousands that LaTeX separates by a comma."""
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+    return _SPACED.sub(",", text)
+
+
 def truth_number(text: str) -> Decimal:
     """The number of a truth: behind `####`, or else the one number of the text.
 
     Raises:
         ValueError: there is none, or several of them and no mark.
     """
+    text = plain_digits(text)
     marked = list(_MARKED.finditer(text))
     found = marked[-1:] or list(_ANYWHERE.finditer(text))
     if len(found) != 1:

@@ -16,9 +16,11 @@ import jsonschema
 import referencing
 from jsonschema.validators import validator_for
 
+from verl.rewards.library.answer_text import without_thoughts
 from verl.rewards.library.extraction import Extract, extracted
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+# A block may stand in one line, or lack its end where a stop text has taken it.
+_FENCE = re.compile(r"^[ \t]*(```|~~~)[ \t]*\w*\s(.*?)(?:\1|\Z)", re.DOTALL | re.MULTILINE)
 Schema = dict[str, Any] | bool | str
 
 
@@ -33,6 +35,8 @@ def json_schema(
     **columns: Any,
 ) -> dict[str, Any]:
     """1 if the answer, or its last fenced block, is JSON that validates against a schema; else 0.
+
+    Thoughts are no part of the answer. Prose around JSON without a fence makes it none.
 
     Args:
         response: text of the answer.
@@ -49,7 +53,7 @@ def json_schema(
     """
     part = extracted(response, extract)
     try:
-        value = parsed(part or "")
+        value = parsed(without_thoughts(part or ""))
     except ValueError as error:
         return {"score": 0.0, "acc": 0.0, "json_error": f"no JSON: {error}"}
     rules = chosen_schema(schema, schema_file)
@@ -109,7 +113,8 @@ def parsed(text: str) -> Any:
     Raises:
         ValueError: neither is JSON.
     """
-    blocks = [] if text.strip().startswith(("{", "[")) else _FENCE.findall(text)
+    text = text.strip().removeprefix("\ufeff")
+    blocks = [] if text.startswith("{") else [block for _, block in _FENCE.findall(text)]
     try:
         return json.loads(blocks[-1] if blocks else text, parse_constant=_refuse)
     except RecursionError as error:

@@ -49,7 +49,12 @@ _COUNT_WORDS = re.compile(
     r"over|infinity|pairs?)\b",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+# Latin and Cyrillic; of Japanese, Chinese and Korean, one character is enough.
+_WORD = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z\u00c0-\u024f\u0400-\u052f]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+)
+_CURRENCY = re.compile(r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]")
+_LETTER_TIMES = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
 # Function and constant names that stand in expressions.
 _NAMES = re.compile(
     "pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|inf|and|or|max|min|gcd|lcm|mod", re.IGNORECASE
@@ -60,13 +65,13 @@ _ONLY_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
 def plain_math(text: str) -> str:
     r"""An expression in the spellings that math-verify reads as meant.
 
-    Takes away: invisible and control characters, dollar signs, stars of Markdown, a period at the end,
+    Takes away: invisible and control characters, signs of currency, stars of Markdown, a period at the end,
     `\text{}` around all of it, and words of a unit behind a number. A text of more than `MAX_CHARS` is only
     stripped.
     """
     if len(text) > MAX_CHARS:
         return text.strip()
-    text = _unicode_to_latex(text).replace(r"\$", "").replace("$", "").strip().strip("*").strip()
+    text = _CURRENCY.sub("", _unicode_to_latex(text)).strip().strip("*").strip()
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     while whole := _TEXT_COMMAND.fullmatch(text):
@@ -77,6 +82,7 @@ def plain_math(text: str) -> str:
         text = text.replace(" ", "")
     text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text)
     text = _MIXED_NUMBER.sub(_mixed_number, text)
+    text = _LETTER_TIMES.sub(r" \\times ", text)
     text = _POWER_OF_TEN.sub(r"\1 \\times 10^{\2}", text)
     text = _REPEATING.sub(_repeating_decimal, text)
     if not _INDEX.search(text):

@@ -304,9 +304,11 @@ def compared(
     for one in found:
         if one.form == "words":
             continue
-        text = f"\\boxed{{{plain_math(one.text)}}}" if one.form == "expression" else one.text
+        # A dollar sign of money is none of LaTeX.
+        is_whole = one.form == "expression"
+        text = f"\\boxed{{{plain_math(one.text)}}}" if is_whole else one.text.replace(r"\$", "")
         read = library.parse(text, _configs(library, has_anchor=one.form == "anchored"), parsing_timeout=None)
-        texts = [one.text] if one.form == "expression" else [text for text in read if isinstance(text, str)]
+        texts = [one.text] if is_whole else [text for text in read if isinstance(text, str)]
         if library.verify(golds, read, float_rounding=places, strict=strict, timeout_seconds=None):
             return True, "".join(texts[-1:])
         shown = shown or "".join(texts[-1:])

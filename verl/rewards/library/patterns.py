@@ -14,6 +14,8 @@ from verl.rewards.library.normalization import NORMALIZATIONS, Normalize
 from verl.rewards.library.spellings import check_spellings, spellings
 
 Flag = Literal["ignorecase", "multiline", "dotall", "ascii", "verbose"]
+Mode = Literal["search", "full"]
+Occurrence = Literal["first", "last"]
 
 
 def regex(
@@ -21,10 +23,10 @@ def regex(
     answer: Any = None,
     *,
     pattern: str,
-    mode: Literal["search", "full"] = "search",
+    mode: Mode = "search",
     flags: list[Flag] | None = None,
     group: int | str | None = None,
-    occurrence: Literal["first", "last"] = "last",
+    occurrence: Occurrence = "last",
     normalize: Normalize = "unicode",
     extract: Extract = "whole",
 ) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def regex(
         mode: search: the pattern may match anywhere; full: it must match all of the answer.
         flags: of the pattern.
         group: number or name of the group whose text is compared with the reference; none: a match is enough.
-        occurrence: match that counts among several.
+        occurrence: match that counts among several; with a group, the last whose group is not empty.
         normalize: brings the group's text and the reference to one spelling.
         extract: part of the answer that is searched.
 
@@ -45,10 +47,11 @@ def regex(
         The reward; with a group also the accuracy, and the text of the group as `matched`.
     """
     part = extracted(response, extract)
-    found = None if part is None else _match(compiled(pattern, flags), part, mode, occurrence)
+    known = compiled(pattern, flags)
     if group is None:
-        return {"score": float(found is not None)}
-    text = found.group(group) if found else None
+        has_match = part is not None and (known.fullmatch if mode == "full" else known.search)(part)
+        return {"score": float(bool(has_match))}
+    text = None if part is None else _group_text(known, part, group, mode, occurrence)
     plain = NORMALIZATIONS[normalize]
     right = float(text is not None and plain(text) in map(plain, spellings(answer)))
     return {"score": right, "acc": right, "matched": text or ""}
@@ -60,10 +63,12 @@ def prepare_regex(
     """Check the pattern of the options and its group.
 
     Raises:
-        ValueError: a pattern that `re` cannot read, or one without that group.
+        ValueError: a pattern that `re` cannot read, an empty one, or one without that group.
     """
     if pattern is None:
         return
+    if not pattern.strip():
+        raise ValueError("need a pattern for the reward function 'regex', got an empty one")
     known = compiled(pattern, flags)
     groups = [*range(known.groups + 1), *known.groupindex]
     if group is not None and group not in groups:
@@ -165,14 +170,16 @@ def compiled(pattern: str, flags: list[Flag] | None) -> re.Pattern[str]:
         raise ValueError(f"need a regular expression, got {pattern!r}: {error}") from error
 
 
-def _match(
-    pattern: re.Pattern[str], text: str, mode: Literal["search", "full"], occurrence: Literal["first", "last"]
-) -> re.Match[str] | None:
-    if mode == "full":
-        return pattern.fullmatch(text)
-    if occurrence == "first":
-        return pattern.search(text)
-    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+def _group_text(
+    pattern: re.Pattern[str], text: str, group: int | str, mode: Mode, occurrence: Occurrence
+) -> str | None:
+    """Text of the group in the match that counts; None if there is no match."""
+    if mode == "full" or occurrence == "first":
+        match = pattern.fullmatch(text) if mode == "full" else pattern.search(text)
+        return match.group(group) if match else None
+    # Behind its last match, a pattern such as (.*) matches once more, with nothing.
+    texts = (match.group(group) for match in pattern.finditer(text))
+    return next(iter(deque(filter(None, texts), maxlen=1)), None)
 
 
 def _opened_tag(prompt_text: str) -> str:

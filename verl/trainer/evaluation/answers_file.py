@@ -70,6 +70,11 @@ class AnswersFile:
         }
         assert len(self._places) == len(questions), "need a number of its own for each row of a set"
         known = folder / "evaluation.json"
+        if not fresh and not known.exists() and self.path.exists():
+            raise ValueError(
+                f"need a folder for each evaluation, but {folder} has a file answers.jsonl that is of none; "
+                "take another --output, or --fresh to replace it"
+            )
         if fresh or not known.exists():
             self.path.unlink(missing_ok=True)
             (folder / "results.json").unlink(missing_ok=True)
@@ -178,4 +183,4 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and {"set", "greedy", "index"} <= row.keys() else None
+    return row if isinstance(row, dict) and {"set", "greedy", "index", "sample"} <= row.keys() else None

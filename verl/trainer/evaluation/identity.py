@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from verl import __version__
 from verl.config.data import WeightedChoice
 from verl.config.run import TrainerConfig
-from verl.rewards.library.reward_table import load_function
+from verl.rewards.library.reward_table import BY_DATA_SOURCE, REWARDS, load_function
 from verl.trainer.evaluation.answering import EvalQuestion
 from verl.trainer.evaluation.eval_sets import EvalSet
 from verl.utils.hub import find_adapter
@@ -89,7 +89,9 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of_code(name: str) -> str:
-    """Fingerprint of the file with a reward function; of its name, if there is no such file."""
+    """Fingerprint of the file with a reward function; its name, if there is no such file, or several."""
+    if name == BY_DATA_SOURCE or (name in REWARDS and not REWARDS[name].function):
+        return name  # The version of the package stands for the code of judges.
     function = load_function(name)
     called = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
     try:
