@@ -312,6 +312,8 @@ MENDED: list[Pair] = [
     (r"\binom52", "10", True),
     ("true", "True", True),
     ("0.0000001", "0.0000002", False),
+    ("20", "\u20ac20", True),
+    ("1500", "1.5 x 10^3", True),
 ]
 # Where math-verify is wrong and the reward agrees with it.
 KNOWN_FAULTS: list[Pair] = [

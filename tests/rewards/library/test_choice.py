@@ -35,6 +35,23 @@ CITIES = ["London", "Paris", "Rome", "Berlin"]
         "Among A, B, C and D the best choice would be B.",
         "\u7b54\u6848\u662fB",
         "My answer is:\nB",
+        'The answer is "B".',
+        "The answer is 'B'",
+        "Ans: B",
+        "# B",
+        "> - **B**",
+        '```json\n{"answer": "B"}\n```',
+        "B<|im_end|>",
+        "Answer choice B",
+        "\u7b54\u6848\u9009B\u3002",
+        "\u6545\u9009\uff1aB\u3002",
+        "\u6b63\u89e3\u306fB\u3067\u3059",
+        "La respuesta correcta es B.",
+        "Die Antwort ist B.",
+        "La r\u00e9ponse est (B).",
+        "\u041e\u0442\u0432\u0435\u0442: B",
+        "The capital of France is Paris.",
+        "Paris is the answer.",
     ],
 )
 def test_an_option_is_named_by_its_letter_or_its_text(text):
@@ -58,6 +75,11 @@ def test_an_option_is_named_by_its_letter_or_its_text(text):
         "The answer is a city",
         "The answer is not A",
         "A is incorrect",
+        "A is not correct",
+        "(A) isn't right",
+        "The answer cannot be A",
+        "It is not London.",
+        "London and Paris are capitals.",
         "Not A.",
     ],
 )
@@ -118,3 +140,12 @@ def test_the_form_of_the_truth_decides_where_two_fit():
     assert choice("D", 3, truth="index", options_key="answers", **prompt.columns)["score"] == 1.0
     with pytest.raises(ValueError, match="options of the question in the column 'other', got none"):
         check_choice(prompt, options_key="other")
+
+
+def test_thoughts_are_no_choice():
+    assert choice("<think>The answer is A.</think>B", "B")["acc"] == 1.0
+    assert choice("<think>The answer is B", "B")["acc"] == 0.0
+
+
+def test_an_option_within_another_is_not_named_by_the_longer_one():
+    assert chosen_label("He eats a hot dog.", options_of(["a dog", "hot dog", "dog"])) == "B"

@@ -20,6 +20,8 @@ from verl.rewards.library.containment import contains, has_text, prepare_contain
         ("the cat, sat", "cat", True),
         ("\u7b54\u6848\u662f\u5317\u4eac\u5e02", "\u5317\u4eac", True),
         ("5 5.3", "5", True),
+        ("so _cat_ it is", "cat", True),
+        ("my_cat_food", "cat", False),
     ],
 )
 def test_a_text_counts_as_a_whole_word_or_number(text, wanted, has):
@@ -35,6 +37,8 @@ def test_any_or_all_of_the_references_and_none_of_the_forbidden():
     assert contains("Paris, I think", "paris", not_contains=["i think"])["reward"] == 0.0
     assert contains("paris", "Paris", ignore_case=False)["reward"] == 0.0
     assert contains("it costs 42", 42.0) == right
+    assert contains("it costs 1,042.5", 1042.5) == contains("1042", "1,042") == right
+    assert contains("one of 1,042,7", "1042")["reward"] == 0.0
 
 
 def test_texts_of_the_options_are_looked_for_in_place_of_the_reference():

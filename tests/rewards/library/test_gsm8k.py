@@ -41,6 +41,14 @@ def test_a_truth_is_a_number_or_a_whole_solution(truth):
         ("#### 15%", "15"),
         ("#### 72 clips in all", "72"),
         ("#### .5", "0.5"),
+        ("#### \\boxed{72}", "72"),
+        ("#### `72`", "72"),
+        ("#### Answer: 72", "72"),
+        ("#### The final answer is **72**.", "72"),
+        ("#### x = 72", "72"),
+        ("#### 1{,}234", "1234"),
+        ("#### 1\\,234,567", "1234567"),
+        ("#### \uff17\uff12", "72"),
         ("#### 71\nNo:\n#### 72", "72"),
         ("#### 72\n\nQuestion: what is 3 + 4?", "72"),
     ],
@@ -50,7 +58,19 @@ def test_strict_takes_the_number_behind_the_last_mark(response, number):
 
 
 @pytest.mark.parametrize(
-    "response", ["", "72", "The answer is 72.", "#### about 72", "#### 3/4", "#### 1,5", "#### 7e3", "### 72"]
+    "response",
+    [
+        "",
+        "72",
+        "#### 72 or 73",
+        "#### 72-73",
+        "The answer is 72.",
+        "#### about 72",
+        "#### 3/4",
+        "#### 1,5",
+        "#### 7e3",
+        "### 72",
+    ],
 )
 def test_strict_finds_no_number_elsewhere_and_no_part_of_another(response):
     found = gsm8k(response, "72")

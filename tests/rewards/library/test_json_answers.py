@@ -23,6 +23,13 @@ PERSON = {
         ('{"name": "a", "age": 1, "more": 2}', 0.0),
         ('{"name": "a", "age": NaN}', 0.0),
         ("no json", 0.0),
+        ('<think>{"name": 1}</think>{"name": "a", "age": 1}', 1.0),
+        ('```json {"name": "a", "age": 1} ```', 1.0),
+        ('~~~json\r\n{"name": "a", "age": 1}\r\n~~~', 1.0),
+        ('```json\n{"name": "a", "age": 1}', 1.0),
+        ('\ufeff{"name": "a", "age": 1}', 1.0),
+        ('[1]\nThen:\n```\n{"name": "a", "age": 1}\n```', 1.0),
+        ('{"name": "a", "age": 1} of course', 0.0),
         ("[" * 100_000, 0.0),
     ],
 )

@@ -255,3 +255,24 @@ def test_the_package_is_loaded_by_its_first_call_only_and_its_absence_is_one_mes
     assert done.stderr.endswith(
         "need the package math-verify, which is not installed; pip install math-verify\n"
     )
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\u7b54\u6848\u662f42\u3002",
+        "\u7b54\u6848\uff1a42",
+        "\u7b54\u3048\u306f42\u3067\u3059\u3002",
+        "\u041e\u0442\u0432\u0435\u0442: 42",
+        "It costs \\$42.",
+    ],
+)
+def test_an_expression_is_found_among_words_of_any_script_and_behind_money(response):
+    assert score(response, "42") == 1.0
+    assert score(response, "41") == 0.0
+
+
+def test_boxes_that_are_listed_are_not_the_thousands_of_a_number():
+    listed = r"\boxed{1}, \boxed{234}"
+    assert score(listed, "1234") == score(r"\boxed{1234}", listed) == 0.0
+    assert score(listed, "1, 234") == score(listed, listed) == 1.0

@@ -61,6 +61,9 @@ def test_a_match_or_the_text_of_its_group_gives_the_reward():
     assert made == {"score": 1.0, "acc": 1.0, "matched": "\uff14\uff12"}
     assert regex("#### 1 #### 42", 42, pattern=r"#### (\S+)", group=1, occurrence="first")["score"] == 0.0
     assert regex("none", 42, pattern=r"#### (\S+)", group=1) == {"score": 0.0, "acc": 0.0, "matched": ""}
+    assert regex("I say 42", 42, pattern=r"(\d*)", group=1)["matched"] == "42"
+    with pytest.raises(ValueError, match="got an empty one"):
+        prepare_regex(pattern="")
     with pytest.raises(ValueError, match=r"need a group of the pattern .* \(0, 1, n\), got 2"):
         prepare_regex(pattern="(?P<n>a)", group=2)
 

@@ -108,6 +108,11 @@ def test_the_answers_of_another_evaluation_are_neither_used_nor_replaced(trainer
     run(trainer, tmp_path / "whole")
     with pytest.raises(ValueError, match="differs in the model; the reward functions, or their code"):
         opened(trainer, tmp_path / "whole", model="other", rewards="other")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "answers.jsonl").write_text("of a user")
+    with pytest.raises(ValueError, match="a file answers.jsonl that is of none"):
+        opened(trainer, tmp_path / "own")
+    assert (tmp_path / "own" / "answers.jsonl").read_text() == "of a user"
     (tmp_path / "whole" / "evaluation.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot read .*evaluation.json"):
         opened(trainer, tmp_path / "whole")

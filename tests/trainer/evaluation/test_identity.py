@@ -9,7 +9,7 @@ import pytest
 from tests.training import toy_trainer
 from verl.trainer.evaluation import identity
 from verl.trainer.evaluation.answering import questions_of
-from verl.trainer.evaluation.identity import digest_of_file, digest_of_model, identity_of
+from verl.trainer.evaluation.identity import digest_of_code, digest_of_file, digest_of_model, identity_of
 
 
 def identity_with(letters, folder, *overrides):
@@ -70,3 +70,9 @@ def test_a_large_file_is_known_by_blocks_of_it(tmp_path, monkeypatch):
     assert digest_of_file(path) != before
     path.write_bytes(bytes(69_999))
     assert digest_of_file(path) != before
+
+
+@pytest.mark.parametrize("name", ["judge", "judge_pairwise", "judge_ranking", "by_data_source"])
+def test_rewards_without_a_function_of_their_own_have_a_fingerprint(name):
+    assert digest_of_code(name) == name
+    assert digest_of_code("exact") != digest_of_code("math")

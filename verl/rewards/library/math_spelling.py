@@ -53,6 +53,8 @@ _COUNT_WORDS = re.compile(
 _WORD = re.compile(
     r"(?<![\\A-Za-z])[A-Za-z\u00c0-\u024f\u0400-\u052f]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 )
+# Chinese, Japanese and Korean with their punctuation, which stand next to a number without a space.
+_EAST = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff08\uff09\uff0c\uff1a\uff1b\uff1d]")
 _CURRENCY = re.compile(r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]")
 _LETTER_TIMES = re.compile(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)")
 # Function and constant names that stand in expressions.
@@ -89,6 +91,11 @@ def plain_math(text: str) -> str:
         text = _IMAGINARY.sub(" i", text)
     text = _BINOMIAL.sub(r"\\binom{\1}{\2}", text.replace(r"\varnothing", r"\emptyset"))
     return _ANGLED.sub(r"(\1)", _PI.sub(r"\\pi ", text)).strip()
+
+
+def plain_prose(text: str) -> str:
+    """A text in which math-verify finds numbers beside words of all scripts and escaped dollar signs."""
+    return _EAST.sub(" ", text.replace(r"\$", ""))
 
 
 def text_key(text: str) -> str:

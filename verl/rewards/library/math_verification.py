@@ -29,7 +29,14 @@ from verl.rewards.library.answer_text import (
     without_open_boxes,
     without_thoughts,
 )
-from verl.rewards.library.math_spelling import MAX_CHARS, has_words, is_words, plain_math, text_key
+from verl.rewards.library.math_spelling import (
+    MAX_CHARS,
+    has_words,
+    is_words,
+    plain_math,
+    plain_prose,
+    text_key,
+)
 from verl.rewards.library.spellings import check_spellings, spellings
 
 if TYPE_CHECKING:
@@ -188,7 +195,7 @@ def found_answers(
         if boxes == "single" and len({box.content for box in in_boxes}) > 1:
             return []
         listed = list(dict.fromkeys(joined_boxes(text, in_boxes)))
-        readings = [in_boxes[-1].content, ",".join(listed)][: len(listed)]
+        readings = [in_boxes[-1].content, ", ".join(listed)][: len(listed)]
         return [FoundAnswer(reading) for reading in readings if reading]
     if extract == "boxed":
         return []
@@ -224,7 +231,7 @@ def truth_text(text: str) -> str:
     in_boxes = boxes_of(text)
     marked = None if in_boxes else marked_answer(text)
     named = named_answer(text) if has_words(text) else None
-    found = ",".join(dict.fromkeys(joined_boxes(text, in_boxes))) or marked or named or text
+    found = ", ".join(dict.fromkeys(joined_boxes(text, in_boxes))) or marked or named or text
     if not 0 < len(plain_math(found)) <= MAX_CHARS:
         raise ValueError(f"need an expression of 1 to {MAX_CHARS} characters, got {len(plain_math(found))}")
     return found
@@ -304,9 +311,8 @@ def compared(
     for one in found:
         if one.form == "words":
             continue
-        # A dollar sign of money is none of LaTeX.
         is_whole = one.form == "expression"
-        text = f"\\boxed{{{plain_math(one.text)}}}" if is_whole else one.text.replace(r"\$", "")
+        text = f"\\boxed{{{plain_math(one.text)}}}" if is_whole else plain_prose(one.text)
         read = library.parse(text, _configs(library, has_anchor=one.form == "anchored"), parsing_timeout=None)
         texts = [one.text] if is_whole else [text for text in read if isinstance(text, str)]
         if library.verify(golds, read, float_rounding=places, strict=strict, timeout_seconds=None):
