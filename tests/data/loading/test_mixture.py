@@ -123,3 +123,14 @@ def test_prompts_of_all_sources_are_found_by_their_index():
     mixed = loader(1, 1, 1)
     assert [mixed.prompt(i).index for i in (0, 5, 244)] == [0, 5, 244]
     assert [prompt.index for prompt in mixed.prompts] == list(range(245)) and mixed.num_prompts == 245
+
+
+@pytest.mark.parametrize("weights", [(1e-300, 1e300), (1e308, 1e308)])
+def test_weights_that_no_number_can_compare_are_refused(weights):
+    with pytest.raises(ValueError, match="need weights that a computer can compare, got 1e"):
+        loader(*weights, sizes=(2, 2))
+
+
+def test_a_source_with_a_tiny_weight_stays_behind_the_others():
+    drawn = [source_of(prompt, (2, 2)) for prompt in loader(1e-9, 1e9, sizes=(2, 2)).take(50)]
+    assert drawn == [1] * 50

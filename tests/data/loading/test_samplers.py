@@ -179,3 +179,18 @@ def test_unknown_curricula_and_the_state_of_another_one_are_refused():
         PromptLoader(prompts(2), seed=0, shuffle=True, curriculum=Choice(name="pass_rate")).load_state_dict(
             state
         )
+
+
+@pytest.mark.parametrize("name", ["easy_to_hard", "pass_rate"])
+def test_a_run_does_not_go_on_without_its_curriculum(name):
+    before = PromptLoader(prompts(4), seed=0, shuffle=True, curriculum=Choice(name=name))
+    before.take(2)
+    with pytest.raises(ValueError, match="curriculum was .* and is None"):
+        PromptLoader(prompts(4), seed=0, shuffle=True).load_state_dict(before.state_dict())
+
+
+def test_answers_of_any_keys_are_part_of_the_fingerprint():
+    loaders = [
+        PromptLoader([Prompt("a", {(1, 2): value})], seed=0, shuffle=True).state_dict() for value in (3, 3, 4)
+    ]
+    assert loaders[0] == loaders[1] != loaders[2]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import date, datetime, timedelta, timezone
+
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
 from verl.config.data import DataConfig, DataSource, SFTDataConfig, WeightedChoice
 from verl.data.dataset import load_prompts
@@ -133,3 +136,47 @@ def test_a_pass_over_rows_in_memory_goes_on_in_the_middle(form):
     other.load_state_dict(stream.state_dict())
     assert first + list(other) == list(rows_in_memory(FORMS[form], "train_dataset", "train"))
     assert stream.is_streamed == (form == "stream")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.datetime64("2024-05-01"), date(2024, 5, 1)),
+        (np.datetime64("2024-05-01T09:30", "ns"), datetime(2024, 5, 1, 9, 30)),
+        (np.array(["2024-05-01"], dtype="datetime64[ns]"), [datetime(2024, 5, 1)]),
+        (np.timedelta64(90, "s").astype("timedelta64[ns]"), timedelta(seconds=90)),
+        (pd.Timestamp("2024-05-01 09:30"), datetime(2024, 5, 1, 9, 30)),
+        (pd.Timestamp("2024-05-01 09:30", tz="UTC"), datetime(2024, 5, 1, 9, 30, tzinfo=timezone.utc)),
+        (torch.tensor([1, 2]), [1, 2]),
+        (np.str_("a"), "a"),
+    ],
+)
+def test_times_and_tensors_become_pythons_own(value, expected):
+    (prompt,) = prompts_of([{"prompt": "a", "answer": value}])
+    assert prompt.answer == expected and type(prompt.answer) is type(expected)
+
+
+def test_values_that_would_lose_a_part_are_malformed():
+    rows = [
+        {"prompt": "a", "answer": np.datetime64("2024-05-01T00:00:00.000000001")},
+        {"prompt": "a", "answer": pd.Timestamp(1)},
+        {"prompt": "a", "answer": "1", 1: "x", "1": "y"},
+    ]
+    with pytest.raises(ValueError, match=r"3 of 3 rows") as error:
+        prompts_of(rows)
+    assert str(error.value).count("need times of whole microseconds") == 2
+    assert "row 2: need each column once, got '1' 2 times" in str(error.value)
+
+
+def test_a_split_is_taken_of_data_sets_and_refused_for_other_rows():
+    whole = FORMS["dataset"]
+    source = DataSource(path="memory", split="train[1:3]")
+    for data in (whole, datasets.DatasetDict(train=whole)):
+        rows = rows_in_memory(data, "train_dataset", "train", source=source)
+        assert [row["prompt"] for _, row in rows] == ["1+1=", "2+1="]
+    with pytest.raises(ValueError, match="as train_dataset for split 'train.1:3.', got list"):
+        rows_in_memory(TEXTS, "train_dataset", "train", source=source)
+    stood_in = rows_in_memory(datasets.DatasetDict(validation=whole), "test_dataset", "test")
+    assert stood_in.notes == ("memory has no split 'test', so data.test is its 'validation'",)
+    with pytest.raises(ValueError, match="need the source 'memory' once in data.train, got it 2 times"):
+        with_memory(["memory", "memory"], TEXTS, "train")

@@ -6,6 +6,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,3 +72,25 @@ def test_a_state_of_other_rows_is_refused(tmp_path):
 def test_a_source_that_is_not_there_is_an_error_when_it_is_opened(tmp_path):
     with pytest.raises(ValueError, match="which does not exist"):
         opened(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("rows.jsonl", {"options": {"size": 3}}, "need a task for the options size, got 'rows.jsonl'"),
+        ("rows.jsonl", {"revision": "main"}, "need a data set of the hub for revision 'main'"),
+        ("task:add-2", {"revision": "main"}, "need a data set of the hub for revision 'main'"),
+        ("task:add-2", {"split": "test"}, "need a data set with splits for split 'test', got 'task:add-2'"),
+    ],
+)
+def test_keys_that_say_nothing_about_a_kind_of_source_are_refused(path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        opened(path, **settings)
+
+
+def test_a_part_of_a_saved_data_set_without_splits_is_taken(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+    taken = opened(str(tmp_path), split="train[2:4]")
+    assert [row["prompt"] for _, row in taken] == ["2+1=", "3+1="]
+    with pytest.raises(ValueError, match="got 'dev'; it has train"):
+        opened(str(tmp_path), split="dev")

@@ -80,7 +80,7 @@ def check_identity(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         if state.get(key) != value:
             raise ValueError(
                 f"need the prompts and the order that the run began with: {key} was {state.get(key)!r} "
-                f"and is {value!r}; restore the data, data.shuffle and seed, or start afresh with "
+                f"and is {value!r}; restore the settings of data and seed, or start afresh with "
                 "checkpoint.resume=never"
             )
 

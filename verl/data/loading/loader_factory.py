@@ -84,6 +84,13 @@ def check_weights(sources: Sequence[DataSource], *, num_streams: int = 0) -> Non
             f"need a weight for each source of data.train or for none, {without[0]} has none and others "
             "have one; give it a weight, or take the others away"
         )
+    weights = [source.weight for source in sources if source.weight is not None]
+    total = sum(weights)
+    if weights and (total == float("inf") or min(weights) / total == 0):
+        raise ValueError(
+            f"need weights that a computer can compare, got {min(weights):g} and {max(weights):g}, one of "
+            "which has the share 0; take weights closer to each other, or leave a source out"
+        )
     if without and num_streams and len(sources) > 1:
         raise ValueError(
             "need a weight for each of several sources of data.train with a stream among them, since its "

@@ -102,7 +102,7 @@ class PromptLoader(Loader):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_identity(state, self._identity)
+        check_identity(state, {"curriculum": None} | self._identity)
         if isinstance(self.sampler, EpochSampler) and "sampler" not in state:
             self.sampler.load_state_dict(state)
             self._num_drawn = self.sampler.epoch * len(self) + self.sampler.position
@@ -131,7 +131,7 @@ class PromptLoader(Loader):
             own = [part for part in (prompt.tools, prompt.sampling) if part]
             facts = [prompt.content, prompt.answer, prompt.source, *own]
             facts += [] if prompt.reward is None else [prompt.reward.model_dump()]
-            digest.update(json.dumps(facts, default=_stable_text).encode() + b"\n")
+            digest.update(_stable_json(facts).encode() + b"\n")
         curriculum = {} if self._curriculum.name == "off" else {"curriculum": self._curriculum.model_dump()}
         return {
             "num_prompts": len(self._prompts),
@@ -140,6 +140,20 @@ class PromptLoader(Loader):
             "shuffle": self.shuffle,
             **curriculum,
         }
+
+
+def _stable_json(facts: Any) -> str:
+    """JSON text of facts; a dict whose keys JSON does not know is a list of pairs."""
+    try:
+        return json.dumps(facts, default=_stable_text)
+    except TypeError:
+        return json.dumps(_with_pairs(facts), default=_stable_text)
+
+
+def _with_pairs(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return [[_with_pairs(key), _with_pairs(item)] for key, item in value.items()]
+    return [_with_pairs(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _stable_text(value: Any) -> str:

@@ -113,6 +113,27 @@ def choose_part(
     return _sliced(splits, wanted, source, counts), notes
 
 
+def part_of(
+    data: Any, source: DataSource, split: Split, *, lengths: Mapping[str, int | None] = {}
+) -> tuple[Any, tuple[str, ...]]:
+    """Part of a data set with splits, or of one without, which is taken whole unless `source.split` is given.
+
+    Args:
+        data: a data set, or a dict with one for each split.
+        source: see `choose_part`.
+        split: see `choose_part`.
+        lengths: see `choose_part`.
+
+    Raises:
+        ValueError: see `choose_part`.
+    """
+    if not isinstance(data, Mapping):
+        if source.split is None:
+            return data, ()
+        data = {str(data.split or split): data}
+    return choose_part(data, source, split, lengths=lengths)
+
+
 # Setting -> splits that are taken for it, the first that there is.
 _STAND_INS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation")}
 

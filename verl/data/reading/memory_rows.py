@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from typing_extensions import override
 
 from verl.config.data import DataSource
 from verl.config.run import RunConfig
 from verl.data.reading.data_files import Split
-from verl.data.reading.dataset_rows import DatasetRows, StreamedRows, choose_part
+from verl.data.reading.dataset_rows import DatasetRows, StreamedRows, part_of
 from verl.data.reading.file_readers import PlacedRow, without_filler
 from verl.data.reading.placed_rows import ListedRows, RowStream
-from verl.data.reading.row_cells import check_once, describe
+from verl.data.reading.row_cells import MalformedRow, check_once, describe
+from verl.data.reading.row_stream import check_keys
 from verl.data.reading.sources import SourceSetting, listed
 from verl.utils.sampling_types import Prompt
 
@@ -31,6 +33,7 @@ _FORMS = (
 MEMORY = "memory"
 Run = TypeVar("Run", bound=RunConfig)
 _ANY = DataSource(path=MEMORY)
+_DATASETS = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
 
 
 class ConvertedRows(ListedRows):
@@ -39,7 +42,10 @@ class ConvertedRows(ListedRows):
     @override
     def rows_from(self, start: int) -> Iterator[PlacedRow]:
         for place, row in super().rows_from(start):
-            yield place, row if isinstance(row, Prompt) else _as_row(row)
+            try:
+                yield place, row if isinstance(row, Prompt) else _as_row(row)
+            except MalformedRow as problem:
+                yield place, problem
 
 
 def rows_in_memory(data: Any, name: str, split: Split, *, source: DataSource = _ANY) -> RowStream:
@@ -65,12 +71,13 @@ def rows_in_memory(data: Any, name: str, split: Split, *, source: DataSource = _
 def _opened(data: Any, name: str, split: Split, source: DataSource) -> RowStream:
     if isinstance(data, RowStream):
         return data
-    if _is(data, "datasets", "DatasetDict") or _is(data, "datasets", "IterableDatasetDict"):
-        data, _ = choose_part(data, source, split)
-    if _is(data, "datasets", "Dataset"):
-        return DatasetRows(source, data)
-    if _is(data, "datasets", "IterableDataset"):
-        return StreamedRows(source, data)
+    if any(_is(data, "datasets", kind) for kind in _DATASETS):
+        return _opened_part(data, source, split)
+    if source.split is not None:
+        raise ValueError(
+            f"need a datasets.Dataset or DatasetDict as {name} for split {source.split!r}, got "
+            f"{type(data).__name__}; leave the split out"
+        )
     if _is(data, "pandas", "DataFrame"):
         check_once(map(str, data.columns), f"column of {name}")
         return ConvertedRows(source, _FrameRows(data))
@@ -86,6 +93,13 @@ def _opened(data: Any, name: str, split: Split, source: DataSource) -> RowStream
         if not isinstance(row, Mapping | str | list | tuple | Prompt):
             raise TypeError(f"need {_FORMS} as {name}, got row {number}: {describe(row)}")
     return ConvertedRows(source, data)
+
+
+def _opened_part(data: Any, source: DataSource, split: Split) -> RowStream:
+    """Rows of a data set of `datasets`, or of one of its splits."""
+    part, notes = part_of(data, source, split)
+    is_stream = _is(part, "datasets", "IterableDataset")
+    return (StreamedRows if is_stream else DatasetRows)(source, part, notes=notes)
 
 
 def with_memory(setting: SourceSetting | None, data: Any, split: Split) -> SourceSetting | None:
@@ -109,13 +123,16 @@ def with_memory(setting: SourceSetting | None, data: Any, split: Split) -> Sourc
                 f"need {name} of the trainer for data.{split}={MEMORY}, got none; a command has no such rows"
             )
         return setting
-    if sources and len(named) != 1:
+    if len(named) > 1:
+        raise ValueError(f"need the source {MEMORY!r} once in data.{split}, got it {len(named)} times")
+    if sources and not named:
         raise ValueError(
             f"need {name} or data.{split}, got both; leave one of them out, or name the source {MEMORY!r} "
             f"among those of data.{split}"
         )
     if not sources:
         return rows_in_memory(data, name, split)
+    check_keys(named[0])
     rows = rows_in_memory(data, name, split, source=named[0])
     return [rows if one is named[0] else one for one in sources]
 
@@ -159,21 +176,47 @@ def _is_missing(cell: Any) -> bool:
 def _as_row(row: Any) -> Any:
     """A row of columns with plain Python values, or a prompt of a text or a chat."""
     if isinstance(row, Mapping):
+        check_once(map(str, row), "column")
         return without_filler({str(name): plain(cell) for name, cell in row.items()})
     return Prompt(plain(row))
 
 
 def plain(value: Any) -> Any:
-    """Value with lists and dicts in place of arrays, tuples and mappings, and numbers of Python's own."""
-    if isinstance(value, np.ndarray):
+    """Value with lists and dicts in place of arrays, tuples and mappings, and numbers of Python's own.
+
+    Raises:
+        MalformedRow: a time is finer than Python's, which ends at microseconds.
+    """
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        exact = value.item()  # an int, if it counts nanoseconds
+        return _whole_microseconds(value) if isinstance(exact, int) else exact
+    if isinstance(value, np.ndarray) and value.dtype.kind in "mM":
+        return [plain(item) for item in value] if value.ndim else plain(value[()])
+    if isinstance(value, np.ndarray | torch.Tensor):
         return plain(value.tolist())
     if isinstance(value, np.generic):
         return value.item()
+    if type(value).__name__ in ("Timestamp", "Timedelta") and hasattr(value, "as_unit"):  # of pandas
+        return _whole_microseconds(value)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list) or type(value) is tuple:
         return [plain(item) for item in value]
     return value
+
+
+def _whole_microseconds(value: Any) -> Any:
+    """A time of NumPy or pandas in nanoseconds as one of Python; raises `MalformedRow` if it is finer."""
+    if isinstance(value, np.generic):
+        rounded: Any = value.astype(f"{value.dtype.kind}8[us]")
+        made, is_exact = rounded.item(), bool(rounded == value)
+    else:
+        to_python = getattr(value, "to_pydatetime", None) or value.to_pytimedelta
+        made = to_python()
+        is_exact = made == value
+    if not is_exact:
+        raise MalformedRow(f"need times of whole microseconds, got {value}; write it as a text")
+    return made
 
 
 def _hint(data: Any, name: str) -> str:

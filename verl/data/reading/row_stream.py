@@ -14,7 +14,7 @@ from typing_extensions import override
 from verl.config.data import DataSource
 from verl.data.gym_tasks import PREFIX, gym_rows
 from verl.data.reading.data_files import Split, files_of, is_hub_name
-from verl.data.reading.dataset_rows import DatasetRows, choose_part
+from verl.data.reading.dataset_rows import DatasetRows, part_of
 from verl.data.reading.file_readers import PlacedRow, count_rows, read_file
 from verl.data.reading.placed_rows import ListedRows, RowStream
 from verl.data.tasks import TASKS
@@ -76,16 +76,13 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
     """
     if isinstance(source, RowStream):
         return source
+    check_keys(source)
     if source.path.startswith("task:"):
         return ListedRows(source, _task_rows(source, split))
     if is_hub_name(source.path):
         hub_data = importlib.import_module("verl.data.reading.hub_data")  # loads the hub's client
         rows: RowStream = hub_data.open_hub_rows(source, split)
         return rows
-    if source.revision is not None:
-        raise ValueError(
-            f"need a data set of the hub for revision {source.revision!r}, got {source.path!r}; leave it out"
-        )
     files = files_of(source.path, split)
     if files[0].is_dir():
         return _saved_rows(source, files[0], split)
@@ -95,6 +92,29 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
             "files of that split instead"
         )
     return FileRows(source, files, split)
+
+
+def check_keys(source: DataSource) -> None:
+    """Check that a source has no key that says nothing about its kind.
+
+    Raises:
+        ValueError: it has one.
+    """
+    is_task = source.path.startswith("task:")
+    if source.options.values and not is_task:
+        raise ValueError(
+            f"need a task for the options {', '.join(source.options.values)}, got {source.path!r}; leave "
+            "them out"
+        )
+    if source.revision is not None and (is_task or not is_hub_name(source.path)):
+        raise ValueError(
+            f"need a data set of the hub for revision {source.revision!r}, got {source.path!r}; leave it out"
+        )
+    if source.split is not None and is_task:
+        raise ValueError(
+            f"need a data set with splits for split {source.split!r}, got {source.path!r}; leave it out: "
+            "data.train and data.test have different rows of a task"
+        )
 
 
 def _task_rows(source: DataSource, split: Split) -> list[dict[str, Any]]:
@@ -119,5 +139,5 @@ def _saved_rows(source: DataSource, folder: Path, split: Split) -> DatasetRows:
         saved = importlib.import_module("datasets").load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {folder}: {error}") from error
-    data, notes = (saved, ()) if not isinstance(saved, dict) else choose_part(saved, source, split)
+    data, notes = part_of(saved, source, split)
     return DatasetRows(source, data, notes=notes)
