@@ -71,9 +71,10 @@ def test_a_saved_dataset_of_several_splits_is_taken_by_split(tmp_path: Path):
     splits.save_to_disk(tmp_path / "both")
     assert [p.answer for p in load_prompts(str(tmp_path / "both"), DataConfig(), split="test")[0]] == ["4"]
     datasets.DatasetDict(validation=splits["test"]).save_to_disk(tmp_path / "one")
-    assert "so data.test is its 'validation'" in load_prompts(
-        str(tmp_path / "one"), DataConfig(), split="test"
-    )[1].notes[0]
+    assert (
+        "so data.test is its 'validation'"
+        in load_prompts(str(tmp_path / "one"), DataConfig(), split="test")[1].notes[0]
+    )
     with pytest.raises(ValueError, match="need the split 'train' of .* for data.train, it has validation"):
         load_prompts(str(tmp_path / "one"), DataConfig(), split="train")
 

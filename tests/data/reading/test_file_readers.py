@@ -86,9 +86,7 @@ def test_texts_of_a_table_stay_texts_and_an_empty_cell_is_none(tmp_path: Path):
 def test_the_text_of_a_list_as_reference_is_said(tmp_path: Path):
     path = written(tmp_path / "a.csv", "prompt,answer\nq,\"['a', 'b']\"\nq,[1]\nq,['x\n")
     _, report = load_prompts(str(path), DataConfig(), split="train")
-    assert [note.partition(",")[0] for note in report.notes] == [
-        "1 reference answers are the text of a list"
-    ]
+    assert [note.partition(",")[0] for note in report.notes] == ["1 reference answers are the text of a list"]
 
 
 BROKEN = {

@@ -180,3 +180,12 @@ def test_a_split_is_taken_of_data_sets_and_refused_for_other_rows():
     assert stood_in.notes == ("memory has no split 'test', so data.test is its 'validation'",)
     with pytest.raises(ValueError, match="need the source 'memory' once in data.train, got it 2 times"):
         with_memory(["memory", "memory"], TEXTS, "train")
+
+
+def test_reward_and_sampling_of_prompts_are_checked_as_those_of_rows():
+    (prompt,) = prompts_of([Prompt("a", reward="exact", sampling={"max_tokens": 3})])
+    assert (prompt.reward, prompt.sampling) == (WeightedChoice(name="exact"), {"max_tokens": 3})
+    with pytest.raises(ValueError, match="row 0: .* got 'max_token'; did you mean max_tokens"):
+        prompts_of([Prompt("a", sampling={"max_token": 3})])
+    with pytest.raises(ValueError, match="row 0: need a reward function by name"):
+        prompts_of([Prompt("a", reward=3)])

@@ -72,12 +72,9 @@ class RowPrompts:
         """
         if isinstance(raw, Prompt):
             made = self(self._columns(raw), number)
-            return replace(
-                made,
-                source=raw.source or made.source,
-                reward=raw.reward or made.reward,
-                sampling={**made.sampling, **raw.sampling},
-            )
+            own = {**made.sampling, **row_sampling(raw.sampling)} if raw.sampling else made.sampling
+            reward = made.reward if raw.reward is None else self._own_reward(raw.reward)
+            return replace(made, source=raw.source or made.source, reward=reward, sampling=own)
         row = as_row(raw)
         parsed = self._parse(row)
         if isinstance(parsed.answer, float) and parsed.answer != parsed.answer:
@@ -106,6 +103,12 @@ class RowPrompts:
         if prompt.answer is not None:
             row[self._config.answer_key] = prompt.answer
         return row | ({"tools": list(prompt.tools)} if prompt.tools else {})
+
+    def _own_reward(self, given: Any) -> WeightedChoice:
+        """Reward of a prompt in memory, where it may also be written as in a row."""
+        if isinstance(given, WeightedChoice):
+            return given
+        return row_reward(given, "Prompt.reward", allowed=self._own_functions)
 
     def _reward(self, row: Mapping[str, Any]) -> WeightedChoice | None:
         column = self._reward_column
