@@ -119,6 +119,10 @@ def test_sources_of_every_kind_are_taken(tmp_path, capsys, monkeypatch):
     assert main(["data", "[rows.jsonl, {path: task:add-2, name: sums}]", "--split", "test"]) == 0
     assert "source: rows.jsonl, task:add-2" in capsys.readouterr().out
     assert main(["data", "data.train=rows.jsonl"]) == 0
+    capsys.readouterr()
+    for kind in ("train", "sft"):  # a stream is shown by its first rows
+        assert main(["data", "{path: rows.jsonl, streaming: true}", "--for", kind]) == 0
+        assert "rows: 1 read, 1 usable" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
@@ -128,3 +132,4 @@ def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
     assert main(["data", source]) == 1
     assert "1 rows cannot be used, and stop a run" in capsys.readouterr().out
     assert main(["data", source, "data.on_malformed=skip"]) == 0
+    assert "1 rows cannot be used, and are skipped, as data.on_malformed says" in capsys.readouterr().out

@@ -55,8 +55,8 @@ def show_data(args: argparse.Namespace) -> int:
     console = Console()
     for line in report_lines(report):
         print_line(console, line)
-    stops = config.data.on_malformed == "stop"
-    return 1 if stops and report["malformed"]["count"] + report["refused"] else 0
+    malformed = report["malformed"]
+    return 1 if malformed["stops"] and malformed["count"] + report["refused"] else 0
 
 
 def data_report(
@@ -88,7 +88,11 @@ def data_report(
         "kind": kind,
         "source": facts.report.source,
         "rows": {"read": facts.report.num_rows, "usable": len(facts.prompts), "all": facts.num_rows},
-        "malformed": {"count": facts.report.num_malformed, "first": facts.report.problems},
+        "malformed": {
+            "count": facts.report.num_malformed,
+            "first": facts.report.problems,
+            "stops": config.data.on_malformed == "stop",
+        },
         "refused": 0,
         "layouts": dict(layouts_of(facts)),
         "columns": {name: vars(column) for name, column in columns_of(facts.rows).items()},
@@ -117,9 +121,12 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     of_all = f" of {rows['all']}" if rows["all"] not in (None, rows["read"]) else ""
     lines = [f"source: {report['source']}", f"rows: {rows['read']} read{of_all}, {rows['usable']} usable"]
     if malformed["count"]:
-        lines += [
-            f"{malformed['count']} rows cannot be used, and stop a run (data.on_malformed=skip skips them):"
-        ]
+        effect = (
+            "stop a run (data.on_malformed=skip skips them)"
+            if malformed["stops"]
+            else "are skipped, as data.on_malformed says"
+        )
+        lines.append(f"{malformed['count']} rows cannot be used, and {effect}:")
         lines += [f"  {problem}" for problem in malformed["first"]]
     lines += [f"layout: {name} ({count} rows)" for name, count in report["layouts"].items()]
     lines += ["", "columns:"]

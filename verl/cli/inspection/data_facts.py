@@ -69,7 +69,8 @@ class TakenRows(RowStream):
     """
 
     def __init__(self, stream: RowStream, limit: int | None) -> None:
-        super().__init__(stream.source)
+        # They are kept, so every kind of run can read them.
+        super().__init__(stream.source.model_copy(update={"streaming": False}))
         rows = iter(stream)
         self.taken = list(islice(rows, limit))
         self.is_cut = limit is not None and next(rows, None) is not None
