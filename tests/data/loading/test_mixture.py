@@ -134,3 +134,12 @@ def test_weights_that_no_number_can_compare_are_refused(weights):
 def test_a_source_with_a_tiny_weight_stays_behind_the_others():
     drawn = [source_of(prompt, (2, 2)) for prompt in loader(1e-9, 1e9, sizes=(2, 2)).take(50)]
     assert drawn == [1] * 50
+
+
+def test_sources_have_metrics_of_their_own_whatever_their_names():
+    made, ends = rows((2, 2, 2, 2))
+    sources = [DataSource(path="x.jsonl", name=name) for name in ("a", "a", "a_2", "org/my set")]
+    mixed = build_loader(made, ends, sources, DataConfig(), seed=0)
+    mixed.take(8)
+    shares = dict.fromkeys(("a", "a_2", "a_2_2", "org_my_set"), 0.25)
+    assert mixed.take_metrics() == {f"source/{name}/share": share for name, share in shares.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,7 +11,7 @@ from verl.data.loading.mixture import ConcatenatedLoader, MixedLoader, SourceTab
 from verl.data.loading.prompt_loader import PromptLoader
 from verl.data.loading.prompt_store import PromptView, index_at
 from verl.data.loading.stream_loader import StreamLoader
-from verl.data.reading.sources import name_of, sources_of
+from verl.data.reading.sources import metric_names, sources_of
 from verl.utils.sampling_types import Prompt
 
 # Distance between the seeds of the orders of two sources.
@@ -51,7 +50,7 @@ def build_loader(
     check_weights(sources, num_streams=len(streams))
     if len(sources) < 2:
         return streams[0] if streams else load(rows, seed=seed)
-    table = SourceTable(source_names(sources), tuple(ends))
+    table = SourceTable(tuple(metric_names(sources)), tuple(ends))
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return ConcatenatedLoader(load(rows, seed=seed), table)
@@ -96,16 +95,6 @@ def check_weights(sources: Sequence[DataSource], *, num_streams: int = 0) -> Non
             "need a weight for each of several sources of data.train with a stream among them, since its "
             f"rows are not counted; write {{path: {without[0]}, weight: 1, ...}}"
         )
-
-
-def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:
-    """Names of sources for metrics; of two with one name the second is called `name_2`."""
-    seen: Counter[str] = Counter()
-    names = []
-    for name in map(name_of, sources):
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return tuple(names)
 
 
 def check_test_sources(config: DataConfig) -> None:

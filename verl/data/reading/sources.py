@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from verl.config.data import DataSource
@@ -68,6 +68,25 @@ def name_of(source: DataSource) -> str:
     if glob.has_magic(path.name) and not path.exists():
         return next((p.name for p in path.parents if p.name and not glob.has_magic(p.name)), "files")
     return Path(path.stem).stem if path.suffix == ".gz" else path.stem
+
+
+def metric_names(sources: Sequence[DataSource], *, taken: Collection[str] = ()) -> list[str]:
+    """Names of sources in metrics, all different: a name that is taken gets a number behind it.
+
+    Args:
+        sources: any number of them.
+        taken: names that are not given to a source.
+    """
+    names: list[str] = []
+    for source in sources:
+        # A slash would begin another part of the metric's name.
+        plain = name = "_".join(name_of(source).replace("/", "_").split()) or "set"
+        number = 1
+        while name in names or name in taken:
+            number += 1
+            name = f"{plain}_{number}"
+        names.append(name)
+    return names
 
 
 def reward_of_tasks(sources: Sequence[DataSource]) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 from verl.config.data import DataSource
 from verl.config.run import EvaluationConfig, TrainerConfig
 from verl.data.dataset import LoadReport
-from verl.data.reading.sources import SourceSetting, listed, name_of, sources_of
+from verl.data.reading.sources import SourceSetting, listed, metric_names, sources_of
 from verl.utils.sampling_types import Prompt
 
 # Parts of a set by a column: more values than this are refused, more numbers are put into bins.
@@ -73,20 +73,13 @@ def read_sets(
 
 def set_names(sources: Sequence[DataSource], *, note: Callable[[str], None]) -> list[str]:
     """Names of sets: those of their sources, with a number behind a name that is taken."""
-    names: list[str] = []
-    for source in sources:
-        # A slash would begin another part of the metric's name.
-        plain = name = "_".join(name_of(source).replace("/", "_").split()) or "set"
-        number = 1
-        while name in names or name in _TAKEN:
-            number += 1
-            name = f"{plain}_{number}"
-        if name != plain:
+    names = metric_names(sources, taken=_TAKEN)
+    for source, name in zip(sources, names, strict=True):
+        if name != (plain := metric_names([source])[0]):
             note(
                 f"data.test: {source.path} is called {name}, since {plain} is taken; a name of its own can "
                 "be set: {path: ..., name: ...}"
             )
-        names.append(name)
     return names
 
 
