@@ -133,3 +133,18 @@ def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
     assert "1 rows cannot be used, and stop a run" in capsys.readouterr().out
     assert main(["data", source, "data.on_malformed=skip"]) == 0
     assert "1 rows cannot be used, and are skipped, as data.on_malformed says" in capsys.readouterr().out
+
+
+def test_what_no_run_could_use_is_an_error(tmp_path, model, capsys):
+    source = write(tmp_path / "rows.jsonl", ODD[1])
+    limit = "data.max_prompt_tokens=1"
+    assert main(["data", source, "--model", str(model), limit]) == 1
+    assert "1 of 1 rows have more than 1 tokens in the prompt" in capsys.readouterr().out
+    for given, message in {
+        (source, "--rows", "-1"): "need --rows of at least 1, got -1",
+        (source, "--rows", "0"): "need --rows of at least 1, got 0",
+        (source, "--samples", "-1"): "need --samples of at least 0, got -1",
+        ("memory",): "need train_dataset of the trainer for data.train=memory, got none",
+    }.items():
+        assert main(["data", *given]) == 1
+        assert message in capsys.readouterr().err

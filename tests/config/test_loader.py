@@ -129,6 +129,19 @@ def test_every_problem_is_named_with_its_line_in_one_message(write):
             "rewards.functions=[{weight: 2}]",
             'need a list, each a name or {name, weight, options}, got [{"weight": 2}]',
         ),
+        (
+            "data.train={path: a.jsonl, weight: 0}",
+            "data.train.weight (override): need a number above 0, got 0",
+        ),
+        (
+            "data.train=[b.jsonl, {path: a.jsonl, weight: two}]",
+            'data.train.1.weight (override): need a valid number, got "two"',
+        ),
+        (
+            "data.test={path: a.jsonl, wieght: 1}",
+            "unknown key data.test.wieght (override); the nearest is weight, and there are path, name,",
+        ),
+        ("data.train={weight: 1}", "data.train (override): need the key 'path', got none"),
         ("steps", 'need overrides like key=value, got "steps"'),
         ("steps=[1", 'override "steps=[1":1: need valid YAML'),
         ("sampling.stop=['']", "sampling.stop (override): need texts that end an answer, got an empty one"),

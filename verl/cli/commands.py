@@ -58,8 +58,10 @@ def fit(config: RunConfig, *, dry_run: bool) -> None:
             console.out(to_yaml(trainer.config), end="", highlight=False)
             for note in report.notes:
                 progress_console.out(f"data: {note}", highlight=False)
+            is_stream = trainer.loader is not None and trainer.loader.num_prompts is None
+            rows = "rows of a stream" if is_stream else f"{report.num_rows} rows"
             console.out(
-                f"everything fits: {report.num_rows} rows from {report.source}, "
+                f"everything fits: {rows} from {report.source}, "
                 f"{trainer.config.steps} steps; nothing was trained",
                 highlight=False,
             )

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from verl.config.checks.contradictions import CONTRADICTIONS
 from verl.config.checks.foreign_names import advice_for
 from verl.config.checks.inactive import INACTIVE_SETTINGS, InactiveSettings
+from verl.config.data import DataSource
 from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.layers import (
     Layer,
@@ -20,6 +21,7 @@ from verl.config.layers import (
     as_json,
     in_brackets,
     merge,
+    nearest_key,
     override_layers,
     shorten,
     source_layers,
@@ -104,7 +106,9 @@ def build_config(kind: type[Run], layers: Sequence[Layer], *, check_relations: b
         config = kind.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         fields = fields_by_key(kind)
-        problems = [p for e in error.errors() for p in _explain(dict(e), tree, origins, fields)]
+        errors = [dict(e) for e in error.errors()]
+        problems = list(_source_problems(errors, origins))
+        problems += [p for e in errors for p in _explain(e, tree, origins, fields)]
         raise ConfigError(*problems) from None
     if check_relations and (problems := list(relation_problems(config, origins, stages))):
         raise ConfigError(*problems)
@@ -159,6 +163,41 @@ def _inactive_keys(rule: InactiveSettings, stages: Mapping[str, Stage]) -> Itera
         is_leaf = not any(other.startswith(f"{key}.") for other in stages)
         if is_ruled and is_leaf and stages[key] >= max(Stage.USER, switched):
             yield key
+
+
+def _source_problems(errors: list[dict[str, Any]], origins: Mapping[str, str]) -> Iterator[str]:
+    """Messages on keys of sources of data; takes all errors of their settings out of `errors`.
+
+    A source is one of several forms of its setting, and pydantic names what is wrong with each of them.
+    """
+    found = []
+    for error in errors:
+        places = [i for i, part in enumerate(error["loc"][:-1]) if _is_source(part)]
+        found += [(error, places[-1])] if places else []
+    settings = {error["loc"][:2] for error, _ in found}
+    errors[:] = [error for error in errors if error["loc"][:2] not in settings]
+    for error, place in found:
+        before, own = error["loc"][:place], error["loc"][place + 1 :]
+        setting = ".".join(map(str, before[:2]))
+        source = ".".join([setting, *(str(part) for part in before[2:] if isinstance(part, int))])
+        where, name = in_brackets(origins.get(source, origins.get(setting, ""))), ".".join(map(str, own))
+        known = list(DataSource.model_fields)
+        if error["type"] == "extra_forbidden":
+            yield (
+                f"unknown key {source}.{name}{where}; the nearest is {nearest_key(name, known)}, and there "
+                f"are {', '.join(known)}"
+            )
+        elif error["type"] == "missing":
+            yield f"{source}{where}: need the key {name!r}, got none"
+        else:
+            need = error["msg"].removeprefix("Input should be ").replace("greater than", "a number above")
+            yield f"{source}.{name}{where}: need {need}, got {shorten(error['input'])}"
+
+
+def _is_source(part: Any) -> bool:
+    """True for pydantic's name of the form {path, ...} of a source."""
+    name = DataSource.__name__
+    return part == name or (str(part).startswith("function-") and str(part).endswith(f"{name}]"))
 
 
 def _explain(

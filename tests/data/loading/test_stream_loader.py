@@ -96,6 +96,8 @@ def test_a_malformed_row_stops_where_it_is_read_or_is_counted(tmp_path):
 def test_a_stream_without_usable_rows_ends(tmp_path):
     with pytest.raises(ValueError, match="need at least one usable row in .* a whole pass of 2 rows: 2 malf"):
         loader(written(tmp_path, {"a": 1}, {"a": 2}), on_malformed="skip").take(1)
+    with pytest.raises(ValueError, match="got none in a whole pass of 1 rows: 0 malformed, 1 too long"):
+        _ = loader(numbered(tmp_path, 1), admits=lambda prompt: False).prompts  # before the first step
     with pytest.raises(ValueError, match="10000 rows in a row cannot be used"):
         loader(written(tmp_path, *["{}"] * 10_001), on_malformed="skip").take(1)
 

@@ -26,6 +26,7 @@ from verl.config.data import AnswersDataConfig
 from verl.config.layers import Stage, override_layers
 from verl.config.loader import build_config
 from verl.config.run import RunConfig
+from verl.data.reading.memory_rows import with_memory
 from verl.monitoring.progress import print_line
 from verl.monitoring.samples import one_line
 from verl.utils.hub import why_missing
@@ -51,12 +52,16 @@ def show_data(args: argparse.Namespace) -> int:
         return 1
     if args.json:
         text = json.dumps(report, indent=2, default=str, ensure_ascii=False)
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     console = Console()
     for line in report_lines(report):
         print_line(console, line)
     malformed = report["malformed"]
-    return 1 if malformed["stops"] and malformed["count"] + report["refused"] else 0
+    stops = malformed["stops"] and malformed["count"] + report["refused"] > 0
+    prompts = (report["tokens"] or {}).get("prompt", {})
+    none_fits = "over" in prompts and prompts["over"] == report["rows"]["usable"] - report["refused"]
+    return 1 if stops or none_fits else 0
 
 
 def data_report(
@@ -77,7 +82,12 @@ def data_report(
     settings = {"train": config.data.train, "test": config.data.test}
     if (setting := settings[split]) is None:
         raise ValueError(f"need a source, or data.{split}=SOURCE")
+    for name, value in (("--rows", limit), ("--samples", num_samples)):
+        if value is not None and value < (least := 1 if name == "--rows" else 0):
+            raise ValueError(f"need {name} of at least {least}, got {value}")
     codec = _codec(config)
+    for name, value in settings.items():
+        with_memory(value, None, "train" if name == "train" else "test")  # no program hands rows over
     limits = {name: limit or _stream_limit(value) for name, value in settings.items()}
     facts = read_facts(kind, setting, config, "train" if split == "train" else "test", limit=limits[split])
     held_out = None

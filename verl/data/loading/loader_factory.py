@@ -87,8 +87,8 @@ def check_weights(sources: Sequence[DataSource], *, num_streams: int = 0) -> Non
     total = sum(weights)
     if weights and (total == float("inf") or min(weights) / total == 0):
         raise ValueError(
-            f"need weights that a computer can compare, got {min(weights):g} and {max(weights):g}, one of "
-            "which has the share 0; take weights closer to each other, or leave a source out"
+            f"need weights that a computer can compare, got {min(weights):g} and {max(weights):g}, whose sum "
+            "or smallest share is beyond its numbers; take moderate weights, or leave a source out"
         )
     if without and num_streams and len(sources) > 1:
         raise ValueError(

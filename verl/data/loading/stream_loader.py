@@ -69,7 +69,7 @@ class StreamLoader(Loader):
     @property
     @override
     def prompts(self) -> Sequence[Prompt]:
-        self._fill()
+        self._fill_some()
         return [decoded_prompt(body) for body in self._buffer]
 
     @property
@@ -133,12 +133,7 @@ class StreamLoader(Loader):
         return self._stream.num_rows
 
     def _next(self) -> Prompt:
-        self._fill()
-        if not self._buffer:
-            raise ValueError(
-                f"need at least one usable row in {self._stream.source.path}, got none in a whole pass of "
-                f"{self._num_read} rows: {self._num_malformed} malformed, {self._num_too_long} too long"
-            )
+        self._fill_some()
         place = int(uniforms(self.seed, self._num_drawn, 1)[0] * len(self._buffer))
         body, last = self._buffer[place], self._buffer.pop()
         if place < len(self._buffer):
@@ -146,6 +141,15 @@ class StreamLoader(Loader):
         self._num_drawn += 1
         self._drawn_in_pass += 1
         return decoded_prompt(body)
+
+    def _fill_some(self) -> None:
+        """Read until the buffer is full; raises ValueError if a whole pass has no usable row."""
+        self._fill()
+        if not self._buffer:
+            raise ValueError(
+                f"need at least one usable row in {self._stream.source.path}, got none in a whole pass of "
+                f"{self._num_read} rows: {self._num_malformed} malformed, {self._num_too_long} too long"
+            )
 
     def _fill(self) -> None:
         """Read until the buffer is full; behind the last row of a pass the next one begins.
