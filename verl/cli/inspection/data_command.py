@@ -82,9 +82,9 @@ def data_report(
     settings = {"train": config.data.train, "test": config.data.test}
     if (setting := settings[split]) is None:
         raise ValueError(f"need a source, or data.{split}=SOURCE")
-    for name, value in (("--rows", limit), ("--samples", num_samples)):
-        if value is not None and value < (least := 1 if name == "--rows" else 0):
-            raise ValueError(f"need {name} of at least {least}, got {value}")
+    for option, count, least in (("--rows", limit, 1), ("--samples", num_samples, 0)):
+        if count is not None and count < least:
+            raise ValueError(f"need {option} of at least {least}, got {count}")
     codec = _codec(config)
     for name, value in settings.items():
         with_memory(value, None, "train" if name == "train" else "test")  # no program hands rows over

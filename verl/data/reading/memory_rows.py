@@ -207,13 +207,14 @@ def plain(value: Any) -> Any:
 
 def _whole_microseconds(value: Any) -> Any:
     """A time of NumPy or pandas in nanoseconds as one of Python; raises `MalformedRow` if it is finer."""
+    rounded: Any
     if isinstance(value, np.generic):
-        rounded: Any = value.astype(f"{value.dtype.kind}8[us]")
+        rounded = value.astype(f"{value.dtype.kind}8[us]")
         made, is_exact = rounded.item(), bool(rounded == value)
     else:
-        to_python = getattr(value, "to_pydatetime", None) or value.to_pytimedelta
-        made = to_python()
-        is_exact = made == value
+        rounded = value.as_unit("us")
+        made = rounded.to_pydatetime() if hasattr(rounded, "to_pydatetime") else rounded.to_pytimedelta()
+        is_exact = rounded == value
     if not is_exact:
         raise MalformedRow(f"need times of whole microseconds, got {value}; write it as a text")
     return made
