@@ -102,6 +102,7 @@ def test_a_malformed_row_is_named_by_its_number():
         ({"prompt": ["a"]}, "datasets.Dataset.from_dict"),
         (CHAT, r"need a list of chats as train_dataset, got one chat"),
         (generated(), "make it a list"),
+        (pd.Series(["a", "b"]), r"make it a list: train_dataset=list\(...\)"),
         (3, "need a datasets.Dataset or IterableDataset, a pandas DataFrame, .* got int 3"),
         (["a", 3], "got row 1: int 3"),
         (datasets.DatasetDict(dev=datasets.Dataset.from_list(TEXTS)), "need the split 'train' .* it has dev"),
@@ -149,6 +150,7 @@ def test_a_pass_over_rows_in_memory_goes_on_in_the_middle(form):
         (pd.Timestamp("2024-05-01 09:30", tz="UTC"), datetime(2024, 5, 1, 9, 30, tzinfo=timezone.utc)),
         (torch.tensor([1, 2]), [1, 2]),
         (np.str_("a"), "a"),
+        (pd.NA, None),
     ],
 )
 def test_times_and_tensors_become_pythons_own(value, expected):
@@ -189,3 +191,10 @@ def test_reward_and_sampling_of_prompts_are_checked_as_those_of_rows():
         prompts_of([Prompt("a", sampling={"max_token": 3})])
     with pytest.raises(ValueError, match="row 0: need a reward function by name"):
         prompts_of([Prompt("a", reward=3)])
+
+
+def test_a_transform_of_a_data_set_is_applied():
+    shouted = FORMS["dataset"].with_transform(lambda rows: {"prompt": [f"{p}!" for p in rows["prompt"]]})
+    assert [prompt.content for prompt in prompts_of(shouted)][:2] == ["0+1=!", "1+1=!"]
+    later = rows_in_memory(shouted, "train_dataset", "train").rows_from(4)
+    assert [row for _, row in later] == [{"prompt": "4+1=!"}]

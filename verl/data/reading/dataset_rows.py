@@ -23,12 +23,14 @@ class DatasetRows(ListedRows):
 
     Args:
         source: its settings.
-        rows: the data set; its format, such as tensors of some columns, is not used.
+        rows: the data set. A transform of the user is applied; another format, such as tensors of some
+            columns, is not used.
         notes: on how the source was understood.
     """
 
     def __init__(self, source: DataSource, rows: Any, *, notes: tuple[str, ...] = ()) -> None:
-        super().__init__(source, rows.with_format(None))
+        is_transformed = rows.format["type"] == "custom"
+        super().__init__(source, rows if is_transformed else rows.with_format(None))
         self.notes = notes
 
     @override

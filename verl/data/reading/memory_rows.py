@@ -81,7 +81,7 @@ def _opened(data: Any, name: str, split: Split, source: DataSource) -> RowStream
     if _is(data, "pandas", "DataFrame"):
         check_once(map(str, data.columns), f"column of {name}")
         return ConvertedRows(source, _FrameRows(data))
-    if hasattr(data, "__arrow_c_stream__"):
+    if hasattr(data, "__arrow_c_stream__") and not hasattr(data, "to_list"):  # no column alone
         table = importlib.import_module("pyarrow").table(data)
         check_once(table.column_names, f"column of {name}")
         return ConvertedRows(source, [without_filler(row) for row in table.to_pylist()])
@@ -170,7 +170,11 @@ def _is(value: Any, module: str, name: str) -> bool:
 
 def _is_missing(cell: Any) -> bool:
     """True for NaN, and for pandas's own signs of nothing."""
-    return type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and cell != cell)
+    return _is_sign_of_nothing(cell) or (isinstance(cell, float) and cell != cell)
+
+
+def _is_sign_of_nothing(cell: Any) -> bool:
+    return type(cell).__name__ in ("NAType", "NaTType")
 
 
 def _as_row(row: Any) -> Any:
@@ -187,6 +191,8 @@ def plain(value: Any) -> Any:
     Raises:
         MalformedRow: a time is finer than Python's, which ends at microseconds.
     """
+    if _is_sign_of_nothing(value):
+        return None
     if isinstance(value, np.datetime64 | np.timedelta64):
         exact = value.item()  # an int, if it counts nanoseconds
         return _whole_microseconds(value) if isinstance(exact, int) else exact
@@ -226,7 +232,10 @@ def _hint(data: Any, name: str) -> str:
         setting = f"data.{name.removesuffix('_dataset')}" if name.endswith("_dataset") else "load_prompts"
         return f"; one text is a list of one, [text]; the path of a file goes to {setting}"
     if isinstance(data, Mapping):
-        return "; a dict of columns becomes rows with datasets.Dataset.from_dict"
+        return (
+            "; a dict of columns becomes rows with datasets.Dataset.from_dict, and data sets of several splits "
+            "are a datasets.DatasetDict"
+        )
     if hasattr(data, "__iter__") or hasattr(data, "__getitem__"):
         return f"; make it a list: {name}=list(...), or datasets.IterableDataset.from_generator(...)"
     return ""
