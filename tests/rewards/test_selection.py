@@ -54,7 +54,7 @@ def test_every_function_is_checked_with_its_own_rows_before_the_first_step():
     rewards.check_data([prompt(), prompt(chosen("repetition"), answer=None)])
     with pytest.raises(ValueError, match="'position_share': row 4 of set.*got none"):
         rewards.check_data([prompt(chosen("position_share"), answer=None, index=4)])
-    with pytest.raises(ValueError, match="the nearest is prefix_share"):
+    with pytest.raises(ValueError, match="reward of row 0 of set: .*nearest is prefix_share"):
         rewards.check_data([prompt(chosen("prefixshare"))])
     with pytest.raises(ValueError, match="'code' cannot be used: .*sandbox"):
         rewards.check_data([prompt(chosen("code"))])

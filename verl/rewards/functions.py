@@ -155,7 +155,12 @@ class RewardFunctions:
         places: dict[str, array[int]] = {}
         without = array("q")
         for place, prompt in enumerate(prompts):
-            names = self._selection.names_for(prompt)
+            try:
+                names = self._selection.names_for(prompt)
+            except ValueError as error:
+                if prompt.reward is None:
+                    raise
+                raise ValueError(f"reward of row {prompt.index} of {prompt.source}: {error}") from error
             for name in names:
                 places.setdefault(name, array("q")).append(place)
             if not names:

@@ -233,8 +233,8 @@ def _hint(data: Any, name: str) -> str:
         return f"; one text is a list of one, [text]; the path of a file goes to {setting}"
     if isinstance(data, Mapping):
         return (
-            "; a dict of columns becomes rows with datasets.Dataset.from_dict, and data sets of several splits "
-            "are a datasets.DatasetDict"
+            "; a dict of columns becomes rows with datasets.Dataset.from_dict, and a dict of data sets goes "
+            "into a datasets.DatasetDict"
         )
     if hasattr(data, "__iter__") or hasattr(data, "__getitem__"):
         return f"; make it a list: {name}=list(...), or datasets.IterableDataset.from_generator(...)"
