@@ -387,6 +387,8 @@ def _evaluations(trainer: BaseTrainer) -> str:
 
 def _summary(report: LoadReport) -> str:
     """One line on the data."""
+    if not report.num_rows:
+        return f"data: a stream, {report.source}, whose rows are read while the run goes on"
     parts = [f"{report.num_rows} rows from {report.source}", f"longest prompt {report.longest} tokens"]
     if report.num_too_long:
         parts.append(f"{report.num_too_long} longer than data.max_prompt_tokens dropped")
