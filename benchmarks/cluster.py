@@ -47,6 +47,9 @@ class _Answers:
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         return SamplingParams(n=samples, max_tokens=self._longest, seed=number)
 
+    def row_params(self, prompt: Prompt, params: SamplingParams, *, trains: bool) -> SamplingParams:
+        return params
+
     def greedy_params(self, params: SamplingParams) -> None:
         return None
 

@@ -258,7 +258,7 @@ MISTAKES = {
     ),
     "reward option": (
         ["train", "grpo", "rewards.functions=[{name: exact, strict: true}]"],
-        ["'exact' takes (none), got strict"],
+        ["'exact' takes (extract, normalize), got strict"],
     ),
     "engine": (["train", "grpo", "rollout.engine=embeded"], ["got 'embeded'", "embedded"]),
     "sink": (["train", "grpo", "tracking.sinks=[jsnl]"], ["got 'jsnl'; did you mean 'jsonl'"]),

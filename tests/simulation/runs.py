@@ -62,6 +62,9 @@ class Answers:
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         return SamplingParams(n=samples, max_tokens=self.max_tokens, seed=(attempt << 26) + number)
 
+    def row_params(self, prompt: Prompt, params: SamplingParams, *, trains: bool) -> SamplingParams:
+        return params
+
     def greedy_params(self, params: SamplingParams) -> None:
         return None
 
