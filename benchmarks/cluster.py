@@ -16,7 +16,7 @@ from typing_extensions import override
 from verl.agents.group_source import GroupSource
 from verl.agents.pipeline import Pipeline, TrainBatch
 from verl.config.pipeline import PipelineConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.group_sampling import sample_group

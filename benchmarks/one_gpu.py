@@ -25,8 +25,9 @@ from verl.config.algorithm import AlgorithmConfig
 from verl.config.fields import Choice
 from verl.config.placement import ParallelConfig
 from verl.config.roles import RoleConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
 from verl.data.packing import balance
+from verl.data.trajectory import Trajectory
 from verl.engines.fsdp import sharded_engine
 from verl.engines.hf.models import PolicyModel
 from verl.engines.minibatches import write_loss_weights

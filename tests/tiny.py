@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from verl.data.batch import Batch, ModelInput, Trajectory
+from verl.data.batch import Batch, ModelInput
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import PolicyModel, Precision
 from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec, character_tokenizer

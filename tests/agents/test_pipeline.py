@@ -16,7 +16,8 @@ from verl.agents.group_state import saved_groups
 from verl.agents.groups import Group, GroupError
 from verl.agents.pipeline import Pipeline, staleness_metrics
 from verl.config import load_config
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.data.trajectory import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.utils.sampling_types import Prompt

@@ -11,7 +11,8 @@ from verl.algorithms.objective import Algorithm, at_last_sampled_token, token_re
 from verl.config import load_config
 from verl.config.algorithm import AlgorithmConfig, KLConfig
 from verl.config.fields import Choice
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.data.trajectory import Trajectory
 from verl.utils.sampling_types import Prompt
 
 GAE = Choice(name="gae", gamma=1.0, lam=1.0, whiten=False)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from verl.data.batch import Batch, ModelInput, Ragged, Trajectory, present_mask
+from verl.data.batch import Batch, ModelInput, Ragged, present_mask
+from verl.data.trajectory import Trajectory
 from verl.utils.sampling_types import Prompt
 
 

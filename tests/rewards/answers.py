@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import RewardFunctions
 from verl.rewards.reward_function import RewardFunction
 from verl.utils.sampling_types import Prompt

@@ -7,7 +7,7 @@ import torch
 from tests.rewards.answers import by_trajectory, length, rewards_of, rows, scored, slow_length
 from verl.agents.collector import collection_metrics
 from verl.config.data import RewardsConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import RewardFunctions, build_rewards
 from verl.rewards.library.reward_table import load_function
 from verl.rewards.reward_function import RewardFunction

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.training import CHARACTERS
 from verl.config.data import RewardsConfig, WeightedChoice
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import RewardModel
 from verl.engines.hf.pretrained import as_reward_model, load_language_model, make_tiny_model, save_model
 from verl.rewards.functions import build_rewards

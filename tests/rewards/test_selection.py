@@ -3,7 +3,7 @@
 import pytest
 
 from verl.config.data import RewardsConfig, WeightedChoice
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.data_sources import DATA_SOURCES, choices_of
 from verl.rewards.functions import build_rewards
 from verl.rewards.library.reward_table import REWARDS, checked_options, load_function

@@ -21,7 +21,8 @@ from verl.agents.group_state import saved_groups
 from verl.agents.groups import Group
 from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics
 from verl.config.pipeline import PipelineConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.data.trajectory import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker, stall_reason
 from verl.rollout.group_sampling import sample_group

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.training import logged, toy_config, toy_trainer
 from verl import Callback
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.export.exporting import check_destination
 from verl.trainer.rl_trainer import Trainer
 from verl.utils.sampling_types import Prompt

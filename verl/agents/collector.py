@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+from verl.agents.episodes.driver import EpisodeDriver
 from verl.agents.group_sampler import GroupSampler
 from verl.agents.group_source import GroupSource
 from verl.agents.groups import has_no_signal
@@ -17,9 +18,10 @@ from verl.agents.pipeline import Pipeline, TrainBatch
 from verl.algorithms.registry import BoundFunction
 from verl.config.data import DataSource
 from verl.config.run import TrainerConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
 from verl.data.dataset import load_prompts
 from verl.data.reading.memory_rows import MEMORY, rows_in_memory
+from verl.data.trajectory import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
@@ -65,6 +67,8 @@ class DataCollector:
         greedy_baseline: see `GroupSampler`.
         by_parts: see `GroupSampler`.
         length_penalty: see `GroupSampler`.
+        driver: see `GroupSampler`.
+        context: see `GroupSampler`.
         clock: takes the seconds of `reward`.
         waits: takes the waits for answers and rewards.
 
@@ -83,6 +87,8 @@ class DataCollector:
         greedy_baseline: bool = False,
         by_parts: bool = False,
         length_penalty: BoundFunction | None = None,
+        driver: EpisodeDriver | None = None,
+        context: int | None = None,
         clock: Clock | None = None,
         waits: WaitTracker | None = None,
     ) -> None:
@@ -100,6 +106,8 @@ class DataCollector:
             greedy_baseline=greedy_baseline,
             by_parts=by_parts,
             length_penalty=length_penalty,
+            driver=driver,
+            context=context,
         )
 
     def collect(

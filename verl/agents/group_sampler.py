@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import torch
 
+from verl.agents.episodes.driver import EpisodeDriver
+from verl.agents.episodes.runner import EpisodeRunner
 from verl.agents.groups import has_no_signal
 from verl.agents.row_sampling import check_row_sampling, with_row_sampling
 from verl.algorithms.registry import BoundFunction
 from verl.config.run import PreferenceConfig, SFTConfig, TrainerConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import RewardFunctions
 from verl.rewards.shaping import overlong_penalty
-from verl.rollout.group_sampling import Sampler, sample_group
-from verl.utils.sampling_types import Completion, Prompt, SamplingParams
+from verl.rollout.group_sampling import Sampler
+from verl.utils.sampling_types import Prompt, SamplingParams
 from verl.utils.tokens import TextCodec
 
 
@@ -30,6 +32,8 @@ class GroupSampler:
         greedy_baseline: answer each prompt once more with its most likely answer, for `greedy_rewards`.
         by_parts: a group of equal rewards has a signal if the parts that they are the sum of differ.
         length_penalty: adds to the rewards of a group according to the lengths of its answers.
+        driver: plays episodes of several turns; None: each answer is one turn.
+        context: tokens that the policy reads at most; None: the engine checks it.
     """
 
     def __init__(
@@ -42,8 +46,11 @@ class GroupSampler:
         greedy_baseline: bool = False,
         by_parts: bool = False,
         length_penalty: BoundFunction | None = None,
+        driver: EpisodeDriver | None = None,
+        context: int | None = None,
     ) -> None:
         self.engine = engine
+        self._episodes = EpisodeRunner(engine, codec, config.agent, driver=driver, context=context)
         self.by_parts = by_parts
         self._codec, self._rewards, self._config = codec, rewards, config
         self._greedy_baseline, self._length_penalty = greedy_baseline, length_penalty
@@ -73,11 +80,11 @@ class GroupSampler:
             return None
         return replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)
 
-    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
-        """The group of a prompt, without rewards."""
-        ids = self._codec.encode_prompt(prompt)
-        answers = await sample_group(self.engine, ids, params)
-        return [self._trajectory(prompt, ids, answer, params) for answer in answers]
+    async def sample(
+        self, prompt: Prompt, params: SamplingParams, *, attempt: int = 0, only: Sequence[int] | None = None
+    ) -> list[Trajectory]:
+        """The group of a prompt, without rewards; see `EpisodeRunner.run_group`."""
+        return await self._episodes.run_group(prompt, params, attempt=attempt, only=only)
 
     def text_of(self, trajectory: Trajectory) -> str:
         """The answer as text, all turns and what the environment wrote between them."""
@@ -130,7 +137,7 @@ class GroupSampler:
     def _shape_length(self, trajectory: Trajectory) -> None:
         algorithm = self._config.algorithm
         if algorithm.mask_truncated and trajectory.truncated:
-            trajectory.response_mask = [False] * len(trajectory.response_mask)
+            trajectory.mask_all()
         if not algorithm.overlong_buffer_tokens or trajectory.reward is None:
             return
         added = overlong_penalty(
@@ -140,42 +147,6 @@ class GroupSampler:
             penalty=algorithm.overlong_penalty,
         )
         _add_reward(trajectory, "overlong", added)
-
-    def _trajectory(
-        self, prompt: Prompt, prompt_ids: list[int], answer: Completion, params: SamplingParams
-    ) -> Trajectory:
-        length = len(answer.token_ids)
-        text = (
-            self._codec.decode_answer(answer.token_ids, params.stop) if answer.text is None else answer.text
-        )
-        foreign = self._unknown_token(answer)
-        return Trajectory(
-            prompt,
-            prompt_ids,
-            answer.token_ids,
-            [True] * length,
-            answer.logprobs,
-            [answer.version] * length if answer.versions is None else list(answer.versions),
-            0,
-            truncated=answer.finish_reason == "length",
-            text=text,
-            outcome="unknown_token" if foreign else "ok",
-            detail=foreign,
-        )
-
-    def _unknown_token(self, answer: Completion) -> str:
-        """Message about an id in an answer that is no token; "" if there is none.
-
-        Answers whose ids are in other processes come from the policy itself, which samples none.
-        """
-        ids, known = answer.token_ids, self._codec.num_ids
-        if not isinstance(ids, (list, tuple)) or max(ids, default=0) < known:
-            return ""
-        return (
-            f"the engine sampled the id {max(ids)}, a row of the model that is no token, since the tokenizer "
-            f"has {known} ids; lower sampling.temperature or set sampling.top_p, or save the model with as "
-            "many rows as its tokenizer has ids"
-        )
 
 
 def sampling_params(

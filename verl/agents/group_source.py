@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from verl.agents.group_sampler import GroupSampler
 from verl.agents.groups import Group, GroupError
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.inference_server import EngineError, RefusedError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from verl.agents.groups import Group
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.utils.sampling_types import Prompt
 
 # Values per token, of which there may be hundreds of millions: one array for all trajectories.

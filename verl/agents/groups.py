@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from verl.config.pipeline import FailureClass
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.utils.sampling_types import Prompt
 
 

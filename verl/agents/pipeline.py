@@ -36,7 +36,8 @@ from verl.agents.group_state import groups_from
 from verl.agents.groups import Group
 from verl.agents.retry_policy import RetryPolicy
 from verl.config.pipeline import PipelineConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.data.trajectory import Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.utils.sampling_types import Prompt

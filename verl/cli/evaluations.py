@@ -12,7 +12,7 @@ from rich.console import Console
 
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.run import TrainerConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.monitoring.progress import print_line
 from verl.monitoring.samples import sample_lines
 from verl.trainer.checkpoint_store import only_run_in

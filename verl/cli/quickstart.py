@@ -14,7 +14,7 @@ from rich.console import Console
 
 from verl.config.loader import load_config, load_sft_config
 from verl.config.run import TrainerConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.display import samples_table, save_curve, terminal_curve
 from verl.trainer.base import Metrics

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.yaml_text import parse_override
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.monitoring.progress import print_line
 from verl.rewards.answer_files import AnswerColumns
 from verl.rewards.library.reward_table import REWARDS, load_function, option_parameters, reward_lines

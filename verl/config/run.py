@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from verl.config.agent import AgentConfig
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.data import DataConfig, PairsDataConfig, RewardsConfig, SFTDataConfig
 from verl.config.fields import Choice, PathText, Section, setting
@@ -157,6 +158,7 @@ class TrainerConfig(RunConfig):
     sampling: SamplingConfig = setting(SamplingConfig(), "Sampling parameters of the answers.")
     rollout: RolloutConfig = setting(RolloutConfig(), "The engine that answers prompts.")
     rewards: RewardsConfig = setting(RewardsConfig(), "The reward of an answer.")
+    agent: AgentConfig = setting(AgentConfig(), "Episodes of several turns.")
     pipeline: PipelineConfig = setting(PipelineConfig(), "Generation ahead of training.")
     evaluation: EvaluationConfig = setting(EvaluationConfig(), "Evaluation on held-out prompts.")
     placement: PlacementConfig = setting(PlacementConfig(), "The devices of each role.")

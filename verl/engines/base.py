@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 from verl.config.roles import OptimizerConfig
 from verl.controller.dispatch import DispatchRank
 from verl.controller.worker_group import Worker
-from verl.data.batch import Batch, ModelInput, Trajectory, present_mask
+from verl.data.batch import Batch, ModelInput, present_mask
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.adapters import export_adapter
 from verl.engines.hf.lora import NO_ADAPTER, REFERENCE, has_lora, use_adapter
 from verl.engines.hf.models import Backbone

@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from verl.config.run import TrainerConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
+from verl.data.trajectory import Trajectory
 from verl.planner.step_time import ModelShape, StepWork, step_limit
 from verl.utils.device import MachineSpeed, measure_speed
 

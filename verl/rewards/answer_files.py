@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from verl.config.data import DataSource, RewardsConfig
-from verl.data.batch import Trajectory
 from verl.data.loading.row_prompts import as_row, row_reward
 from verl.data.reading.file_readers import numbered
 from verl.data.reading.row_cells import MalformedRow, describe
 from verl.data.reading.sources import name_of, read_rows
+from verl.data.trajectory import Trajectory
 from verl.utils.sampling_types import Prompt
 
 # Names that columns go by, the first that is there. `answer` is the answer of a model only where another

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.config.data import RewardsConfig, WeightedChoice
-from verl.data.batch import Trajectory, turn_ends
+from verl.data.trajectory import Trajectory, turn_ends
 from verl.rewards.data_sources import choices_of, described_choices
 from verl.rewards.execution.calls import CallPool
 from verl.rewards.execution.isolation import Place

@@ -13,9 +13,10 @@ from torch import Tensor
 from verl.config.roles import RoleConfig
 from verl.controller.dispatch import PLANNED, register
 from verl.controller.worker_group import LocalPool, WorkerGroup
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
 from verl.data.examples import Answer, answer_row
 from verl.data.packing import BatchPlan, balance
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import Precision, RewardModel
 from verl.engines.hf.pretrained import load_reward_model
 from verl.engines.local import LocalForwardEngine

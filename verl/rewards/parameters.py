@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from verl.data.batch import RemoteRow, Trajectory
+from verl.data.batch import RemoteRow
+from verl.data.trajectory import Trajectory
 from verl.rewards.reward_log import LOG_NAMES, RewardLog, TrainerState
 from verl.utils.sampling_types import Prompt
 

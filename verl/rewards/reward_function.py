@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.execution.calls import RewardCall
 from verl.rewards.execution.isolation import Callee, Place, isolated
 from verl.rewards.failures import RewardFailure

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from verl.config.data import DataSource, RewardsConfig, WeightedChoice
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.answer_files import AnswerColumns, read_answers
 from verl.rewards.functions import build_rewards
 from verl.rewards.parameters import CallContext

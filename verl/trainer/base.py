@@ -20,7 +20,6 @@ from verl.config.loader import with_steps
 from verl.config.pipeline import STALL_LIMIT_S
 from verl.config.run import RunConfig, TrainerConfig
 from verl.controller.worker_group import Timeline
-from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport, drop_long_prompts, read_prompts
 from verl.data.examples import with_refused
 from verl.data.loading.loader import Loader
@@ -31,6 +30,7 @@ from verl.data.loading.stream_loader import StreamLoader
 from verl.data.reading.data_files import Split
 from verl.data.reading.memory_rows import name_memory, with_memory
 from verl.data.reading.sources import SourceSetting, sources_of
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.families import context_length
 from verl.engines.optimizer import check_optimizer
 from verl.monitoring.formatting import format_bytes

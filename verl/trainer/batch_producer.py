@@ -14,10 +14,11 @@ from verl.agents.groups import Group
 from verl.agents.pipeline import Pipeline, TrainBatch, staleness_metrics, waiting_answers
 from verl.algorithms.mismatch import fresh_mask
 from verl.config.run import TrainerConfig
-from verl.data.batch import Batch, Trajectory
+from verl.data.batch import Batch
 from verl.data.loading.loader import Loader
 from verl.data.loading.prompt_sampler import GroupFeedback
 from verl.data.loading.prompt_store import prompt_of_tensor, prompt_tensor
+from verl.data.trajectory import Trajectory
 from verl.engines.streaming import concat_portions
 from verl.monitoring.ledger import LEDGER_FILE, Ledger
 from verl.utils.sampling_types import Prompt

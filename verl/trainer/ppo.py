@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.flat_call import make_trainer_config
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.base import Metrics
 from verl.trainer.rl_trainer import Trainer
 from verl.utils.sampling_types import Prompt

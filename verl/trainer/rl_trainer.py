@@ -17,7 +17,6 @@ from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import DataSource, RewardsConfig, WeightedChoice
 from verl.config.run import TrainerConfig
-from verl.data.batch import Trajectory
 from verl.data.columns import written_by
 from verl.data.dataset import LoadReport
 from verl.data.loading.row_prompts import RowPrompts
@@ -25,6 +24,7 @@ from verl.data.loading.stream_loader import StreamLoader
 from verl.data.reading.layouts import prompt_of
 from verl.data.reading.row_stream import RowStream
 from verl.data.reading.sources import reward_of_task, reward_of_tasks, sources_of, split_streams
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.pretrained import model_config_of
 from verl.monitoring.mismatch_limits import check_mismatch
 from verl.monitoring.watchdog import Dependency

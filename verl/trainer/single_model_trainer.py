@@ -14,10 +14,10 @@ from typing_extensions import override
 from verl.agents.group_sampler import evaluation_params
 from verl.agents.row_sampling import with_row_sampling
 from verl.config.run import PairsConfig, PreferenceConfig, SFTConfig
-from verl.data.batch import Trajectory
 from verl.data.dataset import LoadReport
 from verl.data.examples import Answer, answer_row
 from verl.data.reading.sources import SourceSetting, sources_of
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, model_config_of, quantization
 from verl.engines.local import LocalEngine

@@ -174,6 +174,31 @@ async def gather_all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         raise
 
 
+async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """Result of a coroutine, which is cancelled after some seconds; None: never.
+
+    A loop that was blocked meanwhile, as by generation in turn with training, gives it one more look.
+
+    Raises:
+        TimeoutError: it was cancelled, and has ended.
+    """
+    if seconds is None:
+        return await work
+    # asyncio.wait_for of Python before 3.12 may lose a cancellation, and 3.10 has no asyncio.timeout.
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            await asyncio.sleep(0)
+        if task.done():
+            return task.result()
+        raise TimeoutError(f"no result after {seconds:g} s")
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
 async def call_in_thread(call: Callable[[], T], *, name: str) -> T:
     """Result of a blocking call in a daemon thread, which does not delay the end of the program."""
     return await asyncio.get_running_loop().run_in_executor(_DaemonThread(name), call)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from verl.config.data import RewardsConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.execution.calls import CallPool, RewardCall
 from verl.rewards.execution.isolation import Callee, isolated
 from verl.rewards.functions import build_rewards
@@ -305,7 +305,7 @@ def test_a_pool_that_nobody_holds_ends_its_processes():
 SCRIPT = """
 import os, sys
 from verl.config.data import RewardsConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import build_rewards
 from verl.utils.sampling_types import Prompt
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rewards.judge.chat_endpoint import ChatEndpoint
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import RewardFunctions
 from verl.rewards.judge.absolute import ScoreJudge
 from verl.rewards.judge.judging import Judge

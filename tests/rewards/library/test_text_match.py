@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from verl.config.data import RewardsConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.functions import build_rewards
 from verl.rewards.library.spellings import check_normal_spellings as check_reference
 from verl.rewards.library.spellings import spellings

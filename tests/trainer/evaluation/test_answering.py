@@ -10,7 +10,7 @@ from tests.tiny import tiny_codec
 from tests.training import toy_trainer
 from verl.agents.group_sampler import evaluation_params
 from verl.config import load_config
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.evaluation import answer_all, summarize
 from verl.utils.sampling_types import Prompt
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.failures import RewardFailure
 from verl.rewards.judge.endpoint import Question
 from verl.rewards.judge.judge_options import ScoreOptions

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import Precision
 from verl.rewards.failures import FatalRewardError, RewardFailure
 from verl.rewards.judge.endpoint import JudgeEndpoint, Question, Verdict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.rewards.library.extraction import Extract, extracted
 from verl.rewards.library.normalization import NORMALIZATIONS, Normalize
 from verl.rewards.library.spellings import REMEDY, spellings

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from verl.agents.collector import DataCollector
 from verl.agents.group_sampler import evaluation_params
 from verl.config.run import PairsConfig, SFTConfig, TrainerConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.evaluation.eval_sets import EvalSet, values_by_prompt
 from verl.trainer.evaluation.measures import (
     AnsweredPrompt,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.evaluation.answering import EvalQuestion
 from verl.trainer.evaluation.eval_sets import EvalSet
 from verl.trainer.evaluation.measures import ScoredAnswer

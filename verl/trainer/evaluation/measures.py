@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.run import EvaluationConfig
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.trainer.evaluation.estimators import best_at, majority_at, pass_at
 from verl.trainer.evaluation.intervals import Estimate, mean_interval, mean_of, share_interval
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl.data.batch import Trajectory
+from verl.data.trajectory import Trajectory
 from verl.utils.tokens import TextCodec
 
 

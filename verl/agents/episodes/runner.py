@@ -1,0 +1,118 @@
+"""Runs episodes over the contract of generation, and turns each into a trajectory, whatever happens in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from verl.agents.environments.session import EpisodeFailure, EpisodeStart
+from verl.agents.episodes.driver import EpisodeDriver, SingleAnswer
+from verl.agents.episodes.live_episode import EpisodeEnd, EpisodeLimits, LiveEpisode
+from verl.config.agent import AgentConfig
+from verl.data.trajectory import Trajectory
+from verl.rollout.group_sampling import Sampler
+from verl.utils.event_loops import gather_all, within
+from verl.utils.sampling_types import PrefixAffinity, Prompt, SamplingParams
+from verl.utils.tokens import TextCodec
+from verl.utils.tool_calls.formats import parser_for
+
+
+class EpisodeRunner:
+    """Answers prompts by episodes; a single answer is an episode of one turn.
+
+    Args:
+        engine: samples the turns.
+        codec: of the policy.
+        config: limits, and what an episode that a limit ends counts for.
+        driver: plays episodes; None: single answers.
+        context: tokens that the model reads at most; None: the engine checks it.
+
+    Attributes:
+        driver: as above.
+    """
+
+    def __init__(
+        self,
+        engine: Sampler,
+        codec: TextCodec,
+        config: AgentConfig,
+        *,
+        driver: EpisodeDriver | None = None,
+        context: int | None = None,
+    ) -> None:
+        self.driver = driver or SingleAnswer()
+        self._engine, self._codec, self._config = engine, codec, config
+        self._is_single = driver is None
+        self._parser = parser_for(codec, config.tool_format)
+        self._limits = EpisodeLimits(
+            max_turns=1 if driver is None else config.max_turns,
+            max_calls=config.max_calls,
+            max_tokens=None if driver is None else config.max_tokens,
+            max_bad_calls=config.max_bad_calls,
+            context=context,
+        )
+
+    async def run_group(
+        self, prompt: Prompt, params: SamplingParams, *, attempt: int = 0, only: Sequence[int] | None = None
+    ) -> list[Trajectory]:
+        """The episodes of a prompt.
+
+        Args:
+            prompt: the row of the data.
+            params: how turns are sampled; `n` is the number of episodes.
+            attempt: number of times that they were begun before.
+            only: numbers of the episodes to run; None: all.
+        """
+        affinity = PrefixAffinity()
+        numbers = range(params.sample_index, params.sample_index + params.n) if only is None else only
+        ids = self._codec.encode_prompt(prompt) if self._is_single else None
+        return await gather_all([self._run(prompt, params, i, attempt, affinity, ids) for i in numbers])
+
+    async def _run(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        number: int,
+        attempt: int,
+        affinity: PrefixAffinity,
+        prompt_ids: list[int] | None,
+    ) -> Trajectory:
+        live = LiveEpisode(
+            EpisodeStart(prompt, params.seed, number, attempt, f"{params.seed:x}-{number}-{attempt}"),
+            replace(params, n=1, sample_index=number),
+            engine=self._engine,
+            codec=self._codec,
+            parser=self._parser,
+            limits=self._limits,
+            affinity=affinity,
+        )
+        if prompt_ids is not None:
+            live.begin([], prompt_ids=prompt_ids)
+        failure: EpisodeFailure | None = None
+        try:
+            await within(None if self._is_single else self._config.timeout_s, self._play(live))
+        except TimeoutError:
+            live.record.ending = "timeout"
+        except EpisodeFailure as error:
+            failure = error
+        return self._ended(live, failure)
+
+    async def _play(self, live: LiveEpisode) -> None:
+        try:
+            await self.driver.run(live)
+        except EpisodeEnd as end:
+            live.record.ending = end.ending
+
+    def _ended(self, live: LiveEpisode, failure: EpisodeFailure | None) -> Trajectory:
+        """The trajectory of an episode, with what its ending means for the reward."""
+        trajectory = live.trajectory()
+        ending = live.record.ending
+        trajectory.truncated = trajectory.truncated or ending == "max_tokens"
+        treatment = next((t for name, t in self._config.endings.items() if name == ending), "reward")
+        if failure is not None:
+            trajectory.outcome, trajectory.detail = failure.outcome, failure.detail
+        elif treatment == "fail":
+            trajectory.outcome, trajectory.detail = f"episode_{ending}", f"agent.{ending} was reached"
+        elif treatment == "mask":
+            trajectory.mask_all()
+        return trajectory
