@@ -28,6 +28,7 @@ from verl.algorithms.value_losses import VALUE_LOSSES
 from verl.config.algorithm import AlgorithmConfig
 from verl.data.batch import Batch
 from verl.data.columns import CHOSEN, readable_by, with_required, written_by
+from verl.data.episode_rows import EpisodeRows
 
 Columns = Mapping[str, Tensor]
 Monitors = dict[str, Tensor]
@@ -219,6 +220,8 @@ def write_advantages(
 ) -> dict[str, float]:
     """Add the columns that the losses read to a rewarded batch: old_logprobs, advantages, returns, ...
 
+    The functions see a row for each episode, with the tokens of all its segments.
+
     Args:
         batch: with the columns that the chosen functions read.
         algorithm: the chosen functions.
@@ -231,6 +234,16 @@ def write_advantages(
         is a critic; mismatch/*, if there are logprobs of the trainer and of the sampler, and off_policy/* of
         answers of older versions; correction/*, if the correction has weights.
     """
+    rows = EpisodeRows(batch)
+    metrics = _write_advantages(rows.episodes, algorithm, kl_coef, version=version, seed=seed)
+    rows.write_back()
+    return metrics
+
+
+def _write_advantages(
+    batch: Batch, algorithm: Algorithm, kl_coef: float, *, version: int, seed: int
+) -> dict[str, float]:
+    """As `write_advantages`, of a batch with a row for each episode."""
     mask = batch["mask"]
     for name, column in STEP_COLUMNS.items():
         if name in algorithm.reads:

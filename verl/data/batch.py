@@ -121,12 +121,16 @@ class Batch:
 
     @classmethod
     def from_trajectories(cls, trajectories: Sequence[Trajectory]) -> Batch:
-        """Columns of rewarded trajectories; rollout logprobs only if every one of them has some."""
+        """Columns of rewarded trajectories, a row for each of their segments.
+
+        There are rollout logprobs only if every one of them has some.
+        """
         if not trajectories:
             raise ValueError("need at least one trajectory")
         columns: dict[str, Column] = {}
+        rows = [row for trajectory in trajectories for row in trajectory.rows()]
         for name, value in TRAJECTORY_COLUMNS.items():
-            column = _column_of(COLUMNS[name], trajectories, [value(t) for t in trajectories])
+            column = _column_of(COLUMNS[name], rows, [value(row) for row in rows])
             if column is not None:
                 columns[name] = column
         return cls(columns)
@@ -217,6 +221,10 @@ class Batch:
             )
         self._columns[name] = Ragged(values[present], self.response_lengths)
 
+    def put(self, name: str, column: Tensor | Ragged) -> None:
+        """Add or replace a column as it is."""
+        self._columns[name] = column
+
     def update(self, other: Batch) -> None:
         """Take over the columns of a batch of the same rows, in place of those of the same names.
 
@@ -300,6 +308,7 @@ TRAJECTORY_COLUMNS: dict[str, Callable[[Trajectory], Any]] = {
     "mask": lambda t: t.response_mask,
     "versions": lambda t: t.versions,
     "group_ids": lambda t: t.group,
+    "episode_ends": lambda t: t.is_last_segment,
     "truncated": lambda t: t.truncated,
     "rewards": lambda t: t.reward,
     "rollout_logprobs": lambda t: t.rollout_logprobs,
@@ -373,7 +382,7 @@ class ModelInput:
                 response_lengths=responses.lengths,
             )
         # Of the rows with the same prompt, the first owns its tokens in the line; the others refer to them.
-        owners = _first_with_same_prompt(prompts)
+        owners = first_with_same_prompt(prompts)
         own = present & (~in_prompt | (owners == torch.arange(batch.num_rows))[:, None])
         places = torch.zeros(own.shape, dtype=torch.int64)
         places[own] = torch.arange(int(own.sum()))
@@ -393,7 +402,13 @@ class ModelInput:
         )
 
 
-def _first_with_same_prompt(prompts: Ragged) -> Tensor:
+def shared_prompts(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B] int64 each: a number that rows with the same prompt share, and the tokens of each prompt."""
+    prompts = batch.ragged("prompt_ids")
+    return first_with_same_prompt(prompts), prompts.lengths
+
+
+def first_with_same_prompt(prompts: Ragged) -> Tensor:
     """[B] int64, for each row the first one with the same prompt."""
     first: dict[bytes, int] = {}
     rows = prompts.values.split(prompts.lengths.tolist())

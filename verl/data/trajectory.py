@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl.utils.sampling_types import Completion, Prompt
@@ -78,6 +78,7 @@ class Trajectory:
         earlier: segments before the last one, whose tokens are the trajectory's own; a new one begins where
             the history was rewritten, as when an agent shortens its context.
         episode: its messages, tools and counts; None: a single answer.
+        is_last_segment: False for a row of an earlier segment.
     """
 
     prompt: Prompt
@@ -100,6 +101,7 @@ class Trajectory:
     detail: str = ""
     earlier: list[Segment] = field(default_factory=list)
     episode: EpisodeRecord | None = None
+    is_last_segment: bool = True
 
     @classmethod
     def begin(cls, prompt: Prompt, prompt_ids: Sequence[int], *, group: int) -> Trajectory:
@@ -122,6 +124,22 @@ class Trajectory:
         """Append tokens that the environment wrote, which are not trained on."""
         self._extend(token_ids, [0.0] * len(token_ids), mask=False)
         self.versions += [self.versions[-1] if self.versions else 0] * len(token_ids)
+
+    def rows(self) -> list[Trajectory]:
+        """A trajectory for each segment, with the rewards of its own turns; itself if there is one alone."""
+        if not self.earlier:
+            return [self]
+        rows, rewards = [], list(self.turn_rewards)
+        own = Segment(
+            self.prompt_ids, self.response_ids, self.response_mask, self.rollout_logprobs, self.versions
+        )
+        for segment in (*self.earlier, own):
+            row = replace(self, **vars(segment), earlier=[], is_last_segment=segment is own)
+            count = len(turn_ends(row))
+            row.turn_rewards, rewards = rewards[:count], rewards[count:]
+            rows.append(row)
+        rows[-1].turn_rewards += rewards  # more rewards than turns are reported there
+        return rows
 
     def mask_all(self) -> None:
         """Leave all tokens out of training; the reward still counts in comparisons with siblings."""

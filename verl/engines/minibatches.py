@@ -10,6 +10,7 @@ from torch import Tensor
 from verl.algorithms.mismatch import FRESH_TOKENS, OVER_FRESH_TOKENS
 from verl.algorithms.objective import Algorithm
 from verl.data.batch import Batch, ModelInput
+from verl.data.episode_rows import EpisodeRows
 from verl.data.packing import BatchPlan
 from verl.engines.base import MAX_SUFFIX, Objective, TrainEngine
 
@@ -31,23 +32,27 @@ def write_loss_weights(batch: Batch, plan: BatchPlan, algorithm: Algorithm) -> N
     The columns are `weights` [B, T] of the aggregation, `row_weights` [B] of the mean over rows and, if the
     algorithm has a likelihood term, `likelihood_weights` [B, T] of the aggregation over the answers with a
     reward above 0. They are made before the minibatch is split, so the loss does not depend on ranks and
-    micro-batches.
+    micro-batches. They count episodes: the segments of one share its weight.
     """
-    mask, group_ids = batch["mask"], batch["group_ids"]
+    rows = EpisodeRows(batch, ("mask", "group_ids", "rewards"))
+    episodes = rows.episodes
+    mask, group_ids = episodes["mask"], episodes["group_ids"]
     weights, likelihood_weights = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    row_weights = torch.zeros(batch.num_rows)
+    row_weights = torch.zeros(episodes.num_rows)
     for minibatch in range(len(plan.minibatches)):
-        rows = plan.rows_of_minibatch(minibatch)
-        has_tokens = mask[rows].any(1)
-        weights[rows] = algorithm.aggregation({"mask": mask[rows], "group_ids": group_ids[rows]})
-        row_weights[rows] = has_tokens / has_tokens.sum().clamp(min=1)
+        own = rows.episode_of[plan.rows_of_minibatch(minibatch)].unique()
+        has_tokens = mask[own].any(1)
+        weights[own] = algorithm.aggregation({"mask": mask[own], "group_ids": group_ids[own]})
+        row_weights[own] = has_tokens / has_tokens.sum().clamp(min=1)
         if algorithm.likelihood_coef:
-            good = mask[rows] & (batch["rewards"][rows] > 0)[:, None]
-            likelihood_weights[rows] = algorithm.aggregation({"mask": good, "group_ids": group_ids[rows]})
-    batch.write("weights", weights)
-    batch.write("row_weights", row_weights)
+            good = mask[own] & (episodes["rewards"][own] > 0)[:, None]
+            likelihood_weights[own] = algorithm.aggregation({"mask": good, "group_ids": group_ids[own]})
+    num_segments = rows.joined(torch.ones(batch.num_rows))
+    episodes.write("weights", weights)
+    episodes.write("row_weights", row_weights / num_segments)
     if algorithm.likelihood_coef:
-        batch.write("likelihood_weights", likelihood_weights)
+        episodes.write("likelihood_weights", likelihood_weights)
+    rows.write_back()
 
 
 def skip_zero_advantages(batch: Batch, plan: BatchPlan) -> tuple[BatchPlan, dict[str, float]]:

@@ -26,6 +26,7 @@ from verl.config.fields import Choice
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
 from verl.data.batch import Batch
 from verl.data.columns import COLUMNS, written_by
+from verl.data.episode_rows import EpisodeRows
 from verl.data.packing import BatchPlan
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
 from verl.engines.roles.role_worker import Learner
@@ -129,7 +130,8 @@ class StreamedBatch:
             ValueError: an earlier portion has rows of one of its groups.
         """
         first_row = sum(batch.num_rows for batch in self.batches)
-        mask, group_ids = rows["mask"], rows["group_ids"]
+        episodes = EpisodeRows(rows, ("mask", "group_ids")).episodes
+        mask, group_ids = episodes["mask"], episodes["group_ids"]
         ids = set(group_ids.tolist())
         if repeated := sorted(ids & self._group_ids):
             raise ValueError(

@@ -178,7 +178,7 @@ class Trainer(RunnableTrainer):
         learned |= write_advantages(rows, self.algorithm, self.kl.coef, version=self.version, seed=self.seed)
         learned |= self.roles.update(rows, self.kl.coef, self.version)  # the critic, then the policy
         self.sync_weights()
-        learned |= self.kl.update(learned, version=self.version, num_trajectories=rows.num_rows)
+        learned |= self.kl.update(learned, version=self.version, num_trajectories=len(self.last))
         self.notes += check_mismatch(learned, self.config.rollout)
         return batch.metrics | learned | self.rollout.take_metrics()
 

@@ -11,7 +11,8 @@ from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.roles import RoleConfig
 from verl.config.run import TrainerConfig
 from verl.controller.worker_group import Future, MergedMetrics, WorkerGroup
-from verl.data.batch import Batch
+from verl.data.batch import Batch, shared_prompts
+from verl.data.episode_rows import EpisodeRows
 from verl.data.packing import BatchPlan, balance, compute_cost
 from verl.engines.memory_limits import micro_batch_tokens
 from verl.engines.minibatches import skip_zero_advantages, write_loss_weights
@@ -149,6 +150,8 @@ class Roles:
         # Siblings that a loss or a mean compares must be in one update, also where failed answers shift rows.
         compared = {*self._algorithm.policy_loss.columns, *self._algorithm.aggregation.columns}
         group_ids = rows["group_ids"] if "group_ids" in compared else None
+        if group_ids is None and not rows["episode_ends"].all():
+            group_ids = EpisodeRows(rows, ()).episode_of  # segments share the weight of their episode
         most = rows.num_rows if group_ids is None else len(group_ids.unique())
         model = self._groups.model_config
         hidden_size = model.get_text_config().hidden_size
@@ -160,7 +163,7 @@ class Roles:
             num_minibatches=min(self._config.algorithm.minibatches, most),
             cost=compute_cost(rows.num_tokens, hidden_size),
             group_ids=group_ids,
-            prompts=(rows["group_ids"], rows.num_tokens - rows.response_lengths) if role.packing else None,
+            prompts=shared_prompts(rows) if role.packing else None,
         )
 
     def _sampler_difference(self, fresh: Batch) -> Metrics:
