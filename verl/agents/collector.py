@@ -21,7 +21,7 @@ from verl.config.run import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.dataset import load_prompts
 from verl.data.reading.memory_rows import MEMORY, rows_in_memory
-from verl.data.trajectory import Trajectory
+from verl.data.trajectory import EpisodeRecord, Trajectory
 from verl.monitoring.ledger import Ledger
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
@@ -363,9 +363,9 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool
     rewarded = [t for t in answers if t.reward is not None]
     metrics = {
         **({"reward": _mean([t.reward for t in rewarded if t.reward is not None])} if rewarded else {}),
-        "response_tokens": _mean([len(t.response_ids) for t in answers]),
-        "prompt_tokens": _mean([len(t.prompt_ids) for t in answers]),
-        "tokens": float(sum(len(t.prompt_ids) + len(t.response_ids) for t in answers)),
+        "response_tokens": _mean([t.num_response_tokens for t in answers]),
+        "prompt_tokens": _mean([t.num_prompt_tokens for t in answers]),
+        "tokens": float(sum(t.num_prompt_tokens + t.num_response_tokens for t in answers)),
         "truncated_share": _mean([t.truncated for t in answers]),
         "failed_share": _mean([t.outcome != "ok" for t in answers]),
     }
@@ -376,8 +376,18 @@ def collection_metrics(groups: Sequence[Sequence[Trajectory]], *, by_parts: bool
         metrics[key] = _mean([t.scores[name] for t in rewarded if name in t.scores])
     for name in sorted({name for t in rewarded for name in t.logged}):
         metrics[f"logged/{name}"] = _mean([t.logged[name] for t in rewarded if name in t.logged])
+    metrics |= episode_metrics([t.episode for t in answers if t.episode is not None])
     failures = Counter(t.outcome for t in answers if t.outcome != "ok")
     return metrics | {f"outcome/{outcome}": float(count) for outcome, count in failures.items()}
+
+
+def episode_metrics(episodes: Sequence[EpisodeRecord]) -> dict[str, float]:
+    """Means of the counts of episodes, `episode/NAME`, and the share of each ending."""
+    names = sorted({name for episode in episodes for name in episode.counts})
+    endings = Counter(episode.ending for episode in episodes)
+    return {f"episode/{name}": _mean([e.counts.get(name, 0.0) for e in episodes]) for name in names} | {
+        f"episode/ended_by_{ending}": count / len(episodes) for ending, count in endings.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from verl.agents.episodes.driver import EpisodeDriver
-from verl.agents.episodes.runner import EpisodeRunner
+from verl.agents.episodes.runner import EpisodeRunner, treatment_of
 from verl.agents.groups import has_no_signal
 from verl.agents.row_sampling import check_row_sampling, with_row_sampling
 from verl.algorithms.registry import BoundFunction
@@ -81,10 +81,18 @@ class GroupSampler:
         return replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, n=1)
 
     async def sample(
-        self, prompt: Prompt, params: SamplingParams, *, attempt: int = 0, only: Sequence[int] | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        attempt: int = 0,
+        only: Sequence[int] | None = None,
+        start_seed: int | None = None,
     ) -> list[Trajectory]:
         """The group of a prompt, without rewards; see `EpisodeRunner.run_group`."""
-        return await self._episodes.run_group(prompt, params, attempt=attempt, only=only)
+        return await self._episodes.run_group(
+            prompt, params, attempt=attempt, only=only, start_seed=start_seed
+        )
 
     def text_of(self, trajectory: Trajectory) -> str:
         """The answer as text, all turns and what the environment wrote between them."""
@@ -114,6 +122,8 @@ class GroupSampler:
         self._compare_lengths(group)
         for trajectory in group:
             self._shape_length(trajectory)
+            if trajectory.episode and treatment_of(trajectory.episode, self._config.agent) == "mask":
+                trajectory.mask_all()
         if baseline is None:
             return
         self._shape_length(baseline)

@@ -13,6 +13,7 @@ from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.inference_server import EngineError, RefusedError
 from verl.utils.event_loops import Gatherer, call_in_thread, gather_all, wait_for_thread
+from verl.utils.sampling_types import SamplingParams
 
 # Groups beside training that are rewarded at the same time.
 _MAX_REWARDED = 16
@@ -91,13 +92,12 @@ class GroupSource(Source):
 
     async def _answer(self, group: Group) -> None:
         if self.in_turn:
-            if not group.answers:
-                await self._sample(group)
+            await self._sample_missing(group)
             await self._together.ask(group)
             return
         if group.pause_s:
             await asyncio.sleep(group.pause_s)
-        if not group.answers:
+        if not group.answers or group.repeated:
             with self._waits.track("generation", f"answers of group {group.number}"):
                 await self._sample_beside_training(group)
             self._waits.mark_progress("generation")
@@ -105,10 +105,33 @@ class GroupSource(Source):
             await self._reward(group)
         self._waits.mark_progress("rewards")
 
-    async def _sample(self, group: Group) -> None:
+    async def _sample_missing(self, group: Group) -> None:
+        """Answer a group, or those of its episodes again that failed."""
+        if not group.answers:
+            await self._sample(group)
+        if not group.repeated:
+            return
+        attempt = group.attempt + sum(group.tries.values())
+        params = self._params(group, attempt)
+        again = await self._sampler.sample(
+            group.prompt,
+            params,
+            attempt=attempt,
+            only=group.repeated,
+            start_seed=self._params(group, group.attempt).seed,
+        )
+        for place, answer in zip(group.repeated, again, strict=True):
+            answer.group = group.number
+            group.answers[place] = answer
+        group.repeated = []
+
+    def _params(self, group: Group, attempt: int) -> SamplingParams:
         number = self._first_number + group.number
-        params = self._sampler.params(self._samples, number=number, attempt=group.attempt)
-        params = self._sampler.row_params(group.prompt, params, trains=True)
+        params = self._sampler.params(self._samples, number=number, attempt=attempt)
+        return self._sampler.row_params(group.prompt, params, trains=True)
+
+    async def _sample(self, group: Group) -> None:
+        params = self._params(group, group.attempt)
         greedy = self._sampler.greedy_params(params)
         asked = [params] if greedy is None else [params, greedy]
         if self.in_turn:  # one after the other: batches of one kind
@@ -122,7 +145,7 @@ class GroupSource(Source):
 
     async def _sample_beside_training(self, group: Group) -> None:
         try:
-            await self._sample(group)
+            await self._sample_missing(group)
         except RefusedError as error:
             raise GroupError("data", str(error)) from error
         except (EngineError, RuntimeError) as error:

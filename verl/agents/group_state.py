@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from verl.agents.groups import Group
-from verl.data.trajectory import Trajectory
+from verl.data.trajectory import EpisodeRecord, Segment, Trajectory
 from verl.utils.sampling_types import Prompt
 
 # Values per token, of which there may be hundreds of millions: one array for all trajectories.
@@ -85,6 +85,8 @@ def _saved_answer(trajectory: Trajectory) -> dict[str, Any]:
         name: [(value, sum(1 for _ in run)) for value, run in groupby(vars(trajectory)[name])]
         for name in _RUNS
     }
+    facts["earlier"] = [vars(segment) for segment in trajectory.earlier]
+    facts["episode"] = None if trajectory.episode is None else vars(trajectory.episode)
     return {**facts, **runs, "has_logprobs": trajectory.rollout_logprobs is not None}
 
 
@@ -96,6 +98,8 @@ def _answer(prompt: Prompt, saved: Mapping[str, Any], columns: Mapping[str, Tens
         name: column.tolist() if name != "rollout_logprobs" or has_logprobs else None
         for name, column in columns.items()
     }
+    facts["earlier"] = [Segment(**segment) for segment in facts.get("earlier", ())]
+    facts["episode"] = EpisodeRecord(**facts["episode"]) if facts.get("episode") else None
     return Trajectory(prompt=prompt, **facts)
 
 

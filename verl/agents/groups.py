@@ -39,6 +39,7 @@ class Group:
         arrival: its place among the groups that are complete; None: it is in flight.
         has_no_signal: its advantages are zero, and no other prompt was found in its place.
         pause_s: seconds before its next attempt.
+        repeated: numbers of the answers to sample again in its next attempt, as their environment failed.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Group:
     arrival: int | None = None
     has_no_signal: bool = False
     pause_s: float = 0.0
+    repeated: list[int] = field(default_factory=list)
 
     @property
     def all_trajectories(self) -> list[Trajectory]:

@@ -325,7 +325,7 @@ class Pipeline:
                 self._next.dropped.append(group)
                 self._retries.check_failures()
                 continue
-            versions = [version for t in group.answers for version in t.versions] or [group.oldest]
+            versions = [version for t in group.answers for version in t.all_versions] or [group.oldest]
             group.oldest, group.arrival = min(versions), self._num_arrived
             self._num_arrived += 1
             self.ledger.complete(number, versions=(group.oldest, max(versions)))
@@ -415,7 +415,7 @@ def waiting_answers(groups: Sequence[Group], version: int) -> list[Trajectory]:
         t
         for group in groups
         for t in group.answers
-        if group.arrival is not None and t.rollout_logprobs is not None and set(t.versions) == {version}
+        if group.arrival is not None and t.rollout_logprobs is not None and set(t.all_versions) == {version}
     ]
 
 

@@ -68,6 +68,12 @@ class RetryPolicy:
             return self._retry_or_fail(group, error.failure, error.cause)
         if error is not None:
             raise error
+        broken = [i for i, t in enumerate(group.answers) if is_environment_failure(t.outcome)]
+        if broken and self._has_try(group, "environment"):
+            first = group.answers[broken[0]]
+            self._note_try(group, "environment", f"{first.outcome}: {first.detail}")
+            group.repeated = broken
+            return "retry"
         transient = [t for t in group.all_trajectories if t.outcome in _TRANSIENT]
         if transient and self._has_try(group, "reward"):
             self._note_try(group, "reward", transient[0].detail)
@@ -104,7 +110,7 @@ class RetryPolicy:
 
     def _too_few(self, group: Group, outcome: str, detail: str) -> Decision:
         """Answer a group with too few rewards again, or give its place to another prompt."""
-        failure: FailureClass = "environment" if outcome.startswith("environment") else "reward"
+        failure: FailureClass = "environment" if is_environment_failure(outcome) else "reward"
         cause = f"{outcome}: {detail}"
         if self._config.survivors.name == "refill":
             group.attempt += 1
@@ -132,3 +138,8 @@ class RetryPolicy:
         self._failures_in_a_row += 1
         self._last_cause = cause
         return "gone"
+
+
+def is_environment_failure(outcome: str) -> bool:
+    """True for the outcome of an episode whose environment, tools or program failed."""
+    return outcome.startswith("environment")

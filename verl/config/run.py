@@ -71,6 +71,9 @@ class TrackingConfig(Section):
         ge=0,
     )
     num_samples: int = setting(8, "Answers in such a table.", unit="answers", ge=1)
+    episodes: bool = setting(
+        False, "Write all episodes of several turns, one file for each step, as rows that fine-tuning reads."
+    )
 
 
 class RunConfig(Section):

@@ -125,6 +125,26 @@ class Trajectory:
         self._extend(token_ids, [0.0] * len(token_ids), mask=False)
         self.versions += [self.versions[-1] if self.versions else 0] * len(token_ids)
 
+    @property
+    def num_turns(self) -> int:
+        """Runs of sampled tokens, of all segments."""
+        return sum(len(turn_ends(row)) for row in self.rows())
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens behind the prompts of all segments."""
+        return len(self.response_ids) + sum(len(segment.response_ids) for segment in self.earlier)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts of all segments."""
+        return len(self.prompt_ids) + sum(len(segment.prompt_ids) for segment in self.earlier)
+
+    @property
+    def all_versions(self) -> list[int]:
+        """Policy versions of the tokens of all segments."""
+        return [*(v for segment in self.earlier for v in segment.versions), *self.versions]
+
     def rows(self) -> list[Trajectory]:
         """A trajectory for each segment, with the rewards of its own turns; itself if there is one alone."""
         if not self.earlier:

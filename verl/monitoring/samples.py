@@ -20,7 +20,10 @@ def sample_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     lines = []
     for row in rows:
-        shown = [(title, one_line(str(row[key]))) for title, key in _PARTS if row.get(key) is not None]
+        parts = [(title, row[key]) for title, key in _PARTS if row.get(key) is not None]
+        if row.get("turns"):
+            parts = [*_turn_parts(row["turns"]), *(part for part in parts if part[0] == "reference")]
+        shown = [(title, one_line(str(text))) for title, text in parts]
         if row.get("truncated"):
             shown = [(title, text + " (cut off)" * (title == "answer")) for title, text in shown]
         reward = row.get("reward")
@@ -36,6 +39,12 @@ def different_samples(rows: Sequence[Mapping[str, Any]], count: int) -> list[Map
     """A few rows, the first of each prompt before others."""
     firsts = {row.get("group"): row for row in reversed(rows)}
     return [*reversed(firsts.values())][:count]
+
+
+def _turn_parts(turns: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Runs of tokens of an episode: what the policy wrote, which is trained on, and what it was given."""
+    shown = [("answer" if turn["trained"] else "given", turn["text"]) for turn in turns]
+    return [("prompt", shown[0][1]), *shown[1:]] if shown else []
 
 
 def _failure(row: Mapping[str, Any]) -> str:

@@ -98,8 +98,15 @@ class Tracker:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> Path:
         """Write answers of a step, one per line, to `samples/step-000010.jsonl`; returns the path."""
-        path = self._run.output_dir / "samples" / f"step-{step:06d}.jsonl"
-        with self._catch_failures("samples"):
+        return self._write_rows("samples", step, rows)
+
+    def episodes(self, step: int, rows: Sequence[Mapping[str, object]]) -> Path:
+        """Write episodes of a step, one per line, to `episodes/step-000010.jsonl`; returns the path."""
+        return self._write_rows("episodes", step, rows)
+
+    def _write_rows(self, kind: str, step: int, rows: Sequence[Mapping[str, object]]) -> Path:
+        path = self._run.output_dir / kind / f"step-{step:06d}.jsonl"
+        with self._catch_failures(kind):
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"".join(json_line(row) for row in rows))
         return path

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.config.data import RewardsConfig, WeightedChoice
-from verl.data.trajectory import Trajectory, turn_ends
+from verl.data.trajectory import Trajectory
 from verl.rewards.data_sources import choices_of, described_choices
 from verl.rewards.execution.calls import CallPool
 from verl.rewards.execution.isolation import Place
@@ -331,7 +331,7 @@ def _example_answer(prompt: Prompt) -> str:
 
 def _wrong_turns(trajectory: Trajectory, turns: Mapping[str, list[float]]) -> dict[str, RewardFailure]:
     """A failure for each function whose turn rewards are not one per turn."""
-    count = len(turn_ends(trajectory)) if turns else 0
+    count = trajectory.num_turns if turns else 0
     return {
         name: RewardFailure(
             "reward_wrong_count", f"need a turn reward for each of {count} turns, got {len(values)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from verl.data.batch import RemoteRow
-from verl.data.trajectory import Trajectory
+from verl.data.trajectory import EpisodeRecord, Trajectory
 from verl.rewards.reward_log import LOG_NAMES, RewardLog, TrainerState
 from verl.utils.sampling_types import Prompt
 
@@ -49,11 +49,29 @@ class CallContext:
     folder: Path | None = None
 
 
-def completion_of(trajectory: Trajectory) -> str | list[dict[str, str]]:
-    """The answer in the format of its prompt: a text, or the list of the assistant's message."""
+def completion_of(trajectory: Trajectory) -> str | list[dict[str, Any]]:
+    """The answer in the format of its prompt: a text, or the list of the messages behind the prompt."""
+    if trajectory.episode is not None and not isinstance(trajectory.prompt.content, str):
+        return messages_behind_prompt(trajectory.episode)
     if isinstance(trajectory.prompt.content, str):
         return trajectory.text
     return [{"role": "assistant", "content": trajectory.text}]
+
+
+def messages_behind_prompt(episode: EpisodeRecord) -> list[dict[str, Any]]:
+    """Messages of an episode from the first turn of the policy on."""
+    messages = episode.messages
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    return copy.deepcopy(messages[first:])
+
+
+def messages_of(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """All messages of an answer, those of its prompt included."""
+    if trajectory.episode is not None:
+        return copy.deepcopy(trajectory.episode.messages)
+    content = trajectory.prompt.content
+    asked = [{"role": "user", "content": content}] if isinstance(content, str) else copy.deepcopy(content)
+    return [*asked, {"role": "assistant", "content": trajectory.text}]
 
 
 def _own_copy(value: Any) -> Any:
@@ -90,6 +108,7 @@ ROW_VALUES: dict[str, Callable[[Trajectory], Any]] = {
     "completion": completion_of,
     "solution_str": lambda t: t.text,
     "state": _rollout_state,
+    "messages": messages_of,
 }
 # A function that has one of these is called once for all answers, with a list for each parameter.
 BATCH_VALUES: dict[str, Callable[[Trajectory], Any]] = {
@@ -121,10 +140,10 @@ PLURALS = {
     "extra_infos": "extra_info",
 }
 KNOWN_NAMES: Final = (
-    "for each answer: prompt, prompt_text, response, completion, solution_str, trajectory, state; over all "
-    "answers: prompts, completions, responses, trajectories, completion_ids, queries, solution_strs; in "
-    "both: answer, ground_truth, label, data_source, source, task, extra_info, info, tools, trainer_state, "
-    "and every column of the data"
+    "for each answer: prompt, prompt_text, response, completion, solution_str, trajectory, state, messages; "
+    "over all answers: prompts, completions, responses, trajectories, completion_ids, queries, "
+    "solution_strs; in both: answer, ground_truth, label, data_source, source, task, extra_info, info, "
+    "tools, trainer_state, and every column of the data"
 )
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.agents.collector import DataCollector, RolloutBatch
+from verl.agents.episodes.building import GivenAgent, build_driver
+from verl.agents.episodes.driver import EpisodeDriver
 from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import DataSource, RewardsConfig, WeightedChoice
@@ -46,6 +48,7 @@ from verl.trainer.build.rollout_factory import (
 from verl.trainer.build.worker_factories import plain_source
 from verl.trainer.evaluation import evaluate, evaluation_schedule, evaluation_size, sample_row
 from verl.trainer.evaluation.eval_sets import EvalSet, read_sets
+from verl.trainer.evaluation.sample_rows import recorded_row
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run.callbacks import Callback
@@ -102,6 +105,9 @@ class Trainer(RunnableTrainer):
         train_dataset: rows in memory in place of `data.train`: a `datasets.Dataset` or `IterableDataset`, a
             pandas DataFrame, a pyarrow Table, or a list of rows, texts, chats or `Prompt`s.
         test_dataset: the same for `data.test`.
+        tools: functions that the policy may call, besides those of `agent.tools`.
+        environment: class of the environment of the episodes, in place of `agent.environment`.
+        program: async function that plays an episode with a client, in place of `agent.program`.
 
     Raises:
         ValueError: settings that do not fit together, or models or files that cannot be read.
@@ -123,7 +129,11 @@ class Trainer(RunnableTrainer):
         callbacks: Sequence[Callback] = (),
         train_dataset: Any = None,
         test_dataset: Any = None,
+        tools: Sequence[Any] = (),
+        environment: Any = None,
+        program: Callable[..., Any] | None = None,
     ) -> None:
+        self._agent = GivenAgent(tools, environment, program)
         if use_vllm:
             rollout_config = config.rollout.model_copy(update={"engine": "vllm"})
             config = config.model_copy(update={"rollout": rollout_config})
@@ -211,6 +221,12 @@ class Trainer(RunnableTrainer):
             self._producer.advance(self.version)
 
     @cached_property
+    def driver(self) -> EpisodeDriver | None:
+        """Plays episodes of several turns; None: each answer is one turn."""
+        agent, folder = self.config.agent, Path(self.config.output_dir)
+        return build_driver(agent, self._agent, self.codec, folder=folder, note=self.notes.append)
+
+    @cached_property
     def collector(self) -> DataCollector:
         """Turns prompts into rewarded groups."""
         return DataCollector(
@@ -221,6 +237,8 @@ class Trainer(RunnableTrainer):
             greedy_baseline="greedy_rewards" in self.algorithm.reads,
             by_parts="reward_parts" in self.algorithm.reads,
             length_penalty=self._length_penalty,
+            driver=self.driver,
+            context=self.context,
             clock=self.clock,
             waits=self.waits,
         )
@@ -242,6 +260,8 @@ class Trainer(RunnableTrainer):
         """Reward functions: given, configured, or the task's own; None if nothing needs a reward."""
         is_given = self._reward_fn is not None
         config = self.config.rewards if is_given else rewards_with_task(self.config)
+        if not is_given and not config.functions and self._agent.rewards(self.config.agent):
+            config = config.model_copy(update={"functions": (WeightedChoice(name="environment"),)})
         is_given = is_given or bool(config.functions)
         a = self.config.algorithm
         is_shaped = self._length_penalty is not None or a.overlong_buffer_tokens > 0
@@ -317,6 +337,11 @@ class Trainer(RunnableTrainer):
         return [sample_row(t, self.codec) for t in [*self.last[: count - len(failed)], *failed]]
 
     @override
+    def episodes(self) -> list[dict[str, Any]]:
+        step = self.version
+        return [recorded_row(t, step) for t in [*self.last, *self.failed] if t.episode is not None]
+
+    @override
     def state(self) -> dict[str, Any]:
         own: dict[str, Any] = {"collection": None}
         if self.loader:  # none in a loop over prompts of the user's own
@@ -354,6 +379,8 @@ class Trainer(RunnableTrainer):
             ends.callback(self.groups.close)
             if "rewards" in vars(self) and self.rewards:  # they were read
                 ends.callback(self.rewards.close)
+            if "driver" in vars(self) and self.driver:
+                ends.callback(self.driver.close)
             if self._owns_rollout:
                 ends.callback(self.rollout.close)
             if self._producer:

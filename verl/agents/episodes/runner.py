@@ -8,8 +8,8 @@ from dataclasses import replace
 from verl.agents.environments.session import EpisodeFailure, EpisodeStart
 from verl.agents.episodes.driver import EpisodeDriver, SingleAnswer
 from verl.agents.episodes.live_episode import EpisodeEnd, EpisodeLimits, LiveEpisode
-from verl.config.agent import AgentConfig
-from verl.data.trajectory import Trajectory
+from verl.config.agent import AgentConfig, Treatment
+from verl.data.trajectory import EpisodeRecord, Trajectory
 from verl.rollout.group_sampling import Sampler
 from verl.utils.event_loops import gather_all, within
 from verl.utils.sampling_types import PrefixAffinity, Prompt, SamplingParams
@@ -53,7 +53,13 @@ class EpisodeRunner:
         )
 
     async def run_group(
-        self, prompt: Prompt, params: SamplingParams, *, attempt: int = 0, only: Sequence[int] | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        attempt: int = 0,
+        only: Sequence[int] | None = None,
+        start_seed: int | None = None,
     ) -> list[Trajectory]:
         """The episodes of a prompt.
 
@@ -62,24 +68,25 @@ class EpisodeRunner:
             params: how turns are sampled; `n` is the number of episodes.
             attempt: number of times that they were begun before.
             only: numbers of the episodes to run; None: all.
+            start_seed: of the states that environments start in, equal for siblings; None: that of `params`.
         """
         affinity = PrefixAffinity()
         numbers = range(params.sample_index, params.sample_index + params.n) if only is None else only
         ids = self._codec.encode_prompt(prompt) if self._is_single else None
-        return await gather_all([self._run(prompt, params, i, attempt, affinity, ids) for i in numbers])
+        seed = params.seed if start_seed is None else start_seed
+        starts = [EpisodeStart(prompt, seed, i, attempt, f"{seed:x}-{i}-{attempt}") for i in numbers]
+        return await gather_all([self._run(start, params, affinity, ids) for start in starts])
 
     async def _run(
         self,
-        prompt: Prompt,
+        start: EpisodeStart,
         params: SamplingParams,
-        number: int,
-        attempt: int,
         affinity: PrefixAffinity,
         prompt_ids: list[int] | None,
     ) -> Trajectory:
         live = LiveEpisode(
-            EpisodeStart(prompt, params.seed, number, attempt, f"{params.seed:x}-{number}-{attempt}"),
-            replace(params, n=1, sample_index=number),
+            start,
+            replace(params, n=1, sample_index=start.number),
             engine=self._engine,
             codec=self._codec,
             parser=self._parser,
@@ -108,11 +115,14 @@ class EpisodeRunner:
         trajectory = live.trajectory()
         ending = live.record.ending
         trajectory.truncated = trajectory.truncated or ending == "max_tokens"
-        treatment = next((t for name, t in self._config.endings.items() if name == ending), "reward")
         if failure is not None:
             trajectory.outcome, trajectory.detail = failure.outcome, failure.detail
-        elif treatment == "fail":
-            trajectory.outcome, trajectory.detail = f"episode_{ending}", f"agent.{ending} was reached"
-        elif treatment == "mask":
-            trajectory.mask_all()
+        elif treatment_of(live.record, self._config) == "fail":
+            trajectory.outcome = f"episode_{ending}"
+            trajectory.detail = f"the episode reached its limit {ending}, see agent.endings"
         return trajectory
+
+
+def treatment_of(episode: EpisodeRecord, config: AgentConfig) -> Treatment:
+    """Treatment of an episode by its ending; "reward" for one that no limit ended."""
+    return next((t for ending, t in config.endings.items() if ending == episode.ending), "reward")

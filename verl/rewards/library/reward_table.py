@@ -88,6 +88,7 @@ REWARDS: dict[str, BuiltInReward] = {
         f"{_HERE}.patterns:format_tags", prepare=f"{_HERE}.patterns:prepare_format", place="process"
     ),
     "repetition": BuiltInReward(f"{_HERE}.similarity:repetition"),
+    "environment": BuiltInReward(f"{_HERE}.environment:environment"),
     "model": BuiltInReward(
         "verl.rewards.model_scoring:model", prepare="verl.rewards.model_scoring:prepare", place="thread"
     ),

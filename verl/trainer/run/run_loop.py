@@ -132,6 +132,8 @@ class TrainerRun:
             tracker.event(line)
         if self._is_due(self._config.tracking.samples_every_steps, also_last=True, also_first=True):
             self._write_samples()
+        if self._config.tracking.episodes and (rows := trainer.episodes()):
+            tracker.episodes(trainer.version, rows)
         if has_learned(metrics):  # else the weights are those before the step, which may be what is wrong
             self._store.confirm(trainer.version - 1)
             if self._is_due(self._config.checkpoint.every_steps):
