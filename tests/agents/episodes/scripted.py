@@ -127,7 +127,7 @@ def play(
     *,
     samples: int = 1,
     driver: EpisodeDriver | None = None,
-    max_tokens: int = 200,
+    turn_tokens: int = 200,
     context: int | None = None,
     **settings,
 ) -> tuple[list[Trajectory], ScriptedEngine]:
@@ -138,5 +138,5 @@ def play(
     config = AgentConfig.model_validate(settings)
     runner = EpisodeRunner(engine, codec, config, driver=driver, context=context)
     prompt = Prompt([{"role": "user", "content": "2+3?"}])
-    group = runner.run_group(prompt, SamplingParams(n=samples, max_tokens=max_tokens, seed=7))
+    group = runner.run_group(prompt, SamplingParams(n=samples, max_tokens=turn_tokens, seed=7))
     return asyncio.run(group), engine
