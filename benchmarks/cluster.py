@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelled_engines import TOKEN, VOCABULARY, Lengths, Pace, World
 from typing_extensions import override
@@ -53,7 +54,7 @@ class _Answers:
     def greedy_params(self, params: SamplingParams) -> None:
         return None
 
-    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+    async def sample(self, prompt: Prompt, params: SamplingParams, **_: Any) -> list[Trajectory]:
         answers = await sample_group(self._fleet, self._prompt, params)
         ids = self._prompt
         return [

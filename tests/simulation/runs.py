@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.simulation.engines import Pace, World
+from tests.simulation.episodes import Checked, ModelledEnvironment, episode_problem
 from tests.simulation.faults import Faults
 from tests.simulation.modelled_policy import END, VOCABULARY
 from tests.tiny import tiny_codec
@@ -59,6 +60,7 @@ class Answers:
     reward_names: str = "modelled rewards"
     bound: Callable[[], tuple[int, int]] = lambda: (0, 0)
     problems: list[str] = field(default_factory=list)
+    environment: ModelledEnvironment | None = None
 
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         return SamplingParams(n=samples, max_tokens=self.max_tokens, seed=(attempt << 26) + number)
@@ -69,7 +71,19 @@ class Answers:
     def greedy_params(self, params: SamplingParams) -> None:
         return None
 
-    async def sample(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+    async def sample(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        attempt: int = 0,
+        only: Sequence[int] | None = None,
+        start_seed: int | None = None,
+    ) -> list[Trajectory]:
+        if self.environment is not None and prompt.answer != _BAD_DATA:
+            self.environment.prompts[prompt.index] = [10 + prompt.index % 900, 11]
+            runner = self.environment.runner(Checked(self.pool, self.world, self.problems))
+            return await runner.run_group(prompt, params, attempt=attempt, only=only, start_seed=start_seed)
         pool, oldest = self.pool, self.pool.version
         ids = [10 + prompt.index % 900, 11]
         # A prompt that is longer than the context of the policy is refused by every engine.
@@ -134,6 +148,8 @@ class Case:
     bad_data: float
     failing: tuple[float, float, float]
     wait_s: float
+    turns: int
+    death: float
     pace: Pace
 
     @classmethod
@@ -149,6 +165,7 @@ class Case:
             max_failures_in_a_row=rng.choice((8, 16)),
         )
         steps = rng.randint(2, 4)
+        of_episodes = random.Random(f"{rng.getstate()[1][0]} episodes")
         return cls(
             config=config,
             on_update=rng.choice(("keep", "recompute", "abort")),
@@ -165,6 +182,8 @@ class Case:
             bad_data=rng.choice((0.0, 0.0, 0.1, 0.5)),
             failing=(rng.choice((0.0, 0.2)), rng.choice((0.0, 0.1, 0.5)), rng.choice((0.0, 0.1))),
             wait_s=rng.choice((15.0, 600.0)),
+            turns=of_episodes.choice((1, 1, 2, 4)),
+            death=of_episodes.choice((0.0, 0.05, 0.3)),
             pace=Pace(
                 start_s=rng.choice((1.0, 20.0)),
                 step_s=rng.choice((0.005, 0.05, 0.5)),
@@ -224,6 +243,8 @@ class Run:
         answers = Answers(
             pool, self.world, self.rng, case.samples, case.max_tokens, case.failing, problems=self.problems
         )
+        if case.turns > 1:
+            answers.environment = ModelledEnvironment(self.rng, case.turns, case.death)
         source = ModelledRewards(answers, case.samples, in_turn=False, waits=waits)  # type: ignore[arg-type]
         pipeline = Pipeline(
             self.draw,
@@ -251,6 +272,8 @@ class Run:
             self.check_ledger(ledger)
             pipeline.close()
             await pool.close()
+            if answers.environment is not None and answers.environment.num_open:
+                self.problems.append(f"{answers.environment.num_open} episodes were left open")
 
     async def step(self, pipeline: Pipeline, pool: InferencePool, step: int) -> None:
         """One training step, which takes virtual time."""
@@ -301,7 +324,8 @@ class Run:
         if again := set(numbers) & {number for earlier in self.batches[:-1] for number in earlier}:
             self.problems.append(f"groups {again} a second time in step {step}")
         trajectories = [t for group in batch.groups for t in group.answers]
-        ages = [step - 1 - version for t in trajectories for version in t.versions]
+        sampled = [v for t in trajectories for v, own in zip(t.versions, t.response_mask, strict=True) if own]
+        ages = [step - 1 - version for version in sampled]
         if max(ages, default=0) > case.config.max_staleness or min(ages, default=0) < 0:
             self.problems.append(
                 f"tokens {max(ages)} steps old in step {step}, the bound is {case.config.max_staleness}"
@@ -317,6 +341,10 @@ class Run:
                 n=case.samples, max_tokens=case.max_tokens, seed=(group.attempt << 26) + group.number
             )
             for i, t in enumerate(group.answers):
+                if case.turns > 1:
+                    problem = episode_problem(t, case.turns) if t.outcome == "ok" else ""
+                    self.problems += [problem] if problem else []
+                    continue
                 problem = self.problem_of(t, replace(params, sample_index=i), step)
                 self.problems += [problem] if problem else []
             if len(group.answers) != case.samples or {t.prompt.index for t in group.answers} != {

@@ -80,18 +80,9 @@ DEMOS = {
             (_LAST_NUMBER,),
         ),
         Demo(
-            "gsm_symbolic",
-            "word problems of GSM8K with other names and numbers",
-            changes=(
-                "sampling.max_tokens=128",
-                "data.system_prompt=Calculate step by step. Write the result last.",
-                _LAST_NUMBER,
-            ),
-        ),
-        Demo(
             "countdown",
             "calculations that use given numbers to reach another one",
-            options={"min_numbers": 3, "max_numbers": 3, "max_value": 20, "max_target": 50},
+            options={"min_numbers": 3, "max_numbers": 3, "max_value": 20, "min_target": 5, "max_target": 50},
             changes=("sampling.max_tokens=32", "data.system_prompt=Write one expression only."),
         ),
     )

@@ -11,7 +11,7 @@ from tests.agents.episodes.scripted import (
     chat_codec,
     play,
 )
-from verl.agents.environments.session import EpisodeFailure
+from verl.agents.environments.session import EpisodeFailure, ToolResult
 from verl.agents.episodes.runner import EpisodeRunner
 from verl.config.agent import AgentConfig
 from verl.utils.sampling_types import Prompt, SamplingParams
@@ -79,6 +79,21 @@ def test_the_context_of_the_model_is_a_limit_too():
     (trajectory,), engine = play(lambda _: CALL, context=200)
     assert trajectory.episode.ending == "max_tokens" and trajectory.truncated
     assert all(len(ids) + params.max_tokens <= 200 for ids, params in engine.requests)
+
+
+def test_a_result_longer_than_the_context_ends_the_episode_and_is_not_trained_on():
+    class Flooding(AddSession):
+        async def call(self, calls):
+            return [ToolResult("x" * 500)]
+
+    (trajectory,), _ = play([CALL, "never asked"], AddTools(Flooding), context=400)
+    assert trajectory.episode.ending == "max_tokens" and all(trajectory.response_mask)
+    assert len(trajectory.prompt_ids) + len(trajectory.response_ids) <= 400
+
+
+def test_a_prompt_that_leaves_no_room_has_an_outcome_of_its_own():
+    (trajectory,), engine = play(["5"], context=20)
+    assert trajectory.outcome == "episode_no_answer" and not engine.requests
 
 
 def test_malformed_calls_are_told_counted_and_limited():

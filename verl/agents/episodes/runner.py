@@ -117,6 +117,9 @@ class EpisodeRunner:
         trajectory.truncated = trajectory.truncated or ending == "max_tokens"
         if failure is not None:
             trajectory.outcome, trajectory.detail = failure.outcome, failure.detail
+        elif not live.num_turns:
+            trajectory.outcome = "episode_no_answer"
+            trajectory.detail = f"the limit {ending} was reached before the first turn"
         elif treatment_of(live.record, self._config) == "fail":
             trajectory.outcome = f"episode_{ending}"
             trajectory.detail = f"the episode reached its limit {ending}, see agent.endings"

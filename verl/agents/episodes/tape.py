@@ -52,8 +52,13 @@ class Tape:
             self._parts.append(list(token_ids))
 
     def segment(self) -> Segment:
-        """The tokens as they go into a batch; those of a single answer may be remote."""
-        if len(self._parts) == 1 and isinstance(answer := self._parts[0], Completion):
+        """The tokens as they go into a batch; those of a single answer may be remote.
+
+        Given tokens behind the last sampled one are left out: nothing was sampled from them.
+        """
+        last = max((i for i, part in enumerate(self._parts) if isinstance(part, Completion)), default=-1)
+        parts = self._parts[: last + 1]
+        if len(parts) == 1 and isinstance(answer := parts[0], Completion):
             count = len(answer.token_ids)
             of_each = list(answer.versions or [answer.version] * count)
             return Segment(self.prompt_ids, answer.token_ids, [True] * count, answer.logprobs, of_each)
@@ -61,7 +66,7 @@ class Tape:
         mask: list[bool] = []
         logprobs: list[float] = []
         versions: list[int] = []
-        for part in self._parts:
+        for part in parts:
             sampled = isinstance(part, Completion)
             own = list(part.token_ids) if isinstance(part, Completion) else part
             ids += own
