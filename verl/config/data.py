@@ -76,7 +76,9 @@ class DataConfig(Section):
     )
     system_prompt: str | None = setting(None, "Put before chat prompts that have no system message.")
     chat_template: TemplateText | None = setting(
-        None, "Chat template in place of the tokenizer's own: a file with Jinja, or its text."
+        None,
+        "Chat template in place of the tokenizer's own: one of ours by name, such as qwen3, a file with "
+        "Jinja, or its text.",
     )
     chat_template_kwargs: Options = setting(
         Options(),

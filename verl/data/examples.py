@@ -13,7 +13,7 @@ from verl.data.reading.data_files import Split
 from verl.data.reading.layouts import Messages, ParsedRow, conversation_of, prompt_of
 from verl.data.reading.row_cells import MalformedRow, check_encodable, describe
 from verl.data.reading.sources import SourceSetting
-from verl.utils.conversations import EncodedConversation
+from verl.utils.chat.conversations import EncodedConversation
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 

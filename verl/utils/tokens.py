@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from verl.config.data import DataConfig
-from verl.utils.chat_template import Chat, ChatTemplate, read_template
-from verl.utils.conversations import EncodedConversation, answer_text, encode_conversation
+from verl.utils.chat.chat_template import Chat, ChatTemplate, read_template
+from verl.utils.chat.conversations import EncodedConversation, answer_text, encode_conversation
 from verl.utils.hub import generation_config_source, tokenizer_source
 from verl.utils.sampling_types import Prompt
 from verl.utils.tool_schemas import load_tools

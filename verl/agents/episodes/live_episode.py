@@ -13,10 +13,10 @@ from verl.agents.episodes.tape import Tape
 from verl.config.agent import Ending
 from verl.data.trajectory import EpisodeRecord, Segment, Trajectory
 from verl.rollout.group_sampling import Sampler
+from verl.utils.chat.turn_rendering import Message, renderer_for
 from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams
 from verl.utils.tokens import TextCodec, is_text
 from verl.utils.tool_calls.calls import ParsedTurn, ToolCallParser
-from verl.utils.turn_rendering import Message, renderer_for
 
 # Between the numbers of the answers of two turns, on which their random numbers depend.
 TURN_STRIDE = 1 << 40

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.utils.chat_template import MARK
+from verl.utils.chat.chat_template import MARK
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec, is_text
 

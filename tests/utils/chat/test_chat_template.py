@@ -198,5 +198,5 @@ def test_a_template_that_is_not_valid_or_not_there_is_refused(tmp_path):
     chat_tokenizer(None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"data.chat_template is not valid Jinja: .*endfor.*, in line 2"):
         TextCodec.for_run(str(tmp_path), DataConfig(chat_template="{% if x %}\n{% endfor %}"))
-    with pytest.raises(ValueError, match="need data.chat_template as a file .* got 'nowhere.jinja'"):
+    with pytest.raises(ValueError, match="need data.chat_template as .* chatml, .* got 'nowhere.jinja'"):
         TextCodec.for_run(str(tmp_path), DataConfig(chat_template="nowhere.jinja"))

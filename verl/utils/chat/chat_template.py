@@ -18,6 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 Message = dict[str, Any]
 # Stands for the content of a message where its place in the text is looked for.
 MARK = "qzxcontentxzq"
+# Chat templates by name.
+TEMPLATES = Path(__file__).parents[2] / "chat_templates"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # What the run itself, Transformers or Jinja gives to a template.
@@ -369,19 +371,26 @@ def parse_template(source: str, name: str) -> Any:
         raise ValueError(f"{name} is not valid Jinja: {error.message}, in line {error.lineno}") from error
 
 
+def template_names() -> list[str]:
+    """Names of the chat templates that come with verl, such as `qwen3`."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
 def read_template(value: str) -> str:
-    """A chat template from its file, or the text itself.
+    """A chat template by its name, from its file, or the text itself.
 
     Raises:
-        ValueError: no such file, or a template that is not valid.
+        ValueError: no such template or file, or one that is not valid.
     """
     is_text = "{%" in value or "{{" in value
     if not is_text:
+        path = TEMPLATES / f"{value}.jinja" if value in template_names() else Path(value).expanduser()
         try:
-            source = Path(value).expanduser().read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"need data.chat_template as a file with a Jinja template or its text, got {value!r}: {error}"
+                "need data.chat_template as a file with a Jinja template, its text, or one of "
+                f"{', '.join(template_names())}, got {value!r}: {error}"
             ) from error
     else:
         source = value
