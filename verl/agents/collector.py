@@ -215,7 +215,7 @@ class DataCollector:
         own = [self._sampler.row_params(p, s, trains=False) for p, s in zip(prompts, params, strict=True)]
         sampled = zip(prompts, own, strict=True)
         groups = self.synced_engine().run(
-            gather_all([self._sampler.sample(prompt, wanted) for prompt, wanted in sampled])
+            gather_all([self._sampler.answer(prompt, wanted) for prompt, wanted in sampled])
         )
         answers = list(chain.from_iterable(groups))
         with self.clock.phase("reward"):
@@ -262,7 +262,7 @@ class DataCollector:
             return engine.run(self._answer_beside([*chain.from_iterable(asked)], complete))
         first = 0
         for portion in asked:
-            groups = engine.run(gather_all([self._sampler.sample(*one) for one in portion]))
+            groups = engine.run(gather_all([self._sampler.answer(*one) for one in portion]))
             complete([*enumerate(groups, first)])
             first += len(portion)
 
@@ -292,7 +292,7 @@ class DataCollector:
         answered: asyncio.Queue[tuple[int, list[Trajectory]]] = asyncio.Queue()
 
         async def answer(number: int) -> None:
-            answered.put_nowait((number, await self._sampler.sample(*asked[number])))
+            answered.put_nowait((number, await self._sampler.answer(*asked[number])))
 
         async def gather() -> None:
             left = len(asked)

@@ -9,7 +9,7 @@ import torch
 
 from verl.agents.episodes.driver import EpisodeDriver
 from verl.agents.episodes.runner import EpisodeRunner, treatment_of
-from verl.agents.groups import has_no_signal
+from verl.agents.groups import has_no_signal, is_environment_failure
 from verl.agents.row_sampling import check_row_sampling, with_row_sampling
 from verl.algorithms.registry import BoundFunction
 from verl.config.run import PreferenceConfig, SFTConfig, TrainerConfig
@@ -94,6 +94,22 @@ class GroupSampler:
             prompt, params, attempt=attempt, only=only, start_seed=start_seed
         )
 
+    async def answer(self, prompt: Prompt, params: SamplingParams) -> list[Trajectory]:
+        """A group outside of training: episodes whose environment fails are played again at once.
+
+        As often as `pipeline.retries` says for environments.
+        """
+        group = await self.sample(prompt, params)
+        for attempt in range(1, self._config.pipeline.retries["environment"] + 1):
+            failed = [i for i, t in enumerate(group) if is_environment_failure(t.outcome)]
+            if not failed:
+                break
+            numbers = [params.sample_index + i for i in failed]
+            again = await self.sample(prompt, params, attempt=attempt, only=numbers)
+            for place, trajectory in zip(failed, again, strict=True):
+                group[place] = trajectory
+        return group
+
     def text_of(self, trajectory: Trajectory) -> str:
         """The answer as text, all turns and what the environment wrote between them."""
         return self._codec.decode(list(trajectory.response_ids))
@@ -139,7 +155,7 @@ class GroupSampler:
             return
         columns = {
             "rewards": torch.tensor([t.reward for t in rewarded], dtype=torch.float64),
-            "num_tokens": torch.tensor([len(t.response_ids) for t in rewarded]),
+            "num_tokens": torch.tensor([t.num_sampled_tokens for t in rewarded]),
         }
         for trajectory, added in zip(rewarded, self._length_penalty(columns).tolist(), strict=True):
             _add_reward(trajectory, "length", added)

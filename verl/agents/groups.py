@@ -63,3 +63,8 @@ class Group:
 def has_no_signal(group: Sequence[Trajectory], *, by_parts: bool = False) -> bool:
     """True if a group has fewer than two rewards, or equal ones; with `by_parts` equal in every part."""
     return len({(t.reward, *t.parts) if by_parts else t.reward for t in group if t.outcome == "ok"}) < 2
+
+
+def is_environment_failure(outcome: str) -> bool:
+    """True for the outcome of an episode whose environment, tools or program failed."""
+    return outcome.startswith("environment")

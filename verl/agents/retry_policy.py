@@ -6,7 +6,7 @@ import asyncio
 from typing import Literal
 
 from verl.agents.group_source import Source
-from verl.agents.groups import Group, GroupError
+from verl.agents.groups import Group, GroupError, is_environment_failure
 from verl.config.pipeline import FailureClass, PipelineConfig
 from verl.monitoring.ledger import Ledger
 
@@ -138,8 +138,3 @@ class RetryPolicy:
         self._failures_in_a_row += 1
         self._last_cause = cause
         return "gone"
-
-
-def is_environment_failure(outcome: str) -> bool:
-    """True for the outcome of an episode whose environment, tools or program failed."""
-    return outcome.startswith("environment")

@@ -136,6 +136,13 @@ class Trajectory:
         return len(self.response_ids) + sum(len(segment.response_ids) for segment in self.earlier)
 
     @property
+    def num_sampled_tokens(self) -> int:
+        """Tokens that the policy sampled; all of a single answer, masked or not."""
+        if self.episode is None:
+            return self.num_response_tokens
+        return sum(sum(row.response_mask) for row in self.rows())
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompts of all segments."""
         return len(self.prompt_ids) + sum(len(segment.prompt_ids) for segment in self.earlier)

@@ -148,6 +148,8 @@ class LiveEpisode:
             raise EpisodeEnd("max_turns")
         wanted = self._turn_params(params or self.params)
         completion = await self._engine.sample(self.tape.ids, wanted, self._affinity)
+        if self.limits.max_turns > 1:
+            completion = fetched(completion)
         self.tape.append_sampled(completion)
         self.num_turns += 1
         self._last, self._last_params = completion, wanted
@@ -283,6 +285,16 @@ class LiveEpisode:
         if completion.text is not None:
             return completion.text
         return self._codec.decode_answer(completion.token_ids, self._last_params.stop)
+
+
+def fetched(completion: Completion) -> Completion:
+    """A completion with its tokens in this process, fetched in one piece each."""
+    logprobs = completion.logprobs
+    return replace(
+        completion,
+        token_ids=list(completion.token_ids[:]),
+        logprobs=None if logprobs is None else list(logprobs[:]),
+    )
 
 
 def unknown_token(completion: Completion, codec: TextCodec) -> str:

@@ -288,4 +288,35 @@ _LORA = (
     ),
 )
 
-CONTRADICTIONS: tuple[Contradiction, ...] = (*_SAMPLING, *_GROUPS, *_LOSSES, *_PLACEMENT, *_SERVERS, *_LORA)
+_AGENT = (
+    Contradiction(
+        lambda c: bool(
+            c.agent.program and (c.agent.tools or c.agent.environment or c.agent.environment_column)
+        ),
+        "either agent.program, which brings its own tools, or agent.tools and agent.environment",
+        "both",
+        "leave one of them out",
+    ),
+    Contradiction(
+        lambda c: c.agent.is_on and c.data.tools is not None,
+        "tools that are called: agent.tools",
+        "data.tools {c.data.tools}, which are only shown to the model, beside episodes",
+        "name the functions in agent.tools",
+    ),
+    Contradiction(
+        lambda c: c.agent.is_on and c.algorithm.overlong_buffer_tokens > 0,
+        "algorithm.overlong_buffer_tokens 0 for episodes, whose length is not limited by sampling.max_tokens",
+        "{c.algorithm.overlong_buffer_tokens}",
+        "set it to 0, and bound episodes by agent.max_tokens and agent.endings",
+    ),
+)
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (
+    *_SAMPLING,
+    *_GROUPS,
+    *_LOSSES,
+    *_PLACEMENT,
+    *_SERVERS,
+    *_LORA,
+    *_AGENT,
+)

@@ -229,8 +229,8 @@ MISSING_CAPABILITIES: dict[str, str] = {
     "audio": "models that read audio are not supported",
     "vision": "models that read images are not supported",
     "speculative": "speculative decoding is not supported",
-    "multi_turn": "conversations with an environment are a loop of your own, see docs/extending.md",
-    "interaction": "conversations with an environment are a loop of your own, see docs/extending.md",
+    "multi_turn": "tools are agent.tools, an environment is agent.environment, see docs/multi_turn.md",
+    "interaction": "a partner that talks is agent.environment, see docs/multi_turn.md",
     "reward_manager": "rewards.functions takes functions of one answer or of all; overlong answers are "
     "algorithm.overlong_buffer_tokens",
     "sync_ref_model": "a reference that follows the policy is not supported",
