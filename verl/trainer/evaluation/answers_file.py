@@ -25,6 +25,7 @@ _PARTS = {
     "data": "the prompts, as the model reads them, or their columns",
     "sampling": "the sampling parameters, or the number of answers",
     "rewards": "the reward functions, or their code",
+    "agent": "the tools, the environment or the program, their code, or the limits of an episode",
 }
 Key = tuple[int, bool, int]
 

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from verl import __version__
+from verl.config.agent import AgentConfig
 from verl.config.data import WeightedChoice
 from verl.config.run import TrainerConfig
 from verl.rewards.library.reward_table import BY_DATA_SOURCE, REWARDS, load_function
@@ -33,7 +34,7 @@ _LIMITS = {"timeout_s", "max_failed_share", "isolation"}
 def identity_of(
     config: TrainerConfig, sets: Sequence[EvalSet], questions: Sequence[EvalQuestion], codec: TextCodec
 ) -> dict[str, str]:
-    """Fingerprints by part: model, engine, data, sampling and rewards.
+    """Fingerprints by part: model, engine, data, sampling, rewards and, of episodes, agent.
 
     Two evaluations with equal ones have the same answers and rewards. A large file of weights is known by
     its size and 256 blocks, which any training changes; a reward function by the file that it stands in,
@@ -42,7 +43,10 @@ def identity_of(
     policy, rollout = config.policy, config.rollout
     engine = [rollout.engine, rollout.engine_options.model_dump(mode="json"), rollout.has_servers]
     names = {choice.name for choice in _choices(config, sets)}
+    # Only where there is one, so that evaluations of single answers stay what they were.
+    agent = {"agent": digest(_agent_facts(config.agent))} if config.agent.is_on else {}
     return {
+        **agent,
         "model": digest([digest_of_model(path) for path in _model_paths(config)]),
         "engine": digest([*engine, policy.precision, policy.lora.model_dump(mode="json")]),
         "data": digest([_facts(one, codec) for one in sets]),
@@ -98,6 +102,16 @@ def digest_of_code(name: str) -> str:
         return digest_of_file(Path(inspect.getfile(inspect.unwrap(called))))
     except (TypeError, OSError):
         return name
+
+
+def _agent_facts(config: AgentConfig) -> list[Any]:
+    """All settings of episodes, and the files of the user's own parts."""
+    program = [config.program] if isinstance(config.program, str) else list(config.program or ())
+    names = [*(tool.name for tool in config.tools), *program]
+    names += [config.environment.name] if config.environment else []
+    files = [Path(name.partition(":")[0]) for name in names]
+    known = [digest_of_file(file) for file in files if file.suffix in (".py", ".yaml") and file.is_file()]
+    return [config.model_dump(mode="json", exclude={"max_processes"}), *known]
 
 
 def _model_paths(config: TrainerConfig) -> Iterator[str]:
