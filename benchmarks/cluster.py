@@ -39,6 +39,7 @@ class _Answers:
     """Replacement of a trainer's collector: rewards take no time, and every group has a learning signal."""
 
     reward_names = "modelled rewards"
+    has_episodes = False
 
     def __init__(self, world: World, fleet: InferencePool) -> None:
         self._world, self._fleet = world, fleet

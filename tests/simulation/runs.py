@@ -58,6 +58,7 @@ class Answers:
     max_tokens: int
     failing: tuple[float, float, float]
     reward_names: str = "modelled rewards"
+    has_episodes: bool = False
     bound: Callable[[], tuple[int, int]] = lambda: (0, 0)
     problems: list[str] = field(default_factory=list)
     environment: ModelledEnvironment | None = None

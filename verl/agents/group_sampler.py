@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from verl.agents.episodes.driver import EpisodeDriver
+from verl.agents.episodes.driver import EpisodeDriver, SingleAnswer
 from verl.agents.episodes.runner import EpisodeRunner, treatment_of
 from verl.agents.groups import has_no_signal, is_environment_failure
 from verl.agents.row_sampling import check_row_sampling, with_row_sampling
@@ -59,6 +59,11 @@ class GroupSampler:
     def reward_names(self) -> str:
         """Names of the reward functions."""
         return ", ".join(self._rewards.names) if self._rewards else "no reward function"
+
+    @property
+    def has_episodes(self) -> bool:
+        """True if answers may have several turns."""
+        return not isinstance(self._episodes.driver, SingleAnswer)
 
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         """Sampling parameters of group `number`; each attempt has other random numbers."""

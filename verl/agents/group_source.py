@@ -56,8 +56,8 @@ class GroupSource(Source):
         samples: answers per prompt.
         first_number: number of the first group in the run, on which the random numbers depend.
         in_turn: the engine takes turns with training. Its errors end the run, since no other engine could
-            take over, and all groups of a turn are rewarded in one call. Else a group is retried after a
-            pause.
+            take over, and all groups of single answers are rewarded in one call. Else a group is retried
+            after a pause.
         waits: takes the waits for answers and rewards.
         clock: takes the seconds of `reward`, in turn.
     """
@@ -93,7 +93,10 @@ class GroupSource(Source):
     async def _answer(self, group: Group) -> None:
         if self.in_turn:
             await self._sample_missing(group)
-            await self._together.ask(group)
+            if self._sampler.has_episodes:  # others go on while these are rewarded
+                await self._reward(group)
+            else:
+                await self._together.ask(group)
             return
         if group.pause_s:
             await asyncio.sleep(group.pause_s)
@@ -152,7 +155,7 @@ class GroupSource(Source):
             raise GroupError("infrastructure", str(error)) from error
 
     async def _reward(self, group: Group) -> None:
-        """Reward a group beside training, in a thread."""
+        """Reward a group in a thread, while the loop goes on."""
         async with self._rewarding:
             await call_in_thread(lambda: self._sampler.reward(group.all_trajectories), name="rewards")
 

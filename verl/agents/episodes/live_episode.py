@@ -125,11 +125,12 @@ class LiveEpisode:
             prompt_ids: its tokens, if they are known.
 
         Raises:
-            ValueError: the chat template does not take the messages.
+            EpisodeFailure: the chat template does not take the messages.
         """
         prompt = self.start.prompt
         self._renderer = renderer_for(self._codec, prompt, tools)
-        ids = self._renderer.start(messages) if prompt_ids is None else prompt_ids
+        with as_failure():
+            ids = self._renderer.start(messages) if prompt_ids is None else prompt_ids
         self._tapes.append(Tape(ids))
         self._last = None
         self.record.messages, self.record.tools = list(messages), list(tools)
@@ -171,12 +172,13 @@ class LiveEpisode:
         """Append messages of tools, environment or user to the conversation.
 
         Raises:
-            ValueError: the chat template does not take them.
+            EpisodeFailure: the chat template does not take them.
         """
         assert self._last is not None, "need a turn before the messages that follow it"
         turn: Message = next(m for m in reversed(self.record.messages) if m["role"] == "assistant")
         is_closed = self._last.token_ids[-1] in self._codec.closing_ids
-        given = self._renderer.follow(turn, messages, is_closed=is_closed)
+        with as_failure():
+            given = self._renderer.follow(turn, messages, is_closed=is_closed)
         self.tape.append_given(given)
         self.record.messages += messages
         self.count("tokens_given", len(given))
@@ -285,6 +287,15 @@ class LiveEpisode:
         if completion.text is not None:
             return completion.text
         return self._codec.decode_answer(completion.token_ids, self._last_params.stop)
+
+
+@contextmanager
+def as_failure() -> Iterator[None]:
+    """Make the refusal of a chat template an outcome: a policy may write what no template takes."""
+    try:
+        yield
+    except ValueError as error:
+        raise EpisodeFailure("episode_not_rendered", str(error)) from error
 
 
 def fetched(completion: Completion) -> Completion:
