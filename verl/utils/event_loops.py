@@ -120,6 +120,14 @@ class BackgroundLoop:
             future.cancel()
             raise
 
+    async def result_of(self, work: Coroutine[Any, Any, T]) -> T:
+        """Result of a coroutine in this loop, awaited in another one, whose cancellation cancels it."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Call a function in this loop, behind what other threads have asked of it before."""
+        self._loop.call_soon_threadsafe(call)
+
     def close(self) -> None:
         """Cancel all tasks and end the thread; may be called again."""
         if self.is_closed:

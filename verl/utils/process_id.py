@@ -1,8 +1,9 @@
-"""Identity of a process, with which another process can check later whether it still runs."""
+"""Identity of a process, with which another one can check whether it still runs; its end in words."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,21 @@ def process_state(process: ProcessId) -> ProcessState:
     except PermissionError:  # it exists, and is another user's
         return "running"
     return "running"
+
+
+def exit_text(code: int) -> str:
+    """The end of a process in words, such as "ended with exit code 1".
+
+    Args:
+        code: exit code, negative for a signal.
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"was killed by {name}{', maybe for lack of memory' * (name == 'SIGKILL')}"
 
 
 def _read_stat(pid: int) -> tuple[str, int]:

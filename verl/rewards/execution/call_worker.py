@@ -198,6 +198,18 @@ def is_worker_process() -> bool:
     return _is_worker.is_set()
 
 
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Has the system send this process a signal when its parent ends; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def be_first_out_of_memory() -> None:
+    """Has the system end this process, and not the trainer, where memory runs out; on Linux only."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "r+") as score:
+        score.write("1000")
+
+
 def main(connection_fd: int, running_fd: int, is_async: bool, timeout_s: float) -> None:
     """Body of a worker process.
 
@@ -208,12 +220,9 @@ def main(connection_fd: int, running_fd: int, is_async: bool, timeout_s: float) 
         timeout_s: limit of a coroutine.
     """
     _is_worker.set()
-    if sys.platform == "linux":
-        # A function that hangs must not outlive a trainer that was killed.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # Where memory runs out, the system is to end the function and not the trainer.
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")
+    # A function that hangs must not outlive a trainer that was killed.
+    die_with_parent()
+    be_first_out_of_memory()
     # A killed process would lose what its functions printed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     link = PipeLink(Connection(connection_fd), mmap.mmap(running_fd, RUNNING.size))

@@ -38,6 +38,7 @@ from verl.rewards.execution.call_worker import (
 from verl.rewards.execution.isolation import Callee
 from verl.rewards.failures import RewardFailure
 from verl.rewards.reward_log import logging_call
+from verl.utils.process_id import exit_text
 
 Event = tuple[EventKind, int, Any]
 # Not `python -m`: the module would then be there twice, and the trainer's own path may hold verl.
@@ -170,11 +171,7 @@ class ProcessWorker(CallWorker):
             code = self._process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
             return WorkerLostError("its process no longer answers")
-        if code >= 0:
-            return WorkerLostError(f"its process ended with exit code {code}", code)
-        name = signal.Signals(-code).name
-        lacks_memory = ", maybe for lack of memory" * (name == "SIGKILL")
-        return WorkerLostError(f"its process was killed by {name}{lacks_memory}", code)
+        return WorkerLostError(f"its process {exit_text(code)}", code)
 
 
 class _QueueLink(TrainerLink):
