@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from verl.config.data import DataConfig
-from verl.utils.chat.chat_template import Chat, ChatTemplate, read_template
+from verl.utils.chat.chat_template import Chat, ChatTemplate
 from verl.utils.chat.conversations import EncodedConversation, answer_text, encode_conversation
+from verl.utils.chat.template_files import check_template_tokens, read_template, template_names
 from verl.utils.hub import generation_config_source, tokenizer_source
 from verl.utils.sampling_types import Prompt
 from verl.utils.tool_schemas import load_tools
@@ -65,7 +66,9 @@ class TextCodec:
             )
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.closing_ids = self.token_ids_of([self.template.end])
-        self.stop_ids = tuple(dict.fromkeys([*own, *self.closing_ids, *stop_ids]))
+        # A turn with a call may end otherwise than an answer, or with the mark of the next role.
+        turns = self.token_ids_of([self.template.call_end, *self.template.role_marks])
+        self.stop_ids = tuple(dict.fromkeys([*own, *self.closing_ids, *turns, *stop_ids]))
         self._system_prompt = system_prompt
         self._template_kwargs, self._tools = dict(template_kwargs or {}), tuple(tools)
 
@@ -125,7 +128,7 @@ class TextCodec:
         Raises:
             ValueError: the folder has no tokenizer, or a setting is wrong.
         """
-        return cls.load(
+        codec = cls.load(
             path,
             stop_ids=stop_ids,
             system_prompt=data.system_prompt,
@@ -133,6 +136,9 @@ class TextCodec:
             template_kwargs=data.chat_template_kwargs.values,
             tools=() if data.tools is None else load_tools(data.tools),
         )
+        if data.chat_template in template_names():
+            check_template_tokens(codec.tokenizer, data.chat_template)
+        return codec
 
     @cached_property
     def num_ids(self) -> int:
@@ -180,6 +186,14 @@ class TextCodec:
         """Ids of those texts that are each one special or added token, such as `<|im_end|>`."""
         added = self.tokenizer.get_added_vocab()
         return [added[text] for text in texts if text in added]
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a special or added token, as chat templates write it; "" for any other token."""
+        return self._added_texts.get(token_id, "")
+
+    @cached_property
+    def _added_texts(self) -> dict[int, str]:
+        return {number: text for text, number in self.tokenizer.get_added_vocab().items()}
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The chat messages of a prompt, after the system prompt unless they contain one."""

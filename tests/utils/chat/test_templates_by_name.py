@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.utils.chat.conversation import TOOLS, conversation
-from verl.utils.chat.chat_template import Chat, ChatTemplate, read_template, template_names
+from verl.utils.chat.chat_template import Chat, ChatTemplate
+from verl.utils.chat.template_files import read_template, template_names
 from verl.utils.tokens import character_tokenizer
 
 EXPECTED = Path(__file__).parent / "expected"

@@ -176,9 +176,8 @@ class LiveEpisode:
         """
         assert self._last is not None, "need a turn before the messages that follow it"
         turn: Message = next(m for m in reversed(self.record.messages) if m["role"] == "assistant")
-        is_closed = self._last.token_ids[-1] in self._codec.closing_ids
         with as_failure():
-            given = self._renderer.follow(turn, messages, is_closed=is_closed)
+            given = self._renderer.follow(turn, messages, sampled=self._last.token_ids)
         self.tape.append_given(given)
         self.record.messages += messages
         self.count("tokens_given", len(given))

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta
+from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from verl.utils.chat.template_files import GENERATION, parse_template, template_sources
 
 Message = dict[str, Any]
 # Stands for the content of a message where its place in the text is looked for.
 MARK = "qzxcontentxzq"
-# Chat templates by name.
-TEMPLATES = Path(__file__).parents[2] / "chat_templates"
+# A tool for templates that write calls only where tools are offered.
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+}
+# Content None beside calls, arguments as a text: the first that a template takes.
+_CALL_FORMS = ((False, False), (True, False), (False, True), (True, True))
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # What the run itself, Transformers or Jinja gives to a template.
 # fmt: off
 _OWN_VARIABLES = frozenset([
@@ -90,13 +96,9 @@ class ChatTemplate:
         if any(m["role"] == "developer" for m in chat.messages) and self._missing(chat):
             renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in chat.messages]
             chat = chat.with_messages(renamed)
-        if any(m.get("tool_calls") for m in chat.messages) and self._missing(chat):
-            # Some templates take a call for one only if the message has no text.
-            bare = [
-                {**m, "content": None} if m.get("tool_calls") and not m["content"] else m
-                for m in chat.messages
-            ]
-            chat = chat if self._missing(chat.with_messages(bare)) else chat.with_messages(bare)
+        if any(m.get("tool_calls") for m in chat.messages):
+            has_null, has_text = self._call_form
+            chat = chat.with_messages([in_call_form(m, has_null, has_text) for m in chat.messages])
         return chat
 
     def render(self, chat: Chat, *, opens_answer: bool = False) -> str:
@@ -139,7 +141,7 @@ class ChatTemplate:
     def marked_spans(self, chat: Chat) -> list[tuple[int, int]] | None:
         """First and last character of what the template marks by `{% generation %}`; None without marks."""
         source = self.tokenizer.get_chat_template(tools=list(chat.tools) or None)
-        if not _GENERATION.search(source):
+        if not GENERATION.search(source):
             return None
         rendered: Any = render_jinja_template(
             conversations=[chat.messages],
@@ -176,6 +178,65 @@ class ChatTemplate:
     def ends(self) -> tuple[str, ...]:
         """Tokens that close answers; some templates close one that is not the last with another token."""
         return tuple(dict.fromkeys(end for end in self._probed_ends if end))
+
+    @property
+    def closers(self) -> tuple[str, ...]:
+        """Tokens that close turns, with calls and without, as the last message and before others.
+
+        Empty if no token closes the last turn, as where a turn ends with the mark of the next role.
+        """
+        return tuple(dict.fromkeys(end for end in (*self.ends, self.call_end) if end)) if self.end else ()
+
+    @cached_property
+    def call_end(self) -> str:
+        """The special token that closes a last turn with calls, as `<|call|>`; "" if none does."""
+        if not self.end:
+            return ""
+        _, found, tail = (self.try_render(self.probe_call) or "").rpartition(MARK)
+        tail = tail.rstrip() if found else ""
+        return max((t for t in self.tokenizer.all_special_tokens if tail.endswith(t)), key=len, default="")
+
+    @cached_property
+    def role_marks(self) -> tuple[str, ...]:
+        """Marks of the next role, at which turns end that no token closes, as `<|observation|>`."""
+        if self.end:
+            return ()
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
+        called = self.probe_call
+        result = {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "1"}
+        asked = Chat([question, answer, question])
+        marks = []
+        for chat in (asked, called.with_messages([*called.messages, result])):
+            last = self.try_render(chat.with_messages(chat.messages[:2])) or ""
+            own = last.rpartition(MARK)[2].rstrip()
+            text = (self.try_render(chat) or "").rpartition(MARK)[2]
+            token = self._first_token(text.removeprefix(own))
+            if token and text.removeprefix(own).lstrip().startswith(token):
+                marks.append(token)
+        return tuple(dict.fromkeys(marks))
+
+    @property
+    def probe_call(self) -> Chat:
+        """A question and a turn with a call whose argument is `MARK`, as the template takes calls."""
+        function = {"name": "f", "arguments": {"value": MARK}}
+        call = {"id": "call12345", "type": "function", "function": function}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        chat = Chat([{"role": "user", "content": "Hi"}, in_call_form(turn, *self._call_form)])
+        return replace(chat, tools=(PROBE_TOOL,) if self.try_render(chat) is None else ())
+
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool]:
+        """Form in which the template takes calls: beside no content as None, with arguments as a text."""
+        function = {"name": MARK, "arguments": {"value": "text"}}
+        call = {"id": "call12345", "type": "function", "function": function}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        for tools, form in itertools.product(((), (PROBE_TOOL,)), _CALL_FORMS):
+            chat = Chat([{"role": "user", "content": "Hi"}, in_call_form(turn, *form)], tools)
+            text = self.try_render(chat) or ""
+            # A template for texts would write an object as Python does.
+            if MARK in text and "{'value'" not in text:
+                return form
+        return _CALL_FORMS[0]
 
     @cached_property
     def _probed_ends(self) -> tuple[str, str]:
@@ -335,6 +396,34 @@ def parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
 
 
+def in_call_form(message: Message, has_null: bool, has_text: bool) -> Message:
+    """A message with its calls as a template takes them.
+
+    Args:
+        message: with the arguments of its calls as objects.
+        has_null: content is None beside calls where there is none.
+        has_text: arguments are the text of a JSON object.
+    """
+    if not message.get("tool_calls"):
+        return message
+    changed = dict(message)
+    if has_null and not message["content"]:
+        changed["content"] = None
+    if has_text:
+        changed["tool_calls"] = [call_with_text(call) for call in message["tool_calls"]]
+    return changed
+
+
+def call_with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as a text of JSON."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": call_with_text(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        return dict(call)
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
 def call_name(call: Mapping[str, Any]) -> str:
     """Name of the function that a tool call is of."""
     return str((call.get("function") or call).get("name", ""))
@@ -349,50 +438,3 @@ def renamed_call(call: Mapping[str, Any], name: str) -> dict[str, Any]:
 def squeeze(text: str) -> str:
     """A text without blanks."""
     return "".join(text.split())
-
-
-def template_sources(template: str | Mapping[str, str] | None) -> list[str]:
-    """Sources of the templates of a tokenizer, which may have several by name."""
-    if not template:
-        return []
-    return [template] if isinstance(template, str) else list(template.values())
-
-
-def parse_template(source: str, name: str) -> Any:
-    """Syntax tree of a chat template.
-
-    Raises:
-        ValueError: it is not valid Jinja; says in which line.
-    """
-    try:
-        # Transformers' own tag; what is between is text like any other.
-        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
-    except TemplateSyntaxError as error:
-        raise ValueError(f"{name} is not valid Jinja: {error.message}, in line {error.lineno}") from error
-
-
-def template_names() -> list[str]:
-    """Names of the chat templates that come with verl, such as `qwen3`."""
-    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-
-
-def read_template(value: str) -> str:
-    """A chat template by its name, from its file, or the text itself.
-
-    Raises:
-        ValueError: no such template or file, or one that is not valid.
-    """
-    is_text = "{%" in value or "{{" in value
-    if not is_text:
-        path = TEMPLATES / f"{value}.jinja" if value in template_names() else Path(value).expanduser()
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                "need data.chat_template as a file with a Jinja template, its text, or one of "
-                f"{', '.join(template_names())}, got {value!r}: {error}"
-            ) from error
-    else:
-        source = value
-    parse_template(source, "data.chat_template" if is_text else f"data.chat_template, {value},")
-    return source

@@ -8,11 +8,13 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.utils.chat.chat_template import MARK
+from verl.utils.chat.chat_template import MARK, Chat, ChatTemplate, squeeze
 from verl.utils.sampling_types import Prompt
-from verl.utils.tokens import TextCodec, is_text
+from verl.utils.tokens import TextCodec, is_text, without_added_space
 
 Message = dict[str, Any]
+# Question of the synthetic conversation.
+QUESTION: Message = {"role": "user", "content": "Hi"}
 
 
 class TurnRenderer(ABC):
@@ -27,25 +29,24 @@ class TurnRenderer(ABC):
         """
 
     @abstractmethod
-    def follow(self, turn: Message, messages: Sequence[Message], *, is_closed: bool) -> list[int]:
+    def follow(self, turn: Message, messages: Sequence[Message], *, sampled: Sequence[int]) -> list[int]:
         """Token ids between a sampled turn and the next one.
 
         Args:
             turn: the message of the sampled turn, as it was parsed.
-            messages: results of tools, or of the user, that follow it; at least one.
-            is_closed: the sampled turn ends with the token that closes a turn; else that token comes first.
+            messages: results of tools, or of the user, that follow it; at least one. Results are put in the
+                order of the calls.
+            sampled: ids of the turn; the last one tells if the turn is closed, or if it is the mark of the
+                next role already.
 
         Returns:
-            What closes the turn, the messages, and the opening of the next turn.
+            What closes the turn if it is not closed, the messages, and the opening of the next turn. A blank
+            behind a closed turn belongs to it.
 
         Raises:
-            ValueError: the chat template does not take the messages, or writes them so that it cannot be told
-                what is new.
+            ValueError: the chat template does not take the messages, leaves one out, or writes them so that
+                it cannot be told what is new.
         """
-
-    def close(self, turn: Message) -> list[int]:
-        """Token ids that end a conversation behind its last sampled turn; here none."""
-        return []
 
 
 class TextRenderer(TurnRenderer):
@@ -57,47 +58,178 @@ class TextRenderer(TurnRenderer):
     @override
     def start(self, messages: Sequence[Message]) -> list[int]:
         ids = self._codec.encode_prompt(self._prompt)
-        return [*ids, *self._codec.encode("".join(m["content"] for m in messages))]
+        return [*ids, *encode_behind(self._codec, ids, "".join(m["content"] for m in messages))]
 
     @override
-    def follow(self, turn: Message, messages: Sequence[Message], *, is_closed: bool) -> list[int]:
-        return self._codec.encode("".join(m["content"] for m in messages))
+    def follow(self, turn: Message, messages: Sequence[Message], *, sampled: Sequence[int]) -> list[int]:
+        return encode_behind(self._codec, sampled, "".join(m["content"] for m in messages))
 
 
 class ChatRenderer(TurnRenderer):
     """Renders chats by the template of the tokenizer, new messages behind a synthetic conversation.
 
+    That conversation is a question and a turn that calls the same tools under the same ids, without what was
+    said. So the characters that are rendered for a turn do not grow with the number of turns, and sampled
+    text never goes through the template.
+
     Args:
         codec: of the policy.
-        tools: schemas of the tools that are offered.
         prompt: its columns bring further variables of the template.
+        tools: schemas of the tools that are offered.
     """
 
     def __init__(self, codec: TextCodec, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         self._codec, self._prompt, self._tools = codec, prompt, tuple(dict(tool) for tool in tools)
+        # Some templates write the system message before a later question.
+        self._head: list[Message] = []
 
     @override
     def start(self, messages: Sequence[Message]) -> list[int]:
+        self._head = [m for m in messages[:1] if m["role"] in ("system", "developer")]
         prompt = Prompt(list(messages), tools=self._tools, columns=self._prompt.columns)
         return self._codec.encode(self._codec.prompt_text(prompt))
 
     @override
-    def follow(self, turn: Message, messages: Sequence[Message], *, is_closed: bool) -> list[int]:
-        template = self._codec.template
-        before = [{"role": "user", "content": "Hi"}, {**turn, "content": MARK}]
-        before[-1].pop("reasoning_content", None)
-        chat = self._codec.chat(Prompt([*before, *messages], tools=self._tools, columns=self._prompt.columns))
-        whole = template.render(chat, opens_answer=True)
-        _, found, rest = whole.partition(MARK)
-        if not found:
-            raise ValueError("the chat template leaves out the text of a turn before others")
-        closing = template.end
-        if closing and closing in rest:
-            behind = rest.index(closing) + (len(closing) if is_closed else 0)
-            rest = rest[behind:]
-        return self._codec.encode(rest)
+    def follow(self, turn: Message, messages: Sequence[Message], *, sampled: Sequence[int]) -> list[int]:
+        before = [*self._head, QUESTION, skeleton(turn)]
+        ordered = in_call_order(turn, messages)
+        chat = self._codec.chat(Prompt([*before, *ordered], tools=self._tools, columns=self._prompt.columns))
+        index = len(chat.messages) - len(ordered) - 1
+        text = behind_turn(self._codec, chat, index)
+        return encode_behind(self._codec, sampled, without_sampled_end(self._codec, text, sampled))
 
 
 def renderer_for(codec: TextCodec, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> TurnRenderer:
     """The renderer of a prompt: by the chat template for messages, as it stands for a text."""
     return TextRenderer(codec, prompt) if is_text(prompt) else ChatRenderer(codec, prompt, tools)
+
+
+def skeleton(turn: Message) -> Message:
+    """A turn with the calls of another, for templates that look up their names, but without what it says.
+
+    Its last text is `MARK`.
+    """
+    calls = [dict(call) for call in turn.get("tool_calls") or ()]
+    if not calls:
+        return {"role": "assistant", "content": MARK}
+    bare = [with_arguments(call, {}) for call in calls[:-1]]
+    last = with_arguments(calls[-1], {"value": MARK})
+    return {"role": "assistant", "content": MARK if turn.get("content") else "", "tool_calls": [*bare, last]}
+
+
+def with_arguments(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same call with other arguments."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": with_arguments(call["function"], arguments)}
+    return {**call, "arguments": dict(arguments)}
+
+
+def in_call_order(turn: Message, messages: Sequence[Message]) -> list[Message]:
+    """Messages with results of tools in the order of the calls, each with the name of its tool.
+
+    Results whose ids are not those of the calls stay where they are.
+    """
+    calls = {call.get("id"): call for call in turn.get("tool_calls") or ()}
+    places = [i for i, m in enumerate(messages) if m["role"] == "tool" and m.get("tool_call_id") in calls]
+    order = list(calls)
+    results = sorted((messages[i] for i in places), key=lambda m: order.index(m["tool_call_id"]))
+    ordered = list(messages)
+    for place, result in zip(places, results, strict=True):
+        call = calls[result["tool_call_id"]]
+        name = result.get("name") or (call.get("function") or call).get("name", "")
+        ordered[place] = {**result, "name": name}
+    return ordered
+
+
+def behind_turn(codec: TextCodec, chat: Chat, index: int) -> str:
+    """Text that the template writes behind a turn, from the token on that closes it, and the next opening.
+
+    Args:
+        codec: of the policy.
+        chat: in which `MARK` is the last text of the turn.
+        index: of its message.
+
+    Raises:
+        ValueError: the template does not take the messages, leaves one out, or writes the turn so that its
+            end cannot be told.
+    """
+    template = codec.template
+    whole = template.render(chat, opens_answer=True)
+    _, found, rest = whole.rpartition(MARK)
+    if not found:
+        raise ValueError("the chat template leaves out a turn that other messages follow")
+    ended = template.try_render(chat.with_messages(chat.messages[: index + 1]))
+    rest = rest[turn_length(codec, rest, (ended or "").rpartition(MARK)) :]
+    squeezed = squeeze(rest)
+    for i, message in enumerate(chat.messages[index + 1 :], index + 1):
+        if squeeze(message["content"] or "") not in squeezed and not is_written(template, chat, i, whole):
+            raise ValueError(f"the chat template leaves out a message of the role {message['role']}")
+    return rest
+
+
+def turn_length(codec: TextCodec, rest: str, last: tuple[str, str, str]) -> int:
+    """Characters behind the mark of a turn that are still the turn's own, its closing token apart.
+
+    Args:
+        codec: of the policy.
+        rest: text behind the mark, if other messages follow.
+        last: text before the mark, the mark, and the text behind it, if the turn is the last message.
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    _, found, tail = last
+    tail = tail.rstrip()
+    own = tail
+    for closer in codec.template.closers:
+        own = tail.removesuffix(closer) if own == tail else own
+    if found and rest.startswith(own):
+        return len(own)
+    # It is written otherwise before others: it ends at the first token at which the policy stops.
+    stops = {*codec.template.closers, *(codec.token_text(i) for i in codec.stop_ids)}
+    places = [rest.index(stop) for stop in stops if stop and stop in rest]
+    if not places:
+        raise ValueError(
+            "the chat template writes a turn that other messages follow otherwise than the last one, so that "
+            "it cannot be told where it ends"
+        )
+    return min(places)
+
+
+def is_written(template: ChatTemplate, chat: Chat, index: int, text: str) -> bool:
+    """True if the text of a conversation depends on the content of a message, which it may escape or trim."""
+    marked = template.try_render(chat.with_content(index, MARK), opens_answer=True)
+    return marked is None or marked.count(MARK) > text.count(MARK)
+
+
+def without_sampled_end(codec: TextCodec, text: str, sampled: Sequence[int]) -> str:
+    """A text behind a turn without the token that closes it, where that was sampled.
+
+    A turn that ended with another of the tokens that close turns is closed too. Where no token closes turns,
+    the policy may have sampled the mark of the next role.
+    """
+    last = codec.token_text(sampled[-1]) if sampled else ""
+    stripped = text.lstrip()
+    if last and stripped.startswith(last):
+        return stripped[len(last) :]
+    closers = codec.template.closers
+    if last in closers:
+        closer = next((one for one in closers if stripped.startswith(one)), "")
+        return stripped[len(closer) :] if closer else text
+    return text
+
+
+def encode_behind(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:
+    """Token ids of a text that follows others, as if both were encoded at once.
+
+    That is exact behind a special or added token, at which tokenizers split texts; behind others the text is
+    encoded by itself.
+    """
+    if not text:
+        return []
+    anchor = codec.token_text(ids[-1]) if ids else ""
+    if anchor:
+        encoded = codec.encode(anchor + text)
+        if encoded[0] == ids[-1]:
+            return encoded[1:]
+    return without_added_space(codec.tokenizer, ids, codec.encode(text), text)
