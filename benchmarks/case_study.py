@@ -19,7 +19,8 @@ from verl.agents.collector import sampling_params
 from verl.cli.quickstart import accuracy_of, quickstart_config, warm_up
 from verl.config import load_run
 from verl.config.run import PreferenceConfig, RewardModelConfig, TrainerConfig
-from verl.data.tasks import TASKS, near_miss
+from verl.data.tasks.answer_tasks import near_miss
+from verl.data.tasks.table import TASKS
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.trainer.evaluation import answer_all
 from verl.trainer.preference import PreferenceTrainer

@@ -30,7 +30,7 @@ NUM_POINTS = 10
 
 @dataclass(frozen=True)
 class Task:
-    """A task of `verl.data.tasks`, its model, and the settings of its training.
+    """A task of `verl.data.tasks.table`, its model, and the settings of its training.
 
     Attributes:
         characters: vocabulary of the model.

@@ -36,7 +36,7 @@ CLEARLY = 0.1
 
 @dataclass(frozen=True)
 class Task:
-    """A task of `verl.data.tasks`.
+    """A task of `verl.data.tasks.table`.
 
     Attributes:
         characters: vocabulary of the model.

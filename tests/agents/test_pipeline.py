@@ -64,7 +64,7 @@ async def settled() -> None:
 class Bench:
     """A pipeline of two prompts a step."""
 
-    def __init__(self, *overrides: str, max_resamples: int = 0) -> None:
+    def __init__(self, *overrides: str, max_resamples: int = 0, kept_share: float = 1.0) -> None:
         given = [f"pipeline.{override}" for override in overrides]
         config = load_config("grpo", ["rollout.engine=served", "rollout.servers=1", *given])
         self.source, self.ledger, self.drawn, self.notes = ByHand(), Ledger(), 0, []
@@ -76,6 +76,7 @@ class Bench:
             prompts_per_step=2,
             waits=WaitTracker(),
             max_resamples=max_resamples,
+            kept_share=kept_share,
         )
 
     def draw(self, count: int) -> list[Prompt]:
@@ -154,6 +155,20 @@ async def test_groups_that_teach_nothing_give_way_to_other_prompts_so_many_times
     bench.pipeline.advance(1)
     counts = bench.ledger.counts()
     assert (counts.trained, counts.dropped) == (1, {"dead": 3})
+
+
+@in_loop
+async def test_the_groups_whose_rewards_deviate_least_are_dropped_when_the_batch_is_complete():
+    bench = Bench(kept_share=0.5)
+    step = await bench.begin()
+    await bench.source.answer(0, 1.0, 0.5)
+    await bench.source.answer(1, 1.0, 0.0)
+    batch = await step
+    assert [group.drop_reason for group in batch.groups] == ["low_deviation", ""]
+    assert bench.ledger.counts().trained == 0
+    bench.pipeline.advance(1)
+    counts = bench.ledger.counts()
+    assert (counts.trained, counts.dropped) == (1, {"low_deviation": 1})
 
 
 @in_loop

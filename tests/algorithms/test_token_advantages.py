@@ -12,6 +12,7 @@ from tests.oracles.columns import random_columns
 from verl.algorithms.advantages import grpo, rloo
 from verl.algorithms.token_advantages import (
     gae,
+    gigpo,
     grpo_turns,
     optimal_token_baseline,
     prime,
@@ -216,6 +217,33 @@ def test_a_reward_for_every_turn_of_a_group_changes_nothing(seed, bonus):
     ends = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
     moved = c["token_rewards"] + bonus * (1 + c["group_ids"][:, None]) * ends
     assert_near(grpo_turns(moved, mask, c["group_ids"]), grpo_turns(c["token_rewards"], mask, c["group_ids"]))
+
+
+def test_gigpo_adds_what_a_turn_gains_over_turns_from_the_same_state():
+    # Two siblings start in state 7. The first goes to 8 and wins, the second comes back to 7 and loses.
+    mask = torch.tensor([[True, True, False, True], [True, False, True, False]])
+    states = torch.tensor([[7, 7, 0, 8], [7, 0, 7, 0]])
+    rewards = torch.tensor([1.0, 0.0])
+    token_rewards = torch.tensor([[0.0, 0.0, 9.0, 1.0], [0.0, 9.0, 0.0, 0.0]])
+    options = {"gamma": 0.5, "normalize_std": False}
+    advantages = gigpo(rewards, token_rewards, states, mask, torch.tensor([3, 3]), step_weight=3.0, **options)
+    # Episodes: 1/2 and -1/2. Returns of turns from 7: 1/2, 0 and 0, mean 1/6; state 8 has one turn alone.
+    torch.testing.assert_close(
+        advantages,
+        torch.tensor([[0.5 + 1.0, 0.5 + 1.0, 0.0, 0.5], [-0.5 - 0.5, 0.0, -0.5 - 0.5, 0.0]]),
+    )
+    # The same state in other groups is another one.
+    apart = gigpo(rewards, token_rewards, states, mask, torch.tensor([3, 4]), **options)
+    torch.testing.assert_close(apart, torch.zeros(2, 4))
+
+
+@given(SEEDS)
+def test_gigpo_agrees_with_the_oracle_and_without_its_second_part_with_grpo(seed):
+    names = ("rewards", "token_rewards", "states", "mask", "group_ids")
+    columns, lists = chosen(random_columns(seed), *names)
+    assert_near(gigpo(*columns, step_weight=0.7, gamma=0.9), fp64(oracle.gigpo(*lists, 0.7, 0.9)))
+    whole = grpo(columns[0], columns[4])
+    assert_near(gigpo(*columns, step_weight=0.0), whole[:, None] * columns[3])
 
 
 def test_prime_adds_the_outcome_to_process_rewards_above_those_of_the_siblings():

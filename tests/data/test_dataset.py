@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from verl.config.data import DataConfig
 from verl.data.dataset import PromptLoader, drop_long_prompts, load_prompts
-from verl.data.tasks import TASKS
+from verl.data.tasks.table import TASKS
 from verl.utils.sampling_types import Prompt
 
 SKIP = DataConfig(on_malformed="skip")

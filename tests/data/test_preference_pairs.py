@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from verl.config.data import PairsDataConfig
 from verl.data.dataset import PromptLoader
 from verl.data.preference_pairs import Pair, load_pairs
-from verl.data.tasks import TASKS, near_miss, write_jsonl
+from verl.data.tasks.answer_tasks import ANSWER_TASKS as TASKS
+from verl.data.tasks.answer_tasks import near_miss
+from verl.data.tasks.table import write_jsonl
 from verl.utils.sampling_types import Prompt
 
 ASKED = {"role": "user", "content": "1+1?"}
@@ -166,7 +168,7 @@ def test_a_task_gives_right_answers_and_near_misses(name: str, tmp_path: Path):
         assert rejected and rejected != chosen
         assert len(rejected) in (len(chosen) - 1, len(chosen))
         assert len(rejected) < len(chosen) or sum(a != b for a, b in zip(chosen, rejected, strict=True)) <= 2
-    assert write_jsonl(TASKS[name], "test", tmp_path / "pairs.jsonl", pairs=True) == len(rows)
+    assert write_jsonl(TASKS[name], "test", tmp_path / "pairs.jsonl", form="pairs") == len(rows)
     written, _ = load_pairs(str(tmp_path / "pairs.jsonl"), PairsDataConfig(), split="train")
     assert [p.answer for p in written] == [p.answer for p in pairs]
 

@@ -165,6 +165,26 @@ def grpo_turns(token_rewards, mask, group_ids, normalize_std=True, eps=1e-6):
     return out
 
 
+def gigpo(rewards, token_rewards, states, mask, group_ids, step_weight=1.0, gamma=0.95, eps=1e-6):
+    """2505.10978, equations 3 to 8, with the deviations of samples."""
+    episodes = grpo(rewards, group_ids, True, eps)
+    found = []
+    for b, row in enumerate(mask):
+        own = turns(row)
+        earned = [sum(token_rewards[b][t] for t in turn) for turn in own]
+        for k, turn in enumerate(own):
+            discounted = sum(gamma ** (j - k) * earned[j] for j in range(k, len(own)))
+            found.append((b, turn, discounted, (group_ids[b], states[b][turn[0]])))
+    out = [[0.0] * len(row) for row in mask]
+    for b, turn, discounted, anchor in found:
+        returns = [r for _, _, r, other in found if other == anchor]
+        mean = sum(returns) / len(returns)
+        std = sqrt(sum((r - mean) ** 2 for r in returns) / max(len(returns) - 1, 1))
+        for t in turn:
+            out[b][t] = episodes[b] + step_weight * (discounted - mean) / (std + eps)
+    return out
+
+
 def prime(rewards, group_ids, prm_logprobs, ref_logprobs, mask, beta=0.05, gamma=1.0):
     """2502.01456, equation 5, with the mean per token as the process reward of a sibling."""
     actions = [[t for t, sampled in enumerate(row) if sampled] for row in mask]

@@ -152,7 +152,7 @@ class DataCollector:
         for number, group in enumerate(batch.all_groups):
             for trajectory in group.answers:
                 trajectory.group = number
-        kept = [t for group in batch.groups if not group.has_no_signal for t in group.answers]
+        kept = [t for group in batch.groups if not group.drop_reason for t in group.answers]
         kept = [t for t in kept if t.outcome == "ok"]
         if not kept:
             raise RuntimeError(
@@ -319,6 +319,7 @@ class DataCollector:
             prompts_per_step=count,
             waits=self.waits,
             max_resamples=algorithm.max_resamples if algorithm.dynamic_sampling and resamples else 0,
+            kept_share=algorithm.kept_groups_share,
         )
         try:
             batch = await pipeline.next_batch()

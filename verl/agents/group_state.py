@@ -18,7 +18,7 @@ from verl.utils.sampling_types import Prompt
 # Values per token, of which there may be hundreds of millions: one array for all trajectories.
 _COLUMNS: dict[str, type] = {"prompt_ids": np.int32, "response_ids": np.int32, "rollout_logprobs": np.float32}
 # Values that are equal for many tokens in a row: run-length encoded.
-_RUNS = ("response_mask", "versions")
+_RUNS = ("response_mask", "versions", "states")
 
 
 def saved_groups(groups: Sequence[Group]) -> dict[str, Any]:

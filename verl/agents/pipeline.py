@@ -33,7 +33,7 @@ from typing import Any
 from verl.agents.admission import Admission
 from verl.agents.group_source import Source
 from verl.agents.group_state import groups_from
-from verl.agents.groups import Group
+from verl.agents.groups import Group, mark_low_deviation
 from verl.agents.retry_policy import RetryPolicy
 from verl.config.pipeline import PipelineConfig
 from verl.data.batch import Batch
@@ -83,6 +83,7 @@ class Pipeline:
         waits: takes the waits of training and admission.
         max_resamples: rounds of a step in which groups without signal are replaced by other prompts; 0: they
             stay.
+        kept_share: share of the groups of a batch that is learned from, see `mark_low_deviation`.
         observe: called once with each group that ended with rewards: after the policy has learned from it,
             or when it is replaced for want of a signal.
 
@@ -100,12 +101,13 @@ class Pipeline:
         prompts_per_step: int,
         waits: WaitTracker,
         max_resamples: int = 0,
+        kept_share: float = 1.0,
         observe: Callable[[Group], None] | None = None,
     ) -> None:
         self.version = 0
         self.ledger = ledger
         self._draw, self._source, self._config, self._waits = draw, source, config, waits
-        self._observe = observe or (lambda group: None)
+        self._observe, self._kept_share = observe or (lambda group: None), kept_share
         # Groups that are answered in one call come back at once, in their order.
         self._in_order = source.in_turn or config.batches == "deterministic"
         self.rules = Admission(prompts_per_step, config.max_staleness, config.oversample, self._in_order)
@@ -175,6 +177,7 @@ class Pipeline:
         if all(group.has_no_signal for group in groups):
             for group in groups:
                 group.has_no_signal = False  # there is nothing else to learn from
+        mark_low_deviation(groups, self._kept_share)
         self._source.check([t for group in batch.all_groups for t in group.answers])
         return batch
 
@@ -201,8 +204,8 @@ class Pipeline:
         """Note that the policy has learned from the batch, and that `version` of it answers from now on."""
         for group in self._current_batch:
             self._observe(group)
-            if group.has_no_signal:
-                self.ledger.drop(group.number, "dead")
+            if group.drop_reason:
+                self.ledger.drop(group.number, group.drop_reason)
             else:
                 self.ledger.train(group.number, step=version)
         self._current_batch = []

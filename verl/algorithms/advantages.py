@@ -20,6 +20,7 @@ from verl.algorithms.functional import (
 )
 from verl.algorithms.token_advantages import (
     gae,
+    gigpo,
     grpo_turns,
     optimal_token_baseline,
     prime,
@@ -301,6 +302,7 @@ ADVANTAGES: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "optimal_token_baseline": optimal_token_baseline,
     "grpo_turns": grpo_turns,
+    "gigpo": gigpo,
     "prime": prime,
     "reverse_kl": reverse_kl,
 }

@@ -192,18 +192,71 @@ def grpo_turns(
     check_same_shape(token_rewards=token_rewards, mask=mask)
     check_same_rows(token_rewards=token_rewards, group_ids=group_ids)
     check_not_negative(eps=eps)
-    outside = torch.zeros_like(mask[:, :1])
-    starts = mask & ~torch.cat([outside, mask[:, :-1]], 1)
-    ends = mask & ~torch.cat([mask[:, 1:], outside], 1)
-    # Row by row, so a number of turns that counts over the whole batch never joins two rows.
-    turn = starts.flatten().cumsum(0).view_as(mask) - 1
-    sampled = token_rewards[mask].double()
-    rewards = sampled.new_zeros(int(starts.sum())).index_add(0, turn[mask], sampled)
+    starts, turn, rewards = _turn_rewards(token_rewards, mask)
     siblings = Siblings.of(group_ids[:, None].expand_as(mask)[starts])
     advantages = siblings.deviation(rewards)
-    credit = torch.zeros_like(token_rewards, dtype=torch.float64)
-    credit[ends] = siblings.over_std(advantages, rewards, eps=eps) if normalize_std else advantages
-    return _discounted_sums(credit, mask, 1.0).to(token_rewards.dtype)
+    if normalize_std:
+        advantages = siblings.over_std(advantages, rewards, eps=eps)
+    # Of each turn on its first token, so that the sum from any token of a turn on has that of its own too.
+    later = _discounted_sums(_at(starts, advantages), mask, 1.0)[starts]
+    return torch.where(mask, later[turn], 0.0).to(token_rewards.dtype)
+
+
+def gigpo(
+    rewards: Tensor,
+    token_rewards: Tensor,
+    states: Tensor,
+    mask: Tensor,
+    group_ids: Tensor,
+    *,
+    step_weight: float = 1.0,
+    gamma: float = 0.95,
+    normalize_std: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """A_t = (R - mean(R)) / (std(R) + eps) + step_weight (G_k - mean(G)) / (std(G) + eps), t in turn k.
+
+    The first part compares a whole episode with its siblings, as GRPO does. The second compares the return of
+    a turn, G_k = sum_{j >= k} gamma^(j-k) r_j, with those of all turns of its siblings and its own that start
+    from the same state. GiGPO, https://arxiv.org/abs/2505.10978, equations 3 to 8. A turn is an unbroken run
+    of sampled tokens, its reward the sum of theirs. A turn from a state that no other turn starts from has a
+    second part of 0, a trajectory without siblings a first part of 0.
+
+    Args:
+        rewards: [B] float, one per trajectory, unit of the reward function.
+        token_rewards: [B, T] float, not read at masked positions.
+        states: [B, T] int, equal for equal states before a turn, read at the first token of each turn.
+        mask: [B, T] bool, True where the policy sampled the token.
+        group_ids: [B] int, equal for the trajectories of one prompt, in any order.
+        step_weight: omega of the paper, at least 0; 0 is GRPO.
+        gamma: discount per turn, in [0, 1].
+        normalize_std: divide each part by its sample standard deviation (n - 1).
+        eps: added to both deviations, same unit as the rewards, at least 0.
+
+    Returns:
+        [B, T], dtype of the rewards, 0 at masked positions.
+
+    Raises:
+        ValueError: shapes differ, the rewards are not floating point, step_weight or eps is negative, or
+            gamma is outside [0, 1].
+    """
+    siblings = siblings_of(rewards, group_ids)
+    check_same_shape(token_rewards=token_rewards, states=states, mask=mask)
+    check_same_rows(rewards=rewards, mask=mask)
+    check_not_negative(step_weight=step_weight, eps=eps)
+    check_in_unit_interval(gamma=gamma)
+    episodes = siblings.deviation(rewards)
+    starts, turn, of_turns = _turn_rewards(token_rewards, mask)
+    returns = _discounted_sums(_at(starts, of_turns), starts, gamma)[starts]
+    anchors = torch.stack([group_ids[:, None].expand_as(states)[starts], states[starts]])
+    same_state = Siblings.of(torch.unique(anchors, dim=1, return_inverse=True)[1])
+    steps = same_state.deviation(returns)
+    if normalize_std:
+        episodes = siblings.over_std(episodes, rewards, eps=eps)
+        steps = same_state.over_std(steps, returns, eps=eps)
+    if not len(steps):  # nothing was sampled
+        return torch.zeros_like(token_rewards)
+    return torch.where(mask, episodes[:, None] + step_weight * steps[turn], 0.0).to(token_rewards.dtype)
 
 
 def prime(
@@ -275,6 +328,23 @@ def reverse_kl(old_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     """
     check_same_shape(old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs)
     return log_ratio(teacher_logprobs, old_logprobs)
+
+
+def _turn_rewards(token_rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First tokens of turns [B, T] bool, number of the turn of each sampled token [B, T], rewards [turns].
+
+    Numbers count over the whole batch, at least 0 also at masked positions.
+    """
+    starts = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], 1)
+    # Row by row, so a number that counts over the whole batch never joins two rows.
+    turn = (starts.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)
+    sampled = token_rewards[mask].double()
+    return starts, turn, sampled.new_zeros(int(starts.sum())).index_add(0, turn[mask], sampled)
+
+
+def _at(places: Tensor, values: Tensor) -> Tensor:
+    """Values at the places [B, T] bool where they belong, in order, and 0 elsewhere."""
+    return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values)
 
 
 def _one_step_errors(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float) -> Tensor:

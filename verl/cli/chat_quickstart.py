@@ -22,7 +22,7 @@ from verl.cli.packaged_model import SMOLLM2, fetch_model
 from verl.cli.quickstart import accuracy_of, command_name, say, show_curve
 from verl.config.loader import load_config
 from verl.config.run import TrainerConfig
-from verl.data.gym_tasks import PREFIX, check_name
+from verl.data.tasks.gym_tasks import PREFIX, check_name
 from verl.data.trajectory import Trajectory
 from verl.monitoring.formatting import printable
 from verl.trainer.base import Metrics

@@ -17,7 +17,7 @@ from verl.cli.chat_quickstart import run_chat_quickstart
 from verl.cli.quickstart import run_quickstart
 from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
-from verl.data.tasks import TASKS, write_jsonl
+from verl.data.tasks.table import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.formatting import format_bytes
 from verl.monitoring.sinks import check_sinks
@@ -182,5 +182,5 @@ def make_data(args: argparse.Namespace) -> None:
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"need a task of {', '.join(TASKS)}, got {args.task!r}; did you mean {near!r}?")
-    rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed, pairs=args.pairs)
+    rows = write_jsonl(TASKS[args.task], args.split, args.path, seed=args.seed, form=args.form)
     Console().out(f"{rows} rows: {args.path}", highlight=False)

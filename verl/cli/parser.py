@@ -319,8 +319,12 @@ def add_first_step_commands(commands: Any) -> None:
     model.add_argument("--characters", default=None, help="of its vocabulary (printable ASCII and newline)")
 
     data = add_command(commands, "make-data", "write one of our tasks as a data set")
-    data.add_argument("task", help="copy-8, sort-6, add-2, reverse-8 or digits")
+    data.add_argument("task", help=f"{', '.join(TASKS)}")
     data.add_argument("path", help="a .jsonl file")
     data.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
     data.add_argument("--seed", type=int, default=0, help="of the training prompts (0)")
-    data.add_argument("--pairs", action="store_true", help="write pairs: the right answer and a near miss")
+    form = data.add_mutually_exclusive_group()
+    for name, meaning in FORMS.items():
+        if name != "rows":
+            form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=meaning)
+    data.set_defaults(form="rows")

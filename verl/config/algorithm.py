@@ -114,6 +114,14 @@ class AlgorithmConfig(Section):
         source="verl",
         ge=1,
     )
+    kept_groups_share: float = setting(
+        1.0,
+        "Share of a step's groups that is trained on, those whose rewards deviate most within the group; "
+        "1: all.",
+        source="StarPO-S of RAGEN, 2504.20073, 3.2; 0.25 there",
+        gt=0,
+        le=1,
+    )
     overlong_buffer_tokens: int = setting(
         0,
         "Answers that reach into this many last tokens lose reward linearly; 0: off.",

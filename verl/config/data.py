@@ -128,6 +128,11 @@ class SFTDataConfig(AnswersDataConfig):
         "Answers of the assistant in a conversation that are learned; a message's own weight (0, 1) or train "
         "(true, false) overrides it.",
     )
+    min_reward: float | None = setting(
+        None,
+        "Learn the rows alone whose column `reward`, which recorded episodes have, is at least this; none: "
+        "all rows.",
+    )
 
 
 class PairsDataConfig(AnswersDataConfig):

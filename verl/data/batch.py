@@ -313,6 +313,7 @@ TRAJECTORY_COLUMNS: dict[str, Callable[[Trajectory], Any]] = {
     "rewards": lambda t: t.reward,
     "rollout_logprobs": lambda t: t.rollout_logprobs,
     "turn_rewards": lambda t: at_turn_ends(t) if t.turn_rewards else None,
+    "states": lambda t: t.states or None,
     "reward_weights": lambda t: [weight for weight, _ in t.parts] or None,
     "reward_parts": lambda t: [value for _, value in t.parts] or None,
     "greedy_rewards": lambda t: t.greedy_reward,

@@ -87,7 +87,31 @@ def load_examples(
         check_encodable(parsed.answer)
         return parsed
 
-    return load_rows(source, config, split, parse)
+    examples, report = load_rows(source, config, split, parse)
+    return (examples, report) if config.min_reward is None else keep_rewarded(examples, report, config.min_reward)
+
+
+def keep_rewarded(
+    examples: Sequence[Prompt], report: LoadReport, least: float
+) -> tuple[list[Prompt], LoadReport]:
+    """Examples with a reward of at least `least`, and the report that counts the others.
+
+    Raises:
+        ValueError: a row has no reward, or none has enough.
+    """
+    for example in examples:
+        if not isinstance(example.columns.get("reward"), int | float):
+            found = describe(example.columns.get("reward"))
+            raise ValueError(
+                f"need a number in the column 'reward' of every row for data.min_reward, got {found} in row "
+                f"{example.index} of {report.source}; leave data.min_reward out, or add the rewards"
+            )
+    kept = [example for example in examples if example.columns["reward"] >= least]
+    if not kept:
+        most = max(example.columns["reward"] for example in examples)
+        raise ValueError(f"need a row with a reward of data.min_reward {least:g} or more, the best has {most:g}")
+    note = f"{len(examples) - len(kept)} rows with a reward below {least:g} left out"
+    return kept, replace(report, notes=(*report.notes, note))
 
 
 def learned_messages(

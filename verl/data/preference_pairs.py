@@ -21,7 +21,7 @@ from verl.data.reading.row_cells import (
     is_messages_text,
 )
 from verl.data.reading.sources import SourceSetting, sources_of
-from verl.data.tasks import near_miss
+from verl.data.tasks.answer_tasks import near_miss
 from verl.utils.sampling_types import Prompt
 
 
@@ -41,7 +41,7 @@ def load_pairs(
     assistant's. The settings name their columns; all others but `tools` go to `Prompt.columns`. Answers may
     also be whole chats. The messages in which these are alike are the prompt then, and an answer may have
     several turns; a prompt column may be missing, and else must be among them. A task gives its right
-    answers, and near misses as the worse ones (`verl.data.tasks.near_miss`).
+    answers, and near misses as the worse ones (`verl.data.tasks.answer_tasks.near_miss`).
 
     A pair of equal answers has nothing to learn: it is dropped and counted.
 

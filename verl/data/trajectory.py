@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ class Segment:
         response_mask: True where the policy sampled the token.
         rollout_logprobs: of the sampling distribution, 0 where masked; None if the answer came as text.
         versions: policy version that sampled each token.
+        states: number of the environment's state before the turn of each token, see `state_number`; 0 where
+            masked; empty: there is no environment.
     """
 
     prompt_ids: list[int]
@@ -26,6 +29,7 @@ class Segment:
     response_mask: list[bool]
     rollout_logprobs: Sequence[float] | None
     versions: list[int]
+    states: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Trajectory:
             the history was rewritten, as when an agent shortens its context.
         episode: its messages, tools and counts; None: a single answer.
         is_last_segment: False for a row of an earlier segment.
+        states: as in `Segment`.
     """
 
     prompt: Prompt
@@ -102,6 +107,7 @@ class Trajectory:
     earlier: list[Segment] = field(default_factory=list)
     episode: EpisodeRecord | None = None
     is_last_segment: bool = True
+    states: list[int] = field(default_factory=list)
 
     @classmethod
     def begin(cls, prompt: Prompt, prompt_ids: Sequence[int], *, group: int) -> Trajectory:
@@ -158,7 +164,12 @@ class Trajectory:
             return [self]
         rows, rewards = [], list(self.turn_rewards)
         own = Segment(
-            self.prompt_ids, self.response_ids, self.response_mask, self.rollout_logprobs, self.versions
+            self.prompt_ids,
+            self.response_ids,
+            self.response_mask,
+            self.rollout_logprobs,
+            self.versions,
+            self.states,
         )
         for segment in (*self.earlier, own):
             row = replace(self, **vars(segment), earlier=[], is_last_segment=segment is own)
@@ -178,6 +189,12 @@ class Trajectory:
         self.response_ids = [*self.response_ids, *token_ids]
         self.rollout_logprobs = [*(self.rollout_logprobs or ()), *logprobs]
         self.response_mask += [mask] * len(token_ids)
+
+
+def state_number(state: str) -> int:
+    """Number of 63 bits that stands for a state, the same in every process and run."""
+    digest = hashlib.blake2b(state.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def turn_ends(trajectory: Trajectory) -> list[int]:

@@ -61,6 +61,7 @@ class BatchProducer:
             prompts_per_step=config.prompts_per_step,
             waits=collector.waits,
             max_resamples=algorithm.max_resamples if algorithm.dynamic_sampling else 0,
+            kept_share=algorithm.kept_groups_share,
             observe=self._observe,
         )
         self._counted: Counter[str] = Counter()

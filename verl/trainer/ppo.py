@@ -52,12 +52,12 @@ class PPOTrainer:
             **options,
         )
         algorithm = config.algorithm
-        if algorithm.overlong_buffer_tokens or algorithm.mask_truncated or algorithm.dynamic_sampling:
+        filters = algorithm.dynamic_sampling or algorithm.kept_groups_share < 1
+        if algorithm.overlong_buffer_tokens or algorithm.mask_truncated or filters:
             raise ValueError(
                 "need records that are learned from as they are, got algorithm.overlong_buffer_tokens, "
-                "mask_truncated or dynamic_sampling, which act where answers are sampled; shape the rewards "
-                "of "
-                "the records, or use Trainer"
+                "mask_truncated, dynamic_sampling or kept_groups_share, which act where answers are sampled; "
+                "shape the rewards of the records, or use Trainer"
             )
         self.trainer = Trainer(config)
 

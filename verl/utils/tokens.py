@@ -19,9 +19,18 @@ from verl.utils.sampling_types import Prompt
 from verl.utils.tool_schemas import load_tools
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
+# Short, since every character is a token: "T:search(query)", "u:Hi", and calls as "[search(query="x")]", in the
+# form `pythonic`. The end token closes an answer, so a conversation only grows at its end.
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    "{% if tools %}T:{% for tool in tools %}{% set f = tool.function or tool %}{{ ',' if not loop.first }}"
+    "{{ f.name }}({{ (f.parameters.properties if f.parameters else {}) | join(',') }}){% endfor %}{{ '\n' }}"
+    "{% endif %}"
+    "{% for m in messages %}{{ m.role[0] + ':' + (m.content or '') }}"
+    "{% if m.tool_calls %}[{% for call in m.tool_calls %}{% set f = call.function %}"
+    "{{ ', ' if not loop.first }}{{ f.name }}({% for name, value in f.arguments.items() %}"
+    "{{ ', ' if not loop.first }}{{ name }}={{ value | tojson }}{% endfor %}){% endfor %}]{% endif %}"
+    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
 )
 
 
@@ -377,6 +386,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """A tokenizer with a chat template and one token per character, by default printable ASCII and newline.
+
+    The template writes tools and calls of tools, in the form `pythonic`.
 
     Special tokens: padding 0, end 1, start 2, unknown 3.
     """

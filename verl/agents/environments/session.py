@@ -90,11 +90,14 @@ class EnvironmentSession(ABC):
         schemas: of the tools that the policy may call.
         steps: the environment answers turns without calls (`step`); else such a turn ends the episode.
         is_over: the episode ends after the results of the last calls or the last step.
+        state: of the environment before the next turn, as a text, for advantages that compare turns from
+            equal states; None: what the policy was told last.
     """
 
     schemas: tuple[dict[str, Any], ...] = ()
     steps: bool = False
     is_over: bool = False
+    state: str | None = None
 
     async def reset(self) -> Sequence[Message]:
         """Messages that follow those of the prompt; here none.

@@ -84,7 +84,7 @@ class ToolLoop(EpisodeDriver):
     async def _play(self, live: LiveEpisode, session: EnvironmentSession) -> None:
         with live.outside():
             first = await session.reset()
-        live.begin(live.first_messages(first), session.schemas)
+        live.begin(live.first_messages(first), session.schemas, state=session.state)
         while True:
             turn = await live.answer()
             if live.is_cut:  # it has no end, so nothing may follow it
@@ -93,7 +93,7 @@ class ToolLoop(EpisodeDriver):
             if session.is_over or not messages:
                 live.record.ending = "environment" if session.is_over else "answer"
                 return
-            live.add(messages)
+            live.add(messages, state=session.state)
 
     async def _answer_of(
         self, session: EnvironmentSession, live: LiveEpisode, turn: ParsedTurn

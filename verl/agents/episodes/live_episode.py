@@ -11,7 +11,7 @@ from typing import Any
 from verl.agents.environments.session import EpisodeFailure, EpisodeStart, StepResult, ToolResult
 from verl.agents.episodes.tape import Tape
 from verl.config.agent import Ending
-from verl.data.trajectory import EpisodeRecord, Segment, Trajectory
+from verl.data.trajectory import EpisodeRecord, Segment, Trajectory, state_number
 from verl.rollout.group_sampling import Sampler
 from verl.utils.chat.turn_rendering import Message, renderer_for
 from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams
@@ -95,6 +95,7 @@ class LiveEpisode:
         self._counts: dict[str, float] = {}
         self._last: Completion | None = None
         self._last_params = params
+        self._state = 0
 
     @property
     def tape(self) -> Tape:
@@ -116,6 +117,7 @@ class LiveEpisode:
         tools: Sequence[dict[str, Any]] = (),
         *,
         prompt_ids: list[int] | None = None,
+        state: str | None = None,
     ) -> None:
         """Begin a segment.
 
@@ -123,6 +125,7 @@ class LiveEpisode:
             messages: the conversation before the next turn.
             tools: schemas of the tools offered.
             prompt_ids: its tokens, if they are known.
+            state: of the environment before the next turn; None: what the messages say.
 
         Raises:
             EpisodeFailure: the chat template does not take the messages.
@@ -133,6 +136,7 @@ class LiveEpisode:
             ids = self._renderer.start(messages) if prompt_ids is None else prompt_ids
         self._tapes.append(Tape(ids))
         self._last = None
+        self._note_state(state, messages)
         self.record.messages, self.record.tools = list(messages), list(tools)
 
     async def answer(self, params: SamplingParams | None = None) -> ParsedTurn:
@@ -151,7 +155,7 @@ class LiveEpisode:
         completion = await self._engine.sample(self.tape.ids, wanted, self._affinity)
         if self.limits.max_turns > 1:
             completion = fetched(completion)
-        self.tape.append_sampled(completion)
+        self.tape.append_sampled(completion, self._state)
         self.num_turns += 1
         self._last, self._last_params = completion, wanted
         if foreign := unknown_token(completion, self._codec):
@@ -168,8 +172,12 @@ class LiveEpisode:
         """True if the last turn was cut off at a length limit, so that it is not complete."""
         return self._last is not None and self._last.finish_reason == "length"
 
-    def add(self, messages: Sequence[Message]) -> None:
+    def add(self, messages: Sequence[Message], *, state: str | None = None) -> None:
         """Append messages of tools, environment or user to the conversation.
+
+        Args:
+            messages: at least one.
+            state: of the environment before the next turn; None: what the messages say.
 
         Raises:
             EpisodeFailure: the chat template does not take them.
@@ -180,7 +188,14 @@ class LiveEpisode:
             given = self._renderer.follow(turn, messages, sampled=self._last.token_ids)
         self.tape.append_given(given)
         self.record.messages += messages
+        self._note_state(state, messages)
         self.count("tokens_given", len(given))
+
+    def _note_state(self, state: str | None, messages: Sequence[Message]) -> None:
+        """Note the state that the next turn starts from; single answers have none."""
+        if self.limits.max_turns > 1:
+            told = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+            self._state = state_number(told if state is None else state)
 
     def note_results(self, results: Sequence[ToolResult]) -> None:
         """Note rewards, failures and metrics of the calls of the last turn."""
@@ -250,6 +265,7 @@ class LiveEpisode:
             last.versions,
             group=0,
             truncated=self.is_cut,
+            states=last.states,
         )
         trajectory.earlier = segments[:-1]
         if self._last is not None:

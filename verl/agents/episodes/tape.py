@@ -25,6 +25,7 @@ class Tape:
         self.prompt_ids = prompt_ids
         self.num_turns = 0
         self._parts: list[Completion | list[int]] = []
+        self._states: list[int] = []
         self._ids: list[int] | None = None
 
     @property
@@ -38,9 +39,15 @@ class Tape:
                 self._ids += part if isinstance(part, list) else part.token_ids
         return self._ids
 
-    def append_sampled(self, completion: Completion) -> None:
-        """Append tokens that the policy sampled; they are trained on."""
+    def append_sampled(self, completion: Completion, state: int = 0) -> None:
+        """Append tokens that the policy sampled; they are trained on.
+
+        Args:
+            completion: one turn.
+            state: number of the state before it, see `verl.data.trajectory.state_number`.
+        """
         self._parts.append(completion)
+        self._states.append(state)
         self.num_turns += 1
         if self._ids is not None:
             self._ids = [*self._ids, *completion.token_ids]
@@ -61,9 +68,12 @@ class Tape:
         if len(parts) == 1 and isinstance(answer := parts[0], Completion):
             count = len(answer.token_ids)
             of_each = list(answer.versions or [answer.version] * count)
-            return Segment(self.prompt_ids, answer.token_ids, [True] * count, answer.logprobs, of_each)
+            states = [self._states[0]] * count if self._states[0] else []
+            return Segment(self.prompt_ids, answer.token_ids, [True] * count, answer.logprobs, of_each, states)
         ids: list[int] = []
         mask: list[bool] = []
+        states: list[int] = []
+        of_turns = iter(self._states)
         logprobs: list[float] = []
         versions: list[int] = []
         for part in parts:
@@ -71,6 +81,7 @@ class Tape:
             own = list(part.token_ids) if isinstance(part, Completion) else part
             ids += own
             mask += [sampled] * len(own)
+            states += [next(of_turns) if sampled else 0] * len(own)
             if isinstance(part, Completion):
                 logprobs += part.logprobs or ()
                 versions += part.versions or [part.version] * len(own)
@@ -78,4 +89,4 @@ class Tape:
                 logprobs += [0.0] * len(own)
                 versions += [versions[-1] if versions else 0] * len(own)
         is_known = len(logprobs) == len(ids)  # an engine that gives text alone has none
-        return Segment(self.prompt_ids, ids, mask, logprobs if is_known else None, versions)
+        return Segment(self.prompt_ids, ids, mask, logprobs if is_known else None, versions, states)

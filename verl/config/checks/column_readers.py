@@ -18,6 +18,7 @@ COLUMN_READERS: dict[str, tuple[str, ...]] = {
         "reinforce_pp_baseline",
         "optimal_token_baseline",
         "grpo_turns",
+        "gigpo",
         "prime",
         "online_dpo",
     ),
@@ -27,6 +28,7 @@ COLUMN_READERS: dict[str, tuple[str, ...]] = {
     "teacher_logprobs": ("reverse_kl",),
     "teacher_top_logprobs": ("forward_kl_topk",),
     "greedy_rewards": ("remax",),
+    "states": ("gigpo",),
 }
 
 

@@ -124,6 +124,16 @@ _GROUPS = (
         "set samples_per_prompt above 1 or dynamic_sampling to false",
     ),
     Contradiction(
+        lambda c: (
+            c.algorithm.kept_groups_share < 1
+            and (c.samples_per_prompt == 1 or c.pipeline.batches == "streamed")
+        ),
+        "all groups of a step at once, with siblings, for algorithm.kept_groups_share "
+        "{c.algorithm.kept_groups_share}",
+        "samples_per_prompt {c.samples_per_prompt} and pipeline.batches {c.pipeline.batches}",
+        "set samples_per_prompt above 1 and other batches, or kept_groups_share to 1",
+    ),
+    Contradiction(
         lambda c: c.samples_per_prompt == 1 and c.algorithm.length_penalty.name != "off",
         "siblings to compare lengths with",
         "samples_per_prompt 1 with algorithm.length_penalty {c.algorithm.length_penalty.name}",

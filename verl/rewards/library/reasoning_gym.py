@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from verl.data.gym_tasks import gym_score
+from verl.data.tasks.gym_tasks import gym_score
 
 _THOUGHTS_END = "</think>"
 # A minus behind a digit or a bracket is an operator: the last number of "7-4" is 4.

@@ -1,12 +1,10 @@
-"""Built-in tasks, small data sets of prompts and answers whose lowest and best reward are known exactly."""
+"""Tasks of one answer: small data sets of prompts and answers whose lowest and best reward are known."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 LETTERS = "abcdefgh"
@@ -18,7 +16,7 @@ class Task:
     """A numbered family of questions with one right answer each, split into training and held-out prompts.
 
     Attributes:
-        name: in `TASKS`, and after `task:` in the settings.
+        name: in the table, and after `task:` in the settings.
         meaning: the question in one sentence.
         question: prompt and answer of a number in [0, num_questions); a different prompt for each.
         num_questions: number of questions.
@@ -39,27 +37,10 @@ class Task:
 
     def rows(self, split: Literal["train", "test"], seed: int = 0) -> list[dict[str, Any]]:
         """Rows {prompt, answer} of a split; the seed draws the training rows alone."""
-        numbers = _draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
+        numbers = draws(f"{self.name} held out", self.num_questions, self.num_test, taken=set())
         if split == "train":
-            numbers = _draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(numbers))
+            numbers = draws(f"{self.name} {seed}", self.num_questions, self.num_train, taken=set(numbers))
         return [dict(zip(("prompt", "answer"), self.question(number), strict=True)) for number in numbers]
-
-
-def write_jsonl(
-    task: Task, split: Literal["train", "test"], path: str | Path, *, seed: int = 0, pairs: bool = False
-) -> int:
-    """Write a split as a JSONL file, one row per line, and return the number of rows.
-
-    With `pairs` a row is {prompt, chosen, rejected}, else {prompt, answer}.
-    """
-    rows = task.rows(split, seed)
-    if pairs:
-        rows = [
-            {"prompt": prompt, "chosen": answer, "rejected": near_miss(answer, key=prompt)}
-            for prompt, answer in (row.values() for row in rows)
-        ]
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
 
 
 def near_miss(answer: str, *, key: str) -> str:
@@ -81,7 +62,7 @@ def near_miss(answer: str, *, key: str) -> str:
     return wrong
 
 
-def _draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
+def draws(key: str, stop: int, count: int, *, taken: set[int]) -> list[int]:
     """`count` different numbers below `stop`, none of them taken, in a random order that the key seeds."""
     # Of this module, Python promises only that random() under a given seed stays the same in later versions.
     uniform = random.Random(key).random
@@ -158,7 +139,7 @@ def _shortened(answer: str, uniform: Callable[[], float]) -> str:
 
 _MISSES = (_changed, _changed_twice, _swapped, _shortened)
 
-TASKS: dict[str, Task] = {
+ANSWER_TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("copy-8", "Repeat 8 letters from a to h.", _copy, 8**8, 8192, "position_share", max_tokens=9),

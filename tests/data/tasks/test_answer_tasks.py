@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from verl.data.tasks import TASKS, Task, write_jsonl
+from verl.data.tasks.answer_tasks import ANSWER_TASKS as TASKS
+from verl.data.tasks.answer_tasks import Task
+from verl.data.tasks.table import write_jsonl
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 
