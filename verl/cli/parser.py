@@ -9,6 +9,7 @@ from typing import Any
 
 from verl import __version__
 from verl.config.layers import RECIPES
+from verl.data.tasks.table import FORMS, TASKS
 
 _RECIPE = f"a recipe ({', '.join(RECIPES)}) or a YAML file"
 
@@ -319,7 +320,7 @@ def add_first_step_commands(commands: Any) -> None:
     model.add_argument("--characters", default=None, help="of its vocabulary (printable ASCII and newline)")
 
     data = add_command(commands, "make-data", "write one of our tasks as a data set")
-    data.add_argument("task", help=f"{', '.join(TASKS)}")
+    data.add_argument("task", help=", ".join(TASKS))
     data.add_argument("path", help="a .jsonl file")
     data.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
     data.add_argument("--seed", type=int, default=0, help="of the training prompts (0)")

@@ -78,6 +78,9 @@ def load_examples(
             )
         chat = conversation_of(row, config)
         if chat is not None:
+            answers = [m for m in chat.messages if m["role"] == "assistant"]
+            if is_recorded(row) and not any(answer.get("weight", 1) for answer in answers):
+                return ParsedRow(chat.messages, Learned(()), set(chat.used_columns), chat.tools)
             learned = learned_messages(chat.messages, config.train_on, num_prompt=chat.num_prompt)
             messages = [{k: v for k, v in m.items() if k not in _FLAGS} for m in chat.messages]
             return ParsedRow(messages, Learned(learned), set(chat.used_columns), chat.tools)
@@ -88,7 +91,18 @@ def load_examples(
         return parsed
 
     examples, report = load_rows(source, config, split, parse)
-    return (examples, report) if config.min_reward is None else keep_rewarded(examples, report, config.min_reward)
+    kept = [example for example in examples if example.answer != Learned(())]
+    if not kept:
+        raise ValueError(f"need an episode with something to learn, {report.source} has none")
+    if num_empty := len(examples) - len(kept):
+        note = f"{num_empty} recorded episodes without a reward or a turn to learn left out"
+        report = replace(report, notes=(*report.notes, note))
+    return (kept, report) if config.min_reward is None else keep_rewarded(kept, report, config.min_reward)
+
+
+def is_recorded(row: Mapping[str, Any]) -> bool:
+    """True for a row of an episode that a run recorded (`tracking.episodes`)."""
+    return {"messages", "tools", "ending", "outcome"} <= row.keys()
 
 
 def keep_rewarded(
@@ -109,7 +123,9 @@ def keep_rewarded(
     kept = [example for example in examples if example.columns["reward"] >= least]
     if not kept:
         most = max(example.columns["reward"] for example in examples)
-        raise ValueError(f"need a row with a reward of data.min_reward {least:g} or more, the best has {most:g}")
+        raise ValueError(
+            f"need a row with a reward of data.min_reward {least:g} or more, the best has {most:g}"
+        )
     note = f"{len(examples) - len(kept)} rows with a reward below {least:g} left out"
     return kept, replace(report, notes=(*report.notes, note))
 

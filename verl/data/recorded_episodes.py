@@ -1,4 +1,4 @@
-"""Rows of recorded episodes, which `verl sft` reads as they are."""
+"""Messages of recorded episodes for fine-tuning, which learns of them the tokens that were sampled."""
 
 from __future__ import annotations
 
@@ -10,64 +10,47 @@ from verl.data.trajectory import Trajectory
 from verl.utils.tokens import TextCodec, is_text
 
 
-def recorded_episode(trajectory: Trajectory, codec: TextCodec) -> dict[str, Any] | None:
-    """Row {messages, tools, reward, ending, turn_rewards, scores, counts} of an episode with a reward.
+def weighted_messages(trajectory: Trajectory, codec: TextCodec) -> list[dict[str, Any]]:
+    """Messages of an episode, those of the assistant that fine-tuning is not to learn with weight 0.
 
-    What fine-tuning learns from the row are the sampled tokens. So a message of the assistant has weight 0 if
-    the episode did not sample it (an example in the prompt, or a turn of a history that was rewritten), if it
-    was cut off, or if the chat template writes other tokens for it than were sampled (a call with other
-    blanks, thoughts that are dropped from earlier turns).
-
-    Args:
-        trajectory: rewarded.
-        codec: of the policy that sampled it.
-
-    Returns:
-        The row; None if the episode has no reward or nothing to learn: it failed, is masked as a whole, or
-        its prompt is a text.
+    These are the ones that the episode did not sample (an example in the prompt, a turn of a history that was
+    rewritten), that were cut off, or for which the chat template writes other tokens than were sampled (a
+    call with other blanks, thoughts that are dropped from earlier turns); and all of them if the episode has
+    no reward, is masked as a whole, or has a text as prompt.
     """
-    record = trajectory.episode
-    if record is None or trajectory.outcome != "ok" or is_text(trajectory.prompt):
-        return None
-    weights = sampled_messages(trajectory, codec)
-    if True not in weights.values():
-        return None
-    messages = [
-        message if weights.get(i, True) else {**message, "weight": 0}
-        for i, message in enumerate(record.messages)
+    episode = trajectory.episode
+    assert episode is not None, "need an episode"
+    answers = [i for i, message in enumerate(episode.messages) if message["role"] == "assistant"]
+    is_used = trajectory.outcome == "ok" and not is_text(trajectory.prompt)
+    sampled = sampled_messages(trajectory, codec, answers) if is_used else set[int]()
+    return [
+        {**message, "weight": 0} if i in answers and i not in sampled else message
+        for i, message in enumerate(episode.messages)
     ]
-    return {
-        "messages": messages,
-        "tools": record.tools,
-        "reward": trajectory.reward,
-        "ending": record.ending,
-        "turn_rewards": record.turn_rewards,
-        "scores": trajectory.scores,
-        "counts": record.counts,
-    }
 
 
-def sampled_messages(trajectory: Trajectory, codec: TextCodec) -> dict[int, bool]:
-    """Index of each message of the assistant -> its tokens, as the template writes them, are those sampled.
+def sampled_messages(trajectory: Trajectory, codec: TextCodec, answers: Sequence[int]) -> set[int]:
+    """Those of the messages with these indices whose tokens, as the template writes them, were sampled.
 
     Of an episode with several segments, the messages are those of the last one.
     """
-    record = trajectory.episode
-    assert record is not None, "need an episode"
-    answers = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
+    episode = trajectory.episode
+    assert episode is not None, "need an episode"
+    kwargs = trajectory.prompt.columns.get("chat_template_kwargs")
     try:
-        kwargs = trajectory.prompt.columns.get("chat_template_kwargs")
-        encoded = codec.encode_conversation(record.messages, tuple(record.tools), template_kwargs=kwargs)
+        ids, mask, starts = codec.encode_conversation(
+            episode.messages, tuple(episode.tools), template_kwargs=kwargs
+        )
     except ValueError:  # the template writes an earlier turn otherwise when others follow
-        return dict.fromkeys(answers, False)
-    starts = [*encoded.turn_starts, len(encoded.ids)]
-    written = {
-        i: [encoded.ids[k] for k in range(starts[i], starts[i + 1]) if encoded.mask[k]] for i in answers
-    }
+        return set()
+    bounds = [*starts, len(ids)]
     turns = sampled_turns(trajectory.response_ids, trajectory.response_mask)
-    own = answers[len(answers) - len(turns) :] if turns else []
-    sampled = dict(zip(own, turns, strict=False))
-    return {i: i in sampled and written[i] == sampled[i] for i in answers}
+    own = answers[max(0, len(answers) - len(turns)) :]
+    return {
+        i
+        for i, turn in zip(own, turns, strict=False)
+        if turn == [ids[k] for k in range(bounds[i], bounds[i + 1]) if mask[k]]
+    }
 
 
 def sampled_turns(ids: Sequence[int], mask: Sequence[bool]) -> list[list[int]]:

@@ -339,7 +339,9 @@ class Trainer(RunnableTrainer):
     @override
     def episodes(self) -> list[dict[str, Any]]:
         step = self.version
-        return [recorded_row(t, step) for t in [*self.last, *self.failed] if t.episode is not None]
+        return [
+            recorded_row(t, self.codec, step) for t in [*self.last, *self.failed] if t.episode is not None
+        ]
 
     @override
     def state(self) -> dict[str, Any]:

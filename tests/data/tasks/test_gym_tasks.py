@@ -8,9 +8,9 @@ import pytest
 
 from verl.config.data import DataSource, RewardsConfig
 from verl.config.run import TrainerConfig
-from verl.data.tasks.gym_tasks import COLUMN, NOT_TASKS, gym_rows, gym_score, plain, restored
 from verl.data.reading.row_stream import open_rows
 from verl.data.reading.sources import reward_of_tasks, sources_of
+from verl.data.tasks.gym_tasks import COLUMN, NOT_TASKS, gym_rows, gym_score, plain, restored
 from verl.trainer.rl_trainer import with_task_rewards
 
 pytest.importorskip("reasoning_gym")

@@ -68,8 +68,8 @@ class Tape:
         if len(parts) == 1 and isinstance(answer := parts[0], Completion):
             count = len(answer.token_ids)
             of_each = list(answer.versions or [answer.version] * count)
-            states = [self._states[0]] * count if self._states[0] else []
-            return Segment(self.prompt_ids, answer.token_ids, [True] * count, answer.logprobs, of_each, states)
+            own = [self._states[0]] * count if self._states[0] else []
+            return Segment(self.prompt_ids, answer.token_ids, [True] * count, answer.logprobs, of_each, own)
         ids: list[int] = []
         mask: list[bool] = []
         states: list[int] = []

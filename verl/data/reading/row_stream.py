@@ -12,11 +12,11 @@ from typing import Any
 from typing_extensions import override
 
 from verl.config.data import DataSource
-from verl.data.tasks.gym_tasks import PREFIX, gym_rows
 from verl.data.reading.data_files import Split, files_of, is_hub_name
 from verl.data.reading.dataset_rows import DatasetRows, part_of
 from verl.data.reading.file_readers import PlacedRow, count_rows, read_file
 from verl.data.reading.placed_rows import ListedRows, RowStream
+from verl.data.tasks.gym_tasks import PREFIX, gym_rows
 from verl.data.tasks.table import TASKS
 
 __all__ = ["FileRows", "ListedRows", "RowStream", "open_rows"]

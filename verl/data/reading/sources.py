@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from verl.config.data import DataSource
-from verl.data.tasks.gym_tasks import PREFIX
 from verl.data.reading.data_files import Split, is_hub_name
 from verl.data.reading.file_readers import PlacedRow
 from verl.data.reading.row_stream import RowStream, open_rows
+from verl.data.tasks.gym_tasks import PREFIX
 from verl.data.tasks.table import TASKS
 
 # Value of `data.train` and `data.test`, or rows in memory in their place.

@@ -59,7 +59,7 @@ class EpisodeTask:
     def traces(
         self, split: Literal["train", "test"] = "train", seed: int = 0, *, count: int = 4096
     ) -> list[dict[str, Any]]:
-        """Conversations {messages, tools} of the teacher about the rows of a split, in turn, for `verl sft`."""
+        """Conversations {messages, tools} of the teacher about the rows of a split, in turn."""
         rows, uniform = self.rows(split, seed), random.Random(f"{self.name} teacher {seed}").random
         return [
             {"messages": [*row["prompt"], *self.teach(row, uniform)], "tools": [self.tool]}

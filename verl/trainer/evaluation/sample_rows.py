@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from verl.data.recorded_episodes import weighted_messages
 from verl.data.trajectory import EpisodeRecord, Trajectory
 from verl.utils.tokens import TextCodec
 
@@ -64,12 +65,16 @@ def episode_row(episode: EpisodeRecord) -> dict[str, Any]:
     }
 
 
-def recorded_row(trajectory: Trajectory, step: int) -> dict[str, Any]:
-    """An episode as fine-tuning reads it: messages and tools, with reward, ending, step and data row."""
+def recorded_row(trajectory: Trajectory, codec: TextCodec, step: int) -> dict[str, Any]:
+    """An episode as fine-tuning reads it: messages and tools, with reward, ending, step and data row.
+
+    Messages that it is not to learn have weight 0, see `weighted_messages`.
+    """
     t = trajectory
     assert t.episode is not None, "need an episode"
     return {
         **episode_row(t.episode),
+        "messages": weighted_messages(t, codec),
         "reward": t.reward,
         "scores": t.scores,
         "outcome": t.outcome,
