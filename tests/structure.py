@@ -214,9 +214,9 @@ def private_functions(s: Sources) -> Figure:
 def private_with_one_caller(s: Sources) -> Figure:
     """Share of the private functions that one place alone refers to."""
     names = [function.name for _, function in s.functions() if is_private(function)]
-    text = "\n".join(s.texts.values())
-    uses = {name: len(re.findall(rf"\b{name}\b", text)) - names.count(name) for name in set(names)}
-    once = sum(uses[name] == 1 for name in names)
+    words = Counter(word for text in s.texts.values() for word in re.findall(r"\w+", text))
+    defined = Counter(names)
+    once = sum(words[name] - defined[name] == 1 for name in names)
     return Figure("private functions with one caller", once, None, (f"of {len(names)}",))
 
 

@@ -45,7 +45,8 @@ def number(prompt, response):
 
 
 def collector_with(engine, *overrides, **parts):
-    config = load_config("grpo", ["sampling.max_tokens=8", *overrides])
+    # On a thread: worker processes take seconds to start, and tests of rewards have them.
+    config = load_config("grpo", ["sampling.max_tokens=8", "rewards.isolation=thread", *overrides])
     return DataCollector(engine, tiny_codec(), build_rewards(config.rewards, number), config, **parts)
 
 

@@ -27,11 +27,23 @@ def test_a_file_with_several_answers_per_row_is_scored_with_figures_by_source(tm
     figures = report.figures()
     assert (figures["rows"], figures["answers"], figures["reward"], figures["failed"]) == (2, 4, 0.5, 0)
     assert (figures["accuracy"], figures["pass"], figures["outcomes"]) == (0.5, 1.0, {})
-    assert figures["functions"]["exact"] == {"mean": 0.5, "answers": 4}
+    assert figures["functions"]["exact"] == {"mean": 0.5, "answers": 4, "accuracy": 0.5}
+    assert "accuracy" not in figures["functions"]["repetition"]
     assert {source: f["accuracy"] for source, f in figures["sources"].items()} == {"sums": 0.5, "cities": 0.5}
     assert [row["reward"] for row in report.rows()] == [1.0, 0.0, 1.0, 0.0]
     assert [answer.text for answer in report.worst(2)] == ["3", "Rome"]
     assert report.columns == AnswerColumns("question", "response", "ground_truth")
+
+
+def test_each_function_has_its_own_accuracy_whatever_its_place():
+    rows = [{"response": "Answer: 2", "reference": "2"}, {"response": "3", "reference": "3"}]
+    figures = score_answers(rows, ["repetition", "exact", "contains"]).figures()
+    assert figures["accuracy"] == 0.5
+    assert {name: f.get("accuracy") for name, f in figures["functions"].items()} == {
+        "repetition": None,
+        "exact": 0.5,
+        "contains": 1.0,
+    }
 
 
 def test_rows_that_an_evaluation_writes_are_read_with_their_columns():

@@ -2,7 +2,9 @@
 
 import pytest
 
+from verl.config.checks.function_options import option_parameters
 from verl.config.data import RewardsConfig, WeightedChoice
+from verl.data.loading.row_prompts import REACHING
 from verl.data.trajectory import Trajectory
 from verl.rewards.data_sources import DATA_SOURCES, choices_of
 from verl.rewards.functions import build_rewards
@@ -134,6 +136,17 @@ def test_every_function_of_the_table_exists_and_takes_its_defaults():
         if entry.function:
             checked_options(name, load_function(name), {})
     assert {choice.name for found in DATA_SOURCES.values() for choice in found} <= REWARDS.keys()
+
+
+def test_what_reaches_out_of_the_run_is_not_for_data_to_choose():
+    places = {"path", "address", "schema_file", "url", "file", "folder"}
+    for name, entry in REWARDS.items():
+        if entry.refusal:
+            continue
+        options = option_parameters(load_function(name)).keys() if entry.function else {"address"}
+        found = {option for option in options if option in places or option.endswith(("_file", "_path"))}
+        assert bool(found) == (name in REACHING), name
+        assert not REACHING.get(name) or REACHING[name] == found
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ import tempfile
 
 import pytest
 
-from verl.utils.network import LOOPBACK, address_towards, free_port, proxy_exceptions, socket_folder
+from verl.utils.network import (
+    LOOPBACK,
+    address_towards,
+    free_port,
+    key_from_environment,
+    proxy_exceptions,
+    socket_folder,
+)
 
 
 @pytest.mark.parametrize("url", [None, "http://127.0.0.1:8000", "http://localhost:8000"])
@@ -42,3 +49,11 @@ def test_a_temporary_folder_with_a_long_path_holds_no_sockets(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/ray/" + 60 * "b")
     with pytest.raises(ValueError, match="set RAY_TMPDIR to a shorter one"):
         socket_folder()
+
+
+def test_a_key_is_read_from_a_variable_that_is_set(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "k")
+    assert (key_from_environment("SOME_KEY", "a"), key_from_environment(None, "a")) == ("k", "")
+    monkeypatch.setenv("SOME_KEY", "")
+    with pytest.raises(ValueError, match="need the key of the judge in .* SOME_KEY, which is not set"):
+        key_from_environment("SOME_KEY", "the judge")

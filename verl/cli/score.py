@@ -11,12 +11,13 @@ from typing import Any, get_type_hints
 from rich.console import Console
 from rich.table import Table
 
+from verl.config.checks.function_options import option_parameters
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.config.yaml_text import parse_override
 from verl.data.trajectory import Trajectory
 from verl.monitoring.progress import print_line
 from verl.rewards.answer_files import AnswerColumns
-from verl.rewards.library.reward_table import REWARDS, load_function, option_parameters, reward_lines
+from verl.rewards.library.reward_table import REWARDS, load_function, reward_lines
 from verl.rewards.scoring import ScoreReport, check_output, score_answers
 from verl.utils.jsonl import json_line
 

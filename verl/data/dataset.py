@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from verl.data.loading.prompt_loader import PromptLoader
 from verl.data.loading.prompt_store import PromptStore
 from verl.data.loading.row_prompts import RowPrompts
 from verl.data.reading.data_files import Split
+from verl.data.reading.file_readers import PlacedRow
 from verl.data.reading.layouts import CHAT_COLUMNS, ParsedRow, prompt_of
 from verl.data.reading.row_cells import MalformedRow
 from verl.data.reading.row_stream import RowStream
@@ -23,6 +24,8 @@ from verl.utils.sampling_types import Prompt
 __all__ = ["LoadReport", "PromptLoader", "drop_long_prompts", "load_prompts", "load_rows", "read_prompts"]
 T = TypeVar("T")
 _MAX_PROBLEMS = 5
+# Rows of a stream without a known end, where all are kept in memory.
+_MAX_STREAMED = 100_000
 _NO_REWARDS = RewardsConfig()
 # Columns whose names say that a model reads them, where they are not part of the prompt.
 _UNSEEN = {"images", "image", "videos", "video", "audios", "audio", "tools", "system", "system_prompt"}
@@ -155,9 +158,8 @@ def _read_rows(
     missing: list[set[str]] = []
     number, seen = 0, RowNotes()
     for stream in streams_of(source, split):
-        _check_known(stream, split)
         made = RowPrompts(stream.source, config, parse, rewards=rewards)
-        for place, raw in stream:
+        for place, raw in rows_that_end(stream, split):
             try:
                 prompt = made(raw, number)
                 prompts.append(prompt)
@@ -193,13 +195,25 @@ def _read_rows(
     return replace(report, notes=(*notes, *seen.lines()))
 
 
-def _check_known(stream: RowStream, split: Split) -> None:
-    """Raises ValueError for a source that is never to be read as a whole."""
+def rows_that_end(stream: RowStream, split: Split) -> Iterator[PlacedRow]:
+    """Rows of a source that is read as a whole.
+
+    Raises:
+        ValueError: it is never to be read as a whole, or it is a stream of a program that seems to have no
+            end.
+    """
     if stream.source.streaming:
         raise ValueError(
             f"need all rows of {stream.source.path} for data.{split}, got a stream; leave streaming out, or "
             f"take a part of it, as its split {split}[:1000] (prompts of `verl train` may be streamed)"
         )
+    for number, row in enumerate(stream):
+        if stream.is_streamed and number == _MAX_STREAMED:
+            raise ValueError(
+                f"need rows that end for data.{split}, got more than {_MAX_STREAMED:,} of the stream "
+                f"{stream.label}; take a part of it, {stream.label}.take(1000), or give a datasets.Dataset"
+            )
+        yield row
 
 
 class RowNotes:

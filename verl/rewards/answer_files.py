@@ -98,7 +98,6 @@ def read_answers(
         rows, name = read_rows(source, "test"), name_of(source)
     else:
         rows, name = numbered(source), "rows"
-    allowed = frozenset(choice.name for choice in rewards.functions if ":" in choice.name)
     answers: list[Trajectory] = []
     problems: list[str] = []
     known: AnswerColumns | None = None
@@ -110,7 +109,8 @@ def read_answers(
             known = known or columns.found_in(row)
             prompt = _prompt(row, known, number, name)
             if rewards.column is not None and row.get(rewards.column) not in (None, ""):
-                choice = row_reward(row[rewards.column], f"the column {rewards.column!r}", allowed=allowed)
+                column = f"the column {rewards.column!r}"
+                choice = row_reward(row[rewards.column], column, named=rewards.functions)
                 prompt = Prompt(**{**vars(prompt), "reward": choice})
             texts = answer_texts(row.get(known.response or ""))
             key = (row.get("set"), row.get("index"), row.get("greedy")) if _is_of_evaluation(row) else number

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verl.config.data import RewardsConfig, WeightedChoice
+from verl.data.loading.prompt_store import PromptView
 from verl.data.trajectory import Trajectory
 from verl.rewards.data_sources import choices_of, described_choices
 from verl.rewards.execution.calls import CallPool
@@ -20,7 +21,7 @@ from verl.rewards.library.spellings import spellings
 from verl.rewards.parameters import CallContext, columns_of
 from verl.rewards.reward_function import RewardFunction
 from verl.rewards.reward_values import Score, named_scores
-from verl.rewards.selection import FunctionSelection, SelectedPrompts, built_function, chosen_function
+from verl.rewards.selection import FunctionSelection, built_function, chosen_function
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -40,6 +41,9 @@ class RewardFunctions:
         context: facts of the run that functions may ask for.
         note: called with a sentence about each function that cannot run in a worker process.
 
+    Attributes:
+        with_accuracy: names of the functions that have given an accuracy so far.
+
     Raises:
         ValueError: no functions.
     """
@@ -57,7 +61,7 @@ class RewardFunctions:
             raise ValueError(no_functions())
         if not isinstance(functions, FunctionSelection):
             functions = FunctionSelection(given=functions)
-        self._selection = functions
+        self._selection, self.with_accuracy = functions, set[str]()
         for name, function in self._functions.items():
             if function.callee.note:
                 note(f"reward function {name}: {function.callee.note}")
@@ -172,7 +176,7 @@ class RewardFunctions:
                 f"{first.index} of {first.source}; {no_functions()}"
             )
         for name, own in places.items():
-            self._functions[name].check_data(SelectedPrompts(prompts, own))
+            self._functions[name].check_data(PromptView(prompts, own))
 
     def check_without_tokens(self) -> None:
         """Raises ValueError for a function that needs tokens, where answers have none."""
@@ -236,6 +240,7 @@ class RewardFunctions:
             cause = f"the weighted sum is {reward}"
             failures = {", ".join(results): RewardFailure("reward_not_finite", cause)}
         trajectory.scores.update(named_scores(scored))
+        self.with_accuracy.update(name for name, score in scored.items() if "accuracy" in score.named)
         for name, score in scored.items():
             for key, value in score.extras.items():
                 trajectory.extras[key if key not in trajectory.extras else f"{name}/{key}"] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,13 +28,15 @@ class ScoreReport:
     Attributes:
         answers: with `reward`, `scores`, `outcome` and `detail`; those of one row share their `group`.
         columns: that were read.
-        names: of the reward functions.
+        names: of the reward functions, in their order.
+        with_accuracy: those that gave an accuracy.
         notes: sentences for the user, such as functions that were chosen by the data set.
     """
 
     answers: Sequence[Trajectory]
     columns: AnswerColumns
     names: Sequence[str]
+    with_accuracy: Collection[str]
     notes: Sequence[str] = ()
 
     def figures(self) -> dict[str, Any]:
@@ -76,11 +78,15 @@ class ScoreReport:
 
     def _of_function(self, name: str) -> dict[str, Any]:
         values = [answer.scores[name] for answer in self.answers if name in answer.scores]
-        # Of the first function the accuracy has no prefix.
-        right = [answer.scores.get(f"{name}/accuracy") for answer in self.answers]
+        right = [self._accuracy(answer, name) for answer in self.answers]
         known = [value for value in right if value is not None]
         mean = fmean(values) if values else None
         return {"mean": mean, "answers": len(values), **({"accuracy": fmean(known)} if known else {})}
+
+    def _accuracy(self, answer: Trajectory, name: str) -> float | None:
+        """Accuracy by one function; that of the first one that gave one has no prefix."""
+        givers = (other for other in self.names if other in self.with_accuracy and other in answer.scores)
+        return answer.scores.get("accuracy" if name == next(givers, None) else f"{name}/accuracy")
 
 
 def score_answers(
@@ -124,7 +130,7 @@ def score_answers(
             rewards.attempt(answers[start : start + _AT_ONCE])
     finally:
         rewards.close()
-    return ScoreReport(answers, found, rewards.names, notes)
+    return ScoreReport(answers, found, rewards.names, rewards.with_accuracy, notes)
 
 
 def plain_prompt_text(prompt: Prompt) -> str:

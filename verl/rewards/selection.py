@@ -103,26 +103,6 @@ class FunctionSelection:
         return name
 
 
-class SelectedPrompts(Sequence[Prompt]):
-    """Some of many prompts, which may lie on disk.
-
-    Args:
-        prompts: all of them.
-        places: of the selected ones.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], places: Sequence[int]) -> None:
-        self._prompts, self._places = prompts, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self._prompts[i] for i in self._places[place]]
-        return self._prompts[self._places[place]]
-
-
 def chosen_function(
     choice: WeightedChoice,
     config: RewardsConfig,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from verl.rollout.inference_server import (
     TokenChunk,
     request_seed,
 )
+from verl.utils.network import key_from_environment
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -61,20 +61,6 @@ class HTTPOptions:
         if self.retries < 0 or self.backoff <= 0 or self.max_concurrency < 1:
             raise ValueError(f"need retries >= 0, backoff > 0 and max_concurrency >= 1, got {self}")
 
-    def api_key(self) -> str:
-        """Read the API key from the environment; "" without `api_key_env`.
-
-        Raises:
-            ValueError: the variable is not set.
-        """
-        if self.api_key_env is None:
-            return ""
-        if not os.environ.get(self.api_key_env):
-            raise ValueError(
-                f"need the key of the server in the environment variable {self.api_key_env}, which is not set"
-            )
-        return os.environ[self.api_key_env]
-
 
 def parse_options(kind: type, options: Mapping[str, Any], *, engine: str) -> Any:
     """Build an options dataclass from the settings of an engine.
@@ -107,7 +93,7 @@ class HTTPEngine(InferenceServer):
         super().__init__(spec)
         self._options: HTTPOptions = parse_options(HTTPOptions, spec.options, engine="http")
         # The run's own secret is not sent to somebody else's server.
-        self._api_key = self._options.api_key()
+        self._api_key = key_from_environment(self._options.api_key_env, "the server")
         if spec.address is None:
             raise ValueError(f"need the address of the server of engine {spec.name}")
         self._base_url = spec.address.rstrip("/").removesuffix("/v1") + "/v1"

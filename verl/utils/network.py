@@ -56,6 +56,25 @@ def address_towards(url: str | None) -> str:
         return address
 
 
+def key_from_environment(variable: str | None, owner: str) -> str:
+    """A key in an environment variable; "" if there is no variable.
+
+    Args:
+        variable: its name; None: no key is needed.
+        owner: of the key, for the message.
+
+    Raises:
+        ValueError: the variable is not set.
+    """
+    if variable is None:
+        return ""
+    if not os.environ.get(variable):
+        raise ValueError(
+            f"need the key of {owner} in the environment variable {variable}, which is not set; set it"
+        )
+    return os.environ[variable]
+
+
 def is_loopback(host: str) -> bool:
     """True if only this machine can reach a host address."""
     try:

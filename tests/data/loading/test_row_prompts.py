@@ -37,7 +37,8 @@ def test_a_column_goes_over_the_source_and_a_row_without_a_value_has_that_of_the
         {"by": ""},
         {},
     ]
-    rewards = RewardsConfig(column="by")
+    model = WeightedChoice(name="model", path="judge")
+    rewards = RewardsConfig(column="by", functions=(model,))
     made = [p.reward for p in loaded(tmp_path, rows, rewards=rewards, reward=WeightedChoice(name="exact"))]
     assert [choice.name for choice in made] == ["prefix_share", "model", "model", "exact", "exact", "exact"]
     assert made[1].options == made[2].options == {"path": "judge"} and made[1].weight == 0.5
@@ -50,6 +51,36 @@ def test_data_cannot_choose_code_that_the_settings_do_not_name(tmp_path):
         loaded(tmp_path, [row], rewards=RewardsConfig(**column))
     named = RewardsConfig(**column, functions=(WeightedChoice(name="os:system"),))
     assert loaded(tmp_path, [row], rewards=named)[0].reward.name == "os:system"
+
+
+@pytest.mark.parametrize(
+    ("row", "named", "found"),
+    [
+        ({"name": "judge"}, [{"name": "judge", "address": "http://a"}], {"address": "http://a"}),
+        ({"name": "model", "path": "b"}, [{"name": "model", "path": p} for p in "ab"], {"path": "b"}),
+        ({"name": "json_schema", "schema": {}}, [], {"schema": {}}),
+        ({"name": "model", "path": "/home"}, [{"name": "model", "path": "a"}], None),
+        ({"name": "judge", "address": "http://b"}, [{"name": "judge", "address": "http://a"}], None),
+        ({"name": "judge", "rubric": "key.txt"}, [{"name": "judge", "address": "http://a"}], None),
+        ({"name": "judge"}, [], None),
+        ({"name": "model"}, [{"name": "model", "path": p} for p in "ab"], None),
+        ({"name": "json_schema", "schema_file": "/etc/passwd"}, ["json_schema"], None),
+    ],
+)
+def test_data_chooses_models_servers_and_files_among_those_of_the_settings(tmp_path, row, named, found):
+    rewards = RewardsConfig.model_validate({"column": "by", "functions": tuple(named)})
+    if found is None:
+        with pytest.raises(ValueError, match=f"line 1: need a function of the settings for '{row['name']}'"):
+            loaded(tmp_path, [{"by": row}], rewards=rewards)
+    else:
+        assert loaded(tmp_path, [{"by": row}], rewards=rewards)[0].reward.options == found
+
+
+def test_a_row_may_weigh_a_function_of_the_settings_otherwise(tmp_path):
+    judge = WeightedChoice(name="judge", weight=0.5, address="http://a")
+    rows = [{"by": "judge"}, {"by": {"name": "judge", "weight": 2.0}}]
+    made = loaded(tmp_path, rows, rewards=RewardsConfig(column="by"), reward=judge)
+    assert [prompt.reward.weight for prompt in made] == [0.5, 2.0] and made[1].reward.options == judge.options
 
 
 def test_sampling_parameters_of_a_row_go_over_those_of_its_source(tmp_path):

@@ -36,6 +36,9 @@ class Last(PromptSampler):
     def load_state_dict(self, state):
         self.rates = dict(state["rates"])
 
+class Sized(Last):
+    def __init__(self, prompts, *, seed, shuffle, size): ...
+
 def function(prompts): ...
 """
 
@@ -143,6 +146,21 @@ def test_options_out_of_their_bounds_are_refused():
             PassRateWindow(prompts(2), seed=0, shuffle=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pass_rate", {"lo": 0.1}, r"takes \(low, high, retry, untried\), got lo; the nearest is low"),
+        ("pass_rate", {"low": "few"}, "data.curriculum pass_rate, option low: .*number.*; got 'few'"),
+        ("easy_to_hard", {"epoch": 2}, r"takes \(column, epochs\), got epoch; the nearest is epochs"),
+        ("off", {"low": 0.1}, r"data.curriculum off takes \(none\), got low$"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_with_those_that_there_are(name, options, message):
+    choice = Choice.model_validate({"name": name, **options})
+    with pytest.raises(ValueError, match=message):
+        PromptLoader(prompts(2), seed=0, shuffle=True, curriculum=choice)
+
+
 def own(folder, name, **options):
     (folder / "own.py").write_text(OWN)
     return Choice.model_validate({"name": f"{folder / 'own.py'}:{name}", **options})
@@ -162,7 +180,8 @@ def test_a_sampler_of_the_user_draws_observes_and_is_saved(tmp_path):
     ("name", "options", "message"),
     [
         ("function", {}, "need a subclass of .*PromptSampler for data.curriculum"),
-        ("Last", {"speed": 1}, "does not take its options: .*'speed'"),
+        ("Last", {"speed": 1}, r"need options that data.curriculum .*:Last takes \(step\), got speed"),
+        ("Sized", {}, "cannot be made of {}: .*'size'"),
         ("First", {}, "need a function 'First'"),
     ],
 )
@@ -187,6 +206,18 @@ def test_a_run_does_not_go_on_without_its_curriculum(name):
     before.take(2)
     with pytest.raises(ValueError, match="curriculum was .* and is None"):
         PromptLoader(prompts(4), seed=0, shuffle=True).load_state_dict(before.state_dict())
+
+
+def test_columns_that_a_reward_may_read_are_part_of_the_state():
+    state, other = (
+        PromptLoader(prompts(2, level=level), seed=0, shuffle=True).state_dict() for level in ([1, 2], [1, 3])
+    )
+    loader = PromptLoader(prompts(2, level=[1, 2]), seed=0, shuffle=True)
+    loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="columns was .* start afresh"):
+        loader.load_state_dict(other)
+    del other["columns"]  # of an earlier version
+    loader.load_state_dict(other)
 
 
 def test_answers_of_any_keys_are_part_of_the_fingerprint():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from verl.config.data import DataConfig, DataSource, SFTDataConfig, WeightedChoice
+from verl.data import dataset
 from verl.data.dataset import load_prompts
 from verl.data.examples import load_examples
 from verl.data.reading.memory_rows import rows_in_memory, with_memory
@@ -28,6 +29,11 @@ def prompts_of(data: object, name: str = "train_dataset", **settings: object) ->
 
 def generated():
     yield from TEXTS
+
+
+def endless():
+    while True:
+        yield {"prompt": "a"}
 
 
 FORMS = {
@@ -115,6 +121,15 @@ def test_a_malformed_row_is_named_by_its_number():
 def test_another_value_is_refused_with_the_way_out(data, message):
     with pytest.raises((TypeError, ValueError), match=message):
         rows_in_memory(data, "train_dataset", "train")
+
+
+def test_a_stream_without_an_end_is_not_read_for_ever(monkeypatch):
+    monkeypatch.setattr(dataset, "_MAX_STREAMED", 5)
+    ended = datasets.IterableDataset.from_generator(generated)
+    assert len(prompts_of(ended)) == 5
+    message = r"need rows that end for data.train, got more than 5 of the stream .*train_dataset.take\(1000\)"
+    with pytest.raises(ValueError, match=message):
+        prompts_of(datasets.IterableDataset.from_generator(endless))
 
 
 def test_rows_in_memory_stand_in_for_a_source_of_the_settings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from tests.rewards.judge.chat_endpoint import Play, chat_endpoint, said
 from tests.rewards.judge.judged import judging, rewarded
 from verl.rewards.failures import FatalRewardError
 from verl.rewards.judge.absolute import ScoreJudge
+from verl.rewards.judge.judge_options import JudgeOptions, options_of
+from verl.rewards.judge.spending import Budget, Tally
 
 GOOD = said('{"score": 10}')
 NONSENSE = {
@@ -122,6 +125,31 @@ def test_a_judge_that_answers_nobody_ends_the_run(endpoint, tmp_path):
         with pytest.raises(FatalRewardError, match="none of the last 4 questions, with 1 retries each"):
             rewards.attempt(rows(*"abcdefghijkl"))
     assert len(endpoint.bodies) <= 2 * 5
+
+
+def test_a_judge_that_answers_between_failures_is_not_given_up(endpoint, tmp_path):
+    refused = Play('{"error": {"message": "too long"}}', status=400)
+    with judging(endpoint, tmp_path, retries=0, concurrency=1) as (rewards, _, _):
+        endpoint.replies = [PASSING["503"], NONSENSE["cut"], PASSING["503"], refused, PASSING["503"], GOOD]
+        found = rewarded(rewards, rows(*"abcdef"))
+    assert [row.outcome.removeprefix("judge_") for row in found] == [
+        *("unavailable", "unreadable", "unavailable", "refused", "unavailable", "ok"),
+    ]
+
+
+def test_what_rounding_leaves_keeps_nothing_back():
+    limits = {"address": "http://a", "model": "m", "input_price": 1.0, "max_cost": 0.3}
+    budget = Budget(options_of(JudgeOptions, limits))
+
+    async def spend():
+        for worst in (0.05, 0.1, 0.07):
+            await budget.reserve(worst)
+        for worst in (0.05, 0.1, 0.07):
+            await budget.settle(worst, Tally())
+
+    asyncio.run(spend())
+    with pytest.raises(StopIteration):  # at once: nobody would wake one who waits
+        budget.reserve(0.3).send(None)
 
 
 def test_the_key_is_sent_but_never_shown(endpoint, tmp_path, monkeypatch):

@@ -43,8 +43,21 @@ def test_any_or_all_of_the_references_and_none_of_the_forbidden():
 
 def test_texts_of_the_options_are_looked_for_in_place_of_the_reference():
     assert contains("yes", None, texts=["yes", "no"]) == {"reward": 1.0}
-    assert contains("<think>yes</think>", None, texts=["yes"], extract="after_think") == {"reward": 0.0}
+    assert contains("<think>no</think>", None, texts=["yes", "no"], extract="whole") == {"reward": 1.0}
     with pytest.raises(ValueError, match="got an empty one"):
         prepare_contains(not_contains=[" "])
     with pytest.raises(ValueError, match="at least one text in texts"):
         prepare_contains(texts=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>Rome? Paris?</think>It is Rome.", 0.0),
+        ("<think>Rome? Paris?", 0.0),
+        ("Rome? Paris?</think>It is Paris.", 1.0),  # the chat template has opened the thoughts
+        ("Paris", 1.0),
+    ],
+)
+def test_thoughts_are_no_answer(text, reward):
+    assert contains(text, "Paris")["reward"] == reward

@@ -27,6 +27,8 @@ def test_tags_and_thoughts_are_left_out():
     assert score("four and three <answer> 7 </answer> done") == (1, 1)
     assert score("<answer>8</answer> no, <answer>7</answer>") == (1, 1)
     assert score("<think>4 + 3</think>\n7") == (1, 1)
+    assert score("<think>7</think>8") == score("<think><answer>7</answer></think>8") == (0, 0)
+    assert score("<think>4 + 3 = 7", number=True) == (0, 0)  # it was cut off while it thought
     assert score("<final>7</final>", tag="final") == (1, 1)
     assert score("7", need_tag=True) == score("<answer>7", need_tag=True) == (0, 0)
     assert answer_in_tags("</answer><answer>7", "answer") is None

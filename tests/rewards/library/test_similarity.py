@@ -23,6 +23,7 @@ def test_the_most_alike_reference_counts_and_the_threshold_says_what_is_right():
     made = similarity("abcd", "abcx", threshold=0.75)
     assert made == {"reward": 0.75, "accuracy": 1.0}
     assert similarity("abcd", "abcx")["accuracy"] == 0.0
+    assert similarity("<think>or abcd</think>abcx", "abcx")["accuracy"] == 1.0
     assert similarity("x", "x", extract="boxed") == {"reward": 0.0, "accuracy": 0.0}
 
 

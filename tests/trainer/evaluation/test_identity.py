@@ -9,7 +9,13 @@ import pytest
 from tests.training import toy_trainer
 from verl.trainer.evaluation import identity
 from verl.trainer.evaluation.answering import questions_of
-from verl.trainer.evaluation.identity import digest_of_code, digest_of_file, digest_of_model, identity_of
+from verl.trainer.evaluation.identity import (
+    digest_of_code,
+    digest_of_file,
+    digest_of_files,
+    digest_of_model,
+    identity_of,
+)
 
 
 def identity_with(letters, folder, *overrides):
@@ -76,3 +82,15 @@ def test_a_large_file_is_known_by_blocks_of_it(tmp_path, monkeypatch):
 def test_rewards_without_a_function_of_their_own_have_a_fingerprint(name):
     assert digest_of_code(name) == name
     assert digest_of_code("exact") != digest_of_code("math")
+
+
+def test_files_and_models_that_a_reward_function_reads_are_part_of_it(tmp_path, letters):
+    rubric, schema = tmp_path / "rubric.md", tmp_path / "schema.json"
+    rubric.write_text("Be brief.")
+    schema.write_text("{}")
+    options = {"rubric": str(rubric), "schema_file": str(schema), "scale": [1, 5], "template": "x" * 5000}
+    before = digest_of_files(options)
+    assert before == digest_of_files(options | {"cache": str(rubric)})
+    rubric.write_text("Be long.")
+    assert before != digest_of_files(options) != digest_of_files({**options, "rubric": "Be long."})
+    assert digest_of_files({"path": str(letters)}) != digest_of_files({"path": str(tmp_path)})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
+from verl.config.checks.function_options import check_names, check_values, option_parameters
 from verl.config.fields import Choice
 from verl.config.layers import nearest_key
 from verl.data.loading.pass_rate import PassRateWindow
@@ -45,7 +47,13 @@ def build_sampler(
             "need a subclass of verl.data.loading.prompt_sampler.PromptSampler for data.curriculum, got "
             f"{name}"
         )
+    user, options = f"data.curriculum {name}", curriculum.options
+    parameters = inspect.signature(found).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_names(user, option_parameters(found, without=("seed", "shuffle")), options)
+    if name in CURRICULA:
+        options = check_values(user, found.__init__, options)
     try:
-        return found(prompts, seed=seed, shuffle=shuffle, **curriculum.options)
+        return found(prompts, seed=seed, shuffle=shuffle, **options)
     except TypeError as error:
-        raise ValueError(f"data.curriculum {name} does not take its options: {error}") from error
+        raise ValueError(f"{user} cannot be made of {options}: {error}; correct its options") from error

@@ -36,8 +36,8 @@ class Loader(ABC):
 
     @property
     @abstractmethod
-    def epochs(self) -> float:
-        """Passes over the prompts so far, such as 1.5 in the middle of the second."""
+    def epochs(self) -> float | None:
+        """Passes over the prompts so far, such as 1.5; None: the prompts are not counted yet."""
 
     @abstractmethod
     def prompt(self, index: int) -> Prompt | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from typing_extensions import override
 
 from verl.data.loading.loader import Loader, check_count, check_identity
 from verl.data.loading.prompt_sampler import GroupFeedback, uniforms
+from verl.data.loading.prompt_sequence import PromptSequence
 from verl.utils.sampling_types import Prompt
 
 
@@ -95,7 +96,7 @@ class ConcatenatedLoader(Loader):
 
     @property
     @override
-    def epochs(self) -> float:
+    def epochs(self) -> float | None:
         return self._loader.epochs
 
     @override
@@ -152,7 +153,7 @@ class MixedLoader(Loader):
     @property
     @override
     def prompts(self) -> Sequence[Prompt]:
-        return _Joined([loader.prompts for loader in self._loaders])
+        return JoinedPrompts([loader.prompts for loader in self._loaders])
 
     @property
     @override
@@ -162,13 +163,10 @@ class MixedLoader(Loader):
 
     @property
     @override
-    def epochs(self) -> float:
-        """Prompts drawn, divided by the prompts of all sources; with a stream, the mean by the weights."""
-        if (size := self.num_prompts) is not None:
-            return sum(self._metrics.drawn) / size
-        return math.fsum(
-            share * loader.epochs for share, loader in zip(self.shares, self._loaders, strict=True)
-        )
+    def epochs(self) -> float | None:
+        """Prompts drawn, divided by the prompts of all sources; None with a stream that has not ended yet."""
+        size = self.num_prompts
+        return None if size is None else sum(self._metrics.drawn) / size
 
     @override
     def take(self, n: int) -> list[Prompt]:
@@ -190,7 +188,7 @@ class MixedLoader(Loader):
     def take_metrics(self) -> dict[str, float]:
         metrics = self._metrics.take()
         for name, loader in zip(self._metrics.table.names, self._loaders, strict=True):
-            metrics[f"source/{name}/epoch"] = loader.epochs
+            metrics |= {} if loader.epochs is None else {f"source/{name}/epoch": loader.epochs}
             metrics |= {f"source/{name}/{key}": value for key, value in loader.take_metrics().items()}
         return metrics
 
@@ -231,7 +229,7 @@ class MixedLoader(Loader):
         return chosen
 
 
-class _Joined(Sequence[Prompt]):
+class JoinedPrompts(PromptSequence):
     """Several sequences, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Prompt]]) -> None:
@@ -240,21 +238,10 @@ class _Joined(Sequence[Prompt]):
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @overload
-    def __getitem__(self, position: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, position: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(*position.indices(len(self)))]
-        position = range(len(self))[position]
+    @override
+    def prompt_at(self, position: int) -> Prompt:
         for part in self._parts:
             if position < len(part):
                 return part[position]
             position -= len(part)
         raise IndexError(position)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return (prompt for part in self._parts for prompt in part)

@@ -102,7 +102,9 @@ class PromptLoader(Loader):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_identity(state, {"curriculum": None} | self._identity)
+        own = {"curriculum": None} | self._identity
+        # Checkpoints of earlier versions do not know the columns that rewards read.
+        check_identity(state, {key: value for key, value in own.items() if key != "columns" or key in state})
         if isinstance(self.sampler, EpochSampler) and "sampler" not in state:
             self.sampler.load_state_dict(state)
             self._num_drawn = self.sampler.epoch * len(self) + self.sampler.position
@@ -126,16 +128,18 @@ class PromptLoader(Loader):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
+        digest, columns = hashlib.sha256(), hashlib.sha256()
         for prompt in self._prompts:
             own = [part for part in (prompt.tools, prompt.sampling) if part]
             facts = [prompt.content, prompt.answer, prompt.source, *own]
             facts += [] if prompt.reward is None else [prompt.reward.model_dump()]
             digest.update(_stable_json(facts).encode() + b"\n")
+            columns.update(_stable_json(prompt.columns).encode() + b"\n")
         curriculum = {} if self._curriculum.name == "off" else {"curriculum": self._curriculum.model_dump()}
         return {
             "num_prompts": len(self._prompts),
             "fingerprint": digest.hexdigest()[:16],
+            "columns": columns.hexdigest()[:16],
             "seed": self.seed,
             "shuffle": self.shuffle,
             **curriculum,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, overload
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from verl.config.data import WeightedChoice
+from verl.data.loading.prompt_sequence import PromptSequence
 from verl.data.records import decode_record, encode_record
 from verl.utils.sampling_types import Prompt
 
 
-class PromptStore(Sequence[Prompt]):
+class PromptStore(PromptSequence):
     """Prompts that are kept in memory up to a bound, and beyond it all in one file without a name.
 
     The file is in the folder of temporary files (`TMPDIR`) and vanishes with the process. Prompts with values
@@ -68,22 +70,11 @@ class PromptStore(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, position: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, position: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(*position.indices(len(self)))]
+    @override
+    def prompt_at(self, position: int) -> Prompt:
         if self._file is None:
             return self._in_memory[position]
-        position = range(len(self))[position]
         return self._unencodable.get(position) or self._read(position)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return (self[i] for i in range(len(self)))
 
     def _write(self, prompt: Prompt) -> None:
         assert self._file is not None
@@ -104,7 +95,7 @@ class PromptStore(Sequence[Prompt]):
         return decoded_prompt(self._file.read(end - start))
 
 
-class PromptView(Sequence[Prompt]):
+class PromptView(PromptSequence):
     """Some of the prompts of a sequence, by their positions in it.
 
     Args:
@@ -122,19 +113,9 @@ class PromptView(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._positions)
 
-    @overload
-    def __getitem__(self, position: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, position: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(position, slice):
-            return [self._prompts[i] for i in self._positions[position]]
+    @override
+    def prompt_at(self, position: int) -> Prompt:
         return self._prompts[self._positions[position]]
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return (self._prompts[i] for i in self._positions)
 
 
 def selected(prompts: Sequence[Prompt], positions: Sequence[int]) -> Sequence[Prompt]:

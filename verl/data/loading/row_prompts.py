@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,14 @@ from verl.utils.sampling_types import Prompt
 
 # Sampling parameters that a row or a source may set.
 ROW_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "repetition_penalty")
+# Built-in rewards with options that name a file or a server: these options, or none if most of them do.
+REACHING: Mapping[str, frozenset[str]] = {
+    "model": frozenset(),
+    "judge": frozenset(),
+    "judge_pairwise": frozenset(),
+    "judge_ranking": frozenset(),
+    "json_schema": frozenset({"schema_file"}),
+}
 _NO_REWARDS = RewardsConfig()
 
 
@@ -46,7 +54,8 @@ class RowPrompts:
         self._name, self._parse, self._default = name_of(source), parse, source.reward
         self._config = config
         self._reward_column, self._sampling_key = rewards.column, config.sampling_key
-        self._own_functions = _own_functions(config, rewards)
+        sources = [*sources_of(config.train), *sources_of(config.test), source]
+        self._named = [*rewards.functions, *(one.reward for one in sources if one.reward is not None)]
         try:
             self._sampling = row_sampling(source.sampling.values)
         except MalformedRow as problem:
@@ -108,7 +117,7 @@ class RowPrompts:
         """Reward of a prompt in memory, where it may also be written as in a row."""
         if isinstance(given, WeightedChoice):
             return given
-        return row_reward(given, "Prompt.reward", allowed=self._own_functions)
+        return row_reward(given, "Prompt.reward", named=self._named)
 
     def _reward(self, row: Mapping[str, Any]) -> WeightedChoice | None:
         column = self._reward_column
@@ -118,7 +127,7 @@ class RowPrompts:
         # Rows with equal values share one object: a data set may have millions of rows.
         key = json.dumps(value, sort_keys=True, default=repr)
         if key not in self._choices:
-            self._choices[key] = row_reward(value, f"the column {column!r}", allowed=self._own_functions)
+            self._choices[key] = row_reward(value, f"the column {column!r}", named=self._named)
         return self._choices[key]
 
     def _row_sampling(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -161,17 +170,19 @@ def row_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: vars(checked)[name] for name in given}
 
 
-def row_reward(value: Any, place: str, *, allowed: frozenset[str]) -> WeightedChoice:
+def row_reward(value: Any, place: str, *, named: Sequence[WeightedChoice]) -> WeightedChoice:
     """Reward function that a row names: by its name, or as {name, options} or {name, OPTION: value, ...}.
+
+    Data must not choose which code is run, which file is read or which server is asked: of functions of the
+    user and of those in `REACHING`, a row chooses among those that the settings name.
 
     Args:
         value: text, mapping, or the JSON text of one.
         place: of the value, for messages.
-        allowed: functions by module or file that a row may name. Data must not choose which code is run, so
-            only those are taken that the settings name.
+        named: functions that the settings name.
 
     Raises:
-        MalformedRow: it is no name or mapping, or names code that the settings do not name.
+        MalformedRow: it is no name or mapping, or names what the settings do not name.
     """
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = parsed_json(value, place)
@@ -185,23 +196,41 @@ def row_reward(value: Any, place: str, *, allowed: frozenset[str]) -> WeightedCh
     if not isinstance(options, dict):
         raise MalformedRow(f"need options that are an object in {place}, got {describe(options)}")
     options = {name: option for name, option in options.items() if option is not None}
-    if ":" in given["name"] and given["name"] not in allowed:
+    if ":" in given["name"] and given["name"] not in {choice.name for choice in named}:
         raise MalformedRow(
             f"need a built-in reward function in {place}, got {given['name']!r}: data may name a function of "
             "yours only if rewards.functions or the reward of a source names it, too"
         )
     try:
-        return WeightedChoice.model_validate({**options, **given})
+        choice = WeightedChoice.model_validate({**options, **given})
     except ValidationError as error:
         first = error.errors()[0]
         raise MalformedRow(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    reaching = REACHING.get(choice.name)
+    if reaching is None or (reaching and reaching.isdisjoint(choice.options)):
+        return choice
+    known = named_choice(choice, named, place)
+    return known.model_copy(update={"weight": choice.weight}) if "weight" in given else known
 
 
-def _own_functions(config: DataConfig, rewards: RewardsConfig) -> frozenset[str]:
-    """Functions of the user that the settings name."""
-    sources = [*sources_of(config.train), *sources_of(config.test)]
-    choices = [*rewards.functions, *(one.reward for one in sources if one.reward is not None)]
-    return frozenset(choice.name for choice in choices if ":" in choice.name)
+def named_choice(choice: WeightedChoice, named: Sequence[WeightedChoice], place: str) -> WeightedChoice:
+    """The one function of the settings that a row means: of the same name, with the options of the row.
+
+    Raises:
+        MalformedRow: there is none, or there are several with different options.
+    """
+    fitting = [one for one in named if one.name == choice.name]
+    fitting = [one for one in fitting if choice.options.items() <= one.options.items()]
+    fitting = [one for one in fitting if one.options == choice.options] or fitting
+    if not fitting or any(one.options != fitting[0].options for one in fitting):
+        options = f" with {', '.join(choice.options)}" if choice.options else ""
+        found = f"{len(fitting)} such functions" if fitting else "none"
+        raise MalformedRow(
+            f"need a function of the settings for {choice.name!r}{options} in {place}, got {found}: data may "
+            "choose a model, a server or a file only among those of rewards.functions and of the rewards of "
+            "sources; name it there"
+        )
+    return fitting[0]
 
 
 def as_row(raw: Any) -> dict[str, Any]:

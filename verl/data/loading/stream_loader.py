@@ -79,9 +79,9 @@ class StreamLoader(Loader):
 
     @property
     @override
-    def epochs(self) -> float:
+    def epochs(self) -> float | None:
         size = self._pass_size or self._num_rows
-        return self._passes + (min(1.0, self._drawn_in_pass / size) if size else 0.0)
+        return self._passes + min(1.0, self._drawn_in_pass / size) if size else None
 
     @override
     def take(self, n: int) -> list[Prompt]:

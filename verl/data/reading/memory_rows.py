@@ -43,7 +43,7 @@ class ConvertedRows(ListedRows):
     def rows_from(self, start: int) -> Iterator[PlacedRow]:
         for place, row in super().rows_from(start):
             try:
-                yield place, row if isinstance(row, Prompt) else _as_row(row)
+                yield place, row if isinstance(row, Prompt) else plain_row(row)
             except MalformedRow as problem:
                 yield place, problem
 
@@ -177,7 +177,7 @@ def _is_sign_of_nothing(cell: Any) -> bool:
     return type(cell).__name__ in ("NAType", "NaTType")
 
 
-def _as_row(row: Any) -> Any:
+def plain_row(row: Any) -> Any:
     """A row of columns with plain Python values, or a prompt of a text or a chat."""
     if isinstance(row, Mapping):
         check_once(map(str, row), "column")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ _TOKEN_SIZE = 3
 _HIGH_POSITION = 1 << 20
 
 
-class CheckedForward(nn.Module):
+class CheckedForward(nn.Module, ABC):
     """A model of Transformers whose forward pass by rows can be compared with the family's own.
 
     Attributes:
@@ -31,23 +32,23 @@ class CheckedForward(nn.Module):
     decodes = False
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Device of the computation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout
     ) -> Tensor:
         """Final hidden states, [..., hidden], of ids and positions [...]; needs `forward_mode`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def family_outputs(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Outputs of the family's own forward pass, to be compared with `outputs`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, states: Tensor) -> Tensor:
         """Outputs [M, ...] from final states [M, hidden]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def check_forward(self) -> None:

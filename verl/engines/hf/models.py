@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -151,9 +152,9 @@ class Backbone(CheckedForward):
             return values
         return self.sequence.gather_tokens(values, indices, len(inputs.targets))
 
+    @abstractmethod
     def zero_loss(self, inputs: ModelInput) -> Tensor:
         """A loss of 0 with a gradient of 0 for every weight, for a rank that has no rows."""
-        raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the activations of a layer in its backward pass, inside or outside `forward_mode`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -79,13 +80,13 @@ class RoleWorker(Worker):
         self.engine.export_adapter(folder, base)
 
 
-class ColumnWorker(RoleWorker):
+class ColumnWorker(RoleWorker, ABC):
     """A role that writes columns of the batch before the update."""
 
     @register(PLANNED)
+    @abstractmethod
     def write(self, batch: Batch, plan: BatchPlan) -> Batch:
         """The columns, as a batch of the same rows."""
-        raise NotImplementedError
 
 
 class Learner(ColumnWorker):
@@ -106,9 +107,9 @@ class Learner(ColumnWorker):
         self._algorithm = algorithm
         self._epochs = epochs
 
+    @abstractmethod
     def objective(self, kl_coef: float) -> Objective:
         """The loss of the role, with the coefficient of the KL term where it has one."""
-        raise NotImplementedError
 
     @register(PLANNED_METRICS)
     def update(self, batch: Batch, plan: BatchPlan, kl_coef: float) -> dict[str, float]:

@@ -196,7 +196,6 @@ class JudgeEndpoint:
                     break
                 await self._sleep(pause_s)
                 continue
-            self._failed_in_a_row = 0
             if self._cache is not None and key is not None:
                 await asyncio.to_thread(self._cache.put, key, response)
             return verdict
@@ -220,6 +219,7 @@ class JudgeEndpoint:
                 "POST", "/chat/completions", body, timeout_s=self._options.timeout_s
             )
             spent = self._spent(response, worst)
+            self._failed_in_a_row = 0  # whatever it answers, the server is there
         except EngineError as error:
             if isinstance(error, HTTPStatusError) or isinstance(error.__cause__, ClientConnectorError):
                 spent = Tally()
@@ -252,6 +252,7 @@ class JudgeEndpoint:
             if error.status in _FATAL_STATUS:
                 self._fatal = FatalRewardError(f"{error}; {_FATAL_STATUS[error.status]}")
             elif error.is_permanent:
+                self._failed_in_a_row = 0
                 return RewardFailure("judge_refused", str(error)), None
             retry_after_s = error.retry_after_s or 0.0
         elif isinstance(error, NoResponseError):

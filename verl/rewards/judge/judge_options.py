@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -84,20 +83,6 @@ class JudgeOptions(Section):
         """Most tokens of a reply; None if there is no limit."""
         limit = self.extra.get("max_completion_tokens", self.extra.get("max_tokens", self.max_tokens))
         return limit if isinstance(limit, int) else None
-
-    def api_key(self) -> str:
-        """The API key from the environment; "" without `api_key_env`.
-
-        Raises:
-            ValueError: the variable is not set.
-        """
-        if self.api_key_env is None:
-            return ""
-        if not os.environ.get(self.api_key_env):
-            raise ValueError(
-                f"need the judge's API key in the environment variable {self.api_key_env}, which is not set"
-            )
-        return os.environ[self.api_key_env]
 
 
 class ScoreOptions(JudgeOptions):

@@ -25,6 +25,7 @@ from verl.rewards.judge.verdicts import ReadVerdict, Reply, UnreadableReplyError
 from verl.rollout.inference_server import ServerSpec
 from verl.rollout.server.embedded_server import EmbeddedServer
 from verl.utils.event_loops import BackgroundLoop
+from verl.utils.network import key_from_environment
 from verl.utils.sampling_types import Prompt
 
 T = TypeVar("T")
@@ -204,7 +205,7 @@ class Judge(ABC):
             address=server.address if server else str(o.address),
             model=o.path or str(o.model),
             identity=model_identity(o.path) if o.path else f"{o.address} {o.model}",
-            api_key=server.secret if server else o.api_key(),
+            api_key=server.secret if server else key_from_environment(o.api_key_env, "the judge"),
             cache=self._cache,
             check=server.check_process if server else None,
             sleep=self._sleep,

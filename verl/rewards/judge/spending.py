@@ -64,7 +64,7 @@ class Budget:
     def __init__(self, options: JudgeOptions) -> None:
         self._options = options
         self.total = Tally()
-        self._kept_back = 0.0
+        self._kept_back, self._num_open = 0.0, 0
         self._settled = asyncio.Condition()
 
     def worst_cost(self, body: Mapping[str, Any]) -> float:
@@ -102,11 +102,14 @@ class Budget:
                     break
                 await self._settled.wait()
             total.calls += 1
+            self._num_open += 1
             self._kept_back += worst
 
     async def settle(self, worst: float, spent: Tally) -> None:
         """Replace what was kept back by the counts of the answered request, without `calls`."""
         async with self._settled:
-            self._kept_back -= worst
+            self._num_open -= 1
+            # Exactly 0 without open requests: what rounding leaves could make the next one wait for ever.
+            self._kept_back = self._kept_back - worst if self._num_open else 0.0
             self.total.add(spent)
             self._settled.notify_all()

@@ -25,7 +25,7 @@ def contains(
     not_contains: list[str] | None = None,
     ignore_case: bool = True,
     words: bool = True,
-    extract: Extract = "whole",
+    extract: Extract = "after_think",
 ) -> dict[str, float]:
     """1 if the answer has the reference in it, or one of several, or all of them, else 0.
 
@@ -39,7 +39,7 @@ def contains(
         not_contains: with one of these the answer is wrong.
         ignore_case: upper and lower case are the same.
         words: a text counts only as a whole word or number: 5 is not in 15, 5.3 or -5.
-        extract: part of the answer that is searched.
+        extract: part of the answer that is searched, by default without thoughts.
 
     Returns:
         `reward`; and `accuracy`, if the reference is looked for.

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 
 # A number with or without thousands separators. Not part of a word, a fraction, a power of ten or a decimal
 # comma: of those it would be another number.
-_NUMBER = (
-    r"(?P<sign>(?<![\w)\]])[-+\u2212])?(?:\\?[$\u20ac\u00a3]\s?(?P<inner>[-\u2212])?)?"
-    r"(?P<digits>(?<![\w.,/])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.,/])\.[0-9]+)"
-    r"(?![0-9]|[.,][0-9]|\s?/\s?[0-9]|[eE^][-+]?[0-9])"
-)
+_SIGN = r"(?P<sign>(?<![\w)\]])[-+\u2212])?(?:\\?[$\u20ac\u00a3]\s?(?P<inner>[-\u2212])?)?"
+_WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
+_END = r"(?![0-9]|[.,][0-9]|\s?/\s?[0-9]|[eE^][-+]?[0-9])"
+_NUMBER = rf"{_SIGN}(?P<digits>(?<![\w.,/])(?:{_WHOLE})(?:\.[0-9]+)?|(?<![\w.,/])\.[0-9]+){_END}"
 _ANYWHERE = re.compile(_NUMBER)
-# As GSM8K ends its solutions; models also write none of the space, markup, or "Answer: x =".
+# As GSM8K ends its solutions; models also write none of the space, markup, or "Answer: x =". Behind the mark
+# a space may stand between thousands, 1 234; other numbers side by side are none.
+_MARKED_NUMBER = _NUMBER.replace(_WHOLE, rf"[0-9]{{1,3}}(?: [0-9]{{3}})+(?![0-9])|{_WHOLE}")
 _MARKED = re.compile(
     rf"####[ \t*`(~=]*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is|:)[ \t*]*)?(?:[a-z][ \t]*=[ \t]*)?"
-    rf"(?:\\boxed\{{)?{_NUMBER}(?!\s*(?:or|to|-|\u2013)\s*[0-9])",
+    rf"(?:\\boxed\{{)?{_MARKED_NUMBER}(?!\s*(?:or|to|-|\u2013)\s*[0-9]|[ \t]+[0-9])",
     re.IGNORECASE,
 )
 # Between the thousands of a number: a space or comma of LaTeX, and spaces of Unicode.
@@ -41,8 +42,8 @@ def gsm8k(
 ) -> dict[str, Any]:
     """1 if the number of the answer is that of the truth, as verl's function of this name.
 
-    Numbers are compared by value: 1,234 is 1234.00. A sign of currency before and of percent behind are
-    ignored, and so is a period at the end.
+    Numbers are compared by value: 1,234 is 1234.00, and so is 1 234 behind the mark. A sign of currency
+    before and of percent behind are ignored, and so is a period at the end.
 
     Args:
         response: text of the answer.
@@ -100,5 +101,5 @@ def check_number(prompt: Prompt, **options: Any) -> None:
 
 
 def _value(match: re.Match[str]) -> Decimal:
-    value = Decimal(match["digits"].replace(",", ""))
+    value = Decimal(re.sub("[, ]", "", match["digits"]))
     return -value if (match["sign"] or "") in ("-", "\u2212") or match["inner"] else value

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.data.tasks.gym_tasks import gym_score
+from verl.rewards.library.answer_text import without_thoughts
 
-_THOUGHTS_END = "</think>"
 # A minus behind a digit or a bracket is an operator: the last number of "7-4" is 4.
 _NUMBER = re.compile(r"(?<![\w)\]])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 
@@ -23,8 +23,8 @@ def reasoning_gym(
 ) -> dict[str, float]:
     """Score of an answer by the generator that asked, `score_answer` of reasoning-gym.
 
-    The answer is the text in the last pair of tags; without tags all of the text, or what follows thoughts
-    that end with `</think>`. It is stripped of surrounding white space.
+    The answer is the text in the last pair of tags; without tags all of the text. Thoughts are no answer. It
+    is stripped of surrounding white space.
 
     Args:
         response: the answer of the policy.
@@ -38,11 +38,12 @@ def reasoning_gym(
         `reward`, the score, and `accuracy`, 1 if the score is 1, else 0. Some generators give a part of the
         score for a part of the answer.
     """
-    answer = answer_in_tags(response, tag)
+    text = without_thoughts(response)
+    answer = answer_in_tags(text, tag)
     if answer is None and need_tag:
         return {"reward": 0.0, "accuracy": 0.0}
     if answer is None:
-        answer = response.rpartition(_THOUGHTS_END)[2].strip()
+        answer = text.strip()
     if number and (found := _NUMBER.findall(answer)):
         answer = found[-1].replace(",", "")
     score = gym_score(reasoning_gym, answer)

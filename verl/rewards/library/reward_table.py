@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
+from verl.config.checks.function_options import check_names, check_values, option_parameters
 from verl.config.layers import nearest_key
 from verl.rewards.execution.isolation import Place
 from verl.utils import user_code
@@ -124,12 +122,6 @@ def load_function(name: str) -> Callable[..., Any]:
     return user_code.load_function(target, user="reward function")
 
 
-def option_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Options of a built-in function: its keyword-only parameters."""
-    parameters = inspect.signature(function).parameters
-    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
 def checked_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a built-in function, those that are given brought to the type of their parameter.
 
@@ -138,24 +130,10 @@ def checked_options(name: str, function: Callable[..., Any], options: Mapping[st
     Raises:
         ValueError: a name that is no option, or a value of another type or out of its bounds.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    known = option_parameters(function)
-    if unknown := sorted(options.keys() - known.keys()):
-        near = f"; the nearest is {nearest_key(unknown[0], list(known))}" if known else ""
-        raise ValueError(
-            f"need options that reward function {name!r} takes ({', '.join(known) or 'none'}), got "
-            f"{', '.join(unknown)}{near}"
-        )
-    checked = {n: p.default for n, p in known.items() if p.default is not p.empty} | dict(options)
-    for option in known.keys() & options.keys():
-        try:
-            checked[option] = TypeAdapter(hints[option]).validate_python(options[option])
-        except ValidationError as error:
-            causes = "; or ".join(dict.fromkeys(fault["msg"] for fault in error.errors()[:4]))
-            raise ValueError(
-                f"reward function {name!r}, option {option}: {causes}; got {options[option]!r}"
-            ) from error
-    return checked
+    user, known = f"reward function {name!r}", option_parameters(function)
+    check_names(user, known, options)
+    defaults = {n: p.default for n, p in known.items() if p.default is not p.empty}
+    return defaults | check_values(user, function, options)
 
 
 def check_own_limit(

@@ -33,7 +33,7 @@ def similarity(
     method: Method = "ratio",
     threshold: Annotated[float, Field(gt=0, le=1)] = 1.0,
     ignore_case: bool = True,
-    extract: Extract = "whole",
+    extract: Extract = "after_think",
 ) -> dict[str, float]:
     """Likeness of the answer and the reference in [0, 1]; of several references the most alike counts.
 
@@ -46,7 +46,8 @@ def similarity(
             they have in common and the rest (rapidfuzz); f1: F1 of the words as in SQuAD.
         threshold: likeness from which the answer counts as right.
         ignore_case: upper and lower case are the same; always so in f1.
-        extract: part of the answer that is compared; without it, the answer has 0.
+        extract: part of the answer that is compared, by default without thoughts; an answer that lacks the
+            part has 0.
 
     Returns:
         `reward`, the likeness, and `accuracy`, 1 from the threshold on.

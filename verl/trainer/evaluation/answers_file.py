@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,22 @@ class AnswersFile:
         return [portion for portion in self._portions if any(q.key not in self.scored for q in portion)]
 
     def append(self, answered: Sequence[tuple[EvalQuestion, list[Trajectory]]]) -> None:
-        """Write the answers to some questions, all of which are on disk when this returns."""
+        """Write the answers to some questions, all of which are on disk when this returns.
+
+        Raises:
+            RuntimeError: they cannot be written.
+        """
         lines = []
         for question, group in answered:
-            self.scored[question.key] = [*map(ScoredAnswer.of, group)]
             for sample, trajectory in enumerate(group):
                 trajectory.prompt = self._sets[question.set].prompts[question.number]
                 place = {"set": self._sets[question.set].name, "sample": sample, "greedy": question.greedy}
                 lines.append(json_line(place | answer_row(trajectory, self._codec)))
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
+        self.scored |= {question.key: [*map(ScoredAnswer.of, group)] for question, group in answered}
 
     def sort(self) -> None:
         """Put the lines in the order of the questions, in which an interruption leaves no trace."""
@@ -152,18 +157,35 @@ class AnswersFile:
     def _keep(self, places: Sequence[int]) -> None:
         """Replace the file by the lines at these places, in this order."""
         part = self.path.with_suffix(".jsonl.part")
-        with self.path.open("rb") as file, part.open("wb") as kept:
+        with writing(self.path), self.path.open("rb") as file, part.open("wb") as kept:
             for at in places:
                 file.seek(at)
                 kept.write(file.readline())
         os.replace(part, self.path)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file is written inside; raises RuntimeError, which names it, if that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write {path}: {error.strerror}; make room or correct its folder: the same command goes "
+            "on with the answers that are kept"
+        ) from error
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one go; NaN and infinities become null."""
+    """Write a JSON file in one go; NaN and infinities become null.
+
+    Raises:
+        RuntimeError: it cannot be written.
+    """
     part = path.with_suffix(".json.part")
     text = json.dumps(json.loads(json_line(content)), indent=2, ensure_ascii=False)
-    part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    with writing(path):
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 

@@ -27,6 +27,8 @@ from verl.utils.tokens import TextCodec
 _WHOLE_BYTES, _NUM_BLOCKS, _BLOCK_BYTES = 1 << 24, 256, 1 << 16
 # Files beside a model that generation does not read.
 _UNREAD = re.compile(r"README\.md|.*\.(md|png|gguf|pt|bin\.index\.json)|\..*")
+# Options of reward functions that may name a file.
+_FILE_OPTIONS = ("schema_file", "rubric", "template")
 # Settings of rewards that change no reward of an answer that has one.
 _LIMITS = {"timeout_s", "max_failed_share", "isolation"}
 
@@ -56,6 +58,7 @@ def identity_of(
                 __version__,
                 config.rewards.model_dump(mode="json", exclude=_LIMITS),
                 *(digest_of_code(name) for name in sorted(names)),
+                *sorted(digest_of_files(choice.options) for choice in _choices(config, sets)),
             ]
         ),
     }
@@ -112,6 +115,17 @@ def _agent_facts(config: AgentConfig) -> list[Any]:
     files = [Path(name.partition(":")[0]) for name in names]
     known = [digest_of_file(file) for file in files if file.suffix in (".py", ".yaml") and file.is_file()]
     return [config.model_dump(mode="json", exclude={"max_processes"}), *known]
+
+
+def digest_of_files(options: Mapping[str, Any]) -> str:
+    """Fingerprint of the files and models that options of a reward function name, such as a rubric."""
+    texts = {name: value for name, value in sorted(options.items()) if isinstance(value, str)}
+    # A rubric may be a text, too, which is no path if it is long.
+    files = {
+        name: Path(texts[name]).expanduser() for name in _FILE_OPTIONS if 0 < len(texts.get(name, "")) < 256
+    }
+    known = [[name, digest_of_file(path)] for name, path in files.items() if path.is_file()]
+    return digest([known, digest_of_model(texts["path"]) if "path" in texts else ""])
 
 
 def _model_paths(config: TrainerConfig) -> Iterator[str]:

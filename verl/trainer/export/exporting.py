@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,6 +223,9 @@ def model_for_checkpoint(saved: Path, settings: Mapping[str, Any], base: str | N
 
 def as_kind(kind: str, transformer: Any) -> Backbone:
     """A model of Transformers as the class `kind` of `verl.engines.hf.models`, in fp32."""
-    classes = {"PolicyModel": PolicyModel, "RewardModel": RewardModel, "ValueModel": ValueModel}
-    model: Backbone = classes[kind](transformer, "fp32")
-    return model
+    classes: dict[str, Callable[..., Backbone]] = {
+        "PolicyModel": PolicyModel,
+        "RewardModel": RewardModel,
+        "ValueModel": ValueModel,
+    }
+    return classes[kind](transformer, "fp32")

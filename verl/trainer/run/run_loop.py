@@ -220,7 +220,7 @@ class TrainerRun:
         trainer.waits.mark_progress("update")
         logged = dict(metrics)
         if trainer.loader:
-            logged["epoch"] = trainer.loader.epochs
+            logged |= {} if trainer.loader.epochs is None else {"epoch": trainer.loader.epochs}
             logged |= trainer.loader.take_metrics()
         logged |= {"seconds": seconds, "tokens_per_s": logged.get("tokens", 0.0) / seconds}
         logged |= trainer.clock.take() | trainer.step_limit(seconds)
