@@ -21,7 +21,7 @@ Message = dict[str, Any]
 # Stands for the content of a message where its place in the text is looked for.
 MARK = "qzxcontentxzq"
 # A tool for templates that write calls only where tools are offered.
-PROBE_TOOL = {
+PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }

@@ -91,12 +91,20 @@ class ChatRenderer(TurnRenderer):
 
     @override
     def follow(self, turn: Message, messages: Sequence[Message], *, sampled: Sequence[int]) -> list[int]:
+        text = without_sampled_end(self._codec, self.text_behind(turn, messages), sampled)
+        return encode_behind(self._codec, sampled, text)
+
+    def text_behind(self, turn: Message, messages: Sequence[Message]) -> str:
+        """Text behind a turn, from the token on that closes it to the opening of the next turn.
+
+        Raises:
+            ValueError: as `follow`.
+        """
         before = [*self._head, QUESTION, skeleton(turn)]
         ordered = in_call_order(turn, messages)
-        chat = self._codec.chat(Prompt([*before, *ordered], tools=self._tools, columns=self._prompt.columns))
-        index = len(chat.messages) - len(ordered) - 1
-        text = behind_turn(self._codec, chat, index)
-        return encode_behind(self._codec, sampled, without_sampled_end(self._codec, text, sampled))
+        prompt = Prompt([*before, *ordered], tools=self._tools, columns=self._prompt.columns)
+        chat = self._codec.chat(prompt)
+        return behind_turn(self._codec, chat, len(chat.messages) - len(ordered) - 1)
 
 
 def renderer_for(codec: TextCodec, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> TurnRenderer:
