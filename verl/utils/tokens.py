@@ -19,8 +19,8 @@ from verl.utils.sampling_types import Prompt
 from verl.utils.tool_schemas import load_tools
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
-# Short, since every character is a token: "T:search(query)", "u:Hi", and calls as [search(query="x")], the form
-# `pythonic`. The end token closes an answer, so a conversation only grows at its end.
+# Short, since every character is a token: "T:search(query)", "u:Hi", and calls as [search(query="x")], in
+# the form `pythonic`. The end token closes an answer, so a conversation only grows at its end.
 _CHAT_TEMPLATE = (
     "{% if tools %}T:{% for tool in tools %}{% set f = tool.function or tool %}{{ ',' if not loop.first }}"
     "{{ f.name }}({{ (f.parameters.properties if f.parameters else {}) | join(',') }}){% endfor %}{{ '\n' }}"
