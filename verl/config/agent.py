@@ -64,7 +64,10 @@ class AgentConfig(Section):
         16_384, "Longer results of tools are cut in their middle.", unit="characters", ge=1
     )
     tool_format: str = setting(
-        "auto", "Form in which the policy writes calls, `verl.utils.tool_calls`; auto: by the chat template."
+        "auto",
+        "Form in which the policy writes calls: auto (that of the chat template), tokenizer (its "
+        "response_template), a name of `verl.utils.tool_calls.formats`, or a parser of yours as "
+        '"file.py:Class".',
     )
     endings: dict[Ending, Treatment] = setting(
         _ENDINGS,

@@ -92,6 +92,7 @@ class LiveEpisode:
         self._tapes: list[Tape] = []
         self._renderer = renderer_for(codec, start.prompt)
         self._num_calls = self._num_bad_calls = 0
+        self._call_ids: list[str] = []
         self._counts: dict[str, float] = {}
         self._last: Completion | None = None
         self._last_params = params
@@ -129,7 +130,9 @@ class LiveEpisode:
 
         Raises:
             EpisodeFailure: the chat template does not take the messages.
+            ValueError: it writes calls in a form that is not known.
         """
+        self._parser.check_tools(tools)
         prompt = self.start.prompt
         self._renderer = renderer_for(self._codec, prompt, tools)
         with as_failure():
@@ -163,7 +166,9 @@ class LiveEpisode:
         if self.limits.max_turns == 1:  # a single answer, whose tokens may be in other processes
             return ParsedTurn("")
         ids = self._without_closing(completion)
-        turn = self._parser.parse(self._codec.decode_all(ids), self.record.tools)
+        text = self._codec.decode_all(ids)
+        turn = self._parser.parse(text, self.record.tools, taken=self._call_ids)
+        self._call_ids += [call.id for call in turn.calls]
         self.record.messages.append(turn.message)
         return turn
 

@@ -15,6 +15,7 @@ from verl.utils.event_loops import gather_all, within
 from verl.utils.sampling_types import PrefixAffinity, Prompt, SamplingParams
 from verl.utils.tokens import TextCodec
 from verl.utils.tool_calls.formats import parser_for
+from verl.utils.tool_calls.hermes import HermesParser
 
 
 class EpisodeRunner:
@@ -43,7 +44,8 @@ class EpisodeRunner:
         self.driver = driver or SingleAnswer()
         self._engine, self._codec, self._config = engine, codec, config
         self._is_single = driver is None
-        self._parser = parser_for(codec, config.tool_format)
+        # A single answer is not parsed.
+        self._parser = HermesParser() if driver is None else parser_for(codec, config.tool_format)
         self._limits = EpisodeLimits(
             max_turns=1 if driver is None else config.max_turns,
             max_calls=config.max_calls,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class ParsedTurn:
     Attributes:
         content: the text beside thoughts and calls.
         thoughts: text of the reasoning before it; "": none.
-        calls: in the order in which they were written.
+        calls: in the order in which they were written; none if there is an error.
         error: fault of a call that cannot be parsed, in words that are told to the policy; "": none.
     """
 
@@ -69,18 +69,33 @@ class ToolCallParser(ABC):
 
     Attributes:
         name: of the form, as in `agent.tool_format`.
-        ends: texts after which a turn with a call is complete, such as `</tool_call>`, for engines that can
-            stop there; empty: the turn ends with its closing token alone.
+        ends: texts after which a turn with a call may stop; the policy then writes no further call in it.
+            Empty: the turn ends with its closing token alone.
     """
 
     name: str
     ends: tuple[str, ...] = ()
 
     @abstractmethod
-    def parse(self, text: str, tools: Sequence[Mapping[str, Any]] = ()) -> ParsedTurn:
+    def parse(
+        self, text: str, tools: Sequence[Mapping[str, Any]] = (), *, taken: Collection[str] = ()
+    ) -> ParsedTurn:
         """Parse a turn; never raises for what a policy may write.
 
         Args:
             text: as it was sampled, with special tokens, without the one that closes the turn.
-            tools: schemas of the tools offered, for the types of arguments that are written as texts.
+            tools: schemas of the tools offered, for the types of arguments that are written as texts. Without
+                any, forms without a mark in front of a call are read as text.
+            taken: ids of earlier calls of the episode, which no new call gets.
+
+        Returns:
+            The turn; with an `error` it has no calls, and its content is all that follows the thoughts.
         """
+
+    def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Check that calls of these tools can be parsed; here nothing.
+
+        Raises:
+            ValueError: they cannot; says what to do.
+        """
+        return
