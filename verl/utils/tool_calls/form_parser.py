@@ -52,12 +52,14 @@ class FormParser(ToolCallParser):
     Attributes:
         shape: a call in this form, for messages.
         marks: texts that begin a call.
+        needs_mark: every call begins with one of them.
         thought_marks: texts before and behind thoughts.
         opens_thoughts: as above.
     """
 
     shape: str
     marks: tuple[str, ...] = ()
+    needs_mark = True
     thought_marks = ("<think>", "</think>")
 
     def __init__(self, *, opens_thoughts: bool = False) -> None:
@@ -100,7 +102,9 @@ class FormParser(ToolCallParser):
         start = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches any text
         # An end of thoughts alone, unless it is part of an argument.
         first_call = min((i for mark in self.marks if (i := text.find(mark)) >= 0), default=len(text))
-        is_end_alone = self.opens_thoughts or (place < first_call and opening not in text[:place])
+        is_end_alone = self.opens_thoughts or (
+            self.needs_mark and place < first_call and opening not in text[:place]
+        )
         if place >= 0 and not text.startswith(opening, start) and is_end_alone:
             found.append(text[:place])
             position = place + len(closing)

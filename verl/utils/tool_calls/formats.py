@@ -133,7 +133,7 @@ def own_parser(name: str) -> ToolCallParser:
         ValueError: there is none.
     """
     found: Any = load_function(name, user="agent.tool_format", keeps_class=True)
-    parser = found() if inspect.isclass(found) or inspect.isfunction(found) else found
+    parser = found() if inspect.isclass(found) and issubclass(found, ToolCallParser) else found
     if not isinstance(parser, ToolCallParser):
         raise ValueError(
             f"need agent.tool_format {name} as a class derived from "

@@ -31,6 +31,7 @@ class Llama3Parser(FormParser):
     name = "llama3"
     shape = '{"name": "TOOL", "parameters": {"KEY": VALUE}}'
     marks = ("<|python_tag|>",)
+    needs_mark = False
     ends = ("<|eom_id|>",)
 
     @override
@@ -63,6 +64,7 @@ class PythonicParser(FormParser):
     name = "pythonic"
     shape = "[TOOL(KEY=VALUE)]"
     marks = ("<|python_start|>", "<|tool_call_start|>")
+    needs_mark = False
     ends = ("<|python_end|>", "<|tool_call_end|>")
 
     @override

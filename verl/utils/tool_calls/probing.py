@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from verl.utils.chat.chat_template import MARK, Chat, ChatTemplate
@@ -31,15 +30,6 @@ TOOL: dict[str, Any] = {
 }
 
 
-def conversations(call_id: str) -> Iterator[list[dict[str, Any]]]:
-    """Conversations of a question and a call, whose arguments are an object or a text, as templates take."""
-    for arguments in (_ARGUMENTS, json.dumps(_ARGUMENTS)):
-        for content in ("", None):
-            function = {"name": _NAME, "arguments": arguments}
-            call = {"id": call_id, "type": "function", "function": function}
-            yield [_QUESTION, {"role": "assistant", "content": content, "tool_calls": [call]}]
-
-
 def written_call(template: ChatTemplate, call_id: str) -> str | None:
     """The text of a turn with a call, without what the template writes before and behind an answer.
 
@@ -50,28 +40,33 @@ def written_call(template: ChatTemplate, call_id: str) -> str | None:
     Returns:
         None: the template does not write calls.
     """
-    for messages in conversations(call_id):
-        whole = template.try_render(Chat(messages, (TOOL,))) or ""
-        # Its name is also in the list of tools.
-        before = template.try_render(Chat([_QUESTION], (TOOL,))) or ""
-        if whole.count(_NAME) > before.count(_NAME):
-            return answer_part(template, whole)
-    return None
+    function = {"name": _NAME, "arguments": _ARGUMENTS}
+    call = {"id": call_id, "type": "function", "function": function}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    chat = template.chat([_QUESTION, turn], tools=(TOOL,))
+    # The name of the tool is also in the list of tools.
+    texts = [template.try_render(c) or "" for c in (chat, chat.with_messages([_QUESTION]))]
+    return answer_part(template, chat) if texts[0].count(_NAME) > texts[1].count(_NAME) else None
 
 
-def answer_part(template: ChatTemplate, whole: str) -> str:
-    """The answer in the text of a conversation with one question and one answer."""
-    answer = {"role": "assistant", "content": MARK}
+def answer_part(template: ChatTemplate, chat: Chat) -> str:
+    """The text of the answer in a conversation with one question and one answer.
+
+    Raises:
+        ValueError: the template does not take it.
+    """
+    whole, asked = template.render(chat), chat.with_messages(chat.messages[:1])
     for opens in (True, False):
-        before = template.try_render(Chat([_QUESTION], (TOOL,)), opens_answer=opens)
+        before = template.try_render(asked, opens_answer=opens)
         if before and whole.startswith(before):
             whole = whole[len(before) :]
             break
     else:
-        whole = whole.rpartition(str(_QUESTION["content"]))[2]
-    closing = (template.try_render(Chat([_QUESTION, answer], (TOOL,))) or "").rpartition(MARK)[2]
+        whole = whole.rpartition(str(chat.messages[0]["content"]))[2]
+    plain = chat.with_messages([chat.messages[0], {"role": "assistant", "content": MARK}])
+    closing = (template.try_render(plain) or "").rpartition(MARK)[2]
     whole = whole.removesuffix(closing) if closing else whole
-    for end in template.ends:
+    for end in template.closers:
         whole = whole.rstrip().removesuffix(end)
     return whole
 
