@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from verl.cli.chat_quickstart import DEMOS, demo_config, learn, next_commands
 from verl.cli.main import main
 from verl.config.loader import load_config
+from verl.data.reading.sources import read_rows
 from verl.engines.hf.pretrained import make_tiny_model
 
 SMALLER = (
@@ -83,3 +85,23 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_fetched(argume
 def test_the_recipe_of_a_demo_is_the_one_of_grpo(tmp_path):
     config = demo_config(tmp_path, "m", demo=DEMOS["chain_sum"], seed=0)
     assert config.algorithm.advantage == load_config("grpo").algorithm.advantage
+
+
+@pytest.mark.parametrize("task", list(DEMOS))
+def test_the_questions_of_each_demo_can_be_made(task, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    config = demo_config(tmp_path, "somewhere", demo=DEMOS[task], seed=0)
+    rows = list(read_rows(config.data.train, "train"))
+    assert len(rows) == 500 and all(row["answer"] for _, row in rows[:20])
+
+
+def test_a_demo_may_teach_the_model_before(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    make_tiny_model(tmp_path / "tiny", hidden=32, layers=1)
+    console = Console(file=io.StringIO(), width=100)
+    demo = replace(DEMOS["countdown"], taught_steps=2)
+    learn(tmp_path, str(tmp_path / "tiny"), demo=demo, console=console, overrides=SMALLER)
+    text = console.file.getvalue()
+    assert "2 steps of fine-tuning on solved questions" in text
+    written = load_config(str(tmp_path / "run" / "config.yaml"))
+    assert written.policy.path == str(tmp_path / "taught" / "model")

@@ -11,6 +11,7 @@ from typing import Any
 from verl.agents.environments.session import Environments
 from verl.agents.episodes.driver import EpisodeDriver, ToolLoop
 from verl.config.agent import AgentConfig
+from verl.utils.chat.turn_probe import probe_turns
 from verl.utils.tokens import TextCodec
 
 # Functions that make the parts, by name: each loads packages that a run without it does not need.
@@ -64,6 +65,8 @@ def build_driver(
     has_environment = not has_program and given.rewards(config)
     if not (has_program or has_tools or has_environment):
         return None
+    for line in probe_turns(codec, has_tools=has_tools or has_program):
+        note(line)
     if has_program:
         if has_tools or config.environment or config.environment_column or given.environment is not None:
             raise ValueError(
