@@ -1,0 +1,154 @@
+"""Environments by their names: classes of the user, factories, and adapters to the packages of others."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from verl.config.fields import Choice
+
+_ADAPTERS = "verl.agents.environments.adapters"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A module of ours that gives the environments of a package the contract of a class.
+
+    Attributes:
+        definition: "module:Class"; the class gets the name behind the colon, and the options.
+        preload: "package:function", imported before processes are forked.
+        install: pip requirement of the package.
+    """
+
+    definition: str
+    preload: str
+    install: str
+
+    @property
+    def package(self) -> str:
+        """The package that the module imports."""
+        return self.preload.partition(":")[0].partition(".")[0]
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "gym": Adapter(f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium:make", "verl[gym]"),
+    "openenv": Adapter(f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment", "openenv:GenericEnvClient", "verl[openenv]"),
+    "reasoning-gym": Adapter(
+        f"{_ADAPTERS}.reasoning_gym_env:ReasoningGymEnvironment", "reasoning_gym:create_dataset", "verl[reasoning-gym]"
+    ),
+    "skyrl-gym": Adapter(f"{_ADAPTERS}.skyrl_env:SkyrlEnvironment", "skyrl_gym:make", "verl[skyrl-gym]"),
+    "textarena": Adapter(f"{_ADAPTERS}.textarena_env:TextArenaEnvironment", "textarena:make", "verl[textarena]"),
+    "verifiers": Adapter(f"{_ADAPTERS}.verifiers_env:VerifiersEnvironment", "verifiers:load_environment", "verl[verifiers]"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EnvironmentChoice:
+    """One environment with its options.
+
+    Attributes:
+        name: for messages.
+        definition: "file.py:Class", "package.module:Class", or the class or factory itself.
+        options: keyword arguments of the class or factory.
+        preload: "package:function" that it uses, imported before processes are forked; "": none.
+        python: interpreter of its processes; None: that of the trainer.
+        key: equal for equal environments with equal options.
+    """
+
+    name: str
+    definition: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    preload: str = ""
+    python: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Text that is equal for the same environment with the same options."""
+        place = self.definition if isinstance(self.definition, str) else id(self.definition)
+        return json.dumps([place, self.name, dict(self.options), self.python], sort_keys=True, default=repr)
+
+
+def chosen_environment(choice: Choice) -> EnvironmentChoice:
+    """The environment of a setting or of a row.
+
+    Raises:
+        ValueError: there is none of this name, or its package is missing.
+    """
+    options = choice.options
+    python = options.pop("python", None)
+    kind, colon, name = choice.name.partition(":")
+    if kind in ADAPTERS and colon:
+        adapter = ADAPTERS[kind]
+        if python is None and importlib.util.find_spec(adapter.package) is None:
+            raise ValueError(
+                f"the environment {choice.name} needs the package {adapter.package}: pip install "
+                f"'{adapter.install}', or name the interpreter of an environment that has it in the option python"
+            )
+        return EnvironmentChoice(
+            choice.name, adapter.definition, {"name": name, **options}, adapter.preload, python
+        )
+    if not colon:
+        forms = [f"{kind}:NAME" for kind in ADAPTERS]
+        near = difflib.get_close_matches(choice.name, ADAPTERS, n=1)
+        hint = f"; did you mean {near[0]}:NAME?" if near else ""
+        raise ValueError(
+            'need an environment as "file.py:Class", "package.module:Class" or one of '
+            f"{', '.join(forms)}, got {choice.name!r}{hint}"
+        )
+    return EnvironmentChoice(choice.name, choice.name, options, python=python)
+
+
+def given_environment(given: Callable[..., Any]) -> EnvironmentChoice:
+    """The environment of a class or factory of the program.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not callable(given):
+        raise ValueError(
+            f"need a class or a function that makes the environment, got {given!r}; hand over the class and "
+            "not an object of it, since each episode has its own"
+        )
+    return EnvironmentChoice(getattr(given, "__name__", type(given).__name__), given)
+
+
+def row_environment(value: Any, column: str, *, given: Mapping[str, EnvironmentChoice]) -> EnvironmentChoice:
+    """The environment that a row names.
+
+    Args:
+        value: name, {name, options} or {name, OPTION: value, ...}, or the JSON text of such a mapping.
+        column: of the value, for messages.
+        given: environments of the program and of `agent.environment`, by name; a row may name any of them.
+
+    Raises:
+        ValueError: it is none, or code that only the settings may name.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"need an environment in the column {column!r}, got {value!r}: {error}") from None
+    named = {"name": value} if isinstance(value, str) else value
+    if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
+        raise ValueError(
+            f"need an environment by name, or {{name, options}}, in the column {column!r}, got {value!r}"
+        )
+    own = dict(named)
+    name = own.pop("name")
+    # Tables fill the cells of options that a row does not have.
+    options = {k: v for k, v in {**(own.pop("options", None) or {}), **own}.items() if v is not None}
+    if name in given:
+        known = given[name]
+        return replace(known, options={**known.options, **options})
+    kind = name.partition(":")[0]
+    # Data must not choose which code is run.
+    if kind not in ADAPTERS or "python" in options:
+        raise ValueError(
+            f"need an adapter ({', '.join(ADAPTERS)}) or an environment that the settings name, in the column "
+            f"{column!r}, got {name!r}; name it in agent.environment, or hand it to the trainer"
+        )
+    return chosen_environment(Choice.model_validate({**options, "name": name}))
