@@ -20,29 +20,42 @@ class Adapter:
 
     Attributes:
         definition: "module:Class"; the class gets the name behind the colon, and the options.
-        preload: "package:function", imported before processes are forked.
+        package: that the module imports.
+        preload: "module:function", imported before processes are forked.
         install: pip requirement of the package.
     """
 
     definition: str
+    package: str
     preload: str
     install: str
 
-    @property
-    def package(self) -> str:
-        """The package that the module imports."""
-        return self.preload.partition(":")[0].partition(".")[0]
-
 
 ADAPTERS: dict[str, Adapter] = {
-    "gym": Adapter(f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium:make", "verl[gym]"),
-    "openenv": Adapter(f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment", "openenv:GenericEnvClient", "verl[openenv]"),
-    "reasoning-gym": Adapter(
-        f"{_ADAPTERS}.reasoning_gym_env:ReasoningGymEnvironment", "reasoning_gym:create_dataset", "verl[reasoning-gym]"
+    "gym": Adapter(
+        f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium", "gymnasium:make", "verl[gym]"
     ),
-    "skyrl-gym": Adapter(f"{_ADAPTERS}.skyrl_env:SkyrlEnvironment", "skyrl_gym:make", "verl[skyrl-gym]"),
-    "textarena": Adapter(f"{_ADAPTERS}.textarena_env:TextArenaEnvironment", "textarena:make", "verl[textarena]"),
-    "verifiers": Adapter(f"{_ADAPTERS}.verifiers_env:VerifiersEnvironment", "verifiers:load_environment", "verl[verifiers]"),
+    "openenv": Adapter(
+        f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment", "openenv", "openenv:GenericEnvClient", "verl[openenv]"
+    ),
+    "reasoning-gym": Adapter(
+        f"{_ADAPTERS}.reasoning_gym_env:ReasoningGymEnvironment",
+        "reasoning_gym",
+        "reasoning_gym:create_dataset",
+        "verl[reasoning-gym]",
+    ),
+    "skyrl-gym": Adapter(
+        f"{_ADAPTERS}.skyrl_env:SkyrlEnvironment", "skyrl_gym", "skyrl_gym:make", "verl[skyrl-gym]"
+    ),
+    "textarena": Adapter(
+        f"{_ADAPTERS}.textarena_env:TextArenaEnvironment", "textarena", "textarena:make", "verl[textarena]"
+    ),
+    "verifiers": Adapter(
+        f"{_ADAPTERS}.verifiers_env:VerifiersEnvironment",
+        "verifiers",
+        f"{_ADAPTERS}.verifiers_preload:has_load_environment",
+        "verl[verifiers]",
+    ),
 }
 
 

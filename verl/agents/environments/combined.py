@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -34,7 +35,23 @@ class CombinedSession(EnvironmentSession):
     def __init__(self, sessions: Sequence[EnvironmentSession]) -> None:
         self._sessions = list(sessions)
         self._owners: dict[str, EnvironmentSession] = {}
+        self.collect_tools()
+        self._stepping = next((session for session in self._sessions if session.steps), None)
+        self.steps = self._stepping is not None
+
+    def collect_tools(self) -> None:
+        """Take the tools of all sessions, some of which have theirs after `reset`.
+
+        Raises:
+            EpisodeFailure: two have a tool of the same name.
+        """
+        self._owners.clear()
         for session in self._sessions:
+            if session.answers_calls:
+                raise EpisodeFailure(
+                    "environment_error",
+                    "need an environment without calls of its own beside agent.tools; leave agent.tools out",
+                )
             for schema in session.schemas:
                 name = schema.get("function", schema)["name"]
                 if name in self._owners:
@@ -43,12 +60,13 @@ class CombinedSession(EnvironmentSession):
                     )
                 self._owners[name] = session
         self.schemas = tuple(schema for session in self._sessions for schema in session.schemas)
-        self._stepping = next((session for session in self._sessions if session.steps), None)
-        self.steps = self._stepping is not None
 
     @override
     async def reset(self) -> Sequence[Message]:
-        return [message for session in self._sessions for message in await session.reset()]
+        messages = [message for session in self._sessions for message in await session.reset()]
+        self.replaces_prompt = any(session.replaces_prompt for session in self._sessions)
+        self.collect_tools()
+        return messages
 
     @override
     async def call(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
@@ -72,6 +90,8 @@ class CombinedSession(EnvironmentSession):
 
     @override
     async def reward(self) -> Reward | None:
+        for session in self._sessions:
+            session.conversation = self.conversation
         rewards = [await session.reward() for session in self._sessions]
         given = [reward for reward in rewards if reward is not None]
         if len(given) > 1:
@@ -112,6 +132,10 @@ class CombinedEnvironments(Environments):
     def check_data(self, prompts: Sequence[Prompt]) -> None:
         for part in self._parts:
             part.check_data(prompts)
+
+    @override
+    def rows(self, split: Literal["train", "test"], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return self._parts[0].rows(split, options)
 
     @override
     def close(self) -> None:

@@ -48,7 +48,7 @@ class HostedEnvironment:
             with_schemas: make the schemas of the public methods, which loads Transformers.
 
         Returns:
-            `steps`, it has `step`; `needs`, columns that `reset` needs; `schemas`, of the public methods.
+            The fields of `EnvironmentFacts`.
 
         Raises:
             ValueError: a method has no types and docstring that a schema can be made of, or there is nothing
@@ -68,7 +68,14 @@ class HostedEnvironment:
         if with_schemas and self._methods:
             make = importlib.import_module("verl.utils.tool_schemas").tool_schema
             schemas = [make(method, f"the environment {kind}") for method in self._methods.values()]
-        return {"steps": self._has("step"), "needs": [n for n in needs if n != "seed"], "schemas": schemas}
+        rewards = inspect.signature(self._environment.get_reward).parameters if self._has("get_reward") else {}
+        return {
+            "steps": self._has("step"),
+            "answers_calls": getattr(self._environment, "answers_calls", False),
+            "reads_messages": "messages" in rewards,
+            "needs": tuple(name for name in needs if name not in ("seed", "prompt")),
+            "schemas": tuple(schemas),
+        }
 
     def rows(self, split: str, options: Mapping[str, Any]) -> Any:
         """Rows of the environment's own data; None: it has none."""
@@ -108,9 +115,16 @@ class HostedEnvironment:
         """Answer to a turn without calls."""
         return finished(self._environment.step(dict(message)), lambda value: self._answer(value, "step"))
 
-    def reward(self) -> Any:
-        """Reward of the episode as the environment gives it; None: it has no `get_reward`."""
-        return finished(self._environment.get_reward() if self._has("get_reward") else None, plain_reward)
+    def reward(self, messages: list[dict[str, Any]] | None = None) -> Any:
+        """Reward of the episode as the environment gives it; None: it has no `get_reward`.
+
+        Args:
+            messages: the conversation, for a `get_reward` that takes it.
+        """
+        if not self._has("get_reward"):
+            return None
+        given = {} if messages is None else {"messages": messages}
+        return finished(self._environment.get_reward(**given), plain_reward)
 
     def close(self) -> Any:
         """Let the environment release what it holds."""

@@ -157,9 +157,7 @@ class ProcessEnvironments(Environments):
                 found = await process.call("facts", timeout_s=LOAD_LIMIT_S)
             finally:
                 await process.close()
-            self._facts[choice.key] = EnvironmentFacts(
-                found["steps"], tuple(found["needs"]), tuple(found["schemas"])
-            )
+            self._facts[choice.key] = EnvironmentFacts(**found)
         return self._facts[choice.key]
 
     async def process_of(self, choice: EnvironmentChoice, seed: int) -> ObjectProcess:

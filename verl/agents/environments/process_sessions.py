@@ -33,11 +33,15 @@ class EnvironmentFacts:
 
     Attributes:
         steps: it answers turns without calls.
+        answers_calls: its `step` answers turns with calls too.
+        reads_messages: its `get_reward` takes the conversation.
         needs: columns that its `reset` needs.
         schemas: of its public methods, which are tools.
     """
 
     steps: bool
+    answers_calls: bool
+    reads_messages: bool
     needs: tuple[str, ...]
     schemas: tuple[dict[str, Any], ...]
 
@@ -66,7 +70,8 @@ class ProcessSession(EnvironmentSession):
         call_timeout_s: float,
         max_chars: int,
     ) -> None:
-        self.schemas, self.steps = facts.schemas, facts.steps
+        self.schemas, self.steps, self.answers_calls = facts.schemas, facts.steps, facts.answers_calls
+        self._reads_messages = facts.reads_messages
         self._process, self._start, self._columns = process, start, columns
         self._name, self._timeout_s, self._max_chars = name, call_timeout_s, max_chars
 
@@ -111,7 +116,7 @@ class ProcessSession(EnvironmentSession):
 
     @override
     async def reward(self) -> Reward | None:
-        reward: Reward | None = await self.ask("reward")
+        reward: Reward | None = await self.ask("reward", list(self.conversation) if self._reads_messages else None)
         return reward
 
     @override

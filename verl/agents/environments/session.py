@@ -92,15 +92,23 @@ class EnvironmentSession(ABC):
         is_over: the episode ends after the results of the last calls or the last step.
         state: of the environment before the next turn, as a text, for advantages that compare turns from
             equal states; None: what the policy was told last.
+        answers_calls: `step` answers turns with calls too, by messages of role `tool`.
+        replaces_prompt: the messages of `reset` are the whole prompt; else they follow it.
+        conversation: all messages so far, kept up to date by the driver.
     """
 
     schemas: tuple[dict[str, Any], ...] = ()
     steps: bool = False
     is_over: bool = False
     state: str | None = None
+    answers_calls: bool = False
+    replaces_prompt: bool = False
+    conversation: Sequence[Message] = ()
 
     async def reset(self) -> Sequence[Message]:
         """Messages that follow those of the prompt; here none.
+
+        A user message directly behind the last user message of the prompt is appended to its text, as in TRL.
 
         Raises:
             EpisodeFailure: it cannot begin.
@@ -116,7 +124,7 @@ class EnvironmentSession(ABC):
         """
 
     async def step(self, message: Message) -> StepResult:
-        """Answer to a turn without calls; here the episode ends.
+        """Answer to a turn without calls, or to any turn with `answers_calls`; here the episode ends.
 
         Raises:
             EpisodeFailure: the episode cannot go on.
@@ -154,6 +162,18 @@ class Environments(ABC):
             ValueError: a row has not.
         """
         return
+
+    def rows(self, split: Literal["train", "test"], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Rows of the environment's own data.
+
+        Args:
+            split: train or test.
+            options: `size`, the number of rows; `seed`, another one draws other rows; others of the environment.
+
+        Raises:
+            ValueError: it has none, or no such option.
+        """
+        raise ValueError("need an environment for rows of its own data, got tools alone; name files in data.train")
 
     def close(self) -> None:
         """End all processes and connections; may be called again."""

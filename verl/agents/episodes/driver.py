@@ -84,7 +84,9 @@ class ToolLoop(EpisodeDriver):
     async def _play(self, live: LiveEpisode, session: EnvironmentSession) -> None:
         with live.outside():
             first = await session.reset()
-        live.begin(live.first_messages(first), session.schemas, state=session.state)
+        messages = list(first) if session.replaces_prompt else live.first_messages(first)
+        live.begin(messages, session.schemas, state=session.state)
+        session.conversation = live.record.messages
         while True:
             turn = await live.answer()
             if live.is_cut:  # it has no end, so nothing may follow it
@@ -104,6 +106,7 @@ class ToolLoop(EpisodeDriver):
             return [bad_call_message(turn)]
         if turn.calls:
             live.count_calls(len(turn.calls))
+        if turn.calls and not session.answers_calls:
             with live.outside():
                 results = await session.call(turn.calls)
             live.note_results(results)

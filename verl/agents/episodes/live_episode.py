@@ -106,10 +106,14 @@ class LiveEpisode:
     def first_messages(self, more: Sequence[Message] = ()) -> list[Message]:
         """Messages of the prompt, and those of the environment behind them.
 
-        To a prompt that is a text, messages of the environment are appended as they are.
+        A user message behind the last user message of the prompt is appended to its text, as in TRL. To a
+        prompt that is a text, messages of the environment are appended as they are.
         """
         prompt = self.start.prompt
         own = [] if is_text(prompt) else self._codec.messages(prompt)
+        if own and more and own[-1]["role"] == more[0]["role"] == "user":
+            content = joined_content(own[-1]["content"], more[0]["content"])
+            return [*own[:-1], {**own[-1], "content": content}, *more[1:]]
         return [*own, *more]
 
     def begin(
@@ -316,6 +320,14 @@ def as_failure() -> Iterator[None]:
         yield
     except ValueError as error:
         raise EpisodeFailure("episode_not_rendered", str(error)) from error
+
+
+def joined_content(first: str | list[Any], second: str | list[Any]) -> str | list[Any]:
+    """Contents of two messages as one: a text, or parts if one of them has parts."""
+    if isinstance(first, str) and isinstance(second, str):
+        return first + second
+    both = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in (first, second)]
+    return [part for parts in both for part in parts]
 
 
 def fetched(completion: Completion) -> Completion:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from verl.agents.processes.fork_server import FORK, KILL, LENGTH, ORDER
@@ -20,14 +23,24 @@ from verl.agents.processes.process_failure import ProcessFailure
 from verl.rewards.execution.call_worker import Definition
 from verl.utils.process_id import exit_text
 
-# Not `python -m`: the module would then be there twice, and the trainer's own path may hold verl.
+# Not `python -m`: the module would then be there twice, and the trainer's own path may hold verl. Another
+# interpreter keeps its own path, and finds only the packages in `places` where the trainer has them.
 _PROGRAM = """
-import json, sys
-path, *arguments = json.loads(sys.argv.pop())
-sys.path[:] = path
+import importlib.machinery, json, sys
+path, places, *arguments = json.loads(sys.argv.pop())
+class Places:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        place = places.get(name) if path is None else None
+        return place and importlib.machinery.PathFinder.find_spec(name, [place])
+sys.meta_path.append(Places)
+if path is not None:
+    sys.path[:] = path
 from verl.agents.processes.fork_server import main
 main(*arguments)
 """
+# Packages that a process imports besides Python's own; all are pure Python.
+_NEEDED = ("verl", "cloudpickle", "typing_extensions")
 # Processes on the same machine agree on hashes, and many of them do not compete for its cores.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 # Printed by one process; beyond that it is left out.
@@ -38,6 +51,29 @@ _EXIT_S = 5.0
 
 class ForkServerLostError(Exception):
     """The fork server has ended."""
+
+
+def program_of(python: str | None) -> list[str]:
+    """Command of a fork server without its arguments.
+
+    Raises:
+        ProcessFailure: there is no such interpreter.
+    """
+    found = sys.executable if python is None else shutil.which(Path(python).expanduser())
+    if found is None:
+        raise ProcessFailure("error", f"need an interpreter as the option python, there is no {python}")
+    return [found, "-c", _PROGRAM]
+
+
+def paths_of(python: str | None) -> tuple[list[str] | None, dict[str, str]]:
+    """The path of a fork server, and where another interpreter finds the packages that it needs."""
+    if python is None:
+        return sys.path, {}
+    specs = {name: importlib.util.find_spec(name) for name in _NEEDED}
+    files = {name: Path(spec.origin) for name, spec in specs.items() if spec and spec.origin}
+    return None, {
+        name: str(file.parents[1] if file.name == "__init__.py" else file.parent) for name, file in files.items()
+    }
 
 
 class OutputRelay:
@@ -143,13 +179,15 @@ class ForkServerHandle:
 
     Args:
         name: of the objects, in front of the lines that are printed.
+        python: interpreter of its processes; None: that of the trainer.
 
     Attributes:
         num_threads: that the import of the definition has started.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, python: str | None = None) -> None:
         self.name, self.num_threads = name, 0
+        self._python = python
         self._numbers = itertools.count(1)
         self._forking: dict[int, tuple[HostedProcess, asyncio.Future[None]]] = {}
         self._hosted: dict[int, HostedProcess] = {}
@@ -170,7 +208,7 @@ class ForkServerHandle:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps([sys.path, theirs.fileno()])],
+                [*program_of(self._python), json.dumps([*paths_of(self._python), theirs.fileno()])],
                 stdin=subprocess.DEVNULL,
                 stdout=output_of_child,
                 stderr=output_of_child,

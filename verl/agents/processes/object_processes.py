@@ -197,6 +197,7 @@ class ObjectProcesses:
         name: of the object, for messages and in front of the lines that its code prints.
         preload: further definitions to be imported before the processes are forked.
         note: called with a sentence for the user.
+        python: interpreter of the processes, with packages of its own; None: that of the trainer.
     """
 
     def __init__(
@@ -207,8 +208,9 @@ class ObjectProcesses:
         name: str = "object",
         preload: Sequence[Any] = (),
         note: Callable[[str], None] = _LOG.warning,
+        python: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self._python = name, python
         self._start = (definition_of(definition), [definition_of(each) for each in preload])
         self._max_processes, self._note = max_processes, note
         self._loop: BackgroundLoop | None = None
@@ -297,7 +299,7 @@ class ObjectProcesses:
             return self._server
 
     async def _started_server(self) -> ForkServerHandle:
-        server = ForkServerHandle(self.name)
+        server = ForkServerHandle(self.name, self._python)
         try:
             await server.start((*self._start, self._imports_now), timeout_s=LOAD_LIMIT_S)
         except BaseException:

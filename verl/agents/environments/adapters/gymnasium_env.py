@@ -65,7 +65,7 @@ class GymEnvironment:
         module, _, plain_name = name.rpartition(":")
         if module:
             importlib.import_module(module)
-        modes = gymnasium.spec(plain_name).make(**options).metadata.get("render_modes", ())
+        modes = gymnasium.make(plain_name, **options).metadata.get("render_modes", ())
         drawn = {"render_mode": "ansi"} if "ansi" in modes and "render_mode" not in options else {}
         limit = {} if step_limit is None else {"max_episode_steps": step_limit}
         self._environment = gymnasium.make(plain_name, **drawn, **limit, **options)
@@ -90,6 +90,10 @@ class GymEnvironment:
         state, reward, is_over, is_cut, _ = self._environment.step(action)
         return Observation(self._text_of(state), float(reward), bool(is_over or is_cut))
 
+    def get_reward(self) -> float:
+        """Reward of the episode beside those of its turns."""
+        return 0.0
+
     def close(self) -> None:
         """Close the environment."""
         self._environment.close()
@@ -111,12 +115,8 @@ class GymEnvironment:
         return f"Write your action as {self._num_parts()} numbers."
 
     def _num_parts(self) -> int:
-        return int(self._spaces.flatdim(self._environment.action_space)) if not self._is_whole() else int(
-            self._environment.action_space.nvec.size
-        )
-
-    def _is_whole(self) -> bool:
-        return isinstance(self._environment.action_space, self._spaces.MultiDiscrete)
+        space = self._environment.action_space
+        return int(space.nvec.size if isinstance(space, self._spaces.MultiDiscrete) else space.shape[0])
 
     def _action(self, text: str) -> Any:
         """The action in a text; raises ValueError if there is none."""
@@ -144,7 +144,7 @@ class GymEnvironment:
         if self._kind == "Taxi":
             row, column, passenger, destination = inner.decode(int(state))
             places = f"passenger: {_PLACES[passenger]}, destination: {_PLACES[destination]}"
-            return f"{marked(self._environment.render())}\ntaxi: row {row}, column {column}, {places}"
+            return f"{marked(str(self._environment.render()))}\ntaxi: row {row}, column {column}, {places}"
         if self._environment.render_mode == "ansi":
             return marked(str(self._environment.render()))
         if hasattr(inner, "pprint_grid"):  # of MiniGrid

@@ -50,7 +50,8 @@ class OpenEnvEnvironment:
         self._client = client(base_url=name, message_timeout_s=timeout_s, headers=self._headers or None)
         self._field, self._columns, self._options = field, tuple(columns), options
         self.tool_schemas: list[dict[str, Any]] | None = None
-        self._has_mcp = False
+        self._has_mcp = self._is_rewarded = False
+        self._num_steps = 0
 
     async def reset(self, seed: int, **columns: Any) -> Observation:
         """Begin an episode on the server."""
@@ -59,7 +60,7 @@ class OpenEnvEnvironment:
         result = await self._client.reset(seed=seed % 2**31, **self._options, **given)
         action = (await asyncio.to_thread(self._schema))["action"]
         await self._choose_form(action)
-        return Observation(text_of(result.observation) or None, result.reward, bool(result.done))
+        return Observation(text_of(result.observation) or None, is_over=bool(result.done))
 
     async def step(self, message: Mapping[str, Any]) -> Observation:
         """The observation after a turn; where the action is no text the turn ends the episode."""
@@ -78,8 +79,11 @@ class OpenEnvEnvironment:
         result = await self._client.step(call)
         if error := result.observation.get("error"):
             raise ValueError(error.get("message", error) if isinstance(error, Mapping) else str(error))
-        text = mcp_text(result.observation.get("result"))
-        return Observation(text, result.reward, bool(result.done))
+        return self._observation(result, mcp_text(result.observation.get("result")))
+
+    def get_reward(self) -> float | None:
+        """Reward beside those of the steps; None if the server rewarded none of them."""
+        return None if self._num_steps and not self._is_rewarded else 0.0
 
     async def close(self) -> None:
         """End the session."""
@@ -111,8 +115,11 @@ class OpenEnvEnvironment:
             found: dict[str, Any] = json.load(reply)
         return found
 
-    def _observation(self, result: Any) -> Observation:
-        return Observation(text_of(result.observation), result.reward, bool(result.done))
+    def _observation(self, result: Any, text: str | None = None) -> Observation:
+        self._num_steps += 1
+        self._is_rewarded |= result.reward is not None
+        told = text_of(result.observation) if text is None else text
+        return Observation(told, result.reward, bool(result.done))
 
 
 def schema_of(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

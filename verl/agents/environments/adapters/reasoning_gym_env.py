@@ -64,6 +64,10 @@ class ReasoningGymEnvironment:
         told = self._feedback.format(score=score, left=self._left)
         return Observation(told, reward, is_over, {"right": float(score == 1)} if is_over else {})
 
+    def get_reward(self) -> float:
+        """Reward of the episode beside that of its last answer."""
+        return 0.0
+
     def rows(self, split: str, **options: Any) -> list[dict[str, Any]]:
         """Rows of the generator, each with its question."""
         return list(self._tasks.gym_rows(self._name, {**self._options, **options}, split))

@@ -53,6 +53,10 @@ class SkyrlEnvironment:
             messages=result["observations"],
         )
 
+    def get_reward(self) -> float:
+        """Reward of the episode beside those of its turns."""
+        return 0.0
+
     def close(self) -> None:
         """Close the environment."""
         if self._environment is not None:
