@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,9 +34,7 @@ class Adapter:
 
 
 ADAPTERS: dict[str, Adapter] = {
-    "gym": Adapter(
-        f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium", "gymnasium:make", "verl[gym]"
-    ),
+    "gym": Adapter(f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium", "gymnasium:make", "verl[gym]"),
     "openenv": Adapter(
         f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment", "openenv", "openenv:GenericEnvClient", "verl[openenv]"
     ),
@@ -69,7 +69,6 @@ class EnvironmentChoice:
         options: keyword arguments of the class or factory.
         preload: "package:function" that it uses, imported before processes are forked; "": none.
         python: interpreter of its processes; None: that of the trainer.
-        key: equal for equal environments with equal options.
     """
 
     name: str
@@ -79,10 +78,14 @@ class EnvironmentChoice:
     python: str | None = None
 
     @property
-    def key(self) -> str:
-        """Text that is equal for the same environment with the same options."""
-        place = self.definition if isinstance(self.definition, str) else id(self.definition)
-        return json.dumps([place, self.name, dict(self.options), self.python], sort_keys=True, default=repr)
+    def place(self) -> tuple[str | int, str | None]:
+        """Key of the processes that can hold the environment, whatever its options are."""
+        return (self.definition if isinstance(self.definition, str) else id(self.definition), self.python)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Key of the same environment with any options."""
+        return (self.name, *self.place)
 
 
 def chosen_environment(choice: Choice) -> EnvironmentChoice:
@@ -93,13 +96,15 @@ def chosen_environment(choice: Choice) -> EnvironmentChoice:
     """
     options = choice.options
     python = options.pop("python", None)
+    if python is not None and shutil.which(python := os.path.expanduser(python)) is None:
+        raise ValueError(f"need an interpreter as the option python of {choice.name}, there is no {python}")
     kind, colon, name = choice.name.partition(":")
     if kind in ADAPTERS and colon:
         adapter = ADAPTERS[kind]
         if python is None and importlib.util.find_spec(adapter.package) is None:
             raise ValueError(
                 f"the environment {choice.name} needs the package {adapter.package}: pip install "
-                f"'{adapter.install}', or name the interpreter of an environment that has it in the option python"
+                f"'{adapter.install}', or name an interpreter that has it in the option python"
             )
         return EnvironmentChoice(
             choice.name, adapter.definition, {"name": name, **options}, adapter.preload, python
@@ -144,7 +149,9 @@ def row_environment(value: Any, column: str, *, given: Mapping[str, EnvironmentC
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"need an environment in the column {column!r}, got {value!r}: {error}") from None
+            raise ValueError(
+                f"need an environment in the column {column!r}, got {value!r}: {error}"
+            ) from None
     named = {"name": value} if isinstance(value, str) else value
     if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
         raise ValueError(
@@ -161,7 +168,7 @@ def row_environment(value: Any, column: str, *, given: Mapping[str, EnvironmentC
     # Data must not choose which code is run.
     if kind not in ADAPTERS or "python" in options:
         raise ValueError(
-            f"need an adapter ({', '.join(ADAPTERS)}) or an environment that the settings name, in the column "
-            f"{column!r}, got {name!r}; name it in agent.environment, or hand it to the trainer"
+            f"need an adapter ({', '.join(ADAPTERS)}) or an environment that the settings name, in the "
+            f"column {column!r}, got {name!r}; name it in agent.environment, or hand it to the trainer"
         )
     return chosen_environment(Choice.model_validate({**options, "name": name}))

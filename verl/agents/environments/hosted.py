@@ -28,8 +28,8 @@ class HostedEnvironment:
     Its methods give plain values, or coroutines of such where the environment's own method is asynchronous.
 
     Args:
-        definition: module (or file whose path ends in .py) and name of the class, or of the function that makes
-            the environment; or its pickle.
+        definition: module (or file whose path ends in .py) and name of the class, or of the function that
+            makes the environment; or its pickle.
         options: keyword arguments of that class or function.
         seed: of the random numbers of Python and NumPy in this process.
     """
@@ -63,12 +63,16 @@ class HostedEnvironment:
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
         if not (self._methods or self._has("step") or self._has("call_tool")):
-            raise ValueError(f"need public methods (tools) or `step` of the environment {kind}, it has neither")
+            raise ValueError(
+                f"need public methods (tools) or `step` of the environment {kind}, it has neither"
+            )
         schemas: list[dict[str, Any]] = []
         if with_schemas and self._methods:
             make = importlib.import_module("verl.utils.tool_schemas").tool_schema
             schemas = [make(method, f"the environment {kind}") for method in self._methods.values()]
-        rewards = inspect.signature(self._environment.get_reward).parameters if self._has("get_reward") else {}
+        rewards = (
+            inspect.signature(self._environment.get_reward).parameters if self._has("get_reward") else {}
+        )
         return {
             "steps": self._has("step"),
             "answers_calls": getattr(self._environment, "answers_calls", False),
@@ -159,7 +163,12 @@ class HostedEnvironment:
     def _answer(self, value: Any, place: str) -> dict[str, Any]:
         observation = observed(value, place)
         is_over = any(getattr(self._environment, name, False) is True for name in _ENDS)
-        return {**plain(observation), "is_over": observation.is_over or is_over}
+        state = getattr(self._environment, "state", None)
+        return {
+            **plain(observation),
+            "is_over": observation.is_over or is_over,
+            "state": state if isinstance(state, str) else None,
+        }
 
 
 def finished(value: Any, finish: Callable[[Any], Any]) -> Any:
@@ -185,7 +194,7 @@ def plain_reward(value: Any) -> Any:
 
 
 def public_methods(environment: Any) -> dict[str, Any]:
-    """The tools of an environment: its bound methods without an underscore that are not of the contract."""
+    """The tools of an environment: its methods without an underscore that are not of the contract."""
     if hasattr(environment, "call_tool"):
         return {}
     members = inspect.getmembers(environment, inspect.ismethod)

@@ -46,7 +46,9 @@ def observed(value: Any, place: str) -> Observation:
         is_parts = isinstance(value, list) and all(isinstance(p, dict) and "type" in p for p in value)
         return Observation(value if is_parts else str(value))
     if value.reward is not None and (isinstance(value.reward, bool) or not is_number(value.reward)):
-        raise TypeError(f"need a number as the reward of {place}, got {value.reward!r}; return (text, reward)")
+        raise TypeError(
+            f"need a number as the reward of {place}, got {value.reward!r}; return (text, reward)"
+        )
     return value
 
 

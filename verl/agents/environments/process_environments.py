@@ -58,8 +58,8 @@ class ProcessEnvironments(Environments):
     ) -> None:
         self._default, self._by_name, self._column = default, dict(by_name), column
         self._config, self._note = config, note
-        self._pools: dict[tuple[str, str | None], ObjectProcesses] = {}
-        self._facts: dict[str, EnvironmentFacts] = {}
+        self._pools: dict[tuple[object, ...], ObjectProcesses] = {}
+        self._facts: dict[tuple[object, ...], EnvironmentFacts] = {}
 
     @override
     async def open(self, start: EpisodeStart) -> EnvironmentSession:
@@ -69,13 +69,13 @@ class ProcessEnvironments(Environments):
             raise EpisodeFailure("environment_error", str(error)) from error
         try:
             facts = await self.facts(choice)
-            process = await self.process_of(choice, start.seed)
+            process = await self.process_of(choice, seed_of(start))
         except ProcessFailure as failure:
             raise environment_failure(choice.name, failure) from failure
         return ProcessSession(
             process,
             facts,
-            start,
+            seed_of(start),
             name=choice.name,
             columns=self.columns_of(start.prompt),
             call_timeout_s=self._config.call_timeout_s,
@@ -84,21 +84,22 @@ class ProcessEnvironments(Environments):
 
     @override
     def check_data(self, prompts: Sequence[Prompt]) -> None:
-        checked: dict[str, tuple[EnvironmentChoice, Prompt]] = {}
+        found: dict[tuple[object, ...], EnvironmentChoice] = {}
         for prompt in prompts:
             try:
                 choice = self.choice_of(prompt)
             except ValueError as error:
                 raise ValueError(f"row {prompt.index} of {prompt.source or 'the data'}: {error}") from None
-            checked.setdefault(choice.key, (choice, prompt))
-        self.check(choice for choice, _ in checked.values())
+            found.setdefault(choice.key, choice)
+        self.check(found.values())
         for prompt in prompts:
             choice = self.choice_of(prompt)
             missing = [n for n in self._facts[choice.key].needs if n not in self.columns_of(prompt)]
             if missing:
                 raise ValueError(
                     f"need the column {missing[0]!r} in each row for reset() of {choice.name}, row "
-                    f"{prompt.index} of {prompt.source or 'the data'} has {', '.join(self.columns_of(prompt))}"
+                    f"{prompt.index} of {prompt.source or 'the data'} has "
+                    f"{', '.join(self.columns_of(prompt))}"
                 )
 
     @override
@@ -117,7 +118,9 @@ class ProcessEnvironments(Environments):
         if given is not None:
             return [dict(row) for row in given]
         if unknown := sorted(options.keys() - {"size", "seed"}):
-            raise ValueError(f"{choice.name} has no data of its own, so no option {unknown[0]!r}, only size and seed")
+            raise ValueError(
+                f"{choice.name} has no data of its own, so no option {unknown[0]!r}, only size and seed"
+            )
         first = int(options.get("seed", 0)) * (_TEST_SEEDS >> 8) + (_TEST_SEEDS if split == "test" else 0)
         prompt = [{"role": "user", "content": ""}]
         return [{"prompt": prompt, "seed": first + number} for number in range(size)]
@@ -136,7 +139,9 @@ class ProcessEnvironments(Environments):
         value = None if self._column is None else prompt.columns.get(self._column)
         if value is None or value == "":
             if self._default is None:
-                raise ValueError(f"need the environment of the row in the column {self._column!r}, it has none")
+                raise ValueError(
+                    f"need the environment of the row in the column {self._column!r}, it has none"
+                )
             return self._default
         return row_environment(value, str(self._column), given=self._by_name)
 
@@ -171,10 +176,8 @@ class ProcessEnvironments(Environments):
 
     def pool_of(self, choice: EnvironmentChoice) -> ObjectProcesses:
         """Processes of all environments of one class or adapter."""
-        place = choice.definition if isinstance(choice.definition, str) else str(id(choice.definition))
-        key = (place, choice.python)
-        if key not in self._pools:
-            self._pools[key] = ObjectProcesses(
+        if choice.place not in self._pools:
+            self._pools[choice.place] = ObjectProcesses(
                 _HOSTED,
                 max_processes=self._config.max_processes,
                 name=choice.name.partition(":")[0] if choice.preload else choice.name,
@@ -182,7 +185,7 @@ class ProcessEnvironments(Environments):
                 note=self._note,
                 python=choice.python,
             )
-        return self._pools[key]
+        return self._pools[choice.place]
 
     def check(self, choices: Iterable[EnvironmentChoice]) -> None:
         """Load environments before the first step.
@@ -221,6 +224,12 @@ class ProcessEnvironments(Environments):
             await asyncio.shield(process.close())
 
 
+def seed_of(start: EpisodeStart) -> int:
+    """Seed of an episode: that of its row, its column `seed`; else that which siblings share."""
+    own = start.prompt.columns.get("seed")
+    return own if isinstance(own, int) and not isinstance(own, bool) else start.seed
+
+
 def build_environments(
     config: AgentConfig,
     given: Any = None,
@@ -248,7 +257,8 @@ def build_environments(
     elif given is not None:
         if default is not None:
             raise ValueError(
-                f"need agent.environment or the argument environment, got both ({default.name}); leave one out"
+                f"need agent.environment or the argument environment, got both ({default.name}); leave one "
+                "out"
             )
         default = given_environment(given)
     if default is not None:

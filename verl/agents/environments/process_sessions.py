@@ -12,7 +12,6 @@ from typing_extensions import override
 from verl.agents.environments.session import (
     EnvironmentSession,
     EpisodeFailure,
-    EpisodeStart,
     Message,
     Reward,
     StepResult,
@@ -52,7 +51,7 @@ class ProcessSession(EnvironmentSession):
     Args:
         process: holds a `HostedEnvironment`.
         facts: of the environment.
-        start: of the episode.
+        seed: of the episode, equal for siblings.
         name: of the environment, for messages.
         columns: of the row, without those that are for this package.
         call_timeout_s: time limit of each call.
@@ -63,7 +62,7 @@ class ProcessSession(EnvironmentSession):
         self,
         process: ObjectProcess,
         facts: EnvironmentFacts,
-        start: EpisodeStart,
+        seed: int,
         *,
         name: str,
         columns: Mapping[str, Any],
@@ -72,19 +71,19 @@ class ProcessSession(EnvironmentSession):
     ) -> None:
         self.schemas, self.steps, self.answers_calls = facts.schemas, facts.steps, facts.answers_calls
         self._reads_messages = facts.reads_messages
-        self._process, self._start, self._columns = process, start, columns
+        self._process, self._seed, self._columns = process, seed, columns
         self._name, self._timeout_s, self._max_chars = name, call_timeout_s, max_chars
 
     @override
     async def reset(self) -> Sequence[Message]:
-        answer = await self.ask("reset", self._columns, self._start.seed)
+        answer = await self.ask("reset", self._columns, self._seed)
         if answer["schemas"] is not None:
             self.schemas = tuple(answer["schemas"])
         if answer["is_over"]:
             raise EpisodeFailure(
                 "environment_error", f"{self._name}: the episode is over before its first turn"
             )
-        self.replaces_prompt = answer["replaces_prompt"]
+        self.replaces_prompt, self.state = answer["replaces_prompt"], answer["state"]
         return self.messages_of(answer)
 
     @override
@@ -103,7 +102,7 @@ class ProcessSession(EnvironmentSession):
                     raise self.failure(call.name, failure) from failure
                 results.append(ToolResult(f"Error: {failure.detail}", "timeout", failure.detail))
                 continue
-            self.is_over = answer["is_over"]
+            self.is_over, self.state = answer["is_over"], answer.get("state")
             results.append(self.result_of(answer))
         return results
 
@@ -111,12 +110,14 @@ class ProcessSession(EnvironmentSession):
     async def step(self, message: Message) -> StepResult:
         answer = await self.ask("step", message)
         messages = self.messages_of(answer)
-        self.is_over = answer["is_over"] or not messages
+        self.is_over, self.state = answer["is_over"] or not messages, answer["state"]
         return StepResult(() if self.is_over else messages, answer["reward"], answer["metrics"])
 
     @override
     async def reward(self) -> Reward | None:
-        reward: Reward | None = await self.ask("reward", list(self.conversation) if self._reads_messages else None)
+        reward: Reward | None = await self.ask(
+            "reward", list(self.conversation) if self._reads_messages else None
+        )
         return reward
 
     @override
@@ -137,7 +138,7 @@ class ProcessSession(EnvironmentSession):
         try:
             return await self._process.call(method, *args, timeout_s=self._timeout_s)
         except ProcessFailure as failure:
-            raise self.failure(method, failure) from failure
+            raise self.failure("get_reward" if method == "reward" else method, failure) from failure
 
     def failure(self, method: str, failure: ProcessFailure) -> EpisodeFailure:
         """The failure of the episode, for that of a call."""

@@ -168,12 +168,15 @@ class Environments(ABC):
 
         Args:
             split: train or test.
-            options: `size`, the number of rows; `seed`, another one draws other rows; others of the environment.
+            options: `size`, the number of rows; `seed`, another one draws other rows; and others of the
+                environment.
 
         Raises:
             ValueError: it has none, or no such option.
         """
-        raise ValueError("need an environment for rows of its own data, got tools alone; name files in data.train")
+        raise ValueError(
+            "need an environment for rows of its own data, got tools alone; name files in data.train"
+        )
 
     def close(self) -> None:
         """End all processes and connections; may be called again."""

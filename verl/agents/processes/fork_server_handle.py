@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import shutil
 import signal
 import socket
 import subprocess
@@ -54,15 +53,8 @@ class ForkServerLostError(Exception):
 
 
 def program_of(python: str | None) -> list[str]:
-    """Command of a fork server without its arguments.
-
-    Raises:
-        ProcessFailure: there is no such interpreter.
-    """
-    found = sys.executable if python is None else shutil.which(Path(python).expanduser())
-    if found is None:
-        raise ProcessFailure("error", f"need an interpreter as the option python, there is no {python}")
-    return [found, "-c", _PROGRAM]
+    """Command of a fork server without its arguments."""
+    return [sys.executable if python is None else python, "-c", _PROGRAM]
 
 
 def paths_of(python: str | None) -> tuple[list[str] | None, dict[str, str]]:
@@ -72,7 +64,8 @@ def paths_of(python: str | None) -> tuple[list[str] | None, dict[str, str]]:
     specs = {name: importlib.util.find_spec(name) for name in _NEEDED}
     files = {name: Path(spec.origin) for name, spec in specs.items() if spec and spec.origin}
     return None, {
-        name: str(file.parents[1] if file.name == "__init__.py" else file.parent) for name, file in files.items()
+        name: str(file.parents[1] if file.name == "__init__.py" else file.parent)
+        for name, file in files.items()
     }
 
 

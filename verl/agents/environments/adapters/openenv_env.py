@@ -1,7 +1,7 @@
 """Environments of OpenEnv servers, `openenv:http://HOST:PORT`, over the client of the package `openenv`.
 
-https://github.com/meta-pytorch/OpenEnv. Each episode has a connection, and with it a session of the server, of its
-own: the server must allow as many as there are episodes at a time (`max_concurrent_envs`).
+https://github.com/meta-pytorch/OpenEnv. Each episode has a connection, and with it a session of the server,
+of its own: the server must allow as many as there are episodes at a time (`max_concurrent_envs`).
 """
 
 from __future__ import annotations

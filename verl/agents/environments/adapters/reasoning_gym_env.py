@@ -1,4 +1,4 @@
-"""Questions of reasoning-gym with several tries, `reasoning-gym:NAME`: a wrong answer is told, and another follows.
+"""Questions of reasoning-gym with several tries, `reasoning-gym:NAME`: a wrong answer is told.
 
 https://github.com/open-thought/reasoning-gym. As a single answer each question is `task:reasoning-gym/NAME`.
 """
@@ -45,7 +45,9 @@ class ReasoningGymEnvironment:
         if reasoning_gym is not None:
             self._column = reasoning_gym
             return None
-        row = next(iter(self._tasks.gym_rows(self._name, {**self._options, "size": 1, "seed": seed}, "train")))
+        row = next(
+            iter(self._tasks.gym_rows(self._name, {**self._options, "size": 1, "seed": seed}, "train"))
+        )
         self._column = row["reasoning_gym"]
         prompt = row["prompt"]
         return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])

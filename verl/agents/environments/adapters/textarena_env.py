@@ -24,8 +24,8 @@ class TextArenaEnvironment:
 
     Args:
         name: of the game, such as GuessTheNumber-v0.
-        opponent: random (a move among those that the game shows in brackets), a list of moves that are made in
-            turn, or "file.py:function" of yours that gets the text of the game and returns a move.
+        opponent: random (a move among those that the game shows in brackets), a list of moves that are made
+            in turn, or "file.py:function" of yours that gets the text of the game and returns a move.
         player: number of the policy among the players; None: drawn by the seed.
         players: number of players; None: the smallest that the game takes.
         **options: of the game.
@@ -84,7 +84,9 @@ class TextArenaEnvironment:
                 return count
             except AssertionError as error:  # it is for another number of players
                 refusal = error
-        raise ValueError(f"the game does not start with {self._players or 'any number of'} players: {refusal}")
+        raise ValueError(
+            f"the game does not start with {self._players or 'any number of'} players: {refusal}"
+        )
 
     def _let_others_move(self) -> None:
         while not self._is_done and (mover := self._game.state.current_player_id) != self._player:
@@ -93,8 +95,8 @@ class TextArenaEnvironment:
             self._is_done, _ = self._game.step(self._opponent(self._seen[mover]))
             if self._is_done and self._game.state.game_info[mover].get("invalid_move"):
                 raise RuntimeError(
-                    "the opponent made no valid move, which would end the game as won; give moves of this game "
-                    "in the option opponent, or a function"
+                    "the opponent made no valid move, which would end the game as won; give moves of this "
+                    "game in the option opponent, or a function"
                 )
 
     def _text_for(self, player: int) -> str:

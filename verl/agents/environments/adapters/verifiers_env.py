@@ -1,7 +1,7 @@
 """Environments of verifiers, `verifiers:NAME`, of both of its contracts: whatever the installed package has.
 
-https://github.com/PrimeIntellect-ai/verifiers. Up to 0.1 a package has `load_environment`, whose environment answers
-turns and whose rubric rewards them; later ones have a taskset, see `verifiers_taskset`.
+https://github.com/PrimeIntellect-ai/verifiers. Up to 0.1 a package has `load_environment`, whose environment
+answers turns and whose rubric rewards them; later ones have a taskset, see `verifiers_taskset`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIZES = {"train": 500, "test": 100}
 _NO_ADDRESS = "http://127.0.0.1:9/v1"
 
 
-def VerifiersEnvironment(name: str, **options: Any) -> Any:  # noqa: N802 - the place of a class
+def VerifiersEnvironment(name: str, **options: Any) -> Any:
     """The environment of an installed package.
 
     Args:

@@ -1,7 +1,8 @@
 """Tasksets of verifiers 1, `verifiers:NAME`: their prompts, their tools and their rewards.
 
-https://github.com/PrimeIntellect-ai/verifiers. The agent is the policy itself, in place of a harness in a runtime; what
-needs a runtime (containers, hooks with files) is refused. For these run the harness as `agent.program`.
+https://github.com/PrimeIntellect-ai/verifiers. The agent is the policy itself, in place of a harness in a
+runtime; what needs a runtime (containers, hooks with files) is refused. For these run the harness as
+`agent.program`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class VerifiersTaskset:
 
     def _refuse_runtimes(self) -> None:
         task, base = self._task, self._vf.Task
-        hooks = [name for name in ("setup", "finalize") if getattr(type(task), name) is not getattr(base, name)]
+        hooks = [
+            name for name in ("setup", "finalize") if getattr(type(task), name) is not getattr(base, name)
+        ]
         for fn in (*task.hooks("metric"), *task.hooks("reward")):
             parameter = inspect.signature(fn).parameters.get("runtime")
             if parameter is not None and parameter.default is parameter.empty:
@@ -133,12 +136,11 @@ class VerifiersTaskset:
     def _messages(self, task: Any) -> list[dict[str, Any]]:
         prompt = task.data.prompt
         if prompt is None:
-            raise ValueError("the task has no prompt: a user opens its conversation; run its harness as agent.program")
+            raise ValueError(
+                "the task has no prompt: a user opens its conversation; run its harness as agent.program"
+            )
         system = [] if task.data.system_prompt is None else [("system", task.data.system_prompt)]
-        if isinstance(prompt, str):
-            given = [("user", prompt)]
-        else:
-            given = [(m.role, m.content) for m in prompt]
+        given = [("user", prompt)] if isinstance(prompt, str) else [(m.role, m.content) for m in prompt]
         return [{"role": role, "content": content} for role, content in (*system, *given)]
 
     def _typed(self, message: Mapping[str, Any]) -> Any:
@@ -146,7 +148,9 @@ class VerifiersTaskset:
         if role == "assistant":
             calls = [
                 vf.ToolCall(
-                    id=call["id"], name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"])
+                    id=call["id"],
+                    name=call["function"]["name"],
+                    arguments=json.dumps(call["function"]["arguments"]),
                 )
                 for call in message.get("tool_calls") or ()
             ]
