@@ -89,6 +89,13 @@ class RolloutConfig(Section):
         unit="answers",
         ge=1,
     )
+    prefix_tokens: int | None = setting(
+        None,
+        "Tokens of earlier turns of episodes whose keys and values each embedded engine keeps, so that the "
+        "next turn continues from them; none: as many as max_slots answers have at most, 0: none.",
+        unit="tokens",
+        ge=0,
+    )
     timeout_s: float = setting(
         60.0, "Time without a sign of life after which a server counts as hung.", unit="s", gt=0
     )

@@ -42,6 +42,10 @@ class Clock:
             self._running = None
             self._seconds[name] += time.perf_counter() - start
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a phase that other phases may overlap, such as generation beside tools."""
+        self._seconds[name] += seconds
+
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call, as `time/NAME_s`."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}

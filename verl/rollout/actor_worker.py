@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from verl.algorithms.objective import Algorithm
-from verl.controller.dispatch import SAME_ON_ALL, THREE_D_ALL_MICRO_DP, register
+from verl.controller.dispatch import (
+    SAME_ON_ALL,
+    THREE_D_ALL_MICRO_DP,
+    DispatchMode,
+    concat,
+    register,
+    split_lists,
+)
 from verl.controller.worker_group import WorkerError, WorkerGroup
 from verl.data.batch import Batch, Ragged
 from verl.engines.base import TrainEngine
@@ -20,11 +28,14 @@ from verl.engines.roles.weight_sender import PolicyWeightSender
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.hybrid_engine import HybridEngine
 from verl.rollout.inference_server import ColocatedEngine
+from verl.rollout.turn_routing import TurnRouting
 from verl.utils.sampling_types import (
     BatchGenerator,
     Completion,
     FinishReason,
     SamplingParams,
+    TurnAnswer,
+    TurnRequest,
     check_lengths,
 )
 from verl.utils.tokens import TextCodec
@@ -32,6 +43,8 @@ from verl.weight_sync.fingerprint import digest, fingerprint
 
 # Finish reason and text of each answer to one prompt.
 Answers = list[tuple[FinishReason, str]]
+# Entry i of each argument for the i-th of the ranks that generate by themselves.
+TURNS_BY_RANK = DispatchMode("generate", split_lists, concat)
 
 
 class ActorWorker(PolicyWeightSender, PolicyWorker):
@@ -47,6 +60,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         chunk: see `PolicyWorker`.
         generator: an engine with a separate copy of the weights; None: the policy itself generates.
         hybrid: the policy in a generation layout; None: it generates in the training layout.
+        prefix_tokens: see `EmbeddedEngine`.
     """
 
     def __init__(
@@ -61,14 +75,14 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         chunk: int | None,
         generator: ColocatedEngine | None = None,
         hybrid: HybridEngine | None = None,
+        prefix_tokens: int | None = None,
     ) -> None:
         super().__init__(engine, algorithm, temperature=temperature, epochs=epochs, chunk=chunk)
         self._codec, self._hybrid = codec, hybrid
         if hybrid is not None:
             self.dispatch_ranks = {**self.dispatch_ranks, "generate": hybrid.dispatch_rank}
-        self._embedded = EmbeddedEngine(
-            self.model if hybrid is None else hybrid.model, codec, max_slots=max_slots
-        )
+        sizes = {"max_slots": max_slots, "prefix_tokens": prefix_tokens}
+        self._embedded = EmbeddedEngine(self.model if hybrid is None else hybrid.model, codec, **sizes)
         self._colocated = generator
         self._has_weights = False
 
@@ -100,12 +114,23 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         ]
         return texts, tokens
 
+    @register(TURNS_BY_RANK)
+    def advance(self, requests: list[TurnRequest], dropped: list[int], version: int) -> list[TurnAnswer]:
+        """Generate a few tokens of this rank's turns; see `BatchGenerator.advance`."""
+        self._embedded.version = version
+        with self._policy_weights(version):
+            return self._embedded.advance(requests, dropped)
+
     def _generate_by_policy(
         self, prompts: list[Sequence[int]], params: list[SamplingParams], version: int
     ) -> list[list[Completion]]:
         self._embedded.version = version
-        with self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.loaded(version):
+        with self._policy_weights(version):
             return self._embedded.generate(prompts, params) if prompts else []
+
+    def _policy_weights(self, version: int) -> AbstractContextManager[Any]:
+        """Context in which the embedded engine has the weights of a version."""
+        return self.engine.unsharded_weights() if self._hybrid is None else self._hybrid.loaded(version)
 
     def _generate_by(
         self,
@@ -145,7 +170,8 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
 
     @register(SAME_ON_ALL)
     def sleep(self) -> None:
-        """Release the device memory of weights that only generate."""
+        """Release the device memory of weights that only generate, and of rows kept for later turns."""
+        self._embedded.sleep()
         if self._colocated is not None and self._has_weights:
             self._colocated.sleep()
             self._has_weights = False
@@ -162,15 +188,30 @@ class PolicyGenerator(BatchGenerator):
     """Generation by the ranks of the policy, each for its share of the prompts; weights are not copied.
 
     Tokens stay with ranks that are other processes: a completion has their number, and fetches them when they
-    are read.
+    are read. Those of turns come with them, since the next turn begins with them.
+
+    Args:
+        actor: the ranks.
+        can_advance: the policy itself generates, and no colocated engine.
     """
 
-    def __init__(self, actor: WorkerGroup) -> None:
-        self._actor = actor
+    def __init__(self, actor: WorkerGroup, *, can_advance: bool = True) -> None:
+        self._actor, self.can_advance = actor, can_advance
+        self._routing = TurnRouting(actor.layouts["generate"].num_parts)
 
     @override
     def sleep(self) -> None:
+        self._routing.clear()
         self._actor.call(ActorWorker.sleep).result()
+
+    @override
+    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+        gone, new = self._routing.forget(dropped), self._routing.assign(requests)
+        versions = [self.version] * len(new)
+        # Each rank gets its own entry of the lists.
+        answers = self._actor.call(ActorWorker.advance, new, gone, versions).result()  # type: ignore[arg-type]
+        self._routing.forget([answer.number for answer in answers])
+        return answers
 
     @override
     def close(self) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from contextlib import AbstractContextManager
 
 from typing_extensions import override
 
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.turn_batching import TurnBatcher
 from verl.utils.event_loops import Gatherer, OwnLoop, wait_for_thread
 from verl.utils.sampling_types import (
     BatchGenerator,
@@ -18,31 +19,20 @@ from verl.utils.sampling_types import (
     PrefixAffinity,
     RolloutEngine,
     SamplingParams,
+    TurnRequest,
+    groups_of,
 )
-
-
-class _Request(NamedTuple):
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    affinity: PrefixAffinity | None
-
-    def continues(self, other: _Request, count: int) -> bool:
-        """True if this is the answer behind `count` answers of a group that begins with `other`."""
-        expected = replace(other.params, sample_index=other.params.sample_index + count)
-        return (
-            self.affinity is not None
-            and self.affinity is other.affinity
-            and self.prompt_ids is other.prompt_ids
-            and self.params == expected
-        )
 
 
 class BatchingEngine(OwnLoop, RolloutEngine):
     """Answers requests by a generator that takes turns with training, such as the policy's own ranks.
 
-    Requests of one turn of the event loop are generated in one call. The answers of a group are answers to
-    one prompt, which is computed once. An answer depends on its seed and number alone, so batches don't
-    change it.
+    Requests of one turn of the event loop are generated in one call, for which the loop stands still. The
+    answers of a group are answers to one prompt, which is computed once. An answer depends on its seed and
+    number alone, so batches don't change it.
+
+    While episodes are played (`episode`), generation runs in a thread instead, and requests come at any time:
+    see `TurnBatcher`.
 
     Args:
         generator: generates batches.
@@ -66,17 +56,27 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         self.generator = generator
         self._in_thread = in_thread
         self._clock, self._waits = clock or Clock(), waits or WaitTracker()
-        self._batches = Gatherer(self._generate)
+        self._batches = Gatherer(self._generate_tracked)
+        self._turns = TurnBatcher(generator, self._generate, clock=self._clock, waits=self._waits)
+        self._numbers = itertools.count()
+
+    @override
+    def episode(self) -> AbstractContextManager[None]:
+        return self._turns.episode()
 
     @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
     ) -> Completion:
-        return await self._batches.ask(_Request(prompt_ids, params, affinity))
+        if self._turns.has_episodes:
+            return await self._turns.sample(prompt_ids, params)
+        return await self._batches.ask(TurnRequest(next(self._numbers), prompt_ids, params))
 
     @override
     async def sync_weights(self, version: int) -> None:
-        # Generators share the trainer's storage, or take the weights with the next call.
+        # Generators share the trainer's storage, or take the weights with the next call. Nothing that was
+        # computed by other weights may stay, also if the number of the version is the same.
+        self.generator.sleep()
         self.version = self.generator.version = version
 
     @override
@@ -90,25 +90,21 @@ class BatchingEngine(OwnLoop, RolloutEngine):
     @override
     def close(self) -> None:
         self.close_loop()
+        self._turns.close()
         self.generator.close()
 
-    def _generate(self, requests: list[_Request]) -> list[Completion]:
-        groups: list[list[_Request]] = []
-        for request in requests:
-            if groups and request.continues(groups[-1][0], len(groups[-1])):
-                groups[-1].append(request)
-            else:
-                groups.append([request])
-        prompts = [group[0].prompt_ids for group in groups]
-        params = [replace(group[0].params, n=len(group)) for group in groups]
-        with (
-            self._clock.phase("generate"),
-            self._waits.track("generation", f"{len(requests)} answers to {len(groups)} prompts"),
-        ):
+    def _generate_tracked(self, requests: list[TurnRequest]) -> list[Completion]:
+        groups = groups_of(requests)
+        what = f"{len(requests)} answers to {len(groups)} prompts"
+        with self._clock.phase("generate"), self._waits.track("generation", what):
             if self._in_thread:
-                answers = wait_for_thread(lambda: self.generator.generate(prompts, params), name="generation")
-            else:
-                answers = self.generator.generate(prompts, params)
+                return wait_for_thread(lambda: self._generate(groups), name="generation")
+            return self._generate(groups)
+
+    def _generate(self, groups: Sequence[Sequence[TurnRequest]]) -> list[Completion]:
+        prompts = [group[0].prompt_ids for group in groups]
+        params = [group[0].params.of_group(len(group)) for group in groups]
+        answers = self.generator.generate(prompts, params)
         counts, wanted = [len(group) for group in answers], [p.n for p in params]
         if counts != wanted:
             raise ValueError(

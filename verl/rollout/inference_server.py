@@ -67,6 +67,7 @@ class TokenChunk:
         finish_reason: why the completion ended; None: more tokens will come.
         version: of the weights that sampled these tokens, if the engine reports it.
         text: the whole completion, from an engine that returns text only; then there are no ids.
+        num_reused: prompt tokens whose keys and values the engine had already; None: it does not say.
     """
 
     token_ids: Sequence[int] = ()
@@ -74,6 +75,7 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     version: int | None = None
     text: str | None = None
+    num_reused: int | None = None
 
 
 def request_seed(params: SamplingParams) -> int:

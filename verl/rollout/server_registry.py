@@ -23,7 +23,10 @@ SERVERS = {
 }
 # Settings of a run in the options of an engine.
 _OPTIONS_OF_RUN: dict[str, Callable[[RolloutConfig], dict[str, Any]]] = {
-    "served": lambda rollout: {"max_slots": rollout.max_slots}
+    "served": lambda rollout: {
+        "max_slots": rollout.max_slots,
+        **({} if rollout.prefix_tokens is None else {"prefix_tokens": rollout.prefix_tokens}),
+    }
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -210,6 +211,58 @@ async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
 async def call_in_thread(call: Callable[[], T], *, name: str) -> T:
     """Result of a blocking call in a daemon thread, which does not delay the end of the program."""
     return await asyncio.get_running_loop().run_in_executor(_DaemonThread(name), call)
+
+
+class SerialThread:
+    """A daemon thread that runs blocking calls for an event loop, one after the other.
+
+    One thread for all calls: a library with threads of its own, such as PyTorch, makes them once.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Result of a call; a cancellation interrupts it, and waits some seconds for its end."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_all, name=self._name, daemon=True)
+            self._thread.start()
+        block, result, has_begun = InterruptibleBlock(), Future[T](), threading.Event()
+
+        def run() -> None:
+            try:
+                with block:
+                    has_begun.set()
+                    result.set_result(call())
+            except BaseException as error:  # raised in the event loop
+                result.set_exception(error)
+
+        self._calls.put(run)
+        waiting = asyncio.wrap_future(result)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            until_s = time.monotonic() + _PATIENCE_S
+            while not result.done() and time.monotonic() < until_s:
+                if has_begun.is_set():
+                    block.interrupt()
+                await asyncio.wait([waiting], timeout=_POLL_S / 100)
+            # Nobody else looks at it: asyncio would log an error that is not retrieved.
+            waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
+            raise
+
+    def close(self) -> None:
+        """End the thread after its calls; may be called again."""
+        self._calls.put(None)
+
+    def _run_all(self) -> None:
+        while (run := self._calls.get()) is not None:
+            run()
 
 
 async def _cancel_others() -> None:

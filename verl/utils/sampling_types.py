@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from verl.config.data import WeightedChoice
 
@@ -69,6 +70,10 @@ class SamplingParams:
         """True if tokens are drawn from the model's distribution at temperature 1, unchanged."""
         return self.temperature == 1 and not self.truncates and self.repetition_penalty == 1
 
+    def of_group(self, count: int) -> SamplingParams:
+        """Parameters of `count` answers, of which this is the first."""
+        return replace(self, n=count)
+
 
 @dataclass
 class Completion:
@@ -82,6 +87,8 @@ class Completion:
         version: of the policy weights that sampled it; of its first token, if they changed on the way.
         text: the answer as text, where the engine gives it; else None.
         versions: of each token, where they may differ; None: all of `version`.
+        num_reused: prompt tokens whose keys and values the engine had already, of an earlier turn or a
+            sibling; None: the engine does not say.
     """
 
     token_ids: Sequence[int]
@@ -90,6 +97,52 @@ class Completion:
     version: int = 0
     text: str | None = None
     versions: Sequence[int] | None = None
+    num_reused: int | None = None
+
+
+class TurnRequest(NamedTuple):
+    """A request for one turn of an episode.
+
+    Attributes:
+        number: unique among the requests to a generator.
+        prompt_ids: token ids of the history.
+        params: how it is sampled; `n` is 1.
+    """
+
+    number: int
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+
+    def continues(self, group: Sequence[TurnRequest]) -> bool:
+        """True if this is the answer to the same prompt that follows those of `group`."""
+        first = group[0]
+        expected = replace(first.params, sample_index=first.params.sample_index + len(group))
+        return self.params == expected and self.prompt_ids == first.prompt_ids
+
+
+def groups_of(requests: Sequence[TurnRequest]) -> list[list[TurnRequest]]:
+    """Requests in groups of consecutive answers to one prompt, whose prompt is computed once."""
+    groups: list[list[TurnRequest]] = []
+    for request in requests:
+        if groups and request.continues(groups[-1]):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+class TurnAnswer(NamedTuple):
+    """The end of a turn.
+
+    Attributes:
+        number: of its request.
+        completion: None: the request is refused.
+        refusal: the reason for it.
+    """
+
+    number: int
+    completion: Completion | None
+    refusal: str = ""
 
 
 @dataclass(eq=False)
@@ -98,9 +151,12 @@ class PrefixAffinity:
 
     Attributes:
         replica: engine of a pool that has the prefix in its cache; None: not chosen yet.
+        group: of the group that an episode belongs to, whose engine its first turn prefers; None: there is
+            none.
     """
 
     replica: Any = None
+    group: PrefixAffinity | None = None
 
 
 class RolloutEngine(ABC):
@@ -143,6 +199,13 @@ class RolloutEngine(ABC):
         """True if the engine follows the policy and must be given its weights before it can answer."""
         return False
 
+    def episode(self) -> AbstractContextManager[None]:
+        """Context of an episode of several turns, in the event loop; here nothing.
+
+        An engine that knows of the episodes need not wait for those that are over.
+        """
+        return nullcontext()
+
     def sleep(self) -> None:
         """Release device memory until the next `sync_weights`, if training needs it; here nothing."""
         return
@@ -161,9 +224,11 @@ class BatchGenerator(ABC):
 
     Attributes:
         version: of the policy weights that it samples with.
+        can_advance: it has `advance`, so that turns of episodes join those in generation.
     """
 
     version: int = 0
+    can_advance: bool = False
 
     @abstractmethod
     def generate(
@@ -176,8 +241,22 @@ class BatchGenerator(ABC):
                 of parameters than prompts.
         """
 
+    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+        """Generate a few tokens of all requests that are not answered yet; return those that are now.
+
+        An error ends all of them.
+
+        Args:
+            requests: new ones.
+            dropped: numbers of requests whose answers nobody waits for any more.
+        """
+        raise NotImplementedError
+
     def sleep(self) -> None:
-        """Release device memory until the next call, if training needs it; here nothing."""
+        """Release device memory until the next call, if training needs it; here nothing.
+
+        What was kept of earlier prompts is dropped.
+        """
         return
 
     def take_metrics(self) -> dict[str, float]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.tiny import FAMILIES, WINDOW, model_input, random_prompts, shared_policy
-from verl.engines.hf.attention import IMPLEMENTATION, DecodeLayout, KVCache, RowLayout, use_attention
+from verl.engines.hf.attention import IMPLEMENTATION, use_attention
+from verl.engines.hf.layouts import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
 
 PROMPTS = random_prompts([3, 9, 1, 6])

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tiny_policy, tiny_transformer
 from verl.data.batch import ModelInput
 from verl.engines.hf import attention
-from verl.engines.hf.attention import AttentionSpan, RowLayout, attention_forward, use_attention, use_layout
+from verl.engines.hf.attention import attention_forward, use_attention
+from verl.engines.hf.layouts import AttentionSpan, RowLayout, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, make_tiny_model, save_model, value_model
 from verl.rollout.vllm.options import check_context

@@ -10,7 +10,8 @@ import pytest
 from tests.tiny import random_prompts, shared_policy, tiny_codec, tiny_policy
 from verl.engines.hf.models import PolicyModel
 from verl.rollout.embedded.async_generator import AsyncGenerator, GenerationRequest
-from verl.rollout.embedded.generator import ContinuousBatch, EmbeddedEngine
+from verl.rollout.embedded.continuous_batch import ContinuousBatch
+from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.sampling_types import SamplingParams
 
 PROMPTS = random_prompts([3, 70, 1, 9, 30, 2])

@@ -20,10 +20,10 @@ from tests.tiny import (
 )
 from verl.agents.collector import DataCollector
 from verl.config import load_config
-from verl.engines.hf.attention import DecodeLayout, RowLayout
+from verl.engines.hf.layouts import DecodeLayout, RowLayout
 from verl.engines.hf.models import PolicyModel
 from verl.rewards.functions import build_rewards
-from verl.rollout.embedded import generator as embedded
+from verl.rollout.embedded import continuous_batch as embedded
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec

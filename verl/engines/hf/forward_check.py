@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from verl.engines.hf.attention import AttentionSpan, DecodeLayout, KVCache, RowLayout, use_attention
+from verl.engines.hf.attention import use_attention
 from verl.engines.hf.families import REFUSED, context_length, small_token_sizes
+from verl.engines.hf.layouts import AttentionSpan, DecodeLayout, ExtendLayout, KVCache, Layout, RowLayout
 
 # Windows and the like in the comparison, whose rows have more tokens.
 _TOKEN_SIZE = 3
@@ -37,9 +38,7 @@ class CheckedForward(nn.Module, ABC):
         """Device of the computation."""
 
     @abstractmethod
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout
-    ) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         """Final hidden states, [..., hidden], of ids and positions [...]; needs `forward_mode`."""
 
     @abstractmethod
@@ -55,7 +54,8 @@ class CheckedForward(nn.Module, ABC):
         """Compare this forward pass with the family's own on a few tokens.
 
         Two packed rows of different lengths are compared, with windows and the like of 3 tokens, at the first
-        positions and at the last ones of the context. A policy also decodes their last tokens with a cache.
+        positions and at the last ones of the context. A policy also decodes their last tokens with a cache,
+        and computes their second halves behind cached first ones.
 
         Raises:
             ValueError: they differ: the family does something that this forward pass does not support.
@@ -85,6 +85,7 @@ class CheckedForward(nn.Module, ABC):
                 if self.decodes:
                     last = [output[-1:] for output in expected]
                     self._compare(self._decoded_outputs(rows, positions), last, " in decoding")
+                    self._compare(self._extended_outputs(rows, positions), last, " behind a cached prefix")
         except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
             # The code of the family does not accept this kind of call.
             raise self._unsupported(f"{type(error).__name__}: {error}") from error
@@ -96,16 +97,39 @@ class CheckedForward(nn.Module, ABC):
 
     def _decoded_outputs(self, rows: list[Tensor], positions: list[Tensor]) -> Sequence[Tensor]:
         """Outputs [1, ...] at the last token of each row, decoded with a cache of the earlier ones."""
+        starts = [len(row) - 1 for row in rows]
+        cache = self._cache_of(rows, positions, starts)
+        last, ends = (torch.stack([t[-1:] for t in tensors]) for tensors in (rows, positions))
+        lengths = torch.tensor(starts, device=self.device)
+        decode = DecodeLayout(cache, lengths, max(starts) + 1)
+        return self.outputs(self.hidden_states(last, ends, decode)[:, 0]).split(1)
+
+    def _extended_outputs(self, rows: list[Tensor], positions: list[Tensor]) -> Sequence[Tensor]:
+        """The same from the second halves of the rows at once, as prompts are computed behind a prefix."""
+        starts = [len(row) // 2 for row in rows]
+        cache = self._cache_of(rows, positions, starts)
+        if cache.is_recurrent:  # rows of such families are computed from their beginning
+            return self._decoded_outputs(rows, positions)
+        lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+        layout = ExtendLayout(cache, list(range(len(rows))), starts, lengths, self.device)
+        ids, places = (
+            torch.cat([t[start:] for t, start in zip(tensors, starts, strict=True)])[None]
+            for tensors in (rows, positions)
+        )
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self.outputs(self.hidden_states(ids, places, layout)[0, ends]).split(1)
+
+    def _cache_of(self, rows: list[Tensor], positions: list[Tensor], lengths: list[int]) -> KVCache:
+        """A cache of the first `lengths` tokens of each row."""
         cache = KVCache(len(rows))
         cache.reserve(max(len(row) for row in rows))
         slots = torch.arange(len(rows), device=self.device)
-        layout = RowLayout([len(row) - 1 for row in rows], True, self.device, cache, slots)
-        ids, places = ([t[:-1] for t in tensors] for tensors in (rows, positions))
-        self.hidden_states(torch.cat(ids)[None], torch.cat(places)[None], layout)
-        last, ends = (torch.stack([t[-1:] for t in tensors]) for tensors in (rows, positions))
-        lengths = torch.tensor(layout.lengths, device=self.device)
-        decode = DecodeLayout(cache, lengths, int(lengths.max()) + 1)
-        return self.outputs(self.hidden_states(last, ends, decode)[:, 0]).split(1)
+        ids, places = (
+            torch.cat([t[:length] for t, length in zip(tensors, lengths, strict=True)])[None]
+            for tensors in (rows, positions)
+        )
+        self.hidden_states(ids, places, RowLayout(lengths, True, self.device, cache, slots))
+        return cache
 
     def _compare(self, ours: Sequence[Tensor], expected: Sequence[Tensor], where: str) -> None:
         """Raise ValueError if outputs differ by more than rounding."""

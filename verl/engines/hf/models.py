@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import DecodeLayout, RowLayout, current_layout, use_attention, use_layout
+from verl.engines.hf.attention import use_attention
 from verl.engines.hf.families import base_of, context_length, family_logits
 from verl.engines.hf.forward_check import CheckedForward
+from verl.engines.hf.layouts import Layout, RowLayout, current_layout, use_layout
 from verl.engines.hf.lora import adapter_of, policy_name, use_adapter
 from verl.engines.hf.recurrent import read_by_rows
 from verl.engines.memory_limits import logits_chunk_tokens
@@ -119,9 +120,7 @@ class Backbone(CheckedForward):
             yield
 
     @override
-    def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, layout: RowLayout | DecodeLayout
-    ) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         with use_layout(layout):
             return self.family_states(input_ids, position_ids)
 
@@ -166,7 +165,7 @@ class Backbone(CheckedForward):
         return nullcontext(), self._same_rows(current_layout())
 
     @contextmanager
-    def _same_rows(self, layout: RowLayout | DecodeLayout | None) -> Iterator[None]:
+    def _same_rows(self, layout: Layout | None) -> Iterator[None]:
         with use_attention(self.transformer), use_layout(layout):
             yield
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from typing_extensions import override
 
-from verl.engines.hf.attention import DecodeLayout, RowLayout, current_layout
+from verl.engines.hf.layouts import DecodeLayout, ExtendLayout, RowLayout, current_layout
 
 # In shapes: B rows, S positions of a row, N packed positions, A rows that decode, G rows of one length.
 _NO_LIMIT = (0.0, math.inf)
@@ -91,6 +91,8 @@ class RecurrentForward:
         states: Tensor = args[0] if args else kwargs[self.input_name]
         if isinstance(layout, DecodeLayout):
             return self.over_cache(states, layout)
+        if isinstance(layout, ExtendLayout):
+            raise ValueError("need whole rows for layers with a recurrent state, got rows behind a prefix")
         if layout.sequence is not None:
             raise ValueError(
                 "need the whole packed sequence on each rank for layers with a recurrent state; "

@@ -25,7 +25,8 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from verl.data.batch import ModelInput
-from verl.engines.hf.attention import RowLayout, attention_forward, use_layout
+from verl.engines.hf.attention import attention_forward
+from verl.engines.hf.layouts import RowLayout, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel, Precision, ValueModel
 from verl.engines.megatron.model_spec import MegatronModelSpec
 from verl.engines.megatron.parallel_dims import RankCoordinates

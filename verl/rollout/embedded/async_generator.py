@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.generator import ContinuousBatch, Row
+from verl.rollout.embedded.continuous_batch import ContinuousBatch, Row
+from verl.rollout.embedded.prefix_cache import PrefixCache
 from verl.utils.sampling_types import FinishReason, SamplingParams
 from verl.utils.tokens import TextCodec
 
@@ -43,6 +44,7 @@ class Token(NamedTuple):
         version: of the weights that sampled it.
         top_logprobs: id and logprob of the most likely tokens at this position, if they were requested.
         finish_reason: None: more tokens will come.
+        num_reused: prompt tokens of the answer whose keys and values were there already.
     """
 
     token_id: int
@@ -50,11 +52,13 @@ class Token(NamedTuple):
     version: int
     top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+    num_reused: int = 0
 
     @classmethod
     def last_of(cls, row: Row, version: int) -> Token:
         """The last token of a row."""
-        return cls(row.tokens[-1], row.logprobs[-1], version, tuple(row.top_logprobs), row.finish_reason)
+        top, reason = tuple(row.top_logprobs), row.finish_reason
+        return cls(row.tokens[-1], row.logprobs[-1], version, top, reason, row.num_reused)
 
 
 class GenerationRequest:
@@ -158,16 +162,21 @@ class AsyncGenerator:
         model: the policy.
         codec: its tokenizer.
         max_slots: answers at a time; further ones wait.
+        prefix_tokens: limit on the tokens of finished answers whose keys and values are kept for prompts that
+            begin with them; None: as many as the answers in generation take, 0: none.
 
     Attributes:
         version: of the weights.
         num_heartbeats: grows at least twice a second while the thread is alive, and at each step.
     """
 
-    def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int) -> None:
+    def __init__(
+        self, model: PolicyModel, codec: TextCodec, *, max_slots: int, prefix_tokens: int | None = None
+    ) -> None:
         self.version = 0
         self.num_heartbeats = 0
         self._model, self._codec, self._max_slots = model.eval(), codec, max_slots
+        self._prefixes = PrefixCache(prefix_tokens)
         self._batch = self._new_batch()
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -273,6 +282,8 @@ class AsyncGenerator:
         """
 
         def go_on() -> None:
+            if self._cache_is_stale and not recompute:
+                self._batch.mark_stale()
             self._cache_is_stale = self._cache_is_stale and recompute
             self._pause_reasons.discard(reason)
 
@@ -283,6 +294,7 @@ class AsyncGenerator:
 
         def update() -> T:
             self._cache_is_stale = True
+            self._prefixes.clear()
             return change()
 
         result: T = await asyncio.wrap_future(self._post(update, changes_weights=True))
@@ -300,7 +312,8 @@ class AsyncGenerator:
         return command.result
 
     def _new_batch(self) -> ContinuousBatch:
-        return ContinuousBatch(self._model, self._codec, slots=self._max_slots, first_slots=_FIRST_SLOTS)
+        slots = {"slots": self._max_slots, "first_slots": _FIRST_SLOTS}
+        return ContinuousBatch(self._model, self._codec, **slots, prefixes=self._prefixes)
 
     # In the thread:
 

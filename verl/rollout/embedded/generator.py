@@ -1,32 +1,29 @@
-"""Generation with the trainer's own parameters: continuous batching over a KV cache, in plain PyTorch."""
+"""Generation with the trainer's own parameters."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from verl.engines.base import NotFiniteError, not_finite_advice
-from verl.engines.hf.attention import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
-from verl.rollout.embedded.sampling import (
-    RowSampling,
-    answer_seed,
-    penalized,
-    sample_tokens,
-    sampling_logits,
-    uniforms,
+from verl.rollout.embedded.continuous_batch import ContinuousBatch, Row
+from verl.rollout.embedded.prefix_cache import PrefixCache
+from verl.utils.sampling_types import (
+    BatchGenerator,
+    Completion,
+    SamplingParams,
+    TurnAnswer,
+    TurnRequest,
+    check_requests,
+    groups_of,
 )
-from verl.utils.sampling_types import BatchGenerator, Completion, FinishReason, SamplingParams, check_requests
 from verl.utils.tokens import TextCodec
 
-# Prompt tokens of one prefill: bounds the activations, not the number of prompts.
-_PREFILL_TOKENS = 16_384
+# Tokens of each answer after which `advance` returns if an answer is complete, and at the latest.
+_LEAST_STEPS, _MOST_STEPS = 4, 16
 
 
 class EmbeddedEngine(BatchGenerator):
@@ -35,13 +32,37 @@ class EmbeddedEngine(BatchGenerator):
     Up to `max_slots` answers are generated at a time; when some finish, waiting ones take their slots. A
     group larger than `max_slots` is started in parts, and its prompt is computed once per part. The samples
     of an answer depend on its own seed alone (up to the rounding of differently shaped matrix products).
+
+    Turns of episodes are answered by `advance`: a turn continues from the keys and values of the turns
+    before, which are kept until the weights change.
+
+    Args:
+        model: the policy.
+        codec: its tokenizer.
+        max_slots: as above.
+        prefix_tokens: limit on the tokens of rows that are kept for later turns; None: as many as the rows
+            in generation take, 0: none.
     """
 
-    def __init__(self, model: PolicyModel, codec: TextCodec, *, max_slots: int = 256) -> None:
+    can_advance = True
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        codec: TextCodec,
+        *,
+        max_slots: int = 256,
+        prefix_tokens: int | None = None,
+    ) -> None:
         self.model = model
         self.version = 0
         self._codec = codec
         self._max_slots = max_slots
+        self._prefixes = PrefixCache(prefix_tokens)
+        self._turns: ContinuousBatch | None = None
+        self._turns_version = 0
+        # Numbers of the requests in generation, by prompt id and sample index in the batch.
+        self._numbers: dict[tuple[int, int], int] = {}
 
     @override
     @torch.inference_mode()
@@ -51,337 +72,87 @@ class EmbeddedEngine(BatchGenerator):
         check_requests(prompts, params, context=self.model.context)
         slots = min(self._max_slots, sum(p.n for p in params))
         completions: list[list[Completion | None]] = [[None] * p.n for p in params]
+        with self._generating():
+            batch = ContinuousBatch(self.model, self._codec, slots=slots, first_slots=slots)
+            for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+                batch.add(i, prompt, wanted, first_sample_index=wanted.sample_index)
+            for row in batch.finished_rows():
+                first = params[row.prompt_id].sample_index
+                completions[row.prompt_id][row.sample_index - first] = self._completion(row)
+        return [[c for c in group if c is not None] for group in completions]
+
+    @override
+    @torch.inference_mode()
+    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+        if self._turns_version != self.version:
+            self.sleep()
+        answers: list[TurnAnswer] = []
+        with self._generating():
+            if self._turns is None:
+                slots = {"slots": self._max_slots, "first_slots": len(requests)}
+                self._turns = ContinuousBatch(self.model, self._codec, **slots, prefixes=self._prefixes)
+                self._turns_version = self.version
+            batch = self._turns
+            try:
+                self._drop(batch, dropped)
+                answers += self._add(batch, requests)
+                for step in range(1, _MOST_STEPS + 1):
+                    if batch.is_idle or (answers and step > _LEAST_STEPS):
+                        break
+                    answers += [self._answer(row) for row in batch.step() if row.finish_reason is not None]
+            except BaseException:  # also an interrupt, anywhere in a step
+                self.sleep()
+                raise
+        return answers
+
+    @override
+    def sleep(self) -> None:
+        self._turns, self._numbers = None, {}
+        self._prefixes.clear()
+
+    def _add(self, batch: ContinuousBatch, requests: Sequence[TurnRequest]) -> list[TurnAnswer]:
+        """Queue requests, those for consecutive answers to one prompt together; answers of refused ones."""
+        refused, fitting = list[TurnAnswer](), list[TurnRequest]()
+        for request in requests:
+            try:
+                check_requests([request.prompt_ids], [request.params], context=self.model.context)
+                fitting.append(request)
+            except ValueError as error:
+                refused.append(TurnAnswer(request.number, None, str(error)))
+        for group in groups_of(fitting):
+            prompt_id, first = group[0].number, group[0].params
+            for i, request in enumerate(group):
+                self._numbers[prompt_id, first.sample_index + i] = request.number
+            wanted = first.of_group(len(group))
+            batch.add(prompt_id, group[0].prompt_ids, wanted, first_sample_index=first.sample_index)
+        return refused
+
+    def _drop(self, batch: ContinuousBatch, dropped: Sequence[int]) -> None:
+        """Abort requests that nobody waits for."""
+        gone = set(dropped)
+        for prompt_id, index in [key for key, number in self._numbers.items() if number in gone]:
+            batch.abort(prompt_id, {index})
+            del self._numbers[prompt_id, index]
+
+    def _answer(self, row: Row) -> TurnAnswer:
+        number = self._numbers.pop((row.prompt_id, row.sample_index))
+        return TurnAnswer(number, self._completion(row))
+
+    def _completion(self, row: Row) -> Completion:
+        assert row.finish_reason is not None
+        return Completion(
+            row.tokens, row.logprobs, row.finish_reason, self.version, num_reused=row.num_reused
+        )
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Context in which the model samples."""
         was_training, num_ids = self.model.training, self.model.num_ids
         self.model.eval()
         self.model.num_ids = self._codec.num_ids  # rows of the head that are no tokens are never sampled
         try:
             with self.model.forward_mode():
-                batch = ContinuousBatch(self.model, self._codec, slots=slots, first_slots=slots)
-                for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-                    batch.add(i, prompt, wanted, first_sample_index=wanted.sample_index)
-                for row in batch.finished_rows():
-                    assert row.finish_reason is not None
-                    completion = Completion(row.tokens, row.logprobs, row.finish_reason, self.version)
-                    first = params[row.prompt_id].sample_index
-                    completions[row.prompt_id][row.sample_index - first] = completion
+                yield
         finally:
             self.model.train(was_training)
             self.model.num_ids = num_ids
-        return [[c for c in group if c is not None] for group in completions]
-
-
-@dataclass(frozen=True)
-class WaitingGroup:
-    """Answers to one prompt that wait for slots and start together, so that the prompt is computed once.
-
-    Attributes:
-        prompt_id: chosen by the caller.
-        prompt: token ids.
-        params: how the answers are sampled.
-        num_top_logprobs: most likely tokens to report with each token.
-        first: sample index of the first answer.
-        count: answers, with consecutive sample indices.
-    """
-
-    prompt_id: int
-    prompt: Sequence[int]
-    params: SamplingParams
-    num_top_logprobs: int
-    first: int
-    count: int
-
-    def without(self, sample_indices: Collection[int] | None) -> list[WaitingGroup]:
-        """Groups of the answers that remain when some are aborted; None: all are."""
-        if sample_indices is None:
-            return []
-        own = range(self.first, self.first + self.count)
-        return [replace(self, first=i, count=1) for i in own if i not in sample_indices]
-
-
-@dataclass
-class Row:
-    """An answer in generation.
-
-    Attributes:
-        prompt_id: of its prompt, chosen by the caller.
-        sample_index: among the answers to its prompt.
-        prompt: token ids.
-        params: how it is sampled.
-        stop_ids: ids that end it.
-        num_top_logprobs: most likely tokens to report with each token.
-        tokens: sampled so far.
-        logprobs: of these.
-        top_logprobs: id and logprob of the most likely tokens at the position of the last token, the best
-            first.
-        finish_reason: None while it goes on.
-    """
-
-    prompt_id: int
-    sample_index: int
-    prompt: Sequence[int]
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    num_top_logprobs: int = 0
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, token: int, logprob: float, codec: TextCodec) -> None:
-        """Append a sampled token, and finish if it ends the answer."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        stop = self.params.stop
-        # A token spells at least one byte, so these tokens hold the longest stop text and some special
-        # tokens.
-        window = max((len(text.encode()) for text in stop), default=0) + 8
-        tail = codec.decode(self.tokens[-window:]) if stop and token not in self.stop_ids else ""
-        if token in self.stop_ids or any(text in tail for text in stop):
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.params.max_tokens:
-            self.finish_reason = "length"
-
-
-class SlotCache(KVCache):
-    """A KV cache whose number of slots grows."""
-
-    @property
-    def is_empty(self) -> bool:
-        """True if it has no memory yet."""
-        return not self._layers and not self._states
-
-    def widen(self, num_slots: int) -> None:
-        """Make room for more rows."""
-        self.num_slots = num_slots
-        for layer, pair in self._layers.items():
-            keys, values = (
-                torch.cat([old, old.new_zeros(num_slots - len(old), *old.shape[1:])]) for old in pair
-            )
-            self._layers[layer] = (keys, values)
-        for key, old in self._states.items():
-            self._states[key] = torch.cat([old, old.new_zeros(num_slots - len(old), *old.shape[1:])])
-
-
-class ContinuousBatch:
-    """Answers that are generated together, one token per step.
-
-    Answers may be added and aborted between any two steps. `step` and `recompute_cache` need
-    `model.forward_mode()` around them.
-
-    Args:
-        model: the policy, in evaluation mode.
-        codec: its tokenizer.
-        slots: answers at a time.
-        first_slots: slots of the cache at first; their number is doubled when needed.
-
-    Attributes:
-        queue: groups that wait for slots.
-        cache: of the rows.
-        rows: answers in the slots 0, 1, ...
-        tokens: [A] int64, the last token of each row.
-        positions: [A] int64, position of this token in its row.
-        seeds: [A] int64, see `answer_seed`.
-    """
-
-    def __init__(self, model: PolicyModel, codec: TextCodec, *, slots: int, first_slots: int) -> None:
-        self.model, self.codec = model, codec
-        self.slots, self.first_slots = slots, min(slots, first_slots)
-        self.queue: deque[WaitingGroup] = deque()
-        self.cache = SlotCache(self.first_slots)
-        self.rows: list[Row] = []
-        self.tokens = torch.empty(0, dtype=torch.int64, device=model.device)
-        self.positions = self.tokens
-        self.seeds = self.tokens
-        self._sampling = self._sampling_of(self.rows)
-
-    @property
-    def is_idle(self) -> bool:
-        """True if nothing is left to generate."""
-        return not self.queue and not self.rows
-
-    def add(
-        self,
-        prompt_id: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        *,
-        num_top_logprobs: int = 0,
-        first_sample_index: int = 0,
-    ) -> None:
-        """Queue `params.n` answers to a prompt, which fits the model's context with `params.max_tokens` more.
-
-        Args:
-            prompt_id: chosen by the caller, not in use.
-            prompt: token ids.
-            params: how to sample.
-            num_top_logprobs: most likely tokens to report with each token.
-            first_sample_index: of the answers.
-        """
-        for first in range(0, params.n, self.slots):
-            count = min(self.slots, params.n - first)
-            self.queue.append(
-                WaitingGroup(prompt_id, prompt, params, num_top_logprobs, first_sample_index + first, count)
-            )
-
-    def free_cache(self) -> None:
-        """Free the memory of many or long answers, if nothing is left to generate."""
-        if self.is_idle and not self.cache.is_empty:
-            self.cache = SlotCache(self.first_slots)
-
-    @torch.inference_mode()
-    def abort(self, prompt_id: int, sample_indices: Collection[int] | None = None) -> None:
-        """Abort the answers to a prompt, or only some of them."""
-        left: deque[WaitingGroup] = deque()
-        for group in self.queue:
-            left.extend(group.without(sample_indices) if group.prompt_id == prompt_id else [group])
-        self.queue = left
-        for row in self.rows:
-            if row.prompt_id == prompt_id and (sample_indices is None or row.sample_index in sample_indices):
-                row.finish_reason = "abort"
-        self._remove_finished()
-
-    @torch.inference_mode()
-    def step(self) -> list[Row]:
-        """Sample one token for some rows, and return these rows.
-
-        Waiting answers get their first token if a group fits; otherwise each row gets its next one.
-        """
-        fits = bool(self.queue) and len(self.rows) + self.queue[0].count <= self.slots
-        sampled = self._start_groups() if fits else self._decode()
-        self._remove_finished()
-        return sampled
-
-    def finished_rows(self) -> Iterator[Row]:
-        """Step until nothing is left, and yield each row that finishes."""
-        while not self.is_idle:
-            yield from (row for row in self.step() if row.finish_reason is not None)
-
-    @torch.inference_mode()
-    def recompute_cache(self) -> None:
-        """Compute the cache of all rows with the present weights; the sampled tokens stay."""
-        device, start = self.tokens.device, 0
-        lines = [[*row.prompt, *row.tokens[:-1]] for row in self.rows]
-        while start < len(lines):
-            stop, budget = start, _PREFILL_TOKENS
-            while stop < len(lines) and (stop == start or len(lines[stop]) <= budget):
-                budget -= len(lines[stop])
-                stop += 1
-            self._prefill(lines[start:stop], torch.arange(start, stop, device=device))
-            start = stop
-
-    def _start_groups(self) -> list[Row]:
-        """Compute the next prompts, copy their cache to all answers, and sample the first tokens."""
-        groups: list[WaitingGroup] = []
-        room, budget = self.slots - len(self.rows), _PREFILL_TOKENS
-        while self.queue and self.queue[0].count <= room and (budget > 0 or not groups):
-            groups.append(self.queue.popleft())
-            room -= groups[-1].count
-            budget -= len(groups[-1].prompt)
-        if (needed := self.slots - room) > self.cache.num_slots:
-            self.cache.widen(min(self.slots, max(needed, 2 * self.cache.num_slots)))
-        lengths = [len(group.prompt) for group in groups]
-        device = self.tokens.device
-        counts = torch.tensor([group.count for group in groups], device=device)
-        # Each prompt is computed in the slot of its first answer.
-        first_slots = len(self.rows) + counts.cumsum(0) - counts
-        states = self._prefill([group.prompt for group in groups], first_slots)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = self.model.logits(states[0, ends]).repeat_interleave(counts, 0)
-        slots = torch.arange(len(self.rows), len(self.rows) + len(logits), device=device)
-        self.cache.copy(first_slots.repeat_interleave(counts), slots, max(lengths))
-        self._append_rows(groups, counts)
-        return self._sample(logits, len(slots))
-
-    def _append_rows(self, groups: Sequence[WaitingGroup], counts: Tensor) -> None:
-        """Add a row for each answer, at the position of the last token of its prompt."""
-        new = [
-            Row(
-                group.prompt_id,
-                group.first + i,
-                group.prompt,
-                group.params,
-                frozenset((*self.codec.stop_ids, *group.params.stop_ids)),
-                group.num_top_logprobs,
-            )
-            for group in groups
-            for i in range(group.count)
-        ]
-        device = self.tokens.device
-        self.rows += new
-        seeds = torch.tensor([answer_seed(row.params.seed, row.sample_index) for row in new], device=device)
-        lengths = torch.tensor([len(group.prompt) for group in groups], device=device)
-        self.tokens = torch.cat([self.tokens, torch.zeros_like(seeds)])
-        self.positions = torch.cat([self.positions, lengths.repeat_interleave(counts) - 1])
-        self.seeds = torch.cat([self.seeds, seeds])
-        self._sampling = self._sampling_of(self.rows)
-
-    def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
-        """Fill slots of the cache, one per line of token ids; last hidden states [1, all tokens, hidden]."""
-        device = self.tokens.device
-        lengths = [len(line) for line in lines]
-        self.cache.reserve(max(lengths) + 1)
-        layout = RowLayout(lengths, True, device, self.cache, slots)
-        ids = torch.tensor([[token for line in lines for token in line]], device=device)
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-        return self.model.hidden_states(ids, positions, layout)
-
-    def _decode(self) -> list[Row]:
-        """Sample one more token for every row."""
-        longest = int(self.positions.max()) + 1
-        self.cache.reserve(longest)
-        layout = DecodeLayout(self.cache, self.positions, longest)
-        states = self.model.hidden_states(self.tokens[:, None], self.positions[:, None], layout)
-        return self._sample(self.model.logits(states[:, 0]), len(self.rows))
-
-    def _sample(self, logits: Tensor, count: int) -> list[Row]:
-        """Sample the next token of the last `count` rows from logits [count, V], and return these rows."""
-        start = len(self.rows) - count
-        rows = self.rows[start:]
-        params = self._sampling if start == 0 else self._sampling_of(rows)
-        penalties = [row.params.repetition_penalty for row in rows]
-        logits = penalized(logits, penalties, [[*row.prompt, *row.tokens] for row in rows])
-        tokens, logprobs = sample_tokens(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
-        self.tokens[start:] = tokens
-        self.positions[start:] += 1
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            if math.isnan(logprob):
-                precision = self.model.precision
-                raise NotFiniteError(
-                    f"the model's logits are not finite at token {len(row.tokens)} of an answer to prompt "
-                    f"{row.prompt_id}; it computes in {precision}: {not_finite_advice(precision)}"
-                )
-            row.add(token, logprob, self.codec)
-        num_top = max(row.num_top_logprobs for row in rows)
-        if num_top:
-            self._record_top_logprobs(rows, sampling_logits(logits, params).log_softmax(-1), num_top)
-        return rows
-
-    def _record_top_logprobs(self, rows: Sequence[Row], logprobs: Tensor, count: int) -> None:
-        top, tokens = logprobs.topk(min(count, logprobs.shape[1]))
-        for row, own_tokens, own_logprobs in zip(rows, tokens.tolist(), top.tolist(), strict=True):
-            pairs = list(zip(own_tokens, own_logprobs, strict=True))[: row.num_top_logprobs]
-            # Tokens that the truncation dropped have logprob -inf.
-            row.top_logprobs = [(token, logprob) for token, logprob in pairs if math.isfinite(logprob)]
-
-    def _remove_finished(self) -> None:
-        """Remove finished rows, and move the last rows into their slots: the first slots are in use."""
-        is_finished = [row.finish_reason is not None for row in self.rows]
-        if not any(is_finished):
-            return
-        kept = [i for i, finished in enumerate(is_finished) if not finished]
-        holes = [i for i in range(len(kept)) if is_finished[i]]
-        movers = [i for i in kept if i >= len(kept)]
-        order = list(range(len(kept)))
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
-        index = torch.tensor(order, dtype=torch.int64, device=self.tokens.device)
-        if holes:
-            longest = int(self.positions[index].max())
-            self.cache.copy(index[holes], torch.tensor(holes, device=index.device), longest)
-        self.rows = [self.rows[i] for i in order]
-        self.tokens, self.positions, self.seeds = self.tokens[index], self.positions[index], self.seeds[index]
-        self._sampling = self._sampling_of(self.rows)
-
-    def _sampling_of(self, rows: Sequence[Row]) -> RowSampling:
-        vocabulary = self.model.transformer.config.get_text_config().vocab_size
-        return RowSampling.of([row.params for row in rows], vocabulary=vocabulary, device=self.tokens.device)

@@ -30,6 +30,7 @@ class InflightRequest:
         finish_reason: None while it is incomplete.
         text: the completion, from an engine that returns text only.
         num_migrations: engines that failed at it.
+        num_reused: prompt tokens that the engine of its last token had already; None: it did not say.
     """
 
     prompt_ids: list[int]
@@ -42,6 +43,7 @@ class InflightRequest:
     finish_reason: FinishReason | None = None
     text: str | None = None
     num_migrations: int = 0
+    num_reused: int | None = None
     # Tokens before the last `add`, which are known not to end the completion.
     _num_checked: int = 0
 
@@ -89,6 +91,9 @@ class InflightRequest:
         self.logprobs += chunk.logprobs or [0.0] * len(chunk.token_ids)
         self.versions += [version] * len(chunk.token_ids)
         self.text = chunk.text if chunk.text is not None else self.text
+        if chunk.num_reused is not None:
+            # Behind a migration an engine also reads tokens that another one sampled.
+            self.num_reused = min(chunk.num_reused, len(self.prompt_ids))
 
     def restart(self) -> int:
         """Discard all sampled tokens; return how many."""
@@ -145,7 +150,12 @@ class InflightRequest:
         if self.text is None or self.token_ids:
             logprobs = self.logprobs if self.has_logprobs else None
             return Completion(
-                self.token_ids, logprobs, self.finish_reason, self.versions[0], versions=self.versions
+                self.token_ids,
+                logprobs,
+                self.finish_reason,
+                self.versions[0],
+                versions=self.versions,
+                num_reused=self.num_reused,
             )
         ends = self.finish_reason == "stop"
         ids: Sequence[int] = self.codec.encode_answer(self.text) if ends else self.codec.encode(self.text)

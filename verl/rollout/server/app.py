@@ -52,6 +52,7 @@ class ServeOptions:
         port: to listen on.
         name: of the model in requests; None: `model`.
         max_slots: answers generated at a time; further ones wait.
+        prefix_tokens: see `AsyncGenerator`.
         precision: of the forward pass; weights are kept in fp32.
         device: auto, cpu or cuda.
         api_key: required on every path but /health; "": none is required.
@@ -65,6 +66,7 @@ class ServeOptions:
     port: int = 8000
     name: str | None = None
     max_slots: int = 256
+    prefix_tokens: int | None = None
     precision: Precision = "fp32"
     device: str = "auto"
     api_key: str = ""
@@ -100,7 +102,8 @@ class Server:
         name = options.name or options.model
         self._parser = RequestParser(name, self._codec, model.context, config.vocab_size)
         self._loader = WeightLoader(model.transformer)
-        self._generator = AsyncGenerator(model, self._codec, max_slots=options.max_slots)
+        sizes = {"max_slots": options.max_slots, "prefix_tokens": options.prefix_tokens}
+        self._generator = AsyncGenerator(model, self._codec, **sizes)
         self._created_s = int(time.time())
 
     def app(self) -> web.Application:

@@ -42,6 +42,8 @@ class EmbeddedServerOptions:
 
     Attributes:
         max_slots: answers generated at a time; further ones wait.
+        prefix_tokens: tokens of finished answers that are kept for prompts that begin with them; None: as
+            many as answers in generation take, 0: none.
         device: auto, cpu or cuda.
         recompute: recompute the KV caches of running answers after an update; else they stay those of the
             old weights.
@@ -51,6 +53,7 @@ class EmbeddedServerOptions:
     """
 
     max_slots: int = 256
+    prefix_tokens: int | None = None
     device: str = "auto"
     # With a KV cache of the old weights, the rest of an answer is drawn from the distribution of neither the
     # old nor the new policy. Recomputing costs one prefill of the running answers.
@@ -208,6 +211,7 @@ class EmbeddedServer(InferenceServer):
             "model": self.spec.model,
             "port": port,
             "max_slots": self._options.max_slots,
+            "prefix_tokens": self._options.prefix_tokens,
             "precision": _PRECISIONS[self.spec.dtype],
             "device": self._options.device,
             "group_timeout_s": self.spec.timeout_s,

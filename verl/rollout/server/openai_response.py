@@ -106,10 +106,18 @@ class ResponseWriter:
             body["prompt_token_ids"] = self.request.prompts[0]
         return {**body, "weight_version": answers[-1][-1].version}
 
-    def usage(self, answers: Sequence[Sequence[Token]]) -> dict[str, int]:
+    def usage(self, answers: Sequence[Sequence[Token]]) -> dict[str, Any]:
         """Token counts; a prompt counts once for all its answers."""
         prompt, answered = sum(map(len, self.request.prompts)), sum(map(len, answers))
-        return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
+        count = self.request.num_answers // len(self.request.prompts)
+        # The first answer to each prompt: the others share what was computed for it.
+        cached = sum(tokens[0].num_reused for tokens in answers[::count] if tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answered,
+            "total_tokens": prompt + answered,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def first_events(self) -> list[dict[str, Any]]:
         """Events before the first token: the role of each answer of a chat."""

@@ -182,11 +182,12 @@ class TokenStreamClient:
         """Hand the tokens and failures of a message to their answers, unless these were aborted meanwhile."""
         head, ids, logprobs = unpack_message(content)
         start = 0
-        for slot, version, count, reason in head.get("tokens", ()):
+        for slot, version, count, reason, num_reused in head.get("tokens", ()):
             own = slice(start, start + count)
             start += count
             if slot in self._pending:
-                self._pending[slot].add(TokenChunk(ids[own], logprobs[own], reason, version))
+                chunk = TokenChunk(ids[own], logprobs[own], reason, version, num_reused=num_reused)
+                self._pending[slot].add(chunk)
         for slots, is_refusal, message in head.get("failed", ()):
             error = RefusedError(message) if is_refusal else EngineError(f"{self._name} failed: {message}")
             for slot in slots:

@@ -7,7 +7,8 @@ To the server, JSON objects:
 
 From the server, bytes, all little-endian: the length of a JSON object as uint32, the object, the new token
 ids as int64, then their logprobs as float64. The object has:
-    tokens: list of [number of the answer, weight version, number of ids, finish reason or null].
+    tokens: list of [number of the answer, weight version, number of ids, finish reason or null, number of
+        prompt tokens that were not computed].
     failed: list of [numbers of answers, true if the server refuses them for good, message].
 An empty object is a heartbeat. Numbers travel as bytes, since thousands of them in JSON would keep the
 trainer's Python interpreter busy.
@@ -49,7 +50,9 @@ def pack_message(runs: Sequence[tuple[int, Sequence[Token]]], failures: Sequence
         runs: number of an answer, and new tokens of it that have one version.
         failures: answers that failed.
     """
-    counts = [(answer, run[-1].version, len(run), run[-1].finish_reason) for answer, run in runs]
+    counts = [
+        (answer, run[-1].version, len(run), run[-1].finish_reason, run[-1].num_reused) for answer, run in runs
+    ]
     failed = [(failure.answers, failure.is_refusal, failure.message) for failure in failures]
     fields = {"tokens": counts, "failed": failed}
     head = dump_json({name: entries for name, entries in fields.items() if entries}).encode()

@@ -57,8 +57,9 @@ class SGLangStream:
             raise ValueError("the model's logits are not finite")
         self.is_finished = True
         last = chunks.pop() if chunks else TokenChunk()
-        reason = _FINISH_REASONS[finish["type"]]
-        return [*chunks, TokenChunk(last.token_ids, last.logprobs, reason, last.version)]
+        reason, num_reused = _FINISH_REASONS[finish["type"]], meta.get("cached_tokens")
+        end = TokenChunk(last.token_ids, last.logprobs, reason, last.version, num_reused=num_reused)
+        return [*chunks, end]
 
 
 def last_items(items: Sequence[Any], count: int) -> Sequence[Any]:

@@ -102,8 +102,9 @@ class VLLMEngine(ColocatedEngine):
             for wanted in params
             for i in range(wanted.n)
         ]
-        outputs = iter(self._llm.generate(inputs, vllm_params, use_tqdm=False))
-        return [[self._completion(next(outputs).outputs[0]) for _ in range(wanted.n)] for wanted in params]
+        outputs = self._llm.generate(inputs, vllm_params, use_tqdm=False)
+        answers = iter([self._completion(each.outputs[0], each.num_cached_tokens) for each in outputs])
+        return [[next(answers) for _ in range(wanted.n)] for wanted in params]
 
     @override
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
@@ -173,7 +174,7 @@ class VLLMEngine(ColocatedEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: CompletionOutput) -> Completion:
+    def _completion(self, output: CompletionOutput, num_reused: int | None) -> Completion:
         """Convert an answer; raise RuntimeError if it has no valid logprob for each token."""
         ids, reason = list(output.token_ids), output.finish_reason
         if reason not in FINISH_REASONS or output.logprobs is None or len(output.logprobs) != len(ids):
@@ -182,7 +183,7 @@ class VLLMEngine(ColocatedEngine):
         logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
         if not all(math.isfinite(logprob) for logprob in logprobs):
             raise RuntimeError(f"vLLM's logprobs are not finite: {logprobs[:8]}; look at the last updates")
-        return Completion(ids, logprobs, FINISH_REASONS[reason], self.version)
+        return Completion(ids, logprobs, FINISH_REASONS[reason], self.version, num_reused=num_reused)
 
 
 def split_chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

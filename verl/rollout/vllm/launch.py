@@ -72,6 +72,7 @@ def server_flags(spec: ServerSpec, version: str, *, port: int) -> list[str]:
     """
     options = run_options(spec.options, version, model=spec.model, dtype=spec.dtype)
     options |= {"served-model-name": MODEL_NAME, "host": LOOPBACK, "port": port}
+    options["enable-prompt-tokens-details"] = True  # else it does not say what it reused
     if spec.secret:
         options["middleware"] = "verl.rollout.vllm.auth.RequireSecret"
     if not has_accelerator():

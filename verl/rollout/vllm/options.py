@@ -112,6 +112,7 @@ def request_body(params: SamplingParams) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "logprobs": 0,
         "return_token_ids": True,
+        "stream_options": {"include_usage": True},
         "stop": list(params.stop),
         "stop_token_ids": list(params.stop_ids),
         # vLLM's own end token is among the stop ids, if it ends answers.

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from verl.rollout.server_process import ServerProcess, cause_of
 from verl.rollout.vllm.client import VLLMClient
 from verl.rollout.vllm.launch import MODEL_NAME, launch_server, server_version
 from verl.rollout.vllm.options import as_flags, missing_weights, request_body
-from verl.rollout.vllm.stream import parse_event
+from verl.rollout.vllm.stream import num_reused, parse_event
 from verl.rollout.vllm.versions import (
     BEGIN_UPDATE,
     END_UPDATE,
@@ -102,6 +103,7 @@ class VLLMServer(InferenceServer):
                 "prompt": [0],
                 **request_body(SamplingParams(max_tokens=1)),
                 "stream": False,
+                "stream_options": None,
             }
             timeout_s = self.spec.start_timeout_s
             await self.client.request("POST", "/v1/completions", body=first, timeout_s=timeout_s)
@@ -142,17 +144,23 @@ class VLLMServer(InferenceServer):
             "seed": request_seed(params),
             **request_body(params),
         }
+        last: TokenChunk | None = None
         async with aclosing(self.client.stream(body)) as events:  # type: ignore[type-var]
             async for event in events:
+                if last is not None:  # the counts of tokens follow the end
+                    last = replace(last, num_reused=num_reused(event))
+                    break
                 try:
                     chunk = parse_event(event, prompt_ids=prompt_ids, vocab_size=self._vocab_size)
                 except ValueError as error:
                     raise self.client.error(str(error)) from error
-                if chunk.token_ids or chunk.finish_reason:
-                    yield chunk
                 if chunk.finish_reason:
-                    return
-        raise self.client.error("ended an answer without a finish reason")
+                    last = chunk
+                elif chunk.token_ids:
+                    yield chunk
+        if last is None:
+            raise self.client.error("ended an answer without a finish reason")
+        yield last
 
     @override
     async def pause(self) -> None:

@@ -96,7 +96,8 @@ def build_rollout(
         raise ValueError(
             f"need rollout.engine as one of {known}, or package.module:Class with servers, got {name!r}"
         )
-    return BatchingEngine(PolicyGenerator(groups.policy), clock=clock, waits=waits)
+    generator = PolicyGenerator(groups.policy, can_advance=name == "embedded")
+    return BatchingEngine(generator, clock=clock, waits=waits)
 
 
 def _build_pool(

@@ -87,6 +87,7 @@ def build_actor(
         Algorithm.bind(config.algorithm),
         codec,
         max_slots=config.rollout.max_slots,
+        prefix_tokens=config.rollout.prefix_tokens,
         temperature=config.sampling.temperature,
         epochs=config.algorithm.epochs,
         chunk=config.policy.logits_chunk_tokens,
