@@ -11,6 +11,7 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from verl.agents.episodes.driver import EpisodeDriver
+from verl.agents.episodes.turn_sampler import TurnSampler
 from verl.agents.group_sampler import GroupSampler
 from verl.agents.group_source import GroupSource
 from verl.agents.groups import has_no_signal
@@ -108,6 +109,7 @@ class DataCollector:
             length_penalty=length_penalty,
             driver=driver,
             context=context,
+            turns=TurnSampler(engine, self.waits),
         )
 
     def collect(

@@ -9,6 +9,7 @@ import torch
 
 from verl.agents.episodes.driver import EpisodeDriver, SingleAnswer
 from verl.agents.episodes.runner import EpisodeRunner, treatment_of
+from verl.agents.episodes.turn_sampler import TurnSampler
 from verl.agents.groups import has_no_signal, is_environment_failure
 from verl.agents.row_sampling import check_row_sampling, with_row_sampling
 from verl.algorithms.registry import BoundFunction
@@ -34,6 +35,7 @@ class GroupSampler:
         length_penalty: adds to the rewards of a group according to the lengths of its answers.
         driver: plays episodes of several turns; None: each answer is one turn.
         context: tokens that the policy reads at most; None: the engine checks it.
+        turns: see `EpisodeRunner`.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class GroupSampler:
         length_penalty: BoundFunction | None = None,
         driver: EpisodeDriver | None = None,
         context: int | None = None,
+        turns: TurnSampler | None = None,
     ) -> None:
         self.engine = engine
-        self._episodes = EpisodeRunner(engine, codec, config.agent, driver=driver, context=context)
+        self._episodes = EpisodeRunner(
+            engine, codec, config.agent, driver=driver, context=context, turns=turns
+        )
         self.by_parts = by_parts
         self._codec, self._rewards, self._config = codec, rewards, config
         self._greedy_baseline, self._length_penalty = greedy_baseline, length_penalty

@@ -208,8 +208,8 @@ class PolicyGenerator(BatchGenerator):
     def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
         gone, new = self._routing.forget(dropped), self._routing.assign(requests)
         versions = [self.version] * len(new)
-        # Each rank gets its own entry of the lists.
-        answers = self._actor.call(ActorWorker.advance, new, gone, versions).result()  # type: ignore[arg-type]
+        advance: Any = ActorWorker.advance  # each rank gets its own entry of the lists
+        answers: list[TurnAnswer] = self._actor.call(advance, new, gone, versions).result()
         self._routing.forget([answer.number for answer in answers])
         return answers
 

@@ -22,7 +22,8 @@ class TurnRouting:
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
-        self._histories: PrefixIndex[int] = PrefixIndex(_MAX_TOKENS)
+        # Rank of each, and tokens of the first prompt of its episode, which its siblings share.
+        self._histories: PrefixIndex[tuple[int, int]] = PrefixIndex(_MAX_TOKENS)
         self._rank_of: dict[int, int] = {}  # of each request in generation
         self._loads = [0] * num_ranks
 
@@ -54,9 +55,10 @@ class TurnRouting:
         if self._num_ranks == 1:
             return 0
         found = self._histories.find(request.prompt_ids)
-        known = found is not None and found.is_whole
-        rank = found.value if found is not None and known else self._loads.index(min(self._loads))
+        if found is not None and found.length >= found.value[1]:
+            rank, first = found.value
+        else:  # another prompt, which may have the same system message
+            rank, first = self._loads.index(min(self._loads)), len(request.prompt_ids)
         if not self._histories.has(request.prompt_ids):
-            self._histories.keep(request.prompt_ids, rank)
+            self._histories.keep(request.prompt_ids, (rank, first))
         return rank
-

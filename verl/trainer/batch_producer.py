@@ -23,8 +23,9 @@ from verl.engines.streaming import concat_portions
 from verl.monitoring.ledger import LEDGER_FILE, Ledger
 from verl.utils.sampling_types import Prompt
 
-# Stages whose waits are metrics: training waits for a batch, generation for room.
-_MEASURED_STAGES = ("training", "admission")
+# Stages whose waits are metrics: training waits for a batch, generation for room, or for the tools and
+# environments of all episodes.
+_MEASURED_STAGES = ("training", "admission", "environments")
 # Answers on which sampler and trainer are compared where the batch has none that both have sampled.
 _MAX_FRESH_ROWS, _MAX_FRESH_TOKENS = 8, 2048
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
@@ -87,6 +88,8 @@ class OwnLoop:
             left = [task, *(asyncio.all_tasks(self._loop) - {task})]
             for each in left:
                 each.cancel()
+            with suppress(KeyboardInterrupt):  # raised again by a task in which it came up
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             raise
 

@@ -158,6 +158,23 @@ class PrefixAffinity:
     replica: Any = None
     group: PrefixAffinity | None = None
 
+    @property
+    def preferred(self) -> Any:
+        """The engine that a request should go to; None: any."""
+        return self.replica if self.replica is not None or self.group is None else self.group.replica
+
+    def settle(self, replica: Any) -> None:
+        """Note that a request goes to an engine, which then has what it shares with later ones."""
+        self.replica = replica
+        if self.group is not None and self.group.replica is None:
+            self.group.replica = replica
+
+    def leave(self, replica: Any) -> None:
+        """Note that an engine has failed."""
+        for affinity in (self, self.group):
+            if affinity is not None and affinity.replica is replica:
+                affinity.replica = None
+
 
 class RolloutEngine(ABC):
     """The contract of generation: one answer to one prompt, asynchronously.

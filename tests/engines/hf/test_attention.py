@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.tiny import FAMILIES, WINDOW, model_input, random_prompts, shared_policy
 from verl.engines.hf.attention import IMPLEMENTATION, use_attention
-from verl.engines.hf.layouts import DecodeLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.row_layouts import DecodeLayout, KVCache, RowLayout
 
 PROMPTS = random_prompts([3, 9, 1, 6])
 RESPONSES = random_prompts([8, 2, 13, 5], seed=1)

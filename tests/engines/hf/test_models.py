@@ -14,9 +14,9 @@ from tests.tiny import FAMILIES, model_input, random_prompts, shared_policy, tin
 from verl.data.batch import ModelInput
 from verl.engines.hf import attention
 from verl.engines.hf.attention import attention_forward, use_attention
-from verl.engines.hf.layouts import AttentionSpan, RowLayout, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel
 from verl.engines.hf.pretrained import load_language_model, make_tiny_model, save_model, value_model
+from verl.engines.hf.row_layouts import AttentionSpan, RowLayout, use_layout
 from verl.rollout.vllm.options import check_context
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import CHARACTERS, TextCodec

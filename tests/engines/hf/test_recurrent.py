@@ -10,9 +10,9 @@ import torch
 from tests.engines.hf.families import MODELS
 from tests.tiny import model_input, random_prompts, tiny_codec, tiny_policy, tiny_transformer
 from verl.config.placement import ParallelConfig
-from verl.engines.hf.layouts import DecodeLayout, KVCache, RowLayout, use_layout
 from verl.engines.hf.models import PolicyModel
 from verl.engines.hf.recurrent import LayerState, recurrent_layers
+from verl.engines.hf.row_layouts import DecodeLayout, KVCache, RowLayout, use_layout
 from verl.engines.tensor_parallel import check_parallel_sizes
 from verl.rollout.embedded.continuous_batch import ContinuousBatch
 from verl.utils.sampling_types import SamplingParams

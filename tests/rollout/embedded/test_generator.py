@@ -20,8 +20,8 @@ from tests.tiny import (
 )
 from verl.agents.collector import DataCollector
 from verl.config import load_config
-from verl.engines.hf.layouts import DecodeLayout, RowLayout
 from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.row_layouts import DecodeLayout, RowLayout
 from verl.rewards.functions import build_rewards
 from verl.rollout.embedded import continuous_batch as embedded
 from verl.rollout.embedded.generator import EmbeddedEngine

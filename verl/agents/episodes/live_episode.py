@@ -159,9 +159,11 @@ class LiveEpisode:
         if self.num_turns >= self.limits.max_turns:
             raise EpisodeEnd("max_turns")
         wanted = self._turn_params(params or self.params)
+        begun_s = time.monotonic()
         completion = await self._engine.sample(self.tape.ids, wanted, self._affinity)
         if self.limits.max_turns > 1:
             completion = fetched(completion)
+            self._count_sampled(completion, time.monotonic() - begun_s)
         self.tape.append_sampled(completion, self._state)
         self.num_turns += 1
         self._last, self._last_params = completion, wanted
@@ -288,6 +290,13 @@ class LiveEpisode:
             self.record.counts = self._counts
             trajectory.episode = self.record
         return trajectory
+
+    def _count_sampled(self, completion: Completion, seconds: float) -> None:
+        """Count the seconds of a turn in the engine, and the tokens of the history that it computed."""
+        self.count("sampling_s", seconds)
+        if completion.num_reused is not None:
+            self.count("prompt_tokens_computed", len(self.tape.ids) - completion.num_reused)
+            self.count("prompt_tokens_reused", completion.num_reused)
 
     def _turn_params(self, params: SamplingParams) -> SamplingParams:
         ids, limits = self.tape.ids, self.limits

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from verl.agents.environments.session import EpisodeFailure, EpisodeStart
 from verl.agents.episodes.driver import EpisodeDriver, SingleAnswer
 from verl.agents.episodes.live_episode import EpisodeEnd, EpisodeLimits, LiveEpisode
+from verl.agents.episodes.turn_sampler import TurnSampler
 from verl.config.agent import AgentConfig, Treatment
 from verl.data.trajectory import EpisodeRecord, Trajectory
 from verl.rollout.group_sampling import Sampler
@@ -27,6 +29,7 @@ class EpisodeRunner:
         config: limits, and what an episode that a limit ends counts for.
         driver: plays episodes; None: single answers.
         context: tokens that the model reads at most; None: the engine checks it.
+        turns: the engine, with an account of its episodes of several turns; None: there is none.
 
     Attributes:
         driver: as above.
@@ -40,12 +43,14 @@ class EpisodeRunner:
         *,
         driver: EpisodeDriver | None = None,
         context: int | None = None,
+        turns: TurnSampler | None = None,
     ) -> None:
         self.driver = driver or SingleAnswer()
         self._engine, self._codec, self._config = engine, codec, config
         self._is_single = driver is None
         # A single answer is not parsed.
         self._parser = HermesParser() if driver is None else parser_for(codec, config.tool_format)
+        self._turns = None if self._is_single else turns
         self._limits = EpisodeLimits(
             max_turns=1 if driver is None else config.max_turns,
             max_calls=config.max_calls,
@@ -89,17 +94,19 @@ class EpisodeRunner:
         live = LiveEpisode(
             start,
             replace(params, n=1, sample_index=start.number),
-            engine=self._engine,
+            engine=self._turns or self._engine,
             codec=self._codec,
             parser=self._parser,
             limits=self._limits,
-            affinity=affinity,
+            # Each episode stays where its own history is; the first turns share the prompt of the group.
+            affinity=affinity if self._is_single else PrefixAffinity(group=affinity),
         )
         if prompt_ids is not None:
             live.begin([], prompt_ids=prompt_ids)
         failure: EpisodeFailure | None = None
         try:
-            await within(None if self._is_single else self._config.timeout_s, self._play(live))
+            with self._turns.episode() if self._turns else nullcontext():
+                await within(None if self._is_single else self._config.timeout_s, self._play(live))
         except TimeoutError:
             live.record.ending = "timeout"
         except EpisodeFailure as error:

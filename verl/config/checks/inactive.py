@@ -228,6 +228,12 @@ _ROLLOUT = (
         "servers of rollout.engine http have weights of their own, and a key in engine_options.api_key_env",
     ),
     InactiveSettings(
+        ("rollout.prefix_tokens",),
+        "rollout.engine",
+        lambda c: c.rollout.engine not in ("embedded", "served"),
+        "other engines than embedded and served have a prefix cache of their own; set rollout.engine_options",
+    ),
+    InactiveSettings(
         ("pipeline.oversample", "pipeline.batches"),
         "rollout.servers",
         lambda c: not c.rollout.has_servers,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from verl.engines.hf.layouts import (
+from verl.engines.hf.row_layouts import (
     AttentionSpan,
     DecodeLayout,
     ExtendLayout,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from verl.engines.hf.attention import use_attention
 from verl.engines.hf.families import REFUSED, context_length, small_token_sizes
-from verl.engines.hf.layouts import AttentionSpan, DecodeLayout, ExtendLayout, KVCache, Layout, RowLayout
+from verl.engines.hf.row_layouts import AttentionSpan, DecodeLayout, ExtendLayout, KVCache, Layout, RowLayout
 
 # Windows and the like in the comparison, whose rows have more tokens.
 _TOKEN_SIZE = 3

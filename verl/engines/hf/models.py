@@ -19,9 +19,9 @@ from verl.data.batch import ModelInput
 from verl.engines.hf.attention import use_attention
 from verl.engines.hf.families import base_of, context_length, family_logits
 from verl.engines.hf.forward_check import CheckedForward
-from verl.engines.hf.layouts import Layout, RowLayout, current_layout, use_layout
 from verl.engines.hf.lora import adapter_of, policy_name, use_adapter
 from verl.engines.hf.recurrent import read_by_rows
+from verl.engines.hf.row_layouts import Layout, RowLayout, current_layout, use_layout
 from verl.engines.memory_limits import logits_chunk_tokens
 from verl.engines.sequence_parallel import SequenceGroup
 from verl.utils.device import autocast

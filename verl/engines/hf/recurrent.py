@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from typing_extensions import override
 
-from verl.engines.hf.layouts import DecodeLayout, ExtendLayout, RowLayout, current_layout
+from verl.engines.hf.row_layouts import DecodeLayout, ExtendLayout, RowLayout, current_layout
 
 # In shapes: B rows, S positions of a row, N packed positions, A rows that decode, G rows of one length.
 _NO_LIMIT = (0.0, math.inf)

@@ -26,8 +26,8 @@ from typing_extensions import override
 
 from verl.data.batch import ModelInput
 from verl.engines.hf.attention import attention_forward
-from verl.engines.hf.layouts import RowLayout, use_layout
 from verl.engines.hf.models import Backbone, PolicyModel, Precision, ValueModel
+from verl.engines.hf.row_layouts import RowLayout, use_layout
 from verl.engines.megatron.model_spec import MegatronModelSpec
 from verl.engines.megatron.parallel_dims import RankCoordinates
 from verl.engines.sequence_parallel import SequenceGroup

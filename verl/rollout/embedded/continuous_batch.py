@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from verl.engines.base import NotFiniteError, not_finite_advice
-from verl.engines.hf.layouts import CachedRow, DecodeLayout, ExtendLayout, KVCache, RowLayout
 from verl.engines.hf.models import PolicyModel
+from verl.engines.hf.row_layouts import CachedRow, DecodeLayout, ExtendLayout, KVCache, RowLayout
 from verl.rollout.embedded.prefix_cache import NO_PREFIX, PrefixCache, PrefixMatch
 from verl.rollout.embedded.sampling import (
     RowSampling,
@@ -168,7 +168,7 @@ class ContinuousBatch:
         self.tokens = torch.empty(0, dtype=torch.int64, device=model.device)
         self.positions = self.tokens
         self.seeds = self.tokens
-        self._sampling = self._sampling_of(self.rows)
+        self._sampling = sampling_of(self.rows, self.model, self.tokens.device)
 
     @property
     def is_idle(self) -> bool:
@@ -305,6 +305,7 @@ class ContinuousBatch:
         self, prompts: Sequence[Sequence[int]], known: Sequence[PrefixMatch[CachedRow]], slots: list[int]
     ) -> Tensor:
         """Last hidden state [P, hidden] of prompts; only what is behind a known prefix is computed."""
+        self.cache.reserve(max(map(len, prompts)) + 1)
         for slot, prefix in zip(slots, known, strict=True):
             self.cache.put_row(slot, prefix.value, prefix.length)
         starts = [prefix.length for prefix in known]
@@ -339,7 +340,7 @@ class ContinuousBatch:
         self.tokens = torch.cat([self.tokens, torch.zeros_like(seeds)])
         self.positions = torch.cat([self.positions, lengths.repeat_interleave(counts) - 1])
         self.seeds = torch.cat([self.seeds, seeds])
-        self._sampling = self._sampling_of(self.rows)
+        self._sampling = sampling_of(self.rows, self.model, self.tokens.device)
 
     def _prefill(self, lines: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
         """Fill slots of the cache, one per line of token ids; last hidden states [1, all tokens, hidden]."""
@@ -363,7 +364,7 @@ class ContinuousBatch:
         """Sample the next token of the last `count` rows from logits [count, V], and return these rows."""
         start = len(self.rows) - count
         rows = self.rows[start:]
-        params = self._sampling if start == 0 else self._sampling_of(rows)
+        params = self._sampling if start == 0 else sampling_of(rows, self.model, self.tokens.device)
         penalties = [row.params.repetition_penalty for row in rows]
         logits = penalized(logits, penalties, [[*row.prompt, *row.tokens] for row in rows])
         tokens, logprobs = sample_tokens(logits, params, uniforms(self.seeds[start:], self.positions[start:]))
@@ -410,11 +411,13 @@ class ContinuousBatch:
             self.cache.copy(index[holes], torch.tensor(holes, device=index.device), longest)
         self.rows = [self.rows[i] for i in order]
         self.tokens, self.positions, self.seeds = self.tokens[index], self.positions[index], self.seeds[index]
-        self._sampling = self._sampling_of(self.rows)
+        self._sampling = sampling_of(self.rows, self.model, self.tokens.device)
 
-    def _sampling_of(self, rows: Sequence[Row]) -> RowSampling:
-        vocabulary = self.model.transformer.config.get_text_config().vocab_size
-        return RowSampling.of([row.params for row in rows], vocabulary=vocabulary, device=self.tokens.device)
+
+def sampling_of(rows: Sequence[Row], model: PolicyModel, device: torch.device) -> RowSampling:
+    """Sampling parameters of rows as tensors."""
+    vocabulary = model.transformer.config.get_text_config().vocab_size
+    return RowSampling.of([row.params for row in rows], vocabulary=vocabulary, device=device)
 
 
 def portions(costs: Sequence[int], budget: int) -> Iterator[range]:

@@ -86,23 +86,22 @@ class EmbeddedEngine(BatchGenerator):
     def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
         if self._turns_version != self.version:
             self.sleep()
-        answers: list[TurnAnswer] = []
-        with self._generating():
-            if self._turns is None:
-                slots = {"slots": self._max_slots, "first_slots": len(requests)}
-                self._turns = ContinuousBatch(self.model, self._codec, **slots, prefixes=self._prefixes)
-                self._turns_version = self.version
-            batch = self._turns
-            try:
+        if self._turns is None:
+            slots = {"slots": self._max_slots, "first_slots": len(requests)}
+            self._turns = ContinuousBatch(self.model, self._codec, **slots, prefixes=self._prefixes)
+            self._turns_version = self.version
+        batch = self._turns
+        try:
+            with self._generating():
                 self._drop(batch, dropped)
-                answers += self._add(batch, requests)
+                answers = self._add(batch, requests)
                 for step in range(1, _MOST_STEPS + 1):
                     if batch.is_idle or (answers and step > _LEAST_STEPS):
                         break
                     answers += [self._answer(row) for row in batch.step() if row.finish_reason is not None]
-            except BaseException:  # also an interrupt, anywhere in a step
-                self.sleep()
-                raise
+        except BaseException:  # also an interrupt, anywhere in a step
+            self.sleep()
+            raise
         return answers
 
     @override

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from verl.engines.hf.layouts import CachedRow
+from verl.engines.hf.row_layouts import CachedRow
 
 V = TypeVar("V")
 _ID = np.dtype(np.int32)
@@ -22,12 +22,10 @@ class PrefixMatch(NamedTuple, Generic[V]):
     Attributes:
         value: of a row that begins with it.
         length: its tokens.
-        is_whole: it is all of the row.
     """
 
     value: V
     length: int
-    is_whole: bool
 
 
 class PrefixIndex(Generic[V]):
@@ -67,7 +65,7 @@ class PrefixIndex(Generic[V]):
         if not length:
             return None
         self._values[key] = self._values.pop(key)
-        return PrefixMatch(self._values[key], length, length * _ID.itemsize == len(key))
+        return PrefixMatch(self._values[key], length)
 
     def has(self, tokens: Sequence[int]) -> bool:
         """True if a row begins with these tokens."""
@@ -115,7 +113,7 @@ class PrefixCache(PrefixIndex[CachedRow]):
         return found if found is not None and is_worth_it else NO_PREFIX
 
 
-NO_PREFIX: PrefixMatch[CachedRow] = PrefixMatch({}, 0, False)
+NO_PREFIX: PrefixMatch[CachedRow] = PrefixMatch({}, 0)
 
 
 def _encoded(tokens: Sequence[int]) -> bytes:

@@ -186,7 +186,7 @@ class InferencePool:
             ) from error
         except EngineError as error:
             self._supervisor.fail(replica, incarnation, error)
-            affinity.replica = None
+            affinity.leave(replica)
             self._counts.moved += 1
             self._counts.kept_tokens += len(request.token_ids)
             request.migrate(error)

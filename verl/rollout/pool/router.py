@@ -62,6 +62,9 @@ class Router:
     async def route(self, affinity: PrefixAffinity) -> Replica:
         """A replica with a free slot: that of the affinity, else the freest, which the affinity then gets.
 
+        While the replica of a group is full, the affinity of the group stays. An episode goes on where its
+        last turn was, which has its history.
+
         A replica that loads weights is waited for: otherwise all requests would move to the first replica
         that has the new weights.
 
@@ -70,8 +73,9 @@ class Router:
         """
         was_woken = False
         while self._closed_because is None:
-            own = affinity.replica
+            own = affinity.preferred
             if own is not None and self._num_free_of(own):
+                affinity.settle(own)
                 return own
             if own is not None and own.is_syncing:
                 # This request will not use the slot for which it was woken.
@@ -81,8 +85,8 @@ class Router:
                 continue
             freest = self._freest()
             if freest is not None:
-                if own is None or own.state != "serving":
-                    affinity.replica = freest
+                if own is None or own.state != "serving" or affinity.group is not None:
+                    affinity.settle(freest)
                 return freest
             await self._wait(self._waiting, is_first=was_woken)
             was_woken = True

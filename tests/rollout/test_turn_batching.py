@@ -1,0 +1,217 @@
+"""Generation beside tools: the loop goes on, turns join, and errors and interrupts reach those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from verl.rollout import turn_batching
+from verl.rollout.batching_engine import BatchingEngine
+from verl.rollout.inference_server import RefusedError
+from verl.rollout.turn_routing import TurnRouting
+from verl.utils.event_loops import gather_all
+from verl.utils.sampling_types import (
+    BatchGenerator,
+    Completion,
+    SamplingParams,
+    TurnAnswer,
+    TurnRequest,
+)
+
+PARAMS = SamplingParams()
+
+
+def completion(prompt: Sequence[int]) -> Completion:
+    return Completion([len(prompt)], [0.0], "stop")
+
+
+class Stepwise(BatchGenerator):
+    """Answers the oldest request in each call, after `before`; notes what it gets."""
+
+    can_advance = True
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self.before = before
+        self.calls: list[tuple[list[int], list[int]]] = []
+        self.left: list[TurnRequest] = []
+        self.num_sleeps = 0
+
+    def generate(self, prompts, params):
+        raise AssertionError("episodes are answered by advance")
+
+    def advance(self, requests, dropped):
+        self.calls.append(([len(r.prompt_ids) for r in requests], list(dropped)))
+        self.left = [r for r in [*self.left, *requests] if r.number not in dropped]
+        self.before()
+        done, self.left = self.left[:1], self.left[1:]
+        return [TurnAnswer(r.number, completion(r.prompt_ids)) for r in done]
+
+    def sleep(self) -> None:
+        self.num_sleeps += 1
+
+
+class Blocking(BatchGenerator):
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def generate(self, prompts, params):
+        self.sizes.append(sum(p.n for p in params))
+        return [[completion(prompt)] * p.n for prompt, p in zip(prompts, params, strict=True)]
+
+
+async def episode(engine: BatchingEngine, first: int, tool: Callable[[int], object], turns: int = 3):
+    """Answers of an episode whose histories grow by one token with each turn."""
+    with engine.episode():
+        answers = []
+        for turn in range(turns):
+            answers.append((await engine.sample([0] * (first + turn), PARAMS)).token_ids[0])
+            result = tool(turn)
+            if result is not None:
+                await result
+        return answers
+
+
+def test_tools_run_while_the_generator_does():
+    came_back = threading.Event()
+    engine = BatchingEngine(Stepwise(lambda: came_back.wait(10) or pytest.fail("the loop stands still")))
+
+    async def tool() -> None:
+        with engine.episode():
+            await asyncio.sleep(0)
+            came_back.set()
+
+    async def run():
+        return await gather_all([episode(engine, 1, lambda _: None), tool()])
+
+    assert engine.run(run())[0] == [1, 2, 3]
+    engine.close()
+
+
+def test_turns_join_those_in_generation():
+    generator = Stepwise()
+    engine = BatchingEngine(generator)
+    answers = engine.run(gather_all([episode(engine, 10 * i, lambda _: None) for i in (1, 2)]))
+    assert answers == [[10, 11, 12], [20, 21, 22]]
+    assert generator.calls == [([10, 20], []), ([11], []), ([21], []), ([12], []), ([22], []), ([], [])]
+    engine.close()
+
+
+def test_single_answers_are_one_call_in_the_thread_of_the_trainer():
+    threads: list[str] = []
+
+    class Noted(Blocking):
+        def generate(self, prompts, params):
+            threads.append(threading.current_thread().name)
+            return super().generate(prompts, params)
+
+    engine = BatchingEngine(generator := Noted())
+    engine.run(gather_all([engine.sample([1], PARAMS), engine.sample([1, 2], PARAMS)]))
+    assert generator.sizes == [2] and threads == ["MainThread"]
+    engine.run(episode(engine, 1, lambda _: None, turns=2))
+    assert threads[1:] == ["generation"] * 2
+    engine.close()
+
+
+@pytest.mark.parametrize(("share", "sizes"), [(1e9, [4, 4, 4]), (0.0, [4, 2, 2, 2, 2])])
+def test_a_blocking_generator_waits_for_episodes_that_are_with_their_tools(monkeypatch, share, sizes):
+    monkeypatch.setattr(turn_batching, "_WAIT_SHARE", share)
+    engine = BatchingEngine(generator := Blocking())
+
+    async def slow() -> None:
+        for _ in range(6):
+            await asyncio.sleep(0)
+
+    tools = [lambda _: None, lambda _: None, lambda _: slow(), lambda _: slow()]
+    engine.run(gather_all([episode(engine, 10 * i, tool) for i, tool in enumerate(tools, 1)]))
+    assert generator.sizes[0] == 4 and sum(generator.sizes) == 12
+    assert generator.sizes == sizes if share else len(generator.sizes) > 3
+    engine.close()
+
+
+def test_a_cancelled_turn_is_dropped_and_a_refused_one_is_the_only_one_that_fails():
+    class Refusing(Stepwise):
+        def advance(self, requests, dropped):
+            refused = [r for r in requests if len(r.prompt_ids) > 50]
+            done = super().advance([r for r in requests if r not in refused], dropped)
+            return [*done, *(TurnAnswer(r.number, None, "too long") for r in refused)]
+
+    engine = BatchingEngine(generator := Refusing())
+
+    async def run() -> list[object]:
+        with engine.episode():
+            tasks = [asyncio.ensure_future(engine.sample([0] * n, PARAMS)) for n in (1, 2, 3, 99)]
+            await tasks[0]
+            tasks[2].cancel()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, second, cancelled, refused = engine.run(run())
+    assert (first.token_ids, second.token_ids) == ([1], [2])
+    assert isinstance(cancelled, asyncio.CancelledError) and isinstance(refused, RefusedError)
+    engine.run(episode(engine, 5, lambda _: None, turns=1))
+    assert [2] in [dropped for _, dropped in generator.calls]
+    engine.close()
+
+
+def test_an_error_reaches_all_episodes_and_an_interrupt_ends_the_call():
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    engine = BatchingEngine(generator := Stepwise(fail))
+
+    async def outcomes() -> list[object]:
+        own = [episode(engine, i, lambda _: None) for i in (1, 2)]
+        return await asyncio.gather(*own, return_exceptions=True)
+
+    assert [str(error) for error in engine.run(outcomes())] == ["broken"] * 2
+    has_begun, ended = threading.Event(), list[str]()
+
+    def forever() -> None:
+        has_begun.set()
+        try:
+            while True:
+                time.sleep(0.001)
+        except BaseException as error:
+            ended.append(type(error).__name__)
+            raise
+
+    async def interrupt() -> None:
+        while not has_begun.is_set():
+            await asyncio.sleep(0)
+        raise KeyboardInterrupt
+
+    generator.before, generator.left = forever, []
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(gather_all([episode(engine, 1, lambda _: None), interrupt()]))
+    assert ended == ["ReportingInterrupt"]
+    generator.before, generator.left = (lambda: None), []
+    assert engine.run(episode(engine, 1, lambda _: None)) == [1, 2, 3]
+    engine.close()
+
+
+def test_new_weights_drop_what_was_kept():
+    engine = BatchingEngine(generator := Stepwise())
+    engine.run(engine.sync_weights(0))
+    assert generator.num_sleeps == 1
+    engine.close()
+
+
+def test_a_turn_goes_to_the_rank_that_has_its_history():
+    routing = TurnRouting(2)
+    system = list(range(50))
+    first = [
+        TurnRequest(i, [*system, 100 + i // 2], SamplingParams(sample_index=i % 2, seed=i // 2))
+        for i in range(6)
+    ]
+    by_rank = routing.assign(first)
+    assert [[r.number for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
+    routing.forget(range(6))
+    second = [TurnRequest(10 + i, [*request.prompt_ids, 7, 8, i], PARAMS) for i, request in enumerate(first)]
+    by_rank = routing.assign(second)
+    assert [[r.number - 10 for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
+    assert routing.forget([12, 10, 99]) == [[10], [12]]
+    routing.clear()
+    assert [len(own) for own in routing.assign(second)] == [3, 3]
