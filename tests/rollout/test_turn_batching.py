@@ -213,5 +213,3 @@ def test_a_turn_goes_to_the_rank_that_has_its_history():
     by_rank = routing.assign(second)
     assert [[r.number - 10 for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
     assert routing.forget([12, 10, 99]) == [[10], [12]]
-    routing.clear()
-    assert [len(own) for own in routing.assign(second)] == [3, 3]

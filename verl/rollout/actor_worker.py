@@ -197,15 +197,17 @@ class PolicyGenerator(BatchGenerator):
 
     def __init__(self, actor: WorkerGroup, *, can_advance: bool = True) -> None:
         self._actor, self.can_advance = actor, can_advance
-        self._routing = TurnRouting(actor.layouts["generate"].num_parts)
+        self._routing: TurnRouting | None = None  # of turns since the last change of the weights
 
     @override
     def sleep(self) -> None:
-        self._routing.clear()
+        self._routing = None
         self._actor.call(ActorWorker.sleep).result()
 
     @override
     def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+        if self._routing is None:
+            self._routing = TurnRouting(self._actor.layouts["generate"].num_parts)
         gone, new = self._routing.forget(dropped), self._routing.assign(requests)
         versions = [self.version] * len(new)
         advance: Any = ActorWorker.advance  # each rank gets its own entry of the lists

@@ -6,6 +6,7 @@ import itertools
 import reprlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from typing_extensions import override
 
@@ -57,18 +58,21 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         self._in_thread = in_thread
         self._clock, self._waits = clock or Clock(), waits or WaitTracker()
         self._batches = Gatherer(self._generate_tracked)
-        self._turns = TurnBatcher(generator, self._generate, clock=self._clock, waits=self._waits)
+        self._turns: TurnBatcher | None = None  # made for the first episode
         self._numbers = itertools.count()
 
     @override
     def episode(self) -> AbstractContextManager[None]:
+        if self._turns is None:
+            times: dict[str, Any] = {"clock": self._clock, "waits": self._waits}
+            self._turns = TurnBatcher(self.generator, self._generate, **times)
         return self._turns.episode()
 
     @override
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, affinity: PrefixAffinity | None = None
     ) -> Completion:
-        if self._turns.has_episodes:
+        if self._turns is not None and self._turns.has_episodes:
             return await self._turns.sample(prompt_ids, params)
         return await self._batches.ask(TurnRequest(next(self._numbers), prompt_ids, params))
 
@@ -90,7 +94,8 @@ class BatchingEngine(OwnLoop, RolloutEngine):
     @override
     def close(self) -> None:
         self.close_loop()
-        self._turns.close()
+        if self._turns is not None:
+            self._turns.close()
         self.generator.close()
 
     def _generate_tracked(self, requests: list[TurnRequest]) -> list[Completion]:

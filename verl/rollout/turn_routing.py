@@ -46,11 +46,6 @@ class TurnRouting:
                 self._loads[rank] -= 1
         return by_rank
 
-    def clear(self) -> None:
-        """Forget all requests and histories."""
-        self._histories.clear()
-        self._rank_of, self._loads = {}, [0] * self._num_ranks
-
     def _rank_for(self, request: TurnRequest) -> int:
         if self._num_ranks == 1:
             return 0

@@ -58,8 +58,8 @@ class EmbeddedEngine(BatchGenerator):
         self.version = 0
         self._codec = codec
         self._max_slots = max_slots
-        self._prefixes = PrefixCache(prefix_tokens)
-        self._turns: ContinuousBatch | None = None
+        self._prefix_tokens = prefix_tokens
+        self._turns: ContinuousBatch | None = None  # with the rows that it keeps
         self._turns_version = 0
         # Numbers of the requests in generation, by prompt id and sample index in the batch.
         self._numbers: dict[tuple[int, int], int] = {}
@@ -87,8 +87,13 @@ class EmbeddedEngine(BatchGenerator):
         if self._turns_version != self.version:
             self.sleep()
         if self._turns is None:
-            slots = {"slots": self._max_slots, "first_slots": len(requests)}
-            self._turns = ContinuousBatch(self.model, self._codec, **slots, prefixes=self._prefixes)
+            self._turns = ContinuousBatch(
+                self.model,
+                self._codec,
+                slots=self._max_slots,
+                first_slots=len(requests),
+                prefixes=PrefixCache(self._prefix_tokens),
+            )
             self._turns_version = self.version
         batch = self._turns
         try:
@@ -107,7 +112,6 @@ class EmbeddedEngine(BatchGenerator):
     @override
     def sleep(self) -> None:
         self._turns, self._numbers = None, {}
-        self._prefixes.clear()
 
     def _add(self, batch: ContinuousBatch, requests: Sequence[TurnRequest]) -> list[TurnAnswer]:
         """Queue requests, those for consecutive answers to one prompt together; answers of refused ones."""
