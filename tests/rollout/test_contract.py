@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, closing
 from functools import cache
 from importlib import import_module
@@ -14,13 +15,20 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.rollout.pool.pools import generate, group_of, pool_of, publish, saved
+from tests.rollout.pool.pools import changed, generate, group_of, own_logprobs, pool_of, publish, saved
 from tests.rollout.servers import KEY, running
 from tests.tiny import kept_by_hand, random_prompts, tiny_codec, tiny_policy
+from verl.agents.environments.session import Environments, EnvironmentSession, StepResult
+from verl.agents.episodes.driver import ToolLoop
+from verl.agents.episodes.runner import EpisodeRunner
+from verl.agents.episodes.turn_sampler import TurnSampler
+from verl.config.agent import AgentConfig
+from verl.data.trajectory import Trajectory
 from verl.engines.hf.models import PolicyModel
+from verl.monitoring.wait_tracker import WaitTracker
 from verl.rollout.batching_engine import BatchingEngine
 from verl.rollout.embedded.generator import EmbeddedEngine
-from verl.utils.sampling_types import Completion, RolloutEngine, SamplingParams
+from verl.utils.sampling_types import Completion, Prompt, RolloutEngine, SamplingParams
 
 PROMPTS = random_prompts([3, 11, 1, 6])
 ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
@@ -28,6 +36,8 @@ ENDS = tuple(range(20, 32))  # so many ids that answers end at different lengths
 UNSEEDED = ("sglang",)
 # They apply several truncations one after the other, ours to the whole distribution each; the order of each
 # is tested with its engine.
+# Engines that follow the policy in these tests.
+FOLLOWING = ("embedded", "served", "vllm server", "sglang")
 OTHER_ORDER = ("vllm", "vllm server", "sglang")
 
 
@@ -261,3 +271,98 @@ def test_every_prompt_needs_its_parameters(engine):
         ValueError, match="need sampling parameters for each prompt, got 2 prompts and 1 parameters"
     ):
         generate(engine, PROMPTS[:2], [SamplingParams()])
+
+
+class Recorder:
+    """The engine, with what it was asked and what it answered."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine, self.episode = engine, engine.episode
+        self.turns: list[tuple[list[int], Completion]] = []
+
+    async def sample(self, prompt_ids, params, affinity=None) -> Completion:
+        completion = await self.engine.sample(prompt_ids, params, affinity)
+        self.turns.append((list(prompt_ids), completion))
+        return completion
+
+
+class Talk(EnvironmentSession):
+    """Says something to each turn; before one of them the policy learns, if the engine follows it."""
+
+    steps = True
+
+    def __init__(self, learn: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        self.learn, self.num_turns = learn, 0
+
+    async def call(self, calls):
+        raise AssertionError("there are no tools")
+
+    async def step(self, message) -> StepResult:
+        self.num_turns += 1
+        if self.num_turns == 2 and self.learn is not None:
+            await self.learn()
+        return StepResult([{"role": "user", "content": "so?"}] if self.num_turns < 4 else [])
+
+
+class Talks(Environments):
+    def __init__(self, learn: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        self.learn = learn
+
+    async def open(self, start) -> Talk:
+        return Talk(self.learn)
+
+
+def episodes(engine: RolloutEngine, learn: Any, *, samples: int) -> tuple[list[Trajectory], Recorder]:
+    """Episodes of up to four turns behind one prompt, which is longer than a block of any prefix cache."""
+    if engine.needs_weights:
+        publish(engine, engine.version)
+    recorder = Recorder(engine)
+    turns = TurnSampler(recorder, WaitTracker())
+    config = AgentConfig(max_turns=4, tool_format="hermes")
+    options: dict[str, Any] = {"driver": ToolLoop(Talks(learn)), "context": 256, "turns": turns}
+    runner = EpisodeRunner(recorder, tiny_codec(), config, **options)
+    params = SamplingParams(n=samples, max_tokens=30, stop_ids=ENDS, seed=11)
+    prompt = Prompt(tiny_codec().decode(random_prompts([140])[0]))
+    return engine.run(runner.run_group(prompt, params)), recorder
+
+
+def test_turns_continue_from_what_the_engine_has_of_the_turns_before(engine, name):
+    group, recorder = episodes(engine, None, samples=3)
+    rows = {(*t.prompt_ids, *t.response_ids): t for t in group}
+    assert max(sum(t.response_mask) for t in group) > 8 and len(recorder.turns) > 6
+    for asked, completion in recorder.turns:  # the tape is what the engine read and wrote
+        seen = (*asked, *completion.token_ids)
+        (row,) = (row for row in rows if row[: len(seen)] == seen)
+        start = len(asked) - len(rows[row].prompt_ids)
+        own = slice(start, start + len(completion.token_ids))
+        assert all(rows[row].response_mask[own])
+        assert list(rows[row].rollout_logprobs[own]) == list(completion.logprobs)
+        expected = own_logprobs(policy(), asked, list(completion.token_ids))
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+    later = [(asked, c) for asked, c in recorder.turns if len(asked) > 140]
+    computed = sum(len(asked) - c.num_reused for asked, c in later)
+    # Blocks of vLLM's cache on a CPU have up to 128 tokens; others compute each token once.
+    assert computed < (0.45 if "vllm" in name else 0.25) * sum(len(asked) for asked, _ in later)
+
+
+def test_turns_behind_an_update_are_of_the_new_weights_and_compute_the_whole_history(engine, name):
+    if name not in FOLLOWING:
+        pytest.skip("this engine is not given weights here")
+    before = copy.deepcopy(policy())
+    first = engine.version
+
+    async def learn() -> None:
+        changed(policy(), 5)
+        await engine.sync_weights(first + 1)
+
+    (row,), recorder = episodes(engine, learn, samples=1)
+    versions = [completion.version for _, completion in recorder.turns]
+    assert versions in ([first, first, first + 1, first + 1], [first, first, first + 1]), row.detail
+    for version, (asked, completion) in zip(versions, recorder.turns, strict=True):
+        model = before if version == first else policy()
+        expected = own_logprobs(model, asked, list(completion.token_ids))
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+    assert recorder.turns[2][1].num_reused == 0
+    assert [v for v, own in zip(row.versions, row.response_mask, strict=True) if own] == [
+        version for version, (_, c) in zip(versions, recorder.turns, strict=True) for _ in c.token_ids
+    ]

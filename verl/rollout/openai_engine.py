@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.rollout.http_client import HTTPClient, HTTPStatusError
+from verl.rollout.http_client import HTTPClient, HTTPStatusError, num_reused
 from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
@@ -220,7 +220,8 @@ class HTTPEngine(InferenceServer):
         if ids and logprobs and len(ids) == len(logprobs) <= params.max_tokens:
             # Logprobs of most servers are those of the model's own distribution.
             is_known = self._options.processed_logprobs or params.is_models_own
-            return TokenChunk(tuple(ids), tuple(logprobs) if is_known else None, reason)
+            own = tuple(logprobs) if is_known else None
+            return TokenChunk(tuple(ids), own, reason, num_reused=num_reused(response))
         if not isinstance(text, str):
             raise EngineError(f"{self.spec.name} answers without a text: {json.dumps(response)[:500]}")
         return TokenChunk(finish_reason=reason, text=text)

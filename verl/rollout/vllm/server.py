@@ -17,6 +17,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from verl.rollout.http_client import num_reused
 from verl.rollout.inference_server import (
     EngineError,
     InferenceServer,
@@ -29,7 +30,7 @@ from verl.rollout.server_process import ServerProcess, cause_of
 from verl.rollout.vllm.client import VLLMClient
 from verl.rollout.vllm.launch import MODEL_NAME, launch_server, server_version
 from verl.rollout.vllm.options import as_flags, missing_weights, request_body
-from verl.rollout.vllm.stream import num_reused, parse_event
+from verl.rollout.vllm.stream import parse_event
 from verl.rollout.vllm.versions import (
     BEGIN_UPDATE,
     END_UPDATE,

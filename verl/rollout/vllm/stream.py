@@ -39,13 +39,3 @@ def parse_event(event: dict[str, Any], *, prompt_ids: Sequence[int], vocab_size:
     if reason is not None and reason not in FINISH_REASONS:
         raise ValueError(f"ended an answer with {reason!r}")
     return TokenChunk(ids, logprobs, FINISH_REASONS.get(reason))
-
-
-def num_reused(event: dict[str, Any]) -> int | None:
-    """Prompt tokens from vLLM's prefix cache, by the event behind the end of an answer.
-
-    None: the server was not started with `--enable-prompt-tokens-details`.
-    """
-    details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens")
-    return None if cached is None else int(cached)
