@@ -110,7 +110,7 @@ async def all_answers(client: TokenStreamClient, params: SamplingParams) -> list
 def test_a_message_is_bytes_that_lose_nothing():
     tokens = [Token(7, -0.1, 3, (), None), Token(2**40, -1e-300, 3, (), "stop")]
     head, token_ids, logprobs = unpack_message(pack_message([(5, tokens)], [Failure([8, 9], True, "no")]))
-    assert head == {"tokens": [[5, 3, 2, "stop"]], "failed": [[[8, 9], True, "no"]]}
+    assert head == {"tokens": [[5, 3, 2, "stop", 0]], "failed": [[[8, 9], True, "no"]]}
     assert token_ids == (7, 2**40) and logprobs == (-0.1, -1e-300)
 
 
@@ -209,7 +209,7 @@ def test_a_connection_that_breaks_fails_its_answers_and_the_next_ones_get_anothe
             assert [str(error) for error in errors] == ["one ended the connection"] * 2
             return await chunks_of(client, PROMPTS[0], PARAMS)
 
-    assert asyncio.run(work()) == [TokenChunk((9,), (-1.0,), "stop", 0)]
+    assert asyncio.run(work()) == [TokenChunk((9,), (-1.0,), "stop", 0, num_reused=0)]
 
 
 async def silent(http: web.Request) -> web.StreamResponse:

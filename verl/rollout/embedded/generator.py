@@ -100,9 +100,9 @@ class EmbeddedEngine(BatchGenerator):
             with self._generating():
                 self._drop(batch, dropped)
                 answers = self._add(batch, requests)
-                for step in range(1, _MOST_STEPS + 1):
-                    if batch.is_idle or (answers and step > _LEAST_STEPS):
-                        break
+                num_steps = 0
+                while not batch.is_idle and num_steps < (_LEAST_STEPS if answers else _MOST_STEPS):
+                    num_steps += 1
                     answers += [self._answer(row) for row in batch.step() if row.finish_reason is not None]
         except BaseException:  # also an interrupt, anywhere in a step
             self.sleep()
