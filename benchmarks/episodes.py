@@ -217,8 +217,11 @@ def rendering(codec: TextCodec, turns: int) -> dict[str, float]:
     seconds = []
     for turn in range(turns):
         begun_s = time.perf_counter()
-        message = {"role": "assistant", "content": f"call {turn}"}
-        renderer.follow(message, [{"role": "user", "content": f"result {turn}"}], is_closed=True)
+        message, sampled = (
+            {"role": "assistant", "content": f"call {turn}"},
+            codec.encode_answer(f"call {turn}"),
+        )
+        renderer.follow(message, [{"role": "user", "content": f"result {turn}"}], sampled=sampled)
         seconds.append(time.perf_counter() - begun_s)
     quarter = turns // 4
     first, last = (1000 * statistics.median(part) for part in (seconds[:quarter], seconds[-quarter:]))
