@@ -151,10 +151,9 @@ def test_without_fresh_prompts_or_dynamic_sampling_dead_groups_stay():
 def test_a_step_learns_from_the_share_of_groups_whose_rewards_deviate_most():
     engine = Scripted("1", "2", "1", "4", "3", "3", "0", "2")
     # Deviations of 0.7, 2.1, 0 and 1.4.
-    for share, kept in ((1.0, [0, 1, 2, 3]), (0.5, [1, 3]), (0.25, [1]), (0.1, [1])):
-        collected = collector(engine, f"algorithm.kept_groups_share={share}").collect(["a"] * 4, samples=2)
-        assert sorted({t.group for t in collected.trajectories}) == kept
-        assert collected.metrics["reward"] == 2  # of all answers
+    collected = collector(engine, "algorithm.kept_groups_share=0.5").collect(["a"] * 4, samples=2)
+    assert sorted({t.group for t in collected.trajectories}) == [1, 3]
+    assert collected.metrics["reward"] == 2  # of all answers
 
 
 def test_long_answers_lose_reward_linearly_over_the_buffer():

@@ -17,6 +17,7 @@ from verl.cli.chat_quickstart import run_chat_quickstart
 from verl.cli.quickstart import run_quickstart
 from verl.config.loader import to_yaml
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
+from verl.data.tasks.episode_tasks import EPISODE_TASKS
 from verl.data.tasks.table import TASKS, write_jsonl
 from verl.engines.hf.pretrained import make_tiny_model
 from verl.monitoring.formatting import format_bytes
@@ -170,9 +171,15 @@ def quickstart(args: argparse.Namespace) -> None:
 
 def make_model(args: argparse.Namespace) -> None:
     """`verl make-model`."""
-    characters = args.characters or CHARACTERS
+    if args.words and args.words not in EPISODE_TASKS:
+        raise ValueError(f"need a task of {', '.join(EPISODE_TASKS)} for --words, got {args.words!r}")
     make_tiny_model(
-        Path(args.folder), hidden=args.hidden, layers=args.layers, seed=args.seed, characters=characters
+        Path(args.folder),
+        hidden=args.hidden,
+        layers=args.layers,
+        seed=args.seed,
+        characters=args.characters or CHARACTERS,
+        words=EPISODE_TASKS[args.words].words if args.words else (),
     )
     Console().out(f"model: {args.folder}", highlight=False)
 

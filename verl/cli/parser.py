@@ -9,6 +9,7 @@ from typing import Any
 
 from verl import __version__
 from verl.config.layers import RECIPES
+from verl.data.tasks.episode_tasks import EPISODE_TASKS
 from verl.data.tasks.table import FORMS, TASKS
 
 _RECIPE = f"a recipe ({', '.join(RECIPES)}) or a YAML file"
@@ -317,6 +318,8 @@ def add_first_step_commands(commands: Any) -> None:
     model.add_argument("--hidden", type=int, default=64, help="width, a multiple of 32 (64)")
     model.add_argument("--layers", type=int, default=2, help="depth (2)")
     model.add_argument("--seed", type=int, default=0, help="of the weights (0)")
+    words = f"make texts that often stand in a task ({', '.join(EPISODE_TASKS)}) tokens of their own"
+    model.add_argument("--words", metavar="TASK", default=None, help=words)
     model.add_argument("--characters", default=None, help="of its vocabulary (printable ASCII and newline)")
 
     data = add_command(commands, "make-data", "write one of our tasks as a data set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -384,17 +385,25 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {reason}") from error
 
 
-def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+def character_tokenizer(
+    characters: str = CHARACTERS, words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A tokenizer with a chat template and one token per character, by default printable ASCII and newline.
 
     The template writes tools and calls of tools, in the form `pythonic`.
 
     Special tokens: padding 0, end 1, start 2, unknown 3.
+
+    Args:
+        characters: a token each.
+        words: texts that are one token each, where they stand; the first that fits is taken.
     """
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *dict.fromkeys(characters)])}
+    vocabulary = {token: i for i, token in enumerate([*specials, *dict.fromkeys(characters), *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("|".join([*map(re.escape, words), r"[\s\S]"])), "isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

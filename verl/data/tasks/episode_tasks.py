@@ -32,6 +32,7 @@ class EpisodeTask:
         teach: what a teacher says to a row: the messages after those of the prompt.
         reward: name of the reward function that suits it; None: that of the environment.
         max_tokens: characters of the longest turn, and an end token.
+        words: texts that stand in every conversation, for a tokenizer that makes each of them one token.
         documents: texts that the tool searches.
     """
 
@@ -45,6 +46,7 @@ class EpisodeTask:
     teach: Callable[[dict[str, Any], Uniform], list[Message]]
     reward: Literal["exact"] | None
     max_tokens: int
+    words: tuple[str, ...]
     documents: tuple[str, ...] = ()
 
     def rows(self, split: Literal["train", "test"], seed: int = 0) -> list[dict[str, Any]]:
@@ -173,6 +175,11 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
+def _calls(name: str, parameter: str, quote: str) -> tuple[str, ...]:
+    """Pieces of conversations with calls of a tool, as the chat template of small models writes them."""
+    return f"T:{name}({parameter})", f"[{name}({parameter}={quote}", f"{quote})]", "u:", "a:", "t:"
+
+
 _NUM_FACTS = 1024
 EPISODE_TASKS: dict[str, EpisodeTask] = {
     task.name: task
@@ -188,6 +195,14 @@ EPISODE_TASKS: dict[str, EpisodeTask] = {
             teach=_guess_at_random,
             reward=None,
             max_tokens=20,
+            words=(
+                "Find my number from 0 to 31.",
+                *_calls("guess", "number", ""),
+                "higher",
+                "lower",
+                "yes",
+                "ok",
+            ),
         ),
         EpisodeTask(
             "calculator",
@@ -200,6 +215,7 @@ EPISODE_TASKS: dict[str, EpisodeTask] = {
             teach=_calculate,
             reward="exact",
             max_tokens=40,
+            words=("What is ", " times ", *_calls("calculator", "expression", '"')),
         ),
         EpisodeTask(
             "search",
@@ -212,6 +228,7 @@ EPISODE_TASKS: dict[str, EpisodeTask] = {
             teach=_look_up,
             reward="exact",
             max_tokens=40,
+            words=("What is the code of ", "[1] The code of ", " is ", *_calls("search", "query", '"')),
             documents=tuple(_document(number) for number in range(_NUM_FACTS)),
         ),
     )

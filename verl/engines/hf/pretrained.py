@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -315,7 +315,13 @@ def remove_other_weights(folder: Path) -> list[Path]:
 
 
 def make_tiny_model(
-    folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0, characters: str = CHARACTERS
+    folder: Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 0,
+    characters: str = CHARACTERS,
+    words: Sequence[str] = (),
 ) -> None:
     """Write a random Qwen2-style model with a character tokenizer.
 
@@ -327,6 +333,7 @@ def make_tiny_model(
         layers: depth.
         seed: seed of the weights.
         characters: the vocabulary; with fewer characters a reward is found by chance more easily.
+        words: texts that are one token each, which makes conversations shorter.
 
     Raises:
         ValueError: `hidden` is not a multiple of 32.
@@ -335,7 +342,7 @@ def make_tiny_model(
         raise ValueError(
             f"need hidden as a multiple of 32 and at least one layer, got hidden={hidden} and layers={layers}"
         )
-    tokenizer = character_tokenizer(characters)
+    tokenizer = character_tokenizer(characters, words)
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 4) * 4,
         hidden_size=hidden,
