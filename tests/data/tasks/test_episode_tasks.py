@@ -83,7 +83,7 @@ def test_every_product_and_every_code_is_right():
 
 
 def test_a_form_that_a_task_has_not_is_refused():
-    assert [row["id"] for row in rows_of(EPISODE_TASKS["search"], "train", form="documents")][:2] == [0, 1]
+    assert len(list(rows_of(EPISODE_TASKS["search"], "train", form="documents"))) == 1024
     with pytest.raises(
         ValueError, match="need a task with the texts that the tool searches, got guess"
     ):

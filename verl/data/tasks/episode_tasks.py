@@ -166,7 +166,8 @@ def _look_up(row: dict[str, Any], uniform: Uniform) -> list[Message]:
     name = row["prompt"][0]["content"].strip("?").split()[-1]
     return [
         calling("search", query=name),
-        result("search", f"The code of {name} is {row['answer']}."),
+        # As the built-in tool writes the best passage.
+        result("search", f"[1] The code of {name} is {row['answer']}."),
         says(row["answer"]),
     ]
 

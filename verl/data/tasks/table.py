@@ -37,7 +37,7 @@ def write_jsonl(
         path: of the file.
         seed: draws the training rows, and what a teacher does.
         form: {prompt, answer} and columns of the task; pairs {prompt, chosen, rejected}; traces {messages,
-            tools}; documents {id, text}.
+            tools}; documents {text}.
 
     Raises:
         ValueError: the task has no such form.
@@ -60,7 +60,7 @@ def rows_of(
     if form == "traces" and isinstance(task, EpisodeTask):
         return task.traces(split, seed)
     if form == "documents" and isinstance(task, EpisodeTask) and task.documents:
-        return [{"id": number, "text": text} for number, text in enumerate(task.documents)]
+        return [{"text": text} for text in task.documents]
     known = [name for name, one in TASKS.items() if has_form(one, form)]
     raise ValueError(f"need a task with {FORMS[form]}, got {task.name}; there are {', '.join(known)}")
 
