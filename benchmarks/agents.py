@@ -115,7 +115,7 @@ class AgentCurve:
 def taught(name: str, seed: int, folder: Path) -> Path:
     """Folder of a small model that has learned the traces of the teacher."""
     task = AGENT_TASKS[name]
-    make_tiny_model(folder / "start", hidden=64, layers=2, seed=seed)
+    make_tiny_model(folder / "start", hidden=64, layers=2, seed=seed, words=TASKS[name].words)
     write_jsonl(TASKS[name], "train", folder / "traces.jsonl", seed=seed, form="traces")
     if TASKS[name].documents:
         write_jsonl(TASKS[name], "train", folder / "documents.jsonl", form="documents")

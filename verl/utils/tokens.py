@@ -385,9 +385,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"need a tokenizer beside the model, found none in {path!r}: {reason}") from error
 
 
-def character_tokenizer(
-    characters: str = CHARACTERS, words: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
+def character_tokenizer(characters: str = CHARACTERS, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer with a chat template and one token per character, by default printable ASCII and newline.
 
     The template writes tools and calls of tools, in the form `pythonic`.
