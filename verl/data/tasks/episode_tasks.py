@@ -110,13 +110,12 @@ def _guess(number: int) -> dict[str, Any]:
     return {"prompt": [_user("Find my number from 0 to 31.")], "answer": str(number)}
 
 
-def _guess_at_random(row: dict[str, Any], uniform: Uniform) -> list[Message]:
-    """A player who looks at what he was told in half of his turns, and else guesses any number."""
+def _play_clumsily(row: dict[str, Any], uniform: Uniform) -> list[Message]:
+    """A player who halves the range that is left in half of its turns, and else guesses any number."""
     messages: list[Message] = []
     low, high, answer = 0, 31, int(row["answer"])
     for turn in range(NUM_GUESSES):
-        first, last = (low, high) if uniform() < 0.5 else (0, 31)
-        guess = first + int(uniform() * (last - first + 1))
+        guess = (low + high + 1) // 2 if uniform() < 0.5 else int(uniform() * 32)
         told = feedback(guess, answer)
         messages.append(calling("guess", number=guess))
         if turn + 1 == NUM_GUESSES and told != "yes":
@@ -193,7 +192,7 @@ EPISODE_TASKS: dict[str, EpisodeTask] = {
             num_train=32,
             num_test=32,
             tool=schema("guess", "Guess the number.", number=("integer", "From 0 to 31.")),
-            teach=_guess_at_random,
+            teach=_play_clumsily,
             reward=None,
             max_tokens=20,
             words=(
