@@ -96,6 +96,8 @@ def player(tmp_path_factory) -> Path:
 def test_a_game_of_three_turns_is_learned_from_the_rewards_of_its_turns(player, tmp_path, advantage):
     settings = [
         f"policy.path={player}",
+        "data.train=null",
+        "data.test=null",
         f"output_dir={tmp_path}",
         f"algorithm.advantage={advantage}",
         "rewards.functions=[environment]",

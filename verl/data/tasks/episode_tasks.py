@@ -102,7 +102,7 @@ def says(text: str) -> Message:
 
 
 def feedback(guess: int, answer: int) -> str:
-    """What the player of `guess` is told: yes, higher (the number is above the guess), or lower."""
+    """Answer to a guess: yes, higher (the number is above the guess), or lower."""
     return "yes" if guess == answer else "higher" if answer > guess else "lower"
 
 
@@ -111,11 +111,11 @@ def _guess(number: int) -> dict[str, Any]:
 
 
 def _play_clumsily(row: dict[str, Any], uniform: Uniform) -> list[Message]:
-    """A player who halves the range that is left in half of its turns, and else guesses any number."""
+    """A player who halves the range that is left in three of four turns, and else guesses any number."""
     messages: list[Message] = []
     low, high, answer = 0, 31, int(row["answer"])
     for turn in range(NUM_GUESSES):
-        guess = (low + high + 1) // 2 if uniform() < 0.5 else int(uniform() * 32)
+        guess = (low + high + 1) // 2 if uniform() < 3 / 4 else int(uniform() * 32)
         told = feedback(guess, answer)
         messages.append(calling("guess", number=guess))
         if turn + 1 == NUM_GUESSES and told != "yes":
