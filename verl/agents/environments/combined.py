@@ -66,6 +66,7 @@ class CombinedSession(EnvironmentSession):
         messages = [message for session in self._sessions for message in await session.reset()]
         self.replaces_prompt = any(session.replaces_prompt for session in self._sessions)
         self.collect_tools()
+        self.take_state()
         return messages
 
     @override
@@ -78,6 +79,7 @@ class CombinedSession(EnvironmentSession):
             answered = await session.call([calls[i] for i in places])
             results |= dict(zip(places, answered, strict=True))
         self.is_over = any(session.is_over for session in self._sessions)
+        self.take_state()
         return [results[i] for i in range(len(calls))]
 
     @override
@@ -86,7 +88,12 @@ class CombinedSession(EnvironmentSession):
             return StepResult()
         result = await self._stepping.step(message)
         self.is_over = self._stepping.is_over
+        self.take_state()
         return result
+
+    def take_state(self) -> None:
+        """Take the state of the first session that tells one."""
+        self.state = next((s.state for s in self._sessions if s.state is not None), None)
 
     @override
     async def reward(self) -> Reward | None:
