@@ -25,7 +25,8 @@ def sample_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             parts = [*_turn_parts(row["turns"]), *(part for part in parts if part[0] == "reference")]
         shown = [(title, one_line(str(text))) for title, text in parts]
         if row.get("truncated"):
-            shown = [(title, text + " (cut off)" * (title == "answer")) for title, text in shown]
+            last = max((i for i, (title, _) in enumerate(shown) if title == "answer"), default=-1)
+            shown = [(title, text + " (cut off)" * (i == last)) for i, (title, text) in enumerate(shown)]
         reward = row.get("reward")
         if isinstance(reward, (int, float)):
             shown.append(("reward", format_number(reward)))
