@@ -28,6 +28,7 @@ FLOORS = {
     "settings": 0,
     "weight_sync": 1,
     "utils": 1,
+    "tools": 1,
     "monitoring": 2,
     "data": 3,
     "algorithms": 4,

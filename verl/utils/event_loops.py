@@ -286,6 +286,8 @@ class _DaemonThread(Executor):
         result: Future[T] = Future()
 
         def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
                 result.set_result(fn(*args, **kwargs))
             except BaseException as error:  # raised in the thread that waits

@@ -60,7 +60,7 @@ def import_function(place: str, attribute: str, *, keeps_class: bool = False) ->
         MissingFunctionError: there is no such function.
         Exception: whatever the import raises.
     """
-    module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    module = import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     found: Any = module
     for name in attribute.split("."):
         found = getattr(found, name, _MISSING)
@@ -100,7 +100,8 @@ def _object_of(found: type, place: str) -> Callable[..., Any]:
     return made
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """The module of a Python file, imported once; raises whatever the import raises."""
     key = str(path.resolve())
     if key in sys.modules:
         return sys.modules[key]

@@ -32,12 +32,14 @@ def definition_of(given: Any) -> Definition:
     """A class or function as it is sent to a process.
 
     Args:
-        given: "file.py:name", "package.module:name", or the object itself, which is pickled by value where
-            its module is the main program, and else by its name.
+        given: "file.py:name", "package.module:name", a definition, or the object itself, which
+            is pickled by value where its module is the main program, and else by its name.
 
     Raises:
         ValueError: it cannot be sent.
     """
+    if isinstance(given, (tuple, bytes)):
+        return given
     if isinstance(given, str):
         place, _, name = given.rpartition(":")
         # The process may be started in another folder.
@@ -196,6 +198,7 @@ class ObjectProcesses:
         max_processes: at a time; `open` waits for one of them to be closed.
         name: of the object, for messages and in front of the lines that its code prints.
         preload: further definitions to be imported before the processes are forked.
+        load_limit_s: time limit of the import.
         note: called with a sentence for the user.
         python: interpreter of the processes, with packages of its own; None: that of the trainer.
     """
@@ -207,12 +210,13 @@ class ObjectProcesses:
         max_processes: int = 64,
         name: str = "object",
         preload: Sequence[Any] = (),
+        load_limit_s: float = LOAD_LIMIT_S,
         note: Callable[[str], None] = _LOG.warning,
         python: str | None = None,
     ) -> None:
         self.name, self._python = name, python
         self._start = (definition_of(definition), [definition_of(each) for each in preload])
-        self._max_processes, self._note = max_processes, note
+        self._max_processes, self._load_limit_s, self._note = max_processes, load_limit_s, note
         self._loop: BackgroundLoop | None = None
         self._server: ForkServerHandle | None = None
         self._imports_now = True
@@ -301,7 +305,7 @@ class ObjectProcesses:
     async def _started_server(self) -> ForkServerHandle:
         server = ForkServerHandle(self.name, self._python)
         try:
-            await server.start((*self._start, self._imports_now), timeout_s=LOAD_LIMIT_S)
+            await server.start((*self._start, self._imports_now), timeout_s=self._load_limit_s)
         except BaseException:
             await server.end()
             raise

@@ -57,6 +57,7 @@ class Callee:
         definition: what a worker process loads it from; None unless it runs in one.
         note: reason why it runs in the trainer although a process was asked for; else "".
         key: of the function among all.
+        setting: in which such functions are named.
     """
 
     function: Callable[..., Any]
@@ -65,18 +66,23 @@ class Callee:
     definition: Definition | None = None
     note: str = ""
     key: int = field(default_factory=lambda: next(_keys))
+    setting: str = "rewards.functions"
 
     def keep_in_trainer(self, reason: str) -> None:
         """Runs it on threads of the trainer from now on."""
         self.place, self.definition = "thread", None
         self.note = (
             f"it runs on a thread of the trainer, since {reason}; a call that hangs there cannot be ended. "
-            "Name it as file.py:function in rewards.functions to run it in a process"
+            f"Name it as file.py:function in {self.setting} to run it in a process"
         )
 
 
 def isolated(
-    function: Callable[..., Any], *, is_async: bool, imported_from: tuple[str, str] | None = None
+    function: Callable[..., Any],
+    *,
+    is_async: bool,
+    imported_from: tuple[str, str] | None = None,
+    setting: str = "rewards.functions",
 ) -> Callee:
     """Prepare a function for worker processes, or for a thread where a process would change what it does.
 
@@ -85,8 +91,9 @@ def isolated(
         is_async: it returns coroutines.
         imported_from: module or file, and name in it, of a function that only the run holds. The rest of the
             program may hold any other, and see what it changes; if it has state, it stays in the trainer.
+        setting: in which such functions are named, for messages.
     """
-    callee = Callee(function, is_async)
+    callee = Callee(function, is_async, setting=setting)
     if imported_from is not None:
         place, name = imported_from
         is_file = place.endswith(".py")  # The worker may be started in another folder.
