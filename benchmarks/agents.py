@@ -52,10 +52,10 @@ class AgentTask:
 
 AGENT_TASKS = {
     "guess": AgentTask(
-        150,
-        60,
+        200,
+        40,
         0.8,
-        ("sampling.max_tokens=20", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=16"),
+        ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=16"),
         {
             "environment": (f"agent.environment={EXAMPLES}/guess.py:Guess",),
             "tools": (
@@ -66,10 +66,10 @@ AGENT_TASKS = {
         },
     ),
     "calculator": AgentTask(
-        150,
-        40,
+        70,
+        30,
         0.9,
-        ("sampling.max_tokens=40", "agent.max_turns=3"),
+        ("sampling.max_tokens=16", "agent.max_turns=3"),
         {
             "environment": (
                 f"agent.environment={EXAMPLES}/lookup.py:Calculator",
@@ -80,10 +80,10 @@ AGENT_TASKS = {
         },
     ),
     "search": AgentTask(
-        150,
-        40,
+        44,
+        30,
         0.9,
-        ("sampling.max_tokens=40", "agent.max_turns=3"),
+        ("sampling.max_tokens=16", "agent.max_turns=3"),
         {"tools": ("agent.tools=[{{name: search, corpus: {folder}/documents.jsonl, top_k: 1}}]",)},
     ),
 }
@@ -150,7 +150,9 @@ def run(name: str, rung: str, seed: int, folder: str, overrides: Sequence[str] =
         f"data.test=task:{name}",
         f"output_dir={folder}/{rung}",
         "prompts_per_step=32",
-        "samples_per_prompt=16",
+        "samples_per_prompt=8",
+        "policy.optimizer.lr=1e-3",
+        "agent.max_processes=256",
         "evaluation.every_steps=null",
         "tracking.sinks=[]",
         *task.settings,

@@ -196,3 +196,16 @@ def test_thoughts_are_seen_by_rewards_if_their_tokens_are_plain_ones():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     coder = TextCodec(tokenizer)
     assert coder.decode(coder.encode("<think>a<tool>b")) == "<think>ab"
+
+
+def test_words_of_a_character_tokenizer_are_one_token_each_wherever_they_stand():
+    tokenizer = character_tokenizer(words=["[guess(number=", ")]", "higher"])
+    text = "u:Hi\na:[guess(number=12)]<eos>t:higher\na:[guess(numb"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len("u:Hi\na:_12__t:_\na:[guess(numb")
+    chat = [{"role": "user", "content": "higher?"}]
+    tools = [
+        {"type": "function", "function": {"name": "guess", "parameters": {"properties": {"number": {}}}}}
+    ]
+    assert tokenizer.apply_chat_template(chat, tools=tools, tokenize=False) == "T:guess(number)\nu:higher?\n"
