@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from verl.config.reference import settings_markdown
+from verl.config.listing.reference import settings_markdown
 from verl.rewards.library.reward_table import rewards_markdown
 
 PACKAGE = Path(__file__).parent.parent / "verl"

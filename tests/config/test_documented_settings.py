@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from verl.config.introspection import fields_by_key, is_section
+from verl.config.listing.introspection import fields_by_key, is_section
 from verl.config.run import PreferenceConfig, RewardModelConfig, SFTConfig, TrainerConfig
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from verl.agents.environments.session import (
     StepResult,
     ToolResult,
 )
-from verl.agents.episodes.driver import ToolLoop
 from verl.config.loader import load_config, load_sft_config
 from verl.data.trajectory import turn_ends
 from verl.engines.hf.pretrained import make_tiny_model
@@ -110,9 +109,12 @@ def test_a_game_of_three_turns_is_learned_from_the_rewards_of_its_turns(player, 
         "tracking.sinks=[]",
     ]
     trainer = Trainer(
-        load_config("quickstart", settings), console=QUIET, train_dataset=ROWS, test_dataset=ROWS
+        load_config("quickstart", settings),
+        console=QUIET,
+        train_dataset=ROWS,
+        test_dataset=ROWS,
+        environment=Games(),  # in this process, without one for each episode
     )
-    trainer.driver = ToolLoop(Games())  # in this process, without one for each episode
     trainer.load_train_data()
     rewards = [trainer.step()["reward"] for _ in range(24)]
     # Three guesses at random find 1 number in 3, and the best player finds 7 of 8.

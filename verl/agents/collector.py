@@ -268,6 +268,18 @@ class DataCollector:
             complete([*enumerate(groups, first)])
             first += len(portion)
 
+    def check_data(self, prompts: Sequence[Prompt]) -> None:
+        """Check that rows have what their tools and environments need.
+
+        Raises:
+            ValueError: a row has not.
+        """
+        self._sampler.check_data(prompts)
+
+    def close(self) -> None:
+        """End the tools, environments and programs of episodes; may be called again."""
+        self._sampler.close()
+
     def source(self, samples: int, *, first_number: int = 0) -> GroupSource:
         """Source of groups of `samples` answers for a pipeline in the engine's loop; see `GroupSource`."""
         return GroupSource(

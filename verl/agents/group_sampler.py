@@ -70,6 +70,14 @@ class GroupSampler:
         """True if answers may have several turns."""
         return not isinstance(self._episodes.driver, SingleAnswer)
 
+    def check_data(self, prompts: Sequence[Prompt]) -> None:
+        """Check the rows of the data for what plays episodes; raises ValueError."""
+        self._episodes.driver.check_data(prompts)
+
+    def close(self) -> None:
+        """End what plays episodes."""
+        self._episodes.driver.close()
+
     def params(self, samples: int, *, number: int, attempt: int = 0) -> SamplingParams:
         """Sampling parameters of group `number`; each attempt has other random numbers."""
         seed = (self._config.seed << 32) + (attempt << 26) + number

@@ -145,13 +145,7 @@ def learn(
     for part in ("run", "taught"):
         shutil.rmtree(folder / part, ignore_errors=True)
     config = demo_config(folder / "run", model, demo=demo, seed=seed, overrides=overrides)
-    say(
-        console,
-        f"verl quickstart: {Path(model).name} learns {demo.meaning} by GRPO,\nfrom rewards alone. "
-        + (f"On two CPU cores: {demo.minutes} minutes. " if demo.minutes else "")
-        + f"Threads of this run: {torch.get_num_threads()}.\n\n"
-        "1. The model as it comes",
-    )
+    say(console, opening(Path(model).name, demo))
     if demo.taught_steps:
         config = taught(folder / "taught", config, demo.taught_steps, console)
     with closing(Trainer(config, console=console)) as trainer:
@@ -192,6 +186,15 @@ def demo_config(
     data = [f"{key}={source}" for key in ("data.train", "data.test")]
     run = [f"policy.path={model}", f"output_dir={output}", f"seed={seed}"]
     return load_config("grpo", [*_SETTINGS, *data, *run, *demo.changes, *overrides])
+
+
+def opening(model: str, demo: Demo) -> str:
+    """First lines of a demo."""
+    minutes = f"On two CPU cores: {demo.minutes} minutes. " if demo.minutes else ""
+    return (
+        f"verl quickstart: {model} learns {demo.meaning} by GRPO,\nfrom rewards alone. {minutes}"
+        f"Threads of this run: {torch.get_num_threads()}.\n\n1. The model as it comes"
+    )
 
 
 def taught(folder: Path, config: TrainerConfig, steps: int, console: Console) -> TrainerConfig:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from verl.cli.parser import parse_arguments
 from verl.config.layers import RECIPES
+from verl.config.listing.reference import find_settings
 from verl.config.loader import load_config, load_run, to_yaml
-from verl.config.reference import find_settings
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.utils.network import proxy_exceptions
 

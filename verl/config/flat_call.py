@@ -8,7 +8,6 @@ from typing import Any
 from verl.config.algorithm import KLAdaptive
 from verl.config.checks.column_readers import may_read, reads
 from verl.config.checks.foreign_names import name_here
-from verl.config.introspection import fields_by_key, is_section
 from verl.config.layers import (
     Stage,
     as_json,
@@ -19,6 +18,7 @@ from verl.config.layers import (
     source_layers,
     value_at,
 )
+from verl.config.listing.introspection import fields_by_key, is_section
 from verl.config.loader import build_config
 from verl.config.run import TrainerConfig
 from verl.config.yaml_text import ConfigError

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from verl.config.data import DataSource
 from verl.config.fields import Choice, Section
-from verl.config.introspection import fields_by_key, is_subclass, union_members
+from verl.config.listing.introspection import fields_by_key, is_subclass, union_members
 from verl.config.placement import PlacementConfig
 from verl.config.run import RunConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError, parse_override, parse_yaml

@@ -13,7 +13,6 @@ from verl.config.checks.contradictions import CONTRADICTIONS
 from verl.config.checks.foreign_names import advice_for
 from verl.config.checks.inactive import INACTIVE_SETTINGS, InactiveSettings
 from verl.config.data import DataSource
-from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.layers import (
     Layer,
     Source,
@@ -27,6 +26,7 @@ from verl.config.layers import (
     source_layers,
     value_at,
 )
+from verl.config.listing.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError, dump_yaml
 

@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass
 class EpisodeRecord:
-    """What happened in an episode, for rewards, readers and fine-tuning; plain values alone.
+    """Messages, ending and counts of an episode, for rewards, readers and fine-tuning; plain values alone.
 
     Attributes:
         messages: the whole conversation, the prompt's messages included, results of tools as role `tool`.

@@ -13,7 +13,7 @@ from verl.config.data import RewardsConfig, WeightedChoice
 from verl.data.loading.prompt_store import PromptView
 from verl.data.trajectory import Trajectory
 from verl.rewards.data_sources import choices_of, described_choices
-from verl.rewards.execution.calls import CallPool
+from verl.rewards.execution.call_pool import CallPool
 from verl.rewards.execution.isolation import Place
 from verl.rewards.failures import RewardFailure
 from verl.rewards.library.reward_table import BY_DATA_SOURCE, REWARDS

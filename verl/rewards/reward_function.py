@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from verl.data.trajectory import Trajectory
-from verl.rewards.execution.calls import RewardCall
+from verl.rewards.execution.call_pool import RewardCall
 from verl.rewards.execution.isolation import Callee, Place, isolated
 from verl.rewards.failures import RewardFailure
 from verl.rewards.parameters import CallContext, Signature, with_fetched_tokens

@@ -81,8 +81,8 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         self._codec, self._hybrid = codec, hybrid
         if hybrid is not None:
             self.dispatch_ranks = {**self.dispatch_ranks, "generate": hybrid.dispatch_rank}
-        sizes = {"max_slots": max_slots, "prefix_tokens": prefix_tokens}
-        self._embedded = EmbeddedEngine(self.model if hybrid is None else hybrid.model, codec, **sizes)
+        sampled = self.model if hybrid is None else hybrid.model
+        self._embedded = EmbeddedEngine(sampled, codec, max_slots=max_slots, prefix_tokens=prefix_tokens)
         self._colocated = generator
         self._has_weights = False
 

@@ -321,10 +321,6 @@ class BaseTrainer(ABC):
         """Rows for the table of samples of the last step."""
         return []
 
-    def episodes(self) -> list[dict[str, Any]]:
-        """All episodes of several turns of the last step, as rows that fine-tuning reads."""
-        return []
-
     def step_limit(self, seconds: float) -> Metrics:
         """Share of the machine's limit that a step of so many seconds reached; none if it is not known."""
         return {}

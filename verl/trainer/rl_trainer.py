@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from verl.agents.collector import DataCollector, RolloutBatch
 from verl.agents.episodes.building import GivenAgent, build_driver
-from verl.agents.episodes.driver import EpisodeDriver
 from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import DataSource, RewardsConfig, WeightedChoice
@@ -48,7 +47,6 @@ from verl.trainer.build.rollout_factory import (
 from verl.trainer.build.worker_factories import plain_source
 from verl.trainer.evaluation import evaluate, evaluation_schedule, evaluation_size, sample_row
 from verl.trainer.evaluation.eval_sets import EvalSet, read_sets
-from verl.trainer.evaluation.sample_rows import recorded_row
 from verl.trainer.kl_coef import KLController
 from verl.trainer.roles import Roles
 from verl.trainer.run.callbacks import Callback
@@ -221,14 +219,9 @@ class Trainer(RunnableTrainer):
             self._producer.advance(self.version)
 
     @cached_property
-    def driver(self) -> EpisodeDriver | None:
-        """Plays episodes of several turns; None: each answer is one turn."""
-        agent, folder = self.config.agent, Path(self.config.output_dir)
-        return build_driver(agent, self._agent, self.codec, folder=folder, note=self.notes.append)
-
-    @cached_property
     def collector(self) -> DataCollector:
         """Turns prompts into rewarded groups."""
+        folder, note = Path(self.config.output_dir), self.notes.append
         return DataCollector(
             self.rollout,
             self.codec,
@@ -237,7 +230,7 @@ class Trainer(RunnableTrainer):
             greedy_baseline="greedy_rewards" in self.algorithm.reads,
             by_parts="reward_parts" in self.algorithm.reads,
             length_penalty=self._length_penalty,
-            driver=self.driver,
+            driver=build_driver(self.config.agent, self._agent, self.codec, folder=folder, note=note),
             context=self.context,
             clock=self.clock,
             waits=self.waits,
@@ -310,6 +303,8 @@ class Trainer(RunnableTrainer):
         if self._producer:  # of another loader
             self._producer.close()
             self._producer = None
+        if self.loader:
+            self.collector.check_data(self.loader.prompts)
         if self.rewards and self.loader:  # a mistake in them is found before the first step
             self.rewards.check_data(self.loader.prompts)
             self.rewards.check_data(self.test_prompts if self.eval_every else [])
@@ -335,13 +330,6 @@ class Trainer(RunnableTrainer):
         count = self.config.tracking.num_samples
         failed = self.failed[: (count + 3) // 4]  # their causes are worth reading, too
         return [sample_row(t, self.codec) for t in [*self.last[: count - len(failed)], *failed]]
-
-    @override
-    def episodes(self) -> list[dict[str, Any]]:
-        step = self.version
-        return [
-            recorded_row(t, self.codec, step) for t in [*self.last, *self.failed] if t.episode is not None
-        ]
 
     @override
     def state(self) -> dict[str, Any]:
@@ -381,8 +369,8 @@ class Trainer(RunnableTrainer):
             ends.callback(self.groups.close)
             if "rewards" in vars(self) and self.rewards:  # they were read
                 ends.callback(self.rewards.close)
-            if "driver" in vars(self) and self.driver:
-                ends.callback(self.driver.close)
+            if "collector" in vars(self):
+                ends.callback(self.collector.close)
             if self._owns_rollout:
                 ends.callback(self.rollout.close)
             if self._producer:

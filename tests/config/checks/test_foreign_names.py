@@ -7,7 +7,7 @@ import pytest
 from tests.config.problems import problems
 from verl.config import ConfigError, load_run, make_trainer_config
 from verl.config.checks.foreign_names import FOREIGN_NAMES, name_here
-from verl.config.introspection import fields_by_key
+from verl.config.listing.introspection import fields_by_key
 from verl.config.run import PreferenceConfig, SFTConfig
 
 KNOWN = list(fields_by_key() | fields_by_key(SFTConfig))

@@ -7,7 +7,7 @@ import pytest
 from tests.config.problems import problems
 from verl.config import ConfigError, load_config, load_run, load_sft_config, to_yaml
 from verl.config.checks.inactive import INACTIVE_SETTINGS
-from verl.config.introspection import fields_by_key
+from verl.config.listing.introspection import fields_by_key
 from verl.config.run import PreferenceConfig, RewardModelConfig, SFTConfig
 
 

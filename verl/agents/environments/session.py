@@ -70,7 +70,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an environment says to a turn of the policy.
+    """Reply of an environment to a turn of the policy.
 
     Attributes:
         messages: appended to the conversation before the next turn; none: the episode is over.

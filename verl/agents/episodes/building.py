@@ -26,7 +26,7 @@ class GivenAgent:
 
     Attributes:
         tools: functions and tools besides those of `agent.tools`.
-        environment: class or factory in place of `agent.environment`.
+        environment: class, factory or `Environments` in place of `agent.environment`.
         program: async function in place of `agent.program`.
     """
 
@@ -77,7 +77,9 @@ def build_driver(
         driver: EpisodeDriver = make_program(config, codec, given=given.program, folder=folder, note=note)
         return driver
     parts: list[Environments] = []
-    if has_environment:
+    if isinstance(given.environment, Environments):
+        parts.append(given.environment)
+    elif has_environment:
         parts.append(_load(_ENVIRONMENTS)(config, given.environment, folder=folder, note=note))
     if has_tools:
         parts.append(_load(_TOOLS)(config, given.tools, folder=folder, note=note))

@@ -84,8 +84,8 @@ class ToolLoop(EpisodeDriver):
     async def _play(self, live: LiveEpisode, session: EnvironmentSession) -> None:
         with live.outside():
             first = await session.reset()
-        messages = list(first) if session.replaces_prompt else live.first_messages(first)
-        live.begin(messages, session.schemas, state=session.state)
+        opening = list(first) if session.replaces_prompt else live.first_messages(first)
+        live.begin(opening, session.schemas, state=session.state)
         session.conversation = live.record.messages
         while True:
             turn = await live.answer()
@@ -126,5 +126,5 @@ def tool_message(name: str, call_id: str, result: ToolResult) -> Message:
 
 
 def bad_call_message(turn: ParsedTurn) -> Message:
-    """What the policy reads after a call that cannot be parsed."""
+    """Message to the policy after a call that cannot be parsed."""
     return {"role": "user", "content": f"Error: the call cannot be read: {turn.error}"}

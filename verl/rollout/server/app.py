@@ -102,8 +102,9 @@ class Server:
         name = options.name or options.model
         self._parser = RequestParser(name, self._codec, model.context, config.vocab_size)
         self._loader = WeightLoader(model.transformer)
-        sizes = {"max_slots": options.max_slots, "prefix_tokens": options.prefix_tokens}
-        self._generator = AsyncGenerator(model, self._codec, **sizes)
+        self._generator = AsyncGenerator(
+            model, self._codec, max_slots=options.max_slots, prefix_tokens=options.prefix_tokens
+        )
         self._created_s = int(time.time())
 
     def app(self) -> web.Application:

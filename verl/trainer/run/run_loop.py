@@ -21,6 +21,7 @@ from verl.monitoring.tracking import Tracker
 from verl.monitoring.watchdog import Watchdog
 from verl.trainer.base import BaseTrainer, Metrics, fixed_settings_of
 from verl.trainer.checkpoint_store import CheckpointStore, check_room, load_state, only_run_in
+from verl.trainer.evaluation.sample_rows import recorded_row
 from verl.trainer.export.exporting import check_destination
 from verl.trainer.run.callbacks import Callback, notify
 from verl.trainer.run.finite_weights import check_finite, has_learned, naming_good_checkpoint
@@ -132,8 +133,8 @@ class TrainerRun:
             tracker.event(line)
         if self._is_due(self._config.tracking.samples_every_steps, also_last=True, also_first=True):
             self._write_samples()
-        if self._config.tracking.episodes and (rows := trainer.episodes()):
-            tracker.episodes(trainer.version, rows)
+        if self._config.tracking.episodes:
+            self._write_episodes()
         if has_learned(metrics):  # else the weights are those before the step, which may be what is wrong
             self._store.confirm(trainer.version - 1)
             if self._is_due(self._config.checkpoint.every_steps):
@@ -249,6 +250,13 @@ class TrainerRun:
             )
             for line in sample_lines(shown):
                 self._tracker.event(line)
+
+    def _write_episodes(self) -> None:
+        trainer = self._trainer
+        played = [t for t in (*trainer.last, *trainer.failed) if t.episode is not None]
+        if played:
+            rows = [recorded_row(t, trainer.codec, trainer.version) for t in played]
+            self._tracker.episodes(trainer.version, rows)
 
     def _begin_checkpoint(self) -> None:
         trainer = self._trainer

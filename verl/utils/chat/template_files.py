@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 # Chat templates by name.
-TEMPLATES = Path(__file__).parents[2] / "chat_templates"
+TEMPLATES = Path(__file__).parent / "templates"
 # Transformers' tag around what the assistant writes.
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 

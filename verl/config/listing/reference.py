@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.checks.foreign_names import advice_for, name_here
-from verl.config.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.layers import as_json, value_at
+from verl.config.listing.introspection import fields_by_key, is_section, notes, type_in_words
 from verl.config.run import PreferenceConfig, RewardModelConfig, RunConfig, SFTConfig, TrainerConfig
 from verl.config.yaml_text import ConfigError
 

@@ -15,7 +15,7 @@ import torch
 
 from verl.config.data import RewardsConfig
 from verl.data.trajectory import Trajectory
-from verl.rewards.execution.calls import CallPool, RewardCall
+from verl.rewards.execution.call_pool import CallPool, RewardCall
 from verl.rewards.execution.isolation import Callee, isolated
 from verl.rewards.functions import build_rewards
 from verl.utils.sampling_types import Prompt
@@ -350,7 +350,7 @@ def test_a_killed_trainer_takes_a_hanging_call_with_it():
 
 PROGRAM = """
 import re
-from verl.rewards.execution.calls import CallPool, RewardCall
+from verl.rewards.execution.call_pool import CallPool, RewardCall
 from verl.rewards.execution.isolation import Callee
 
 def endless_expression():

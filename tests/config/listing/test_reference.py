@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from verl.config import ConfigError, load_config
-from verl.config.reference import describe_settings, find_settings, settings_markdown
+from verl.config.listing.reference import describe_settings, find_settings, settings_markdown
 
 
 def test_every_setting_is_described_with_value_default_and_source():
