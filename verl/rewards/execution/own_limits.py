@@ -1,8 +1,8 @@
 """Limits that a call sets itself in a worker process: processor time and memory.
 
 A call that uses up its time limit in `verl.rewards.execution.call_pool` costs its answer the reward, whatever
-the cause. A function that knows that only its input can be at fault ends sooner, by these limits, and says so.
-They count processor time, so a busy machine changes no reward.
+the cause. A function that knows that only its input can be at fault ends sooner, by these limits, and says
+so. They count processor time, so a busy machine changes no reward.
 """
 
 from __future__ import annotations
