@@ -88,6 +88,7 @@ DEMOS = {
             "calculations that use given numbers to reach another one",
             options={"min_numbers": 3, "max_numbers": 3, "max_value": 20, "min_target": 5, "max_target": 50},
             changes=("sampling.max_tokens=24", "data.system_prompt=Write one expression only."),
+            minutes="about 20",
             taught_steps=40,
         ),
     )
