@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 			|| echo "  no CPU build found, the default build comes next (several GB)"; \
 	fi
 	@echo "  verl and its dependencies"
-	@$(PIP) -e ".[dev,docs,lora,ray,smollm2]"
+	@$(PIP) -e ".[dev,docs,lora,mcp,ray,search,smollm2]"
 	@# By itself: a part of it is compiled, and everything else works without it.
 	@$(PIP) -e ".[reasoning-gym]" 2>/dev/null || echo "  reasoning-gym could not be installed, so task:reasoning-gym/NAME and" \
 		"quickstart --model smollm2 will not work; with a C compiler, run: $(BIN)/python -m pip install reasoning-gym"
