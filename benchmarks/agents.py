@@ -36,7 +36,8 @@ class AgentTask:
     """A task of `verl.data.tasks.episode_tasks`, and the settings of its training.
 
     Attributes:
-        warm_steps: of fine-tuning on the teacher's traces.
+        warm_steps: of fine-tuning on the teacher's traces, at most.
+        enough: mean reward of sampled episodes at which it stops.
         steps: of learning from rewards.
         at_least: mean reward on held-out prompts that every run must reach.
         settings: of all its runs.
@@ -44,6 +45,7 @@ class AgentTask:
     """
 
     warm_steps: int
+    enough: float
     steps: int
     at_least: float
     settings: tuple[str, ...]
@@ -52,10 +54,11 @@ class AgentTask:
 
 AGENT_TASKS = {
     "guess": AgentTask(
-        200,
-        40,
+        400,
+        0.35,
+        60,
         0.8,
-        ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=16"),
+        ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=8"),
         {
             "environment": (f"agent.environment={EXAMPLES}/guess.py:Guess",),
             "tools": (
@@ -66,8 +69,9 @@ AGENT_TASKS = {
         },
     ),
     "calculator": AgentTask(
-        70,
-        30,
+        300,
+        0.2,
+        50,
         0.9,
         ("sampling.max_tokens=16", "agent.max_turns=3"),
         {
@@ -80,7 +84,8 @@ AGENT_TASKS = {
         },
     ),
     "search": AgentTask(
-        44,
+        300,
+        0.2,
         30,
         0.9,
         ("sampling.max_tokens=16", "agent.max_turns=3"),
@@ -112,37 +117,10 @@ class AgentCurve:
     rewards: list[float]
 
 
-def taught(name: str, seed: int, folder: Path) -> Path:
-    """Folder of a small model that has learned the traces of the teacher."""
+def settings_of(name: str, rung: str, seed: int, folder: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Settings of a run from the taught model in the folder."""
     task = AGENT_TASKS[name]
-    make_tiny_model(folder / "start", hidden=64, layers=2, seed=seed, words=TASKS[name].words)
-    write_jsonl(TASKS[name], "train", folder / "traces.jsonl", seed=seed, form="traces")
-    if TASKS[name].documents:
-        write_jsonl(TASKS[name], "train", folder / "documents.jsonl", form="documents")
-    config = load_sft_config(
-        None,
-        [
-            f"policy.path={folder / 'start'}",
-            f"data.train={folder / 'traces.jsonl'}",
-            f"seed={seed}",
-            f"steps={task.warm_steps}",
-            f"output_dir={folder / 'taught'}",
-            "rows_per_step=64",
-            "policy.optimizer.lr=4e-3",
-            "policy.optimizer.warmup_steps=10",
-            "policy.optimizer.betas=[0.9, 0.95]",
-            "tracking.sinks=[]",
-        ],
-    )
-    SFTTrainer(config, console=Console(quiet=True)).fit()
-    return folder / "taught" / "model"
-
-
-def run(name: str, rung: str, seed: int, folder: str, overrides: Sequence[str] = ()) -> AgentCurve:
-    """Train from the taught model in the folder; meant for a process of its own."""
-    torch.set_num_threads(1)
-    task = AGENT_TASKS[name]
-    settings = [
+    return [
         f"seed={seed}",
         f"steps={task.steps}",
         f"policy.path={folder}/taught/model",
@@ -159,12 +137,61 @@ def run(name: str, rung: str, seed: int, folder: str, overrides: Sequence[str] =
         *(setting.format(folder=folder) for setting in task.rungs[rung]),
         *overrides,
     ]
+
+
+def taught(name: str, seed: int, folder: Path) -> int:
+    """Fine-tune a small model on the traces of the teacher, and write `folder/taught/model`.
+
+    A policy learns from rewards only if some of its sampled episodes earn one, so their mean reward decides
+    when to stop.
+
+    Returns:
+        The number of steps.
+    """
+    torch.set_num_threads(1)
+    task, start, quiet = AGENT_TASKS[name], folder / "start", Console(quiet=True)
+    make_tiny_model(start, hidden=64, layers=2, seed=seed, words=TASKS[name].words)
+    write_jsonl(TASKS[name], "train", folder / "traces.jsonl", seed=seed, form="traces")
+    if TASKS[name].documents:
+        write_jsonl(TASKS[name], "train", folder / "documents.jsonl", form="documents")
+    settings = [
+        f"policy.path={start}",
+        f"data.train={folder / 'traces.jsonl'}",
+        f"seed={seed}",
+        f"steps={task.warm_steps}",
+        "rows_per_step=64",
+        "policy.optimizer.lr=4e-3",
+        "policy.optimizer.warmup_steps=10",
+        "policy.optimizer.betas=[0.9, 0.95]",
+        "tracking.sinks=[]",
+    ]
+    tuner = SFTTrainer(load_sft_config(None, settings), console=quiet)
+    tuner.load_train_data()
+    # Both trainers hold the same model, so this one plays with the weights that are being fine-tuned.
+    config = load_config("quickstart", settings_of(name, next(iter(task.rungs)), seed, str(folder)))
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(start)})})
+    model = tuner.policy_engine.model.transformer
+    player = Trainer(config, actor_model=model, codec=tuner.codec, console=quiet)
+    while tuner.version < task.warm_steps:
+        tuner.step()
+        if tuner.version % 10 == 0 and player.evaluate()["eval/reward"] >= task.enough:
+            break
+    tuner.save_model(folder / "taught" / "model")
+    player.close()
+    return tuner.version
+
+
+def run(name: str, rung: str, seed: int, folder: str, overrides: Sequence[str] = ()) -> AgentCurve:
+    """Train from the taught model in the folder; meant for a process of its own."""
+    torch.set_num_threads(1)
+    settings = settings_of(name, rung, seed, folder, overrides)
     shutil.rmtree(f"{folder}/{rung}", ignore_errors=True)
     begun = time.process_time(), time.perf_counter()
     trainer = Trainer(load_config("quickstart", settings), console=Console(quiet=True))
     before = trainer.evaluate()["eval/reward"]
     history = trainer.fit()
     after = trainer.evaluate()["eval/reward"]
+    trainer.close()
     spent = time.process_time() - begun[0], time.perf_counter() - begun[1]
     return AgentCurve(
         name,
