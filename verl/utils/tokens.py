@@ -77,7 +77,7 @@ class TextCodec:
         own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         self.closing_ids = self.token_ids_of([self.template.end])
         # A turn with a call may end otherwise than an answer, or with the mark of the next role.
-        turns = self.token_ids_of([self.template.call_end, *self.template.role_marks])
+        turns = self.token_ids_of(self.template.turns.stops)
         self.stop_ids = tuple(dict.fromkeys([*own, *self.closing_ids, *turns, *stop_ids]))
         self._system_prompt = system_prompt
         self._template_kwargs, self._tools = dict(template_kwargs or {}), tuple(tools)

@@ -132,7 +132,7 @@ def test_the_mark_of_the_next_role_is_given_unless_it_was_sampled():
 def test_a_turn_that_another_closing_token_ended_is_closed():
     codec = codec_of("gpt-oss")
     _, question, _, _ = FAMILIES["gpt-oss"]
-    for end in ("<|return|>", "<|call|>", "<|end|>"):
+    for end in ("<|return|>", "<|call|>", "<|end|>"):  # a malformed call is an answer
         assert followed(codec, ANSWER, [NEXT], end=end) == question
     assert followed(codec, ANSWER, [NEXT], end="") == "<|end|>" + question
     two_ends = TextCodec(templates.chat_tokenizer(templates.TWO_ENDS))
@@ -140,6 +140,57 @@ def test_a_turn_that_another_closing_token_ended_is_closed():
         assert followed(two_ends, ANSWER, [NEXT], end=end, tools=()) == (
             "<|im_start|>user\nAnd 3+4?<|im_end|><|im_start|>assistant\n"
         )
+
+
+def test_llamas_end_of_a_message_closes_a_turn():
+    tokenizer = family_tokenizer("llama3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
+    text = followed(TextCodec(tokenizer), CALLS, RESULTS, end="<|eom_id|>")
+    assert text == FAMILIES["llama3"][3]
+
+
+# Calls end with the mark of their results, which is not written again before the first of them.
+MARKED_RESULTS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '' if loop.previtem.role == 'assistant' else '<turn>' }}result:{{ m.content }}</turn>"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "{{ '<turn>' if m.tool_calls else '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_may_end_with_the_mark_of_their_results():
+    codec = TextCodec(templates.chat_tokenizer(MARKED_RESULTS))
+    assert codec.template.turns.stops == ("<turn>",)
+    expected = "result:one</turn><turn>result:two</turn>"
+    assert followed(codec, CALLS, RESULTS, end="<turn>", tools=()) == expected
+    for end in ("<|im_end|>", ""):
+        assert followed(codec, CALLS, RESULTS, end=end, tools=()) == "<turn>" + expected
+
+
+# An answer ends with two tokens.
+TWO_CLOSERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|eot|>' if m.role == 'assistant' else '' }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_turn_may_end_with_several_tokens():
+    codec = TextCodec(templates.chat_tokenizer(TWO_CLOSERS))
+    expected = "<|im_start|>user\nAnd 3+4?<|im_end|><|im_start|>assistant\n"
+    for end, missing in (("<|eot|><|im_end|>", ""), ("<|eot|>", "<|im_end|>"), ("", "<|eot|><|im_end|>")):
+        assert followed(codec, ANSWER, [NEXT], end=end, tools=()) == missing + expected
+
+
+def test_a_template_that_writes_results_but_no_calls_is_followed():
+    template = templates.CHATML.replace("{% for m", "{{ tools | length if tools }}{% for m", 1)
+    codec = TextCodec(templates.chat_tokenizer(template))
+    text = followed(codec, CALLS, RESULTS, end="<|im_end|>")
+    assert text == (
+        "\n<|im_start|>tool\none<|im_end|>\n<|im_start|>tool\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_an_end_of_text_that_closes_no_turn_is_followed_by_the_closing_token():

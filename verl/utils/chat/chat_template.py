@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,19 +13,20 @@ from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from verl.utils.chat.messages import (
+    MARK,
+    Chat,
+    Message,
+    call_name,
+    in_call_form,
+    joined_text,
+    parsed_call,
+    renamed_call,
+    squeeze,
+)
 from verl.utils.chat.template_files import GENERATION, parse_template, template_sources
+from verl.utils.chat.turn_forms import TurnForms
 
-Message = dict[str, Any]
-# Stands for the content of a message where its place in the text is looked for.
-MARK = "qzxcontentxzq"
-# A tool for templates that write calls only where tools are offered.
-PROBE_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
-}
-# Content None beside calls, arguments as a text: the first that a template takes.
-_CALL_FORMS = ((False, False), (True, False), (False, True), (True, True))
-_TEXT_PARTS = ("text", "input_text", "output_text")
 # What the run itself, Transformers or Jinja gives to a template.
 # fmt: off
 _OWN_VARIABLES = frozenset([
@@ -39,30 +38,6 @@ _OWN_VARIABLES = frozenset([
 # fmt: on
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation as a chat template takes it.
-
-    Attributes:
-        messages: with texts as contents.
-        tools: schemas of the tools offered.
-        kwargs: further variables of the template.
-    """
-
-    messages: list[Message]
-    tools: tuple[dict[str, Any], ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def with_messages(self, messages: list[Message]) -> Chat:
-        """The same tools and variables around other messages."""
-        return replace(self, messages=messages)
-
-    def with_content(self, index: int, content: str | None) -> Chat:
-        """The same conversation, with another content of one message."""
-        changed = {**self.messages[index], "content": content}
-        return self.with_messages([*self.messages[:index], changed, *self.messages[index + 1 :]])
-
-
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -71,10 +46,12 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: as above.
+        turns: forms in which it writes turns.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.turns = TurnForms(self)
 
     def chat(
         self,
@@ -97,7 +74,7 @@ class ChatTemplate:
             renamed = [{**m, "role": "system"} if m["role"] == "developer" else m for m in chat.messages]
             chat = chat.with_messages(renamed)
         if any(m.get("tool_calls") for m in chat.messages):
-            has_null, has_text = self._call_form
+            has_null, has_text = self.turns.call_form
             chat = chat.with_messages([in_call_form(m, has_null, has_text) for m in chat.messages])
         return chat
 
@@ -179,65 +156,6 @@ class ChatTemplate:
         """Tokens that close answers; some templates close one that is not the last with another token."""
         return tuple(dict.fromkeys(end for end in self._probed_ends if end))
 
-    @property
-    def closers(self) -> tuple[str, ...]:
-        """Tokens that close turns, with calls and without, as the last message and before others.
-
-        Empty if no token closes the last turn, as where a turn ends with the mark of the next role.
-        """
-        return tuple(dict.fromkeys(end for end in (*self.ends, self.call_end) if end)) if self.end else ()
-
-    @cached_property
-    def call_end(self) -> str:
-        """The special token that closes a last turn with calls, as `<|call|>`; "" if none does."""
-        if not self.end:
-            return ""
-        _, found, tail = (self.try_render(self.probe_call) or "").rpartition(MARK)
-        tail = tail.rstrip() if found else ""
-        return max((t for t in self.tokenizer.all_special_tokens if tail.endswith(t)), key=len, default="")
-
-    @cached_property
-    def role_marks(self) -> tuple[str, ...]:
-        """Marks of the next role, at which turns end that no token closes, as `<|observation|>`."""
-        if self.end:
-            return ()
-        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
-        called = self.probe_call
-        result = {"role": "tool", "name": "f", "tool_call_id": "call12345", "content": "1"}
-        asked = Chat([question, answer, question])
-        marks = []
-        for chat in (asked, called.with_messages([*called.messages, result])):
-            last = self.try_render(chat.with_messages(chat.messages[:2])) or ""
-            own = last.rpartition(MARK)[2].rstrip()
-            text = (self.try_render(chat) or "").rpartition(MARK)[2]
-            token = self._first_token(text.removeprefix(own))
-            if token and text.removeprefix(own).lstrip().startswith(token):
-                marks.append(token)
-        return tuple(dict.fromkeys(marks))
-
-    @property
-    def probe_call(self) -> Chat:
-        """A question and a turn with a call whose argument is `MARK`, as the template takes calls."""
-        function = {"name": "f", "arguments": {"value": MARK}}
-        call = {"id": "call12345", "type": "function", "function": function}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        chat = Chat([{"role": "user", "content": "Hi"}, in_call_form(turn, *self._call_form)])
-        return replace(chat, tools=(PROBE_TOOL,) if self.try_render(chat) is None else ())
-
-    @cached_property
-    def _call_form(self) -> tuple[bool, bool]:
-        """Form in which the template takes calls: beside no content as None, with arguments as a text."""
-        function = {"name": MARK, "arguments": {"value": "text"}}
-        call = {"id": "call12345", "type": "function", "function": function}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        for tools, form in itertools.product(((), (PROBE_TOOL,)), _CALL_FORMS):
-            chat = Chat([{"role": "user", "content": "Hi"}, in_call_form(turn, *form)], tools)
-            text = self.try_render(chat) or ""
-            # A template for texts would write an object as Python does.
-            if MARK in text and "{'value'" not in text:
-                return form
-        return _CALL_FORMS[0]
-
     @cached_property
     def _probed_ends(self) -> tuple[str, str]:
         """The first special or added token behind an answer that is the last message, and one that is not."""
@@ -245,7 +163,7 @@ class ChatTemplate:
         last, middle = (
             self.try_render(Chat(probe)) or "" for probe in ([question, answer], [question, answer, question])
         )
-        return self._first_token(last.rpartition(MARK)[2]), self._first_token(middle.rpartition(MARK)[2])
+        return self.first_token(last.rpartition(MARK)[2]), self.first_token(middle.rpartition(MARK)[2])
 
     @cached_property
     def variables(self) -> tuple[str, ...]:
@@ -310,7 +228,7 @@ class ChatTemplate:
             return header + opening
         return text
 
-    def _first_token(self, text: str) -> str:
+    def first_token(self, text: str) -> str:
         """The first special or added token in a text; "" if there is none."""
         tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         found = re.search("|".join(map(re.escape, tokens)), text) if tokens and text else None
@@ -361,80 +279,3 @@ class ChatTemplate:
         if plain.get("tool_calls"):
             plain["tool_calls"] = [parsed_call(call) for call in plain["tool_calls"]]
         return plain
-
-
-def joined_text(content: Any, place: str) -> str:
-    """The text of a message, its typed parts joined; nothing is an empty text.
-
-    Raises:
-        ValueError: a part that is not text.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    for part in content:
-        if not isinstance(part, str) and (
-            part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str)
-        ):
-            raise ValueError(
-                f"{place} has a part of type {part.get('type')!r}, but the model reads text alone; leave "
-                "the row out, or give its text"
-            )
-    return "".join(part if isinstance(part, str) else part["text"] for part in content)
-
-
-def parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, where OpenAI's format has the text of one."""
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": parsed_call(call["function"])}
-    arguments = call.get("arguments")
-    if not isinstance(arguments, str):
-        return dict(call)
-    try:
-        parsed = json.loads(arguments)
-    except ValueError:
-        return dict(call)
-    return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
-
-
-def in_call_form(message: Message, has_null: bool, has_text: bool) -> Message:
-    """A message with its calls as a template takes them.
-
-    Args:
-        message: with the arguments of its calls as objects.
-        has_null: content is None beside calls where there is none.
-        has_text: arguments are the text of a JSON object.
-    """
-    if not message.get("tool_calls"):
-        return message
-    changed = dict(message)
-    if has_null and not message["content"]:
-        changed["content"] = None
-    if has_text:
-        changed["tool_calls"] = [call_with_text(call) for call in message["tool_calls"]]
-    return changed
-
-
-def call_with_text(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as a text of JSON."""
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": call_with_text(call["function"])}
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        return dict(call)
-    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-
-
-def call_name(call: Mapping[str, Any]) -> str:
-    """Name of the function that a tool call is of."""
-    return str((call.get("function") or call).get("name", ""))
-
-
-def renamed_call(call: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The same tool call of another function."""
-    inner = call.get("function")
-    return {**call, "function": {**inner, "name": name}} if inner else {**call, "name": name}
-
-
-def squeeze(text: str) -> str:
-    """A text without blanks."""
-    return "".join(text.split())

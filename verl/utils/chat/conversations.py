@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from verl.utils.chat.chat_template import MARK, Chat, ChatTemplate, squeeze
+from verl.utils.chat.chat_template import ChatTemplate
+from verl.utils.chat.messages import MARK, Chat, squeeze
 from verl.utils.chat.template_files import template_sources
 
 Span = tuple[int, int]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl.utils.chat.chat_template import PROBE_TOOL, Chat
+from verl.utils.chat.messages import Chat, Message
 from verl.utils.chat.template_files import fitting_templates
-from verl.utils.chat.turn_rendering import QUESTION, ChatRenderer, Message
+from verl.utils.chat.turn_forms import PROBE_TOOL
+from verl.utils.chat.turn_rendering import QUESTION, ChatRenderer
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec
 
@@ -34,7 +35,7 @@ def probe_turns(codec: TextCodec, *, has_tools: bool, tools: Sequence[Mapping[st
     if not codec.tokenizer.chat_template:
         return []
     offered = (list(tools) or [PROBE_TOOL]) if has_tools else []
-    behind = {form: text_behind(codec, offered, form, *turns) for form, turns in forms(has_tools).items()}
+    behind = {form: text_behind(codec, offered, form, example=e) for form, e in forms(has_tools).items()}
     return [
         *notes_on_seams(codec, list(behind.values())),
         *notes_on_thoughts(codec, has_tools=has_tools),
@@ -69,10 +70,16 @@ def text_behind(
     codec: TextCodec,
     tools: Sequence[Mapping[str, Any]],
     form: str,
-    turn: Message,
-    messages: Sequence[Message],
+    *,
+    example: tuple[Message, Sequence[Message]],
 ) -> str:
     """Text that follows a turn.
+
+    Args:
+        codec: of the policy.
+        tools: schemas of those offered.
+        form: name of what follows the turn.
+        example: the turn, and the messages behind it.
 
     Raises:
         ValueError: the template does not write it.
@@ -82,7 +89,7 @@ def text_behind(
     try:
         renderer.start([QUESTION])
         shown = f"{form} behind a turn of the policy"
-        return renderer.text_behind(turn, messages)
+        return renderer.text_behind(*example)
     except ValueError as error:
         names = " or ".join(fitting_templates(codec.tokenizer))
         remedy = f"set data.chat_template to {names or 'a file with a template that writes it'}"

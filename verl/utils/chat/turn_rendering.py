@@ -8,13 +8,15 @@ from typing import Any
 
 from typing_extensions import override
 
-from verl.utils.chat.chat_template import MARK, Chat, ChatTemplate, squeeze
+from verl.utils.chat.chat_template import ChatTemplate
+from verl.utils.chat.messages import MARK, Chat, Message, squeeze
 from verl.utils.sampling_types import Prompt
 from verl.utils.tokens import TextCodec, is_text, without_added_space
 
-Message = dict[str, Any]
 # Question of the synthetic conversation.
 QUESTION: Message = {"role": "user", "content": "Hi"}
+# Tokens that close a message of Llama and harmony, also where the template would write another one.
+ALSO_CLOSE = ("<|eom_id|>", "<|call|>", "<|return|>")
 
 
 class TurnRenderer(ABC):
@@ -91,7 +93,8 @@ class ChatRenderer(TurnRenderer):
 
     @override
     def follow(self, turn: Message, messages: Sequence[Message], *, sampled: Sequence[int]) -> list[int]:
-        text = without_sampled_end(self._codec, self.text_behind(turn, messages), sampled)
+        text = self.text_behind(turn, messages)
+        text = without_sampled_end(self._codec, text, sampled, has_calls=bool(turn.get("tool_calls")))
         return encode_behind(self._codec, sampled, text)
 
     def text_behind(self, turn: Message, messages: Sequence[Message]) -> str:
@@ -100,11 +103,15 @@ class ChatRenderer(TurnRenderer):
         Raises:
             ValueError: as `follow`.
         """
-        before = [*self._head, QUESTION, skeleton(turn)]
         ordered = in_call_order(turn, messages)
-        prompt = Prompt([*before, *ordered], tools=self._tools, columns=self._prompt.columns)
-        chat = self._codec.chat(prompt)
-        return behind_turn(self._codec, chat, len(chat.messages) - len(ordered) - 1)
+        for synthetic in skeletons(turn):
+            before = [*self._head, QUESTION, synthetic]
+            prompt = Prompt([*before, *ordered], tools=self._tools, columns=self._prompt.columns)
+            chat = self._codec.chat(prompt)
+            whole = self._codec.template.render(chat, opens_answer=True)
+            if MARK in whole:
+                return behind_turn(self._codec, chat, len(chat.messages) - len(ordered) - 1, whole)
+        raise ValueError("the chat template leaves out a turn that other messages follow")
 
 
 def renderer_for(codec: TextCodec, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> TurnRenderer:
@@ -112,17 +119,19 @@ def renderer_for(codec: TextCodec, prompt: Prompt, tools: Sequence[Mapping[str, 
     return TextRenderer(codec, prompt) if is_text(prompt) else ChatRenderer(codec, prompt, tools)
 
 
-def skeleton(turn: Message) -> Message:
-    """A turn with the calls of another, for templates that look up their names, but without what it says.
+def skeletons(turn: Message) -> list[Message]:
+    """Turns with the calls of another, for templates that look up their names, but without what it says.
 
-    Its last text is `MARK`.
+    Their last text is `MARK`: in the last call, or in the content, for templates that do not write calls.
     """
     calls = [dict(call) for call in turn.get("tool_calls") or ()]
+    said = {"role": "assistant", "content": MARK}
     if not calls:
-        return {"role": "assistant", "content": MARK}
-    bare = [with_arguments(call, {}) for call in calls[:-1]]
-    last = with_arguments(calls[-1], {"value": MARK})
-    return {"role": "assistant", "content": MARK if turn.get("content") else "", "tool_calls": [*bare, last]}
+        return [said]
+    bare = [with_arguments(call, {}) for call in calls]
+    marked = [*bare[:-1], with_arguments(calls[-1], {"value": MARK})]
+    content = MARK if turn.get("content") else ""
+    return [{**said, "content": content, "tool_calls": marked}, {**said, "tool_calls": bare}]
 
 
 def with_arguments(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,25 +158,22 @@ def in_call_order(turn: Message, messages: Sequence[Message]) -> list[Message]:
     return ordered
 
 
-def behind_turn(codec: TextCodec, chat: Chat, index: int) -> str:
-    """Text that the template writes behind a turn, from the token on that closes it, and the next opening.
+def behind_turn(codec: TextCodec, chat: Chat, index: int, whole: str) -> str:
+    """Text that the template writes behind a turn, from the tokens on that close it, and the next opening.
 
     Args:
         codec: of the policy.
         chat: in which `MARK` is the last text of the turn.
         index: of its message.
+        whole: text of the conversation.
 
     Raises:
-        ValueError: the template does not take the messages, leaves one out, or writes the turn so that its
-            end cannot be told.
+        ValueError: the template leaves a message out, or writes the turn so that its end cannot be told.
     """
     template = codec.template
-    whole = template.render(chat, opens_answer=True)
-    _, found, rest = whole.rpartition(MARK)
-    if not found:
-        raise ValueError("the chat template leaves out a turn that other messages follow")
+    rest = whole.rpartition(MARK)[2]
     ended = template.try_render(chat.with_messages(chat.messages[: index + 1]))
-    rest = rest[turn_length(codec, rest, (ended or "").rpartition(MARK)) :]
+    rest = rest[turn_length(codec, rest, ended or "") :]
     squeezed = squeeze(rest)
     for i, message in enumerate(chat.messages[index + 1 :], index + 1):
         if squeeze(message["content"] or "") not in squeezed and not is_written(template, chat, i, whole):
@@ -175,26 +181,26 @@ def behind_turn(codec: TextCodec, chat: Chat, index: int) -> str:
     return rest
 
 
-def turn_length(codec: TextCodec, rest: str, last: tuple[str, str, str]) -> int:
-    """Characters behind the mark of a turn that are still the turn's own, its closing token apart.
+def turn_length(codec: TextCodec, rest: str, ended: str) -> int:
+    """Characters behind the mark of a turn that are still the turn's own, the tokens at its end apart.
 
     Args:
         codec: of the policy.
         rest: text behind the mark, if other messages follow.
-        last: text before the mark, the mark, and the text behind it, if the turn is the last message.
+        ended: the conversation, if the turn is the last message.
 
     Raises:
         ValueError: it cannot be told.
     """
-    _, found, tail = last
-    tail = tail.rstrip()
-    own = tail
-    for closer in codec.template.closers:
-        own = tail.removesuffix(closer) if own == tail else own
+    template = codec.template
+    _, found, tail = ended.rpartition(MARK)
+    # A turn may end with several tokens, such as those behind its last call.
+    starts = (i for i in range(len(tail)) if template.turns.token_run.fullmatch(tail.rstrip(), i))
+    own = tail[: next(starts, len(tail.rstrip()))]
     if found and rest.startswith(own):
         return len(own)
     # It is written otherwise before others: it ends at the first token at which the policy stops.
-    stops = {*codec.template.closers, *(codec.token_text(i) for i in codec.stop_ids)}
+    stops = {*template.turns.closers, *(codec.token_text(i) for i in codec.stop_ids)}
     places = [rest.index(stop) for stop in stops if stop and stop in rest]
     if not places:
         raise ValueError(
@@ -210,21 +216,28 @@ def is_written(template: ChatTemplate, chat: Chat, index: int, text: str) -> boo
     return marked is None or marked.count(MARK) > text.count(MARK)
 
 
-def without_sampled_end(codec: TextCodec, text: str, sampled: Sequence[int]) -> str:
-    """A text behind a turn without the token that closes it, where that was sampled.
+def without_sampled_end(codec: TextCodec, text: str, sampled: Sequence[int], *, has_calls: bool) -> str:
+    """A text behind a turn without those of the tokens at its beginning that were sampled.
 
-    A turn that ended with another of the tokens that close turns is closed too. Where no token closes turns,
-    the policy may have sampled the mark of the next role.
+    Args:
+        codec: of the policy.
+        text: begins with the tokens at the end of the turn, and the mark of the next role.
+        sampled: ids of the turn. If the last one is among these tokens, what is before it was sampled too. If
+            it is another one that closes such turns, the turn is closed. Else the closing token is missing.
+        has_calls: the turn calls tools.
     """
+    template = codec.template
     last = codec.token_text(sampled[-1]) if sampled else ""
-    stripped = text.lstrip()
-    if last and stripped.startswith(last):
-        return stripped[len(last) :]
-    closers = codec.template.closers
-    if last in closers:
-        closer = next((one for one in closers if stripped.startswith(one)), "")
-        return stripped[len(closer) :] if closer else text
-    return text
+    run = template.turns.token_run.match(text)
+    assert run, "a run of tokens may be empty"
+    if last and last in run[0]:
+        return text[run[0].index(last) + len(last) :]
+    closers = template.turns.closers_of(has_calls=has_calls)
+    ends = (*closers, *template.turns.stops)
+    place = min((run[0].index(end) for end in ends if end in run[0]), default=0)
+    closer = next((end for end in closers if text.startswith(end, place)), "")
+    is_closed = closer and last in (*closers, *ALSO_CLOSE)
+    return text[place + len(closer) * bool(is_closed) :]
 
 
 def encode_behind(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:

@@ -66,7 +66,7 @@ def answer_part(template: ChatTemplate, chat: Chat) -> str:
     plain = chat.with_messages([chat.messages[0], {"role": "assistant", "content": MARK}])
     closing = (template.try_render(plain) or "").rpartition(MARK)[2]
     whole = whole.removesuffix(closing) if closing else whole
-    for end in template.closers:
+    for end in template.turns.closers:
         whole = whole.rstrip().removesuffix(end)
     return whole
 
