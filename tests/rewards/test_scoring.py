@@ -62,7 +62,13 @@ def test_answers_of_an_evaluation_to_one_prompt_are_a_group():
     row |= {"reference": "b", "columns": {}, "greedy": False, "source": "mine"}
     report = score_answers([row | {"response": "a"}, row | {"response": "b"}], ["exact"])
     assert report.figures()["pass"] == 1.0 and report.figures()["rows"] == 1
-    assert report.answers[0].prompt.content == row["messages"]
+    assert report.answers[0].prompt.content == row["messages"] and report.notes == []
+
+
+def test_greedy_answers_of_an_evaluation_beside_sampled_ones_are_said():
+    row = {"set": "a", "index": 4, "prompt": "hi", "reference": "b", "columns": {}, "response": "b"}
+    report = score_answers([row | {"sample": 0, "greedy": greedy} for greedy in (False, True)], ["exact"])
+    assert report.notes == ["1 of 2 answers are greedy ones, which count as the sampled ones do"]
 
 
 @pytest.mark.parametrize(

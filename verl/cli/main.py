@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted; {goes_on}", file=sys.stderr)
         return 130
     except SystemExit as error:  # of a user's module or callback: else a run would end as if it were done
+        if isinstance(error.__context__, BrokenPipeError):
+            return 1  # by rich: who read the output, such as `head`, has ended
         if args.debug:
             traceback.print_exc()
         print(

@@ -120,7 +120,7 @@ def score_answers(
     where = DataSource(path=source) if isinstance(source, str) else source
     answers, found = read_answers(where, columns, settings)
     prompts = list({answer.group: answer.prompt for answer in answers}.values())
-    notes: list[str] = []
+    notes = greedy_note(answers)
     context = CallContext(prompt_text=plain_prompt_text)
     rewards = build_rewards(settings, reward_fn, prompts=prompts, context=context, note=notes.append)
     try:
@@ -138,6 +138,15 @@ def plain_prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt.content, str):
         return prompt.content
     return "\n".join(str(message.get("content", "")) for message in prompt.content)
+
+
+def greedy_note(answers: Sequence[Trajectory]) -> list[str]:
+    """A sentence on the greedy answers in a file of `verl eval`, if there are sampled ones, too."""
+    columns = [answer.prompt.columns for answer in answers]
+    count = sum(of_answer.get("greedy") is True and "sample" in of_answer for of_answer in columns)
+    if not 0 < count < len(answers):
+        return []
+    return [f"{count} of {len(answers)} answers are greedy ones, which count as the sampled ones do"]
 
 
 def check_output(path: Path | None) -> None:

@@ -240,7 +240,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             lock.seek(0)
             raise RuntimeError(
                 f"need {folder} for one run at a time, but process {lock.read() or 'unknown'} writes its run "
-                "there; wait for it, end it, or take another output_dir"
+                "there; wait for it, end it, or take another folder"
             ) from error
         except OSError:
             pass  # a file system without locks

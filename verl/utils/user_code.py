@@ -44,6 +44,11 @@ def load_function(name: str, *, user: str, keeps_class: bool = False) -> Callabl
         raise MissingFunctionError(f"{user} {name}: {error}") from error
     # The user's module may raise anything; a script may end the program, even without an error.
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{place}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{user} {name}: {place!r} needs the module {error.name}, which this Python does not have; "
+                f"install its package (pip install {str(error.name).partition('.')[0]})"
+            ) from error
         raise ValueError(
             f"{user} {name}: cannot import {place!r}: {exception_text(error)}; correct it, put its folder on "
             'PYTHONPATH, or give "path/file.py:function"'

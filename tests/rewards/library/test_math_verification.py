@@ -15,7 +15,12 @@ from tests.rewards.library.hard_to_end import hard_to_end
 from tests.rewards.library.math_pairs import KNOWN_FAULTS, MENDED, pairs
 from verl.config.data import RewardsConfig, WeightedChoice
 from verl.rewards.functions import build_rewards
-from verl.rewards.library.math_verification import check_truth, math_reward, score_of_failure
+from verl.rewards.library.math_verification import (
+    check_truth,
+    math_reward,
+    parsed_truth,
+    score_of_failure,
+)
 from verl.rewards.reward_function import RewardFunction
 from verl.utils.sampling_types import Prompt
 
@@ -216,6 +221,15 @@ def test_truths_are_checked_on_any_thread():
         pool.submit(check_truth, Prompt("q", answer=r"\frac{17}{19}")).result()
         with pytest.raises(ValueError, match="cannot read the truth"):
             pool.submit(check_truth, Prompt("q", answer=r"\frac{17}{")).result()
+
+
+def test_truths_of_one_form_are_read_once():
+    before = parsed_truth.cache_info().misses
+    for n in range(50):
+        check_truth(Prompt("q", answer=rf"\frac{{{n + 1}}}{{{n + 7}}}-x"))
+    assert parsed_truth.cache_info().misses <= before + 1
+    with pytest.raises(ValueError, match="cannot read the truth"):
+        check_truth(Prompt("q", answer=r"\frac{18}{"))
 
 
 def test_small_numbers_are_compared_to_their_third_digit():

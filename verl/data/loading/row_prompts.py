@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from json import JSONDecodeError
 from typing import Any
 
 from pydantic import ValidationError
@@ -243,7 +244,9 @@ def as_row(raw: Any) -> dict[str, Any]:
         except MalformedRow:
             raise
         except (ValueError, RecursionError) as error:
-            raise MalformedRow(f"need one JSON object per line, got invalid JSON: {error}") from error
+            # Without line and column, which JSON counts within this line.
+            cause = f"{error.msg} at character {error.pos}" if isinstance(error, JSONDecodeError) else error
+            raise MalformedRow(f"need one JSON object per line, got invalid JSON: {cause}") from error
     if not isinstance(raw, dict):
         raise MalformedRow(f"need rows that are JSON objects, got {describe(raw)}")
     return raw

@@ -51,6 +51,9 @@ _WHOLE = ("expression", "words")
 _SHOWN_CHARS = 200
 _MEMORY_BYTES = 1 << 30
 _MISSING_PACKAGE = "need the package math-verify, which is not installed; pip install math-verify"
+_DIGITS = re.compile(r"[0-9]+")
+# Truths that were read, with their numbers replaced: another one of the same form can be read, too.
+_READ_FORMS: set[tuple[str, float, str]] = set()
 _INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,4000})")
 # Left by a JSON text in which backslashes were not doubled: \b, \f, \t and \r begin commands of LaTeX.
 _LOST_BACKSLASH = re.compile(r"[\x08\x0c]|\t(?:frac|ext|imes|heta|an\b)|\r(?:ight|angle|ho\b)")
@@ -180,8 +183,11 @@ def check_truth(
     def check(text: str) -> None:
         check_backslashes(prompt.answer)
         truth = truth_text(text)
-        if not _INTEGER.fullmatch(truth):  # Most truths of large sets, and readable.
+        form = _DIGITS.sub("1", truth), timeout_s, unreadable_truths
+        # Most truths of large sets are whole numbers, and of the others many have one form.
+        if not _INTEGER.fullmatch(truth) and form not in _READ_FORMS:
             parsed_truth(truth, timeout_s, unreadable_truths)
+            _READ_FORMS.add(form)
 
     check_spellings(prompt, check)
 
