@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from verl.agents.environments.session import EpisodeFailure, EpisodeStart, StepResult, ToolResult
+from verl.agents.episodes.conversation import Conversation
 from verl.agents.episodes.tape import Tape
 from verl.config.agent import Ending
-from verl.data.trajectory import EpisodeRecord, Segment, Trajectory, state_number
+from verl.data.trajectory import EpisodeRecord, Segment, Trajectory
 from verl.rollout.group_sampling import Sampler
-from verl.utils.chat.turn_rendering import Message, renderer_for
+from verl.utils.chat.turn_rendering import Message, TurnRenderer, renderer_for
 from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams
 from verl.utils.tokens import TextCodec, is_text
 from verl.utils.tool_calls.calls import ParsedTurn, ToolCallParser
@@ -44,6 +45,7 @@ class EpisodeLimits:
         max_tokens: tokens after the prompt of a segment; None: the context alone.
         max_bad_calls: malformed calls one after the other.
         context: tokens that the model reads at most; None: the engine checks it.
+        is_single: an answer without further turns, whose tokens may be in other processes.
     """
 
     max_turns: int = 1
@@ -51,13 +53,15 @@ class EpisodeLimits:
     max_tokens: int | None = None
     max_bad_calls: int = 3
     context: int | None = None
+    is_single: bool = False
 
 
 class LiveEpisode:
     """One episode while it runs.
 
     A driver calls `begin`, then `answer` and `add` in turn. A conversation that does not continue the one on
-    the tape opens a new segment (`begin` again).
+    the tape opens a new segment (`begin` again). A driver may also keep several conversations open, each a
+    segment, and `sample` a turn of any.
 
     Args:
         start: the row, and the numbers of the episode.
@@ -70,8 +74,9 @@ class LiveEpisode:
 
     Attributes:
         start: as above.
-        record: messages and counts so far.
-        num_turns: turns so far, of all segments.
+        record: ending, rewards and counts so far; its messages are those of the last segment.
+        num_turns: turns so far, of all segments, those being sampled included.
+        codec, parser: as above.
     """
 
     def __init__(
@@ -88,20 +93,22 @@ class LiveEpisode:
         self.start, self.params, self.limits = start, params, limits
         self.record = EpisodeRecord()
         self.num_turns = 0
-        self._engine, self._codec, self._parser, self._affinity = engine, codec, parser, affinity
-        self._tapes: list[Tape] = []
-        self._renderer = renderer_for(codec, start.prompt)
-        self._num_calls = self._num_bad_calls = 0
+        self.codec, self.parser = codec, parser
+        self._engine, self._affinity = engine, affinity
+        self._conversations: list[Conversation] = []
+        self._num_calls = self._num_bad_calls = self._num_sampled = 0
         self._call_ids: list[str] = []
         self._counts: dict[str, float] = {}
-        self._last: Completion | None = None
-        self._last_params = params
-        self._state = 0
+
+    @property
+    def conversation(self) -> Conversation:
+        """The current segment: the one that was begun or sampled last."""
+        return self._conversations[-1]
 
     @property
     def tape(self) -> Tape:
         """Tokens of the current segment."""
-        return self._tapes[-1]
+        return self.conversation.tape
 
     def first_messages(self, more: Sequence[Message] = ()) -> list[Message]:
         """Messages of the prompt, and those of the environment behind them.
@@ -110,7 +117,7 @@ class LiveEpisode:
         prompt that is a text, messages of the environment are appended as they are.
         """
         prompt = self.start.prompt
-        own = [] if is_text(prompt) else self._codec.messages(prompt)
+        own = [] if is_text(prompt) else self.codec.messages(prompt)
         if own and more and own[-1]["role"] == more[0]["role"] == "user":
             content = joined_content(own[-1]["content"], more[0]["content"])
             return [*own[:-1], {**own[-1], "content": content}, *more[1:]]
@@ -123,7 +130,8 @@ class LiveEpisode:
         *,
         prompt_ids: list[int] | None = None,
         state: str | None = None,
-    ) -> None:
+        renderer: TurnRenderer | None = None,
+    ) -> Conversation:
         """Begin a segment.
 
         Args:
@@ -131,25 +139,30 @@ class LiveEpisode:
             tools: schemas of the tools offered.
             prompt_ids: its tokens, if they are known.
             state: of the environment before the next turn; None: what the messages say.
+            renderer: of the messages; None: that of the row's prompt.
 
         Raises:
             EpisodeFailure: the chat template does not take the messages.
             ValueError: it writes calls in a form that is not known.
         """
-        self._parser.check_tools(tools)
-        prompt = self.start.prompt
-        self._renderer = renderer_for(self._codec, prompt, tools)
+        self.parser.check_tools(tools)
+        renderer = renderer or renderer_for(self.codec, self.start.prompt, tools)
         with as_failure():
-            ids = self._renderer.start(messages) if prompt_ids is None else prompt_ids
-        self._tapes.append(Tape(ids))
-        self._last = None
-        self._note_state(state, messages)
-        self.record.messages, self.record.tools = list(messages), list(tools)
+            ids = renderer.start(messages) if prompt_ids is None else prompt_ids
+        conversation = Conversation(ids, messages, tools, renderer=renderer)
+        if not self.limits.is_single:
+            conversation.note_state(state, messages)
+        self._conversations.append(conversation)
+        self.record.messages, self.record.tools = conversation.messages, conversation.tools
+        return conversation
 
-    async def answer(self, params: SamplingParams | None = None) -> ParsedTurn:
-        """Sample the next turn of the policy.
+    async def sample(self, conversation: Conversation, params: SamplingParams | None = None) -> Completion:
+        """Sample the tokens of the next turn of a conversation; `answer` also parses them.
+
+        A call that is cancelled leaves the conversation as it was.
 
         Args:
+            conversation: of this episode.
             params: in place of those of the episode; seed and sample index stay those of the episode.
 
         Raises:
@@ -158,55 +171,77 @@ class LiveEpisode:
         """
         if self.num_turns >= self.limits.max_turns:
             raise EpisodeEnd("max_turns")
-        wanted = self._turn_params(params or self.params)
-        begun_s = time.monotonic()
-        completion = await self._engine.sample(self.tape.ids, wanted, self._affinity)
-        if self.limits.max_turns > 1:
-            completion = fetched(completion)
-            self._count_sampled(completion, time.monotonic() - begun_s)
-        self.tape.append_sampled(completion, self._state)
+        wanted = self._turn_params(conversation.tape, params or self.params)
         self.num_turns += 1
-        self._last, self._last_params = completion, wanted
-        if foreign := unknown_token(completion, self._codec):
+        self._num_sampled += 1  # turns at the same time have other random numbers
+        begun_s = time.monotonic()
+        try:
+            completion = await self._engine.sample(conversation.tape.ids, wanted, self._affinity)
+        except BaseException:  # also a cancellation
+            self.num_turns -= 1
+            raise
+        if not self.limits.is_single:
+            completion = fetched(completion)
+            self.count("sampling_s", time.monotonic() - begun_s)
+        if not self.limits.is_single and completion.num_reused is not None:
+            self.count("prompt_tokens_computed", len(conversation.tape.ids) - completion.num_reused)
+            self.count("prompt_tokens_reused", completion.num_reused)
+        conversation.tape.append_sampled(completion, conversation.state)
+        conversation.last, conversation.params = completion, wanted
+        self._conversations.remove(conversation)
+        self._conversations.append(conversation)
+        if foreign := unknown_token(completion, self.codec):
             raise EpisodeFailure("unknown_token", foreign)
-        if self.limits.max_turns == 1:  # a single answer, whose tokens may be in other processes
+        return completion
+
+    async def answer(self, params: SamplingParams | None = None) -> ParsedTurn:
+        """Sample and parse the next turn of the current conversation; see `sample`.
+
+        Raises:
+            EpisodeEnd: a limit is reached, by this turn or before it.
+            EpisodeFailure: the engine sampled an id that is no token.
+        """
+        conversation = self.conversation
+        await self.sample(conversation, params)
+        if self.limits.is_single:
             return ParsedTurn("")
-        ids = self._without_closing(completion)
-        text = self._codec.decode_all(ids)
-        turn = self._parser.parse(text, self.record.tools, taken=self._call_ids)
+        text = self.codec.decode_all(conversation.turn_ids(self.codec))
+        turn = self.parsed(text, conversation.tools)
+        conversation.messages.append(turn.message)
+        return turn
+
+    def parsed(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedTurn:
+        """A turn from its text; calls without ids get new ones."""
+        turn = self.parser.parse(text, tools, taken=self._call_ids)
         self._call_ids += [call.id for call in turn.calls]
-        self.record.messages.append(turn.message)
         return turn
 
     @property
     def is_cut(self) -> bool:
         """True if the last turn was cut off at a length limit, so that it is not complete."""
-        return self._last is not None and self._last.finish_reason == "length"
+        return bool(self._conversations) and self.conversation.is_cut
 
-    def add(self, messages: Sequence[Message], *, state: str | None = None) -> None:
-        """Append messages of tools, environment or user to the conversation.
+    def add(
+        self,
+        messages: Sequence[Message],
+        *,
+        state: str | None = None,
+        conversation: Conversation | None = None,
+    ) -> None:
+        """Append messages of tools, environment or user to a conversation.
 
         Args:
             messages: at least one.
             state: of the environment before the next turn; None: what the messages say.
+            conversation: of this episode; None: the current one.
 
         Raises:
             EpisodeFailure: the chat template does not take them.
         """
-        assert self._last is not None, "need a turn before the messages that follow it"
-        turn: Message = next(m for m in reversed(self.record.messages) if m["role"] == "assistant")
+        conversation = conversation or self.conversation
         with as_failure():
-            given = self._renderer.follow(turn, messages, sampled=self._last.token_ids)
-        self.tape.append_given(given)
-        self.record.messages += messages
-        self._note_state(state, messages)
-        self.count("tokens_given", len(given))
-
-    def _note_state(self, state: str | None, messages: Sequence[Message]) -> None:
-        """Note the state that the next turn starts from; single answers have none."""
-        if self.limits.max_turns > 1:
-            told = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
-            self._state = state_number(told if state is None else state)
+            self.count("tokens_given", conversation.add(messages))
+        conversation.note_state(state, messages)
 
     def note_results(self, results: Sequence[ToolResult]) -> None:
         """Note rewards, failures and metrics of the calls of the last turn."""
@@ -265,7 +300,8 @@ class LiveEpisode:
 
     def trajectory(self) -> Trajectory:
         """The episode as it is now."""
-        segments = [tape.segment() for tape in self._tapes if tape.num_turns]
+        answered = [c for c in self._conversations if c.tape.num_turns]
+        segments = [c.tape.segment() for c in answered]
         last = segments[-1] if segments else Segment([], [], [], None, [])
         trajectory = Trajectory(
             self.start.prompt,
@@ -275,51 +311,36 @@ class LiveEpisode:
             last.rollout_logprobs,
             last.versions,
             group=0,
-            truncated=self.is_cut,
+            truncated=bool(answered) and answered[-1].is_cut,
             states=last.states,
         )
         trajectory.earlier = segments[:-1]
-        if self._last is not None:
-            trajectory.text = self._text(self._last)
-        if self.limits.max_turns > 1:
-            self._counts["turns"] = self.num_turns
-            self._counts["tokens_sampled"] = sum(sum(s.response_mask) for s in segments)
-            self._counts["segments"] = len(segments)
-            if self.record.turn_rewards:
-                self.record.turn_rewards += [0.0] * (self.num_turns - len(self.record.turn_rewards))
-            self.record.counts = self._counts
-            trajectory.episode = self.record
+        if answered:
+            trajectory.text = answered[-1].turn_text(self.codec)
+        if self.limits.is_single:
+            return trajectory
+        self._counts["turns"] = self.num_turns
+        self._counts["tokens_sampled"] = sum(sum(s.response_mask) for s in segments)
+        self._counts["segments"] = len(segments)
+        if self.record.turn_rewards:
+            self.record.turn_rewards += [0.0] * (self.num_turns - len(self.record.turn_rewards))
+        self.record.counts = self._counts
+        if shown := answered[-1:] or self._conversations[-1:]:
+            self.record.messages, self.record.tools = shown[0].messages, shown[0].tools
+        trajectory.episode = self.record
         return trajectory
 
-    def _count_sampled(self, completion: Completion, seconds: float) -> None:
-        """Count the seconds of a turn in the engine, and the tokens of the history that it computed."""
-        self.count("sampling_s", seconds)
-        if completion.num_reused is not None:
-            self.count("prompt_tokens_computed", len(self.tape.ids) - completion.num_reused)
-            self.count("prompt_tokens_reused", completion.num_reused)
-
-    def _turn_params(self, params: SamplingParams) -> SamplingParams:
-        ids, limits = self.tape.ids, self.limits
+    def _turn_params(self, tape: Tape, params: SamplingParams) -> SamplingParams:
+        ids, limits = tape.ids, self.limits
         room = params.max_tokens
         if limits.max_tokens is not None:
-            room = min(room, limits.max_tokens - (len(ids) - len(self.tape.prompt_ids)))
-        if limits.context is not None and limits.max_turns > 1:
+            room = min(room, limits.max_tokens - (len(ids) - len(tape.prompt_ids)))
+        if limits.context is not None and not limits.is_single:
             room = min(room, limits.context - len(ids))
         if room < 1:
             raise EpisodeEnd("max_tokens")
-        number = self.params.sample_index + self.num_turns * TURN_STRIDE
+        number = self.params.sample_index + self._num_sampled * TURN_STRIDE
         return replace(params, n=1, seed=self.params.seed, sample_index=number, max_tokens=room)
-
-    def _without_closing(self, completion: Completion) -> list[int]:
-        ids = list(completion.token_ids)
-        while ids and ids[-1] in self._codec.stop_ids:
-            ids.pop()
-        return ids
-
-    def _text(self, completion: Completion) -> str:
-        if completion.text is not None:
-            return completion.text
-        return self._codec.decode_answer(completion.token_ids, self._last_params.stop)
 
 
 @contextmanager

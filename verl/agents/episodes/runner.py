@@ -57,6 +57,7 @@ class EpisodeRunner:
             max_tokens=None if driver is None else config.max_tokens,
             max_bad_calls=config.max_bad_calls,
             context=context,
+            is_single=driver is None,
         )
 
     async def run_group(

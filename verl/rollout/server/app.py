@@ -200,7 +200,8 @@ class Server:
     async def _answer(self, http: web.Request, *, is_chat: bool) -> web.StreamResponse:
         parsed = self._parser.parse(await read_json(http), is_chat=is_chat)
         self._check_weights()
-        writer = ResponseWriter.create(parsed, self._parser)
+        parser = self._parser
+        writer = ResponseWriter.create(parsed, parser.name, parser.codec, parser.token_texts)
         request = self._generator.submit(
             parsed.prompts,
             parsed.params,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import reprlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,7 +28,7 @@ _IGNORED_FIELDS = frozenset(
     }
 )
 # Fields of other servers that are not supported here, accepted with values that have no effect.
-_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -46,6 +46,9 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
 }
+
+
+B = TypeVar("B", bound=BaseModel)
 
 
 class APIError(Exception):
@@ -231,13 +234,7 @@ class RequestParser:
         Raises:
             APIError: it cannot be answered, or its answer would differ from what the body says.
         """
-        if not isinstance(body, dict):
-            raise APIError("need a JSON object as the body")
-        kind = ChatBody if is_chat else CompletionBody
-        try:
-            parsed = kind.model_validate(supported_fields(body))
-        except ValidationError as error:
-            raise as_api_error(error, kind) from None
+        parsed: RequestBody = validated(body, ChatBody if is_chat else CompletionBody)
         if parsed.model not in (None, self.name):
             raise APIError(
                 f"the model {parsed.model!r} does not exist; this server has {self.name!r}",
@@ -269,9 +266,7 @@ class RequestParser:
         self, body: RequestBody, prompts: Sequence[Sequence[int]], limit: int | None
     ) -> list[SamplingParams]:
         """Sampling parameters of each prompt; without a limit an answer may fill the rest of the context."""
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop
-        if not all(stop):
-            raise APIError("need stop as a text or a list of texts, none empty", param="stop")
+        stop = stop_texts(body)
         common = SamplingParams(
             temperature=body.temperature,
             top_p=body.top_p,
@@ -340,7 +335,34 @@ class RequestParser:
         return ids
 
 
-def supported_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+def validated(body: Any, kind: type[B], neutral: Mapping[str, Collection[Any]] = NEUTRAL_VALUES) -> B:
+    """The body of a request as fields with types.
+
+    Args:
+        body: as it was sent.
+        kind: its fields.
+        neutral: values without effect of fields that are not supported.
+
+    Raises:
+        APIError: a field is unknown or has a wrong value, or one that is not supported has an effect.
+    """
+    if not isinstance(body, dict):
+        raise APIError("need a JSON object as the body")
+    try:
+        return kind.model_validate(supported_fields(body, neutral))
+    except ValidationError as error:
+        raise as_api_error(error, kind) from None
+
+
+def stop_texts(body: RequestBody) -> list[str]:
+    """Stop texts of a request; raise APIError if one is empty."""
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    if not all(stop):
+        raise APIError("need stop as a text or a list of texts, none empty", param="stop")
+    return stop
+
+
+def supported_fields(body: Mapping[str, Any], neutral: Mapping[str, Collection[Any]]) -> dict[str, Any]:
     """The fields of a body that may change the answer, unknown ones included.
 
     Raises:
@@ -348,12 +370,12 @@ def supported_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {}
     for name, value in body.items():
-        if value is None or name in _IGNORED_FIELDS or value in _NEUTRAL_VALUES.get(name, ()):
+        if value is None or name in _IGNORED_FIELDS or value in neutral.get(name, ()):
             continue
-        if name in _NEUTRAL_VALUES:
-            neutral = " or ".join(map(repr, _NEUTRAL_VALUES[name]))
+        if name in neutral:
+            values = " or ".join(map(repr, neutral[name]))
             raise APIError(
-                f"{name} is not supported; leave it out, or give {neutral}",
+                f"{name} is not supported; leave it out, or give {values}",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -361,12 +383,12 @@ def supported_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def as_api_error(error: ValidationError, kind: type[RequestBody]) -> APIError:
+def as_api_error(error: ValidationError, kind: type[BaseModel]) -> APIError:
     """Convert a validation error, naming the field and what it must be; unknown fields come first."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     name, *rest = map(str, first["loc"])
     # Below other fields than messages are only the branches of a union.
-    place = ".".join([name, *rest[:2]]) if name == "messages" else name
+    place = ".".join([name, *rest[:2]]) if name in ("messages", "input") else name
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place, kind.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(kind.model_fields))}"

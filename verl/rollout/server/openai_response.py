@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.rollout.embedded.async_generator import Token
-from verl.rollout.server.openai_request import ParsedRequest, RequestParser
+from verl.rollout.server.openai_request import ParsedRequest
 from verl.utils.tokens import TextCodec
 
 
@@ -77,14 +77,20 @@ class ResponseWriter:
     created_s: int
 
     @classmethod
-    def create(cls, request: ParsedRequest, parser: RequestParser) -> ResponseWriter:
+    def create(
+        cls,
+        request: ParsedRequest,
+        name: str,
+        codec: TextCodec,
+        token_texts: dict[int, str] | None = None,
+    ) -> ResponseWriter:
         """Create a writer with a new id."""
         prefix = "chatcmpl" if request.is_chat else "cmpl"
         return cls(
             request,
-            parser.name,
-            parser.codec,
-            parser.token_texts,
+            name,
+            codec,
+            {} if token_texts is None else token_texts,
             f"{prefix}-{secrets.token_hex(12)}",
             int(time.time()),
         )
@@ -100,8 +106,8 @@ class ResponseWriter:
             )
             message = {"role": "assistant", "content": text, "refusal": None}
             content: dict[str, Any] = {"message": message} if self.request.is_chat else {"text": text}
-            choices.append(self._choice(answer, content, tokens, num_characters=0, is_first=True))
-        body = {**self._head(kind), "choices": choices, "usage": self.usage(answers)}
+            choices.append(self.choice(answer, content, tokens, num_characters=0, is_first=True))
+        body = {**self.head(kind), "choices": choices, "usage": self.usage(answers)}
         if self.request.is_chat and self.request.token_ids:
             body["prompt_token_ids"] = self.request.prompts[0]
         return {**body, "weight_version": answers[-1][-1].version}
@@ -129,7 +135,7 @@ class ResponseWriter:
             {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             for i in range(self.request.num_answers)
         ]
-        return [{**self._head("chat.completion.chunk"), "choices": [choice], **prompt} for choice in choices]
+        return [{**self.head("chat.completion.chunk"), "choices": [choice], **prompt} for choice in choices]
 
     def token_event(
         self, answer: int, detokenizer: IncrementalDetokenizer, tokens: Sequence[Token]
@@ -149,22 +155,23 @@ class ResponseWriter:
         if self.request.is_chat:
             content = {"delta": {"content": text} if text else {}}
         num_characters = detokenizer.num_characters
-        choice = self._choice(answer, content, tokens, num_characters=num_characters, is_first=is_first)
+        choice = self.choice(answer, content, tokens, num_characters=num_characters, is_first=is_first)
         detokenizer.num_characters += sum(len(self._token_text(i)) for i in ids)
         kind = "chat.completion.chunk" if self.request.is_chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "weight_version": tokens[-1].version}
+        return {**self.head(kind), "choices": [choice], "weight_version": tokens[-1].version}
 
     def last_events(self, answers: Sequence[Sequence[Token]]) -> list[dict[str, Any]]:
         """Events after the last token: the token counts, if they are requested."""
         if not self.request.usage_in_stream:
             return []
         kind = "chat.completion.chunk" if self.request.is_chat else "text_completion"
-        return [{**self._head(kind), "choices": [], "usage": self.usage(answers)}]
+        return [{**self.head(kind), "choices": [], "usage": self.usage(answers)}]
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def head(self, kind: str) -> dict[str, Any]:
+        """Fields that all bodies and events begin with."""
         return {"id": self.response_id, "object": kind, "created": self.created_s, "model": self.name}
 
-    def _choice(
+    def choice(
         self,
         answer: int,
         content: dict[str, Any],
