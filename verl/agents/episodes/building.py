@@ -17,7 +17,7 @@ from verl.utils.tokens import TextCodec
 # Functions that make the parts, by name: each loads packages that a run without it does not need.
 _TOOLS = "verl.agents.tools.tool_set:build_tools"
 _ENVIRONMENTS = "verl.agents.environments.process_environments:build_environments"
-_PROGRAMS = "verl.agents.programs.driver:ProgramDriver"
+_PROGRAMS = "verl.agents.programs.program_driver:ProgramDriver"
 
 
 @dataclass(frozen=True)

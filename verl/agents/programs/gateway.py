@@ -146,9 +146,8 @@ class Gateway:
         """POST /chat/completions."""
         access, body = self._access(http), await read_json(http)
         live = access.session.live
-        return await respond(
-            http, access, body, chat_request(body, live.params, live.codec), completion_reply
-        )
+        request = chat_request(body, live.params, live.codec)
+        return await respond(http, access, body, request=request, reply=completion_reply)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         """POST /completions."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +22,6 @@ from verl.utils.event_loops import gather_all
 from verl.utils.sampling_types import Prompt
 from verl.utils.tool_calls.calls import ParsedTurn
 
-_LOG = logging.getLogger(__name__)
 # Turns that may follow one that a request does not allow, each after a word about its fault.
 _MAX_RETOLD = 1
 # Requests that are refused after the end of an episode, before its program is ended.
@@ -70,7 +68,7 @@ class ProgramSession:
 
     Args:
         live: the episode.
-        noted: texts that were logged in this run, so that each is logged once.
+        note: takes a human-readable line, which is shown once in a run.
 
     Attributes:
         live: as above.
@@ -81,17 +79,17 @@ class ProgramSession:
         stopped: is done when the episode cannot go on, with the error if there is one.
     """
 
-    def __init__(self, live: LiveEpisode, noted: set[str]) -> None:
+    def __init__(self, live: LiveEpisode, note: Callable[[str], None]) -> None:
         self.live = live
         self.ending: Ending | None = None
         self.reward: Any = None
         self.refused, self.is_full = "", False
         self.loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[None] = self.loop.create_future()
-        self._noted = noted
+        self._note = note
         self._open: list[OpenConversation] = []
         self._tasks: set[asyncio.Task[list[TurnAnswer]]] = set()
-        self._num_refused = self._num_calls = self._num_running = 0
+        self._num_refused = self._num_running = 0
         self._busy_since_s, self._busy_s, self._is_closed = 0.0, 0.0, False
 
     async def answer(self, request: TurnRequest) -> list[TurnAnswer]:
@@ -182,13 +180,10 @@ class ProgramSession:
 
     def _note_overridden(self, request: TurnRequest) -> None:
         self.live.count("overridden")
-        text = (
+        self._note(
             f"requests of the program set {', '.join(request.overridden)}; the values of sampling take their "
             "place, since training compares logprobs at these"
         )
-        if text not in self._noted:
-            self._noted.add(text)
-            _LOG.warning(text)
 
     def _conversation_of(self, request: TurnRequest) -> OpenConversation:
         """The conversation that a request continues, with its new messages; else a new one."""
@@ -320,27 +315,13 @@ class ProgramSession:
         text = text[: min((text.find(stop) for stop in params.stop if stop in text), default=len(text))]
         if request.prompt is not None:
             return ParsedTurn(text)
-        turn = self.live.parser.parse(text, request.tools)
+        turn = self.live.parsed(text, request.tools)
         if turn.error or (turn.calls and not request.takes_calls):
             return ParsedTurn(text, error=turn.error if request.takes_calls else "")
-        calls = [
-            replace(call, id=f"call{(self._num_calls + i) % 100_000:05d}")
-            for i, call in enumerate(turn.calls[: request.max_calls])
-        ]
-        self._num_calls += len(calls)
-        return replace(turn, calls=tuple(calls))
+        return replace(turn, calls=turn.calls[: request.max_calls])
 
     def _count_calls(self, turn: ParsedTurn) -> None:
         if turn.error:
             self.live.count_bad_call()
         elif turn.calls:
             self.live.count_calls(len(turn.calls))
-
-
-def refused_detail(session: ProgramSession, failure: EpisodeFailure) -> EpisodeFailure:
-    """A failure of a program, with the request that was refused before it."""
-    if not session.refused:
-        return failure
-    return EpisodeFailure(
-        failure.outcome, f"{failure.detail}; the last request that was refused: {session.refused}"
-    )

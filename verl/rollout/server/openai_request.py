@@ -120,7 +120,7 @@ class CompletionBody(RequestBody):
 class TextPart(BaseModel):
     """One part of the content of a message."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
 
 
