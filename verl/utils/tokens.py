@@ -49,8 +49,8 @@ class TextCodec:
 
     Attributes:
         tokenizer: of the model.
-        stop_ids: ids that end an answer: the tokenizer's end token, the token with which the chat template
-            closes an answer, and those given.
+        stop_ids: ids that end a turn: the tokenizer's end token, those with which the chat template closes
+            an answer and calls, marks of roles where it closes turns with none, and those given.
         closing_ids: the token with which the chat template closes an answer, if it is one.
         template: the chat template.
 

@@ -200,7 +200,7 @@ class ChatTemplate:
                 **chat.kwargs,
                 **options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
         return str(text)
 
