@@ -15,6 +15,7 @@ import pytest
 from verl.agents.processes import fork_server_handle
 from verl.agents.processes.object_processes import ObjectProcesses
 from verl.agents.processes.process_failure import ProcessFailure
+from verl.agents.processes.reusable_processes import ReusableProcesses
 
 FILE = """
 import asyncio, os, random, signal, subprocess, sys, threading
@@ -348,6 +349,30 @@ def test_a_fork_server_that_is_killed_is_replaced(counters):
         await process.close()
 
     asyncio.run(run())
+
+
+def test_equal_objects_are_lent_and_a_call_that_is_given_up_costs_its_process(file):
+    pool = ObjectProcesses(f"{file}:Counter", max_processes=2)
+    processes = ReusableProcesses(pool, max_processes=2)
+
+    async def run():
+        pids = await asyncio.gather(*[processes.call("pid", timeout_s=20) for _ in range(6)])
+        assert len(set(pids)) <= 2
+        with pytest.raises(ProcessFailure, match="exit code 3"):
+            await processes.call("exits", timeout_s=20)
+        waiting = [asyncio.ensure_future(processes.call("waits", timeout_s=20)) for _ in range(4)]
+        last = asyncio.ensure_future(processes.call("add", 1, timeout_s=20))
+        await asyncio.sleep(0)
+        for each in waiting:
+            each.cancel()
+        assert await last == 1
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert not set(pids) & set(
+            await asyncio.gather(*[processes.call("pid", timeout_s=20) for _ in range(2)])
+        )
+
+    asyncio.run(run())
+    processes.close()
 
 
 PROGRAM = """

@@ -31,6 +31,7 @@ from verl.agents.tools.verl_host import VerlToolSpec
 from verl.agents.tools.verl_tools import VerlTools, verl_tools
 from verl.config.agent import AgentConfig
 from verl.config.fields import Choice
+from verl.rewards.execution.isolation import Callee
 from verl.tools.base_tool import BaseTool
 from verl.utils.event_loops import gather_all
 from verl.utils.sampling_types import Prompt
@@ -190,7 +191,10 @@ def build_tools(
     try:
         for choice in choices:
             built = chosen(choice, config, note)
-            (functions if isinstance(built, ToolFunction) else sources).append(built)  # type: ignore[attr-defined]
+            if isinstance(built, ToolFunction):
+                functions.append(built)
+            else:
+                sources.append(built)
         objects = [each for each in given if not is_named(each) and not isinstance(each, BaseTool)]
         specs = [VerlToolSpec(tool=each) for each in given if isinstance(each, BaseTool)]
         if specs:
@@ -224,7 +228,7 @@ def chosen(choice: Choice, config: AgentConfig, note: Callable[[str], None]) -> 
     name, options = choice.name, choice.options
     if name == "calculator":
         built = tool_function(calculator, place=name, options=options)
-        built.callee.place, built.callee.definition = "inline", None
+        built.callee = Callee(calculator, is_async=False, place="inline")
         return built
     if name == "search":
         return search_tools(options, timeout_s=config.call_timeout_s)
