@@ -22,7 +22,7 @@ _MAX_PAGES = 100
 
 @dataclass(frozen=True)
 class McpAddress:
-    """Where an MCP server is.
+    """Address of an MCP server.
 
     Attributes:
         url: of a server over streamable HTTP; "": the command starts one over stdio.
