@@ -9,7 +9,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # On small models one thread is faster than several that wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart install engines test lint structure docs clean
+.PHONY: help quickstart install engines environments test lint structure docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -23,6 +23,14 @@ install: $(STAMP)  ## make .venv with the pinned dependencies and verl itself
 engines:  ## make .venv-engines with real vLLM and SGLang for a machine without a GPU, for their tests
 	@echo "installing vLLM and SGLang into .venv-engines, about 5 minutes the first time"
 	@PYTHON=$(PYTHON) sh tests/cpu/install_engines.sh .venv-engines
+
+environments: $(STAMP)  ## make .venv-environments and others with environments from PyPI, for their tests
+	@echo "installing environments from PyPI, about 3 minutes the first time"
+	@$(BIN)/python -m tests.agents.environments.public_environments --requirements | while read -r folder requirements; do \
+		echo "  $$folder: $$requirements"; \
+		$(PYTHON) -m venv $$folder && $$folder/bin/python -m pip install -qq --disable-pip-version-check $$requirements \
+			|| exit 1; \
+	done
 
 test: $(STAMP)  ## run the unit tests
 	@$(BIN)/python -m pytest tests -q -n 2
@@ -39,7 +47,7 @@ docs: $(STAMP)  ## build the documentation into site/
 	@echo "documentation: site/index.html"
 
 clean:  ## delete .venv and everything that was built or cached
-	rm -rf $(VENV) .venv-engines site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-engines .venv-environments .venv-verifiers .venv-verifiers-0 site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

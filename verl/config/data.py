@@ -19,15 +19,15 @@ class DataSource(BaseModel):
     """One source of rows, by its path alone or with more about it: `{path: rows.jsonl, weight: 2}`.
 
     Attributes:
-        path: file, folder or glob of files, saved `datasets` folder, task:NAME, or a data set of the Hugging
-            Face hub as OWNER/NAME or OWNER/NAME:CONFIG.
+        path: file, folder or glob of files, saved `datasets` folder, task:NAME, environment (rows of
+            `agent.environment`), or a data set of the Hugging Face hub as OWNER/NAME or OWNER/NAME:CONFIG.
         name: of the source in metrics, and `data_source` of rows that have no such column; none: of its path.
         weight: its share of the prompts of a run, relative to the other sources; none: by its rows.
         split: of a data set of the hub or a saved one, such as train[:10%]; none: train or test, as the
             setting says.
         revision: of a data set of the hub: a branch, a tag or a commit.
         streaming: read a data set of the hub while the run goes on, and never all of it.
-        options: of a task that has some, such as {max_terms: 3}.
+        options: of a task or environment that has some, such as {max_terms: 3}.
         reward: function that rewards its rows, in place of `rewards.functions`.
         sampling: sampling parameters of its rows, over `sampling` and `evaluation`.
     """
@@ -55,8 +55,8 @@ class DataConfig(Section):
     train: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None,
         "JSON, JSONL, CSV, TSV, Parquet or Arrow file, folder or glob of such files, saved `datasets` "
-        "folder, OWNER/NAME[:CONFIG] of the hub, task:NAME, or memory (rows of a program); or "
-        "{path, weight, ...}; or a list of them.",
+        "folder, OWNER/NAME[:CONFIG] of the hub, task:NAME, environment (rows of the environment of the "
+        "episodes), or memory (rows of a program); or {path, weight, ...}; or a list of them.",
     )
     test: PathText | DataSource | tuple[PathText | DataSource, ...] | None = setting(
         None, "The same for evaluation; task:NAME stands for the held-out prompts of that task."

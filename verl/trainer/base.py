@@ -28,7 +28,7 @@ from verl.data.loading.prompt_limits import PromptLimits
 from verl.data.loading.prompt_store import PromptStore, selected
 from verl.data.loading.stream_loader import StreamLoader
 from verl.data.reading.data_files import Split
-from verl.data.reading.memory_rows import name_memory, with_memory
+from verl.data.reading.memory_rows import EnvironmentRows, name_memory, no_rows, with_environment, with_memory
 from verl.data.reading.sources import SourceSetting, sources_of
 from verl.data.trajectory import Trajectory
 from verl.engines.hf.families import context_length
@@ -140,6 +140,7 @@ class BaseTrainer(ABC):
         last, failed: answers of the last step with and without a reward; none where nothing is sampled.
         compares_groups: the advantage compares the answers to one prompt.
         stall_limit_s: seconds without progress after which the run is ended.
+        own_rows: gives the rows of the environment of the episodes, see `with_environment`.
         reserved_answer_tokens: tokens of the context that are reserved for the answer to a prompt.
     """
 
@@ -160,6 +161,7 @@ class BaseTrainer(ABC):
         test_dataset: Any = None,
     ) -> None:
         self._in_memory: dict[Split, Any] = {"train": train_dataset, "test": test_dataset}
+        self.own_rows: EnvironmentRows = no_rows
         config = name_memory(config, self._in_memory)
         roles = {"policy": config.policy}
         if isinstance(config, TrainerConfig):
@@ -363,10 +365,10 @@ class BaseTrainer(ABC):
         """Value of `data.train` or `data.test`, with the rows in memory that stand in it.
 
         Raises:
-            ValueError, TypeError: as `verl.data.reading.memory_rows.with_memory`.
+            ValueError, TypeError: as `with_memory` and `with_environment` of `verl.data.reading.memory_rows`.
         """
         setting = self.config.data.train if split == "train" else self.config.data.test
-        return with_memory(setting, self._in_memory[split], split)
+        return with_environment(with_memory(setting, self._in_memory[split], split), self.own_rows, split)
 
     def read_prompts(self, source: SourceSetting | None, split: Split) -> tuple[Sequence[Prompt], LoadReport]:
         """Prompts of a data set that are short enough; those to train on beyond memory are on disk.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from verl.agents.collector import DataCollector, RolloutBatch
-from verl.agents.episodes.building import GivenAgent, build_driver
+from verl.agents.episodes.building import GivenAgent, build_driver, environment_rows
 from verl.agents.row_sampling import check_row_sampling
 from verl.algorithms.objective import Algorithm, write_advantages
 from verl.config.data import DataSource, RewardsConfig, WeightedChoice
@@ -146,11 +146,11 @@ class Trainer(RunnableTrainer):
         self.compares_groups = "group_ids" in self.algorithm.reads and "values" not in self.algorithm.reads
         self.stall_limit_s = config.pipeline.stall_limit_s
         self.reserved_answer_tokens = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+        self.own_rows = partial(environment_rows, config.agent, self._agent)
         self.kl = KLController(config)
-        self._reward_fn = reward_fn
+        self._reward_fn, self._owns_rollout = reward_fn, rollout is None
         self._producer: BatchProducer | None = None
         self._step_limit: StepLimitMetric | None = None
-        self._owns_rollout = rollout is None
         self.start = policy_start(config, actor_model, note=self.notes.append)
         tokenizer, stop_ids = self.start.tokenizer, config.sampling.stop_ids
         self.codec = codec or TextCodec.for_run(tokenizer, config.data, stop_ids=stop_ids)

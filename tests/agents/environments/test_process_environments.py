@@ -265,7 +265,7 @@ def test_columns_that_reset_needs_are_checked_before_the_first_step():
 
 def test_an_environment_without_data_gives_rows_with_seeds(guess):
     train, test = guess.rows("train", {"size": 3}), guess.rows("test", {"size": 3})
-    assert train[0] == {"prompt": [{"role": "user", "content": ""}], "seed": 0}
+    assert train[0] == {"prompt": [{"role": "user", "content": "Begin.\n\n"}], "seed": 0}
     assert not {row["seed"] for row in train} & {row["seed"] for row in test}
     with pytest.raises(ValueError, match="no option 'level'"):
         guess.rows("train", {"level": 3})

@@ -30,8 +30,10 @@ from verl.utils.sampling_types import Prompt
 _HOSTED = "verl.agents.environments.hosted:HostedEnvironment"
 # Rows that an environment without data of its own gives, where nothing says how many.
 _SIZES = {"train": 500, "test": 100}
-# Between the seeds of the rows of two splits, which are counted up.
-_TEST_SEEDS = 1 << 30
+# Between the seeds of the rows of two data sets, which are counted up, and of the two splits.
+_SEEDS, _TEST_SEEDS = 1 << 20, 1 << 30
+# Prompt of these rows, to which the text of `reset` is appended.
+_PROMPT = "Begin.\n\n"
 # Column that names the environment, where a program hands over several.
 DEFAULT_COLUMN = "environment"
 
@@ -117,12 +119,13 @@ class ProcessEnvironments(Environments):
         given = self.at_start(self.rows_in_process(choice, split, options), choice)
         if given is not None:
             return [dict(row) for row in given]
-        if unknown := sorted(options.keys() - {"size", "seed"}):
+        if unknown := sorted(options.keys() - {"size", "seed", "prompt"}):
             raise ValueError(
-                f"{choice.name} has no data of its own, so no option {unknown[0]!r}, only size and seed"
+                f"{choice.name} has no data of its own, so no option {unknown[0]!r}, only size, seed and "
+                "prompt"
             )
-        first = int(options.get("seed", 0)) * (_TEST_SEEDS >> 8) + (_TEST_SEEDS if split == "test" else 0)
-        prompt = [{"role": "user", "content": ""}]
+        first = int(options.get("seed", 0)) * _SEEDS + (_TEST_SEEDS if split == "test" else 0)
+        prompt = [{"role": "user", "content": str(options.get("prompt", _PROMPT))}]
         return [{"prompt": prompt, "seed": first + number} for number in range(size)]
 
     @override

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from verl.agents.environments.session import Environments
 from verl.agents.episodes.driver import EpisodeDriver, ToolLoop
@@ -84,6 +84,23 @@ def build_driver(
     if has_tools:
         parts.append(_load(_TOOLS)(config, given.tools, folder=folder, note=note))
     return ToolLoop(parts[0] if len(parts) == 1 else combined(parts))
+
+
+def environment_rows(
+    config: AgentConfig, given: GivenAgent, split: Literal["train", "test"], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of the data of the environment of a run, see `Environments.rows`.
+
+    Raises:
+        ValueError: there is no environment, or it cannot be loaded, or it has no such option.
+    """
+    if not given.rewards(config) or config.program is not None or given.program is not None:
+        raise ValueError(f"need agent.environment for data.{split}=environment, got none; name files instead")
+    environments: Environments = _load(_ENVIRONMENTS)(config, given.environment)
+    try:
+        return environments.rows(split, options)
+    finally:
+        environments.close()
 
 
 def combined(parts: Sequence[Environments]) -> Environments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +31,12 @@ _FORMS = (
 
 # Path of a source that stands for the rows that a program hands over.
 MEMORY = "memory"
+# Path of a source that stands for the rows of the environment of the episodes.
+ENVIRONMENT = "environment"
 Run = TypeVar("Run", bound=RunConfig)
 _ANY = DataSource(path=MEMORY)
+# Rows of a split of the environment's own data, with options of the source.
+EnvironmentRows = Callable[[Split, Mapping[str, Any]], list[dict[str, Any]]]
 _DATASETS = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
 
 
@@ -135,6 +139,39 @@ def with_memory(setting: SourceSetting | None, data: Any, split: Split) -> Sourc
     check_keys(named[0])
     rows = rows_in_memory(data, name, split, source=named[0])
     return [rows if one is named[0] else one for one in sources]
+
+
+def no_rows(split: Split, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an environment where there is none.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"need agent.environment for data.{split}={ENVIRONMENT}, got none; name files instead")
+
+
+def with_environment(
+    setting: SourceSetting | None, rows: EnvironmentRows, split: Split
+) -> SourceSetting | None:
+    """Value of `data.train` or `data.test` with the rows of the environment for the source `environment`.
+
+    Args:
+        setting: the value.
+        rows: gives the environment's own rows of a split, with the options of the source.
+        split: train or test.
+
+    Raises:
+        ValueError: the environment has none, or no such option.
+    """
+    sources = listed(setting)
+    if not any(isinstance(one, DataSource) and one.path == ENVIRONMENT for one in sources):
+        return setting
+    return [
+        rows_in_memory(rows(split, one.options.values), f"data.{split}", split, source=one)
+        if isinstance(one, DataSource) and one.path == ENVIRONMENT
+        else one
+        for one in sources
+    ]
 
 
 def name_memory(config: Run, given: Mapping[Split, Any]) -> Run:

@@ -39,6 +39,7 @@ class OpenEnvEnvironment:
     def __init__(
         self,
         name: str,
+        *,
         field: str | None = None,
         columns: Sequence[str] = (),
         headers: Mapping[str, str] | None = None,

@@ -33,7 +33,7 @@ class ReasoningGymEnvironment:
     ) -> None:
         if tries < 1:
             raise ValueError(f"need tries of at least 1, got {tries}")
-        self._tasks = importlib.import_module("verl.data.gym_tasks")
+        self._tasks = importlib.import_module("verl.data.tasks.gym_tasks")
         self._tags = importlib.import_module("verl.rewards.library.reasoning_gym")
         self._name, self._options = name, options
         self._left, self._discount, self._worth = tries, discount, 1.0

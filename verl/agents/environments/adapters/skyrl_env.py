@@ -31,7 +31,8 @@ class SkyrlEnvironment:
         """Messages of the prompt, as the environment's `init` gives them."""
         extras = {"extra_info": {}, **columns, **self._extras}
         if answer is not None:
-            extras.setdefault("reward_spec", {"method": "rule", "ground_truth": answer})
+            for name in ("reward_spec", "reward_model"):  # its environments name it so or so
+                extras.setdefault(name, {"method": "rule", "ground_truth": answer})
         if ":" in self._name:
             module, _, kind = self._name.partition(":")
             make = getattr(importlib.import_module(module), kind)
