@@ -58,7 +58,13 @@ AGENT_TASKS = {
         0.35,
         60,
         0.8,
-        ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=8"),
+        (
+            "sampling.max_tokens=8",
+            "algorithm.minibatches=1",
+            "agent.max_calls=6",
+            "agent.max_turns=7",
+            "evaluation.samples=8",
+        ),
         {
             "environment": (f"agent.environment={EXAMPLES}/guess.py:Guess",),
             "tools": (
@@ -168,13 +174,14 @@ def taught(name: str, seed: int, folder: Path) -> int:
     tuner = SFTTrainer(load_sft_config(None, settings), console=quiet)
     tuner.load_train_data()
     # Both trainers hold the same model, so this one plays with the weights that are being fine-tuned.
-    config = load_config("quickstart", settings_of(name, next(iter(task.rungs)), seed, str(folder)))
+    few = ("evaluation.prompts=64", "evaluation.samples=2")
+    config = load_config("quickstart", settings_of(name, next(iter(task.rungs)), seed, str(folder), few))
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(start)})})
     model = tuner.policy_engine.model.transformer
     player = Trainer(config, actor_model=model, codec=tuner.codec, console=quiet)
     while tuner.version < task.warm_steps:
         tuner.step()
-        if tuner.version % 10 == 0 and player.evaluate()["eval/reward"] >= task.enough:
+        if tuner.version % 20 == 0 and player.evaluate()["eval/reward"] >= task.enough:
             break
     tuner.save_model(folder / "taught" / "model")
     player.close()
