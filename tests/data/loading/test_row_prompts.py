@@ -121,3 +121,10 @@ def test_wrong_parameters_are_named_with_their_place(tmp_path):
         loaded(tmp_path, [{}], sampling={"seed": 1})
     with pytest.raises(ValueError, match="need the column 'how', which rewards.column or data.sampling_key"):
         loaded(tmp_path, [{}], DataConfig(sampling_key="how"))
+
+
+def test_broken_json_is_named_by_its_place_in_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"line 2: .* invalid JSON: Expecting value at character 1[0-9]\n"):
+        load_prompts(str(path), DataConfig(), split="train")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -66,6 +68,18 @@ def test_an_interrupted_evaluation_ends_as_one_that_was_not(trainer, tmp_path):
     half = (tmp_path / "parts" / "answers.jsonl").read_bytes()
     assert 0 < len(half) < len(whole[1])
     assert run(trainer, tmp_path / "parts") == whole
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(trainer, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        message = "cannot write .*answers.jsonl: No space left on device; make room"
+        with pytest.raises(RuntimeError, match=message):
+            run(trainer, tmp_path / "parts")
+    assert run(trainer, tmp_path / "parts") == run(trainer, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("cut", [1, 40, 700])
