@@ -268,13 +268,16 @@ class DataCollector:
             complete([*enumerate(groups, first)])
             first += len(portion)
 
-    def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Check that rows have what their tools and environments need.
+    def check_data(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Check that rows have what their episodes need, and that the chat template can write these.
+
+        Returns:
+            Sentences on what the template would write otherwise.
 
         Raises:
-            ValueError: a row has not.
+            ValueError: a row has not, or the template cannot.
         """
-        self._sampler.check_data(prompts)
+        return self._sampler.check_data(prompts)
 
     def close(self) -> None:
         """End the tools, environments and programs of episodes; may be called again."""

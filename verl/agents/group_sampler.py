@@ -18,8 +18,9 @@ from verl.data.trajectory import Trajectory
 from verl.rewards.functions import RewardFunctions
 from verl.rewards.shaping import overlong_penalty
 from verl.rollout.group_sampling import Sampler
+from verl.utils.chat.turn_probe import probe_turns
 from verl.utils.sampling_types import Prompt, SamplingParams
-from verl.utils.tokens import TextCodec
+from verl.utils.tokens import TextCodec, is_text
 
 
 class GroupSampler:
@@ -70,9 +71,13 @@ class GroupSampler:
         """True if answers may have several turns."""
         return not isinstance(self._episodes.driver, SingleAnswer)
 
-    def check_data(self, prompts: Sequence[Prompt]) -> None:
-        """Check the rows of the data for what plays episodes; raises ValueError."""
-        self._episodes.driver.check_data(prompts)
+    def check_data(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Check rows and chat template for episodes; see `DataCollector.check_data`."""
+        driver = self._episodes.driver
+        driver.check_data(prompts)
+        if not self.has_episodes or all(is_text(prompt) for prompt in prompts):
+            return []
+        return probe_turns(self._codec, has_tools=driver.offers_tools)
 
     def close(self) -> None:
         """End what plays episodes."""

@@ -304,7 +304,7 @@ class Trainer(RunnableTrainer):
             self._producer.close()
             self._producer = None
         if self.loader:
-            self.collector.check_data(self.loader.prompts)
+            self.notes += self.collector.check_data(self.loader.prompts)
         if self.rewards and self.loader:  # a mistake in them is found before the first step
             self.rewards.check_data(self.loader.prompts)
             self.rewards.check_data(self.test_prompts if self.eval_every else [])

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from verl.agents.environments.session import Environments
 from verl.agents.episodes.driver import EpisodeDriver, ToolLoop
 from verl.config.agent import AgentConfig
-from verl.utils.chat.turn_probe import probe_turns
 from verl.utils.tokens import TextCodec
 
 # Functions that make the parts, by name: each loads packages that a run without it does not need.
@@ -58,15 +57,13 @@ def build_driver(
         note: takes human-readable lines.
 
     Raises:
-        ValueError: parts that do not go together, cannot be loaded, or that the chat template cannot show.
+        ValueError: parts that do not go together, or cannot be loaded.
     """
     has_program = config.program is not None or given.program is not None
     has_tools = bool(config.tools or given.tools)
     has_environment = not has_program and given.rewards(config)
     if not (has_program or has_tools or has_environment):
         return None
-    for line in probe_turns(codec, has_tools=has_tools or has_program):
-        note(line)
     if has_program:
         if has_tools or config.environment or config.environment_column or given.environment is not None:
             raise ValueError(
@@ -83,7 +80,7 @@ def build_driver(
         parts.append(_load(_ENVIRONMENTS)(config, given.environment, folder=folder, note=note))
     if has_tools:
         parts.append(_load(_TOOLS)(config, given.tools, folder=folder, note=note))
-    return ToolLoop(parts[0] if len(parts) == 1 else combined(parts))
+    return ToolLoop(parts[0] if len(parts) == 1 else combined(parts), offers_tools=has_tools)
 
 
 def environment_rows(

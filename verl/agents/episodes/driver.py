@@ -15,7 +15,13 @@ from verl.utils.tool_calls.calls import ParsedTurn
 
 
 class EpisodeDriver(ABC):
-    """Plays episodes to their end."""
+    """Plays episodes to their end.
+
+    Attributes:
+        offers_tools: every episode has tools, so that the chat template must write them.
+    """
+
+    offers_tools: bool = False
 
     @abstractmethod
     async def run(self, live: LiveEpisode) -> None:
@@ -53,10 +59,11 @@ class ToolLoop(EpisodeDriver):
 
     Args:
         environments: opens a session for each episode.
+        offers_tools: see `EpisodeDriver`; tools of an environment are known when it is opened.
     """
 
-    def __init__(self, environments: Environments) -> None:
-        self._environments = environments
+    def __init__(self, environments: Environments, *, offers_tools: bool = False) -> None:
+        self._environments, self.offers_tools = environments, offers_tools
 
     @override
     async def run(self, live: LiveEpisode) -> None:
