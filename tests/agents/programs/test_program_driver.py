@@ -82,7 +82,7 @@ def test_a_function_gets_the_row_and_a_client_and_its_reward_is_that_of_the_epis
 
 FAILURES = [
     ("silent", {}, "environment_error", "without a request"),
-    ("raising", {}, "environment_error", "KeyError: 'column' (.*my_agent.py:"),
+    ("raising", {}, "environment_error", "KeyError: 'column' .*my_agent.py:"),
     ("dying", {}, "environment_crash", "exit code 7"),
     ("forever", {"max_turns": 2}, "episode_max_turns", "BadRequestError"),
     ("hanging", {"timeout_s": 3.0}, "episode_timeout", ""),

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -22,8 +21,7 @@ from verl.utils.process_id import exit_text
 # A command that writes more is ended.
 MAX_OUTPUT_BYTES = 16 << 20
 # Kept from the end of standard output and standard error.
-_MAX_LINES = 20
-_MAX_LINE_CHARS = 2000
+_MAX_LINES, _MAX_END_BYTES = 20, 1 << 16
 
 
 class FunctionHost:
@@ -84,9 +82,9 @@ class CommandHost:
         code = process.wait()
         for output in outputs:
             output.thread.join(1.0)  # a process that it has left may hold the pipe open
-        lines = list(outputs[0].lines)
-        fault = ""
+        lines, fault = outputs[0].lines, ""
         if any(output.is_flooded for output in outputs):
+            code = 0  # killed for it
             fault = f"it wrote more than {MAX_OUTPUT_BYTES >> 20} MiB; write less"
         elif code:
             said = "\n".join(outputs[1].lines)
@@ -95,32 +93,33 @@ class CommandHost:
 
 
 class OutputTail:
-    """The last lines of a stream of a command, read in a thread.
+    """The end of a stream of a command, read in a thread.
 
     Args:
         process: is killed when it writes too much.
         stream: of it.
 
     Attributes:
-        lines: the last ones so far.
         is_flooded: it wrote too much.
         thread: that reads.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], stream: IO[bytes]) -> None:
-        self.lines: deque[str] = deque(maxlen=_MAX_LINES)
         self.is_flooded = False
-        self._process, self._stream, self._num_bytes = process, stream, 0
+        self._process, self._stream, self._num_bytes, self._end = process, stream, 0, b""
         self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
+    @property
+    def lines(self) -> list[str]:
+        """The last lines that are not empty."""
+        lines = [line for line in self._end.decode(errors="replace").splitlines() if line.strip()]
+        return lines[-_MAX_LINES:]
+
     def _read(self) -> None:
-        while line := self._stream.readline(1 << 16):
-            self._num_bytes += len(line)
-            text = line.decode(errors="replace").rstrip("\n")
-            # Rewards are short; of a line that is too long, the last piece is kept.
-            if text.strip():
-                self.lines.append(text[-_MAX_LINE_CHARS:])
+        while chunk := os.read(self._stream.fileno(), 1 << 16):
+            self._num_bytes += len(chunk)
+            self._end = (self._end + chunk)[-_MAX_END_BYTES:]
             if self._num_bytes > MAX_OUTPUT_BYTES:
                 self.is_flooded = True
                 self._process.kill()
