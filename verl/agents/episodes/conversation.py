@@ -12,7 +12,7 @@ from verl.utils.sampling_types import Completion, SamplingParams
 from verl.utils.tokens import TextCodec
 
 
-class Conversation:
+class LiveConversation:
     """Messages of a segment, and their tokens on a tape.
 
     Args:

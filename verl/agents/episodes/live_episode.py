@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from verl.agents.environments.session import EpisodeFailure, EpisodeStart, StepResult, ToolResult
-from verl.agents.episodes.conversation import Conversation
+from verl.agents.episodes.conversation import LiveConversation
 from verl.agents.episodes.tape import Tape
 from verl.config.agent import Ending
 from verl.data.trajectory import EpisodeRecord, Segment, Trajectory
@@ -95,13 +95,13 @@ class LiveEpisode:
         self.num_turns = 0
         self.codec, self.parser = codec, parser
         self._engine, self._affinity = engine, affinity
-        self._conversations: list[Conversation] = []
+        self._conversations: list[LiveConversation] = []
         self._num_calls = self._num_bad_calls = self._num_sampled = 0
         self._call_ids: list[str] = []
         self._counts: dict[str, float] = {}
 
     @property
-    def conversation(self) -> Conversation:
+    def conversation(self) -> LiveConversation:
         """The current segment: the one that was begun or sampled last."""
         return self._conversations[-1]
 
@@ -131,7 +131,7 @@ class LiveEpisode:
         prompt_ids: list[int] | None = None,
         state: str | None = None,
         renderer: TurnRenderer | None = None,
-    ) -> Conversation:
+    ) -> LiveConversation:
         """Begin a segment.
 
         Args:
@@ -149,14 +149,16 @@ class LiveEpisode:
         renderer = renderer or renderer_for(self.codec, self.start.prompt, tools)
         with as_failure():
             ids = renderer.start(messages) if prompt_ids is None else prompt_ids
-        conversation = Conversation(ids, messages, tools, renderer=renderer)
+        conversation = LiveConversation(ids, messages, tools, renderer=renderer)
         if not self.limits.is_single:
             conversation.note_state(state, messages)
         self._conversations.append(conversation)
         self.record.messages, self.record.tools = conversation.messages, conversation.tools
         return conversation
 
-    async def sample(self, conversation: Conversation, params: SamplingParams | None = None) -> Completion:
+    async def sample(
+        self, conversation: LiveConversation, params: SamplingParams | None = None
+    ) -> Completion:
         """Sample the tokens of the next turn of a conversation; `answer` also parses them.
 
         A call that is cancelled leaves the conversation as it was.
@@ -226,7 +228,7 @@ class LiveEpisode:
         messages: Sequence[Message],
         *,
         state: str | None = None,
-        conversation: Conversation | None = None,
+        conversation: LiveConversation | None = None,
     ) -> None:
         """Append messages of tools, environment or user to a conversation.
 

@@ -29,7 +29,7 @@ def template_message(message: Mapping[str, Any], place: str) -> Message:
 
 
 def message_key(message: Message) -> MessageKey:
-    """What a message says, however it is spelled.
+    """Content of a message, equal for all its spellings.
 
     Numbers of calls and thoughts are left out, since agents rename the first and drop the second; so is the
     white space around what the assistant says.

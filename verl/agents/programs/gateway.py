@@ -16,8 +16,8 @@ from aiohttp import web
 from verl.agents.programs.chat_messages import canonical
 from verl.agents.programs.program_session import ProgramSession
 from verl.agents.programs.responses_api import response_body, response_events, responses_request
-from verl.agents.programs.turn_answer import TurnAnswer, completion_body, completion_events, encoded_events
-from verl.agents.programs.turn_request import TurnRequest, chat_request, completion_request
+from verl.agents.programs.turn_answer import ProgramAnswer, completion_body, completion_events, encoded_events
+from verl.agents.programs.turn_request import ProgramRequest, chat_request, completion_request
 from verl.rollout.server.http_json import errors_as_json, read_json
 from verl.rollout.server.openai_request import APIError
 from verl.utils.chat.turn_rendering import Message
@@ -45,7 +45,7 @@ class Exchange:
         is_delivered: the client has read the answer, as far as that can be known.
     """
 
-    future: asyncio.Future[list[TurnAnswer]]
+    future: asyncio.Future[list[ProgramAnswer]]
     body: bytes | None = None
     is_delivered: bool = False
 
@@ -162,7 +162,7 @@ class Gateway:
         live = access.session.live
         request, history = responses_request(body, live.params, live.codec, earlier=access.histories)
 
-        def reply(answers: list[TurnAnswer]) -> bytes | dict[str, Any]:
+        def reply(answers: list[ProgramAnswer]) -> bytes | dict[str, Any]:
             (answer,) = answers
             whole = response_body(answer)
             access.histories[whole["id"]] = [*history, answer.message]
@@ -210,7 +210,7 @@ def model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "verl"}
 
 
-def completion_reply(answers: list[TurnAnswer]) -> bytes | dict[str, Any]:
+def completion_reply(answers: list[ProgramAnswer]) -> bytes | dict[str, Any]:
     """Body of completions of both kinds, or their events."""
     if answers[0].request.streams:
         return encoded_events(completion_events(answers), ends_with_done=True)
@@ -239,8 +239,8 @@ async def respond(
     access: Access,
     body: Any,
     *,
-    request: TurnRequest,
-    reply: Callable[[list[TurnAnswer]], bytes | dict[str, Any]],
+    request: ProgramRequest,
+    reply: Callable[[list[ProgramAnswer]], bytes | dict[str, Any]],
 ) -> web.StreamResponse:
     """Answer a request; a repeated one whose answer was lost gets the same answer.
 
@@ -304,7 +304,7 @@ async def event_stream(http: web.Request) -> web.StreamResponse:
 
 
 async def deliver(
-    http: web.Request, exchange: Exchange, request: TurnRequest, stream: web.StreamResponse | None = None
+    http: web.Request, exchange: Exchange, request: ProgramRequest, stream: web.StreamResponse | None = None
 ) -> web.StreamResponse:
     """Send an answer, and note that it arrived."""
     assert exchange.body is not None

@@ -78,7 +78,7 @@ class FunctionProgram(Program):
         self._name = function if isinstance(function, str) else str(function)
         self._definition, self._limit_s = definition_of(function), config.timeout_s + _MARGIN_S
         self._processes = ObjectProcesses(
-            f"{_HOSTS}:FunctionHost",
+            f"{_HOSTS}:SolveHost",
             max_processes=config.max_processes,
             name="program",
             preload=[function, "openai:OpenAI"],
@@ -116,7 +116,7 @@ class CommandProgram(Program):
     """
 
     def __init__(self, words: Sequence[str], config: AgentConfig) -> None:
-        self._words = [str(Path(word).resolve()) if Path(word).is_file() else word for word in words]
+        self._words = [os.path.abspath(word) if Path(word).is_file() else word for word in words]
         self._limit_s = config.timeout_s + _MARGIN_S
         self._processes = ObjectProcesses(
             f"{_HOSTS}:CommandHost", max_processes=config.max_processes, name="program"

@@ -24,7 +24,7 @@ MAX_OUTPUT_BYTES = 16 << 20
 _MAX_LINES, _MAX_END_BYTES = 20, 1 << 16
 
 
-class FunctionHost:
+class SolveHost:
     """Runs `solve(task, client)`.
 
     Args:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl.agents.environments.session import EpisodeFailure
-from verl.agents.episodes.conversation import Conversation
+from verl.agents.episodes.conversation import LiveConversation
 from verl.agents.episodes.live_episode import EpisodeEnd, LiveEpisode
 from verl.agents.programs.chat_messages import MessageKey, message_key, message_keys
-from verl.agents.programs.turn_answer import TurnAnswer, completion_text
-from verl.agents.programs.turn_request import TurnRequest
+from verl.agents.programs.turn_answer import ProgramAnswer, completion_text
+from verl.agents.programs.turn_request import ProgramRequest
 from verl.config.agent import Ending
 from verl.rollout.server.openai_request import APIError
 from verl.utils.chat.turn_rendering import renderer_for
@@ -36,7 +36,7 @@ class OpenConversation:
 
     Attributes:
         conversation: its messages and tokens.
-        setting: of the requests that it holds, see `TurnRequest.setting`.
+        setting: of the requests that it holds, see `ProgramRequest.setting`.
         keys: of the messages as the agent knows them.
         text: prompt and answers of completions whose prompts are texts; None: others.
         is_chat: for chats, else for completions.
@@ -44,7 +44,7 @@ class OpenConversation:
         is_ended: no text can follow, as tokens were sampled that the text does not have.
     """
 
-    conversation: Conversation
+    conversation: LiveConversation
     setting: str
     keys: list[MessageKey] = field(default_factory=list)
     text: str | None = None
@@ -88,11 +88,11 @@ class ProgramSession:
         self.stopped: asyncio.Future[None] = self.loop.create_future()
         self._note = note
         self._open: list[OpenConversation] = []
-        self._tasks: set[asyncio.Task[list[TurnAnswer]]] = set()
+        self._tasks: set[asyncio.Task[list[ProgramAnswer]]] = set()
         self._num_refused = self._num_running = 0
         self._busy_since_s, self._busy_s, self._is_closed = 0.0, 0.0, False
 
-    async def answer(self, request: TurnRequest) -> list[TurnAnswer]:
+    async def answer(self, request: ProgramRequest) -> list[ProgramAnswer]:
         """The turns that answer a request; cancelling it leaves none of a turn in sampling.
 
         Raises:
@@ -169,7 +169,7 @@ class ProgramSession:
             code=f"episode_{ending}",
         )
 
-    async def _answers(self, request: TurnRequest) -> list[TurnAnswer]:
+    async def _answers(self, request: ProgramRequest) -> list[ProgramAnswer]:
         if request.overridden:
             self._note_overridden(request)
         first = self._conversation_of(request)
@@ -178,14 +178,14 @@ class ProgramSession:
             branch.is_busy = True
         return await gather_all([self._turn(branch, request) for branch in branches])
 
-    def _note_overridden(self, request: TurnRequest) -> None:
+    def _note_overridden(self, request: ProgramRequest) -> None:
         self.live.count("overridden")
         self._note(
             f"requests of the program set {', '.join(request.overridden)}; the values of sampling take their "
             "place, since training compares logprobs at these"
         )
 
-    def _conversation_of(self, request: TurnRequest) -> OpenConversation:
+    def _conversation_of(self, request: ProgramRequest) -> OpenConversation:
         """The conversation that a request continues, with its new messages; else a new one."""
         if request.prompt is not None:
             return self._prompted(request)
@@ -212,7 +212,7 @@ class ProgramSession:
         self._open.append(OpenConversation(conversation, request.setting, keys))
         return self._open[-1]
 
-    def _extended(self, opened: OpenConversation, request: TurnRequest, known: int) -> bool:
+    def _extended(self, opened: OpenConversation, request: ProgramRequest, known: int) -> bool:
         """Append the new messages of a request; False if the template writes them so that they cannot be."""
         if known == len(request.messages):
             return True
@@ -223,7 +223,7 @@ class ProgramSession:
             return False
         return True
 
-    def _prompted(self, request: TurnRequest) -> OpenConversation:
+    def _prompted(self, request: ProgramRequest) -> OpenConversation:
         """The conversation of a request for completions."""
         codec, prompt = self.live.codec, request.prompt
         assert prompt is not None
@@ -262,7 +262,7 @@ class ProgramSession:
         self._open.append(replace(opened, conversation=conversation, keys=list(opened.keys)))
         return self._open[-1]
 
-    async def _turn(self, opened: OpenConversation, request: TurnRequest) -> TurnAnswer:
+    async def _turn(self, opened: OpenConversation, request: ProgramRequest) -> ProgramAnswer:
         """Sample a turn that the request allows, or the last one that was tried."""
         conversation = opened.conversation
         try:
@@ -285,7 +285,9 @@ class ProgramSession:
             opened.is_ended = answer.completion.finish_reason != "length" or not is_whole
         return answer
 
-    async def _retold(self, conversation: Conversation, answer: TurnAnswer, fault: str) -> TurnAnswer:
+    async def _retold(
+        self, conversation: LiveConversation, answer: ProgramAnswer, fault: str
+    ) -> ProgramAnswer:
         """The turn after a word about the fault of the last one, which the agent does not get to see."""
         conversation.messages.append(answer.turn.message)
         try:
@@ -298,14 +300,14 @@ class ProgramSession:
             del conversation.messages[-2 if conversation.messages[-1]["role"] == "user" else -1 :]
         return again
 
-    async def _sampled(self, conversation: Conversation, request: TurnRequest) -> TurnAnswer:
+    async def _sampled(self, conversation: LiveConversation, request: ProgramRequest) -> ProgramAnswer:
         prompt_ids = conversation.tape.ids
         completion = await self.live.sample(conversation, request.params)
         params = conversation.params or request.params
         turn = self._parsed(conversation, request)
-        return TurnAnswer(request, turn, completion, params, prompt_ids, self.live.codec)
+        return ProgramAnswer(request, turn, completion, params, prompt_ids, self.live.codec)
 
-    def _parsed(self, conversation: Conversation, request: TurnRequest) -> ParsedTurn:
+    def _parsed(self, conversation: LiveConversation, request: ProgramRequest) -> ParsedTurn:
         codec, params = self.live.codec, conversation.params
         assert params is not None
         ids = conversation.turn_ids(codec)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from verl.agents.programs.turn_answer import TurnAnswer
-from verl.agents.programs.turn_request import TurnRequest, chat_request
+from verl.agents.programs.turn_answer import ProgramAnswer
+from verl.agents.programs.turn_request import ProgramRequest, chat_request
 from verl.rollout.server.openai_request import APIError, validated
 from verl.utils.chat.turn_rendering import Message
 from verl.utils.sampling_types import SamplingParams
@@ -56,7 +56,7 @@ class ResponsesBody(BaseModel):
 
 def responses_request(
     body: Any, params: SamplingParams, codec: TextCodec, *, earlier: Mapping[str, Sequence[Message]]
-) -> tuple[TurnRequest, list[Message]]:
+) -> tuple[ProgramRequest, list[Message]]:
     """The request of a body of the responses API, and its history without instructions.
 
     Args:
@@ -77,12 +77,6 @@ def responses_request(
         )
     if wrong := set(parsed.include) - {_LOGPROBS, "reasoning.encrypted_content"}:
         raise APIError(f"include {min(wrong)!r} is not supported; leave it out", param="include")
-    if parsed.reasoning.get("effort") is not None:
-        raise APIError(
-            "reasoning.effort is not supported; leave it out, or set data.chat_template_kwargs of the run",
-            param="reasoning",
-            code="unsupported_parameter",
-        )
     known = list(earlier[parsed.previous_response_id]) if parsed.previous_response_id else []
     history = [*known, *messages_of(parsed.input)]
     system = [{"role": "system", "content": parsed.instructions}] if parsed.instructions else []
@@ -94,6 +88,8 @@ def responses_request(
         "tool_choice": parsed.tool_choice,
         "response_format": response_format_of(parsed.text),
         "max_tokens": parsed.max_output_tokens,
+        "reasoning_effort": parsed.reasoning.get("effort"),
+        "verbosity": parsed.text.get("verbosity"),
         "logprobs": _LOGPROBS in parsed.include,
     }
     request = chat_request(chat, params, codec)
@@ -147,7 +143,7 @@ def response_format_of(text: Mapping[str, Any]) -> dict[str, Any]:
     return dict(text.get("format") or {"type": "text"})
 
 
-def response_body(answer: TurnAnswer) -> dict[str, Any]:
+def response_body(answer: ProgramAnswer) -> dict[str, Any]:
     """The body of a response."""
     request, turn, completion = answer.request, answer.turn, answer.completion
     is_cut = completion.finish_reason == "length"

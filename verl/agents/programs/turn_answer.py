@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.agents.programs.turn_request import TurnRequest
+from verl.agents.programs.turn_request import ProgramRequest
 from verl.rollout.embedded.async_generator import Token
 from verl.rollout.server.openai_request import ParsedRequest
 from verl.rollout.server.openai_response import ResponseWriter
@@ -19,7 +19,7 @@ from verl.utils.tool_calls.calls import ParsedTurn
 
 
 @dataclass(frozen=True)
-class TurnAnswer:
+class ProgramAnswer:
     """One sampled turn as an answer.
 
     Attributes:
@@ -32,7 +32,7 @@ class TurnAnswer:
         id: new for each answer.
     """
 
-    request: TurnRequest
+    request: ProgramRequest
     turn: ParsedTurn
     completion: Completion
     params: SamplingParams
@@ -77,7 +77,7 @@ class TurnAnswer:
         return [{**entry, "bytes": entry["bytes"] or []} for entry in entries]
 
 
-def writer_of(answers: Sequence[TurnAnswer]) -> ResponseWriter:
+def writer_of(answers: Sequence[ProgramAnswer]) -> ResponseWriter:
     """The writer of the answers to one request."""
     first = answers[0]
     request = first.request
@@ -95,7 +95,7 @@ def writer_of(answers: Sequence[TurnAnswer]) -> ResponseWriter:
     return ResponseWriter.create(parsed, request.model, first.codec)
 
 
-def completion_body(answers: Sequence[TurnAnswer]) -> dict[str, Any]:
+def completion_body(answers: Sequence[ProgramAnswer]) -> dict[str, Any]:
     """Body of chat completions or completions."""
     writer = writer_of(answers)
     body = writer.body([answer.tokens for answer in answers])
@@ -107,7 +107,7 @@ def completion_body(answers: Sequence[TurnAnswer]) -> dict[str, Any]:
     return body
 
 
-def completion_events(answers: Sequence[TurnAnswer]) -> list[dict[str, Any]]:
+def completion_events(answers: Sequence[ProgramAnswer]) -> list[dict[str, Any]]:
     """Events of the same answers: the whole turns, as engines give them whole."""
     writer, events = writer_of(answers), []
     is_chat = answers[0].request.prompt is None
@@ -128,7 +128,7 @@ def completion_events(answers: Sequence[TurnAnswer]) -> list[dict[str, Any]]:
     return chunks
 
 
-def deltas_of(answer: TurnAnswer) -> list[dict[str, Any]]:
+def deltas_of(answer: ProgramAnswer) -> list[dict[str, Any]]:
     """A chat message as parts; the first says whose it is."""
     turn = answer.turn
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
@@ -142,12 +142,12 @@ def deltas_of(answer: TurnAnswer) -> list[dict[str, Any]]:
     return deltas
 
 
-def completion_text(answer: TurnAnswer) -> str:
+def completion_text(answer: ProgramAnswer) -> str:
     """Text of an answer of completions, without its stop text."""
     return answer.codec.decode_answer(answer.completion.token_ids, answer.params.stop)
 
 
-def usage_of(answers: Sequence[TurnAnswer]) -> dict[str, int]:
+def usage_of(answers: Sequence[ProgramAnswer]) -> dict[str, int]:
     """Token counts; the prompt counts once."""
     prompt = len(answers[0].prompt_ids)
     answered = sum(len(answer.completion.token_ids) for answer in answers)

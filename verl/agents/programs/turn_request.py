@@ -29,6 +29,8 @@ from verl.utils.tool_calls.calls import ParsedTurn
 # The run's value takes the place of these, since training computes logprobs as the run samples.
 _OF_THE_RUN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _PENALTIES = ("frequency_penalty", "presence_penalty")
+# What agents of OpenAI's models ask of these; a policy thinks and writes as it was trained.
+_EFFORTS = ("reasoning_effort", "verbosity")
 _SUPPORTED = ("tool_choice", "parallel_tool_calls", "response_format")
 NEUTRAL = {name: values for name, values in NEUTRAL_VALUES.items() if name not in (*_SUPPORTED, *_PENALTIES)}
 _MAX_BRANCHES = 16
@@ -47,6 +49,8 @@ class ProgramChatBody(ChatBody):
     )
     frequency_penalty: float = Field(0.0, description="a number")
     presence_penalty: float = Field(0.0, description="a number")
+    reasoning_effort: str | None = Field(None, description="a text")
+    verbosity: str | None = Field(None, description="a text")
 
 
 class ProgramCompletionBody(CompletionBody):
@@ -57,7 +61,7 @@ class ProgramCompletionBody(CompletionBody):
 
 
 @dataclass(frozen=True)
-class TurnRequest:
+class ProgramRequest:
     """A request for the next turn of a conversation.
 
     Attributes:
@@ -128,7 +132,7 @@ def json_fault(text: str, schema: Mapping[str, Any]) -> str:
     return ""
 
 
-def chat_request(body: Any, params: SamplingParams, codec: TextCodec) -> TurnRequest:
+def chat_request(body: Any, params: SamplingParams, codec: TextCodec) -> ProgramRequest:
     """The request of a body of chat completions.
 
     Args:
@@ -152,7 +156,7 @@ def chat_request(body: Any, params: SamplingParams, codec: TextCodec) -> TurnReq
             "add_generation_prompt: false needs continue_final_message", param="add_generation_prompt"
         )
     limit = max_chat_tokens(parsed)
-    request = TurnRequest(
+    request = ProgramRequest(
         plain_messages([message.as_dict() for message in parsed.messages]),
         [checked_tool(tool) for tool in parsed.tools],
         None,
@@ -165,7 +169,7 @@ def chat_request(body: Any, params: SamplingParams, codec: TextCodec) -> TurnReq
     return with_tool_choice(with_common(request, parsed, params), parsed.tool_choice)
 
 
-def completion_request(body: Any, params: SamplingParams, codec: TextCodec) -> TurnRequest:
+def completion_request(body: Any, params: SamplingParams, codec: TextCodec) -> ProgramRequest:
     """The request of a body of completions; arguments and errors as those of `chat_request`."""
     parsed = validated(body, ProgramCompletionBody, NEUTRAL)
     prompt = parsed.prompt
@@ -186,7 +190,7 @@ def completion_request(body: Any, params: SamplingParams, codec: TextCodec) -> T
         raise APIError(
             f"need token ids from 0 to {codec.num_ids - 1} in prompt, got {wrong[0]}", param="prompt"
         )
-    request = TurnRequest(
+    request = ProgramRequest(
         [],
         [],
         ids,
@@ -241,19 +245,20 @@ def own_params(
 
 
 def with_common(
-    request: TurnRequest, body: ProgramChatBody | ProgramCompletionBody, params: SamplingParams
-) -> TurnRequest:
+    request: ProgramRequest, body: ProgramChatBody | ProgramCompletionBody, params: SamplingParams
+) -> ProgramRequest:
     """A request with the fields that all kinds have; raise APIError for those without an effect here."""
     if body.n > _MAX_BRANCHES:
         raise APIError(f"need n of at most {_MAX_BRANCHES}, got {body.n}", param="n")
     for name in ("detokenize", "first_answer"):
         if vars(body)[name] != type(body).model_fields[name].default:
             raise APIError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
-    wanted = {"seed": None, "frequency_penalty": 0.0, "presence_penalty": 0.0, **vars(params)}
-    wanted["seed"] = None  # any: random numbers are the episode's
+    # None: any value is another one, such as a seed, since random numbers are the episode's.
+    own = {"seed": None, "reasoning_effort": None, "verbosity": None}
+    wanted = {**vars(params), **dict.fromkeys(_PENALTIES, 0.0), **own}
     if body.top_k == -1:  # all tokens, as vLLM spells it
         body.top_k = 0
-    given = body.model_fields_set & {*_OF_THE_RUN, *_PENALTIES}
+    given = body.model_fields_set & {*_OF_THE_RUN, *_PENALTIES, *_EFFORTS}
     return replace(
         request,
         overridden=tuple(sorted(name for name in given if vars(body)[name] != wanted[name])),
@@ -279,7 +284,7 @@ def checked_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": dict(function)}
 
 
-def with_tool_choice(request: TurnRequest, choice: str | Mapping[str, Any]) -> TurnRequest:
+def with_tool_choice(request: ProgramRequest, choice: str | Mapping[str, Any]) -> ProgramRequest:
     """A request with OpenAI's `tool_choice`; raise APIError if no tool fits it."""
     name: Any = choice
     if isinstance(choice, Mapping):
