@@ -10,7 +10,7 @@ from verl.agents.processes.object_host import loaded
 from verl.rewards.execution.call_worker import Definition
 
 
-class FunctionHost:
+class ToolFunctionHost:
     """Functions in a process of their own; made there.
 
     Args:

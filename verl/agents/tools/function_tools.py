@@ -15,7 +15,7 @@ from typing_extensions import override
 from verl.agents.processes.object_processes import ObjectProcesses
 from verl.agents.processes.process_failure import ProcessFailure
 from verl.agents.processes.reusable_processes import ReusableProcesses
-from verl.agents.tools.function_host import FunctionHost, bound, is_coroutine
+from verl.agents.tools.function_host import ToolFunctionHost, bound, is_coroutine
 from verl.agents.tools.tool_source import (
     EpisodeTools,
     ToolEpisode,
@@ -79,7 +79,7 @@ def tool_function(
         ValueError: there is no such option, or no schema can be made.
     """
     options = dict(options or {})
-    made = made_object(found, options, place) if isinstance(found, type) else found
+    made: Any = made_object(found, options, place) if isinstance(found, type) else found
     called = made if inspect.isroutine(made) else made.__call__
     parameters = inspect.signature(called).parameters
     hidden = {EPISODE} if EPISODE in parameters else set()
@@ -178,7 +178,7 @@ class FunctionTools(ToolSource):
         self._numbers = {each.name: i for i, each in enumerate(isolated_ones)}
         definitions = [(each.callee.definition, dict(each.options)) for each in isolated_ones]
         processes = ObjectProcesses(
-            FunctionHost,
+            ToolFunctionHost,
             max_processes=max_processes,
             name="tools",
             preload=[each.callee.definition for each in isolated_ones],

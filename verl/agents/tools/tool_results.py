@@ -42,7 +42,8 @@ def tool_result(value: Any, *, max_chars: int) -> ToolResult:
 
 def from_verl(value: Any) -> Any:
     """A result in verl's form, `ToolResponse` or (response, reward, metrics), as a `ToolResult`."""
-    response, reward, metrics = value, None, {}
+    response, reward = value, None
+    metrics: Mapping[str, Any] = {}
     if isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], dict):
         response, reward, metrics = value
     elif not isinstance(value, ToolResponse):
