@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from verl.tools.schemas import OpenAIFunctionToolSchema
 
@@ -41,16 +41,6 @@ class FunctionTool:
 
 
 FUNCTION_TOOL_REGISTRY: dict[str, FunctionTool] = {}
-
-
-@overload
-def function_tool(name: F) -> F: ...
-
-
-@overload
-def function_tool(
-    name: str | None = None, *, schema: Mapping[str, Any] | OpenAIFunctionToolSchema | None = None
-) -> Callable[[F], F]: ...
 
 
 def function_tool(

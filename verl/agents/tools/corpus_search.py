@@ -123,9 +123,11 @@ def read_corpus(path: Path, passage_words: int) -> Iterator[Passage]:
             yield from split(title, file.read_text(encoding="utf-8", errors="replace"), passage_words)
     elif path.is_file():
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield document(line, f"{path}, line {number}")
+            yield from (
+                document(line, f"{path}, line {number}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            )
     else:
         raise ValueError(f"need a folder or a JSONL file as the corpus of the tool search, {path} is neither")
 
