@@ -32,7 +32,8 @@ class ProcessGroup(WorkerGroup):
 
     def __init__(self, pipes: list[Any]) -> None:
         self._pipes = pipes
-        self.layouts = {"ranks": layout_of_ranks((rank, True) for rank in range(len(pipes)))}
+        own = layout_of_ranks((rank, True) for rank in range(len(pipes)))
+        self.layouts = {"ranks": own, "generate": own}
 
     def call(self, method: Any, *args: Any) -> Any:
         """Call all ranks; a function that is not a method of the worker gets the worker as an argument."""

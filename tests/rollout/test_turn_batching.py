@@ -6,11 +6,18 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
+from tests.rollout.pool.pools import group_of, saved
+from tests.rollout.ranks import policy_ranks
+from tests.tiny import random_prompts, shared_policy, tiny_codec, tiny_policy
 from verl.rollout import turn_batching
+from verl.rollout.actor_worker import PolicyGenerator
 from verl.rollout.batching_engine import BatchingEngine
+from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.inference_server import RefusedError
 from verl.rollout.turn_routing import TurnRouting
 from verl.utils.event_loops import gather_all
@@ -23,6 +30,7 @@ from verl.utils.sampling_types import (
 )
 
 PARAMS = SamplingParams()
+PROMPTS = random_prompts([12, 9, 30])
 
 
 def completion(prompt: Sequence[int]) -> Completion:
@@ -192,6 +200,29 @@ def test_an_error_reaches_all_episodes_and_an_interrupt_ends_the_call():
     engine.close()
 
 
+def test_nothing_is_generated_any_more_when_the_policy_learns():
+    """A call whose last request was cancelled has ended before `run` returns."""
+    has_begun, ended = threading.Event(), list[bool]()
+
+    def late() -> None:
+        has_begun.set()
+        time.sleep(0.02)
+        ended.append(True)
+
+    engine = BatchingEngine(Stepwise(late))
+
+    async def run() -> None:
+        with engine.episode():
+            turn = asyncio.ensure_future(engine.sample([1], PARAMS))
+            while not has_begun.is_set():
+                await asyncio.sleep(0)
+            turn.cancel()
+
+    engine.run(run())
+    assert ended == [True]
+    engine.close()
+
+
 def test_new_weights_drop_what_was_kept():
     engine = BatchingEngine(generator := Stepwise())
     engine.run(engine.sync_weights(0))
@@ -213,3 +244,48 @@ def test_a_turn_goes_to_the_rank_that_has_its_history():
     by_rank = routing.assign(second)
     assert [[r.number - 10 for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
     assert routing.forget([12, 10, 99]) == [[10], [12]]
+
+
+async def sampled(engine: BatchingEngine, prompt: Sequence[int], seed: int) -> list[Completion]:
+    """Turns of an episode of three turns."""
+    history, turns, params = list(prompt), [], SamplingParams(max_tokens=6 + seed, seed=seed)
+    with engine.episode():
+        for turn in range(3):
+            turns.append(await engine.sample(history, replace(params, sample_index=turn << 40)))
+            history += [*turns[-1].token_ids, 50 + seed]
+    return turns
+
+
+def episodes_of(generator: BatchGenerator) -> list[list[Completion]]:
+    """Turns of four episodes, two of which have the same prompt."""
+    engine = BatchingEngine(generator)
+    prompts = [PROMPTS[0], PROMPTS[0], *PROMPTS[1:]]
+    try:
+        return engine.run(gather_all([sampled(engine, prompt, i) for i, prompt in enumerate(prompts)]))
+    finally:
+        engine.close()
+
+
+def check_turns(ours: list[list[Completion]], expected: list[list[Completion]]) -> None:
+    for turns, others in zip(ours, expected, strict=True):
+        assert [list(turn.token_ids) for turn in turns] == [list(turn.token_ids) for turn in others]
+        for before, turn in pairwise(turns):
+            assert turn.num_reused >= len(before.token_ids) - 1 + 5
+        for turn, other in zip(turns, others, strict=True):
+            assert turn.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+
+
+def test_the_policys_worker_answers_turns_and_drops_what_it_kept_on_sleep():
+    policy = shared_policy("llama")
+    generator = PolicyGenerator(group := group_of(tiny_policy("llama")))
+    check_turns(episodes_of(generator), episodes_of(EmbeddedEngine(policy, tiny_codec())))
+    generator.sleep()
+    (answer,) = group.worker.advance([TurnRequest(0, PROMPTS[0], SamplingParams(max_tokens=1))], [], 0)
+    assert answer.completion.num_reused == 0
+
+
+@pytest.mark.distributed
+def test_each_rank_continues_the_episodes_that_it_began(tmp_path):
+    expected = episodes_of(EmbeddedEngine(shared_policy("llama"), tiny_codec()))
+    with policy_ranks(saved(tiny_policy("llama"), tmp_path), 2) as ranks:
+        check_turns(episodes_of(PolicyGenerator(ranks)), expected)

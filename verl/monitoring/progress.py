@@ -19,6 +19,7 @@ _STAGES = {
     "publishing": "publishing {}",
     "rewards": "rewarding: {}",
     "generation": "generating {}",
+    "environments": "waiting for {}",
     "training": "waiting for {}",
 }
 # Stages that are named in a file; the others are short, or another one says more.

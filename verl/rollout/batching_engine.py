@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import override
 
@@ -23,6 +23,8 @@ from verl.utils.sampling_types import (
     TurnRequest,
     groups_of,
 )
+
+T = TypeVar("T")
 
 
 class BatchingEngine(OwnLoop, RolloutEngine):
@@ -62,6 +64,10 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         self._numbers = itertools.count()
 
     @override
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return super().run(self._until_idle(work))
+
+    @override
     def episode(self) -> AbstractContextManager[None]:
         if self._turns is None:
             times: dict[str, Any] = {"clock": self._clock, "waits": self._waits}
@@ -97,6 +103,13 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         if self._turns is not None:
             self._turns.close()
         self.generator.close()
+
+    async def _until_idle(self, work: Coroutine[Any, Any, T]) -> T:
+        """Result of a coroutine, when nothing is generated any more: the policy learns next."""
+        result = await work
+        if self._turns is not None:
+            await self._turns.wait_idle()
+        return result
 
     def _generate_tracked(self, requests: list[TurnRequest]) -> list[Completion]:
         groups = groups_of(requests)

@@ -100,6 +100,11 @@ class TurnBatcher:
             if was_sent and future.cancelled():
                 self._dropped.append(number)
 
+    async def wait_idle(self) -> None:
+        """Return when the generator is in no call, such as one whose last requests were cancelled."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
+
     def close(self) -> None:
         """End the thread."""
         self._thread.close()
