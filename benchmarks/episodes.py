@@ -160,7 +160,12 @@ def many_episodes(model: PolicyModel, codec: TextCodec, work: Work, rounds: int)
             if number:  # the first round warms up
                 rates[name].append(player.sampled / seconds)
     return {
-        name: {"tokens_per_s": statistics.median(own), "all": own, "reused_share": reused[name]}
+        name: {
+            "tokens_per_s": statistics.median(own),
+            "ratio": statistics.median([a / b for a, b in zip(own, rates["as before"], strict=True)]),
+            "all": own,
+            "reused_share": reused[name],
+        }
         for name, own in rates.items()
     }
 
@@ -205,8 +210,9 @@ def long_episode(
         "tokens": length,
         "history_tokens": player.history,
         "computed": computed,
-        # Each token of the episode must be computed once; the answers are, when they are sampled.
-        "computed_twice": None if computed is None else max(0, computed + player.sampled - length),
+        # The tokens of an answer are computed when the next one is sampled, the last one in the next turn. So
+        # all tokens of the episode but the very last one must be computed, once each.
+        "computed_twice": None if computed is None else computed + player.sampled - turns - (length - 1),
     }
 
 

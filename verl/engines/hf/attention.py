@@ -103,8 +103,9 @@ class LayerAttention:
             own_keys, own_values = (each[slot : slot + 1, :, :length] for each in (keys, values))
             own = query[:, :, block.first : block.first + block.count]
             mask = layout.mask(block, self.span, own.dtype)
-            parts.append(self._attend(own, own_keys, own_values, mask, sinks=sinks))
-        return torch.cat(parts, 2).transpose(1, 2)
+            parts.append(self._attend(own, own_keys, own_values, mask, sinks=sinks).transpose(1, 2))
+        # Some families view the result in another shape.
+        return torch.cat(parts, 1).contiguous()
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, sinks: Tensor | None
