@@ -182,7 +182,7 @@ def engine_of(name: str, model: PolicyModel, codec: TextCodec, folder: Path) -> 
     model.transformer.save_pretrained(saved)
     codec.tokenizer.save_pretrained(saved)
     make = server_class(name)
-    options: dict[str, Any] = {"vllm": {"max_model_len": model.context, "block_size": 16}}.get(name, {})
+    options: dict[str, Any] = {"vllm": {"max_model_len": model.context}}.get(name, {})
     spec = ServerSpec(name, str(saved), options, secret="benchmark", log=folder / f"{name}.log")
     make.syncs_weights = False  # it serves the model as it was saved
     config = model.transformer.config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect, bisect_left
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -16,7 +17,8 @@ _ID = np.dtype(np.int32)
 _LEAST_SHARE = 0.25
 
 
-class PrefixMatch(NamedTuple, Generic[V]):
+@dataclass(frozen=True)
+class PrefixMatch(Generic[V]):
     """The known beginning of a prompt.
 
     Attributes:
