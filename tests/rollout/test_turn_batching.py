@@ -24,9 +24,9 @@ from verl.utils.event_loops import gather_all
 from verl.utils.sampling_types import (
     BatchGenerator,
     Completion,
+    SampleAnswer,
+    SampleRequest,
     SamplingParams,
-    TurnAnswer,
-    TurnRequest,
 )
 
 PARAMS = SamplingParams()
@@ -45,7 +45,7 @@ class Stepwise(BatchGenerator):
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self.before = before
         self.calls: list[tuple[list[int], list[int]]] = []
-        self.left: list[TurnRequest] = []
+        self.left: list[SampleRequest] = []
         self.num_sleeps = 0
 
     def generate(self, prompts, params):
@@ -56,7 +56,7 @@ class Stepwise(BatchGenerator):
         self.left = [r for r in [*self.left, *requests] if r.number not in dropped]
         self.before()
         done, self.left = self.left[:1], self.left[1:]
-        return [TurnAnswer(r.number, completion(r.prompt_ids)) for r in done]
+        return [SampleAnswer(r.number, completion(r.prompt_ids)) for r in done]
 
     def sleep(self) -> None:
         self.num_sleeps += 1
@@ -145,7 +145,7 @@ def test_a_cancelled_turn_is_dropped_and_a_refused_one_is_the_only_one_that_fail
         def advance(self, requests, dropped):
             refused = [r for r in requests if len(r.prompt_ids) > 50]
             done = super().advance([r for r in requests if r not in refused], dropped)
-            return [*done, *(TurnAnswer(r.number, None, "too long") for r in refused)]
+            return [*done, *(SampleAnswer(r.number, None, "too long") for r in refused)]
 
     engine = BatchingEngine(generator := Refusing())
 
@@ -234,13 +234,15 @@ def test_a_turn_goes_to_the_rank_that_has_its_history():
     routing = TurnRouting(2)
     system = list(range(50))
     first = [
-        TurnRequest(i, [*system, 100 + i // 2], SamplingParams(sample_index=i % 2, seed=i // 2))
+        SampleRequest(i, [*system, 100 + i // 2], SamplingParams(sample_index=i % 2, seed=i // 2))
         for i in range(6)
     ]
     by_rank = routing.assign(first)
     assert [[r.number for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
     routing.forget(range(6))
-    second = [TurnRequest(10 + i, [*request.prompt_ids, 7, 8, i], PARAMS) for i, request in enumerate(first)]
+    second = [
+        SampleRequest(10 + i, [*request.prompt_ids, 7, 8, i], PARAMS) for i, request in enumerate(first)
+    ]
     by_rank = routing.assign(second)
     assert [[r.number - 10 for r in own] for own in by_rank] == [[0, 1, 4, 5], [2, 3]]
     assert routing.forget([12, 10, 99]) == [[10], [12]]
@@ -280,7 +282,7 @@ def test_the_policys_worker_answers_turns_and_drops_what_it_kept_on_sleep():
     generator = PolicyGenerator(group := group_of(tiny_policy("llama")))
     check_turns(episodes_of(generator), episodes_of(EmbeddedEngine(policy, tiny_codec())))
     generator.sleep()
-    (answer,) = group.worker.advance([TurnRequest(0, PROMPTS[0], SamplingParams(max_tokens=1))], [], 0)
+    (answer,) = group.worker.advance([SampleRequest(0, PROMPTS[0], SamplingParams(max_tokens=1))], [], 0)
     assert answer.completion.num_reused == 0
 
 

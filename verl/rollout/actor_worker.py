@@ -33,9 +33,9 @@ from verl.utils.sampling_types import (
     BatchGenerator,
     Completion,
     FinishReason,
+    SampleAnswer,
+    SampleRequest,
     SamplingParams,
-    TurnAnswer,
-    TurnRequest,
     check_lengths,
 )
 from verl.utils.tokens import TextCodec
@@ -115,7 +115,7 @@ class ActorWorker(PolicyWeightSender, PolicyWorker):
         return texts, tokens
 
     @register(TURNS_BY_RANK)
-    def advance(self, requests: list[TurnRequest], dropped: list[int], version: int) -> list[TurnAnswer]:
+    def advance(self, requests: list[SampleRequest], dropped: list[int], version: int) -> list[SampleAnswer]:
         """Generate a few tokens of this rank's turns; see `BatchGenerator.advance`."""
         self._embedded.version = version
         with self._policy_weights(version):
@@ -205,13 +205,13 @@ class PolicyGenerator(BatchGenerator):
         self._actor.call(ActorWorker.sleep).result()
 
     @override
-    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+    def advance(self, requests: Sequence[SampleRequest], dropped: Sequence[int]) -> list[SampleAnswer]:
         if self._routing is None:
             self._routing = TurnRouting(self._actor.layouts["generate"].num_parts)
         gone, new = self._routing.forget(dropped), self._routing.assign(requests)
         versions = [self.version] * len(new)
         advance: Any = ActorWorker.advance  # each rank gets its own entry of the lists
-        answers: list[TurnAnswer] = self._actor.call(advance, new, gone, versions).result()
+        answers: list[SampleAnswer] = self._actor.call(advance, new, gone, versions).result()
         self._routing.forget([answer.number for answer in answers])
         return answers
 

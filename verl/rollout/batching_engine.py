@@ -19,8 +19,8 @@ from verl.utils.sampling_types import (
     Completion,
     PrefixAffinity,
     RolloutEngine,
+    SampleRequest,
     SamplingParams,
-    TurnRequest,
     groups_of,
 )
 
@@ -80,7 +80,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
     ) -> Completion:
         if self._turns is not None and self._turns.has_episodes:
             return await self._turns.sample(prompt_ids, params)
-        return await self._batches.ask(TurnRequest(next(self._numbers), prompt_ids, params))
+        return await self._batches.ask(SampleRequest(next(self._numbers), prompt_ids, params))
 
     @override
     async def sync_weights(self, version: int) -> None:
@@ -113,7 +113,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
             await self._turns.wait_idle()
         return result
 
-    def _generate_tracked(self, requests: list[TurnRequest]) -> list[Completion]:
+    def _generate_tracked(self, requests: list[SampleRequest]) -> list[Completion]:
         groups = groups_of(requests)
         what = f"{len(requests)} answers to {len(groups)} prompts"
         with self._clock.phase("generate"), self._waits.track("generation", what):
@@ -121,7 +121,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
                 return wait_for_thread(lambda: self._generate(groups), name="generation")
             return self._generate(groups)
 
-    def _generate(self, groups: Sequence[Sequence[TurnRequest]]) -> list[Completion]:
+    def _generate(self, groups: Sequence[Sequence[SampleRequest]]) -> list[Completion]:
         prompts = [group[0].prompt_ids for group in groups]
         params = [group[0].params.of_group(len(group)) for group in groups]
         answers = self.generator.generate(prompts, params)

@@ -16,9 +16,9 @@ from verl.utils.event_loops import SerialThread
 from verl.utils.sampling_types import (
     BatchGenerator,
     Completion,
+    SampleAnswer,
+    SampleRequest,
     SamplingParams,
-    TurnAnswer,
-    TurnRequest,
     groups_of,
 )
 
@@ -45,7 +45,7 @@ class TurnBatcher:
     def __init__(
         self,
         generator: BatchGenerator,
-        generate: Callable[[Sequence[Sequence[TurnRequest]]], list[Completion]],
+        generate: Callable[[Sequence[Sequence[SampleRequest]]], list[Completion]],
         *,
         clock: Clock,
         waits: WaitTracker,
@@ -53,7 +53,7 @@ class TurnBatcher:
         self._generator, self._generate, self._clock, self._waits = generator, generate, clock, waits
         self._thread = SerialThread("generation")
         self._numbers = itertools.count()
-        self._new: dict[int, TurnRequest] = {}
+        self._new: dict[int, SampleRequest] = {}
         self._futures: dict[int, asyncio.Future[Completion]] = {}
         self._dropped: list[int] = []
         self._running: asyncio.Task[None] | None = None
@@ -85,7 +85,7 @@ class TurnBatcher:
         """
         loop, number = asyncio.get_running_loop(), next(self._numbers)
         future = self._futures[number] = loop.create_future()
-        self._new[number] = TurnRequest(number, prompt_ids, replace(params, n=1))
+        self._new[number] = SampleRequest(number, prompt_ids, replace(params, n=1))
         if self._running is None:
             self._asked = asyncio.Event()
             # Behind the tasks that are ready now, which make the other requests of this turn of the loop.
@@ -139,13 +139,13 @@ class TurnBatcher:
             await self._asked.wait()
             timer.cancel()
 
-    async def _call(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
-        def advance() -> list[TurnAnswer]:
+    async def _call(self, requests: Sequence[SampleRequest], dropped: Sequence[int]) -> list[SampleAnswer]:
+        def advance() -> list[SampleAnswer]:
             return self._generator.advance(requests, dropped)
 
-        def generate() -> list[TurnAnswer]:
+        def generate() -> list[SampleAnswer]:
             completions = self._generate(groups_of(requests)) if requests else []
-            return [TurnAnswer(r.number, c) for r, c in zip(requests, completions, strict=True)]
+            return [SampleAnswer(r.number, c) for r, c in zip(requests, completions, strict=True)]
 
         begun_s = time.perf_counter()
         with self._waits.track("generation", f"turns of {len(self._futures)} episodes"):
@@ -154,7 +154,7 @@ class TurnBatcher:
         self._clock.add("generate", self._last_s)
         return answers
 
-    def _hand_over(self, answers: Sequence[TurnAnswer]) -> None:
+    def _hand_over(self, answers: Sequence[SampleAnswer]) -> None:
         for answer in answers:
             future = self._futures.get(answer.number)
             if future is None or future.done():

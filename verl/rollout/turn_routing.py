@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from verl.rollout.embedded.prefix_cache import PrefixIndex
-from verl.utils.sampling_types import TurnRequest, groups_of
+from verl.utils.sampling_types import SampleRequest, groups_of
 
 # Of the histories whose ranks are remembered, 16 MiB.
 _MAX_TOKENS = 1 << 22
@@ -27,9 +27,9 @@ class TurnRouting:
         self._rank_of: dict[int, int] = {}  # of each request in generation
         self._loads = [0] * num_ranks
 
-    def assign(self, requests: Sequence[TurnRequest]) -> list[list[TurnRequest]]:
+    def assign(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         """New requests of each rank."""
-        assigned: list[list[TurnRequest]] = [[] for _ in range(self._num_ranks)]
+        assigned: list[list[SampleRequest]] = [[] for _ in range(self._num_ranks)]
         for group in groups_of(requests):
             rank = self._rank_for(group[0])
             assigned[rank] += group
@@ -46,7 +46,7 @@ class TurnRouting:
                 self._loads[rank] -= 1
         return by_rank
 
-    def _rank_for(self, request: TurnRequest) -> int:
+    def _rank_for(self, request: SampleRequest) -> int:
         if self._num_ranks == 1:
             return 0
         found = self._histories.find(request.prompt_ids)

@@ -100,7 +100,7 @@ class Completion:
     num_reused: int | None = None
 
 
-class TurnRequest(NamedTuple):
+class SampleRequest(NamedTuple):
     """A request for one turn of an episode.
 
     Attributes:
@@ -113,16 +113,16 @@ class TurnRequest(NamedTuple):
     prompt_ids: Sequence[int]
     params: SamplingParams
 
-    def continues(self, group: Sequence[TurnRequest]) -> bool:
+    def continues(self, group: Sequence[SampleRequest]) -> bool:
         """True if this is the answer to the same prompt that follows those of `group`."""
         first = group[0]
         expected = replace(first.params, sample_index=first.params.sample_index + len(group))
         return self.params == expected and self.prompt_ids == first.prompt_ids
 
 
-def groups_of(requests: Sequence[TurnRequest]) -> list[list[TurnRequest]]:
+def groups_of(requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
     """Requests in groups of consecutive answers to one prompt, whose prompt is computed once."""
-    groups: list[list[TurnRequest]] = []
+    groups: list[list[SampleRequest]] = []
     for request in requests:
         if groups and request.continues(groups[-1]):
             groups[-1].append(request)
@@ -131,7 +131,7 @@ def groups_of(requests: Sequence[TurnRequest]) -> list[list[TurnRequest]]:
     return groups
 
 
-class TurnAnswer(NamedTuple):
+class SampleAnswer(NamedTuple):
     """The end of a turn.
 
     Attributes:
@@ -258,7 +258,7 @@ class BatchGenerator(ABC):
                 of parameters than prompts.
         """
 
-    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+    def advance(self, requests: Sequence[SampleRequest], dropped: Sequence[int]) -> list[SampleAnswer]:
         """Generate a few tokens of all requests that are not answered yet; return those that are now.
 
         An error ends all of them.

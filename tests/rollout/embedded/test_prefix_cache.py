@@ -15,17 +15,17 @@ from verl.engines.hf.models import PolicyModel
 from verl.rollout.embedded.async_generator import AsyncGenerator, GenerationRequest, Token
 from verl.rollout.embedded.generator import EmbeddedEngine
 from verl.rollout.embedded.prefix_cache import PrefixIndex
-from verl.utils.sampling_types import Completion, SamplingParams, TurnRequest
+from verl.utils.sampling_types import Completion, SampleRequest, SamplingParams
 
 PROMPTS = random_prompts([9, 40, 17])
 GIVEN = random_prompts([5, 1, 30, 8], seed=1)  # behind each turn
 TURN = SamplingParams(max_tokens=9, stop_ids=tuple(range(20, 32)), temperature=1.0)
 
 
-def answers(engine: EmbeddedEngine, requests: Sequence[TurnRequest]) -> dict[int, Completion]:
+def answers(engine: EmbeddedEngine, requests: Sequence[SampleRequest]) -> dict[int, Completion]:
     """Completions by the numbers of the requests, as `advance` hands them out."""
     found: dict[int, Completion] = {}
-    new: Sequence[TurnRequest] = requests
+    new: Sequence[SampleRequest] = requests
     while len(found) < len(requests):
         for answer in engine.advance(new, ()):
             assert answer.completion is not None, answer.refusal
@@ -39,7 +39,7 @@ def play(engine: EmbeddedEngine, prompts: Sequence[Sequence[int]] = PROMPTS) -> 
     histories, episodes = [list(p) for p in prompts], [list[Completion]() for _ in prompts]
     for turn, given in enumerate(GIVEN):
         asked = [
-            TurnRequest(100 * turn + i, history, replace(TURN, seed=i, sample_index=turn << 40))
+            SampleRequest(100 * turn + i, history, replace(TURN, seed=i, sample_index=turn << 40))
             for i, history in enumerate(histories)
         ]
         found = answers(engine, asked)
@@ -135,7 +135,7 @@ def test_nothing_is_kept_over_a_change_of_the_weights(how):
         engine.sleep()
     engine.version += how == "version"
     history = [*PROMPTS[1], 7, 7]
-    (turn,) = answers(engine, [TurnRequest(0, history, TURN)]).values()
+    (turn,) = answers(engine, [SampleRequest(0, history, TURN)]).values()
     assert turn.num_reused == 0 and turn.version == engine.version
     check_logprobs(policy, [history], [turn])
 
@@ -144,10 +144,10 @@ def test_siblings_share_their_prompt_and_later_ones_find_it():
     policy = shared_policy("llama")
     engine = EmbeddedEngine(policy, tiny_codec(), max_slots=8)
     prompt = PROMPTS[1]
-    group = [TurnRequest(i, list(prompt), replace(TURN, sample_index=i)) for i in range(3)]
+    group = [SampleRequest(i, list(prompt), replace(TURN, sample_index=i)) for i in range(3)]
     found = answers(engine, group)
     assert [found[i].num_reused for i in range(3)] == [0, len(prompt), len(prompt)]
-    (late,) = answers(engine, [TurnRequest(9, list(prompt), replace(TURN, sample_index=3))]).values()
+    (late,) = answers(engine, [SampleRequest(9, list(prompt), replace(TURN, sample_index=3))]).values()
     assert late.num_reused == len(prompt) - 1  # its last state is computed again
     check_logprobs(policy, [prompt] * 4, [*(found[i] for i in range(3)), late])
 
@@ -155,10 +155,10 @@ def test_siblings_share_their_prompt_and_later_ones_find_it():
 def test_requests_join_leave_and_are_refused_one_by_one():
     engine = EmbeddedEngine(shared_policy("llama"), tiny_codec(), max_slots=2)
     endless = SamplingParams(max_tokens=200, temperature=1.0)
-    first = [TurnRequest(i, PROMPTS[i], replace(endless, seed=i)) for i in range(3)]
+    first = [SampleRequest(i, PROMPTS[i], replace(endless, seed=i)) for i in range(3)]
     assert engine.advance(first, ()) == []
-    short = TurnRequest(3, PROMPTS[0], replace(TURN, max_tokens=2))
-    (refused, *rest) = engine.advance([short, TurnRequest(4, [1] * 60, endless)], [0, 2, 77])
+    short = SampleRequest(3, PROMPTS[0], replace(TURN, max_tokens=2))
+    (refused, *rest) = engine.advance([short, SampleRequest(4, [1] * 60, endless)], [0, 2, 77])
     assert refused.completion is None and "need at least one, and at most 256" in refused.refusal
     rest += engine.advance((), ()) if not rest else []
     assert [answer.number for answer in rest] == [3]
@@ -169,16 +169,16 @@ def test_requests_join_leave_and_are_refused_one_by_one():
 
 def test_an_error_of_a_step_leaves_nothing_behind():
     engine = EmbeddedEngine(policy := tiny_policy("llama"), tiny_codec())
-    answers(engine, [TurnRequest(0, PROMPTS[0], TURN)])
+    answers(engine, [SampleRequest(0, PROMPTS[0], TURN)])
     weight = next(policy.parameters())
     before = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
-        engine.advance([TurnRequest(1, PROMPTS[1], TURN)], ())
+        engine.advance([SampleRequest(1, PROMPTS[1], TURN)], ())
     with torch.no_grad():
         weight.copy_(before)
-    (turn,) = answers(engine, [TurnRequest(2, PROMPTS[0], TURN)]).values()
+    (turn,) = answers(engine, [SampleRequest(2, PROMPTS[0], TURN)]).values()
     assert turn.num_reused == 0
 
 

@@ -14,9 +14,9 @@ from verl.rollout.embedded.prefix_cache import PrefixCache
 from verl.utils.sampling_types import (
     BatchGenerator,
     Completion,
+    SampleAnswer,
+    SampleRequest,
     SamplingParams,
-    TurnAnswer,
-    TurnRequest,
     check_requests,
     groups_of,
 )
@@ -83,7 +83,7 @@ class EmbeddedEngine(BatchGenerator):
 
     @override
     @torch.inference_mode()
-    def advance(self, requests: Sequence[TurnRequest], dropped: Sequence[int]) -> list[TurnAnswer]:
+    def advance(self, requests: Sequence[SampleRequest], dropped: Sequence[int]) -> list[SampleAnswer]:
         if self._turns_version != self.version:
             self.sleep()
         if self._turns is None:
@@ -113,15 +113,15 @@ class EmbeddedEngine(BatchGenerator):
     def sleep(self) -> None:
         self._turns, self._numbers = None, {}
 
-    def _add(self, batch: ContinuousBatch, requests: Sequence[TurnRequest]) -> list[TurnAnswer]:
+    def _add(self, batch: ContinuousBatch, requests: Sequence[SampleRequest]) -> list[SampleAnswer]:
         """Queue requests, those for consecutive answers to one prompt together; answers of refused ones."""
-        refused, fitting = list[TurnAnswer](), list[TurnRequest]()
+        refused, fitting = list[SampleAnswer](), list[SampleRequest]()
         for request in requests:
             try:
                 check_requests([request.prompt_ids], [request.params], context=self.model.context)
                 fitting.append(request)
             except ValueError as error:
-                refused.append(TurnAnswer(request.number, None, str(error)))
+                refused.append(SampleAnswer(request.number, None, str(error)))
         for group in groups_of(fitting):
             prompt_id, first = group[0].number, group[0].params
             for i, request in enumerate(group):
@@ -137,9 +137,9 @@ class EmbeddedEngine(BatchGenerator):
             batch.abort(prompt_id, {index})
             del self._numbers[prompt_id, index]
 
-    def _answer(self, row: Row) -> TurnAnswer:
+    def _answer(self, row: Row) -> SampleAnswer:
         number = self._numbers.pop((row.prompt_id, row.sample_index))
-        return TurnAnswer(number, self._completion(row))
+        return SampleAnswer(number, self._completion(row))
 
     def _completion(self, row: Row) -> Completion:
         assert row.finish_reason is not None
