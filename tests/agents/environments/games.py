@@ -6,7 +6,7 @@ import os
 import random
 import time
 
-from verl.agents.environments.observation import Observation
+from verl.agents.environments.observation import EnvironmentLost, Observation
 
 
 class Guess:
@@ -34,6 +34,10 @@ class Guess:
     def fail(self) -> str:
         """Raise an error."""
         raise KeyError("game over")
+
+    def lose(self) -> str:
+        """Lose the connection to the board."""
+        raise EnvironmentLost("the board is gone")
 
     async def tell(self) -> str:
         """Tell the number."""

@@ -68,7 +68,7 @@ def test_public_methods_are_tools_and_reset_gets_the_columns(guess):
 
     first, names, steps = played(guess, play)
     assert first == [{"role": "user", "content": " Guess a number from 5 to 100."}]
-    assert sorted(names) == ["fail", "guess", "tell"] and not steps
+    assert sorted(names) == ["fail", "guess", "lose", "tell"] and not steps
 
 
 def test_siblings_start_in_the_same_state_and_others_do_not(guess):
@@ -111,6 +111,16 @@ def test_faults_of_calls_are_told_to_the_policy(guess):
     assert "guess" in unknown.text and "number" in bad.text
     assert failed.text == "Error: KeyError: 'game over'" and "games.py" in failed.detail
     assert private.outcome == "unknown_tool"
+
+
+def test_a_tool_of_an_environment_that_is_lost_fails_the_episode(guess):
+    async def play(session):
+        await session.reset()
+        return await session.call([call("lose")])
+
+    with pytest.raises(EpisodeFailure, match="lose: .*the board is gone") as caught:
+        played(guess, play)
+    assert caught.value.outcome == "environment_error"
 
 
 def test_options_make_the_environment():
@@ -208,7 +218,7 @@ def test_rows_choose_among_several_environments():
             for one in ("talk", {"name": "guess", "options": {"most": 2}})
         ]
         environments.check_data(rows)
-        assert [played(environments, play, row) for row in rows] == [(True, 0), (False, 3)]
+        assert [played(environments, play, row) for row in rows] == [(True, 0), (False, 4)]
         assert played(environments, start_of, rows[1])[0] == " Guess a number from 1 to 2."
         for column, problem in [
             ({}, "column 'environment', it has none"),

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from verl.agents.environments.observation import Observation, is_number, observed
+from verl.agents.environments.observation import EnvironmentLost, Observation, is_number, observed
 from verl.agents.processes.object_host import loaded, seed_libraries
 from verl.rewards.execution.call_worker import Definition
 from verl.utils.user_code import exception_text
@@ -147,12 +147,16 @@ class HostedEnvironment:
             if inspect.isawaitable(value):
                 return self._called_later(value)
             return self._answer(value, "a tool")
+        except EnvironmentLost:
+            raise
         except Exception as error:  # of the environment's own code, which TRL tells the policy too
             return self._failed(error)
 
     async def _called_later(self, value: Awaitable[Any]) -> dict[str, Any]:
         try:
             return self._answer(await value, "a tool")
+        except EnvironmentLost:
+            raise
         except Exception as error:
             return self._failed(error)
 

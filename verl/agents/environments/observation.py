@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class EnvironmentLost(Exception):
+    """Raised by a tool of an environment that cannot go on: the episode fails, and nothing is told."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """One answer of an environment: returned by its `reset`, its `step` and its tools in place of a text.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.agents.environments.adapters.text_actions import action_text
-from verl.agents.environments.observation import Observation
+from verl.agents.environments.observation import EnvironmentLost, Observation
 
 # Fields of every action and observation, which are not part of what is said.
 _COMMON = ("metadata", "done", "reward")
@@ -53,12 +53,14 @@ class OpenEnvEnvironment:
         self.tool_schemas: list[dict[str, Any]] | None = None
         self._has_mcp = self._is_rewarded = False
         self._num_steps = 0
+        self._socket: Any = None
 
     async def reset(self, seed: int, **columns: Any) -> Observation:
         """Begin an episode on the server."""
         await self._client.connect()
         given = {name: columns[name] for name in self._columns}
         result = await self._client.reset(seed=seed % 2**31, **self._options, **given)
+        self._socket = getattr(self._client, "_ws", None)
         action = (await asyncio.to_thread(self._schema))["action"]
         await self._choose_form(action)
         return Observation(text_of(result.observation) or None, is_over=bool(result.done))
@@ -67,17 +69,17 @@ class OpenEnvEnvironment:
         """The observation after a turn; where the action is no text the turn ends the episode."""
         if self._field is None:
             return Observation(is_over=True)
-        return self._observation(await self._client.step({self._field: action_text(message)}))
+        return self._observation(await self._result({self._field: action_text(message)}))
 
     async def call_tool(self, name: str, arguments: Mapping[str, Any]) -> Observation:
         """Result of a tool."""
         known = [schema["function"]["name"] for schema in self.tool_schemas or ()]
         if name not in known:
             raise ValueError(f"there is no tool {name!r}, there are {', '.join(known) or 'none'}")
-        if not self._has_mcp:
-            return self._observation(await self._client.step(dict(arguments)))
         call = {"type": "call_tool", "tool_name": name, "arguments": dict(arguments)}
-        result = await self._client.step(call)
+        result = await self._result(call if self._has_mcp else dict(arguments))
+        if not self._has_mcp:
+            return self._observation(result)
         if error := result.observation.get("error"):
             raise ValueError(error.get("message", error) if isinstance(error, Mapping) else str(error))
         return self._observation(result, mcp_text(result.observation.get("result")))
@@ -89,6 +91,24 @@ class OpenEnvEnvironment:
     async def close(self) -> None:
         """End the session."""
         await self._client.close()
+
+    async def _result(self, action: Mapping[str, Any]) -> Any:
+        """Result of a step of the server.
+
+        Raises:
+            RuntimeError: the server refuses the action, which the policy is told.
+            EnvironmentLost: the server does not answer, or the session is lost.
+        """
+        try:
+            result = await self._client.step(action)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            raise EnvironmentLost(f"no answer of {self._address}: {error}") from error
+        # The client connects again by itself, to a session in which nothing has happened yet.
+        if getattr(self._client, "_ws", None) is not self._socket:
+            raise EnvironmentLost(f"the connection to {self._address} was lost, and with it the episode")
+        return result
 
     async def _choose_form(self, action: Mapping[str, Any]) -> None:
         fields = {n: f for n, f in action.get("properties", {}).items() if n != "metadata"}
