@@ -75,9 +75,18 @@ class GroupSampler:
         """Check rows and chat template for episodes; see `DataCollector.check_data`."""
         driver = self._episodes.driver
         driver.check_data(prompts)
-        if not self.has_episodes or all(is_text(prompt) for prompt in prompts):
+        if not self.has_episodes:
             return []
-        return probe_turns(self._codec, has_tools=driver.offers_tools)
+        texts = [prompt for prompt in prompts if is_text(prompt)]
+        notes = []
+        if texts and driver.offers_tools:
+            notes.append(
+                f"{len(texts)} of {len(prompts)} prompts are texts, to which no chat template is applied, so "
+                "the model is not shown the tools there; describe them in the text, or give chat messages"
+            )
+        if len(texts) < len(prompts):
+            notes += probe_turns(self._codec, has_tools=driver.offers_tools)
+        return notes
 
     def close(self) -> None:
         """End what plays episodes."""
