@@ -54,9 +54,8 @@ def test_turns_between_messages_of_an_environment_are_learned_too(tmp_path):
     assert learned_text(row) == "one<|im_end|>two<|im_end|>"
 
 
-@pytest.mark.parametrize("odd", ['<tool_call>{"name": "add"</tool_call>', CALL.replace("{", "{ ")])
-def test_a_turn_that_the_template_would_write_otherwise_is_not_learned(tmp_path, odd):
-    row = recorded_row(episode(odd, CALL, "Done."), CODEC, 1)
+def test_a_turn_that_the_template_would_write_otherwise_is_not_learned(tmp_path):
+    row = recorded_row(episode(CALL.replace("{", "{ "), CALL, "Done."), CODEC, 1)
     assert weights(row) == [0, 1, 1]
     assert learned_text(learned(tmp_path, row)) == f"{CALL}<|im_end|>Done.<|im_end|>"
 
