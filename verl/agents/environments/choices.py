@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl.config.fields import Choice
+from verl.data.tasks.bfcl_tasks import INSTALL as BFCL_INSTALL
 
 _ADAPTERS = "verl.agents.environments.adapters"
 
@@ -24,7 +25,7 @@ class Adapter:
         definition: "module:Class"; the class gets the name behind the colon, and the options.
         package: that the module imports.
         preload: "module:function", imported before processes are forked.
-        install: pip requirement of the package.
+        install: command that installs it.
     """
 
     definition: str
@@ -34,27 +35,44 @@ class Adapter:
 
 
 ADAPTERS: dict[str, Adapter] = {
-    "gym": Adapter(f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium", "gymnasium:make", "verl[gym]"),
+    "bfcl": Adapter(
+        f"{_ADAPTERS}.bfcl_env:BfclEnvironment",
+        "bfcl_eval",
+        "bfcl_eval.eval_checker.multi_turn_eval.func_source_code.math_api:MathAPI",
+        BFCL_INSTALL,
+    ),
+    "gym": Adapter(
+        f"{_ADAPTERS}.gymnasium_env:GymEnvironment", "gymnasium", "gymnasium:make", "pip install 'verl[gym]'"
+    ),
     "openenv": Adapter(
-        f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment", "openenv", "openenv:GenericEnvClient", "verl[openenv]"
+        f"{_ADAPTERS}.openenv_env:OpenEnvEnvironment",
+        "openenv",
+        "openenv:GenericEnvClient",
+        "pip install 'verl[openenv]'",
     ),
     "reasoning-gym": Adapter(
         f"{_ADAPTERS}.reasoning_gym_env:ReasoningGymEnvironment",
         "reasoning_gym",
         "reasoning_gym:create_dataset",
-        "verl[reasoning-gym]",
+        "pip install 'verl[reasoning-gym]'",
     ),
     "skyrl-gym": Adapter(
-        f"{_ADAPTERS}.skyrl_env:SkyrlEnvironment", "skyrl_gym", "skyrl_gym:make", "verl[skyrl-gym]"
+        f"{_ADAPTERS}.skyrl_env:SkyrlEnvironment",
+        "skyrl_gym",
+        "skyrl_gym:make",
+        "pip install 'verl[skyrl-gym]'",
     ),
     "textarena": Adapter(
-        f"{_ADAPTERS}.textarena_env:TextArenaEnvironment", "textarena", "textarena:make", "verl[textarena]"
+        f"{_ADAPTERS}.textarena_env:TextArenaEnvironment",
+        "textarena",
+        "textarena:make",
+        "pip install 'verl[textarena]'",
     ),
     "verifiers": Adapter(
         f"{_ADAPTERS}.verifiers_env:VerifiersEnvironment",
         "verifiers",
         f"{_ADAPTERS}.verifiers_preload:has_load_environment",
-        "verl[verifiers]",
+        "pip install 'verl[verifiers]'",
     ),
 }
 
@@ -103,8 +121,8 @@ def chosen_environment(choice: Choice) -> EnvironmentChoice:
         adapter = ADAPTERS[kind]
         if python is None and importlib.util.find_spec(adapter.package) is None:
             raise ValueError(
-                f"the environment {choice.name} needs the package {adapter.package}: pip install "
-                f"'{adapter.install}', or name an interpreter that has it in the option python"
+                f"the environment {choice.name} needs the package {adapter.package}: {adapter.install}, or "
+                "name an interpreter that has it in the option python"
             )
         return EnvironmentChoice(
             choice.name, adapter.definition, {"name": name, **options}, adapter.preload, python

@@ -16,6 +16,8 @@ from verl.data.reading.data_files import Split, files_of, is_hub_name
 from verl.data.reading.dataset_rows import DatasetRows, part_of
 from verl.data.reading.file_readers import PlacedRow, count_rows, read_file
 from verl.data.reading.placed_rows import ListedRows, RowStream
+from verl.data.tasks.bfcl_tasks import PREFIX as BFCL
+from verl.data.tasks.bfcl_tasks import bfcl_rows
 from verl.data.tasks.gym_tasks import PREFIX, gym_rows
 from verl.data.tasks.table import TASKS
 
@@ -65,7 +67,7 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
     Args:
         source: file of one of `READERS`, plain or with gzip; folder or glob of such files, which are read in
             the order of their names, numbers by value; folder of `datasets.save_to_disk`; task:NAME;
-            task:reasoning-gym/NAME with options of `gym_rows`; or OWNER/NAME or OWNER/NAME:CONFIG, a data set
+            task:reasoning-gym/NAME with options of `gym_rows`; task:bfcl/NAME; or OWNER/NAME or OWNER/NAME:CONFIG, a data set
             of the hub, unless such a path exists.
         split: for which setting, `data.train` or `data.test`. It chooses a part of the source where
             `source.split` names none: of a task, of a data set with splits, of a folder whose files are named
@@ -121,12 +123,14 @@ def _task_rows(source: DataSource, split: Split) -> list[dict[str, Any]]:
     name, options = source.path.removeprefix("task:"), source.options.values
     if name.startswith(PREFIX):
         return list(gym_rows(name.removeprefix(PREFIX), options, split))
+    if name.startswith(BFCL):
+        return bfcl_rows(name.removeprefix(BFCL), options)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
         hint = f"did you mean task:{near[0]}? " if near else ""
         raise ValueError(
-            f"there is no task {name!r}; {hint}there are {', '.join(TASKS)}, and {PREFIX}NAME for the "
-            "generators of reasoning-gym"
+            f"there is no task {name!r}; {hint}there are {', '.join(TASKS)}, {PREFIX}NAME for the "
+            f"generators of reasoning-gym, and {BFCL}NAME"
         )
     if options:
         raise ValueError(f"task:{name} has no options, got {', '.join(options)}; leave them out")

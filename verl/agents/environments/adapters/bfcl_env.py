@@ -11,16 +11,12 @@ import ast
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.agents.environments.observation import Observation
+from verl.data.tasks.bfcl_tasks import ALL, bfcl_rows, categories_of, entry_of, lines_of
 
-CATEGORIES = tuple(f"multi_turn_{kind}" for kind in ("base", "miss_func", "miss_param", "long_context"))
-# All of them.
-ALL = "multi_turn"
 _CHECKER = "bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker"
 _UTILS = "bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils"
 _CONSTANTS = "bfcl_eval.constants"
@@ -32,7 +28,7 @@ class BfclEnvironment:
     """One episode.
 
     Args:
-        name: one of `CATEGORIES`, or multi_turn for all 800 episodes.
+        name: of a category, or multi_turn for all 800 episodes.
 
     Attributes:
         tool_schemas: of the functions that the first turn offers.
@@ -42,27 +38,16 @@ class BfclEnvironment:
     """
 
     def __init__(self, name: str = ALL) -> None:
-        if name not in (*CATEGORIES, ALL):
-            raise ValueError(f"need bfcl:{ALL} or one of {', '.join(CATEGORIES)}, got {name!r}")
-        self._categories = CATEGORIES if name == ALL else (name,)
+        self._name, self._categories = name, categories_of(name)
         self.tool_schemas: list[dict[str, Any]] = []
         self._entry: dict[str, Any] = {}
         self._added: dict[str, list[dict[str, Any]]] = {}
         self._turns: list[list[str]] = [[]]
         self._num_checks = 0
 
-    def rows(self, split: str, size: int | None = None) -> list[dict[str, Any]]:
-        """Rows {prompt, id, data_source}, the same in both splits: it is an evaluation.
-
-        Args:
-            split: has no effect.
-            size: the first rows of each category; None: all.
-        """
-        return [
-            {"prompt": entry["question"][0], "id": entry["id"], "data_source": f"bfcl/{category}"}
-            for category in self._categories
-            for entry in list(map(json.loads, lines_of(f"BFCL_v4_{category}.json")))[:size]
-        ]
+    def rows(self, split: str, **options: Any) -> list[dict[str, Any]]:
+        """Rows of `task:bfcl/NAME`, the same in both splits."""
+        return bfcl_rows(self._name, options)
 
     def reset(self, id: str, prompt: Any = None) -> Observation:
         """Begin the episode of that id, such as multi_turn_base_7."""
@@ -85,7 +70,9 @@ class BfclEnvironment:
         is_tool = any(inspect.ismethod(getattr(one, name, None)) for one in methods.values())
         if not is_tool or name.startswith("_"):
             self._turns[-1].append(_NO_TOOL)
-            return Observation(f"Error during execution: name {name!r} is not defined", metrics={"bfcl_errors": 1})
+            return Observation(
+                f"Error during execution: name {name!r} is not defined", metrics={"bfcl_errors": 1}
+            )
         if wrong := [key for key in arguments if not key.isidentifier()]:
             self._turns[-1].append(_NO_TOOL)
             text = f"Error during execution: {wrong[0]!r} is not the name of an argument"
@@ -137,26 +124,6 @@ class BfclEnvironment:
             long_context="long_context" in self._entry["id"],
         )
         return results, objects
-
-
-def lines_of(name: str) -> Iterator[str]:
-    """Lines of a data file of the package."""
-    path = Path(str(files("bfcl_eval"))) / "data" / name
-    with path.open(encoding="utf-8") as lines:
-        yield from lines
-
-
-def entry_of(name: str, entry_id: str) -> dict[str, Any]:
-    """The entry of that id in a data file.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for line in lines_of(name):
-        if line.startswith(f'{{"id": "{entry_id}"'):
-            entry: dict[str, Any] = json.loads(line)
-            return entry
-    raise ValueError(f"there is no entry {entry_id!r} in {name} of bfcl-eval")
 
 
 def documents_of(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
