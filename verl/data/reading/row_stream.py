@@ -67,8 +67,8 @@ def open_rows(source: DataSource | RowStream, split: Split) -> RowStream:
     Args:
         source: file of one of `READERS`, plain or with gzip; folder or glob of such files, which are read in
             the order of their names, numbers by value; folder of `datasets.save_to_disk`; task:NAME;
-            task:reasoning-gym/NAME with options of `gym_rows`; task:bfcl/NAME; or OWNER/NAME or OWNER/NAME:CONFIG, a data set
-            of the hub, unless such a path exists.
+            task:reasoning-gym/NAME with options of `gym_rows`; task:bfcl/NAME with those of `bfcl_rows`; or
+            OWNER/NAME or OWNER/NAME:CONFIG, a data set of the hub, unless such a path exists.
         split: for which setting, `data.train` or `data.test`. It chooses a part of the source where
             `source.split` names none: of a task, of a data set with splits, of a folder whose files are named
             by their split. A file and a glob are taken whole.

@@ -21,7 +21,7 @@ INSTALL = "pip install --no-deps bfcl-eval && pip install mpmath"
 
 
 def bfcl_rows(name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows {prompt, id, data_source}, the same for training and test; they need `agent.environment: bfcl:NAME`.
+    """Rows {prompt, id, data_source}, the same in both splits, for `agent.environment: bfcl:NAME`.
 
     Args:
         name: one of `CATEGORIES`, or multi_turn for all 800.

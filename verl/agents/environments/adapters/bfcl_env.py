@@ -1,8 +1,8 @@
-"""Multi-turn episodes of the Berkeley Function Calling Leaderboard, `bfcl:multi_turn`, judged as it judges them.
+"""Multi-turn episodes of the Berkeley Function Calling Leaderboard, `bfcl:multi_turn`, with its own checker.
 
-https://gorilla.cs.berkeley.edu/leaderboard.html; PyPI bfcl-eval, of which only the data, the Python classes that
-are the tools, and the checker are loaded. An episode calls these classes; at its end the calls of each turn are
-made once more beside those of the ground truth, and states and results are compared.
+https://gorilla.cs.berkeley.edu/leaderboard.html; PyPI bfcl-eval, of which only the data, the Python classes
+that are the tools, and the checker are loaded. An episode calls these classes; at its end the calls of each
+turn are made once more beside those of the ground truth, and states and results are compared.
 """
 
 from __future__ import annotations
