@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from verl.utils.tool_calls.arguments import names_of
 from verl.utils.tool_calls.calls import ParsedTurn, ToolCall, ToolCallParser
-from verl.utils.tool_calls.scanning import CallFault, Scanner
+from verl.utils.tool_calls.scanning import CallFault, Scanner, behind_space
 
 # Texts that begin or end calls in some form; in the content of a turn they are a call of an unknown shape.
 CALL_MARKS = (
@@ -39,7 +39,6 @@ CALL_MARKS = (
     "to=functions.",
 )
 _ANY_MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
-_SPACE = re.compile(r"\s*")
 _FENCE = re.compile(r"```\w*")
 
 
@@ -99,7 +98,7 @@ class FormParser(ToolCallParser):
         opening, closing = self.thought_marks
         found, position = [], 0
         place = text.find(closing)
-        start = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches any text
+        start = behind_space(text, 0)
         # An end of thoughts alone, unless it is part of an argument.
         first_call = min((i for mark in self.marks if (i := text.find(mark)) >= 0), default=len(text))
         is_end_alone = self.opens_thoughts or (
@@ -108,7 +107,7 @@ class FormParser(ToolCallParser):
         if place >= 0 and not text.startswith(opening, start) and is_end_alone:
             found.append(text[:place])
             position = place + len(closing)
-        while text.startswith(opening, start := _SPACE.match(text, position).end()):  # type: ignore[union-attr]
+        while text.startswith(opening, start := behind_space(text, position)):
             start += len(opening)
             place = text.find(closing, start)
             found.append(text[start:place] if place >= 0 else text[start:])

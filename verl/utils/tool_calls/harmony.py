@@ -27,7 +27,8 @@ class HarmonyParser(FormParser):
 
     @override
     def split_thoughts(self, text: str) -> tuple[str, str]:
-        thoughts, others = [], []
+        thoughts: list[str] = []
+        others: list[str] = []
         for part in _BORDER.split(text):
             header, _, body = part.partition("<|message|>")
             channel = _CHANNEL.search(header)

@@ -43,7 +43,7 @@ class Llama3Parser(FormParser):
             if found is None or not is_attempt(text[found.start() :], names_of(tools)):
                 return text, []
             content, scanner.position = text[: found.start()], found.start()
-        calls = []
+        calls: list[ToolCall] = []
         while not calls or scanner.take(";") or not scanner.is_done:
             calls.append(self.read_one(scanner, tools))
         return content, calls

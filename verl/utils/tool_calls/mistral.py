@@ -33,7 +33,8 @@ class MistralParser(FormParser):
 
     @override
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[ToolCall]]:
-        scanner, calls = Scanner(text), []
+        scanner = Scanner(text)
+        calls: list[ToolCall] = []
         content = scanner.until(self.marks[0])
         if content is None:
             return text, []

@@ -32,7 +32,7 @@ class Scanner:
     @property
     def is_done(self) -> bool:
         """True if only blanks are left."""
-        return _end(_SPACE, self.text, self.position) == len(self.text)
+        return behind_space(self.text, self.position) == len(self.text)
 
     @property
     def rest(self) -> str:
@@ -46,15 +46,15 @@ class Scanner:
 
     def skip_space(self) -> None:
         """Move behind blanks."""
-        self.position = _end(_SPACE, self.text, self.position)
+        self.position = behind_space(self.text, self.position)
 
     def is_next(self, mark: str) -> bool:
         """True if a mark is next, after blanks."""
-        return self.text.startswith(mark, _end(_SPACE, self.text, self.position))
+        return self.text.startswith(mark, behind_space(self.text, self.position))
 
     def take(self, mark: str) -> bool:
         """Move behind a mark if it is next, after blanks."""
-        start = _end(_SPACE, self.text, self.position)
+        start = behind_space(self.text, self.position)
         if not self.text.startswith(mark, start):
             return False
         self.position = start + len(mark)
@@ -122,8 +122,9 @@ def read_json(text: str) -> Any:
     return value
 
 
-def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
-    found = pattern.match(text, start)
+def behind_space(text: str, start: int) -> int:
+    """Position of the first character from `start` that is no blank."""
+    found = _SPACE.match(text, start)
     return start if found is None else found.end()
 
 

@@ -104,8 +104,8 @@ class Qwen3CoderParser(TaggedParser):
     opening, closing = re.compile(r"<tool_call>|(?=<function=)"), re.compile(r"\s*</tool_call>")
     call, call_end = re.compile(r"\s*<function=([^>\n]+)>"), "</function>"
     parameter, parameter_end = re.compile(r"\s*<parameter=(?P<key>[^>\n]+)>"), "</parameter>"
-    marks = ("<tool_call>", "<function=")
-    ends = ("</tool_call>",)
+    marks: tuple[str, ...] = ("<tool_call>", "<function=")
+    ends: tuple[str, ...] = ("</tool_call>",)
 
     @override
     def trimmed(self, value: str) -> str:
