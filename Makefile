@@ -24,7 +24,7 @@ engines:  ## make .venv-engines with real vLLM and SGLang for a machine without 
 	@echo "installing vLLM and SGLang into .venv-engines, about 5 minutes the first time"
 	@PYTHON=$(PYTHON) sh tests/cpu/install_engines.sh .venv-engines
 
-environments: $(STAMP)  ## make .venv-environments and others with environments from PyPI, for their tests
+environments: $(STAMP)  ## make .venv-environments and others with environments and agents from PyPI, for their tests
 	@echo "installing environments from PyPI, about 3 minutes the first time"
 	@$(BIN)/python -m tests.agents.environments.public_environments --requirements | while read -r folder requirements; do \
 		echo "  $$folder: $$requirements"; \
@@ -47,7 +47,7 @@ docs: $(STAMP)  ## build the documentation into site/
 	@echo "documentation: site/index.html"
 
 clean:  ## delete .venv and everything that was built or cached
-	rm -rf $(VENV) .venv-engines .venv-environments .venv-verifiers .venv-verifiers-0 site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-engines .venv-environments .venv-frameworks .venv-verifiers .venv-verifiers-0 site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -39,9 +39,16 @@ PYTHONS: dict[str, tuple[str, ...]] = {
         "openenv==0.10.0",
     ),
     ".venv-verifiers": ("verifiers==0.4.0",),
+    # Of tests/agents/programs/test_frameworks.py: agents that play over the endpoint of an episode.
+    ".venv-frameworks": (
+        "openai-agents==0.24.0",
+        "smolagents[openai]==1.26.0",
+        "langgraph==1.2.24",
+        "langchain-openai>=1",
+    ),
     ".venv-verifiers-0": ("verifiers==0.1.14", "textarena==0.7.4", "reasoning-gym==0.1.25"),
 }
-MAIN, V1, V0 = PYTHONS
+MAIN, V1, _, V0 = PYTHONS
 _MATH = [{"prompt": [{"role": "user", "content": f"{n}+{n}="}], "answer": str(2 * n)} for n in range(4)]
 
 

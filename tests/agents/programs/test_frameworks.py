@@ -1,11 +1,7 @@
-"""Agents of other frameworks, unchanged, each with a tool; they need an environment of their own.
-
-VERL_TEST_AGENTS names its Python; `pip install openai-agents smolagents[openai] langgraph langchain-openai`.
-"""
+"""Agents of other frameworks, unchanged, each with a tool, in the interpreter of `make environments`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ from tests.agents.programs.agents import sampled_texts
 from verl.agents.programs.program_driver import ProgramDriver
 from verl.config.agent import AgentConfig
 
-PYTHON = os.environ.get("VERL_TEST_AGENTS", "")
+PYTHON = str(Path(__file__).parents[3] / ".venv-frameworks" / "bin" / "python")
 FOLDER = Path(__file__).parent / "frameworks"
 END = "<|im_end|>"
 FINAL = '<tool_call>{"name": "final_answer", "arguments": {"answer": "5"}}</tool_call>'
@@ -29,7 +25,7 @@ FRAMEWORKS = {
 }
 
 
-@pytest.mark.skipif(not PYTHON, reason="VERL_TEST_AGENTS names no Python with the frameworks")
+@pytest.mark.environments
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_an_agent_of_a_framework_plays_an_episode_with_a_tool(name):
     (file, *words), texts, segments = FRAMEWORKS[name]
