@@ -92,7 +92,10 @@ class GroupSource(Source):
 
     async def _answer(self, group: Group) -> None:
         if self.in_turn:
-            await self._sample_missing(group)
+            if not group.answers:
+                await self._sample(group)
+            elif group.repeated:
+                await self._sample_again(group)
             if self._sampler.has_episodes:  # others go on while these are rewarded
                 await self._reward(group)
             else:
@@ -108,12 +111,8 @@ class GroupSource(Source):
             await self._reward(group)
         self._waits.mark_progress("rewards")
 
-    async def _sample_missing(self, group: Group) -> None:
-        """Answer a group, or those of its episodes again that failed."""
-        if not group.answers:
-            await self._sample(group)
-        if not group.repeated:
-            return
+    async def _sample_again(self, group: Group) -> None:
+        """Play those episodes of a group again whose environment failed."""
         attempt = group.attempt + sum(group.tries.values())
         params = self._params(group, attempt)
         again = await self._sampler.sample(
@@ -148,7 +147,7 @@ class GroupSource(Source):
 
     async def _sample_beside_training(self, group: Group) -> None:
         try:
-            await self._sample_missing(group)
+            await (self._sample_again(group) if group.answers else self._sample(group))
         except RefusedError as error:
             raise GroupError("data", str(error)) from error
         except (EngineError, RuntimeError) as error:

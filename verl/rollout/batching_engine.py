@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import reprlib
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.group_sampling import completions_of, prompts_of_groups
 from verl.rollout.turn_batching import TurnBatcher
 from verl.utils.event_loops import Gatherer, OwnLoop, wait_for_thread
 from verl.utils.sampling_types import (
@@ -59,7 +59,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
         self.generator = generator
         self._in_thread = in_thread
         self._clock, self._waits = clock or Clock(), waits or WaitTracker()
-        self._batches = Gatherer(self._generate_tracked)
+        self._batches = Gatherer(self._generate)
         self._turns: TurnBatcher | None = None  # made for the first episode
         self._numbers = itertools.count()
 
@@ -71,7 +71,7 @@ class BatchingEngine(OwnLoop, RolloutEngine):
     def episode(self) -> AbstractContextManager[None]:
         if self._turns is None:
             times: dict[str, Any] = {"clock": self._clock, "waits": self._waits}
-            self._turns = TurnBatcher(self.generator, self._generate, **times)
+            self._turns = TurnBatcher(self.generator, **times)
         return self._turns.episode()
 
     @override
@@ -113,22 +113,13 @@ class BatchingEngine(OwnLoop, RolloutEngine):
             await self._turns.wait_idle()
         return result
 
-    def _generate_tracked(self, requests: list[SampleRequest]) -> list[Completion]:
+    def _generate(self, requests: list[SampleRequest]) -> list[Completion]:
         groups = groups_of(requests)
+        prompts, params = prompts_of_groups(groups)
         what = f"{len(requests)} answers to {len(groups)} prompts"
         with self._clock.phase("generate"), self._waits.track("generation", what):
             if self._in_thread:
-                return wait_for_thread(lambda: self._generate(groups), name="generation")
-            return self._generate(groups)
-
-    def _generate(self, groups: Sequence[Sequence[SampleRequest]]) -> list[Completion]:
-        prompts = [group[0].prompt_ids for group in groups]
-        params = [group[0].params.of_group(len(group)) for group in groups]
-        answers = self.generator.generate(prompts, params)
-        counts, wanted = [len(group) for group in answers], [p.n for p in params]
-        if counts != wanted:
-            raise ValueError(
-                f"{type(self.generator).__name__}.generate must return {reprlib.repr(wanted)} completions "
-                f"for {len(wanted)} prompts, got {reprlib.repr(counts)}"
-            )
-        return [completion for group in answers for completion in group]
+                answers = wait_for_thread(lambda: self.generator.generate(prompts, params), name="generation")
+            else:
+                answers = self.generator.generate(prompts, params)
+        return completions_of(self.generator, answers, params)

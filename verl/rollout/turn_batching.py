@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from verl.monitoring.tracking import Clock
 from verl.monitoring.wait_tracker import WaitTracker
+from verl.rollout.group_sampling import completions_of, prompts_of_groups
 from verl.rollout.inference_server import RefusedError
 from verl.utils.event_loops import SerialThread
 from verl.utils.sampling_types import (
@@ -37,7 +38,6 @@ class TurnBatcher:
     Args:
         generator: called in a thread, one call at a time. A cancellation of the tasks of the loop, as by an
             interrupt, also interrupts the call.
-        generate: one call for all answers to several prompts.
         clock: takes the seconds of `generate`.
         waits: takes the waits for answers.
     """
@@ -45,12 +45,11 @@ class TurnBatcher:
     def __init__(
         self,
         generator: BatchGenerator,
-        generate: Callable[[Sequence[Sequence[SampleRequest]]], list[Completion]],
         *,
         clock: Clock,
         waits: WaitTracker,
     ) -> None:
-        self._generator, self._generate, self._clock, self._waits = generator, generate, clock, waits
+        self._generator, self._clock, self._waits = generator, clock, waits
         self._thread = SerialThread("generation")
         self._numbers = itertools.count()
         self._new: dict[int, SampleRequest] = {}
@@ -144,7 +143,9 @@ class TurnBatcher:
             return self._generator.advance(requests, dropped)
 
         def generate() -> list[SampleAnswer]:
-            completions = self._generate(groups_of(requests)) if requests else []
+            prompts, params = prompts_of_groups(groups_of(requests))
+            answers = self._generator.generate(prompts, params) if requests else []
+            completions = completions_of(self._generator, answers, params)
             return [SampleAnswer(r.number, c) for r, c in zip(requests, completions, strict=True)]
 
         begun_s = time.perf_counter()

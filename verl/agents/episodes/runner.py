@@ -107,18 +107,15 @@ class EpisodeRunner:
         failure: EpisodeFailure | None = None
         try:
             with self._turns.episode() if self._turns else nullcontext():
-                await within(None if self._is_single else self._config.timeout_s, self._play(live))
+                played = self.driver.run(live)
+                await (played if self._is_single else within(self._config.timeout_s, played))
+        except EpisodeEnd as end:
+            live.record.ending = end.ending
         except TimeoutError:
             live.record.ending = "timeout"
         except EpisodeFailure as error:
             failure = error
         return self._ended(live, failure)
-
-    async def _play(self, live: LiveEpisode) -> None:
-        try:
-            await self.driver.run(live)
-        except EpisodeEnd as end:
-            live.record.ending = end.ending
 
     def _ended(self, live: LiveEpisode, failure: EpisodeFailure | None) -> Trajectory:
         """The trajectory of an episode, with what its ending means for the reward."""

@@ -99,9 +99,9 @@ class LayerAttention:
         sinks = None if self.sinks is None else self.sinks[:, None]
         parts = []
         for block in layout.blocks:
-            slot, length = block.slot, block.start + block.count
+            slot, length = block.slot, block.start + block.num_tokens
             own_keys, own_values = (each[slot : slot + 1, :, :length] for each in (keys, values))
-            own = query[:, :, block.first : block.first + block.count]
+            own = query[:, :, block.first : block.first + block.num_tokens]
             mask = layout.mask(block, self.span, own.dtype)
             parts.append(self._attend(own, own_keys, own_values, mask, sinks=sinks).transpose(1, 2))
         # Some families view the result in another shape.

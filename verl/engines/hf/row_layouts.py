@@ -248,13 +248,13 @@ class TokenBlock(NamedTuple):
         slot: of the row.
         first: number of the first of them among the packed tokens.
         start: its position in the row.
-        count: of the tokens.
+        num_tokens: of the block.
     """
 
     slot: int
     first: int
     start: int
-    count: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class ExtendLayout:
 
         Made once for all layers with the same span.
         """
-        length = block.start + block.count
+        length = block.start + block.num_tokens
         key = (block, span.within(length), dtype)
         if key not in self.masks:
             positions = torch.arange(length, device=self.device)
