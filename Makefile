@@ -71,6 +71,6 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@# By itself: a part of it is compiled, and everything else works without it.
 	@$(PIP) -e ".[reasoning-gym]" 2>/dev/null || echo "  reasoning-gym could not be installed, so task:reasoning-gym/NAME and" \
 		"quickstart --model smollm2 will not work; with a C compiler, run: $(BIN)/python -m pip install reasoning-gym"
-	@# By itself: the libraries of fused kernels that it names are for GPUs.
-	@$(PIP) --no-deps megatron-core
+	@# By themselves: the libraries that they name are for GPUs, and for models behind APIs.
+	@$(PIP) --no-deps megatron-core bfcl-eval
 	@touch $@

@@ -120,6 +120,32 @@ def test_an_episode_over_tokens_and_processes_is_right(rows, truths, number):
     assert ("I have updated some more functions" in "".join(asked)) == (number == 200)
 
 
+@pytest.mark.environments
+def test_all_800_episodes_over_tokens_and_processes_are_right(rows, truths):
+    """The ground truth as a policy, eight episodes at a time, each with processes of its own."""
+    codec = chat_codec()
+    config = AgentConfig(environment={"name": "bfcl:multi_turn"}, max_turns=100, max_processes=8)
+    environments = build_environments(config)
+
+    async def score(row, slots):
+        async with slots:
+            engine = ScriptedEngine(codec, texts_of(row, truths[row["id"]]))
+            runner = EpisodeRunner(engine, codec, config, driver=ToolLoop(environments))
+            prompt = Prompt(row["prompt"], columns={"id": row["id"]})
+            (trajectory,) = await runner.run_group(prompt, SamplingParams(n=1, max_tokens=50_000))
+            return trajectory.outcome, (trajectory.episode.reward or {}).get("score")
+
+    async def all_scores():
+        slots = asyncio.Semaphore(8)
+        return await asyncio.gather(*(score(row, slots) for row in rows))
+
+    try:
+        scores = asyncio.run(all_scores())
+    finally:
+        environments.close()
+    assert scores == [("ok", 1.0)] * 800
+
+
 def test_a_policy_that_says_nothing_or_runs_out_of_turns_is_wrong(rows, truths):
     row = rows[0]
     assert run_episode(row, ["Done."] * 9).episode.reward["score"] == 0.0
