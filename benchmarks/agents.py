@@ -55,16 +55,10 @@ class AgentTask:
 AGENT_TASKS = {
     "guess": AgentTask(
         400,
-        0.35,
-        60,
-        0.8,
-        (
-            "sampling.max_tokens=8",
-            "algorithm.minibatches=1",
-            "agent.max_calls=6",
-            "agent.max_turns=7",
-            "evaluation.samples=8",
-        ),
+        0.4,
+        40,
+        0.9,
+        ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=8"),
         {
             "environment": (f"agent.environment={EXAMPLES}/guess.py:Guess",),
             "tools": (
@@ -76,8 +70,8 @@ AGENT_TASKS = {
     ),
     "calculator": AgentTask(
         300,
-        0.2,
-        50,
+        0.3,
+        100,
         0.9,
         ("sampling.max_tokens=16", "agent.max_turns=3"),
         {
@@ -91,8 +85,8 @@ AGENT_TASKS = {
     ),
     "search": AgentTask(
         300,
-        0.2,
-        30,
+        0.3,
+        50,
         0.9,
         ("sampling.max_tokens=16", "agent.max_turns=3"),
         {"tools": ("agent.tools=[{{name: search, corpus: {folder}/documents.jsonl, top_k: 1}}]",)},
@@ -135,7 +129,12 @@ def settings_of(name: str, rung: str, seed: int, folder: str, overrides: Sequenc
         f"output_dir={folder}/{rung}",
         "prompts_per_step=32",
         "samples_per_prompt=8",
-        "policy.optimizer.lr=1e-3",
+        "algorithm.epochs=1",
+        "algorithm.minibatches=2",
+        "algorithm.kl.where=off",
+        "policy.optimizer.lr=2e-3",
+        # Without, the first updates of Adam are so large that what fine-tuning taught is lost.
+        "policy.optimizer.warmup_steps=5",
         "agent.max_processes=256",
         "evaluation.every_steps=null",
         "tracking.sinks=[]",
@@ -174,14 +173,17 @@ def taught(name: str, seed: int, folder: Path) -> int:
     tuner = SFTTrainer(load_sft_config(None, settings), console=quiet)
     tuner.load_train_data()
     # Both trainers hold the same model, so this one plays with the weights that are being fine-tuned.
-    few = ("evaluation.prompts=64", "evaluation.samples=2")
+    few = ("evaluation.prompts=128", f"evaluation.samples={256 // min(len(TASKS[name].rows('test')), 128)}")
     config = load_config("quickstart", settings_of(name, next(iter(task.rungs)), seed, str(folder), few))
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"path": str(start)})})
     model = tuner.policy_engine.model.transformer
     player = Trainer(config, actor_model=model, codec=tuner.codec, console=quiet)
     while tuner.version < task.warm_steps:
         tuner.step()
-        if tuner.version % 20 == 0 and player.evaluate()["eval/reward"] >= task.enough:
+        if tuner.version % 20:
+            continue
+        player.release_devices()  # what its engine keeps of earlier turns is from earlier weights
+        if player.evaluate()["eval/reward"] >= task.enough:
             break
     tuner.save_model(folder / "taught" / "model")
     player.close()

@@ -199,7 +199,9 @@ def test_thoughts_are_seen_by_rewards_if_their_tokens_are_plain_ones():
 
 
 def test_words_of_a_character_tokenizer_are_one_token_each_wherever_they_stand():
-    tokenizer = character_tokenizer(words=["[guess(number=", ")]", "higher"])
+    # Words that are there already leave no gap in the ids, which would have no row in an embedding.
+    tokenizer = character_tokenizer(words=["[guess(number=", ")]", "higher", "5", "higher"])
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
     text = "u:Hi\na:[guess(number=12)]<eos>t:higher\na:[guess(numb"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text

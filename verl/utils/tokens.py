@@ -397,7 +397,8 @@ def character_tokenizer(characters: str = CHARACTERS, words: Sequence[str] = ())
         words: texts that are one token each, where they stand; the first that fits is taken.
     """
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *dict.fromkeys(characters), *words])}
+    # A word of one character is that character: without a gap in the ids.
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*specials, *characters, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex("|".join([*map(re.escape, words), r"[\s\S]"])), "isolated"

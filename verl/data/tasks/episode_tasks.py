@@ -202,6 +202,8 @@ EPISODE_TASKS: dict[str, EpisodeTask] = {
                 "lower",
                 "yes",
                 "ok",
+                # A number is one token, as with the tokenizers of real models.
+                *map(str, range(10, 32)),
             ),
         ),
         EpisodeTask(
