@@ -219,6 +219,7 @@ def test_padding_does_not_matter(name, seed):
         c
         | {key: torch.cat([c[key], garbage], 1) for key in per_token(c)}
         | {"mask": torch.cat([c["mask"], garbage < 0], 1)}
+        | {"states": torch.cat([c["states"], garbage.long()], 1)}
     )
     advantages = advantages_of(name, wider)
     assert_near(advantages[:, :7], advantages_of(name, c))

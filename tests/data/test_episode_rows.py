@@ -18,7 +18,7 @@ def segment(num_tokens: int, first: int = 5) -> Segment:
 
 def episode(lengths: list[int], *, group: int, reward: float, turns: list[float] = ()) -> Trajectory:
     *earlier, last = [segment(length) for length in lengths]
-    trajectory = Trajectory(Prompt("?"), *vars(last).values(), group=group, reward=reward)
+    trajectory = Trajectory(Prompt("?"), **vars(last), group=group, reward=reward)
     trajectory.earlier, trajectory.turn_rewards = list(earlier), list(turns)
     return trajectory
 

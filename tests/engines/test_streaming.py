@@ -468,6 +468,7 @@ def rows_of_all_columns() -> Batch:
         batch.write(
             name, batch["rollout_logprobs"] + 0.1 * torch.randn(batch["mask"].shape, generator=generator)
         )
+    batch.write("states", torch.randint(1, 3, batch["mask"].shape, generator=generator))
     parts = torch.stack([rewards, torch.rand(12, generator=generator)], 1)
     of_rows = {
         "rewards": rewards,

@@ -17,7 +17,7 @@ from verl.agents.episodes.runner import EpisodeRunner
 from verl.config.agent import AgentConfig
 from verl.data.trajectory import Trajectory
 from verl.rollout.pool.inference_pool import InferencePool
-from verl.utils.sampling_types import Completion, PrefixAffinity, SamplingParams
+from verl.utils.sampling_types import Completion, PrefixAffinity, Prompt, SamplingParams
 
 # Tokens of the environment between two turns; the policy samples none of them.
 GIVEN = (5, 6, 7)
@@ -29,6 +29,9 @@ class ModelledCodec:
     num_ids = VOCABULARY
     stop_ids: tuple[int, ...] = ()
     closing_ids: tuple[int, ...] = ()
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        return ""
 
     def decode_all(self, ids: Sequence[int]) -> str:
         return ""
