@@ -56,7 +56,7 @@ AGENT_TASKS = {
     "guess": AgentTask(
         400,
         0.4,
-        40,
+        80,
         0.9,
         ("sampling.max_tokens=8", "agent.max_calls=6", "agent.max_turns=7", "evaluation.samples=8"),
         {
@@ -135,6 +135,7 @@ def settings_of(name: str, rung: str, seed: int, folder: str, overrides: Sequenc
         "policy.optimizer.lr=2e-3",
         # Without, the first updates of Adam are so large that what fine-tuning taught is lost.
         "policy.optimizer.warmup_steps=5",
+        "policy.optimizer.schedule=constant",
         "agent.max_processes=256",
         "evaluation.every_steps=null",
         "tracking.sinks=[]",
