@@ -123,7 +123,7 @@ def test_a_family_with_a_recurrent_state_computes_whole_histories():
     assert [turn.logprobs for turn in one] == [turn.logprobs for turn in same]
 
 
-@pytest.mark.parametrize("how", ["version", "sleep"])
+@pytest.mark.parametrize("how", ["version", "sleep", "in place"])
 def test_nothing_is_kept_over_a_change_of_the_weights(how):
     policy = tiny_policy("qwen2")
     engine = EmbeddedEngine(policy, tiny_codec())

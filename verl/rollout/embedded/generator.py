@@ -60,7 +60,7 @@ class EmbeddedEngine(BatchGenerator):
         self._max_slots = max_slots
         self._prefix_tokens = prefix_tokens
         self._turns: ContinuousBatch | None = None  # with the rows that it keeps
-        self._turns_version = 0
+        self._turns_weights = (0, 0)  # that computed the kept rows, see `weights_id`
         # Numbers of the requests in generation, by prompt id and sample index in the batch.
         self._numbers: dict[tuple[int, int], int] = {}
 
@@ -84,7 +84,8 @@ class EmbeddedEngine(BatchGenerator):
     @override
     @torch.inference_mode()
     def advance(self, requests: Sequence[SampleRequest], dropped: Sequence[int]) -> list[SampleAnswer]:
-        if self._turns_version != self.version:
+        weights = self.version, weights_id(self.model)
+        if self._turns_weights != weights:
             self.sleep()
         if self._turns is None:
             self._turns = ContinuousBatch(
@@ -94,7 +95,7 @@ class EmbeddedEngine(BatchGenerator):
                 first_slots=len(requests),
                 prefixes=PrefixCache(self._prefix_tokens),
             )
-            self._turns_version = self.version
+            self._turns_weights = weights
         batch = self._turns
         try:
             with self._generating():
@@ -159,3 +160,11 @@ class EmbeddedEngine(BatchGenerator):
         finally:
             self.model.train(was_training)
             self.model.num_ids = num_ids
+
+
+def weights_id(model: PolicyModel) -> int:
+    """Number that grows when parameters are changed in place, also under the same version.
+
+    So a loop of the user's own that trains the model between two calls gets no keys and values of old weights.
+    """
+    return sum(p._version for p in model.parameters() if not p.is_inference())
