@@ -165,6 +165,7 @@ class EmbeddedEngine(BatchGenerator):
 def weights_id(model: PolicyModel) -> int:
     """Number that grows when parameters are changed in place, also under the same version.
 
-    So a loop of the user's own that trains the model between two calls gets no keys and values of old weights.
+    So a loop of the user's own, which trains the model between two calls, gets no keys and values of old
+    weights.
     """
     return sum(p._version for p in model.parameters() if not p.is_inference())
