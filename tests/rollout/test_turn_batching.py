@@ -223,9 +223,11 @@ def test_nothing_is_generated_any_more_when_the_policy_learns():
     engine.close()
 
 
-def test_new_weights_drop_what_was_kept():
+def test_new_weights_put_no_generator_to_sleep_which_may_lose_its_own():
     engine = BatchingEngine(generator := Stepwise())
-    engine.run(engine.sync_weights(0))
+    engine.run(engine.sync_weights(1))
+    assert (generator.version, generator.num_sleeps) == (1, 0)
+    engine.sleep()
     assert generator.num_sleeps == 1
     engine.close()
 

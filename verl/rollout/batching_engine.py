@@ -86,9 +86,8 @@ class BatchingEngine(OwnLoop, RolloutEngine):
     async def sync_weights(self, version: int) -> None:
         if self._turns is not None:
             await self._turns.wait_idle()
-        # Generators share the trainer's storage, or take the weights with the next call. Nothing that was
-        # computed by other weights may stay, also if the number of the version is the same.
-        self.generator.sleep()
+        # Generators share the trainer's storage, or take the weights with the next call. What they keep of
+        # earlier prompts goes with the version, and with `sleep` before the policy learns.
         self.version = self.generator.version = version
 
     @override

@@ -161,6 +161,8 @@ def test_an_update_without_all_weights_is_an_error_and_the_next_one_repairs_it(e
 
 def test_it_sleeps_and_wakes(engine):
     engine.sleep()
+    with pytest.raises(RuntimeError, match="asleep"):
+        engine.generate([[3, 4]], [SamplingParams(max_tokens=1)])
     engine.load(refresh(4).items(), 7)
     assert_follows(engine)
 

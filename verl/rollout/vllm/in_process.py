@@ -93,6 +93,8 @@ class VLLMEngine(ColocatedEngine):
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
         check_requests(prompts, params, context=self._context)
+        if self._is_asleep:  # it would never answer
+            raise RuntimeError("need weights in vLLM, which is asleep without any; load them first")
         pairs = [(list(p), wanted) for p, wanted in zip(prompts, params, strict=True)]
         inputs: list[Any] = [{"prompt_token_ids": p} for p, wanted in pairs for _ in range(wanted.n)]
         if not inputs:
