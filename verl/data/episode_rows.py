@@ -13,7 +13,8 @@ from verl.data.batch import Batch, Ragged
 class EpisodeRows:
     """A batch with one row per episode, beside the one with a row per segment.
 
-    The tokens of the segments of an episode follow each other in its row. So functions of rows, such as
+    The tokens of the segments of an episode follow each other in its row, with a masked position between two
+    segments, so that their turns stay apart. So functions of rows, such as
     advantages and loss weights, count episodes: an agent that shortens its context does not weigh more.
     Without episodes of several segments, both batches are the same.
 
@@ -41,10 +42,17 @@ class EpisodeRows:
         kept = batch if names is None else batch.keep({*names, "response_ids", "episode_ends"})
         # `select` shares no column with the batch, so that what is written here does not reach it.
         self.episodes = kept.select(self._last)
-        lengths = self.joined(batch.response_lengths)
+        gaps = torch.cat([torch.zeros(1, dtype=torch.int64), (~ends[:-1]).long()])
+        widened = batch.response_lengths + gaps
+        self._is_token = torch.ones(int(widened.sum()), dtype=torch.bool)
+        self._is_token[(widened.cumsum(0) - widened)[gaps.bool()]] = False
+        lengths = self.joined(widened)
         for name in kept.names:
             if kept.is_ragged(name) and name != "prompt_ids":
-                self.episodes.put(name, Ragged(kept.ragged(name).values, lengths))
+                values = kept.ragged(name).values
+                spaced = values.new_zeros((len(self._is_token), *values.shape[1:]))
+                spaced[self._is_token] = values
+                self.episodes.put(name, Ragged(spaced, lengths))
         self._known = set(self.episodes.names)
 
     def joined(self, values: Tensor) -> Tensor:
@@ -60,7 +68,7 @@ class EpisodeRows:
             if name in self._known and self.episodes.is_ragged(name) and name in self._batch:
                 continue
             if self.episodes.is_ragged(name):
-                values = self.episodes.ragged(name).values
+                values = self.episodes.ragged(name).values[self._is_token]
                 self._batch.put(name, Ragged(values, self._batch.response_lengths))
             elif name not in self._known:
                 self._batch.put(name, self.episodes[name][self.episode_of])

@@ -221,7 +221,7 @@ class Trainer(RunnableTrainer):
     @cached_property
     def collector(self) -> DataCollector:
         """Turns prompts into rewarded groups."""
-        folder, note = Path(self.config.output_dir), self.notes.append
+        note = self.notes.append
         return DataCollector(
             self.rollout,
             self.codec,
@@ -230,7 +230,7 @@ class Trainer(RunnableTrainer):
             greedy_baseline="greedy_rewards" in self.algorithm.reads,
             by_parts="reward_parts" in self.algorithm.reads,
             length_penalty=self._length_penalty,
-            driver=build_driver(self.config.agent, self._agent, self.codec, folder=folder, note=note),
+            driver=build_driver(self.config.agent, self._agent, self.codec, note=note),
             context=self.context,
             clock=self.clock,
             waits=self.waits,

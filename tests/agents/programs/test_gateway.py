@@ -151,7 +151,10 @@ def held_episode(gateway, agent, engine_of):
             engine.sample = sample
             await super().run(live)
 
-    texts = lambda read: "b" if read.count("assistant") > 1 else "a"  # noqa: E731
+
+    def texts(read: str) -> str:
+        return "b" if read.count("assistant") > 1 else "a"
+
     (trajectory,), engine = play(texts, driver=Held(gateway, agent))
     return trajectory, engine
 

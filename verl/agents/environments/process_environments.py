@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -237,7 +236,6 @@ def build_environments(
     config: AgentConfig,
     given: Any = None,
     *,
-    folder: Path | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> ProcessEnvironments:
     """The environments of a run, loaded once so that a mistake is found before the first step.
@@ -246,7 +244,6 @@ def build_environments(
         config: names, options and limits.
         given: a class or factory in place of `agent.environment`, or several by name, of which each row names
             one in the column `agent.environment_column`, or `environment`.
-        folder: of the run; not used.
         note: takes human-readable lines.
 
     Raises:

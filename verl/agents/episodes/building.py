@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from verl.agents.environments.session import Environments
@@ -44,7 +43,6 @@ def build_driver(
     given: GivenAgent,
     codec: TextCodec,
     *,
-    folder: Path | None = None,
     note: Callable[[str], None],
 ) -> EpisodeDriver | None:
     """The driver of the episodes of a run; None for single answers.
@@ -53,7 +51,6 @@ def build_driver(
         config: names, options and limits.
         given: parts as Python objects.
         codec: of the policy.
-        folder: of the run, for the output of user code; None: none is kept.
         note: takes human-readable lines.
 
     Raises:
@@ -71,15 +68,15 @@ def build_driver(
                 "leave agent.tools and agent.environment out, or agent.program"
             )
         make_program = _load(_PROGRAMS)
-        driver: EpisodeDriver = make_program(config, codec, given=given.program, folder=folder, note=note)
+        driver: EpisodeDriver = make_program(config, codec, given=given.program, note=note)
         return driver
     parts: list[Environments] = []
     if isinstance(given.environment, Environments):
         parts.append(given.environment)
     elif has_environment:
-        parts.append(_load(_ENVIRONMENTS)(config, given.environment, folder=folder, note=note))
+        parts.append(_load(_ENVIRONMENTS)(config, given.environment, note=note))
     if has_tools:
-        parts.append(_load(_TOOLS)(config, given.tools, folder=folder, note=note))
+        parts.append(_load(_TOOLS)(config, given.tools, note=note))
     return ToolLoop(parts[0] if len(parts) == 1 else combined(parts), offers_tools=has_tools)
 
 

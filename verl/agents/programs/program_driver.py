@@ -157,7 +157,6 @@ class ProgramDriver(EpisodeDriver):
         config: the program and the limits.
         codec: of the policy.
         given: function in place of `agent.program`.
-        folder: of the run; here unused.
         note: takes human-readable lines.
 
     Raises:
@@ -170,8 +169,7 @@ class ProgramDriver(EpisodeDriver):
         codec: TextCodec,
         *,
         given: Callable[..., Any] | None = None,
-        folder: Path | None = None,
-        note: Callable[[str], None] = lambda text: None,
+            note: Callable[[str], None] = lambda text: None,
     ) -> None:
         program = config.program if given is None else given
         self._note = note

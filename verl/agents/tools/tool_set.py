@@ -6,7 +6,6 @@ import asyncio
 import difflib
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -169,7 +168,6 @@ def build_tools(
     config: AgentConfig,
     given: Sequence[Any] = (),
     *,
-    folder: Path | None = None,
     note: Callable[[str], None] = _LOG.warning,
 ) -> ToolSet:
     """The tools of a run.
@@ -178,7 +176,6 @@ def build_tools(
         config: names and options of tools, time limit, longest result, processes.
         given: further tools as Python objects: functions, objects that are called, tools of verl, or names as
             in `agent.tools`.
-        folder: of the run; unused, since what tools print goes to standard error.
         note: takes sentences for the user.
 
     Raises:

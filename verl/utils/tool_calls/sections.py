@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,9 @@ class SectionParser(FormParser):
             raise CallFault(f"need {self.between} behind the name of a call, got {scanner.shown}")
         return self.named(head.strip(), scanner)
 
+    @abstractmethod
     def named(self, head: str, scanner: Scanner) -> ToolCall:
         """The call with the text before `between`; its arguments are next."""
-        raise NotImplementedError
 
 
 class DeepSeekParser(SectionParser):
